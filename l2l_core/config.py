@@ -1,0 +1,246 @@
+"""params.yaml -> frozen, validated objects. The only file that knows which parameters exist and what they may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from l2l_core.errors import ConfigError, raise_all
+
+MAX_ROUND = 5
+"""Rounds that stages/dvc.yaml defines; a larger `round` needs a longer `chain` there."""
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RefShapesParams(Section):
+    """The embedded data set (data/dvc.yaml)."""
+
+    seed: Seed
+    image_size_px: Annotated[int, Field(ge=64, le=512)]
+    train_images: PositiveInt
+    val_images: PositiveInt
+    test_images: PositiveInt
+    sentences_per_image: Annotated[int, Field(ge=1, le=4)]
+
+
+class IngestParams(Section):
+    """Where the pairs of `dataset` are read from."""
+
+    images: str
+    """`auto` (look below and beside the data set's folder) or a folder."""
+    split_by: Literal["auto", "unc", "umd", "google"]
+    """Which refs(<split_by>).p is read where a folder holds several."""
+    min_image_side_px: PositiveInt
+
+
+class SplitParams(Section):
+    """The label budget."""
+
+    labeled_fraction: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Share of the training IMAGES whose every sentence is labelled."""
+    list_file: str | None
+    """JSON list of labelled images instead of a fraction; null: draw by `labeled_fraction`."""
+
+
+class PriorsParams(Section):
+    """What the multimodal LLM is asked for."""
+
+    backend: Literal["simulated", "replay"]
+    preset: Literal["qwen2.5-vl-7b", "internvl2.5-8b", "llava-1.5-7b"]
+    """Error model of the `simulated` backend."""
+    samples: Annotated[int, Field(ge=1, le=16)]
+    """Answers asked for per sentence."""
+    replay_file: str | None
+    """JSON lines with recorded answers, for the `replay` backend."""
+    coord_space: Literal["auto", "pixel", "resized_pixel", "norm1000", "percent", "unit"]
+    """How the model writes coordinates; `auto` looks the model's family up."""
+
+    @model_validator(mode="after")
+    def _replay_needs_a_file(self) -> PriorsParams:
+        if self.backend == "replay" and not self.replay_file:
+            raise ValueError("replay_file: got null, expected a JSON-lines file because backend is replay")
+        return self
+
+
+class ProposalsParams(Section):
+    """How a prior becomes a soft map."""
+
+    renderer: Literal["box", "grabcut"]
+    size_px: Annotated[int, Field(ge=8, le=256)]
+    """Side of the square map; it covers the whole image."""
+    falloff: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Width of the border's fall-off as a share of the box side."""
+    inside_prob: Fraction
+    """Value inside a box."""
+    flat_prob: Fraction
+    """Value everywhere where there is no prior."""
+
+
+class ModelParams(Section):
+    """The network; `tiny` builds a small random one, anything else is a hub id or a folder."""
+
+    image_encoder: str
+    text_encoder: str
+    image_size_px: Annotated[int, Field(ge=32, le=2048)]
+    dim: Annotated[int, Field(ge=8, le=1024)]
+    heads: PositiveInt
+    guidance_tokens: Annotated[int, Field(ge=1, le=64)]
+    max_text_tokens: Annotated[int, Field(ge=4, le=512)]
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> ModelParams:
+        if self.dim % self.heads:
+            raise ValueError(f"heads: got {self.heads}, expected a divisor of dim ({self.dim})")
+        return self
+
+
+class TrainParams(Section):
+    """What warm-up and retraining share."""
+
+    batch_size: PositiveInt
+    lr: Annotated[float, Field(gt=0.0, le=1.0)]
+    encoder_lr_scale: Annotated[float, Field(ge=0.0, le=1.0)]
+    """Learning rate of pretrained encoders relative to `lr`; tiny encoders always use `lr`."""
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    warmup_fraction: Fraction
+    """Share of the steps in which the learning rate rises."""
+    grad_clip: Annotated[float, Field(gt=0.0)]
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
+    prior_dropout: Fraction
+    """Share of the samples that are trained without their prior."""
+    precision: Literal["fp32", "bf16"]
+    device: Literal["auto", "cpu", "cuda"]
+    checkpoint_every: PositiveInt
+    """Steps between two checkpoints from which a killed stage goes on."""
+    log_every: PositiveInt
+
+
+class WarmupParams(Section):
+    """Supervised training on the labelled pairs (round 0)."""
+
+    steps: PositiveInt
+
+
+class SelectParams(Section):
+    """Which pixels of which pseudo-labels may teach."""
+
+    policy: Literal["reinforce", "all", "none", "threshold", "topk", "agreement", "ranksum", "oracle"]
+    folds: Annotated[int, Field(ge=2, le=10)]
+    """Teachers trained without a share of the labelled images, to judge labels on images they never saw."""
+    fold_steps: PositiveInt
+    grid: Annotated[int, Field(ge=2, le=64)]
+    """Cells per side of the grid on which pixels are kept or dropped."""
+    pixel_threshold: Annotated[float, Field(ge=0.5, lt=1.0)]
+    """`threshold`: keep pixels whose confidence max(p, 1 - p) reaches this."""
+    keep_fraction: Annotated[float, Field(gt=0.0, le=1.0)]
+    """`topk`, `agreement`, `ranksum`: share of the sentences that is kept."""
+    policy_steps: PositiveInt
+    group_size: Annotated[int, Field(ge=2)]
+    """Actions drawn per sentence; their mean reward is the baseline."""
+    policy_lr: Annotated[float, Field(gt=0.0)]
+    entropy_bonus: Annotated[float, Field(ge=0.0)]
+    wrong_cost: Annotated[float, Field(ge=0.0)]
+    """Cost of teaching a wrong pixel, in units of the gain from a correct one."""
+    unlabeled_weight: Annotated[float, Field(ge=0.0)]
+    """Weight of the agreement reward on unlabelled sentences, before it is scaled by its measured reliability."""
+
+
+class RetrainParams(Section):
+    """Training on labels and accepted pseudo-labels."""
+
+    steps: PositiveInt
+    labeled_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Share of each batch that comes from the labelled pairs."""
+    start: Literal["scratch", "teacher"]
+    """Begin from random weights or from the last round's model."""
+
+
+class EvaluateParams(Section):
+    """What is measured."""
+
+    splits: list[Literal["val", "test", "testA", "testB"]]
+    batch_size: PositiveInt
+
+
+class ReportParams(Section):
+    """The HTML report."""
+
+    cases: Annotated[int, Field(ge=1, le=200)]
+    """Overlays shown per kind of case."""
+
+
+class Params(Section):
+    """Everything in params.yaml."""
+
+    seed: Seed
+    round: Annotated[int, Field(ge=0, le=MAX_ROUND)]
+    dataset: Annotated[str, Field(min_length=1)]
+    refshapes: RefShapesParams
+    ingest: IngestParams
+    split: SplitParams
+    priors: PriorsParams
+    proposals: ProposalsParams
+    model: ModelParams
+    train: TrainParams
+    warmup: WarmupParams
+    select: SelectParams
+    retrain: RetrainParams
+    evaluate: EvaluateParams
+    report: ReportParams
+
+
+def parse_params(raw: object, source: str = "params.yaml") -> Params:
+    """Validate a parsed YAML document.
+
+    Raises ConfigError that names every wrong key at once: `params.yaml: priors.backend: got 'vlm', expected ...`.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: got {type(raw).__name__}, expected a mapping of sections")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise_all([f"{source}: {_explain(detail)}" for detail in error.errors()], ConfigError)
+        raise  # unreachable: a ValidationError always carries at least one detail
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and validate a params file. Raises ConfigError where it is missing, not YAML, or wrong."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: not found, run from the project's root") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return parse_params(raw, str(path))
+
+
+def _explain(detail: Any) -> str:
+    """One pydantic problem as `key: got VALUE, expected WHAT`."""
+    key = ".".join(str(part) for part in detail["loc"])
+    kind, got = detail["type"], detail.get("input")
+    context = detail.get("ctx", {})
+    match kind:
+        case "missing":
+            return f"{key}: missing, add it (see the comments in params.yaml)"
+        case "extra_forbidden":
+            return f"{key}: unknown parameter, expected one of those in params.yaml; check the spelling"
+        case "literal_error":
+            return f"{key}: got {got!r}, expected one of {context['expected'].replace(' or ', ', ')}"
+        case "value_error":
+            return f"{key}.{context['error']}" if key else str(context["error"])
+        case _:
+            message = detail["msg"].removeprefix("Input should be ").removeprefix("Input ")
+            return f"{key}: got {got!r}, expected {message}"

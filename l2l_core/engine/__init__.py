@@ -1,0 +1,1 @@
+"""Training, teachers, checkpoints and resuming."""

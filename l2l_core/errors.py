@@ -1,0 +1,51 @@
+"""Errors that a user can act on, and the one place that turns them into exit code 2.
+
+L2LError            anything the user can mend; its text is the whole message
+├── ConfigError     a parameter is unknown, has the wrong type or lies out of range
+├── InputError      a data file, an image, a mask or a sentence is not usable
+└── ArtifactError   an artifact of an earlier stage is missing or was written by another version
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+MAX_PROBLEMS_SHOWN = 50
+
+
+class L2LError(Exception):
+    """Base of all errors that are the input's fault; the command line prints the text and exits with 2."""
+
+
+class ConfigError(L2LError):
+    """A parameter is unknown, has the wrong type or lies out of range."""
+
+
+class InputError(L2LError):
+    """A data file, an image, a mask or a sentence is not usable."""
+
+
+class ArtifactError(L2LError):
+    """An artifact that a stage needs is missing or malformed."""
+
+
+def raise_all(problems: Sequence[str], kind: type[L2LError] = InputError) -> None:
+    """Raise one error that lists every problem, one a line; do nothing where there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise kind(problems[0])
+    shown = "\n".join(f"  {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN])
+    rest = len(problems) - MAX_PROBLEMS_SHOWN
+    raise kind(f"{len(problems)} problems:\n{shown}" + (f"\n  ... and {rest} more" if rest > 0 else ""))
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run a command line; print an L2LError to stderr as `error: ...` and return 2 (0 when it went well)."""
+    try:
+        main()
+    except L2LError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,1 @@
+"""The segmentation network: encoders, guidance tokens, decoder and losses."""

@@ -1,0 +1,192 @@
+"""The tables that flow between stages: their columns, and how they are read and written.
+
+Only this file knows column names and types. Boxes are x1 y1 x2 y2 in original-image pixels, end-exclusive.
+Masks are COCO compressed run lengths at the image's own height and width unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from l2l_core.errors import ArtifactError
+
+TRAIN = "train"
+EVAL_SPLITS = ("val", "test", "testA", "testB")
+ROLES = ("labeled", "unlabeled", "eval")
+PRIOR_STATUSES = ("ok", "empty", "invalid", "error")
+
+_BOX = pa.list_(pa.float32(), 4)
+_POINT = pa.list_(pa.float32(), 2)
+
+IMAGES = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file_name", pa.string()),  # relative to the project's root, with forward slashes
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("sha256", pa.string()),
+    ]
+)
+REFS = pa.schema(
+    [
+        ("sent_id", pa.int64()),  # one row a sentence, unique
+        ("ref_id", pa.int64()),
+        ("ann_id", pa.int64()),  # -1: an unlabelled pair of the user's own data, which has no mask
+        ("image_id", pa.int64()),
+        ("category", pa.string()),
+        ("sentence", pa.string()),
+        ("style", pa.string()),  # kind of sentence where the source names one, else ""
+        ("split", pa.string()),  # train, val, test, testA, testB
+        ("bbox", _BOX),  # the true box; null where the source gives none
+    ]
+)
+OBJECTS = pa.schema(  # every annotated object of the images, referred to or not
+    [("ann_id", pa.int64()), ("image_id", pa.int64()), ("category", pa.string()), ("bbox", _BOX)]
+)
+MASKS = pa.schema(  # one row a referred object
+    [
+        ("ann_id", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("rle_counts", pa.binary()),
+        ("area_px", pa.int64()),
+    ]
+)
+SPLIT = pa.schema([("sent_id", pa.int64()), ("role", pa.string())])
+PRIORS = pa.schema(
+    [
+        ("sent_id", pa.int64()),
+        ("sample_index", pa.int16()),
+        ("backend", pa.string()),
+        ("model", pa.string()),
+        ("prompt_sha256", pa.string()),
+        ("raw_text", pa.string()),  # kept, so that a better parser never needs the model again
+        ("status", pa.string()),
+        ("target", pa.string()),
+        ("attributes", pa.list_(pa.string())),
+        ("relation", pa.string()),
+        ("bbox", _BOX),
+        ("point", _POINT),
+        ("score", pa.float32()),
+        ("coord_space", pa.string()),
+        ("input_height", pa.int32()),
+        ("input_width", pa.int32()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+        ("latency_ms", pa.float32()),
+    ]
+)
+PROPOSALS = pa.schema(
+    [
+        ("sent_id", pa.int64()),
+        ("height", pa.int16()),
+        ("width", pa.int16()),
+        ("soft", pa.binary()),  # height * width bytes, row-major, 0..255 is probability 0..1 over the whole image
+        ("score", pa.float32()),  # 0 where there is no prior
+    ]
+)
+PSEUDO_LABELS = pa.schema(  # one row an unlabelled sentence and round; masks at the image's own size
+    [
+        ("round", pa.int16()),
+        ("sent_id", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("rle_counts", pa.binary()),  # the label
+        ("keep_rle", pa.binary()),  # the pixels of it that may teach
+        ("accept_prob", pa.float32()),
+        ("reward", pa.float32()),
+        ("prior_iou", pa.float32()),
+        ("confidence", pa.float32()),
+        ("accepted", pa.bool_()),
+        ("policy", pa.string()),
+    ]
+)
+PREDICTIONS = pa.schema(  # one row an evaluated sentence, model and way of asking
+    [
+        ("model", pa.string()),  # "supervised" or "round_<k>"
+        ("with_prior", pa.bool_()),
+        ("sent_id", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("rle_counts", pa.binary()),
+    ]
+)
+PER_SENTENCE = pa.schema(
+    [
+        ("method", pa.string()),  # "prior", "supervised", "round_<k>", "round_<k>_no_prior"
+        ("sent_id", pa.int64()),
+        ("split", pa.string()),
+        ("style", pa.string()),
+        ("intersection_px", pa.int64()),
+        ("union_px", pa.int64()),
+        ("pred_area_px", pa.int64()),
+        ("gt_area_px", pa.int64()),
+        ("iou", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class IndexPaths:
+    """Where ingest puts its tables."""
+
+    images: Path = Path("data/index/images.parquet")
+    refs: Path = Path("data/index/refs.parquet")
+    objects: Path = Path("data/index/objects.parquet")
+    masks: Path = Path("data/index/masks.parquet")
+
+
+def make_table(rows: Iterable[dict[str, object]], schema: pa.Schema) -> pa.Table:
+    """Dicts of one row each -> a table with exactly the schema's columns (a missing key is null)."""
+    return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def write_table(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
+    """Write atomically (a reader sees the old file or the whole new one), zstd, identical bytes for identical rows.
+
+    Raises ArtifactError where the columns are not the schema's.
+    """
+    path = Path(path)
+    if not table.schema.equals(schema):
+        raise ArtifactError(f"{path}: columns differ from the schema: {table.schema} against {schema}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a table, or some of its columns.
+
+    Raises ArtifactError where the file is missing, is not Parquet, or lacks a column of the schema.
+    """
+    path = Path(path)
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    try:
+        table = pq.read_table(path, columns=list(wanted.names), partitioning=None)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: not found, run the stage that writes it: dvc repro") from None
+    except pa.ArrowInvalid as error:
+        raise ArtifactError(f"{path}: not a Parquet file of this project: {error}") from None
+    if not table.schema.remove_metadata().equals(wanted):
+        raise ArtifactError(f"{path}: columns {table.schema.names}, expected {wanted.names} with their types")
+    return table.replace_schema_metadata(None)
+
+
+def to_frame(table: pa.Table) -> pd.DataFrame:
+    """A table as a data frame; integer columns stay integers, lists become numpy arrays, nulls become None."""
+    return table.to_pandas()
+
+
+SENTENCE_COLUMNS = ("sent_id", "ref_id", "image_id", "sentence", "style", "split")
+"""Columns of REFS that reveal nothing of the truth; training reads these only."""

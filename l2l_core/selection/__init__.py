@@ -1,0 +1,1 @@
+"""Which pixels of which pseudo-labels may teach: features, policy, reward, training, fixed rules."""
