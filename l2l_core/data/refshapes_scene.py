@@ -1,0 +1,281 @@
+"""RefShapes scenes: which objects lie where, and the picture and exact masks of them.
+
+A scene has few distinct shapes and colours, so that objects share them: a colour or a shape alone rarely names one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+SIZES = ("small", "big")
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; hues or lightness far enough apart to survive the lighting
+    "red": (212, 36, 36),
+    "orange": (248, 134, 12),
+    "yellow": (248, 228, 50),
+    "green": (40, 158, 60),
+    "blue": (40, 92, 224),
+    "purple": (134, 52, 176),
+    "pink": (250, 158, 202),
+    "white": (242, 242, 242),
+}
+
+OBJECTS_RANGE = (4, 7)
+DISTINCT_SHAPES_RANGE = (2, 3)  # with 4-7 objects nearly all have a namesake of their shape ...
+DISTINCT_COLOURS_RANGE = (2, 3)  # ... and of their colour
+PLAIN_SHARE = 0.4  # plain objects outnumber each texture, as most things in a picture do
+DIAMETER_RANGE = {
+    "small": (0.155, 0.18),
+    "big": (0.28, 0.33),
+}  # share of the image side; areas differ 2.4 times or more
+TILT_LIMIT_RAD = math.radians(12)  # more would turn a square into a diamond
+CLOSENESS = (
+    0.78  # centres stay this share of the summed radii apart, so occlusion is mild and no ring's hole is covered
+)
+MIN_VISIBLE_SHARE = 0.6
+MIN_VISIBLE_PX = 40
+SAME_COLOUR_GAP = 0.03  # share of the image side; touching objects of one colour would read as one
+BORDER = 0.02  # share of the image side kept free at the rim, so that no object is cut
+
+SUPERSAMPLING = 4
+TEXTURE_PERIOD = 0.056  # share of the image side, about three stripes on a small object
+TEXTURE_SHADE = 0.40  # dark parts of a texture relative to the colour
+NOISE_STD = 5.0  # grey levels of sensor noise
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """What can be said of one object without looking at the others."""
+
+    shape: str
+    colour: str
+    size: str
+    texture: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """image: [S, S, 3] uint8 RGB. masks: [N, S, S] bool, the visible pixels of each object, disjoint."""
+
+    image: NDArray[np.uint8]
+    objects: tuple[SceneObject, ...]
+    masks: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """centre_xy and diameter in shares of the image side, tilt in radians."""
+
+    centre_xy: tuple[float, float]
+    diameter: float
+    tilt: float
+
+
+def _outline(name: str) -> list[NDArray[np.float64]]:
+    """Contours of a shape of diameter 2 around the origin (even-odd filled), each [K, 2], y down."""
+    turn = 2 * math.pi
+    circle = [(math.cos(turn * k / 48), math.sin(turn * k / 48)) for k in range(48)]
+    match name:
+        case "circle":
+            contours = [circle]
+        case "ring":
+            contours = [circle, [(0.52 * x, 0.52 * y) for x, y in circle]]
+        case "square":
+            contours = [[(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]]
+        case "diamond":
+            contours = [[(0.0, -1.12), (0.78, 0.0), (0.0, 1.12), (-0.78, 0.0)]]
+        case "triangle":
+            contours = [[(0.0, -0.98), (1.04, 0.82), (-1.04, 0.82)]]
+        case "cross":
+            a, b = 0.34, 1.0
+            contours = [
+                [
+                    (-a, -b),
+                    (a, -b),
+                    (a, -a),
+                    (b, -a),
+                    (b, a),
+                    (a, a),
+                    (a, b),
+                    (-a, b),
+                    (-a, a),
+                    (-b, a),
+                    (-b, -a),
+                    (-a, -a),
+                ]
+            ]
+        case "star":
+            radii = [1.12 if k % 2 == 0 else 0.46 for k in range(10)]
+            contours = [[(r * math.sin(turn * k / 10), -r * math.cos(turn * k / 10)) for k, r in enumerate(radii)]]
+        case "heart":
+            angles = [turn * k / 48 for k in range(48)]
+            contours = [
+                [
+                    (
+                        math.sin(t) ** 3,
+                        -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15.5 - 0.1,
+                    )
+                    for t in angles
+                ]
+            ]
+    return [np.array(contour) for contour in contours]
+
+
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
+_OUTLINES = {name: _outline(name) for name in SHAPES}
+
+
+def draw_scene(rng: np.random.Generator, side_px: int) -> Scene:
+    """One random scene of side_px x side_px; every object is nameable and visible to at least MIN_VISIBLE_SHARE."""
+    while True:
+        objects = _draw_objects(rng)
+        placements = _place(rng, objects)
+        if placements is None:
+            continue
+        layers = [_rasterise(o, p, side_px) for o, p in zip(objects, placements, strict=True)]
+        masks = _visible_masks(layers, side_px)
+        visible_px = masks.sum(axis=(1, 2))
+        full_px = np.array([layer.sum() for layer in layers]) / SUPERSAMPLING**2
+        if (visible_px >= np.maximum(MIN_VISIBLE_SHARE * full_px, MIN_VISIBLE_PX)).all():
+            return Scene(_paint(rng, objects, placements, layers, side_px), objects, masks)
+
+
+def has_rivals(objects: tuple[SceneObject, ...], index: int) -> bool:
+    """Whether another object has the same shape and another (or the same one) the same colour."""
+    others = objects[:index] + objects[index + 1 :]
+    target = objects[index]
+    return any(o.shape == target.shape for o in others) and any(o.colour == target.colour for o in others)
+
+
+def _draw_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
+    """Attributes of a scene's objects, from a few shapes and colours; at least two objects have rivals."""
+    while True:
+        shapes = rng.permutation(SHAPES)[: rng.integers(*DISTINCT_SHAPES_RANGE, endpoint=True)]
+        colours = rng.permutation(list(COLOURS))[: rng.integers(*DISTINCT_COLOURS_RANGE, endpoint=True)]
+        objects = tuple(
+            SceneObject(
+                shape=str(rng.choice(shapes)),
+                colour=str(rng.choice(colours)),
+                size=str(rng.choice(SIZES)),
+                texture="plain" if rng.random() < PLAIN_SHARE else str(rng.choice(TEXTURES[1:])),
+            )
+            for _ in range(rng.integers(*OBJECTS_RANGE, endpoint=True))
+        )
+        if sum(has_rivals(objects, k) for k in range(len(objects))) >= 2:
+            return objects
+
+
+def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_Placement] | None:
+    """Random places, or None where the objects did not fit."""
+    placements: list[_Placement] = []
+    for index, item in enumerate(objects):
+        for _ in range(60):  # tries per object; a crowded scene is redrawn as a whole
+            diameter = float(rng.uniform(*DIAMETER_RANGE[item.size]))
+            low = BORDER + 0.56 * diameter  # the tips of stars and diamonds reach 1.12 radii
+            x, y = rng.uniform(low, 1 - low, size=2).tolist()
+            if all(
+                math.hypot(x - other.centre_xy[0], y - other.centre_xy[1])
+                >= (
+                    0.56 * (diameter + other.diameter) + SAME_COLOUR_GAP
+                    if objects[k].colour == item.colour
+                    else CLOSENESS * 0.5 * (diameter + other.diameter)
+                )
+                for k, other in enumerate(placements)
+            ):
+                placements.append(_Placement((x, y), diameter, float(rng.uniform(-TILT_LIMIT_RAD, TILT_LIMIT_RAD))))
+                break
+        if len(placements) != index + 1:
+            return None
+    return placements
+
+
+def _rasterise(item: SceneObject, place: _Placement, side_px: int) -> NDArray[np.bool_]:
+    """The whole object (occlusion ignored) on the supersampled grid."""
+    fine = side_px * SUPERSAMPLING
+    cos, sin = math.cos(place.tilt), math.sin(place.tilt)
+    turn = np.array([[cos, sin], [-sin, cos]])
+    contours = [
+        np.rint((c @ turn * place.diameter / 2 + place.centre_xy) * fine).astype(np.int32)
+        for c in _OUTLINES[item.shape]
+    ]
+    layer = np.zeros((fine, fine), dtype=np.uint8)
+    cv2.fillPoly(layer, contours, 1)
+    return layer.astype(bool)
+
+
+def _visible_masks(layers: list[NDArray[np.bool_]], side_px: int) -> NDArray[np.bool_]:
+    """Later layers cover earlier ones; a pixel belongs to the object that fills more than half of it."""
+    top = np.zeros(layers[0].shape, dtype=np.uint8)
+    for index, layer in enumerate(layers):
+        top[layer] = index + 1
+    blocks = top.reshape(side_px, SUPERSAMPLING, side_px, SUPERSAMPLING)
+    half = SUPERSAMPLING**2 // 2
+    return np.stack([(blocks == index + 1).sum(axis=(1, 3)) > half for index in range(len(layers))])
+
+
+def _paint(
+    rng: np.random.Generator,
+    objects: tuple[SceneObject, ...],
+    placements: list[_Placement],
+    layers: list[NDArray[np.bool_]],
+    side_px: int,
+) -> NDArray[np.uint8]:
+    """Background, objects from back to front, then lighting and noise; [S, S, 3] uint8 RGB."""
+    canvas = _background(rng, side_px * SUPERSAMPLING)
+    for item, place, layer in zip(objects, placements, layers, strict=True):
+        colour = np.clip(np.array(COLOURS[item.colour]) + rng.integers(-8, 9, size=3), 0, 255)
+        ys, xs = np.nonzero(layer)
+        dark = _texture(
+            rng, item.texture, xs / layer.shape[1] - place.centre_xy[0], ys / layer.shape[0] - place.centre_xy[1]
+        )
+        canvas[ys, xs] = np.where(dark[:, None], TEXTURE_SHADE * colour, colour).astype(np.uint8)
+    image = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(np.float32)
+    ramp = np.linspace(-1, 1, side_px, dtype=np.float32)
+    slope_x, slope_y = rng.uniform(-0.1, 0.1, size=2)  # light falls off by at most a fifth to either side
+    light = 1.0 + slope_x * ramp[None, :] + slope_y * ramp[:, None]
+    noisy = image * light[..., None] + rng.normal(0.0, NOISE_STD, size=image.shape)
+    return np.asarray(np.clip(np.rint(noisy), 0, 255), dtype=np.uint8)
+
+
+def _texture(
+    rng: np.random.Generator, name: str, dx: NDArray[np.float64], dy: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Which of the points (shares of the image side, from the object's centre) are dark; [K] bool."""
+    angle = float(rng.uniform(0, math.pi))
+    along = (dx * math.cos(angle) + dy * math.sin(angle)) / TEXTURE_PERIOD
+    across = (dy * math.cos(angle) - dx * math.sin(angle)) / TEXTURE_PERIOD
+    match name:
+        case "striped":
+            dark = along % 1.0 < 0.45
+        case "dotted":
+            dark = np.hypot(along % 1.0 - 0.5, across % 1.0 - 0.5) < 0.33
+        case "checkered":
+            dark = (np.floor(along * 1.3) + np.floor(across * 1.3)) % 2 < 1
+        case _:
+            dark = np.zeros(dx.shape, dtype=bool)
+    return np.asarray(dark)
+
+
+def _background(rng: np.random.Generator, fine: int) -> NDArray[np.uint8]:
+    """Blotchy dull gradient with scribbles and specks that are no objects; [fine, fine, 3] uint8."""
+    cells = int(rng.integers(2, 7))
+    tone = rng.uniform(70, 140) + rng.uniform(-14, 14, size=3)  # dull: every object colour stands out
+    blotches = np.clip(
+        tone + rng.uniform(-26, 26, size=(cells, cells, 1)) + rng.uniform(-8, 8, size=(cells, cells, 3)), 0, 255
+    )
+    canvas = cv2.resize(blotches.astype(np.uint8), (fine, fine), interpolation=cv2.INTER_CUBIC)
+    for _ in range(int(rng.integers(4, 14))):
+        shade = np.clip(tone + rng.uniform(-45, 45) + rng.uniform(-14, 14, size=3), 0, 255).tolist()
+        x, y = rng.uniform(0, fine, size=2)
+        if rng.random() < 0.5:
+            steps = rng.uniform(-0.1, 0.1, size=(4, 2)) * fine
+            scribble = np.rint(np.cumsum(np.vstack([[x, y], steps]), axis=0)).astype(np.int32)
+            cv2.polylines(canvas, [scribble], False, shade, thickness=max(1, int(rng.uniform(0.006, 0.014) * fine)))
+        else:
+            cv2.circle(canvas, (int(x), int(y)), max(1, int(rng.uniform(0.006, 0.02) * fine)), shade, -1)
+    return np.asarray(canvas, dtype=np.uint8)

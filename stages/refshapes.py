@@ -1,0 +1,18 @@
+"""Stage `refshapes`: write the embedded data set to data/refshapes."""
+
+from __future__ import annotations
+
+from l2l_core.config import load_params
+from l2l_core.data.refshapes import write_refshapes
+from l2l_core.errors import exit_code
+
+OUT = "data/refshapes"
+
+
+def main() -> None:
+    """Draw the scenes and write them in the layout of RefCOCO."""
+    write_refshapes(OUT, load_params().refshapes)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
