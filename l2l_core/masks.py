@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 BoolMask = NDArray[np.bool_]
+
+_MAX_RUN = 2**32 - 1  # pycocotools keeps runs as 32-bit unsigned
+_MAX_CHUNKS = 7  # characters of 5 bits that a 32-bit run needs at most
 
 
 def encode_rle(mask: NDArray[Any]) -> bytes:
@@ -28,6 +32,19 @@ def rle_area_px(counts: bytes, height: int, width: int) -> int:
     return int(coco_mask.area({"size": [height, width], "counts": counts}))
 
 
+def rle_area_px_all(counts: Sequence[bytes], sizes_hw: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Foreground pixels of N masks, without decoding them; sizes_hw: [N, 2] height, width -> [N] int64."""
+    # One by one: pycocotools 2.0.11 under numpy 2 fails on a list of more than 255 masks.
+    areas = (coco_mask.area({"size": size, "counts": one}) for one, size in zip(counts, sizes_hw.tolist(), strict=True))
+    return np.fromiter(areas, dtype=np.int64, count=len(counts))
+
+
+def rle_box_xyxy(counts: bytes, height: int, width: int) -> tuple[float, float, float, float]:
+    """Tight box x1 y1 x2 y2 (end-exclusive, pixels) around a mask that is not empty."""
+    x, y, box_width, box_height = coco_mask.toBbox({"size": [height, width], "counts": counts}).tolist()
+    return x, y, x + box_width, y + box_height
+
+
 def intersection_union_px(
     first: Sequence[bytes], second: Sequence[bytes], sizes_hw: NDArray[np.int64]
 ) -> NDArray[np.int64]:
@@ -35,39 +52,45 @@ def intersection_union_px(
 
     sizes_hw: [N, 2] height and width that both masks of a pair share.
     """
-    result = np.empty((len(first), 2), dtype=np.int64)
-    for row, (a, b, (height, width)) in enumerate(zip(first, second, sizes_hw.tolist(), strict=True)):
-        pair = [{"size": [height, width], "counts": a}, {"size": [height, width], "counts": b}]
-        result[row, 0] = coco_mask.area(coco_mask.merge(pair, intersect=True))
-        result[row, 1] = coco_mask.area(coco_mask.merge(pair, intersect=False))
-    return result
+    intersection = rle_area_px_all(_common(first, second, sizes_hw), sizes_hw)
+    union = rle_area_px_all(first, sizes_hw) + rle_area_px_all(second, sizes_hw) - intersection
+    return np.stack([intersection, union], axis=1)
+
+
+def wrong_kept_px(
+    label: Sequence[bytes], truth: Sequence[bytes], keep: Sequence[bytes], sizes_hw: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Pixels that teach, and those of them where label and truth differ; N triples of masks -> [N, 2] int64.
+
+    sizes_hw: [N, 2] height and width that the three masks share.
+    """
+    kept_label, kept_truth = _common(keep, label, sizes_hw), _common(keep, truth, sizes_hw)
+    kept_both = rle_area_px_all(_common(kept_label, kept_truth, sizes_hw), sizes_hw)
+    wrong = rle_area_px_all(kept_label, sizes_hw) + rle_area_px_all(kept_truth, sizes_hw) - 2 * kept_both
+    return np.stack([rle_area_px_all(keep, sizes_hw), wrong], axis=1)
 
 
 def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
     """A COCO `segmentation` (polygons, compressed or uncompressed RLE) -> compressed counts.
 
-    Several polygons are united. Raises ValueError that says what is wrong with it.
+    Several polygons are united. Everything is checked here, because pycocotools' C code trusts what it gets.
+    Raises ValueError that says what is wrong with it.
     """
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [height, width]:
             raise ValueError(f"segmentation.size: got {size}, expected [{height}, {width}] (the image's height, width)")
         if isinstance(counts, list):
-            if any(not isinstance(run, int) or run < 0 for run in counts) or sum(counts) != height * width:
-                raise ValueError(f"segmentation.counts: runs must be >= 0 and add up to {height * width}")
-            return bytes(coco_mask.frPyObjects(segmentation, height, width)["counts"])
+            return _runs_to_rle(_listed_runs(counts), height, width)
         if isinstance(counts, str | bytes):
-            return _checked_counts(counts.encode("ascii") if isinstance(counts, str) else counts, height, width)
+            return _runs_to_rle(_compressed_runs(counts), height, width)
         raise ValueError(f"segmentation.counts: got {type(counts).__name__}, expected a string or a list of runs")
     if isinstance(segmentation, list) and segmentation:
         for polygon in segmentation:
-            if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-                raise ValueError("segmentation: each polygon needs x, y for at least 3 points")
-            if not all(isinstance(value, int | float) and np.isfinite(value) for value in polygon):
-                raise ValueError("segmentation: polygon coordinates must be finite numbers")
-        parts = coco_mask.frPyObjects(segmentation, height, width)
-        return bytes(coco_mask.merge(parts)["counts"])
-    raise ValueError(f"segmentation: got {'an empty list' if segmentation == [] else type(segmentation).__name__}")
+            _check_polygon(polygon, height, width)
+        return bytes(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))["counts"])
+    got = "an empty list" if segmentation == [] else type(segmentation).__name__
+    raise ValueError(f"segmentation: got {got}, expected polygons or run lengths")
 
 
 def resize_mask(mask: BoolMask, height: int, width: int) -> BoolMask:
@@ -76,22 +99,77 @@ def resize_mask(mask: BoolMask, height: int, width: int) -> BoolMask:
     return np.asarray(resized, dtype=bool)
 
 
-def _checked_counts(counts: bytes, height: int, width: int) -> bytes:
-    """Refuse compressed counts whose runs do not fill the image: the C decoder would read or write out of bounds."""
-    runs: list[int] = []
-    run, shift, position = 0, 0, 0
-    while position < len(counts):
-        chunk = counts[position] - 48
-        if not 0 <= chunk < 64:
-            raise ValueError("segmentation.counts: not a COCO compressed run-length string")
-        run |= (chunk & 0x1F) << shift
-        shift += 5
-        position += 1
-        if not chunk & 0x20:
-            if chunk & 0x10:
-                run |= -1 << shift
-            runs.append(run + (runs[-2] if len(runs) > 2 else 0))
-            run, shift = 0, 0
-    if shift or any(run < 0 for run in runs) or sum(runs) != height * width:
-        raise ValueError(f"segmentation.counts: runs must be complete and add up to {height * width} pixels")
-    return counts
+def resize_prob(prob: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    """Bilinear resize of a [H, W] map of probabilities."""
+    if prob.shape == (height, width):
+        return prob
+    return np.asarray(cv2.resize(prob, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
+
+
+def _common(first: Sequence[bytes], second: Sequence[bytes], sizes_hw: NDArray[np.int64]) -> list[bytes]:
+    """The intersections of mask pairs."""
+    return [
+        coco_mask.merge([{"size": size, "counts": a}, {"size": size, "counts": b}], intersect=True)["counts"]
+        for a, b, size in zip(first, second, sizes_hw.tolist(), strict=True)
+    ]
+
+
+def _check_polygon(polygon: object, height: int, width: int) -> None:
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError("segmentation: each polygon needs x, y for at least 3 points")
+    # Exact types: a bool is no coordinate, and numpy would read a string as one.
+    if not set(map(type, polygon)) <= {int, float}:
+        raise ValueError("segmentation: polygon coordinates must be numbers")
+    # Memory in the C code grows with the length of the edges, so a far-off point must not reach it. Annotation tools
+    # overshoot the border by some pixels; nobody draws a whole image beside the image.
+    low, high = min(polygon), max(polygon)
+    side = max(height, width)
+    if not (-side <= low and high <= 2 * side and all(map(math.isfinite, polygon))):
+        raise ValueError(
+            f"segmentation: polygon coordinates reach from {low} to {high}, expected numbers in or near "
+            f"an image of {width}x{height} pixels"
+        )
+
+
+def _listed_runs(counts: list[object]) -> NDArray[np.int64]:
+    """Uncompressed counts as an array."""
+    if not all(type(run) is int and 0 <= run <= _MAX_RUN for run in counts):
+        raise ValueError("segmentation.counts: the runs must be whole numbers >= 0")
+    return np.array(counts, dtype=np.int64)
+
+
+def _compressed_runs(counts: str | bytes) -> NDArray[np.int64]:
+    """The runs in COCO's compressed counts.
+
+    Each run is written in characters of 6 bits (from "0" on): 5 bits of a two's complement number, lowest first, and a
+    flag that more follow. From the fourth run on, the number is the difference to the run two before.
+    """
+    raw = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
+    chunks = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(chunks & 0x20 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    if (chunks < 0).any() or (chunks > 63).any() or not len(last) or last[-1] != len(chunks) - 1:
+        raise ValueError("segmentation.counts: not a COCO compressed run-length string, or cut off")
+    length = last - first + 1
+    if (length > _MAX_CHUNKS).any():
+        raise ValueError("segmentation.counts: a run is longer than any image")
+    place = np.arange(len(chunks)) - np.repeat(first, length)
+    runs = np.add.reduceat((chunks & 0x1F) << (5 * place), first)
+    runs -= np.where(chunks[last] & 0x10, np.int64(1) << (5 * length), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return np.asarray(runs)
+
+
+def _runs_to_rle(runs: NDArray[np.int64], height: int, width: int) -> bytes:
+    """Background and foreground runs in turn -> compressed counts, runs of no pixels merged into their neighbours."""
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"segmentation.counts: runs must be >= 0 and add up to {height * width} pixels")
+    # Two masks that both have an empty run at one place would end pycocotools' merge there. So: drop empty runs, then
+    # add up neighbours of one kind.
+    kind = np.arange(len(runs)) % 2
+    runs, kind = runs[runs > 0], kind[runs > 0]
+    starts = np.flatnonzero(np.diff(kind, prepend=-1))
+    merged = np.add.reduceat(runs, starts).tolist()
+    whole = {"size": [height, width], "counts": [0, *merged] if kind[0] else merged}
+    return bytes(coco_mask.frPyObjects(whole, height, width)["counts"])

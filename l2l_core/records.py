@@ -143,6 +143,20 @@ class IndexPaths:
     masks: Path = Path("data/index/masks.parquet")
 
 
+INDEX = IndexPaths()
+SPLIT_PATH = Path("data/split/split.parquet")
+LABELED_MASKS_PATH = Path("data/split/labeled_masks.parquet")
+PRIORS_PATH = Path("data/priors/priors.parquet")
+PROPOSALS_PATH = Path("data/proposals/proposals.parquet")
+SUPERVISED_FOLDER = Path("data/supervised")
+PER_SENTENCE_PATH = Path("data/evaluation/per_sentence.parquet")
+
+
+def round_folder(number: int) -> Path:
+    """Folder of everything that a round leaves: model/, curves/, folds/, pseudo_labels.parquet, history/."""
+    return Path(f"data/rounds/{number}")
+
+
 def make_table(rows: Iterable[dict[str, object]], schema: pa.Schema) -> pa.Table:
     """Dicts of one row each -> a table with exactly the schema's columns (a missing key is null)."""
     return pa.Table.from_pylist(list(rows), schema=schema)

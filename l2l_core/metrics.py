@@ -1,0 +1,80 @@
+"""Segmentation metrics from pixels in intersection and union; how well a probability ranks and how honest it is.
+
+Every share is in percent, as the field reports it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+
+PR_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""IoU that a sentence must reach to count in Pr@X; the five that the field's tables have."""
+
+
+def iou_from_px(intersection_px: ArrayLike, union_px: ArrayLike) -> FloatArray:
+    """Intersection over union in [0, 1], shape [N]; two empty masks agree, so 0 / 0 is 1."""
+    intersection, union = np.asarray(intersection_px, np.float64), np.asarray(union_px, np.float64)
+    return np.asarray(np.divide(intersection, union, out=np.ones_like(union), where=union > 0))
+
+
+def segmentation_scores(intersection_px: ArrayLike, union_px: ArrayLike) -> dict[str, float]:
+    """Scores of N sentences in percent, one entry a sentence in both arguments (pixels at the original resolution).
+
+    miou: mean of the sentences' IoU ("gIoU" in some papers). oiou: sum of intersections / sum of unions ("cIoU";
+    large objects weigh more). pr50 .. pr90: share of the sentences with IoU >= 0.5 .. 0.9.
+    Raises ValueError where there is no sentence.
+    """
+    intersection, union = np.asarray(intersection_px), np.asarray(union_px)
+    # 64-bit division rounds correctly, so that an IoU of exactly 3 / 5 does reach 0.6; a stored 32-bit one would not.
+    iou = iou_from_px(intersection, union)
+    if not iou.size:
+        raise ValueError("scores of no sentence are undefined")
+    oiou = float(iou_from_px(intersection.sum(), union.sum()))
+    reached = {f"pr{round(100 * x)}": 100 * float(np.mean(iou >= x)) for x in PR_THRESHOLDS}
+    return {"miou": 100 * float(iou.mean()), "oiou": 100 * oiou, **reached}
+
+
+def auroc(score: ArrayLike, positive: ArrayLike) -> float | None:
+    """Percent of (positive, negative) pairs that the score [N] puts in the right order, a tie counting half.
+
+    None where all entries are of one class.
+    """
+    truth = np.asarray(positive, dtype=bool)
+    if truth.all() or not truth.any():
+        return None
+    from sklearn.metrics import roc_auc_score  # takes a second to import
+
+    return 100 * float(roc_auc_score(truth, np.asarray(score)))
+
+
+def precision_by_coverage(score: ArrayLike, value: ArrayLike, points: int) -> pd.DataFrame:
+    """Mean value of the entries with the highest score, against the share that is taken; both in percent.
+
+    score, value: [N], value in [0, 1]. Columns coverage, precision; at most `points` rows, evenly spaced up to 100 %.
+    Entries of equal score count with their mean value: what taking them in random order gives on average.
+    """
+    frame = pd.DataFrame({"score": np.asarray(score), "value": np.asarray(value, np.float64)})
+    by_score = frame.groupby("score")["value"]
+    expected = pd.DataFrame({"score": frame["score"], "value": by_score.transform("mean")})
+    best_first = expected.sort_values("score", ascending=False, kind="stable")["value"].to_numpy()
+    taken = np.unique(-(-np.arange(1, points + 1) * len(frame) // points))  # rounded up
+    taken = taken[taken > 0]
+    precision = np.cumsum(best_first)[taken - 1] / taken
+    return pd.DataFrame({"coverage": 100 * taken / max(len(frame), 1), "precision": 100 * precision})
+
+
+def reliability(prob: ArrayLike, positive: ArrayLike, bins: int) -> pd.DataFrame:
+    """How often a probability [N] in [0, 1] comes true: one row for each of `bins` equal intervals that is not empty.
+
+    Columns prob (mean in the interval) and share (of positives), both in percent, and count.
+    """
+    prob, positive = np.asarray(prob, np.float64), np.asarray(positive, np.float64)
+    interval = np.minimum((prob * bins).astype(np.int64), bins - 1)
+    frame = pd.DataFrame({"interval": interval, "prob": 100 * prob, "share": 100 * positive})
+    groups = frame.groupby("interval")
+    table = groups[["prob", "share"]].mean()
+    return table.assign(count=groups.size()).reset_index(drop=True)
