@@ -17,9 +17,10 @@ STYLES = ("short", "attribute", "long")
 
 MAIN_WORD_SHARE = 0.75  # the first synonym is the usual one
 OPENER_SHARE = 0.15
-FILLER_SHARE = 0.25
+FILLER_SHARE = 0.4  # a relation after `sitting`, `located` or nothing instead of `that is`
 GENERIC_NOUN_SHARE = 0.2  # "the red one" instead of "the red star"
-ATTRIBUTE_COUNTS, ATTRIBUTE_COUNT_SHARES = (0, 1, 2, 3), (0.1, 0.5, 0.3, 0.1)  # adjectives beside the noun
+FULL = (0.1, 0.5, 0.3, 0.1)  # shares of 0, 1, 2, 3 adjectives where they alone must do ...
+BRIEF = (0.4, 0.5, 0.1, 0.0)  # ... and beside a place or a relation, which would be idle talk otherwise
 
 
 def say(index: int, objects: Sequence[SceneObject], world: World, style: str, rng: np.random.Generator) -> str:
@@ -61,7 +62,7 @@ class _Speaker:
     def any_of(self, options: Sequence[str]) -> str:
         return options[int(self.rng.integers(len(options)))]
 
-    def noun_phrase(self, index: int, skip: str = "") -> str:
+    def noun_phrase(self, index: int, counts: Sequence[float] = FULL, skip: str = "") -> str:
         """Adjectives and a noun; `skip` names an attribute that must not be said."""
         item = self.objects[index]
         said = {
@@ -72,9 +73,8 @@ class _Speaker:
         said.pop(skip, None)
         weights = {"size": 0.3, "colour": 0.5, "texture": 0.2}  # people name colours first
         share = np.array([weights[key] for key in said])
-        count = min(int(self.rng.choice(ATTRIBUTE_COUNTS, p=ATTRIBUTE_COUNT_SHARES)), len(said))
+        count = min(int(self.rng.choice(len(counts), p=counts)), len(said))
         generic = skip == "shape" or self.chance(GENERIC_NOUN_SHARE)
-        count = max(count, int(generic and skip != "shape"))
         chosen = self.rng.choice(list(said), size=count, replace=False, p=share / share.sum())
         noun = self.pick(words.ANY_WORDS) if generic else self.pick(words.SHAPE_WORDS[item.shape])
         return " ".join([said[key] for key in said if key in chosen] + [noun])
@@ -115,7 +115,7 @@ class _Speaker:
 
     def with_place(self) -> str:
         before, after = self.place()
-        phrase = self.noun_phrase(self.index)
+        phrase = self.noun_phrase(self.index, BRIEF)
         if self.chance(0.45):
             return f"{before} {phrase}"
         return f"{phrase} {after}"
@@ -123,12 +123,12 @@ class _Speaker:
     def with_rank(self) -> str:
         """Counts among the objects of the same noun phrase are not known here: guess, and let the solver judge."""
         side = self.any_of(tuple(words.SIDE_WORDS))
-        rank = self.pick(words.RANK_WORDS[int(self.rng.choice((2, 2, 2, 3, 1)))])
-        return f"{rank} {self.noun_phrase(self.index)} from the {side}"
+        rank = self.pick(words.RANK_WORDS[2 if self.chance(0.8) else 3])
+        return f"{rank} {self.noun_phrase(self.index, BRIEF)} from the {side}"
 
     def with_extreme(self) -> str:
         side = self.any_of(self.sides() or ["left"])
-        return f"{self.pick(words.EXTREME_WORDS[side])} {self.noun_phrase(self.index)}"
+        return f"{self.pick(words.EXTREME_WORDS[side])} {self.noun_phrase(self.index, BRIEF)}"
 
     def with_texture(self) -> str:
         """`red star with dots`, `star without stripes`."""
@@ -140,7 +140,8 @@ class _Speaker:
         return f"{phrase} without {self.pick(words.TEXTURE_NOUNS[self.any_of(rivals)])}" if rivals else self.bare()
 
     def grown(self) -> str:
-        return f"{self.pick(words.GROWTH_WORDS[self.objects[self.index].size])} {self.noun_phrase(self.index, 'size')}"
+        superlative = self.pick(words.GROWTH_WORDS[self.objects[self.index].size])
+        return f"{superlative} {self.noun_phrase(self.index, BRIEF, skip='size')}"
 
     def negation(self) -> tuple[str, str]:
         """An attribute, and a negative remark on it that another object of the scene deserves."""
@@ -166,37 +167,43 @@ class _Speaker:
         kind, remark = self.negation()
         if not remark:
             return self.bare()
-        return f"the {self.noun_phrase(self.index, skip=kind)} that is {remark}"
+        return f"the {self.noun_phrase(self.index, BRIEF, skip=kind)} that is {remark}"
 
     def placed_and_negated(self) -> str:
         kind, remark = self.negation()
         _, place = self.place()
         if not remark or " " not in place:
             return self.related()
-        return self.the(f"{self.noun_phrase(self.index, skip=kind)} {place} that is {remark}")
+        return self.the(f"{self.noun_phrase(self.index, BRIEF, skip=kind)} {place} that is {remark}")
 
-    def relation(self) -> str:
-        """What the target is to another object, such as `to the left of the big red star`."""
-        others = [k for k in range(len(self.objects)) if k != self.index]
+    def anchor(self, avoid: int = -1) -> int:
+        """Another object to relate the target to, often its neighbour."""
+        others = [k for k in range(len(self.objects)) if k not in (self.index, avoid)]
         gaps = self.world.gap[self.index]
-        nearest = min(others, key=lambda k: gaps[k])
-        other = nearest if self.chance(0.4) else others[int(self.rng.integers(len(others)))]
-        dx, dy = self.world.centre_xy[self.index] - self.world.centre_xy[other]
+        return min(others, key=lambda k: gaps[k]) if self.chance(0.4) else others[int(self.rng.integers(len(others)))]
+
+    def relation(self, anchor: int) -> str:
+        """What the target is to another object, such as `to the left of the big red star`."""
+        dx, dy = self.world.centre_xy[self.index] - self.world.centre_xy[anchor]
         name = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-        if other == nearest and self.chance(0.3):
-            name = "next" if gaps[other] <= words.BESIDE_SURE and self.chance(0.6) else "closest"
-        anchor = self.noun_phrase(other)
-        return f"{self.pick(words.RELATIONS[name])} the {anchor}"
+        if self.chance(0.15):
+            name = "next" if self.world.gap[self.index, anchor] <= words.BESIDE_SURE else "closest"
+        return f"{self.pick(words.RELATIONS[name])} the {self.noun_phrase(anchor)}"
 
     def related(self) -> str:
-        link = self.any_of(("", "that is", *words.FILLERS)) if self.chance(FILLER_SHARE * 2) else "that is"
-        return self.the(" ".join(filter(None, (self.noun_phrase(self.index), link, self.relation()))))
+        link = self.any_of(("", *words.FILLERS)) if self.chance(FILLER_SHARE) else "that is"
+        said = (self.noun_phrase(self.index, BRIEF), link, self.relation(self.anchor()))
+        return self.the(" ".join(filter(None, said)))
 
     def related_and(self) -> str:
         """Two relations, or a negative remark and a relation."""
+        first = self.anchor()
         if self.chance(0.4):
-            return self.the(f"{self.noun_phrase(self.index)} that is {self.relation()} and {self.relation()}")
+            relations = f"{self.relation(first)} and {self.relation(self.anchor(avoid=first))}"
+            return self.the(f"{self.noun_phrase(self.index, BRIEF)} that is {relations}")
         kind, remark = self.negation()
         if not remark:
             return self.related()
-        return self.the(f"{self.noun_phrase(self.index, skip=kind)} that is {remark} and is {self.relation()}")
+        return self.the(
+            f"{self.noun_phrase(self.index, BRIEF, skip=kind)} that is {remark} and is {self.relation(first)}"
+        )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIZES = ("small", "big")
-TEXTURES = ("plain", "striped", "dotted", "checkered")
+TEXTURES = ("plain", "striped", "dotted", "outlined")
 COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; hues or lightness far enough apart to survive the lighting
     "red": (212, 36, 36),
     "orange": (248, 134, 12),
@@ -29,22 +29,21 @@ OBJECTS_RANGE = (4, 7)
 DISTINCT_SHAPES_RANGE = (2, 3)  # with 4-7 objects nearly all have a namesake of their shape ...
 DISTINCT_COLOURS_RANGE = (2, 3)  # ... and of their colour
 PLAIN_SHARE = 0.4  # plain objects outnumber each texture, as most things in a picture do
-DIAMETER_RANGE = {
-    "small": (0.155, 0.18),
-    "big": (0.28, 0.33),
-}  # share of the image side; areas differ 2.4 times or more
+DIAMETER_RANGE = {"small": (0.155, 0.18), "big": (0.28, 0.33)}  # image sides; areas differ 2.4 times or more
 TILT_LIMIT_RAD = math.radians(12)  # more would turn a square into a diamond
-CLOSENESS = (
-    0.78  # centres stay this share of the summed radii apart, so occlusion is mild and no ring's hole is covered
-)
-MIN_VISIBLE_SHARE = 0.6
+CLOSENESS = 0.8  # centres lie this share of the summed radii apart: mild occlusion, and no ring's hole is covered
+MIN_VISIBLE_SHARE = 0.7
 MIN_VISIBLE_PX = 40
 SAME_COLOUR_GAP = 0.03  # share of the image side; touching objects of one colour would read as one
 BORDER = 0.02  # share of the image side kept free at the rim, so that no object is cut
 
+CLUTTER_RANGE = (8, 20)  # scribbles and specks in the background
+RIBBED_SHARE = 0.4  # backgrounds with faint ribs, so that stripes alone do not mean an object
 SUPERSAMPLING = 4
 TEXTURE_PERIOD = 0.056  # share of the image side, about three stripes on a small object
-TEXTURE_SHADE = 0.40  # dark parts of a texture relative to the colour
+OUTLINE_WIDTH = 0.016  # share of the image side; thinner is lost, thicker fills the arms of a small star
+STRIPE_SHARE, DOT_RADIUS = 0.45, 0.3  # of the period
+TEXTURE_SHADE = 0.24  # dark parts of a texture relative to the colour; darker than any background, or white would fray
 NOISE_STD = 5.0  # grey levels of sensor noise
 
 
@@ -84,7 +83,7 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
         case "circle":
             contours = [circle]
         case "ring":
-            contours = [circle, [(0.52 * x, 0.52 * y) for x, y in circle]]
+            contours = [circle, [(0.46 * x, 0.46 * y) for x, y in circle]]
         case "square":
             contours = [[(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]]
         case "diamond":
@@ -92,7 +91,7 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
         case "triangle":
             contours = [[(0.0, -0.98), (1.04, 0.82), (-1.04, 0.82)]]
         case "cross":
-            a, b = 0.34, 1.0
+            a, b = 0.36, 1.0
             contours = [
                 [
                     (-a, -b),
@@ -110,7 +109,7 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
                 ]
             ]
         case "star":
-            radii = [1.12 if k % 2 == 0 else 0.46 for k in range(10)]
+            radii = [1.12 if k % 2 == 0 else 0.52 for k in range(10)]
             contours = [[(r * math.sin(turn * k / 10), -r * math.cos(turn * k / 10)) for k, r in enumerate(radii)]]
         case "heart":
             angles = [turn * k / 48 for k in range(48)]
@@ -213,9 +212,11 @@ def _visible_masks(layers: list[NDArray[np.bool_]], side_px: int) -> NDArray[np.
     top = np.zeros(layers[0].shape, dtype=np.uint8)
     for index, layer in enumerate(layers):
         top[layer] = index + 1
-    blocks = top.reshape(side_px, SUPERSAMPLING, side_px, SUPERSAMPLING)
-    half = SUPERSAMPLING**2 // 2
-    return np.stack([(blocks == index + 1).sum(axis=(1, 3)) > half for index in range(len(layers))])
+    shares = (
+        cv2.resize((top == index + 1).astype(np.float32), (side_px, side_px), interpolation=cv2.INTER_AREA)
+        for index in range(len(layers))
+    )
+    return np.stack([share > 0.5 for share in shares])
 
 
 def _paint(
@@ -229,11 +230,8 @@ def _paint(
     canvas = _background(rng, side_px * SUPERSAMPLING)
     for item, place, layer in zip(objects, placements, layers, strict=True):
         colour = np.clip(np.array(COLOURS[item.colour]) + rng.integers(-8, 9, size=3), 0, 255)
-        ys, xs = np.nonzero(layer)
-        dark = _texture(
-            rng, item.texture, xs / layer.shape[1] - place.centre_xy[0], ys / layer.shape[0] - place.centre_xy[1]
-        )
-        canvas[ys, xs] = np.where(dark[:, None], TEXTURE_SHADE * colour, colour).astype(np.uint8)
+        canvas[layer] = colour
+        canvas[layer & _dark_part(rng, item.texture, place, layer)] = (TEXTURE_SHADE * colour).astype(np.uint8)
     image = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(np.float32)
     ramp = np.linspace(-1, 1, side_px, dtype=np.float32)
     slope_x, slope_y = rng.uniform(-0.1, 0.1, size=2)  # light falls off by at most a fifth to either side
@@ -242,40 +240,44 @@ def _paint(
     return np.asarray(np.clip(np.rint(noisy), 0, 255), dtype=np.uint8)
 
 
-def _texture(
-    rng: np.random.Generator, name: str, dx: NDArray[np.float64], dy: NDArray[np.float64]
+def _dark_part(
+    rng: np.random.Generator, texture: str, place: _Placement, layer: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Which of the points (shares of the image side, from the object's centre) are dark; [K] bool."""
+    """Where a texture is dark, [fine, fine] bool; only the pixels of the layer count."""
+    fine = layer.shape[0]
+    if texture == "plain":
+        return np.zeros(layer.shape, dtype=bool)
+    if texture == "outlined":
+        depth_px = cv2.distanceTransform(layer.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        return np.asarray(depth_px <= OUTLINE_WIDTH * fine)
     angle = float(rng.uniform(0, math.pi))
-    along = (dx * math.cos(angle) + dy * math.sin(angle)) / TEXTURE_PERIOD
-    across = (dy * math.cos(angle) - dx * math.sin(angle)) / TEXTURE_PERIOD
-    match name:
-        case "striped":
-            dark = along % 1.0 < 0.45
-        case "dotted":
-            dark = np.hypot(along % 1.0 - 0.5, across % 1.0 - 0.5) < 0.33
-        case "checkered":
-            dark = (np.floor(along * 1.3) + np.floor(across * 1.3)) % 2 < 1
-        case _:
-            dark = np.zeros(dx.shape, dtype=bool)
-    return np.asarray(dark)
+    dx = (np.arange(fine) / fine - place.centre_xy[0])[None, :] / TEXTURE_PERIOD
+    dy = (np.arange(fine) / fine - place.centre_xy[1])[:, None] / TEXTURE_PERIOD
+    along = dx * math.cos(angle) + dy * math.sin(angle)
+    if texture == "striped":
+        return np.asarray(along % 1.0 < STRIPE_SHARE)
+    across = dy * math.cos(angle) - dx * math.sin(angle)
+    return np.asarray(np.hypot(along - np.rint(along), across - np.rint(across)) < DOT_RADIUS)
 
 
 def _background(rng: np.random.Generator, fine: int) -> NDArray[np.uint8]:
-    """Blotchy dull gradient with scribbles and specks that are no objects; [fine, fine, 3] uint8."""
-    cells = int(rng.integers(2, 7))
-    tone = rng.uniform(70, 140) + rng.uniform(-14, 14, size=3)  # dull: every object colour stands out
-    blotches = np.clip(
-        tone + rng.uniform(-26, 26, size=(cells, cells, 1)) + rng.uniform(-8, 8, size=(cells, cells, 3)), 0, 255
-    )
-    canvas = cv2.resize(blotches.astype(np.uint8), (fine, fine), interpolation=cv2.INTER_CUBIC)
-    for _ in range(int(rng.integers(4, 14))):
-        shade = np.clip(tone + rng.uniform(-45, 45) + rng.uniform(-14, 14, size=3), 0, 255).tolist()
-        x, y = rng.uniform(0, fine, size=2)
+    """Dull blotches, sometimes ribbed, with scribbles and specks that are no objects; [fine, fine, 3] uint8."""
+    cells = int(rng.integers(2, 8))
+    tone = rng.uniform(90, 150) + rng.uniform(-16, 16, size=3)  # dull: every object colour stands out
+    blotches = tone + rng.uniform(-28, 28, size=(cells, cells, 1)) + rng.uniform(-10, 10, size=(cells, cells, 3))
+    canvas = cv2.resize(np.clip(blotches, 0, 255).astype(np.uint8), (fine, fine), interpolation=cv2.INTER_CUBIC)
+    if rng.random() < RIBBED_SHARE:
+        slope_x, slope_y = rng.uniform(-1, 1, size=2) / TEXTURE_PERIOD / fine
+        phase = slope_x * np.arange(fine)[None, :] + slope_y * np.arange(fine)[:, None]
+        canvas[phase % 1.0 < 0.5] //= 10
+        canvas[phase % 1.0 < 0.5] *= 9
+    for _ in range(int(rng.integers(*CLUTTER_RANGE, endpoint=True))):
+        shade = np.clip(tone + rng.uniform(-55, 55) + rng.uniform(-18, 18, size=3), 0, 255).tolist()
+        x, y = rng.uniform(0, fine, size=2).tolist()
         if rng.random() < 0.5:
             steps = rng.uniform(-0.1, 0.1, size=(4, 2)) * fine
             scribble = np.rint(np.cumsum(np.vstack([[x, y], steps]), axis=0)).astype(np.int32)
-            cv2.polylines(canvas, [scribble], False, shade, thickness=max(1, int(rng.uniform(0.006, 0.014) * fine)))
-        else:
+            cv2.polylines(canvas, [scribble], False, shade, thickness=max(1, int(rng.uniform(0.006, 0.016) * fine)))
+        else:  # at most a quarter of a small object's diameter
             cv2.circle(canvas, (int(x), int(y)), max(1, int(rng.uniform(0.006, 0.02) * fine)), shade, -1)
     return np.asarray(canvas, dtype=np.uint8)

@@ -44,18 +44,18 @@ TEXTURE_WORDS = {
     "plain": ("plain", "solid"),
     "striped": ("striped",),
     "dotted": ("dotted", "spotted"),
-    "checkered": ("checkered", "checked"),
+    "outlined": ("outlined", "framed"),
 }
-TEXTURE_NOUNS = {"striped": ("stripes",), "dotted": ("dots", "spots"), "checkered": ("checks",)}
+TEXTURE_NOUNS = {"striped": ("stripes",), "dotted": ("dots", "spots"), "outlined": ("a border", "a frame")}
 ANY_WORDS = ("one", "shape", "object", "thing")
-RANK_WORDS = {1: ("first",), 2: ("second",), 3: ("third",)}
+RANK_WORDS = {2: ("second",), 3: ("third",)}
 SIDE_WORDS = {"left": ("left",), "right": ("right",), "top": ("top",), "bottom": ("bottom",)}
 EXTREME_WORDS = {"left": ("leftmost",), "right": ("rightmost",), "top": ("topmost", "highest"), "bottom": ("lowest",)}
 GROWTH_WORDS = {"big": ("biggest", "largest"), "small": ("smallest",)}
 RELATIONS = {
     "left": ("to the left of", "left of"),
     "right": ("to the right of", "right of"),
-    "above": ("above", "over"),
+    "above": ("above",),
     "below": ("below", "under", "beneath"),
     "next": ("next to", "beside"),
     "closest": ("closest to", "nearest to"),
@@ -68,7 +68,7 @@ SIDES_XY = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 # Margins; lengths are shares of the image side (0.1 is 10 pixels of 96). Between sure and impossible nothing is said.
 RANK_MARGIN = 0.07  # centres this far apart are in a clear order
 SIDE_MARGIN = 0.15  # "left" needs a lead over the others that nobody would argue with
-HALF_SURE, HALF_POSSIBLE = 0.45, 0.55  # a thing on the left has its centre left of the first, never right of the second
+HALF_SURE, HALF_POSSIBLE = 0.43, 0.55  # a thing on the left has its centre left of the first, never right of the second
 MIDDLE_SURE, MIDDLE_POSSIBLE = 0.14, 0.25  # offset of the centre from the image's centre, per axis
 BESIDE_SURE, BESIDE_POSSIBLE = 0.07, 0.16  # free space between neighbours
 DIRECTION_SURE, DIRECTION_POSSIBLE = 0.10, 0.03  # offset between centres; sure also needs it to be the longer axis
@@ -144,8 +144,8 @@ def _meanings(words: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
 
 
 _SHAPE, _COLOUR, _SIZE = _meanings(SHAPE_WORDS), _meanings(COLOUR_WORDS), _meanings(SIZE_WORDS)
-_TEXTURE, _TEXTURE_NOUN = _meanings(TEXTURE_WORDS), _meanings(TEXTURE_NOUNS)
-_EXTREME, _GROWTH, _SIDE = _meanings(EXTREME_WORDS), _meanings(GROWTH_WORDS), _meanings(SIDE_WORDS)
+_TEXTURE, _SIDE = _meanings(TEXTURE_WORDS), _meanings(SIDE_WORDS)
+_EXTREME, _GROWTH = _meanings(EXTREME_WORDS), _meanings(GROWTH_WORDS)
 _RANK = {word: rank for rank, words in RANK_WORDS.items() for word in words}
 _RELATION = {tuple(phrase.split()): name for name, phrases in RELATIONS.items() for phrase in phrases}
 _VERTICAL = {"top": "top", "upper": "top", "bottom": "bottom", "lower": "bottom"}
@@ -274,8 +274,9 @@ class _Reader:
         without = self.take("without")
         if not (without or self.take("with")):
             return False
-        if (texture := self.lookup(_TEXTURE_NOUN)) is None:
-            raise self.fail("stripes, dots or checks")
+        texture = next((name for name, nouns in TEXTURE_NOUNS.items() if self.take(*nouns)), None)
+        if texture is None:
+            raise self.fail("stripes, dots or a border")
         having = self.exactly(self.world.texture == texture)
         phrase.passing &= ~having if without else having
         return True
