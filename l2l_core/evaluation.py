@@ -50,7 +50,8 @@ class Evaluation:
 
     per_sentence: pa.Table  # records.PER_SENTENCE
     metrics: dict[str, float | int | str]  # flat; see `summarise`
-    curves: dict[str, pd.DataFrame]  # by file name without its ending: "rounds/val", "training/round_1", ...
+    curves: dict[str, pd.DataFrame]  # by file name without its ending: "rounds/val", "training/round_1", ...; the
+    # same files for every data set and policy, with a header and no row where nothing is known: DVC needs the folders
 
 
 def read_history(folder: Path) -> History:
@@ -83,14 +84,16 @@ def evaluate(
     per_sentence = score_predictions(truth, history.predictions, proposals, last_round)
     labels = score_pseudo_labels(history.pseudo_labels, refs, masks)
     frame = records.to_frame(per_sentence)
-    head: dict[str, float | int | str] = {"round": last_round}
+    head: dict[str, float | int | str] = {"evaluated_round": last_round}
     if dataset_version is not None:
         head["dataset_version"] = dataset_version
     metrics = head | summarise(frame, last_round) | label_quality(labels)
-    curves = round_curves(frame, last_round) | label_curves(labels)
-    for folder, table, by in (("training", history.training, "model"), ("policy", history.policy, "round")):
-        for name, rows in table.groupby(by, sort=False):
-            curves[f"{folder}/{name if by == 'model' else f'round_{name}'}"] = rows.drop(columns=by)
+    curves = round_curves(frame, last_round) | label_curves(labels, last_round)
+    for model, rows in history.training.groupby("model", sort=False):
+        curves[f"training/{model}"] = rows.drop(columns="model")
+    for number in range(last_round + 1):
+        rows = history.policy[history.policy["round"] == number]
+        curves[f"policy/round_{number}"] = rows.drop(columns="round")
     return Evaluation(per_sentence, metrics, curves)
 
 
@@ -230,14 +233,15 @@ def round_curves(per_sentence: pd.DataFrame, last_round: int) -> dict[str, pd.Da
     return curves
 
 
-def label_curves(labels: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """`coverage/round_<k>` and `reliability/round_<k>` of the pseudo-labels whose truth is known.
+def label_curves(labels: pd.DataFrame, last_round: int) -> dict[str, pd.DataFrame]:
+    """`coverage/round_<k>` and `reliability/round_<k>` of the pseudo-labels whose truth is known; no row without any.
 
     A label above GOOD_IOU is good. coverage: share of good labels among the most trusted ones, against how many are
     taken. reliability: share of good labels against the accept_prob they were given.
     """
     curves = {}
-    for number, rows in labels[labels["iou"].notna()].groupby("round"):
+    for number in range(last_round + 1):
+        rows = labels[(labels["round"] == number) & labels["iou"].notna()]
         good = rows["iou"] > GOOD_IOU
         curves[f"coverage/round_{number}"] = precision_by_coverage(rows["accept_prob"], good, CURVE_POINTS).round(2)
         curves[f"reliability/round_{number}"] = reliability(rows["accept_prob"], good, RELIABILITY_BINS).round(2)

@@ -81,13 +81,14 @@ GUESSES = {
     ("round_0", False): {1: columns(2, 6), 2: columns(0, 5), 3: columns(4, 10)},  # IoU 2/6, 1/2, 5/6
 }
 PREDICTIONS = [prediction(*key, sent_id, rle) for key, rows in GUESSES.items() for sent_id, rle in rows.items()]
+ROUND_1 = [prediction("round_1", *key[1:], i, rle) for key, rows in GUESSES.items() for i, rle in rows.items()][3:]
 PROPOSALS = records.make_table([proposal(1, 0, 2), proposal(2, 0, 10), proposal(3, 0, 5)], records.PROPOSALS)
 
 
 def test_scores_counted_on_paper() -> None:
     result = evaluate(history(PREDICTIONS), *index(ROWS, TRUTH), PROPOSALS, ["val", "test", "testA"], 0, "7")
     expected = {
-        "round": 0,
+        "evaluated_round": 0,
         "dataset_version": "7",
         "n_val": 2,
         "val_miou": 75.0,  # (0.6 + 0.9) / 2
@@ -184,7 +185,7 @@ def test_pseudo_label_quality_counted_on_paper() -> None:
         label(7, columns(0, 2), columns(0, 0), 0.1),  # IoU 2/4, so not above one half; rejected
         label(8, columns(0, 1), columns(0, 0), 0.2),
     ]
-    result = evaluate(history(PREDICTIONS, labels), *index(ROWS + unlabeled, truth), PROPOSALS, ["val"], 0)
+    result = evaluate(history(PREDICTIONS + ROUND_1, labels), *index(ROWS + unlabeled, truth), PROPOSALS, ["val"], 1)
     quality = {name: value for name, value in result.metrics.items() if name.startswith("pseudo")}
     assert quality == {
         "pseudo_round_1_coverage": 50.0,  # 2 of 4
@@ -203,10 +204,15 @@ def test_pseudo_label_quality_counted_on_paper() -> None:
 def test_pseudo_labels_without_truth_have_coverage_only() -> None:
     rows = [*ROWS, ref(5, -1, "train", "unlabeled")]
     result = evaluate(
-        history(PREDICTIONS, [label(5, columns(0, 5), columns(0, 6), 0.9)]), *index(rows, TRUTH), PROPOSALS, ["val"], 0
+        history(PREDICTIONS + ROUND_1, [label(5, columns(0, 5), columns(0, 6), 0.9)]),
+        *index(rows, TRUTH),
+        PROPOSALS,
+        ["val"],
+        1,
     )
     assert {name for name in result.metrics if name.startswith("pseudo")} == {"pseudo_round_1_coverage"}
-    assert not any(name.startswith(("coverage", "reliability")) for name in result.curves)
+    assert result.curves["coverage/round_1"].empty
+    assert result.curves["reliability/round_1"].empty
 
 
 def test_a_cut_proposal_covers_the_same_part_of_a_larger_image() -> None:
@@ -248,7 +254,7 @@ def test_the_stage_agrees_with_decoded_masks(tmp_path: Path, monkeypatch: pytest
     assert curves == sorted(
         ["rounds/val.csv", "rounds/test.csv", "training/supervised.csv"]
         + [f"training/round_{k}.csv" for k in range(3)]
-        + [f"{kind}/round_{k}.csv" for kind in ("policy", "coverage", "reliability") for k in (1, 2)]
+        + [f"{kind}/round_{k}.csv" for kind in ("policy", "coverage", "reliability") for k in range(3)]
     )
 
 
