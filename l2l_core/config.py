@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RefShapesParams(Section):
@@ -140,6 +141,8 @@ class SelectParams(Section):
     folds: Annotated[int, Field(ge=2, le=10)]
     """Teachers trained without a share of the labelled images, to judge labels on images they never saw."""
     fold_steps: PositiveInt
+    fold_update_steps: PositiveInt
+    """Steps by which the fold teachers follow the model after a round, on that round's pseudo-labels."""
     grid: Annotated[int, Field(ge=2, le=64)]
     """Cells per side of the grid on which pixels are kept or dropped."""
     pixel_threshold: Annotated[float, Field(ge=0.5, lt=1.0)]
@@ -201,6 +204,15 @@ class Params(Section):
     report: ReportParams
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: `1e-05`, which `dvc exp run -S` writes, is a number and not a text as in YAML 1.1."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def parse_params(raw: object, source: str = "params.yaml") -> Params:
     """Validate a parsed YAML document.
 
@@ -219,7 +231,7 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and validate a params file. Raises ConfigError where it is missing, not YAML, or wrong."""
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found, run from the project's root") from None
     except yaml.YAMLError as error:
@@ -239,8 +251,10 @@ def _explain(detail: Any) -> str:
             return f"{key}: unknown parameter, expected one of those in params.yaml; check the spelling"
         case "literal_error":
             return f"{key}: got {got!r}, expected one of {context['expected'].replace(' or ', ', ')}"
+        case "model_type":
+            return f"{key}: got {got!r}, expected a section with its own keys"
         case "value_error":
             return f"{key}.{context['error']}" if key else str(context["error"])
         case _:
-            message = detail["msg"].removeprefix("Input should be ").removeprefix("Input ")
+            message = detail["msg"].removeprefix("Input should be ").removeprefix("String should have ")
             return f"{key}: got {got!r}, expected {message}"

@@ -1,0 +1,97 @@
+"""Views of a batch: the mirrored one, and the strong one that a student learns from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from l2l_core.data.dataset import Batch
+
+MAX_SCALE = 0.15
+"""Zoom of the strong view, either way: objects keep their size class and stay in their third of the image."""
+MAX_SHIFT = 0.08
+"""Shift of the strong view as a share of the side, small enough for words such as "left" or "top" to stay true."""
+MAX_BRIGHTNESS = 0.25
+MAX_CONTRAST = 0.25
+"""Brightness and contrast vary, hue does not: sentences name colours."""
+MAX_NOISE = 0.04
+"""Standard deviation of the strongest pixel noise, in units of the full range."""
+
+_MIRRORED = {"left": "right", "right": "left"}
+_SIDE_WORD = re.compile(r"\b(left|right)(?=(?:most|hand|side|ward|wards|er|s)?\b|-)", re.IGNORECASE)
+
+
+def mirror_sentence(sentence: str) -> str:
+    """Swap left and right, also in compounds such as "leftmost" and "right-hand"; case is kept."""
+
+    def swap(match: re.Match[str]) -> str:
+        word = match.group(0)
+        other = _MIRRORED[word.lower()]
+        return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+
+    return _SIDE_WORD.sub(swap, sentence)
+
+
+def mirror(batch: Batch, which: Tensor | None = None) -> Batch:
+    """Mirror images, maps, boxes and words of the samples in `which` ([B] bool; None: all)."""
+    which = torch.ones(len(batch.sentence), dtype=torch.bool) if which is None else which
+
+    def flip(maps: Tensor | None) -> Tensor | None:
+        return None if maps is None else torch.where(which[:, None, None, None], maps.flip(-1), maps)
+
+    mirrored_box = torch.stack([1 - batch.box[:, 2], batch.box[:, 1], 1 - batch.box[:, 0], batch.box[:, 3]], dim=1)
+    chosen = which.tolist()
+    return replace(
+        batch,
+        image=torch.where(which[:, None, None, None], batch.image.flip(-1), batch.image),
+        sentence=[mirror_sentence(text) if m else text for text, m in zip(batch.sentence, chosen, strict=True)],
+        prior_text=[mirror_sentence(text) if m else text for text, m in zip(batch.prior_text, chosen, strict=True)],
+        box=torch.where((which & batch.has_box)[:, None], mirrored_box, batch.box),
+        proposal=torch.where(which[:, None, None, None], batch.proposal.flip(-1), batch.proposal),
+        label=flip(batch.label),
+        keep=flip(batch.keep),
+    )
+
+
+def strong_view(batch: Batch, generator: torch.Generator) -> Batch:
+    """Mirror half of the samples, zoom and shift a little, change light and add noise; targets follow.
+
+    Pixels that come from outside the image are black and never teach.
+    """
+    batch = mirror(batch, torch.rand(len(batch.sentence), generator=generator) < 0.5)
+    count = len(batch.sentence)
+
+    def uniform(limit: float, *shape: int) -> Tensor:
+        return (2 * torch.rand(count, *shape, generator=generator) - 1) * limit
+
+    zoom, shift = 1 + uniform(MAX_SCALE), 2 * uniform(MAX_SHIFT, 2)
+    # affine_grid maps output to input coordinates (both -1..1): input = output / zoom - shift / zoom.
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom
+    theta[:, :, 2] = -shift / zoom[:, None]
+
+    def warp(maps: Tensor, mode: str, padding: str = "zeros") -> Tensor:
+        grid = F.affine_grid(theta, list(maps.shape), align_corners=False)
+        return F.grid_sample(maps, grid, mode=mode, padding_mode=padding, align_corners=False)
+
+    image = warp(batch.image.float() / 255, "bilinear")
+    image = (image - 0.5) * (1 + uniform(MAX_CONTRAST))[:, None, None, None] + 0.5
+    image = image + uniform(MAX_BRIGHTNESS)[:, None, None, None]
+    noise_std = torch.rand(count, generator=generator)[:, None, None, None] * MAX_NOISE
+    image = image + noise_std * torch.randn(image.shape, generator=generator)
+    offset = torch.cat([shift, shift], dim=1)
+    box = (((2 * batch.box - 1) * zoom[:, None] + offset + 1) / 2).clamp(0, 1)
+    label = None if batch.label is None else warp(batch.label, "nearest")
+    keep = None if batch.keep is None else warp(batch.keep, "nearest")
+    return replace(
+        batch,
+        image=(image.clamp(0, 1) * 255).round().to(torch.uint8),
+        box=torch.where(batch.has_box[:, None], box, batch.box),
+        proposal=warp(batch.proposal, "bilinear", padding="border"),
+        label=label,
+        keep=keep,
+    )

@@ -1,0 +1,266 @@
+"""Pairs (image, sentence, prior, proposal) as columns, their targets, and batches as tensors.
+
+`Pairs` never holds truth. What a sentence should teach is a separate `Targets`, which exists for labelled and
+pseudo-labelled pairs only, so that training on the truth of an unlabelled sentence is a type error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from l2l_core import records
+from l2l_core.errors import ArtifactError, InputError
+from l2l_core.masks import decode_rle, resize_mask
+
+IMAGE_CACHE_BYTES = 2 << 30
+"""Decoded images are kept in memory up to this size: all of a small data set, none of the cost for a large one."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N image-sentence pairs; geometry is relative to the image (0..1 in x and y)."""
+
+    sent_id: NDArray[np.int64]  # [N]
+    sentence: list[str]
+    prior_text: list[str]  # target, attributes and relation as the MLLM named them; "" without a prior
+    image_row: NDArray[np.int64]  # [N] row of image_path
+    image_path: list[str]
+    image_hw: NDArray[np.int64]  # [images, 2] original height, width in pixels
+    box: NDArray[np.float32]  # [N, 4] x1 y1 x2 y2 in 0..1, zeros without a prior
+    has_box: NDArray[np.bool_]  # [N]
+    proposal: NDArray[np.uint8]  # [N, P, P], 0..255 is probability 0..1
+    proposal_score: NDArray[np.float32]  # [N], 0 without a prior
+
+    def __len__(self) -> int:
+        return len(self.sent_id)
+
+    def take(self, rows: NDArray[np.int64]) -> Pairs:
+        """The pairs of some rows, in that order."""
+        return Pairs(
+            sent_id=self.sent_id[rows],
+            sentence=[self.sentence[row] for row in rows],
+            prior_text=[self.prior_text[row] for row in rows],
+            image_row=self.image_row[rows],
+            image_path=self.image_path,
+            image_hw=self.image_hw,
+            box=self.box[rows],
+            has_box=self.has_box[rows],
+            proposal=self.proposal[rows],
+            proposal_score=self.proposal_score[rows],
+        )
+
+    def with_sent_ids(self, sent_ids: NDArray[np.int64]) -> Pairs:
+        """The pairs of some sentences, in that order. Raises ArtifactError where one is unknown."""
+        order = np.argsort(self.sent_id)
+        place = np.searchsorted(self.sent_id, sent_ids, sorter=order)
+        rows = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros(0, dtype=np.int64)
+        if len(rows) != len(sent_ids) or (self.sent_id[rows] != sent_ids).any():
+            raise ArtifactError("a table names a sent_id that the index lacks; run dvc repro")
+        return self.take(rows)
+
+    @property
+    def hw(self) -> NDArray[np.int64]:
+        """[N, 2] original height and width of each pair's image."""
+        return np.asarray(self.image_hw[self.image_row])
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What N pairs teach; masks are run lengths at the image's own size."""
+
+    label: list[bytes]
+    keep: list[bytes] | None = None  # pixels that may teach; None: all of them
+
+    def take(self, rows: NDArray[np.int64]) -> Targets:
+        """The targets of some rows, in that order."""
+        keep = None if self.keep is None else [self.keep[row] for row in rows]
+        return Targets([self.label[row] for row in rows], keep)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs as tensors; S is the training size, P the proposal's, L the number of text tokens."""
+
+    image: Tensor  # [B, 3, S, S] uint8, RGB
+    sentence: list[str]
+    prior_text: list[str]
+    box: Tensor  # [B, 4] float32, 0..1
+    has_box: Tensor  # [B] bool
+    proposal: Tensor  # [B, 1, P, P] float32, 0..1
+    proposal_score: Tensor  # [B] float32
+    label: Tensor | None = None  # [B, 1, S, S] float32, 0 or 1
+    keep: Tensor | None = None  # [B, 1, S, S] float32, 0 or 1
+
+
+class ImageStore:
+    """Images by row, resized to the square that the network reads; keeps decoded ones while memory allows."""
+
+    def __init__(self, paths: Sequence[str], size_px: int) -> None:
+        self._paths = paths
+        self._size_px = size_px
+        self._cache: dict[int, NDArray[np.uint8]] = {}
+        self._room = IMAGE_CACHE_BYTES // (3 * size_px * size_px)
+
+    def __getitem__(self, row: int) -> NDArray[np.uint8]:
+        """[S, S, 3] uint8 RGB."""
+        image = self._cache.get(row)
+        if image is None:
+            image = resize_image(read_image(self._paths[row]), self._size_px)
+            if len(self._cache) < self._room:
+                self._cache[row] = image
+        return image
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Turns rows of pairs into batches of tensors."""
+
+    pairs: Pairs
+    size_px: int
+    flat_prob: float  # value of the proposal where there is no prior
+
+    @cached_property
+    def images(self) -> ImageStore:
+        """The images, decoded when first asked for."""
+        return ImageStore(self.pairs.image_path, self.size_px)
+
+    def __call__(
+        self, rows: NDArray[np.int64], targets: Targets | None = None, no_prior: NDArray[np.bool_] | None = None
+    ) -> Batch:
+        """Rows [B] -> batch. `targets` has one entry a row of `pairs`; `no_prior` [B] hides the prior of a pair."""
+        pairs = self.pairs.take(rows)
+        hidden = np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior
+        proposal = pairs.proposal.astype(np.float32) / 255.0
+        proposal[hidden] = self.flat_prob
+        image = np.stack([self.images[row] for row in pairs.image_row])
+        batch = Batch(
+            image=torch.from_numpy(image).permute(0, 3, 1, 2),
+            sentence=pairs.sentence,
+            prior_text=["" if gone else text for text, gone in zip(pairs.prior_text, hidden, strict=True)],
+            box=torch.from_numpy(np.where(hidden[:, None], np.float32(0), pairs.box)),
+            has_box=torch.from_numpy(pairs.has_box & ~hidden),
+            proposal=torch.from_numpy(proposal)[:, None],
+            proposal_score=torch.from_numpy(np.where(hidden, np.float32(0), pairs.proposal_score)),
+        )
+        if targets is None:
+            return batch
+        chosen = targets.take(rows)
+        label = torch.from_numpy(self.square_masks(chosen.label, rows)).float()[:, None]
+        if chosen.keep is None:
+            return replace(batch, label=label, keep=torch.ones_like(label))
+        return replace(batch, label=label, keep=torch.from_numpy(self.square_masks(chosen.keep, rows)).float()[:, None])
+
+    def square_masks(self, rles: list[bytes], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Masks of the pairs in `rows`, at their image's size, -> [B, S, S] at the size that the network reads."""
+        size, hw = self.size_px, self.pairs.hw[rows].tolist()
+        masks = [resize_mask(decode_rle(rle, h, w), size, size) for rle, (h, w) in zip(rles, hw, strict=True)]
+        return np.stack(masks)
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """A JPEG or PNG -> [H, W, 3] uint8 RGB, alpha dropped, grey repeated. Raises InputError where it cannot be read."""
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+        # IGNORE_ORIENTATION: annotations are in the coordinates of the stored pixels.
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
+    except FileNotFoundError:
+        raise InputError(f"{path}: image not found") from None
+    except (OSError, cv2.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if image is None:
+        raise InputError(f"{path}: not an image that can be decoded (expected JPEG or PNG)")
+    return np.ascontiguousarray(image[..., ::-1])
+
+
+def resize_image(image: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    """[H, W, 3] -> [S, S, 3], stretched as is usual in the field; area-averaged where it shrinks."""
+    shrinks = image.shape[0] > size_px or image.shape[1] > size_px
+    mode = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (size_px, size_px), interpolation=mode), dtype=np.uint8)
+
+
+def load_pairs(
+    index: records.IndexPaths,
+    sent_ids: NDArray[np.int64] | None,
+    priors_path: Path | None,
+    proposals_path: Path | None,
+    proposal_size_px: int,
+    flat_prob: float,
+) -> Pairs:
+    """Read the pairs of some sentences (None: all) from the tables; truth is not among the columns read.
+
+    Without priors (both paths None) every pair has the flat proposal and score 0.
+    """
+    refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
+    images = records.to_frame(records.read_table(index.images, records.IMAGES))
+    if sent_ids is not None:
+        refs = refs.set_index("sent_id").reindex(sent_ids)
+        if refs["image_id"].isna().any():
+            raise ArtifactError(f"{index.refs}: lacks sentences that the split names; run dvc repro")
+        refs = refs.reset_index()
+    image_row = images["image_id"].reset_index(drop=True).reset_index().set_index("image_id")["index"]
+    count = len(refs)
+    columns = {
+        "sent_id": refs["sent_id"].to_numpy(np.int64),
+        "sentence": refs["sentence"].tolist(),
+        "image_row": image_row.loc[refs["image_id"].astype(np.int64)].to_numpy(np.int64),
+        "image_path": images["file_name"].tolist(),
+        "image_hw": images[["height", "width"]].to_numpy(np.int64),
+    }
+    if priors_path is None or proposals_path is None:
+        return Pairs(
+            **columns,
+            prior_text=[""] * count,
+            box=np.zeros((count, 4), np.float32),
+            has_box=np.zeros(count, bool),
+            proposal=np.full((count, proposal_size_px, proposal_size_px), round(flat_prob * 255), np.uint8),
+            proposal_score=np.zeros(count, np.float32),
+        )
+    wanted = ["sent_id", "sample_index", "target", "attributes", "relation", "bbox"]
+    priors = records.to_frame(records.read_table(priors_path, records.PRIORS, wanted))
+    priors = priors[priors["sample_index"] == 0].set_index("sent_id").reindex(columns["sent_id"])
+    proposals = records.to_frame(records.read_table(proposals_path, records.PROPOSALS))
+    proposals = proposals.set_index("sent_id").reindex(columns["sent_id"])
+    if proposals["soft"].isna().any():
+        raise ArtifactError(f"{proposals_path}: lacks sentences of the index; run dvc repro")
+    has_box = priors["bbox"].notna().to_numpy()
+    box = np.zeros((count, 4), np.float32)
+    if has_box.any():
+        size_wh = columns["image_hw"][columns["image_row"]][has_box][:, ::-1]
+        box[has_box] = np.stack(priors["bbox"][has_box].tolist()) / np.concatenate([size_wh, size_wh], axis=1)
+    side = int(proposals["height"].iloc[0]) if count else proposal_size_px
+    return Pairs(
+        **columns,
+        prior_text=[_prior_text(*row) for row in zip(priors["target"], priors["attributes"], priors["relation"])],  # noqa: B905
+        box=box,
+        has_box=has_box,
+        proposal=np.frombuffer(b"".join(proposals["soft"]), np.uint8).reshape(count, side, side),
+        proposal_score=proposals["score"].to_numpy(np.float32),
+    )
+
+
+def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> Targets:
+    """True masks of labelled pairs. Raises ArtifactError where one is missing."""
+    masks = records.to_frame(records.read_table(masks_path, records.MASKS, ["ann_id", "rle_counts"]))
+    refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "ann_id"]))
+    ann_id = refs.set_index("sent_id").loc[pairs.sent_id, "ann_id"]
+    label = masks.set_index("ann_id")["rle_counts"].reindex(ann_id)
+    if label.isna().any():
+        raise ArtifactError(f"{masks_path}: lacks the mask of a labelled sentence; run dvc repro")
+    return Targets(label=label.tolist())
+
+
+def _prior_text(target: object, attributes: object, relation: object) -> str:
+    words = [target if isinstance(target, str) else ""]
+    words += [str(word) for word in attributes] if isinstance(attributes, np.ndarray | list) else []
+    words += [relation if isinstance(relation, str) else ""]
+    return " ".join(word for word in words if word)

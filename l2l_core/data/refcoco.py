@@ -1,0 +1,305 @@
+"""Reader of the layout of lichengunc/refer: refs(<split_by>).p or .json, instances.json and a folder of images."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from l2l_core.data.images import ImageFile, inspect_images, project_path
+from l2l_core.data.index import Box, Index, Mask, Object, Sentence, build_index, overlap_problems, sentence_problems
+from l2l_core.errors import InputError, raise_all
+from l2l_core.masks import rle_area_px, segmentation_to_rle
+from l2l_core.progress import progress
+
+IMAGE_SUBFOLDERS = ("", "train2014", "mscoco/images/train2014")
+"""Where the published layouts keep the photos below the image folder."""
+
+MAX_COORDINATE_PX = 1e6
+"""Larger than any image; also refuses NaN and infinity, which compare false."""
+
+T = TypeVar("T")
+
+
+class _ImageRow(NamedTuple):
+    where: str
+    file_name: str
+    height: int  # 0: not stated, which only a data set of boxes may do
+    width: int
+
+
+class _Annotation(NamedTuple):
+    where: str
+    image_id: int
+    category: str
+    bbox: Box
+    segmentation: object
+
+
+def refs_files(folder: Path) -> list[Path]:
+    """The files of referring expressions in a folder."""
+    return sorted(path for path in folder.glob("refs(*).*") if path.suffix in (".p", ".json"))
+
+
+def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min_image_side_px: int = 1) -> Index:
+    """Read and check a whole data set.
+
+    images: `auto` (<folder>/images, then <folder>/../images) or a folder; the subfolders of IMAGE_SUBFOLDERS are
+    searched too. split_by: which refs(<split_by>) file; `auto` takes the only one.
+    A data set in which NO annotation has a segmentation is boxes only: it gets no masks, and its images need not exist
+    (an absent one has sha256 "" and the stated size, 0 where none is stated).
+    Raises InputError that lists every bad row.
+    """
+    refs_path, instances_path = _refs_path(folder, split_by), folder / "instances.json"
+    refs = _load_refs(refs_path)
+    instances = _load_instances(instances_path)
+    problems: list[str] = []
+
+    segmented = any(isinstance(row, dict) and row.get("segmentation") for row in instances["annotations"])
+    where = project_path(instances_path)
+    categories = _rows_by_id(
+        instances["categories"], f"{where}: category", lambda row, _: _get(row, "name", str), problems
+    )
+    image_rows = _rows_by_id(
+        instances["images"], f"{where}: image", lambda row, where: _image_row(row, where, segmented), problems
+    )
+    annotations = _rows_by_id(
+        instances["annotations"],
+        f"{where}: annotation",
+        lambda row, where: _annotation(row, where, categories, image_rows),
+        problems,
+    )
+    sentences = _sentences(refs, project_path(refs_path), annotations, problems)
+    problems += sentence_problems(sentences)
+    used = sorted({row.image_id for row in sentences})
+    names = {image_id: image_rows[image_id].file_name for image_id in used}
+    problems += overlap_problems(sentences, names, project_path(refs_path))
+
+    files = _image_files(
+        {image_id: image_rows[image_id] for image_id in used},
+        _image_folders(folder, images),
+        min_image_side_px,
+        optional=not segmented,
+        problems=problems,
+    )
+    referred = sorted({row.ann_id for row in sentences}) if segmented else []
+    masks: dict[int, Mask] = {}
+    for ann_id in progress(referred, "masks", "mask"):
+        annotation = annotations[ann_id]
+        row = image_rows[annotation.image_id]
+        try:
+            counts = segmentation_to_rle(annotation.segmentation, row.height, row.width)
+            if not rle_area_px(counts, row.height, row.width):
+                raise ValueError("empty mask")
+            masks[ann_id] = Mask(row.height, row.width, counts)
+        except ValueError as error:
+            problems.append(f"{annotation.where}: {error}")
+    raise_all(problems)
+
+    objects = [
+        Object(ann_id, annotation.image_id, annotation.category, annotation.bbox)
+        for ann_id, annotation in annotations.items()
+        if annotation.image_id in files
+    ]
+    return build_index(files, sentences, objects, masks)
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Reads containers, strings and numbers; whatever would import or call something is refused."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, expected nothing but lists, dicts, strings, numbers"
+        )
+
+
+def _refs_path(folder: Path, split_by: str) -> Path:
+    found = refs_files(folder)
+    chosen = [path for path in found if split_by == "auto" or path.stem == f"refs({split_by})"]
+    if len(chosen) == 1:
+        return chosen[0]
+    names = ", ".join(path.name for path in found) or "none"
+    wanted = "one refs(<name>).p or .json" if split_by == "auto" else f"one refs({split_by}).p or .json"
+    raise InputError(f"{project_path(folder)}: found {names}, expected {wanted}; choose by ingest.split_by")
+
+
+def _load_refs(path: Path) -> list[Any]:
+    if path.suffix == ".json":
+        refs = _load_json(path)
+    else:
+        try:
+            with path.open("rb") as file:
+                refs = _DataUnpickler(file, encoding="utf-8").load()  # utf-8: the published files are Python 2's
+        except Exception as error:  # a damaged pickle fails in any way
+            raise InputError(f"{project_path(path)}: not a pickle of plain data: {error}") from None
+    if not isinstance(refs, list) or not refs:
+        raise InputError(f"{project_path(path)}: expected a list of refs that is not empty")
+    return refs
+
+
+def _load_instances(path: Path) -> dict[str, list[Any]]:
+    instances = _load_json(path)
+    keys = ("images", "annotations", "categories")
+    if not isinstance(instances, dict) or not all(isinstance(instances.get(key), list) for key in keys):
+        raise InputError(f"{project_path(path)}: expected an object with the lists {', '.join(keys)}")
+    return instances
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{project_path(path)}: not found, the layout needs it") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{project_path(path)}: not valid JSON: {error}") from None
+
+
+def _get(row: dict[str, Any], key: str, kind: type[T]) -> T:
+    """row[key], which must be of exactly that type (True is no number)."""
+    value = row.get(key)
+    if type(value) is not kind:
+        raise ValueError(f"{key}: got {_short(value)}, expected {'a whole number' if kind is int else kind.__name__}")
+    return value
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _rows_by_id(
+    rows: list[Any], what: str, parse: Callable[[dict[str, Any], str], T], problems: list[str]
+) -> dict[int, T]:
+    """Parsed rows by their `id`; a row that cannot be parsed becomes a line in `problems`."""
+    parsed: dict[int, T] = {}
+    for number, row in enumerate(rows):
+        where = f"{what} {number}"
+        try:
+            if not isinstance(row, dict):
+                raise ValueError(f"got {_short(row)}, expected an object")
+            row_id = _get(row, "id", int)
+            where += f" (id {row_id})"
+            if row_id in parsed:
+                raise ValueError("id is taken by an earlier row")
+            parsed[row_id] = parse(row, where)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    return parsed
+
+
+def _image_row(row: dict[str, Any], where: str, size_needed: bool) -> _ImageRow:
+    name = _get(row, "file_name", str)
+    if not size_needed and row.get("height") is None and row.get("width") is None:
+        return _ImageRow(where, name, 0, 0)
+    height, width = _get(row, "height", int), _get(row, "width", int)
+    if min(height, width) < 1:
+        raise ValueError(f"height, width: got {height}, {width}, expected at least 1")
+    return _ImageRow(where, name, height, width)
+
+
+def _annotation(
+    row: dict[str, Any], where: str, categories: dict[int, str], images: dict[int, _ImageRow]
+) -> _Annotation:
+    image_id, category_id = _get(row, "image_id", int), _get(row, "category_id", int)
+    if image_id not in images:
+        raise ValueError(f"image_id {image_id}: no usable image of that id in the file")
+    if category_id not in categories:
+        raise ValueError(f"category_id {category_id}: no category of that id in the file")
+    return _Annotation(where, image_id, categories[category_id], _box(row.get("bbox")), row.get("segmentation"))
+
+
+def _box(bbox: object) -> Box:
+    """COCO's x, y, width, height as x1 y1 x2 y2. COCO has boxes of no area, so these pass."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not set(map(type, bbox)) <= {int, float}:
+        raise ValueError(f"bbox: got {_short(bbox)}, expected 4 numbers: x, y, width, height")
+    x, y, width, height = bbox
+    if not all(abs(value) <= MAX_COORDINATE_PX for value in bbox) or min(width, height) < 0:
+        raise ValueError(f"bbox: got {_short(bbox)}, expected finite numbers, width and height >= 0")
+    return float(x), float(y), float(x) + float(width), float(y) + float(height)
+
+
+def _sentences(
+    refs: list[Any], source: str, annotations: dict[int, _Annotation], problems: list[str]
+) -> list[Sentence]:
+    """Every usable sentence; each ref and each sentence that is not usable becomes a line in `problems`."""
+    sentences: list[Sentence] = []
+    seen: set[int] = set()
+    for number, ref in enumerate(refs):
+        where = f"{source}: ref {number}"
+        try:
+            if not isinstance(ref, dict):
+                raise ValueError(f"got {_short(ref)}, expected an object")
+            ref_id = _get(ref, "ref_id", int)
+            where += f" (ref_id {ref_id})"
+            if ref_id in seen:
+                raise ValueError("ref_id is taken by an earlier ref")
+            seen.add(ref_id)
+            ann_id, image_id, split = _get(ref, "ann_id", int), _get(ref, "image_id", int), _get(ref, "split", str)
+            annotation = annotations.get(ann_id)
+            if annotation is None:
+                raise ValueError(f"ann_id {ann_id}: no usable annotation of that id in instances.json")
+            if image_id != annotation.image_id:
+                raise ValueError(f"image_id: got {image_id}, but annotation {ann_id} is of image {annotation.image_id}")
+            if not _get(ref, "sentences", list):
+                raise ValueError("sentences: got an empty list, expected at least one")
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        for place, row in enumerate(ref["sentences"]):
+            here = f"{where}, sentence {place}"
+            try:
+                if not isinstance(row, dict):
+                    raise ValueError(f"got {_short(row)}, expected an object")
+                style = _get(row, "style", str) if "style" in row else ""
+                found = Sentence(
+                    where=here,
+                    sent_id=_get(row, "sent_id", int),
+                    ref_id=ref_id,
+                    ann_id=ann_id,
+                    image_id=image_id,
+                    category=annotation.category,
+                    sentence=_get(row, "sent", str),
+                    style=style,
+                    split=split,
+                    bbox=annotation.bbox,
+                )
+                sentences.append(found)
+            except ValueError as error:
+                problems.append(f"{here}: {error}")
+    return sentences
+
+
+def _image_folders(folder: Path, images: str) -> list[Path]:
+    roots = [folder / "images", folder / ".." / "images"] if images == "auto" else [Path(images)]
+    return [root / below for root in roots for below in IMAGE_SUBFOLDERS]
+
+
+def _image_files(
+    rows: dict[int, _ImageRow], folders: list[Path], min_side_px: int, optional: bool, problems: list[str]
+) -> dict[int, ImageFile]:
+    """The image file of every row; optional: one that is absent is described by what the annotations state."""
+    present = [folder for folder in folders if folder.is_dir()]
+    paths: dict[int, Path] = {}
+    files: dict[int, ImageFile] = {}
+    for image_id, row in rows.items():
+        path = next((folder / row.file_name for folder in present if (folder / row.file_name).is_file()), None)
+        if path is not None:
+            paths[image_id] = path
+        elif optional:
+            files[image_id] = ImageFile(row.file_name, row.height, row.width, sha256="")
+        else:
+            problems.append(f"{row.where}: image {row.file_name} not found; set ingest.images to its folder")
+    for image_id, found in zip(paths, inspect_images(list(paths.values()), min_side_px), strict=True):
+        row = rows[image_id]
+        if isinstance(found, str):
+            problems.append(f"{row.where}: {found}")
+        elif row.height and (row.height, row.width) != (found.height, found.width):
+            problems.append(
+                f"{row.where}: {found.file_name} is {found.width}x{found.height} px, "
+                f"the annotations say {row.width}x{row.height}"
+            )
+        else:
+            files[image_id] = found
+    return files

@@ -1,0 +1,86 @@
+"""What the training stages have in common: a resumable run, a saved teacher, its curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2l_core import records
+from l2l_core.config import Params
+from l2l_core.data.dataset import Pairs, Targets
+from l2l_core.data.inputs import batches_of, corpus, labeled_targets, pairs_of
+from l2l_core.engine.curves import live_curve
+from l2l_core.engine.loop import Stream, derive_seed, train
+from l2l_core.engine.resume import fingerprint, scratch_folder, whole_folder
+from l2l_core.errors import InputError
+from l2l_core.model.segmenter import Segmenter
+
+LABEL_INPUTS = (records.SPLIT_PATH, records.LABELED_MASKS_PATH, records.INDEX.refs, records.INDEX.images)
+PRIOR_INPUTS = (records.PRIORS_PATH, records.PROPOSALS_PATH)
+
+
+def new_network(params: Params, purpose: str, *, with_priors: bool = True) -> Segmenter:
+    """A network with random (or pretrained) weights whose tokenizer knows the training sentences."""
+    pairs = [pairs_of(params, role, with_priors=with_priors) for role in ("labeled", "unlabeled")]
+    return Segmenter.create(params.model, corpus(pairs), derive_seed(params.seed, purpose))
+
+
+def labeled_stream(params: Params, share: float, *, with_priors: bool = True) -> Stream:
+    """All labelled pairs with their true masks."""
+    pairs = pairs_of(params, "labeled", with_priors=with_priors)
+    return Stream(batches_of(params, pairs), labeled_targets(pairs), share)
+
+
+def pseudo_stream(params: Params, pseudo_labels: Path, share: float) -> Stream | None:
+    """The accepted pseudo-labels with the pixels that may teach; None where nothing was accepted."""
+    wanted = ["sent_id", "rle_counts", "keep_rle", "accepted"]
+    table = records.to_frame(records.read_table(pseudo_labels, records.PSEUDO_LABELS, wanted))
+    table = table[table["accepted"]]
+    if table.empty:
+        return None
+    pairs = pairs_of(params, "unlabeled").with_sent_ids(table["sent_id"].to_numpy(np.int64))
+    return Stream(batches_of(params, pairs), Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist()), share)
+
+
+def part_of(stream: Stream, rows: NDArray[np.int64]) -> Stream:
+    """The stream reduced to some of its pairs."""
+    pairs: Pairs = stream.batches.pairs.take(rows)
+    batches = type(stream.batches)(pairs, stream.batches.size_px, stream.batches.flat_prob)
+    return Stream(batches, stream.targets.take(rows), stream.share)
+
+
+def fold_of_images(image_row: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
+    """[N] fold of each pair; pairs of one image share a fold, and folds differ by at most one image."""
+    images, place = np.unique(image_row, return_inverse=True)
+    if len(images) < folds:
+        raise InputError(
+            f"select.folds: got {folds}, but only {len(images)} images are labelled; lower it or label more"
+        )
+    fold = np.random.default_rng([seed, folds]).permutation(len(images)) % folds
+    return np.asarray(fold[place])
+
+
+def run_training(
+    params: Params,
+    purpose: str,
+    network: Segmenter,
+    streams: list[Stream],
+    steps: int,
+    inputs: list[Path],
+    model_out: Path,
+    curves_out: Path | None,
+) -> None:
+    """Train, resuming where a killed run of the same inputs stopped, and write the teacher (and its curve)."""
+    settings = f"{params.seed} {steps} {params.model!r} {params.train!r} {[stream.share for stream in streams]}"
+    seed = derive_seed(params.seed, purpose)
+    with scratch_folder(purpose, fingerprint(purpose, settings, inputs)) as scratch:
+        checkpoint = scratch / "checkpoint.pt"
+        if curves_out is None:
+            trained = train(network, streams, steps, params.train, seed, purpose, checkpoint)
+        else:
+            with live_curve(curves_out) as log:
+                trained = train(network, streams, steps, params.train, seed, purpose, checkpoint, log)
+        with whole_folder(model_out) as folder:
+            trained.teacher.save(folder)

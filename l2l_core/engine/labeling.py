@@ -1,0 +1,117 @@
+"""A teacher's masks of sentences, as a policy sees them and as the truth judges them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from l2l_core import records
+from l2l_core.config import Params
+from l2l_core.data.dataset import Pairs, load_targets
+from l2l_core.data.inputs import batches_of, pairs_of
+from l2l_core.engine.jobs import fold_of_images, labeled_stream, part_of
+from l2l_core.masks import encode_rle, resize_prob
+from l2l_core.predictor import Predictor, batched_rows
+from l2l_core.selection.decide import Decision
+from l2l_core.selection.features import (
+    LABEL_THRESHOLD,
+    Candidates,
+    Outcome,
+    concatenate,
+    confident_pixels,
+    describe,
+    expand_cells,
+    judge,
+)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A teacher's masks of N pairs at their images' own size, as run lengths."""
+
+    pairs: Pairs
+    rle: list[bytes]
+    confident_rle: list[bytes]  # pixels that pass the fixed confidence threshold
+
+
+def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candidates]:
+    """What the teacher says of every unlabelled sentence: its masks, and how a policy sees them."""
+    batches = batches_of(params, pairs_of(params, "unlabeled"))
+    labels, parts = Labels(batches.pairs, [], []), []
+    hw = iter(batches.pairs.hw.tolist())
+    for views in teacher.views(batches, params.evaluate.batch_size, "label"):
+        parts.append(describe(views, params.select.grid))
+        for prob in views.prob:
+            full = resize_prob(prob, *next(hw))
+            labels.rle.append(encode_rle(full > LABEL_THRESHOLD))
+            labels.confident_rle.append(encode_rle(confident_pixels(full, params.select.pixel_threshold)))
+    return labels, concatenate(parts)
+
+
+def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]:
+    """How teachers label the labelled sentences of images that they never saw, and how right they are."""
+    labeled = labeled_stream(params, 1.0)
+    fold = fold_of_images(labeled.batches.pairs.image_row, params.select.folds, params.seed)
+    candidates, outcomes = [], []
+    for left_out in range(params.select.folds):
+        unseen = part_of(labeled, (fold == left_out).nonzero()[0])
+        teacher = Predictor.from_run(folds / str(left_out), params.train)
+        done = 0
+        for views in teacher.views(unseen.batches, params.evaluate.batch_size, f"fold {left_out}"):
+            rows = np.arange(done, done + len(views.sent_id))
+            truth = unseen.batches.square_masks(unseen.targets.take(rows).label, rows)
+            candidates.append(describe(views, params.select.grid))
+            outcomes.append(judge(views.sent_id, views.prob > LABEL_THRESHOLD, truth, params.select.grid))
+            done += len(rows)
+    return concatenate(candidates), concatenate(outcomes)
+
+
+def judge_unlabeled(params: Params, labels: Labels, masks_path: Path) -> Outcome:
+    """The truth about pseudo-labels, for the oracle alone.
+
+    Raises ArtifactError where the data set has no truth for an unlabelled sentence.
+    """
+    batches = batches_of(params, labels.pairs)
+    truth = load_targets(masks_path, records.INDEX, labels.pairs)
+    outcomes = []
+    for rows in batched_rows(len(labels.pairs), params.evaluate.batch_size, "oracle"):
+        mine = batches.square_masks([labels.rle[row] for row in rows], rows)
+        true = batches.square_masks([truth.label[row] for row in rows], rows)
+        outcomes.append(judge(labels.pairs.sent_id[rows], mine, true, params.select.grid))
+    return concatenate(outcomes)
+
+
+def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candidates, decision: Decision) -> pa.Table:
+    """The round's pseudo-labels (records.PSEUDO_LABELS), one row an unlabelled sentence."""
+    keep = [
+        _keep_rle(params, labels, decision, row, height, width)
+        for row, (height, width) in enumerate(labels.pairs.hw.tolist())
+    ]
+    count = len(labels.pairs)
+    columns = {
+        "round": np.full(count, number, np.int16),
+        "sent_id": labels.pairs.sent_id,
+        "height": labels.pairs.hw[:, 0].astype(np.int32),
+        "width": labels.pairs.hw[:, 1].astype(np.int32),
+        "rle_counts": labels.rle,
+        "keep_rle": keep,
+        "accept_prob": decision.accept_prob.astype(np.float32),
+        "reward": decision.reward.astype(np.float32),
+        "prior_iou": seen.prior_iou.astype(np.float32),
+        "confidence": seen.confidence.astype(np.float32),
+        "accepted": decision.accepted,
+        "policy": [params.select.policy] * count,
+    }
+    return pa.table(columns, schema=records.PSEUDO_LABELS)
+
+
+def _keep_rle(params: Params, labels: Labels, decision: Decision, row: int, height: int, width: int) -> bytes:
+    """Pixels of one label that may teach; none of a rejected one."""
+    if not decision.accepted[row]:
+        return encode_rle(np.zeros((height, width), dtype=bool))
+    if params.select.policy == "threshold":
+        return labels.confident_rle[row]
+    return encode_rle(expand_cells(decision.keep_cells[row : row + 1], height, width)[0])

@@ -1,0 +1,195 @@
+"""The training loop. Warm-up, fold teachers and retraining are this one loop over one or two streams of pairs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from l2l_core.config import TrainParams
+from l2l_core.data.augment import strong_view
+from l2l_core.data.dataset import Batch, BatchMaker, Targets
+from l2l_core.engine.ema import update_ema
+from l2l_core.engine.resume import load_checkpoint, save_checkpoint
+from l2l_core.errors import ConfigError, InputError
+from l2l_core.model.losses import segmentation_loss
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.progress import progress
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Pairs with what they teach, and their share of every batch."""
+
+    batches: BatchMaker
+    targets: Targets
+    share: float
+
+    def __len__(self) -> int:
+        return len(self.batches.pairs)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of a training."""
+
+    teacher: Segmenter  # the moving average, which is what is evaluated and what labels
+    curve: list[dict[str, float]]  # rows of step, loss, bce, dice, lr
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose, so that no two parts of the pipeline draw the same numbers."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]).generate_state(1)[0])
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError where `cuda` is asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("params.yaml: train.device: got 'cuda', but torch sees no CUDA device; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def train(
+    network: Segmenter,
+    streams: list[Stream],
+    steps: int,
+    params: TrainParams,
+    seed: int,
+    what: str,
+    checkpoint: Path | None = None,
+    log: Callable[[dict[str, float]], None] = lambda row: None,
+) -> Trained:
+    """Train for a number of steps and return the EMA teacher.
+
+    Every random choice of a step is a function of (seed, step): a run that resumes from `checkpoint` ends with the
+    same bytes as one that was never interrupted. `log` gets every row of the curve, after a resume the old ones too.
+    Raises InputError where a stream is empty.
+    """
+    for stream in streams:
+        if not len(stream):
+            raise InputError(f"{what}: nothing to learn from (no pair in one of its streams); check the label budget")
+    accelerator = Accelerator(
+        cpu=choose_device(params.device).type == "cpu",
+        mixed_precision="bf16" if params.precision == "bf16" else "no",
+    )
+    network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = copy.deepcopy(network).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameter_groups(params.lr, params.encoder_lr_scale, params.weight_decay))
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
+    curve: list[dict[str, float]] = []
+    first = 0
+    state = load_checkpoint(checkpoint) if checkpoint else None
+    if state is not None:
+        network.load_state_dict(state["student"])
+        teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+        curve, first = state["curve"], state["step"]
+    for row in curve:
+        log(row)
+    student, stepper = accelerator.prepare(network, optimizer)
+    student.train()
+    for step in progress(range(first, steps), what, "step", total=steps, initial=first):
+        generator = torch.Generator().manual_seed(_mix(seed, step))
+        torch.manual_seed(_mix(seed, step) + 1)  # dropout
+        batch = strong_view(_draw(streams, params, seed, step), generator)
+        tokens = to_device(network.tokenize(batch), accelerator.device)
+        batch = move_batch(batch, accelerator.device)
+        assert batch.label is not None  # streams always have targets
+        assert batch.keep is not None
+        for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
+            group["lr"] = peak * schedule(step, steps, params.warmup_fraction)
+        loss = segmentation_loss(student(batch, tokens), batch.label, batch.keep)
+        stepper.zero_grad()
+        accelerator.backward(loss.total)
+        accelerator.clip_grad_norm_(student.parameters(), params.grad_clip)
+        stepper.step()
+        update_ema(teacher, network, step + 1, params.ema_decay)
+        done = step + 1
+        if done % params.log_every == 0 or done == steps:
+            parts = {"loss": loss.total.detach(), "bce": loss.bce, "dice": loss.dice}
+            row = {name: round(float(value), 6) for name, value in parts.items()}
+            curve.append({"step": done, **row, "lr": round(optimizer.param_groups[0]["lr"], 9)})
+            log(curve[-1])
+        if checkpoint and done % params.checkpoint_every == 0 and done < steps:
+            save_checkpoint(
+                checkpoint,
+                {
+                    "student": network.state_dict(),
+                    "teacher": teacher.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "curve": curve,
+                    "step": done,
+                },
+            )
+    return Trained(teacher, curve)
+
+
+def schedule(step: int, steps: int, warmup_fraction: float) -> float:
+    """Factor of the peak learning rate at a step: linear rise, then half a cosine down to 0."""
+    rise = max(1, round(steps * warmup_fraction))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all its tensors on a device."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)
+
+
+def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on a device."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def epoch_rows(count: int, batch: int, seed: int, step: int) -> NDArray[np.int64]:
+    """[batch] rows of step `step` in an endless walk through shuffled epochs of `count` rows; a pure function."""
+    positions = np.arange(step * batch, (step + 1) * batch)
+    rows = np.empty(batch, dtype=np.int64)
+    for epoch in np.unique(positions // count):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(count)
+        here = positions // count == epoch
+        rows[here] = order[positions[here] % count]
+    return rows
+
+
+def stream_sizes(streams: list[Stream], batch_size: int) -> list[int]:
+    """Samples of each stream in a batch: shares rounded, at least one each, `batch_size` in all (the last fills up)."""
+    sizes = [max(1, round(stream.share * batch_size)) for stream in streams[:-1]]
+    return [*sizes, max(1, batch_size - sum(sizes))]
+
+
+def _draw(streams: list[Stream], params: TrainParams, seed: int, step: int) -> Batch:
+    parts = []
+    for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
+        rows = epoch_rows(len(stream), size, seed + number, step)
+        no_prior = np.random.default_rng([seed, step, number]).random(size) < params.prior_dropout
+        parts.append(stream.batches(rows, stream.targets, no_prior))
+    return parts[0] if len(parts) == 1 else _concatenate(parts)
+
+
+def _concatenate(parts: list[Batch]) -> Batch:
+    joined: dict[str, Any] = {}
+    for field in fields(Batch):
+        values = [getattr(part, field.name) for part in parts]
+        joined[field.name] = torch.cat(values) if isinstance(values[0], Tensor) else list(chain.from_iterable(values))
+    return Batch(**joined)
+
+
+def _mix(seed: int, step: int) -> int:
+    """One 63-bit seed from two numbers; SeedSequence spreads neighbouring ones apart."""
+    low, high = np.random.SeedSequence([seed, step]).generate_state(2).tolist()
+    return int(low) | (int(high) & 0x3FFFFFFF) << 32

@@ -1,0 +1,118 @@
+"""Image pyramid and sentence tokens, from any transformers backbone and text encoder, or small ones from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+)
+
+from l2l_core.errors import ConfigError
+
+TINY = "tiny"
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def tiny_image_config() -> ResNetConfig:
+    """A narrow residual network with strides 4, 8, 16 and 32: it learns from scratch on few images, fast on a CPU."""
+    return ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[32, 64, 128, 160],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+
+
+def tiny_text_config(vocabulary: int, max_tokens: int) -> BertConfig:
+    """Two narrow layers: sentences of the field have 3 to 8 words, and there are few of them to learn from."""
+    return BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=max(2 * max_tokens, 64),
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.0,
+    )
+
+
+def make_image_encoder(name: str, *, pretrained: bool) -> nn.Module:
+    """A backbone that returns a pyramid, finest level first; `name` is `tiny`, a hub id or a folder.
+
+    pretrained False builds the architecture with random weights (they are loaded afterwards).
+    Raises ConfigError where transformers knows no backbone of that name.
+    """
+    if name == TINY:
+        return AutoBackbone.from_config(tiny_image_config())
+    try:
+        config = AutoConfig.from_pretrained(name)
+        stages = [stage for stage in config.stage_names if stage != "stem"]
+        if pretrained:
+            return AutoBackbone.from_pretrained(name, out_features=stages)
+        config.out_features = stages
+        return AutoBackbone.from_config(config)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(_cannot_load("image_encoder", name, "an image backbone", error)) from None
+
+
+def make_text_encoder(name: str, vocabulary: int, max_tokens: int, *, pretrained: bool) -> nn.Module:
+    """A text encoder that returns `last_hidden_state`; `name` is `tiny`, a hub id or a folder.
+
+    Raises ConfigError where transformers cannot load it.
+    """
+    if name == TINY:
+        return AutoModel.from_config(tiny_text_config(vocabulary, max_tokens))
+    try:
+        if pretrained:
+            return AutoModel.from_pretrained(name)
+        return AutoModel.from_config(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load("text_encoder", name, "a text encoder", error)) from None
+
+
+def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The text encoder's own tokenizer; for `tiny` one token a word of the corpus, in alphabetical order."""
+    if name != TINY:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ConfigError(_cannot_load("text_encoder", name, "a tokenizer", error)) from None
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = {word for text in corpus for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    vocabulary = {token: row for row, token in enumerate([*SPECIAL_TOKENS, *sorted(words - set(SPECIAL_TOKENS))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _cannot_load(key: str, name: str, what: str, error: Exception) -> str:
+    where = "folder" if Path(name).exists() else "hub id (needs a network or a local copy)"
+    reason = " ".join(str(error).split())[:200]
+    return f"params.yaml: model.{key}: got {name!r}, expected a {where} from which transformers loads {what}: {reason}"

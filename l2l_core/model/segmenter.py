@@ -1,0 +1,132 @@
+"""The network (SESM): image, sentence, prior and proposal -> mask logits and a refined proposal."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from l2l_core.config import ModelParams
+from l2l_core.data.dataset import Batch
+from l2l_core.errors import ArtifactError
+from l2l_core.model.decoder import Decoder
+from l2l_core.model.encoders import TINY, make_image_encoder, make_text_encoder, make_tokenizer
+from l2l_core.model.guidance import Guidance
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+"""ImageNet's channel statistics, which the backbones of the hub were trained with."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass returns, as logits."""
+
+    mask_logits: Tensor  # [B, 1, S, S] float32, at the size of the input image
+    refined_logits: Tensor  # [B, 1, h, w] float32, the refined proposal on a coarse grid
+
+
+class Segmenter(nn.Module):
+    """Encoders, guidance and decoder, with the tokenizer that belongs to them."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, params: ModelParams, tokenizer: PreTrainedTokenizerBase, *, pretrained: bool) -> None:
+        super().__init__()
+        self.params = params
+        self.tokenizer = tokenizer
+        self.image_encoder: Any = make_image_encoder(params.image_encoder, pretrained=pretrained)
+        self.text_encoder: Any = make_text_encoder(
+            params.text_encoder, len(tokenizer), params.max_text_tokens, pretrained=pretrained
+        )
+        channels = list(self.image_encoder.channels)
+        self.text_projection = nn.Linear(self.text_encoder.config.hidden_size, params.dim)
+        self.pool_projection = nn.Conv2d(channels[-2], params.dim, 1)
+        self.guidance = Guidance(params.dim, params.heads, params.guidance_tokens)
+        self.decoder = Decoder(channels, params.dim, params.heads)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1) * 255, persistent=False)
+
+    @classmethod
+    def create(cls, params: ModelParams, corpus: list[str], seed: int) -> Segmenter:
+        """A new network: pretrained encoders where they are named, all else random from `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(params, make_tokenizer(params.text_encoder, corpus), pretrained=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Segmenter:
+        """A network that `save` wrote. Raises ArtifactError where files are missing or do not fit."""
+        folder = Path(folder)
+        try:
+            params = ModelParams.model_validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            network = cls(params, AutoTokenizer.from_pretrained(folder / "tokenizer"), pretrained=False)
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{folder}: no usable model: {' '.join(str(error).split())[:300]}") from None
+        return network
+
+    def save(self, folder: str | Path) -> None:
+        """Write model.safetensors, config.json and tokenizer/ into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(self.params.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def tokenize(self, batch: Batch) -> dict[str, Tensor]:
+        """Sentence and prior text as one pair of segments, padded to a fixed length so that shapes never vary."""
+        limit = self.params.max_text_tokens
+        encoded = self.tokenizer(
+            batch.sentence,
+            batch.prior_text,
+            padding="max_length",
+            truncation="longest_first",
+            max_length=limit,
+            return_tensors="pt",
+        )
+        return dict(encoded)
+
+    def forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+        """Batch (see Batch for shapes) and its tokens, on the network's device -> logits."""
+        # On a CPU the fused attention kernels are slower than plain matrix products for maps this small.
+        plain = sdpa_kernel(SDPBackend.MATH) if batch.image.device.type == "cpu" else nullcontext()
+        with plain:
+            return self._forward(batch, tokens)
+
+    def _forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+        image = ((batch.image.float() - self.pixel_mean) / self.pixel_std).contiguous(memory_format=torch.channels_last)
+        pyramid = list(self.image_encoder(image).feature_maps)
+        text = self.text_projection(self.text_encoder(**tokens).last_hidden_state)
+        gone = tokens["attention_mask"] == 0
+        pooled = self.pool_projection(pyramid[-2])
+        guidance = self.guidance(text, gone, batch.box, batch.has_box, pooled, batch.proposal, batch.proposal_score)
+        memory = torch.cat([guidance, text], dim=1)
+        memory_gone = F.pad(gone, (guidance.shape[1], 0), value=False)
+        mask_logits, refined_logits = self.decoder(pyramid, memory, memory_gone, batch.proposal, batch.proposal_score)
+        mask_logits = F.interpolate(mask_logits.float(), batch.image.shape[-2:], mode="bilinear", align_corners=False)
+        return Output(mask_logits, refined_logits.float())
+
+    def parameter_groups(self, lr: float, encoder_lr_scale: float, weight_decay: float) -> list[dict[str, object]]:
+        """Groups for AdamW: pretrained encoders learn at lr * encoder_lr_scale; norms and biases do not decay."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        pretrained = {
+            "image_encoder.": self.params.image_encoder != TINY,
+            "text_encoder.": self.params.text_encoder != TINY,
+        }
+        for name, parameter in self.named_parameters():
+            scaled = any(slow and name.startswith(prefix) for prefix, slow in pretrained.items())
+            key = (lr * encoder_lr_scale if scaled else lr, weight_decay if parameter.ndim > 1 else 0.0)
+            groups.setdefault(key, []).append(parameter)
+        return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]

@@ -1,0 +1,95 @@
+"""Inference: the only path from a trained network to masks, for evaluation, for teachers and for a single image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from l2l_core.config import TrainParams
+from l2l_core.data.augment import mirror
+from l2l_core.data.dataset import Batch, BatchMaker
+from l2l_core.engine.loop import choose_device, move_batch, to_device
+from l2l_core.masks import encode_rle
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.progress import progress
+from l2l_core.selection.features import Views
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network ready to be asked."""
+
+    network: Segmenter
+    device: torch.device
+    precision: str
+
+    @classmethod
+    def of(cls, network: Segmenter, params: TrainParams) -> Predictor:
+        """Put a network in evaluation mode on the configured device."""
+        device = choose_device(params.device)
+        network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        return cls(network, device, params.precision)
+
+    @classmethod
+    def from_run(cls, folder: str | Path, params: TrainParams) -> Predictor:
+        """Load a model folder, for example data/rounds/2/model. Raises ArtifactError where it is not one."""
+        return cls.of(Segmenter.load(folder), params)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """Mask logits [B, 1, S, S] float32 on the CPU."""
+        tokens = to_device(self.network.tokenize(batch), self.device)
+        cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        with cast:
+            output = self.network(move_batch(batch, self.device), tokens)
+        return output.mask_logits.float().cpu()
+
+    def masks(self, batches: BatchMaker, batch_size: int, *, with_prior: bool, what: str) -> Iterator[bytes]:
+        """Masks of all pairs at their image's own size as run lengths, in order (probability > 0.5)."""
+        pairs = batches.pairs
+        for rows in batched_rows(len(pairs), batch_size, what):
+            hidden = np.full(len(rows), not with_prior)
+            for logits, (height, width) in zip(self.logits(batches(rows, None, hidden)), pairs.hw[rows], strict=True):
+                yield encode_rle(at_size(logits, int(height), int(width)) > 0)
+
+    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[Views]:
+        """What this teacher says of all pairs, batch by batch: with prior, mirrored, and without prior."""
+        pairs = batches.pairs
+        words = np.array([len(sentence.split()) for sentence in pairs.sentence], dtype=np.int64)
+        for rows in batched_rows(len(pairs), batch_size, what):
+            batch = batches(rows)
+            size = batch.image.shape[-1]
+            prob = self.logits(batch).sigmoid()
+            flipped = self.logits(mirror(batch)).sigmoid().flip(-1)
+            without = self.logits(batches(rows, None, np.ones(len(rows), dtype=bool))).sigmoid()
+            proposal = F.interpolate(batch.proposal, (size, size), mode="bilinear", align_corners=False)
+            yield Views(
+                sent_id=pairs.sent_id[rows],
+                prob=prob[:, 0].numpy(),
+                prob_flipped=flipped[:, 0].numpy(),
+                prob_no_prior=without[:, 0].numpy(),
+                proposal=proposal[:, 0].numpy(),
+                proposal_score=batch.proposal_score.numpy(),
+                words=words[rows],
+            )
+
+
+def batched_rows(count: int, batch_size: int, what: str) -> Iterator[NDArray[np.int64]]:
+    """Rows 0..count in order, `batch_size` at a time, with a progress bar."""
+    starts = range(0, count, batch_size)
+    for start in progress(starts, what, "batch"):
+        yield np.arange(start, min(start + batch_size, count))
+
+
+def at_size(logits: Tensor, height: int, width: int) -> NDArray[np.float32]:
+    """Logits [1, S, S] -> [height, width], bilinear, as evaluation and pseudo-labels use them."""
+    resized = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)
+    return np.asarray(resized[0, 0].numpy())

@@ -1,0 +1,54 @@
+"""Out-of-fold teachers: each never saw a share of the labelled images, so that labels can be judged there."""
+
+from __future__ import annotations
+
+import argparse
+
+from l2l_core import records
+from l2l_core.config import load_params
+from l2l_core.engine.jobs import (
+    LABEL_INPUTS,
+    PRIOR_INPUTS,
+    fold_of_images,
+    labeled_stream,
+    new_network,
+    part_of,
+    pseudo_stream,
+    run_training,
+)
+from l2l_core.engine.resume import whole_folder
+from l2l_core.errors import exit_code
+from l2l_core.model.segmenter import Segmenter
+
+
+def main() -> None:
+    """Round 0: train the fold teachers. Round k: let them learn from the round's pseudo-labels as well."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--round", type=int, required=True)
+    number = parser.parse_args().round
+    params = load_params()
+    folds_out = records.round_folder(number) / "folds"
+    labeled = labeled_stream(params, 1.0 if number == 0 else params.retrain.labeled_share)
+    pairs = labeled.batches.pairs
+    fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
+    inputs = [*LABEL_INPUTS, *PRIOR_INPUTS]
+    pseudo = None
+    if number:
+        pseudo_path = records.round_folder(number) / "pseudo_labels.parquet"
+        inputs += [pseudo_path, records.round_folder(number - 1) / "folds"]
+        pseudo = pseudo_stream(params, pseudo_path, 1 - params.retrain.labeled_share)
+    with whole_folder(folds_out) as folder:
+        for left_out in range(params.select.folds):
+            purpose = f"crossfit-{number}-{left_out}"
+            seen = part_of(labeled, (fold != left_out).nonzero()[0])
+            if number == 0:
+                network, steps = new_network(params, purpose), params.select.fold_steps
+            else:
+                network = Segmenter.load(records.round_folder(number - 1) / "folds" / str(left_out))
+                steps = params.select.fold_update_steps
+            streams = [seen] if pseudo is None else [seen, pseudo]
+            run_training(params, purpose, network, streams, steps, inputs, folder / str(left_out), None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,26 @@
+"""Stage `ingest`: read and check the data set, write it as tables (data/index)."""
+
+from __future__ import annotations
+
+from l2l_core import records
+from l2l_core.config import load_params
+from l2l_core.data.index import summary
+from l2l_core.data.source import read_dataset
+from l2l_core.errors import exit_code
+
+
+def main() -> None:
+    """Tables are written only after every row of the data set has passed."""
+    params = load_params()
+    ingest = params.ingest
+    index = read_dataset(params.dataset, ingest.images, ingest.split_by, ingest.min_image_side_px)
+    paths = records.INDEX
+    records.write_table(index.images, paths.images, records.IMAGES)
+    records.write_table(index.refs, paths.refs, records.REFS)
+    records.write_table(index.objects, paths.objects, records.OBJECTS)
+    records.write_table(index.masks, paths.masks, records.MASKS)
+    print(f"ingest: {params.dataset}: {summary(index)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

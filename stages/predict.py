@@ -1,0 +1,20 @@
+"""Masks of the evaluated sentences by a round's model, with and without priors, added to the history of all rounds."""
+
+from __future__ import annotations
+
+import argparse
+
+from l2l_core.config import load_params
+from l2l_core.errors import exit_code
+from l2l_core.history import extend_history
+
+
+def main() -> None:
+    """Write history/ of a round: predictions, pseudo-labels and curves of this and all earlier rounds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--round", type=int, required=True)
+    extend_history(load_params(), parser.parse_args().round)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

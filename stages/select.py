@@ -1,0 +1,46 @@
+"""Which pixels of which pseudo-labels may teach in a round."""
+
+from __future__ import annotations
+
+import argparse
+
+from l2l_core.selection.decide import decide
+from l2l_core.selection.reinforce import CURVE_COLUMNS, train_policy
+
+from l2l_core import records
+from l2l_core.config import load_params
+from l2l_core.engine.curves import write_rows
+from l2l_core.engine.labeling import judge_out_of_fold, judge_unlabeled, label_unlabeled, pseudo_label_table
+from l2l_core.engine.loop import derive_seed
+from l2l_core.errors import exit_code
+from l2l_core.predictor import Predictor
+
+
+def main() -> None:
+    """Write pseudo_labels.parquet and policy.csv of a round."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--round", type=int, required=True)
+    number = parser.parse_args().round
+    params = load_params()
+    folder, previous = records.round_folder(number), records.round_folder(number - 1)
+    teacher = Predictor.from_run(previous / "model", params.train)
+    labels, seen = label_unlabeled(params, teacher)
+    policy, outcome, curve = None, None, []
+    match params.select.policy:
+        case "reinforce":
+            labeled, truth = judge_out_of_fold(params, previous / "folds")
+            seed = derive_seed(params.seed, f"select-{number}")
+            trained = train_policy(labeled, truth, seen, params.select, seed)
+            policy, curve = trained.policy, trained.curve
+        case "oracle":
+            outcome = judge_unlabeled(params, labels, records.INDEX.masks)
+    decision = decide(params.select, seen, policy, outcome)
+    table = pseudo_label_table(params, number, labels, seen, decision)
+    records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
+    write_rows(folder / "policy.csv", CURVE_COLUMNS, curve)
+    kept = int(decision.accepted.sum())
+    print(f"round {number}: {params.select.policy} accepts {kept} of {len(seen.sent_id)} pseudo-labels")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,27 @@
+"""Stage `split`: decide which sentences are labelled, and put their masks aside (data/split)."""
+
+from __future__ import annotations
+
+from l2l_core import records
+from l2l_core.config import load_params
+from l2l_core.data import splits
+from l2l_core.errors import exit_code
+
+
+def main() -> None:
+    """Draw by fraction, or follow the list file."""
+    params = load_params()
+    refs = records.read_table(records.INDEX.refs, records.REFS)
+    masks = records.read_table(records.INDEX.masks, records.MASKS)
+    if params.split.list_file is None:
+        split = splits.split_by_fraction(refs, params.split.labeled_fraction, params.seed)
+    else:
+        split = splits.split_by_list(refs, params.split.list_file)
+    labeled = splits.labeled_masks(refs, split, masks)
+    records.write_table(split, records.SPLIT_PATH, records.SPLIT)
+    records.write_table(labeled, records.LABELED_MASKS_PATH, records.MASKS)
+    print(f"split: {splits.summary(refs, split)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
