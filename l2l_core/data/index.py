@@ -70,6 +70,15 @@ class Index:
         return self.objects.num_rows > 0 and self.masks.num_rows == 0
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written at all; JSON may hold one half of a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sentence_problems(sentences: Sequence[Sentence]) -> list[str]:
     """What is wrong with sentences beyond their types: each problem in one line, all of them."""
     problems: list[str] = []

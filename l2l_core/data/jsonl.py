@@ -20,6 +20,7 @@ from l2l_core.data.index import (
     Object,
     Sentence,
     build_index,
+    is_utf8,
     overlap_problems,
     sentence_problems,
 )
@@ -138,11 +139,11 @@ def _pair(row: Any, where: str, image_folder: Path) -> _Pair:
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}, expected some of {', '.join(KEYS)}")
     for key in ("image", "sentence"):
-        if not isinstance(row.get(key), str) or not row[key]:
+        if not isinstance(row.get(key), str) or not row[key] or not is_utf8(row[key]):
             raise ValueError(f"{key}: got {row.get(key)!r}, expected a text")
     if not isinstance(row.get("split", records.TRAIN), str):
         raise ValueError(f"split: got {row['split']!r}, expected a text")
-    if "id" in row and type(row["id"]) is not int:
+    if "id" in row and (type(row["id"]) is not int or not -(2**63) <= row["id"] < 2**63):
         raise ValueError(f"id: got {row['id']!r}, expected a whole number")
     mask = row.get("mask")
     if not isinstance(mask, str | list | dict | None):

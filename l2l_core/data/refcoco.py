@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from l2l_core.data.images import ImageFile, inspect_images, project_path
-from l2l_core.data.index import Box, Index, Mask, Object, Sentence, build_index, overlap_problems, sentence_problems
+from l2l_core.data.index import (
+    Box,
+    Index,
+    Mask,
+    Object,
+    Sentence,
+    build_index,
+    is_utf8,
+    overlap_problems,
+    sentence_problems,
+)
 from l2l_core.errors import InputError, raise_all
 from l2l_core.masks import rle_area_px, segmentation_to_rle
 from l2l_core.progress import progress
@@ -157,10 +167,12 @@ def _load_json(path: Path) -> Any:
 
 
 def _get(row: dict[str, Any], key: str, kind: type[T]) -> T:
-    """row[key], which must be of exactly that type (True is no number)."""
+    """row[key], which must be of exactly that type (True is no number) and fit into a table."""
     value = row.get(key)
-    if type(value) is not kind:
+    if type(value) is not kind or (isinstance(value, int) and not -(2**63) <= value < 2**63):
         raise ValueError(f"{key}: got {_short(value)}, expected {'a whole number' if kind is int else kind.__name__}")
+    if isinstance(value, str) and not is_utf8(value):
+        raise ValueError(f"{key}: got {_short(value)}, expected text that UTF-8 can write")
     return value
 
 
@@ -194,8 +206,8 @@ def _image_row(row: dict[str, Any], where: str, size_needed: bool) -> _ImageRow:
     if not size_needed and row.get("height") is None and row.get("width") is None:
         return _ImageRow(where, name, 0, 0)
     height, width = _get(row, "height", int), _get(row, "width", int)
-    if min(height, width) < 1:
-        raise ValueError(f"height, width: got {height}, {width}, expected at least 1")
+    if not 1 <= min(height, width) <= max(height, width) <= MAX_COORDINATE_PX:
+        raise ValueError(f"height, width: got {height}, {width}, expected the image's size in pixels")
     return _ImageRow(where, name, height, width)
 
 
