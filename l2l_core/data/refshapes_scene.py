@@ -89,7 +89,7 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
         case "diamond":
             contours = [[(0.0, -1.12), (0.78, 0.0), (0.0, 1.12), (-0.78, 0.0)]]
         case "triangle":
-            contours = [[(0.0, -0.98), (1.04, 0.82), (-1.04, 0.82)]]
+            contours = [[(0.0, -1.08), (1.04, 0.72), (-1.04, 0.72)]]
         case "cross":
             a, b = 0.36, 1.0
             contours = [
@@ -127,6 +127,8 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
 _OUTLINES = {name: _outline(name) for name in SHAPES}
+REACH = max(float(np.hypot(*c.T).max()) for contours in _OUTLINES.values() for c in contours)
+"""Radii from the centre of an object to the farthest corner that any shape has."""
 
 
 def draw_scene(rng: np.random.Generator, side_px: int) -> Scene:
@@ -175,14 +177,14 @@ def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_
     for index, item in enumerate(objects):
         for _ in range(60):  # tries per object; a crowded scene is redrawn as a whole
             diameter = float(rng.uniform(*DIAMETER_RANGE[item.size]))
-            low = BORDER + 0.56 * diameter  # the tips of stars and diamonds reach 1.12 radii
+            low = BORDER + REACH * diameter / 2
             x, y = rng.uniform(low, 1 - low, size=2).tolist()
             if all(
                 math.hypot(x - other.centre_xy[0], y - other.centre_xy[1])
                 >= (
-                    0.56 * (diameter + other.diameter) + SAME_COLOUR_GAP
+                    REACH * (diameter + other.diameter) / 2 + SAME_COLOUR_GAP
                     if objects[k].colour == item.colour
-                    else CLOSENESS * 0.5 * (diameter + other.diameter)
+                    else CLOSENESS * (diameter + other.diameter) / 2
                 )
                 for k, other in enumerate(placements)
             ):
@@ -230,8 +232,11 @@ def _paint(
     canvas = _background(rng, side_px * SUPERSAMPLING)
     for item, place, layer in zip(objects, placements, layers, strict=True):
         colour = np.clip(np.array(COLOURS[item.colour]) + rng.integers(-8, 9, size=3), 0, 255)
-        canvas[layer] = colour
-        canvas[layer & _dark_part(rng, item.texture, place, layer)] = (TEXTURE_SHADE * colour).astype(np.uint8)
+        window = _window(place, canvas.shape[0])
+        part = layer[window]
+        canvas[window][part] = colour
+        dark = part & _dark_part(rng, item.texture, part, canvas.shape[0])
+        canvas[window][dark] = (TEXTURE_SHADE * colour).astype(np.uint8)
     image = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(np.float32)
     ramp = np.linspace(-1, 1, side_px, dtype=np.float32)
     slope_x, slope_y = rng.uniform(-0.1, 0.1, size=2)  # light falls off by at most a fifth to either side
@@ -240,19 +245,23 @@ def _paint(
     return np.asarray(np.clip(np.rint(noisy), 0, 255), dtype=np.uint8)
 
 
-def _dark_part(
-    rng: np.random.Generator, texture: str, place: _Placement, layer: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Where a texture is dark, [fine, fine] bool; only the pixels of the layer count."""
-    fine = layer.shape[0]
+def _window(place: _Placement, fine: int) -> tuple[slice, slice]:
+    """Rows and columns of the supersampled grid that hold the object; BORDER keeps them inside the image."""
+    half = math.ceil(REACH * place.diameter / 2 * fine) + 1
+    x, y = (round(share * fine) for share in place.centre_xy)
+    return slice(y - half, y + half), slice(x - half, x + half)
+
+
+def _dark_part(rng: np.random.Generator, texture: str, part: NDArray[np.bool_], fine: int) -> NDArray[np.bool_]:
+    """Where a texture is dark around an object, [h, w] bool like part, its pixels; fine: the grid's side."""
     if texture == "plain":
-        return np.zeros(layer.shape, dtype=bool)
+        return np.zeros(part.shape, dtype=bool)
     if texture == "outlined":
-        depth_px = cv2.distanceTransform(layer.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        depth_px = cv2.distanceTransform(part.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         return np.asarray(depth_px <= OUTLINE_WIDTH * fine)
     angle = float(rng.uniform(0, math.pi))
-    dx = (np.arange(fine) / fine - place.centre_xy[0])[None, :] / TEXTURE_PERIOD
-    dy = (np.arange(fine) / fine - place.centre_xy[1])[:, None] / TEXTURE_PERIOD
+    steps = (np.arange(part.shape[0]) - part.shape[0] / 2) / (TEXTURE_PERIOD * fine)
+    dx, dy = steps[None, :], steps[:, None]
     along = dx * math.cos(angle) + dy * math.sin(angle)
     if texture == "striped":
         return np.asarray(along % 1.0 < STRIPE_SHARE)

@@ -5,7 +5,7 @@ one object surely fits and every other surely does not, so that no answer hangs 
 
     sentence    = [opener] phrase
     phrase      = ["the" | "a"] {adjective | place | rank} noun {"with" texture | "without" texture | place | relation
-                  | "from the" side | ("that" | "which") "is" complement {"and" ["is"] complement}}
+                  | "from the" side | "that is" complement {"and" ["is"] complement}}
     complement  = ["not"] (adjective | "a" shape) | "neither" adjective "nor" adjective | place | relation
     relation    = ("left of" | "above" | "next to" | "closest to" | ...) anchor
     anchor      = ["the" | "a"] {adjective} noun ["with" texture | "without" texture]      (must be one object)
@@ -68,8 +68,9 @@ SIDES_XY = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 # Margins; lengths are shares of the image side (0.1 is 10 pixels of 96). Between sure and impossible nothing is said.
 RANK_MARGIN = 0.07  # centres this far apart are in a clear order
 SIDE_MARGIN = 0.15  # "left" needs a lead over the others that nobody would argue with
-HALF_SURE, HALF_POSSIBLE = 0.43, 0.55  # a thing on the left has its centre left of the first, never right of the second
-MIDDLE_SURE, MIDDLE_POSSIBLE = 0.14, 0.25  # offset of the centre from the image's centre, per axis
+HALF_SURE, HALF_POSSIBLE = 0.41, 0.55  # a thing on the left has its centre left of the first, never right of the second
+CORNER_POSSIBLE = 0.48  # what lies at the very centre is in no corner
+MIDDLE_SURE, MIDDLE_POSSIBLE = 0.14, 0.22  # offset of the centre from the image's centre, per axis
 BESIDE_SURE, BESIDE_POSSIBLE = 0.07, 0.16  # free space between neighbours
 DIRECTION_SURE, DIRECTION_POSSIBLE = 0.10, 0.03  # offset between centres; sure also needs it to be the longer axis
 SMALL_BELOW, BIG_ABOVE = 0.205, 0.235  # geometric mean of a box's sides
@@ -231,7 +232,7 @@ class _Reader:
                 raise self.fail("a side")
             phrase.choices.append(partial(self.ranked_from, side, phrase.rank))
             phrase.rank = None
-        elif self.take("that is", "which is"):
+        elif self.take("that is"):
             self.complement(phrase)
             while self.take("and is", "and"):
                 self.complement(phrase)
@@ -308,7 +309,6 @@ class _Reader:
             return False
         else:
             raise self.fail("a place")
-        self.take("of the image", "of the picture")
         return True
 
     def relation(self, phrase: _Phrase) -> bool:
@@ -369,7 +369,7 @@ class _Reader:
 
     def in_corner(self, horizontal: str, vertical: str, group: Verdict) -> Verdict:
         position = np.maximum(self.toward(horizontal), self.toward(vertical))
-        return group & Verdict(position <= HALF_SURE, position <= HALF_POSSIBLE)
+        return group & Verdict(position <= HALF_SURE, position <= CORNER_POSSIBLE)
 
     def in_middle(self, group: Verdict) -> Verdict:
         off = np.abs(self.world.centre_xy - 0.5).max(axis=1)
