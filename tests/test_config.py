@@ -1,0 +1,120 @@
+"""params.yaml: the shipped file is valid, and every mistake is explained by key, value and what is allowed."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.utils.serialize import modify_yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from l2l_core.config import MAX_ROUND, load_params, parse_params
+from l2l_core.errors import ConfigError, exit_code
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+SHIPPED = yaml.safe_load(PARAMS.read_text())
+
+
+def changed(key: str, value: object) -> dict[str, Any]:
+    raw = copy.deepcopy(SHIPPED)
+    *sections, last = key.split(".")
+    target = raw
+    for section in sections:
+        target = target[section]
+    target[last] = value
+    return raw
+
+
+def test_the_shipped_file_is_valid_and_says_what_it_means():
+    params = load_params(PARAMS)
+    assert params.model_dump(mode="json") == SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("seed", "x", "seed: got 'x', expected a valid integer"),
+        ("seed", -1, "seed: got -1, expected greater than or equal to 0"),
+        ("seed", 2**32, "seed: got 4294967296, expected less than"),
+        ("round", MAX_ROUND + 1, f"round: got {MAX_ROUND + 1}, expected less than or equal to {MAX_ROUND}"),
+        ("round", -1, "round: got -1"),
+        ("round", True, "round: got True, expected a valid integer"),
+        ("round", 1.0, r"round: got 1\.0, expected a valid integer"),
+        ("dataset", "", "dataset: got '', expected at least 1 character"),
+        ("dataset", None, "dataset: got None, expected a valid string"),
+        ("split.labeled_fraction", 0, r"split\.labeled_fraction: got 0, expected greater than 0"),
+        ("split.labeled_fraction", 1.5, r"split\.labeled_fraction: got 1\.5, expected less than or equal to 1"),
+        ("split.labeled_fraction", float("nan"), r"split\.labeled_fraction: got nan, expected a finite number"),
+        ("split.list_file", 3, r"split\.list_file: got 3, expected a valid string"),
+        ("train.weight_decay", float("inf"), r"train\.weight_decay: got inf, expected a finite number"),
+        ("train.lr", "fast", r"train\.lr: got 'fast', expected a valid number"),
+        ("train.lrr", 1, r"train\.lrr: unknown parameter"),
+        ("trian", {}, "trian: unknown parameter"),
+        ("ingest", 3, "ingest: got 3, expected a section"),
+        ("ingest.split_by", "umdd", r"ingest\.split_by: got 'umdd', expected one of 'auto', 'unc', 'umd', 'google'"),
+        ("priors.backend", "vlm", r"priors\.backend: got 'vlm', expected one of 'simulated'"),
+        ("priors.backend", "replay", r"priors\.replay_file: got null, expected a JSON-lines file"),
+        ("model.heads", 7, r"model\.heads: got 7, expected a divisor of dim \(64\)"),
+        ("evaluate.splits", ["train"], r"evaluate\.splits\.0: got 'train', expected one of 'val'"),
+    ],
+)
+def test_a_wrong_value_is_explained(key, value, message):
+    with pytest.raises(ConfigError, match=rf"params\.yaml: {message}"):
+        parse_params(changed(key, value))
+
+
+def test_all_mistakes_are_listed_at_once():
+    raw = changed("round", 99)
+    raw["seed"] = None
+    del raw["train"]["lr"]
+    raw["select"]["policy"] = "magic"
+
+    with pytest.raises(ConfigError) as caught:
+        parse_params(raw)
+    assert str(caught.value).startswith("4 problems:")
+    for expected in ("round: got 99", "seed: got None", "train.lr: missing", "select.policy: got 'magic'"):
+        assert f"params.yaml: {expected}" in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [None, [], "seed: 1", 3])
+def test_what_is_no_mapping_is_refused(raw):
+    with pytest.raises(ConfigError, match="expected a mapping of sections"):
+        parse_params(raw)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: not found"):
+        load_params(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("seed: [1,\nround: }")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: not valid YAML: [^\n]*$"):
+        load_params(tmp_path / "bad.yaml")
+
+
+@settings(max_examples=25, deadline=None)  # each writes and reads the whole file
+@given(lr=st.floats(1e-12, 1.0))
+@example(lr=1e-5)
+def test_numbers_as_dvc_writes_them_are_numbers(lr, tmp_path_factory):
+    """`dvc exp run -S train.lr=0.00001` leaves 1e-05 in the file, which YAML 1.1 reads as a text."""
+    path = tmp_path_factory.mktemp("params") / "params.yaml"
+    path.write_text(PARAMS.read_text())
+    with modify_yaml(path) as raw:
+        raw["train"]["lr"] = lr
+
+    assert load_params(path).train.lr == lr
+
+
+def test_params_do_not_change_after_loading():
+    params = load_params(PARAMS)
+    with pytest.raises(ValueError, match="frozen"):
+        params.seed = 3
+
+
+def test_a_mistake_ends_a_command_with_code_2_and_one_line(tmp_path, capsys):
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("round: 2", "round: two"))
+
+    assert exit_code(lambda: print(load_params(tmp_path / "params.yaml"))) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"error: {tmp_path}/params.yaml: round: got 'two', expected a valid integer\n"
