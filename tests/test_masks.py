@@ -250,7 +250,7 @@ def test_cut_counts_are_refused(mask):
     height, width = mask.shape
     counts = encode_rle(mask)
     for length in range(len(counts)):
-        with pytest.raises(ValueError, match="cut off|add up to"):
+        with pytest.raises(ValueError, match=r"cut off|add up to"):
             segmentation_to_rle({"size": [height, width], "counts": counts[:length]}, height, width)
 
 
