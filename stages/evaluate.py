@@ -9,10 +9,16 @@ from pathlib import Path
 from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.evaluation import evaluate, read_history
+from l2l_core.evaluation import CURVES_FOLDER, METRICS_PATH, evaluate, read_history
 
-METRICS_PATH = Path("metrics/evaluate.json")
-PLOTS_FOLDER = Path("plots")
+
+def dataset_version(dataset: Path) -> str | None:
+    """Version that a data set in RefCOCO's layout gives itself; None where there is none."""
+    instances = dataset / "instances.json"
+    if not instances.is_file():
+        return None
+    version = json.loads(instances.read_text(encoding="utf-8")).get("info", {}).get("version")
+    return None if version is None else str(version)
 
 
 def main() -> None:
@@ -20,18 +26,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True, help="round whose history is scored")
     number = parser.parse_args().round
+    params = load_params()
     result = evaluate(
         read_history(records.round_folder(number) / "history"),
         records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "ann_id", "style", "split"]),
         records.read_table(records.INDEX.masks, records.MASKS),
         records.read_table(records.SPLIT_PATH, records.SPLIT),
         records.read_table(records.PROPOSALS_PATH, records.PROPOSALS),
-        load_params().evaluate.splits,
+        params.evaluate.splits,
         number,
+        dataset_version(Path(params.dataset)),
     )
     records.write_table(result.per_sentence, records.PER_SENTENCE_PATH, records.PER_SENTENCE)
     for name, curve in result.curves.items():
-        path = PLOTS_FOLDER / f"{name}.csv"
+        path = CURVES_FOLDER / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         curve.to_csv(path, index=False)
     METRICS_PATH.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
         for which in range(2):
             sent_id = 2 * number + which
             true[sent_id] = mask
-            sentence = TRAP if sent_id % 16 == 1 else f"the {' '.join(generator.choice(WORDS, 2))} dot"
+            sentence = TRAP if sent_id % 4 == 1 else f"the {' '.join(generator.choice(WORDS, 2))} dot"
             refs.append(
                 {"sent_id": sent_id, "ref_id": number, "ann_id": number, "image_id": number, "category": "dot"}
                 | {"sentence": sentence, "style": ("short", "long")[which], "split": str(part), "bbox": box.tolist()}
@@ -158,6 +158,6 @@ def _write_curves(folder: Path, rounds: int) -> None:
     lines = ["round,step,reward,keep_rate,accept_rate,entropy,advantage_std"]
     for number in range(1, rounds + 1):
         for step in range(0, 100, 10):
-            rise = step / 100
+            rise = step / 100 / number
             lines.append(f"{number},{step},{0.1 + 0.3 * rise:.4f},{1 - 0.3 * rise:.4f},{0.9 - 0.4 * rise:.4f},0.6,0.2")
     (folder / "policy.csv").write_text("\n".join(lines) + "\n")

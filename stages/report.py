@@ -1,0 +1,52 @@
+"""Show a run on one HTML page: scores, curves, pictures of pseudo-labels and predictions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from l2l_core import records
+from l2l_core.config import load_params
+from l2l_core.data.dataset import read_image
+from l2l_core.errors import exit_code
+from l2l_core.evaluation import CURVES_FOLDER, METRICS_PATH, read_history
+from l2l_core.report import Run, render_report
+
+REPORT_PATH = Path("report/index.html")
+
+
+def main() -> None:
+    """Load what the run left, draw it, save the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--round", type=int, required=True, help="round that was evaluated")
+    number = parser.parse_args().round
+    history = read_history(records.round_folder(number) / "history")
+    index, read, frame = records.INDEX, records.read_table, records.to_frame
+    run = Run(
+        images=frame(read(index.images, records.IMAGES)),
+        refs=frame(read(index.refs, records.REFS)),
+        masks=frame(read(index.masks, records.MASKS)),
+        split=frame(read(records.SPLIT_PATH, records.SPLIT)),
+        priors=frame(read(records.PRIORS_PATH, records.PRIORS)),
+        proposals=frame(read(records.PROPOSALS_PATH, records.PROPOSALS)),
+        predictions=frame(history.predictions),
+        pseudo_labels=frame(history.pseudo_labels),
+        per_sentence=frame(read(records.PER_SENTENCE_PATH, records.PER_SENTENCE)),
+        metrics=json.loads(METRICS_PATH.read_text(encoding="utf-8")),
+        curves={
+            path.relative_to(CURVES_FOLDER).with_suffix("").as_posix(): pd.read_csv(path)
+            for path in sorted(CURVES_FOLDER.rglob("*.csv"))
+        },
+        last_round=number,
+    )
+    page = render_report(run, load_params(), read_image)
+    REPORT_PATH.parent.mkdir(parents=True, exist_ok=True)
+    REPORT_PATH.write_text(page, encoding="utf-8")
+    print(f"report: {REPORT_PATH}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
