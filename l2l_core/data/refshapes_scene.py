@@ -78,7 +78,8 @@ class _Placement:
 def _outline(name: str) -> list[NDArray[np.float64]]:
     """Contours of a shape of diameter 2 around the origin (even-odd filled), each [K, 2], y down."""
     turn = 2 * math.pi
-    circle = [(math.cos(turn * k / 48), math.sin(turn * k / 48)) for k in range(48)]
+    angles = [turn * k / 48 for k in range(48)]
+    circle = [(math.cos(t), math.sin(t)) for t in angles]
     match name:
         case "circle":
             contours = [circle]
@@ -91,37 +92,17 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
         case "triangle":
             contours = [[(0.0, -1.08), (1.04, 0.72), (-1.04, 0.72)]]
         case "cross":
-            a, b = 0.36, 1.0
-            contours = [
-                [
-                    (-a, -b),
-                    (a, -b),
-                    (a, -a),
-                    (b, -a),
-                    (b, a),
-                    (a, a),
-                    (a, b),
-                    (-a, b),
-                    (-a, a),
-                    (-b, a),
-                    (-b, -a),
-                    (-a, -a),
-                ]
-            ]
+            quarter = [(0.36, -1.0), (0.36, -0.36), (1.0, -0.36)]
+            turned = [[(-y, x) for x, y in quarter], [(-x, -y) for x, y in quarter], [(y, -x) for x, y in quarter]]
+            contours = [sum(turned, start=quarter)]
         case "star":
             radii = [1.12 if k % 2 == 0 else 0.52 for k in range(10)]
             contours = [[(r * math.sin(turn * k / 10), -r * math.cos(turn * k / 10)) for k, r in enumerate(radii)]]
         case "heart":
-            angles = [turn * k / 48 for k in range(48)]
-            contours = [
-                [
-                    (
-                        math.sin(t) ** 3,
-                        -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 15.5 - 0.1,
-                    )
-                    for t in angles
-                ]
+            lobes = [
+                (t, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) for t in angles
             ]
+            contours = [[(math.sin(t) ** 3, -height / 15.5 - 0.1) for t, height in lobes]]
     return [np.array(contour) for contour in contours]
 
 
@@ -179,20 +160,24 @@ def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_
             diameter = float(rng.uniform(*DIAMETER_RANGE[item.size]))
             low = BORDER + REACH * diameter / 2
             x, y = rng.uniform(low, 1 - low, size=2).tolist()
-            if all(
-                math.hypot(x - other.centre_xy[0], y - other.centre_xy[1])
-                >= (
-                    REACH * (diameter + other.diameter) / 2 + SAME_COLOUR_GAP
-                    if objects[k].colour == item.colour
-                    else CLOSENESS * (diameter + other.diameter) / 2
-                )
-                for k, other in enumerate(placements)
-            ):
+            clear = (
+                math.hypot(x - placed.centre_xy[0], y - placed.centre_xy[1])
+                >= _least_distance(diameter, placed.diameter, same_colour=item.colour == other.colour)
+                for other, placed in zip(objects, placements, strict=False)  # those placed so far
+            )
+            if all(clear):
                 placements.append(_Placement((x, y), diameter, float(rng.uniform(-TILT_LIMIT_RAD, TILT_LIMIT_RAD))))
                 break
         if len(placements) != index + 1:
             return None
     return placements
+
+
+def _least_distance(first: float, second: float, same_colour: bool) -> float:
+    """How far apart the centres of objects of these diameters must lie, in image sides."""
+    if same_colour:
+        return REACH * (first + second) / 2 + SAME_COLOUR_GAP
+    return CLOSENESS * (first + second) / 2
 
 
 def _rasterise(item: SceneObject, place: _Placement, side_px: int) -> NDArray[np.bool_]:

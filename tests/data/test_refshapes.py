@@ -263,6 +263,29 @@ def test_an_unclear_member_of_the_group_makes_its_order_unclear():
     assert solve("second small circle from the left", world(*row)) is None
     assert solve("second circle from the left", world(*row)) == 1
     assert solve("leftmost small circle", world(*row)) == 0
+    four = [*row, ("red plain circle", 88, 50, 16)]
+    assert solve("third small circle from the left", world(*four)) is None
+    assert solve("third circle from the left", world(*four)) == 2
+
+
+@pytest.mark.parametrize(("y", "answer"), [(60, 0), (20, None)], ids=["mostly sideways", "mostly above"])
+def test_right_of_is_mostly_sideways(y, answer):
+    scene = world(("red plain circle", 60, y, 16), ("red plain ring", 30, 75, 16))
+    assert solve("circle right of the ring", scene) == answer
+
+
+@pytest.mark.parametrize(("side", "answer"), [(20, 0), (26, None)])
+def test_the_biggest_is_clearly_bigger(side, answer):
+    assert (
+        solve("biggest circle", world(("red plain circle", 20, 50, 30), ("red plain circle", 70, 50, side))) == answer
+    )
+
+
+@pytest.mark.parametrize(("x", "answer"), [(90, 0), (83, None)])
+def test_the_closest_is_clearly_closer(x, answer):
+    """Between the ring (columns 42-57) and the circles lie 14 columns on the left, 24 or 17 on the right."""
+    circles = (("red plain circle", 20, 50, 16), ("red plain circle", x, 50, 16))
+    assert solve("the circle closest to the ring", world(*circles, ("red plain ring", 50, 50, 16))) == answer
 
 
 @pytest.mark.parametrize(
@@ -403,3 +426,31 @@ def test_big_and_small_never_meet(scenes):
     for shape in {shape for shape, _ in area_px}:
         assert np.median(area_px[shape, "big"]) > 2 * np.median(area_px[shape, "small"])
         assert min(area_px[shape, "big"]) > 1.4 * max(area_px[shape, "small"])
+
+
+def test_masks_hold_the_pixels_of_their_object_and_no_others(scenes):
+    """Inside the visible mask of a plain object nearly every pixel has its colour, also where objects overlap."""
+    palette = np.array(list(COLOURS.values()), dtype=float)
+    palette /= np.linalg.norm(palette, axis=1, keepdims=True)
+    overlaps = 0
+    for scene, _ in scenes:
+        pixels = scene.image / np.linalg.norm(scene.image, axis=2, keepdims=True).clip(1)
+        nearest = (pixels @ palette.T).argmax(axis=2)
+        for item, mask in zip(scene.objects, scene.masks, strict=True):
+            if item.texture == "plain" and item.colour != "white":  # white is close to the grey of backgrounds
+                assert (nearest[mask] == list(COLOURS).index(item.colour)).mean() > 0.85
+        touching = measure(scene.objects, scene.masks).gap
+        overlaps += bool((touching[np.triu_indices(len(touching), k=1)] < 1.5 / 96).any())
+    assert overlaps > 0.2 * len(scenes), "objects that cover each other are part of the task"
+
+
+def test_textures_are_visible(scenes):
+    """Share of an object's pixels that are much darker than its bright part."""
+    dark_share: dict[str, list[float]] = {"plain": [], "striped": [], "dotted": [], "outlined": []}
+    for scene, _ in scenes:
+        for index, item in enumerate(scene.objects):
+            dark_below = 0.65 * seen_colour(scene, index).sum()
+            dark_share[item.texture].append(float((scene.image[scene.masks[index]].sum(axis=1) < dark_below).mean()))
+    assert np.quantile(dark_share.pop("plain"), 0.95) < 0.05
+    for texture, shares in dark_share.items():
+        assert np.quantile(shares, 0.05) > 0.1, texture
