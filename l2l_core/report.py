@@ -20,7 +20,7 @@ from l2l_core import overlays
 from l2l_core.config import Params
 from l2l_core.evaluation import GOOD_IOU, PRIOR, SUPERVISED, method_scores
 from l2l_core.figures import draw_figures
-from l2l_core.masks import decode_rle, intersection_union_px
+from l2l_core.masks import BoolMask, decode_rle, intersection_union_px
 from l2l_core.metrics import PR_THRESHOLDS, iou_from_px
 
 PANEL_PX = 224
@@ -150,12 +150,18 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
     roles = run.split.merge(run.refs[["sent_id", "image_id"]], on="sent_id").groupby("role")
     counts = {role: (rows["image_id"].nunique(), len(rows)) for role, rows in roles}
     labeled, unlabeled = counts.get("labeled", (0, 0)), counts.get("unlabeled", (0, 0))
-    budget = params.split.list_file or f"{100 * params.split.labeled_fraction:g} % of the training images"
+    listed = params.split.list_file
+    budget = (
+        f"by {Path(listed).name}" if listed else f"{100 * params.split.labeled_fraction:g} % of the training images"
+    )
     version = run.metrics.get("dataset_version")
-    prior = {"simulated": f"simulated {params.priors.preset}", "replay": f"recorded, {params.priors.replay_file}"}
+    prior = {
+        "simulated": f"simulated {params.priors.preset}",
+        "replay": f"recorded, {Path(params.priors.replay_file or '').name}",
+    }
     answered = (run.proposals["score"] > 0).mean()
     facts = {
-        "data set": params.dataset + (f", version {version}" if version is not None else ""),
+        "data set": Path(params.dataset).name + (f", version {version}" if version is not None else ""),
         "labels": f"{budget}: {labeled[0]:,} images, {labeled[1]:,} sentences",
         "without labels": f"{unlabeled[0]:,} images, {unlabeled[1]:,} sentences",
         "priors": f"{prior[params.priors.backend]}, usable for {100 * answered:.1f} % of the sentences",
@@ -287,7 +293,7 @@ class _Cases:
         for row in labels.itertuples():
             image, panels, truth = self._common(row.sent_id)
             mask, keep = (decode_rle(rle, row.height, row.width) for rle in (row.rle_counts, row.keep_rle))
-            panels += [("teacher's mask", overlays.with_mask(image, mask))]
+            panels += [("teacher's mask" + _if_empty(mask), overlays.with_mask(image, mask))]
             panels += [("kept pixels" if row.accepted else "kept pixels: none", overlays.with_kept(image, mask, keep))]
             facts = [f"acceptance {row.accept_prob:.2f}", f"confidence {row.confidence:.2f}"]
             facts += [f"IoU with the proposal {row.prior_iou:.2f}"]
@@ -303,7 +309,8 @@ class _Cases:
             size = (int(self._where.at[row.sent_id, "height"]), int(self._where.at[row.sent_id, "width"]))
             assert truth_rle is not None  # only sentences with a true mask are evaluated
             mask, truth = (decode_rle(rle, *size) for rle in (self._predictions[row.sent_id], truth_rle))
-            panels += [("prediction", overlays.with_mask(image, mask)), ("truth", overlays.with_mask(image, truth))]
+            panels += [("prediction" + _if_empty(mask), overlays.with_mask(image, mask))]
+            panels += [("truth", overlays.with_mask(image, truth))]
             panels += [("prediction against truth", overlays.with_errors(image, mask, truth))]
             yield self._case(row.sent_id, [f"IoU {row.iou:.2f}"], panels)
 
@@ -315,11 +322,12 @@ class _Cases:
         size = np.array([where["width"], where["height"]], np.float64)
         boxes = [np.asarray(box, np.float64) / np.tile(size, 2) for box in answers["bbox"] if box is not None]
         points = [np.asarray(point, np.float64) / size for point in answers["point"] if point is not None]
+        named = next((f": “{target}”" for target in answers["target"] if target), "")
         proposal = self._proposals.loc[sent_id]
         soft = np.frombuffer(proposal["soft"], np.uint8).reshape(proposal["height"], proposal["width"])
         panels = [
             ("image", image),
-            ("prior" if boxes or points else "prior: no answer", overlays.with_boxes(image, boxes, points)),
+            (f"prior{named}" if boxes or points else "prior: no answer", overlays.with_boxes(image, boxes, points)),
             ("proposal", overlays.with_soft_map(image, soft)),
         ]
         return image, panels, self._truth.get(where["ann_id"])
@@ -327,12 +335,18 @@ class _Cases:
     def _case(self, sent_id: int, facts: list[str], panels: Sequence[Titled]) -> Case:
         where = self._where.loc[sent_id]
         shown = [Panel(title, f"{title}: {where['sentence']}", _data_uri(picture)) for title, picture in panels]
-        return Case(where["sentence"], [*facts, where["split"], f"sentence {sent_id}", where["file_name"]], shown)
+        return Case(
+            where["sentence"], [*facts, where["split"], f"sentence {sent_id}", Path(where["file_name"]).name], shown
+        )
 
 
 def _iou(mask: bytes, truth: bytes, size_hw: tuple[int, ...]) -> float:
     pixels: NDArray[np.int64] = intersection_union_px([mask], [truth], np.array([size_hw]))
     return float(iou_from_px(pixels[:, 0], pixels[:, 1])[0])
+
+
+def _if_empty(mask: BoolMask) -> str:
+    return "" if mask.any() else ": empty"
 
 
 def _data_uri(picture: overlays.Picture) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 from l2l_core import records
@@ -38,6 +39,7 @@ def main() -> None:
         dataset_version(Path(params.dataset)),
     )
     records.write_table(result.per_sentence, records.PER_SENTENCE_PATH, records.PER_SENTENCE)
+    shutil.rmtree(CURVES_FOLDER, ignore_errors=True)  # no curve of an earlier evaluation stays among the new ones
     for name, curve in result.curves.items():
         path = CURVES_FOLDER / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)

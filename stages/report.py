@@ -11,7 +11,7 @@ import pandas as pd
 from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.data.dataset import read_image
-from l2l_core.errors import exit_code
+from l2l_core.errors import ArtifactError, exit_code
 from l2l_core.evaluation import CURVES_FOLDER, METRICS_PATH, read_history
 from l2l_core.report import Run, render_report
 
@@ -23,6 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True, help="round that was evaluated")
     number = parser.parse_args().round
+    if not METRICS_PATH.is_file():
+        raise ArtifactError(f"{METRICS_PATH}: not found, run the stage that writes it: dvc repro")
     history = read_history(records.round_folder(number) / "history")
     index, read, frame = records.INDEX, records.read_table, records.to_frame
     run = Run(

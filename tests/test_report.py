@@ -17,6 +17,7 @@ from PIL import Image
 from synthetic_run import TRAP, write_run
 
 from l2l_core import records
+from l2l_core.errors import ArtifactError
 from l2l_core.report import PANEL_PX, spread
 from stages import evaluate, report
 
@@ -123,6 +124,13 @@ def test_scores_are_those_of_the_metrics_file(text: str, run_folder: Path) -> No
         assert sum(row[0] == name and len(row) == 9 for row in rows) == 2
     quality = [value for name, value in metrics.items() if name.startswith("pseudo_round_2_")]
     assert ["round 2", *(f"{value:.2f}" for value in quality)] in rows
+
+
+def test_a_stage_without_what_it_needs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", "--round", "1"])
+    with pytest.raises(ArtifactError, match=r"metrics/evaluate.json: not found"):
+        report.main()
 
 
 def test_equal_runs_give_equal_bytes(text: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
