@@ -83,8 +83,8 @@ class ProposalsParams(Section):
     """Side of the square map; it covers the whole image."""
     falloff: Annotated[float, Field(gt=0.0, le=1.0)]
     """Width of the border's fall-off as a share of the box side."""
-    inside_prob: Fraction
-    """Value inside a box."""
+    inside_prob: Annotated[float, Field(gt=0.5, le=1.0)]
+    """Value inside a box; outside it is 1 - inside_prob, so that the box is where the map exceeds 0.5."""
     flat_prob: Fraction
     """Value everywhere where there is no prior."""
 

@@ -44,6 +44,7 @@ def test_resized_pixels_need_the_input_size() -> None:
         read(box_text(1, 2, 3, 4), "resized_pixel")
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([space for space in COORD_SPACES if space != "resized_pixel"]),
     st.tuples(*[st.floats(0, 1)] * 4),
