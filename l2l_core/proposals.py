@@ -38,7 +38,7 @@ GRABCUT_SIDE_PX = 256
 GRABCUT_ITERATIONS = 1
 """Three or five take two to three times as long and gain nothing."""
 GRABCUT_RING = 0.1
-"""GrabCut may go beyond the box by this share of its sides: 3 points better from moved boxes, 2 worse from true ones."""
+"""GrabCut may go beyond the box by this share of its sides: 3 points better from moved boxes, 2 worse from true."""
 GRABCUT_WEIGHT = 0.7
 """Share of the cut in the blend with the box. Above 0.5, so that the cut decides where the two disagree."""
 GRABCUT_MIN_SHARE = 0.1
