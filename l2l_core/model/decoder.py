@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from l2l_core.model.guidance import fourier
 
 POSITION_FREQUENCIES = 3
-MAX_FUSION_TOKENS = 256
-"""Self-attention over pixels runs on the finest level with at most this many (16 x 16): it costs their square."""
+MAX_ATTENDING_PIXELS = 256
+"""Pixels attend, to words and to each other, on levels with at most this many (16 x 16): it costs their square."""
 
 
 def positions(height: int, width: int, like: Tensor) -> Tensor:
@@ -40,74 +40,85 @@ class Gate(nn.Module):
 
 
 class Level(nn.Module):
-    """One step up: join the pyramid level, read the guidance tokens per pixel, gate, and mix neighbours."""
+    """One step up: join the pyramid level, hear sentence and guidance, be gated by the proposal, mix neighbours."""
 
     def __init__(self, channels: int, dim: int, heads: int) -> None:
         super().__init__()
         self.join = nn.Conv2d(channels, dim, 1)
-        self.norm = nn.GroupNorm(1, dim)
         self.place = nn.Linear(4 * POSITION_FREQUENCIES + 2, dim)
-        self.read = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.modulate = nn.Linear(dim, 2 * dim)
+        self.norm = nn.GroupNorm(1, dim)
         self.gate = Gate(dim)
         self.mix = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=1, groups=dim),
-            nn.GroupNorm(1, dim),
-            nn.Conv2d(dim, 2 * dim, 1),
-            nn.GELU(),
-            nn.Conv2d(2 * dim, dim, 1),
+            nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(1, dim), nn.GELU(), nn.Conv2d(dim, dim, 1)
         )
+        self.read_norm = nn.LayerNorm(dim)
+        self.read = nn.MultiheadAttention(dim, heads, batch_first=True)
 
     def forward(
-        self, features: Tensor, below: Tensor | None, memory: Tensor, gone: Tensor, proposal: Tensor, score: Tensor
+        self,
+        features: Tensor,
+        below: Tensor | None,
+        told: Tensor,
+        memory: Tensor,
+        gone: Tensor,
+        proposal: Tensor,
+        score: Tensor,
     ) -> Tensor:
-        """features [B, C, h, w]; below [B, D, h', w'] (coarser); memory [B, M, D] with gone [B, M] -> [B, D, h, w]."""
+        """features [B, C, h, w]; below [B, D, h', w'] (coarser); told [B, D]; memory [B, M, D] -> [B, D, h, w].
+
+        Every level is scaled and shifted per channel by what sentence and guidance say as a whole (FiLM, Perez et al.
+        2018), after each pixel has been told where it is. On coarse levels each pixel also attends to the memory
+        (guidance and text tokens, but those that are `gone`, [B, M] bool); fine levels only sharpen what was found.
+        """
         x = self.join(features)
         if below is not None:
             x = x + F.interpolate(below, x.shape[-2:], mode="bilinear", align_corners=False)
         height, width = x.shape[-2:]
-        pixels = self.norm(x).flatten(2).transpose(1, 2) + self.place(positions(height, width, x))
-        told, _ = self.read(pixels, memory, memory, key_padding_mask=gone, need_weights=False)
-        x = x + told.transpose(1, 2).reshape(x.shape)
-        x = self.gate(x, proposal, score)
-        mixed: Tensor = x + self.mix(x)
-        return mixed
+        x = x + self.place(positions(height, width, x)).T.reshape(1, -1, height, width)
+        scale, shift = self.modulate(told)[:, :, None, None].chunk(2, dim=1)
+        x = x + self.mix(self.gate(F.gelu(self.norm(x) * (1 + scale) + shift), proposal, score))
+        if height * width <= MAX_ATTENDING_PIXELS:
+            pixels = self.read_norm(x.flatten(2).transpose(1, 2))
+            read, _ = self.read(pixels, memory, memory, key_padding_mask=gone, need_weights=False)
+            x = x + read.transpose(1, 2).reshape(x.shape)
+        return x
 
 
 class Decoder(nn.Module):
     """Pyramid + guidance -> mask logits at twice the finest level's size, and a refined proposal on the way."""
 
-    def __init__(self, channels: list[int], dim: int, heads: int, fusion_layers: int = 2) -> None:
+    def __init__(self, channels: list[int], dim: int, heads: int, fusion_layers: int = 1) -> None:
         super().__init__()
         self.levels = nn.ModuleList([Level(count, dim, heads) for count in reversed(channels)])  # coarse first
         layer = nn.TransformerDecoderLayer(
             dim, heads, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.fusion = nn.TransformerDecoder(layer, fusion_layers)
-        self.fusion_place = nn.Linear(4 * POSITION_FREQUENCIES + 2, dim)
         self.refine = nn.Conv2d(dim, 1, 1)
         # Four sub-pixels a place: the mask is twice as fine as the finest level, at the cost of one 1x1 convolution.
         self.head = nn.Sequential(nn.GroupNorm(1, dim), nn.Conv2d(dim, 4, 1), nn.PixelShuffle(2))
 
     def forward(
-        self, pyramid: list[Tensor], memory: Tensor, gone: Tensor, proposal: Tensor, score: Tensor
+        self, pyramid: list[Tensor], told: Tensor, memory: Tensor, gone: Tensor, proposal: Tensor, score: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(mask_logits [B, 1, 2 * h0, 2 * w0], refined_logits [B, 1, hf, wf]).
 
-        pyramid: finest first. Objects are compared with each other (ordinals, relations) by self-attention over the
-        pixels of the finest level that is small enough; there the proposal is refined, and the finer levels are
-        gated by the refined proposal instead of the given one.
+        pyramid: finest first; told [B, D] what sentence and guidance say as a whole; memory [B, M, D] their tokens,
+        without those that are `gone` [B, M]; proposal [B, 1, P, P] and its score [B] in 0..1.
+        Objects are compared with each other (ordinals, relations) by self-attention over the pixels of the finest
+        level that is small enough; there the proposal is refined, and the finer levels are gated by the refined
+        proposal instead of the given one.
         """
         coarse_first = pyramid[::-1]
         sizes = [features.shape[-2] * features.shape[-1] for features in coarse_first]
-        fuse_at = max((row for row, size in enumerate(sizes) if size <= MAX_FUSION_TOKENS), default=0)
+        fuse_at = max((row for row, size in enumerate(sizes) if size <= MAX_ATTENDING_PIXELS), default=0)
         x: Tensor | None = None
         refined = proposal
         for row, (level, features) in enumerate(zip(self.levels, coarse_first, strict=True)):
-            x = level(features, x, memory, gone, refined, score)
+            x = level(features, x, told, memory, gone, refined, score)
             if row == fuse_at:
-                height, width = x.shape[-2:]
-                pixels = x.flatten(2).transpose(1, 2) + self.fusion_place(positions(height, width, x))
-                pixels = self.fusion(pixels, memory, memory_key_padding_mask=gone)
+                pixels = self.fusion(x.flatten(2).transpose(1, 2), memory, memory_key_padding_mask=gone)
                 x = pixels.transpose(1, 2).reshape(x.shape)
                 refined_logits = self.refine(x)
                 refined = refined_logits.float().sigmoid().to(x.dtype)

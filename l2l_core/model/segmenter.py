@@ -112,9 +112,13 @@ class Segmenter(nn.Module):
         gone = tokens["attention_mask"] == 0
         pooled = self.pool_projection(pyramid[-2])
         guidance = self.guidance(text, gone, batch.box, batch.has_box, pooled, batch.proposal, batch.proposal_score)
+        present = (~gone)[:, :, None].to(text.dtype)
+        told = guidance.mean(1) + (text * present).sum(1) / present.sum(1)
         memory = torch.cat([guidance, text], dim=1)
         memory_gone = F.pad(gone, (guidance.shape[1], 0), value=False)
-        mask_logits, refined_logits = self.decoder(pyramid, memory, memory_gone, batch.proposal, batch.proposal_score)
+        mask_logits, refined_logits = self.decoder(
+            pyramid, told, memory, memory_gone, batch.proposal, batch.proposal_score
+        )
         mask_logits = F.interpolate(mask_logits.float(), batch.image.shape[-2:], mode="bilinear", align_corners=False)
         return Output(mask_logits, refined_logits.float())
 
