@@ -67,6 +67,18 @@ def test_a_table_of_another_schema_is_not_written(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_another_link_to_the_old_file_keeps_its_bytes(tmp_path):
+    """DVC's cache may hard-link what a stage wrote; writing in place would corrupt it."""
+    path, link = tmp_path / "masks.parquet", tmp_path / "cached"
+    records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
+    link.hardlink_to(path)
+    before = link.read_bytes()
+
+    records.write_table(records.make_table(MASK_ROWS[:1], records.MASKS), path, records.MASKS)
+    assert link.read_bytes() == before
+    assert records.read_table(path, records.MASKS).num_rows == 1
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "masks.parquet"
     records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)

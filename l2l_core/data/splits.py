@@ -189,9 +189,9 @@ def _assign(frame: pd.DataFrame, listing: dict[str, Any], source: str) -> pa.Tab
 
 
 def _roles_by_split(frame: pd.DataFrame, labeled: pd.Series) -> pa.Table:
-    """Roles from the split column; `labeled` marks rows among which those of the train split are labelled."""
+    """Roles from the split column; `labeled` marks training rows."""
     train = frame["split"] == records.TRAIN
-    return _split_table(frame, np.select([train & labeled, train], [LABELED, UNLABELED], EVAL))
+    return _split_table(frame, np.select([labeled, train], [LABELED, UNLABELED], EVAL))
 
 
 def _split_table(frame: pd.DataFrame, role: np.ndarray[Any, Any]) -> pa.Table:

@@ -287,6 +287,9 @@ def test_small_images_are_refused(tiny_refcoco):
     assert read_refcoco(tiny_refcoco.folder, min_image_side_px=41).images.num_rows == 6  # image 1 is 41 px high
     with pytest.raises(InputError, match=r"photo_1\.jpg: 59x41 px, expected sides >= 42 px"):
         read_refcoco(tiny_refcoco.folder, min_image_side_px=42)
+    Image.new("RGB", (40, 90)).save(tiny_refcoco.image_path(1))
+    with pytest.raises(InputError, match=r"photo_1\.jpg: 40x90 px, expected sides >= 41 px"):
+        read_refcoco(tiny_refcoco.folder, min_image_side_px=41)
 
 
 def test_a_malicious_pickle_is_refused_and_does_not_run(tiny_refcoco, tmp_path):
