@@ -18,8 +18,8 @@ def dataset_version(dataset: Path) -> str | None:
     instances = dataset / "instances.json"
     if not instances.is_file():
         return None
-    version = json.loads(instances.read_text(encoding="utf-8")).get("info", {}).get("version")
-    return None if version is None else str(version)
+    info = json.loads(instances.read_text(encoding="utf-8")).get("info") or {}
+    return str(info["version"]) if "version" in info else None
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from l2l_core import records
 from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.evaluation import History, cut_proposal, evaluate, evaluated_sentences, read_history
 from l2l_core.masks import decode_rle, encode_rle
-from stages.evaluate import main
+from stages.evaluate import dataset_version, main
 
 HEIGHT, WIDTH = 4, 10
 NO_LABELS = records.PSEUDO_LABELS.empty_table()
@@ -256,6 +256,15 @@ def test_the_stage_agrees_with_decoded_masks(tmp_path: Path, monkeypatch: pytest
         + [f"training/round_{k}.csv" for k in range(3)]
         + [f"{kind}/round_{k}.csv" for kind in ("policy", "coverage", "reliability") for k in range(3)]
     )
+
+
+@pytest.mark.parametrize(
+    ("instances", "version"), [({"info": {"version": 3}}, "3"), ({"info": None}, None), ({}, None), (None, None)]
+)
+def test_the_version_is_what_the_data_set_says(tmp_path: Path, instances: object, version: str | None) -> None:
+    if instances is not None:
+        (tmp_path / "instances.json").write_text(json.dumps(instances))
+    assert dataset_version(tmp_path) == version
 
 
 def test_shifted_masks_of_the_made_up_run() -> None:
