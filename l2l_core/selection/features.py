@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+LABEL_THRESHOLD = 0.5
+"""A pixel is foreground where its probability exceeds this: the same cut as in evaluation."""
+
+CELL_FEATURES = (
+    "prob",  # teacher's foreground probability
+    "label",  # share of the pixels that the label calls foreground
+    "proposal",
+    "disagreement",  # |prob - proposal|
+    "entropy",  # of the probability, in bits
+    "flip_change",  # |prob - prob_flipped|
+    "prior_change",  # |prob - prob_no_prior|
+    "votes",  # share of the three other opinions (flipped, no prior, proposal) that say foreground
+    "label_votes",  # the same, counted inside the label only: with `votes` it gives the agreement on the cell
+    "distance",  # from the label's centre of gravity, in label radii, scaled to [0, 1] at FAR_RADII
+)
+"""Channels of `Candidates.cells`, means over a cell's pixels, each in [0, 1]."""
+
+SENTENCE_FEATURES = (
+    "confidence",
+    "prior_iou",
+    "flip_iou",  # soft IoU of prob and prob_flipped
+    "no_prior_iou",  # soft IoU of prob and prob_no_prior
+    "no_prior_proposal_iou",  # soft IoU of prob_no_prior and proposal: do both find the object on their own?
+    "agreement_iou",  # soft IoU of the label with the votes of the three other opinions
+    "label_prob",  # mean probability inside the label
+    "label_flipped",  # mean prob_flipped inside the label
+    "label_no_prior",  # mean prob_no_prior inside the label
+    "label_proposal",  # mean proposal inside the label
+    "outside",  # share of prob's mass that lies outside the label
+    "outside_no_prior",  # share of prob_no_prior's mass that lies outside the label
+    "size",  # square root of the label's share of the image
+    "compactness",  # 4 sqrt(area) / perimeter: 1 for a square, less for ragged or scattered labels
+    "proposal_score",
+    "has_prior",  # 1 or 0
+    "words",  # log(1 + words in the sentence)
+)
+"""Columns of `Candidates.sentence`; all in [0, 1] but `words`, which is >= 0. 0 where a label is empty."""
+
+FAR_RADII = 4.0
+"""Distances beyond this many label radii look alike to the policy: such cells are far from any boundary."""
+
+SURROUNDINGS = 1 / 16
+"""Width of a label's surroundings as a share of the image side: wide enough to hold the doubtful border of a label,
+narrow enough that easy far background does not drown it."""
+
+EPSILON = 1e-6
+"""Keeps ratios of areas finite; far below one pixel's share of an image of any size used here."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +79,8 @@ class Candidates:
     """N pseudo-labels as a policy sees them, on a grid of G x G cells."""
 
     sent_id: NDArray[np.int64]  # [N]
-    cells: FloatArray  # [N, G, G, C]
-    sentence: FloatArray  # [N, D]
+    cells: NDArray[np.float16]  # [N, G, G, C] CELL_FEATURES; half precision: this is what fills the memory
+    sentence: FloatArray  # [N, D] SENTENCE_FEATURES
     confidence: FloatArray  # [N] mean of max(p, 1 - p) over the label's foreground and its surroundings, in [0.5, 1]
     prior_iou: FloatArray  # [N] IoU of the label with the proposal cut at 0.5; 0 where there is no prior
 
@@ -38,6 +89,171 @@ class Candidates:
 class Outcome:
     """The truth about N pseudo-labels; exists for labelled sentences only (and for the oracle)."""
 
+    sent_id: NDArray[np.int64]  # [N]
     # [N, G, G, 4] shares of a cell's pixels: foreground right, foreground wrong, background right, background wrong
     cells: FloatArray
     iou: FloatArray  # [N] IoU of the label with the true mask
+
+
+Rows = TypeVar("Rows", Candidates, Outcome)
+
+
+def describe(views: Views, grid: int) -> Candidates:
+    """What the policy sees of B labels; the label is `prob > 0.5`. Memory is a few maps of the batch.
+
+    Cells are area-weighted means, so that any map side M works with any grid.
+    """
+    prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
+    label = (prob > LABEL_THRESHOLD).astype(np.float32)
+    other_opinions = (flipped, no_prior, proposal)
+    votes = np.stack([opinion > LABEL_THRESHOLD for opinion in other_opinions]).mean(0, dtype=np.float32)
+    has_prior = (views.proposal_score > 0).astype(np.float32)
+
+    side = label.shape[-1]
+    nearby = label_and_surroundings(label)
+    area = label.mean((1, 2))
+    confidence = np.where(area > 0, _mean_inside(np.maximum(prob, 1 - prob), nearby), 0.5).astype(np.float32)
+    prior_iou = has_prior * soft_iou(label, (proposal > LABEL_THRESHOLD).astype(np.float32))
+    bordered = np.pad(label, ((0, 0), (1, 1), (1, 1)))
+    perimeter = (np.abs(np.diff(bordered, axis=1)).sum((1, 2)) + np.abs(np.diff(bordered, axis=2)).sum((1, 2))) / side
+    sentence = {
+        "confidence": confidence,
+        "prior_iou": prior_iou,
+        "flip_iou": soft_iou(prob, flipped),
+        "no_prior_iou": soft_iou(prob, no_prior),
+        "no_prior_proposal_iou": soft_iou(no_prior, proposal),
+        "agreement_iou": soft_iou(label, votes),
+        "label_prob": _mean_inside(prob, label),
+        "label_flipped": _mean_inside(flipped, label),
+        "label_no_prior": _mean_inside(no_prior, label),
+        "label_proposal": _mean_inside(proposal, label),
+        "outside": _mean_inside(1 - label, prob),
+        "outside_no_prior": _mean_inside(1 - label, no_prior),
+        "size": np.sqrt(area),
+        "compactness": 4 * np.sqrt(area) / np.maximum(perimeter, EPSILON),
+        "proposal_score": views.proposal_score,
+        "has_prior": has_prior,
+        "words": np.log1p(views.words),
+    }
+
+    cells = {
+        "prob": to_cells(prob, grid),
+        "label": to_cells(label, grid),
+        "proposal": to_cells(proposal, grid),
+        "disagreement": to_cells(np.abs(prob - proposal), grid),
+        "entropy": to_cells(_entropy_bits(prob), grid),
+        "flip_change": to_cells(np.abs(prob - flipped), grid),
+        "prior_change": to_cells(np.abs(prob - no_prior), grid),
+        "votes": to_cells(votes, grid),
+        "label_votes": to_cells(label * votes, grid),
+    }
+    cells["distance"] = _distance_in_radii(cells["label"]) / FAR_RADII
+    return Candidates(
+        sent_id=views.sent_id,
+        cells=np.stack([cells[name] for name in CELL_FEATURES], axis=-1).astype(np.float16),
+        sentence=np.stack([sentence[name] for name in SENTENCE_FEATURES], axis=-1).astype(np.float32),
+        confidence=confidence,
+        prior_iou=prior_iou,
+    )
+
+
+def judge(sent_id: NDArray[np.int64], label: BoolArray, truth: BoolArray, grid: int) -> Outcome:
+    """Compare labels with true masks, both [B, M, M] bool; the IoU of two empty masks is 0."""
+    cells = [
+        to_cells(part.astype(np.float32), grid)
+        for part in (label & truth, label & ~truth, ~label & ~truth, ~label & truth)
+    ]
+    return Outcome(
+        sent_id=sent_id,
+        cells=np.stack(cells, axis=-1),
+        iou=soft_iou(label.astype(np.float32), truth.astype(np.float32)),
+    )
+
+
+def agreement(cells: NDArray[np.float16]) -> FloatArray:
+    """The other opinions in the place of the truth: [N, G, G, C] cell features -> shares like `Outcome.cells`."""
+    label, votes, label_votes = (
+        cells[..., CELL_FEATURES.index(name)].astype(np.float32) for name in ("label", "votes", "label_votes")
+    )
+    background_votes = votes - label_votes
+    shares = np.stack([label_votes, label - label_votes, 1 - label - background_votes, background_votes], axis=-1)
+    return np.clip(shares, 0.0, 1.0)  # half precision leaves shares a hair below 0
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """Batches -> one, rows in order; at least one batch."""
+    first = parts[0]
+    return type(first)(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(first)}
+    )
+
+
+def confident_pixels(prob: NDArray[np.floating[Any]], threshold: float) -> BoolArray:
+    """Pixels whose confidence max(p, 1 - p) reaches the threshold; any shape, same shape out."""
+    return np.asarray(np.maximum(prob, 1 - prob) >= threshold)
+
+
+def expand_cells(keep_cells: BoolArray, height: int, width: int) -> BoolArray:
+    """[N, G, G] cells -> [N, height, width] pixels; a pixel belongs to the cell that holds its centre."""
+    grid = keep_cells.shape[-1]
+    rows = ((np.arange(height) + 0.5) * grid / height).astype(np.int64)
+    columns = ((np.arange(width) + 0.5) * grid / width).astype(np.int64)
+    return keep_cells[:, rows[:, None], columns[None, :]]
+
+
+def to_cells(maps: FloatArray, grid: int) -> FloatArray:
+    """[B, M, M] -> [B, G, G] area-weighted means; a pixel on a cell border counts for both by its overlap."""
+    pool = _overlaps(maps.shape[-1], grid)
+    return np.asarray(pool @ maps @ pool.T)
+
+
+def soft_iou(first: FloatArray, second: FloatArray) -> FloatArray:
+    """sum(min) / sum(max) over the pixels of [B, M, M] maps -> [B] in [0, 1]; two empty maps give 0."""
+    intersection = np.minimum(first, second).sum((1, 2))
+    union = np.maximum(first, second).sum((1, 2))
+    return np.asarray(intersection / np.maximum(union, EPSILON), dtype=np.float32)
+
+
+def label_and_surroundings(label: FloatArray) -> FloatArray:
+    """[B, M, M] 0/1 label -> 0/1 map of the label widened by SURROUNDINGS (a square neighbourhood)."""
+    side = label.shape[-1]
+    reach = max(1, round(SURROUNDINGS * side))
+    near = (np.abs(np.subtract.outer(np.arange(side), np.arange(side))) <= reach).astype(np.float32)
+    return (near @ label @ near.T > 0.5).astype(np.float32)
+
+
+def _mean_inside(values: FloatArray, weight: FloatArray) -> FloatArray:
+    """Weighted mean over the pixels, 0 where the weight is 0 everywhere; [B, M, M] x 2 -> [B]."""
+    return np.asarray((values * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), EPSILON))
+
+
+def _entropy_bits(prob: FloatArray) -> FloatArray:
+    """Binary entropy in bits, [0, 1]."""
+    p = np.clip(prob, EPSILON, 1 - EPSILON)
+    return np.asarray(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)))
+
+
+def _distance_in_radii(label_cells: FloatArray) -> FloatArray:
+    """Distance of each cell from the label's centre of gravity, in radii of a disc of its area, at most FAR_RADII.
+
+    [B, G, G] label shares -> [B, G, G]; an empty label is far from everywhere.
+    """
+    grid = label_cells.shape[-1]
+    centres = (np.arange(grid, dtype=np.float32) + 0.5) / grid
+    area = label_cells.mean((1, 2))
+    total = np.maximum(label_cells.sum((1, 2)), EPSILON)
+    row = (label_cells.sum(2) @ centres) / total
+    column = (label_cells.sum(1) @ centres) / total
+    down, right = centres - row[:, None], centres - column[:, None]
+    distance = np.sqrt(down[:, :, None] ** 2 + right[:, None, :] ** 2)
+    radius = np.sqrt(area / np.pi)[:, None, None]
+    return np.where(radius > 0, np.minimum(distance / np.maximum(radius, EPSILON), FAR_RADII), FAR_RADII)
+
+
+def _overlaps(side: int, grid: int) -> FloatArray:
+    """[grid, side] share of each cell's length that each pixel covers; rows add up to 1."""
+    edges = np.arange(grid + 1) * side / grid
+    pixels = np.arange(side)
+    low = np.maximum(edges[:-1, None], pixels[None, :])
+    high = np.minimum(edges[1:, None], pixels[None, :] + 1)
+    return (np.clip(high - low, 0, None) * grid / side).astype(np.float32)

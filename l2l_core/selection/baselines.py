@@ -1,0 +1,31 @@
+"""Fixed rules: rank the labels by a score and accept the best share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2l_core.selection.features import BoolArray, Candidates, FloatArray
+
+
+def mean_rank(score: NDArray[np.floating[Any]]) -> FloatArray:
+    """Rank of each score, 1 / N for the lowest to 1 for the highest; equal scores share the mean of theirs. [N]."""
+    _, group, sizes = np.unique(score, return_inverse=True, return_counts=True)
+    last = np.cumsum(sizes)
+    return ((last - (sizes - 1) / 2)[group] / max(len(score), 1)).astype(np.float32)
+
+
+def rank_sum(candidates: Candidates) -> FloatArray:
+    """Mean of the ranks by confidence and by agreement with the prior, [N] in (0, 1]."""
+    return np.float32(0.5) * (mean_rank(candidates.confidence) + mean_rank(candidates.prior_iou))
+
+
+def best_fraction(score: FloatArray, sent_id: NDArray[np.int64], fraction: float) -> BoolArray:
+    """Mark the round(fraction * N) highest scores, at least one; of equal scores the smaller sent_id goes first."""
+    count = max(1, math.floor(fraction * len(score) + 0.5))
+    accepted = np.zeros(len(score), dtype=bool)
+    accepted[np.lexsort((sent_id, -score))[:count]] = True
+    return accepted

@@ -1,0 +1,80 @@
+"""Which labels are accepted and which of their cells may teach, by the rule that params.yaml names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import torch
+
+from l2l_core.config import SelectParams
+from l2l_core.selection.baselines import best_fraction, mean_rank, rank_sum
+from l2l_core.selection.features import CELL_FEATURES, BoolArray, Candidates, FloatArray, Outcome, agreement
+from l2l_core.selection.policy import ROWS_AT_ONCE, Policy, act, one_thread
+from l2l_core.selection.reward import RIGHT_IOU, utility
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided about N labels."""
+
+    accept_prob: FloatArray  # [N] in [0, 1], what the labels are ranked by: see `decide`
+    accepted: BoolArray  # [N]
+    keep_cells: BoolArray  # [N, G, G] cells that may teach; none of a rejected label
+    reward: FloatArray  # [N] utility of the kept cells: by the truth where it is given, else by agreement
+
+
+def decide(
+    params: SelectParams, candidates: Candidates, policy: Policy | None, outcome: Outcome | None = None
+) -> Decision:
+    """Apply `params.policy`; every rule but `reinforce` keeps all cells of the labels that it accepts.
+
+    accept_prob is the calibrated probability of a right label (reinforce), the rank of the rule's score (topk,
+    agreement, ranksum), the IoU (oracle), 1 (all, threshold) or 0 (none). `threshold` accepts everything: it drops
+    pixels, not cells, by `confident_pixels`. Raises ValueError where the rule lacks its policy or outcome.
+    """
+    count, keep = len(candidates.sent_id), np.ones(candidates.cells.shape[:3], dtype=bool)
+    if outcome is not None and not np.array_equal(candidates.sent_id, outcome.sent_id):
+        raise ValueError("candidates and outcome must be rows of the same sentences")
+    match params.policy:
+        case "all" | "threshold":
+            score = np.ones(count, dtype=np.float32)
+            accepted = score > 0.5
+        case "none":
+            score = np.zeros(count, dtype=np.float32)
+            accepted = score > 0.5
+        case "topk" | "agreement" | "ranksum" as rule:
+            if rule == "ranksum":
+                score = rank_sum(candidates)
+            else:
+                score = mean_rank(candidates.confidence if rule == "topk" else candidates.prior_iou)
+            accepted = best_fraction(score, candidates.sent_id, params.keep_fraction)
+        case "oracle":
+            if outcome is None:
+                raise ValueError("oracle needs the outcome")
+            score, accepted = outcome.iou, outcome.iou > RIGHT_IOU
+        case "reinforce":
+            if policy is None:
+                raise ValueError("reinforce needs a policy")
+            score, keep_prob = act(policy, candidates)
+            keep = keep_prob > 0.5
+            # A label without kept foreground would teach "there is nothing": never what a sentence means.
+            foreground = candidates.cells[..., CELL_FEATURES.index("label")] > 0
+            accepted = (score > 0.5) & (keep & foreground).any((1, 2))
+        case _ as unknown:
+            assert_never(unknown)
+    keep = keep & accepted[:, None, None]
+    return Decision(score, accepted, keep, _reward(params, candidates, outcome, keep))
+
+
+def _reward(params: SelectParams, candidates: Candidates, outcome: Outcome | None, keep: BoolArray) -> FloatArray:
+    """Utility of the kept cells of each label, [N]."""
+    reward = np.empty(len(keep), dtype=np.float32)
+    with one_thread():
+        for start in range(0, len(keep), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            shares = agreement(candidates.cells[rows]) if outcome is None else outcome.cells[rows]
+            kept = torch.from_numpy(keep[rows].astype(np.float32))
+            reward[rows] = utility(torch.from_numpy(shares), kept, params.wrong_cost).numpy()
+    return reward

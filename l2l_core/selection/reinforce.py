@@ -1,0 +1,213 @@
+"""Training of the policy: REINFORCE with the group's mean reward as baseline.
+
+Plain policy gradients: no ratio clipping, no reference policy, advantages are not divided by their spread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from l2l_core.config import SelectParams
+from l2l_core.progress import progress
+from l2l_core.selection.features import Candidates, Outcome, agreement
+from l2l_core.selection.policy import Policy, one_thread
+from l2l_core.selection.reward import RIGHT_IOU, agreement_reliability, utility
+
+SENTENCES_PER_STEP = 64
+"""Labelled sentences in a step, and as many unlabelled ones; bounds the memory of a step whatever the label budget."""
+
+FEATURE_NOISE = 2.0
+"""Normal noise on standardised sentence features in training, against learning a few sentences by heart. AUROC on new
+synthetic sentences with noise 0.5, 1, 2: 0.79, 0.82, 0.84 from 30 labelled ones, 0.845, 0.849, 0.849 from 150."""
+
+WEIGHT_DECAY = 0.01
+"""AdamW's usual value; 0.3 measured alike."""
+
+SCALING_SENTENCES = 2000
+"""Unlabelled sentences from which means and deviations of the features are taken, besides the labelled ones."""
+
+SMALLEST_STD = 1e-3
+"""A feature that never varies (proposal_score when every score is 1) stays 0 instead of blowing up."""
+
+CURVE_COLUMNS = ("step", "reward", "keep_rate", "accept_rate", "entropy", "advantage_std")
+"""Columns of the training curve: see `TrainedPolicy`."""
+
+CURVE_EVERY = 10
+"""Steps averaged into one row of the curve."""
+
+SLOPES = np.logspace(-2, 1, 301)
+"""Calibrations tried; trained logits measured about three times too sure."""
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """A policy and its curve: one dict each CURVE_EVERY steps.
+
+    step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probabilities of
+    accepting a sentence, keeping a cell. entropy: of the accept decision plus the mean of the cells', in nats.
+    advantage_std: spread of the advantages. All over the labelled sentences of the steps.
+    """
+
+    policy: Policy
+    curve: list[dict[str, float]]
+
+
+def train_policy(
+    labeled: Candidates, outcome: Outcome, unlabeled: Candidates, params: SelectParams, seed: int
+) -> TrainedPolicy:
+    """Learn which labels to accept and which cells to keep, on one CPU thread; the same bits for the same input.
+
+    labeled, outcome: rows of the same labelled sentences, labelled by teachers that never saw their images.
+    unlabeled: may be empty. With few labelled sentences, or labels that are all right or all wrong, it does the same:
+    labels that are all wrong teach it to keep nothing, labels that are all right to keep nearly everything.
+    Raises ValueError where there is no labelled sentence or the rows do not match.
+    """
+    if not len(labeled.sent_id) or not np.array_equal(labeled.sent_id, outcome.sent_id):
+        raise ValueError("labeled and outcome must be rows of the same sentences, at least one")
+    with one_thread():
+        generator = torch.Generator().manual_seed(seed)
+        policy = Policy(generator)
+        _fit_scaling(policy, labeled, unlabeled)
+        curve = _improve(policy, labeled, outcome, unlabeled, params, generator)
+        _calibrate(policy, labeled, outcome)
+    return TrainedPolicy(policy, curve)
+
+
+def policy_gradient_loss(
+    accept_logit: Tensor, keep_logit: Tensor, accept: Tensor, keep: Tensor, advantage: Tensor
+) -> Tensor:
+    """A scalar whose gradient is minus the REINFORCE estimate of the gradient of the mean expected reward.
+
+    accept_logit [B] and keep_logit [B, G, G] require gradients; accept [S, B] and keep [S, B, G, G] are drawn actions,
+    0 or 1; advantage [S, B]. The cells of a rejected label are no part of the action: they cannot change the reward.
+    """
+    log_prob = _log_prob(accept_logit, accept) + accept * _log_prob(keep_logit, keep).sum((-2, -1))
+    return -(advantage * log_prob).mean()
+
+
+def group_advantage(reward: Tensor) -> Tensor:
+    """Reward minus the mean reward of the OTHER actions of the group: [S, B] -> [S, B], S >= 2, unbiased."""
+    size = reward.shape[0]
+    return (reward - reward.mean(0)) * (size / (size - 1))
+
+
+def _improve(
+    policy: Policy,
+    labeled: Candidates,
+    outcome: Outcome,
+    unlabeled: Candidates,
+    params: SelectParams,
+    generator: torch.Generator,
+) -> list[dict[str, float]]:
+    """Train in place; returns the curve."""
+    weight = params.unlabeled_weight * _reliability(labeled, outcome, params) if len(unlabeled.sent_id) else 0.0
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.policy_steps)
+    steps = []
+    for _ in progress(range(params.policy_steps), "policy", "step"):
+        rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
+        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, generator)
+        if weight:
+            rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
+            shares = agreement(unlabeled.cells[rows])
+            loss = loss + weight * _explore(policy, unlabeled, rows, shares, params, generator)[0]
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        cosine.step()
+        steps.append(step)
+    return [
+        {
+            "step": min(start + CURVE_EVERY, len(steps)),
+            **{
+                name: float(np.mean([step[name] for step in steps[start : start + CURVE_EVERY]]))
+                for name in CURVE_COLUMNS[1:]
+            },
+        }
+        for start in range(0, len(steps), CURVE_EVERY)
+    ]
+
+
+def _explore(
+    policy: Policy,
+    candidates: Candidates,
+    rows: NDArray[np.int64],
+    shares: NDArray[np.float32],
+    params: SelectParams,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, float]]:
+    """Draw a group of actions for each of the rows and score them by `shares` [B, G, G, 4]: loss and curve values."""
+    cells, sentence = policy.standardise(
+        torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
+    )
+    noise = FEATURE_NOISE * torch.randn(sentence.shape, generator=generator)
+    accept_logit, keep_logit = policy(cells, sentence + noise)
+    accept = _draw(accept_logit, params.group_size, generator)
+    keep = _draw(keep_logit, params.group_size, generator)
+    reward = accept * utility(torch.from_numpy(shares), keep, params.wrong_cost)
+    advantage = group_advantage(reward)
+    entropy = _entropy(accept_logit).mean() + _entropy(keep_logit).mean()
+    loss = policy_gradient_loss(accept_logit, keep_logit, accept, keep, advantage) - params.entropy_bonus * entropy
+    return loss, {
+        "reward": float(reward.mean()),
+        "accept_rate": float(torch.sigmoid(accept_logit.detach()).mean()),
+        "keep_rate": float(torch.sigmoid(keep_logit.detach()).mean()),
+        "entropy": float(entropy.detach()),
+        "advantage_std": float(advantage.std()),
+    }
+
+
+def _draw(logit: Tensor, group_size: int, generator: torch.Generator) -> Tensor:
+    """Independent 0/1 draws with probability sigmoid(logit): [...] -> [group_size, ...]."""
+    prob = torch.sigmoid(logit.detach())
+    return (torch.rand((group_size, *logit.shape), generator=generator) < prob).float()
+
+
+def _log_prob(logit: Tensor, action: Tensor) -> Tensor:
+    """Log probability of 0/1 actions whose probability of 1 is sigmoid(logit)."""
+    return action * logit - functional.softplus(logit)
+
+
+def _entropy(logit: Tensor) -> Tensor:
+    """Entropy of each Bernoulli decision in nats."""
+    return functional.softplus(logit) - torch.sigmoid(logit) * logit
+
+
+def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> float:
+    """How well agreement predicts the truth on the labelled sentences, in [0, 1]."""
+    shares = torch.from_numpy(agreement(labeled.cells))
+    by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost)
+    return agreement_reliability(by_agreement.numpy(), outcome.iou)
+
+
+def _fit_scaling(policy: Policy, labeled: Candidates, unlabeled: Candidates) -> None:
+    """Set the policy's means and deviations from labelled and evenly picked unlabelled sentences."""
+    stride = max(1, len(unlabeled.sent_id) // SCALING_SENTENCES)
+    sentence = np.concatenate([labeled.sentence, unlabeled.sentence[::stride]]).astype(np.float64)
+    cells = np.concatenate([labeled.cells, unlabeled.cells[::stride]]).astype(np.float32)
+    policy.sentence_mean.copy_(torch.from_numpy(sentence.mean(0)))
+    policy.sentence_std.copy_(torch.from_numpy(sentence.std(0).clip(SMALLEST_STD)))
+    policy.cell_mean.copy_(torch.from_numpy(cells.mean((0, 1, 2), dtype=np.float64)))
+    policy.cell_std.copy_(torch.from_numpy(cells.std((0, 1, 2), dtype=np.float64).clip(SMALLEST_STD)))
+
+
+def _calibrate(policy: Policy, labeled: Candidates, outcome: Outcome) -> None:
+    """Scale accept logits so that their probability is that of a right label, by least log loss on labelled sentences.
+
+    A slope without offset leaves every decision as it is. Targets are Platt's (1999), drawn in from 0 and 1 by the
+    count of their class, so that few sentences never make the policy certain.
+    """
+    with torch.no_grad():
+        standardised = policy.standardise(torch.from_numpy(labeled.cells), torch.from_numpy(labeled.sentence))
+        logit = policy(*standardised)[0].double().numpy()
+    right = outcome.iou > RIGHT_IOU
+    target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
+    scaled = SLOPES[:, None] * logit
+    log_loss = (np.logaddexp(0, scaled) - target * scaled).mean(1)
+    policy.slope.fill_(float(SLOPES[log_loss.argmin()]))

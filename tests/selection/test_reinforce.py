@@ -1,0 +1,254 @@
+"""Oracles: exact gradients by enumeration, synthetic teachers with known truth, collapses that must not happen."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from simulated_views import simulated_views
+from sklearn.metrics import log_loss, roc_auc_score
+
+from l2l_core.config import load_params
+from l2l_core.selection.decide import decide
+from l2l_core.selection.features import (
+    CELL_FEATURES,
+    SENTENCE_FEATURES,
+    describe,
+    judge,
+)
+from l2l_core.selection.policy import act
+from l2l_core.selection.reinforce import CURVE_COLUMNS, group_advantage, policy_gradient_loss, train_policy
+from l2l_core.selection.reward import utility
+
+GRID = 8
+PARAMS = load_params().select.model_copy(update={"policy": "reinforce", "policy_steps": 200, "wrong_cost": 1.0})
+
+
+def seen_and_judged(count, seed):
+    views, truth = simulated_views(count, seed)
+    return describe(views, GRID), judge(views.sent_id, views.prob > 0.5, truth, GRID)
+
+
+def taken(rows, table):
+    return type(table)(**{name: values[rows] for name, values in vars(table).items()})
+
+
+def chosen(table, mask):
+    return taken(np.flatnonzero(mask), table)
+
+
+@pytest.fixture(scope="module")
+def labeled():
+    return seen_and_judged(150, seed=11)
+
+
+@pytest.fixture(scope="module")
+def unlabeled():
+    return seen_and_judged(400, seed=12)[0]
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return seen_and_judged(800, seed=13)
+
+
+@pytest.fixture(scope="module")
+def trained(labeled, unlabeled):
+    return train_policy(*labeled, unlabeled, PARAMS, seed=0)
+
+
+def test_the_estimator_is_the_exact_gradient_on_average():
+    """One sentence, two cells: 8 actions (reject or accept, and each cell). The expected reward is summed over them and
+    differentiated; the estimate is averaged over all 64 groups of two draws with their probabilities."""
+    logits = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
+    shares = torch.tensor([[[0.5, 0.1, 0.3, 0.1], [0.1, 0.3, 0.2, 0.4]]], dtype=torch.float64)
+    actions = [torch.tensor(bits, dtype=torch.float64) for bits in itertools.product((0.0, 1.0), repeat=3)]
+
+    def reward(action):
+        return action[0] * utility(shares, action[1:].view(1, 2), 1.0)
+
+    def probability(action):
+        return torch.prod(torch.where(action > 0, torch.sigmoid(logits), torch.sigmoid(-logits)))
+
+    expected = sum(probability(action) * reward(action) for action in actions)
+    (exact,) = torch.autograd.grad(expected, logits)
+
+    estimate = torch.zeros(3, dtype=torch.float64)
+    for group in itertools.product(actions, repeat=2):
+        drawn = torch.stack(group)
+        rewards = torch.stack([reward(action) for action in group])[:, None]
+        loss = policy_gradient_loss(
+            logits[:1], logits[1:].view(1, 1, 2), drawn[:, :1], drawn[:, 1:].view(2, 1, 1, 2), group_advantage(rewards)
+        )
+        (gradient,) = torch.autograd.grad(loss, logits)
+        estimate -= (probability(group[0]) * probability(group[1])).detach() * gradient
+    torch.testing.assert_close(estimate, exact, rtol=1e-9, atol=1e-12)
+    assert exact.abs().min() > 1e-3  # else there would be nothing to estimate
+
+
+def test_advantage_compares_with_the_rest_of_the_group():
+    """Rewards 1, 2, 6: against the means of the others 4, 3.5, 1.5."""
+    advantage = group_advantage(torch.tensor([[1.0], [2.0], [6.0]]))
+    torch.testing.assert_close(advantage, torch.tensor([[-3.0], [-1.5], [4.5]]))
+
+
+def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out):
+    """The column `words` is replaced by whether the label is right: the policy must find that out, through the reward
+    alone, and use it on sentences it never saw."""
+
+    def revealed(candidates, right):
+        sentence = candidates.sentence.copy()
+        sentence[:, SENTENCE_FEATURES.index("words")] = right
+        return replace(candidates, sentence=sentence)
+
+    seen, outcome = labeled
+    test_seen, test_outcome = held_out
+    policy = train_policy(revealed(seen, outcome.iou > 0.5), outcome, revealed(unlabeled, 0.5), PARAMS, seed=0).policy
+    decision = decide(PARAMS, revealed(test_seen, test_outcome.iou > 0.5), policy, test_outcome)
+    assert roc_auc_score(test_outcome.iou > 0.5, decision.accept_prob) > 0.97
+    assert np.mean(decision.accepted == (test_outcome.iou > 0.5)) > 0.9
+
+
+def test_beats_fixed_rules_on_sentences_it_never_saw(trained, held_out):
+    seen, outcome = held_out
+    right = outcome.iou > 0.5
+
+    def apply(rule):
+        return decide(PARAMS.model_copy(update={"policy": rule}), seen, trained.policy, outcome)
+
+    rules = {rule: apply(rule) for rule in ("all", "none", "topk", "agreement", "ranksum", "reinforce")}
+    worth = {rule: decision.reward.mean() for rule, decision in rules.items()}
+    learned = worth.pop("reinforce")
+    assert learned > max(worth.values()) + 0.02, (learned, worth)
+    auroc = {rule: roc_auc_score(right, rules[rule].accept_prob) for rule in ("reinforce", "ranksum")}
+    assert auroc["reinforce"] > auroc["ranksum"] + 0.02, auroc
+
+
+def test_dropping_cells_pays(trained, held_out):
+    """Of the accepted sentences, the kept cells are worth more than all cells."""
+    seen, outcome = held_out
+    decision = decide(PARAMS, seen, trained.policy, outcome)
+    everything = utility(torch.from_numpy(outcome.cells), torch.ones(outcome.cells.shape[:3]), 1.0).numpy()
+    assert decision.reward[decision.accepted].mean() > everything[decision.accepted].mean() + 0.01
+
+
+def test_kept_cells_contain_foreground_and_background(trained, held_out):
+    """No collapse to background only or to foreground only."""
+    seen, _ = held_out
+    decision = decide(PARAMS, seen, trained.policy)
+    label = seen.cells[..., CELL_FEATURES.index("label")].astype(np.float32)
+    kept, accepted = decision.keep_cells, decision.accepted
+    assert (label * kept).sum((1, 2))[accepted].min() > 0
+    assert (label * kept)[accepted].sum() > 0.5 * label[accepted].sum()
+    assert ((1 - label) * kept)[accepted].sum() > 0.5 * (1 - label)[accepted].sum()
+
+
+def test_small_objects_are_accepted_like_large_ones(trained, held_out):
+    """Right labels of the smaller half are accepted nearly as often as those of the larger half."""
+    seen, outcome = held_out
+    decision = decide(PARAMS, seen, trained.policy)
+    right = outcome.iou > 0.5
+    size = seen.sentence[:, SENTENCE_FEATURES.index("size")]
+    small = size < np.median(size[right])
+    assert decision.accepted[right & small].mean() > 0.75 * decision.accepted[right & ~small].mean()
+
+
+def test_calibration_is_honest_on_new_sentences(trained, held_out):
+    """Better log loss than the policy's own, far too sure probabilities, and than the constant base rate; the
+    decisions stay."""
+    seen, outcome = held_out
+    right = outcome.iou > 0.5
+    accept_prob, _ = act(trained.policy, seen)
+    slope = float(trained.policy.slope)
+    own = 1 / (1 + (1 / accept_prob.astype(np.float64) - 1) ** (1 / slope))
+    calibrated = log_loss(right, accept_prob)
+    assert calibrated < log_loss(right, own)
+    assert calibrated < log_loss(right, np.full(len(right), right.mean()))
+    np.testing.assert_array_equal(accept_prob > 0.5, own > 0.5)
+
+
+def test_same_seed_same_bits_whatever_the_threads(labeled, unlabeled):
+    params = PARAMS.model_copy(update={"policy_steps": 20})
+    torch.manual_seed(1)
+    first = train_policy(*labeled, unlabeled, params, seed=3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.manual_seed(2)  # no draw may come from the global generator
+    state = torch.get_rng_state()
+    second = train_policy(*labeled, unlabeled, params, seed=3)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = train_policy(*labeled, unlabeled, params, seed=4)
+    assert first.curve == second.curve
+    for name, value in first.policy.state_dict().items():
+        assert torch.equal(value, second.policy.state_dict()[name]), name
+    assert not torch.equal(first.policy.accept, other.policy.accept)
+
+
+def test_curve_rises(trained):
+    assert [row["step"] for row in trained.curve] == list(range(10, 201, 10))
+    assert tuple(trained.curve[0]) == CURVE_COLUMNS
+    assert trained.curve[-1]["reward"] > trained.curve[0]["reward"] + 0.1
+    assert trained.curve[-1]["entropy"] < trained.curve[0]["entropy"]
+    assert trained.curve[0]["entropy"] == pytest.approx(2 * np.log(2), abs=0.05)  # it starts undecided
+
+
+def test_labels_that_are_all_wrong_teach_to_keep_nothing(labeled, unlabeled):
+    seen, outcome = labeled
+    wrong = outcome.iou < 0.1
+    policy = train_policy(chosen(seen, wrong), chosen(outcome, wrong), unlabeled, PARAMS, seed=0).policy
+    decision = decide(PARAMS, seen, policy)
+    # Sentences unlike any wrong one are unknown to it, but what it keeps of them is next to nothing.
+    assert decision.keep_cells.mean() < 0.05
+    assert not decision.accepted[wrong].any()
+
+
+def test_labels_that_are_all_right_teach_to_keep_nearly_all(labeled, unlabeled):
+    seen, outcome = labeled
+    right = outcome.iou > 0.8
+    policy = train_policy(chosen(seen, right), chosen(outcome, right), unlabeled, PARAMS, seed=0).policy
+    decision = decide(PARAMS, chosen(seen, right), policy)
+    assert decision.accepted.mean() > 0.95
+    assert decision.keep_cells.mean() > 0.8
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_handful_of_labelled_sentences_works(labeled, unlabeled, count):
+    seen, outcome = labeled
+    params = PARAMS.model_copy(update={"policy_steps": 30})
+    policy = train_policy(taken(slice(0, count), seen), taken(slice(0, count), outcome), unlabeled, params, 0).policy
+    accept_prob, keep_prob = act(policy, unlabeled)
+    assert np.isfinite(accept_prob).all()
+    assert np.isfinite(keep_prob).all()
+
+
+def test_no_unlabelled_sentences_works(labeled, unlabeled):
+    params = PARAMS.model_copy(update={"policy_steps": 10})
+    trained = train_policy(*labeled, taken(slice(0, 0), unlabeled), params, seed=0)
+    assert len(trained.curve) == 1
+    assert not decide(PARAMS, taken(slice(0, 0), unlabeled), trained.policy).accepted.size
+
+
+def test_order_of_the_labelled_features_and_truth_must_match(labeled, unlabeled):
+    seen, outcome = labeled
+    with pytest.raises(ValueError, match="same sentences"):
+        train_policy(seen, taken(slice(None, None, -1), outcome), unlabeled, PARAMS, seed=0)
+    with pytest.raises(ValueError, match="at least one"):
+        train_policy(taken(slice(0, 0), seen), taken(slice(0, 0), outcome), unlabeled, PARAMS, seed=0)
+
+
+def test_unlabelled_agreement_is_only_heard_where_it_is_reliable(labeled, unlabeled):
+    """Labelled sentences whose agreement says nothing of the truth (one constant view) switch the term off: the
+    unlabelled sentences, other ones with the same scaling, then change nothing."""
+    seen, outcome = labeled
+    constant = replace(seen, cells=np.repeat(seen.cells[:1], len(seen.sent_id), axis=0))
+    turned = taken(slice(None, None, -1), unlabeled)  # other draws, the same set and so the same scaling
+    params = PARAMS.model_copy(update={"policy_steps": 10})
+
+    def curve(candidates, teaching):
+        return [row["reward"] for row in train_policy(candidates, outcome, teaching, params, seed=0).curve]
+
+    np.testing.assert_allclose(curve(constant, unlabeled), curve(constant, turned), rtol=1e-4)
+    assert not np.allclose(curve(seen, unlabeled), curve(seen, turned), rtol=1e-4)
