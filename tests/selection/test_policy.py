@@ -58,6 +58,13 @@ def test_cells_far_away_do_not_matter(policy, candidates):
     assert not changed.any()
 
 
+def test_cells_at_the_border_decide_like_inner_ones(policy, candidates):
+    """Where all cells look alike, so do all decisions of a sentence: the image's edge is no feature."""
+    cells = np.broadcast_to(candidates.cells[:, :1, :1], candidates.cells.shape).copy()
+    _, keep_prob = act(policy, replace(candidates, cells=cells))
+    np.testing.assert_allclose(keep_prob, np.broadcast_to(keep_prob[:, 4:5, 4:5], keep_prob.shape), atol=1e-5)
+
+
 def test_saved_and_loaded_policies_decide_alike(policy, candidates, tmp_path):
     save_policy(policy, tmp_path / "a.safetensors")
     loaded = load_policy(tmp_path / "a.safetensors")

@@ -93,6 +93,15 @@ def test_advantage_compares_with_the_rest_of_the_group():
     torch.testing.assert_close(advantage, torch.tensor([[-3.0], [-1.5], [4.5]]))
 
 
+def test_cells_of_a_rejected_label_learn_nothing():
+    keep_logit = torch.zeros(1, 2, 2, requires_grad=True)
+    accept = torch.tensor([[0.0], [0.0]])
+    policy_gradient_loss(
+        torch.zeros(1), keep_logit, accept, torch.ones(2, 1, 2, 2), torch.tensor([[1.0], [-3.0]])
+    ).backward()
+    assert (keep_logit.grad == 0).all()
+
+
 def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out):
     """The column `words` is replaced by whether the label is right: the policy must find that out, through the reward
     alone, and use it on sentences it never saw."""
@@ -160,8 +169,8 @@ def test_calibration_is_honest_on_new_sentences(trained, held_out):
     seen, outcome = held_out
     right = outcome.iou > 0.5
     accept_prob, _ = act(trained.policy, seen)
-    slope = float(trained.policy.slope)
-    own = 1 / (1 + (1 / accept_prob.astype(np.float64) - 1) ** (1 / slope))
+    standardised = trained.policy.standardise(torch.from_numpy(seen.cells), torch.from_numpy(seen.sentence))
+    own = torch.sigmoid(trained.policy(*standardised)[0].detach().double()).numpy()
     calibrated = log_loss(right, accept_prob)
     assert calibrated < log_loss(right, own)
     assert calibrated < log_loss(right, np.full(len(right), right.mean()))
@@ -193,6 +202,42 @@ def test_curve_rises(trained):
     assert trained.curve[-1]["reward"] > trained.curve[0]["reward"] + 0.1
     assert trained.curve[-1]["entropy"] < trained.curve[0]["entropy"]
     assert trained.curve[0]["entropy"] == pytest.approx(2 * np.log(2), abs=0.05)  # it starts undecided
+
+
+def test_entropy_bonus_keeps_the_policy_exploring(labeled, unlabeled):
+    def last_entropy(bonus):
+        params = PARAMS.model_copy(update={"policy_steps": 60, "entropy_bonus": bonus})
+        return train_policy(*labeled, unlabeled, params, seed=0).curve[-1]["entropy"]
+
+    assert last_entropy(1.0) > last_entropy(0.0) + 0.1
+
+
+def test_the_unlabelled_term_seeks_agreement(labeled, unlabeled):
+    """What is kept of the unlabelled sentences agrees better with the other opinions when the term is heavy."""
+
+    def agreement_kept(weight):
+        params = PARAMS.model_copy(update={"policy_steps": 100, "unlabeled_weight": weight})
+        return decide(params, unlabeled, train_policy(*labeled, unlabeled, params, seed=0).policy).reward.mean()
+
+    assert agreement_kept(20.0) > agreement_kept(0.0) + 0.01
+
+
+def test_training_runs_on_one_thread(labeled, unlabeled, monkeypatch):
+    """Small sums come out alike on two threads too, so that the bits alone would not show it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+
+    def watched(steps, *_):
+        seen.append(torch.get_num_threads())
+        return iter(steps)
+
+    monkeypatch.setattr("l2l_core.selection.reinforce.progress", watched)
+    try:
+        train_policy(*labeled, unlabeled, PARAMS.model_copy(update={"policy_steps": 1}), seed=0)
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1]
 
 
 def test_labels_that_are_all_wrong_teach_to_keep_nothing(labeled, unlabeled):
