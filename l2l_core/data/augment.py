@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from l2l_core.data.dataset import Batch
 
-MAX_SCALE = 0.15
+MAX_SCALE = 0.1
 """Zoom of the strong view, either way: objects keep their size class and stay in their third of the image."""
-MAX_SHIFT = 0.08
+MAX_SHIFT = 0.05
 """Shift of the strong view as a share of the side, small enough for words such as "left" or "top" to stay true."""
 MAX_BRIGHTNESS = 0.25
 MAX_CONTRAST = 0.25

@@ -16,20 +16,18 @@ SIZES = ("small", "big")
 TEXTURES = ("plain", "striped", "dotted", "outlined")
 COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; hues or lightness far enough apart to survive the lighting
     "red": (212, 36, 36),
-    "orange": (248, 134, 12),
     "yellow": (248, 228, 50),
     "green": (40, 158, 60),
     "blue": (40, 92, 224),
     "purple": (134, 52, 176),
-    "pink": (250, 158, 202),
     "white": (242, 242, 242),
 }
 
-OBJECTS_RANGE = (4, 7)
-DISTINCT_SHAPES_RANGE = (2, 3)  # with 4-7 objects nearly all have a namesake of their shape ...
+OBJECTS_RANGE = (3, 5)
+DISTINCT_SHAPES_RANGE = (2, 3)  # with 3-5 objects most have a namesake of their shape ...
 DISTINCT_COLOURS_RANGE = (2, 3)  # ... and of their colour
-PLAIN_SHARE = 0.4  # plain objects outnumber each texture, as most things in a picture do
-DIAMETER_RANGE = {"small": (0.155, 0.18), "big": (0.28, 0.33)}  # image sides; areas differ 2.4 times or more
+PLAIN_SHARE = 0.6  # plain objects outnumber each texture, as most things in a picture do
+DIAMETER_RANGE = {"small": (0.2, 0.23), "big": (0.36, 0.42)}  # image sides; areas differ 2.4 times or more
 TILT_LIMIT_RAD = math.radians(12)  # more would turn a square into a diamond
 CLOSENESS = 0.8  # centres lie this share of the summed radii apart: mild occlusion, and no ring's hole is covered
 MIN_VISIBLE_SHARE = 0.7
@@ -106,7 +104,7 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
     return [np.array(contour) for contour in contours]
 
 
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "heart")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 _OUTLINES = {name: _outline(name) for name in SHAPES}
 REACH = max(float(np.hypot(*c.T).max()) for contours in _OUTLINES.values() for c in contours)
 """Radii from the centre of an object to the farthest corner that any shape has."""

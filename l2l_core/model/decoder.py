@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from l2l_core.model.guidance import fourier
 
 POSITION_FREQUENCIES = 3
+RARE_LOGIT = -2.5
+"""Where the logits start: a referred object covers about a twelfth of an image (sigmoid(-2.5) = 0.08)."""
 MAX_ATTENDING_PIXELS = 256
 """Pixels attend, to words and to each other, on levels with at most this many (16 x 16): it costs their square."""
 
@@ -97,7 +99,10 @@ class Decoder(nn.Module):
         self.fusion = nn.TransformerDecoder(layer, fusion_layers)
         self.refine = nn.Conv2d(dim, 1, 1)
         # Four sub-pixels a place: the mask is twice as fine as the finest level, at the cost of one 1x1 convolution.
-        self.head = nn.Sequential(nn.GroupNorm(1, dim), nn.Conv2d(dim, 4, 1), nn.PixelShuffle(2))
+        last = nn.Conv2d(dim, 4, 1)
+        nn.init.constant_(last.bias, RARE_LOGIT)  # type: ignore[arg-type]
+        nn.init.constant_(self.refine.bias, RARE_LOGIT)  # type: ignore[arg-type]
+        self.head = nn.Sequential(nn.GroupNorm(1, dim), last, nn.PixelShuffle(2))
 
     def forward(
         self, pyramid: list[Tensor], told: Tensor, memory: Tensor, gone: Tensor, proposal: Tensor, score: Tensor

@@ -1,0 +1,145 @@
+"""Does self-evolution pay? mIoU from supervised-only to warm-up to each round, `reinforce` beside `all`, several seeds.
+
+    python -m bench.rounds [--seeds 0 1 2] [--workers 2]      (2 to 3 hours on two cores for three seeds)
+    python -m bench.rounds --table                            (print the table from the stored results)
+
+Every run is `dvc repro` of the default configuration in a clone of this repository under bench/work/, with `seed` and
+`select.policy` changed; a run that is repeated resumes from DVC's cache. Results go to bench/results/rounds.jsonl, one
+JSON object a method, split and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from l2l_core import records
+from l2l_core.evaluation import method_scores
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "bench" / "work" / "rounds"
+RESULTS = ROOT / "bench" / "results" / "rounds.jsonl"
+RUNS: dict[str, dict[str, dict[str, object]]] = {  # name -> sections of params.yaml that differ from the default
+    "reinforce": {"select": {"policy": "reinforce"}},
+    "all": {"select": {"policy": "all"}},
+}
+FULL = {"split": {"labeled_fraction": 1.0}}
+
+
+def run_seed(seed: int, threads: int) -> list[dict[str, object]]:
+    """All runs of one seed in one clone, so that they share priors and warm-up."""
+    clone = WORK / f"seed_{seed}"
+    if not clone.exists():
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    rows: list[dict[str, object]] = []
+    defaults = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    steps = defaults["warmup"]["steps"], defaults["retrain"]["steps"]
+    full = {**FULL, "round": 0, "warmup": {"steps": steps[1]}}
+    for name, changes in [*RUNS.items(), ("fully_supervised", full)]:
+        params = json.loads(json.dumps(defaults)) | {"seed": seed}
+        for section, values in changes.items():
+            params[section] = {**params[section], **values} if isinstance(values, dict) else values
+        (clone / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+        started = time.monotonic()
+        with (WORK / f"seed_{seed}_{name}.log").open("w") as log:
+            subprocess.run(["dvc", "repro"], cwd=clone, env=environment, stdout=log, stderr=log, check=True)
+        rows += read_run(clone, name, params, round(time.monotonic() - started), threads)
+        print(f"seed {seed} {name}: {rows[-1]}", flush=True)
+    return rows
+
+
+def read_run(
+    clone: Path, name: str, params: dict[str, dict[str, object]], seconds: int, threads: int
+) -> list[dict[str, object]]:
+    """The scores of every method of one run; what does not depend on the policy comes from the `reinforce` run."""
+    table = records.to_frame(records.read_table(clone / records.PER_SENTENCE_PATH, records.PER_SENTENCE))
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=clone, text=True).strip()
+    rows = []
+    for split, part in table.groupby("split", sort=False):
+        for method, scores in method_scores(part).items():
+            number = int(method.split("_")[1]) if method.startswith("round_") else None
+            if name == "fully_supervised":
+                if method != "round_0":
+                    continue
+                label = name
+            elif not number:
+                if name != "reinforce":
+                    continue
+                label = method.replace("round_0", "warmup")
+            else:
+                label = name + method.removeprefix(f"round_{number}")
+            rows.append(
+                {
+                    "method": label,
+                    "dataset": f"refshapes-{_dataset_version(clone)}",
+                    "labeled_fraction": params["split"]["labeled_fraction"],
+                    "prior": params["priors"]["preset"],
+                    "seed": params["seed"],
+                    "round": number or 0,
+                    "split": split,
+                    "miou": scores["miou"],
+                    "oiou": scores["oiou"],
+                    "pr50": scores["pr50"],
+                    "steps": params["retrain" if number else "warmup"]["steps"] if method != "prior" else 0,
+                    "seconds": seconds,
+                    "device": f"cpu, {threads} thread{'s' * (threads > 1)}, {platform.machine()}",
+                    "commit": commit,
+                }
+            )
+    return rows
+
+
+def _dataset_version(clone: Path) -> str:
+    return str(json.loads((clone / "metrics" / "evaluate.json").read_text())["dataset_version"])
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Markdown: mean and spread (smallest to largest) of mIoU over the seeds, and oIoU, for each method and split."""
+    order = ["prior", "supervised", "warmup", "all", "reinforce", "fully_supervised"]
+    lines = [
+        f"| {rows['seed'].nunique()} seeds: mean (min to max) | round | val mIoU | val oIoU | test mIoU | test oIoU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (method, number), group in sorted(
+        rows[rows["method"].isin(order)].groupby(["method", "round"]),
+        key=lambda item: (order.index(item[0][0]), item[0][1]),
+    ):
+        cells = []
+        for split in ("val", "test"):
+            part = group[group["split"] == split]
+            cells.append(f"{part['miou'].mean():.1f} ({part['miou'].min():.1f} to {part['miou'].max():.1f})")
+            cells.append(f"{part['oiou'].mean():.1f}")
+        lines.append(f"| {method.replace('_', ' ')} | {number} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2, help="seeds that run side by side, one thread each")
+    parser.add_argument("--table", action="store_true", help="print the table of the stored results, run nothing")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        WORK.mkdir(parents=True, exist_ok=True)
+        threads = max(1, (os.cpu_count() or 1) // arguments.workers)
+        with ThreadPoolExecutor(arguments.workers) as pool:
+            found = [row for rows in pool.map(lambda seed: run_seed(seed, threads), arguments.seeds) for row in rows]
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    print(table(pd.read_json(RESULTS, lines=True)))
+
+
+if __name__ == "__main__":
+    main()
