@@ -38,7 +38,7 @@ BORDER = 0.02  # share of the image side kept free at the rim, so that no object
 CLUTTER_RANGE = (8, 20)  # scribbles and specks in the background
 RIBBED_SHARE = 0.4  # backgrounds with faint ribs, so that stripes alone do not mean an object
 SUPERSAMPLING = 4
-TEXTURE_PERIOD = 0.056  # share of the image side, about three stripes on a small object
+TEXTURE_PERIOD = 0.056  # share of the image side, about four stripes on a small object
 OUTLINE_WIDTH = 0.016  # share of the image side; thinner is lost, thicker fills the arms of a small star
 STRIPE_SHARE, DOT_RADIUS = 0.45, 0.3  # of the period
 TEXTURE_SHADE = 0.24  # dark parts of a texture relative to the colour; darker than any background, or white would fray
@@ -85,8 +85,6 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
             contours = [circle, [(0.46 * x, 0.46 * y) for x, y in circle]]
         case "square":
             contours = [[(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]]
-        case "diamond":
-            contours = [[(0.0, -1.12), (0.78, 0.0), (0.0, 1.12), (-0.78, 0.0)]]
         case "triangle":
             contours = [[(0.0, -1.08), (1.04, 0.72), (-1.04, 0.72)]]
         case "cross":
@@ -96,11 +94,6 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
         case "star":
             radii = [1.12 if k % 2 == 0 else 0.52 for k in range(10)]
             contours = [[(r * math.sin(turn * k / 10), -r * math.cos(turn * k / 10)) for k, r in enumerate(radii)]]
-        case "heart":
-            lobes = [
-                (t, 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) for t in angles
-            ]
-            contours = [[(math.sin(t) ** 3, -height / 15.5 - 0.1) for t, height in lobes]]
     return [np.array(contour) for contour in contours]
 
 

@@ -31,12 +31,10 @@ SHAPE_WORDS = {
     "square": ("square", "box"),
     "triangle": ("triangle",),
     "star": ("star",),
-    "diamond": ("diamond", "rhombus"),
     "cross": ("cross", "plus"),
     "ring": ("ring", "donut"),
-    "heart": ("heart",),
 }
-COLOUR_WORDS = {name: (name,) for name in ("red", "orange", "yellow", "green", "blue", "pink", "white")} | {
+COLOUR_WORDS = {name: (name,) for name in ("red", "yellow", "green", "blue", "white")} | {
     "purple": ("purple", "violet")
 }
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "big": ("big", "large")}
