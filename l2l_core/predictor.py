@@ -90,6 +90,6 @@ def batched_rows(count: int, batch_size: int, what: str) -> Iterator[NDArray[np.
 
 
 def at_size(logits: Tensor, height: int, width: int) -> NDArray[np.float32]:
-    """Logits [1, S, S] -> [height, width], bilinear, as evaluation and pseudo-labels use them."""
+    """Logits [1, S, S] -> [height, width], bilinear: what evaluation cuts at 0."""
     resized = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)
     return np.asarray(resized[0, 0].numpy())

@@ -140,7 +140,7 @@ class BatchMaker:
         pairs = self.pairs.take(rows)
         hidden = np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior
         proposal = pairs.proposal.astype(np.float32) / 255.0
-        proposal[hidden] = self.flat_prob
+        proposal[hidden] = np.float32(_flat_level(self.flat_prob)) / 255.0
         image = np.stack([self.images[row] for row in pairs.image_row])
         batch = Batch(
             image=torch.from_numpy(image).permute(0, 3, 1, 2),
@@ -222,7 +222,7 @@ def load_pairs(
             prior_text=[""] * count,
             box=np.zeros((count, 4), np.float32),
             has_box=np.zeros(count, bool),
-            proposal=np.full((count, proposal_size_px, proposal_size_px), round(flat_prob * 255), np.uint8),
+            proposal=np.full((count, proposal_size_px, proposal_size_px), _flat_level(flat_prob), np.uint8),
             proposal_score=np.zeros(count, np.float32),
         )
     wanted = ["sent_id", "sample_index", "target", "attributes", "relation", "bbox"]
@@ -257,6 +257,11 @@ def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> T
     if label.isna().any():
         raise ArtifactError(f"{masks_path}: lacks the mask of a labelled sentence; run dvc repro")
     return Targets(label=label.tolist())
+
+
+def _flat_level(flat_prob: float) -> int:
+    """The flat proposal's value, 0..255: a hidden prior looks exactly like one that never was."""
+    return round(flat_prob * 255)
 
 
 def _prior_text(target: object, attributes: object, relation: object) -> str:

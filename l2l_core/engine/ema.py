@@ -15,8 +15,8 @@ def update_ema(teacher: nn.Module, student: nn.Module, step: int, decay: float) 
     rate = min(decay, 1 - 1 / (step + 1))
     for mean, value in zip(teacher.parameters(), student.parameters(), strict=True):
         mean.lerp_(value, 1 - rate)
-    for mean, value in zip(teacher.buffers(), student.buffers(), strict=True):
-        if mean.is_floating_point():  # running statistics must belong to the averaged weights
-            mean.lerp_(value, 1 - rate)
+    for kept, source in zip(teacher.buffers(), student.buffers(), strict=True):
+        if kept.is_floating_point():  # running statistics must belong to the averaged weights
+            kept.lerp_(source, 1 - rate)
         else:
-            mean.copy_(value)
+            kept.copy_(source)

@@ -73,7 +73,9 @@ def run_training(
     curves_out: Path | None,
 ) -> None:
     """Train, resuming where a killed run of the same inputs stopped, and write the teacher (and its curve)."""
-    settings = f"{params.seed} {steps} {params.model!r} {params.train!r} {[stream.share for stream in streams]}"
+    shares = [stream.share for stream in streams]
+    settings = f"{params.seed} {steps} {params.model!r} {params.train!r} {params.proposals!r} {shares}"
+    settings += f" {params.select.folds}"  # what a fold teacher sees depends on their number
     seed = derive_seed(params.seed, purpose)
     with scratch_folder(purpose, fingerprint(purpose, settings, inputs)) as scratch:
         checkpoint = scratch / "checkpoint.pt"

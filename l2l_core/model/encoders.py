@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import nn
 from transformers import (
+    MODEL_FOR_BACKBONE_MAPPING,
     AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoTokenizer,
     BertConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ResNetConfig,
@@ -21,6 +23,7 @@ from transformers import (
 from l2l_core.errors import ConfigError
 
 TINY = "tiny"
+ENCODER_FOLDERS = ("image_encoder", "text_encoder")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
@@ -49,38 +52,47 @@ def tiny_text_config(vocabulary: int, max_tokens: int) -> BertConfig:
     )
 
 
-def make_image_encoder(name: str, *, pretrained: bool) -> nn.Module:
+def make_image_encoder(name: str) -> PreTrainedModel:
     """A backbone that returns a pyramid, finest level first; `name` is `tiny`, a hub id or a folder.
 
-    pretrained False builds the architecture with random weights (they are loaded afterwards).
-    Raises ConfigError where transformers knows no backbone of that name.
+    `tiny` is random, everything else pretrained. Raises ConfigError where transformers knows no backbone of that name.
     """
     if name == TINY:
         return AutoBackbone.from_config(tiny_image_config())
     try:
         config = AutoConfig.from_pretrained(name)
-        stages = [stage for stage in config.stage_names if stage != "stem"]
-        if pretrained:
-            return AutoBackbone.from_pretrained(name, out_features=stages)
-        config.out_features = stages
-        return AutoBackbone.from_config(config)
-    except (OSError, ValueError, AttributeError) as error:
+        config.out_features = [stage for stage in config.stage_names if stage != "stem"]
+        # Not AutoBackbone.from_pretrained: it asks the hub whether the name exists, also for a folder and offline.
+        kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
+        return kind.from_pretrained(name, config=config, dtype=torch.float32)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
         raise ConfigError(_cannot_load("image_encoder", name, "an image backbone", error)) from None
 
 
-def make_text_encoder(name: str, vocabulary: int, max_tokens: int, *, pretrained: bool) -> nn.Module:
+def make_text_encoder(name: str, vocabulary: int, max_tokens: int) -> PreTrainedModel:
     """A text encoder that returns `last_hidden_state`; `name` is `tiny`, a hub id or a folder.
 
-    Raises ConfigError where transformers cannot load it.
+    `tiny` is random, everything else pretrained. Raises ConfigError where transformers cannot load it.
     """
     if name == TINY:
         return AutoModel.from_config(tiny_text_config(vocabulary, max_tokens))
     try:
-        if pretrained:
-            return AutoModel.from_pretrained(name)
-        return AutoModel.from_config(AutoConfig.from_pretrained(name))
+        return AutoModel.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_load("text_encoder", name, "a text encoder", error)) from None
+
+
+def blank_encoders(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Image and text encoder with random weights, from the configurations that `save_encoder_configs` wrote."""
+    image, text = (AutoConfig.from_pretrained(folder / name) for name in ENCODER_FOLDERS)
+    image_encoder = AutoBackbone.from_config(image, dtype=torch.float32)
+    return image_encoder, AutoModel.from_config(text, dtype=torch.float32)
+
+
+def save_encoder_configs(folder: Path, image_encoder: PreTrainedModel, text_encoder: PreTrainedModel) -> None:
+    """Write what `blank_encoders` needs, so that a trained network does not depend on where its encoders came from."""
+    for name, encoder in zip(ENCODER_FOLDERS, (image_encoder, text_encoder), strict=True):
+        encoder.config.save_pretrained(folder / name)
 
 
 def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:

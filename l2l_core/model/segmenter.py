@@ -6,20 +6,27 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from l2l_core.config import ModelParams
 from l2l_core.data.dataset import Batch
 from l2l_core.errors import ArtifactError
 from l2l_core.model.decoder import Decoder
-from l2l_core.model.encoders import TINY, make_image_encoder, make_text_encoder, make_tokenizer
+from l2l_core.model.encoders import (
+    TINY,
+    blank_encoders,
+    make_image_encoder,
+    make_text_encoder,
+    make_tokenizer,
+    save_encoder_configs,
+)
 from l2l_core.model.guidance import Guidance
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -41,16 +48,20 @@ class Segmenter(nn.Module):
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, params: ModelParams, tokenizer: PreTrainedTokenizerBase, *, pretrained: bool) -> None:
+    def __init__(
+        self,
+        params: ModelParams,
+        tokenizer: PreTrainedTokenizerBase,
+        image_encoder: PreTrainedModel,
+        text_encoder: PreTrainedModel,
+    ) -> None:
         super().__init__()
         self.params = params
         self.tokenizer = tokenizer
-        self.image_encoder: Any = make_image_encoder(params.image_encoder, pretrained=pretrained)
-        self.text_encoder: Any = make_text_encoder(
-            params.text_encoder, len(tokenizer), params.max_text_tokens, pretrained=pretrained
-        )
-        channels = list(self.image_encoder.channels)
-        self.text_projection = nn.Linear(self.text_encoder.config.hidden_size, params.dim)
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        channels = list(image_encoder.channels)
+        self.text_projection = nn.Linear(text_encoder.config.hidden_size, params.dim)
         self.pool_projection = nn.Conv2d(channels[-2], params.dim, 1)
         self.guidance = Guidance(params.dim, params.heads, params.guidance_tokens)
         self.decoder = Decoder(channels, params.dim, params.heads)
@@ -62,28 +73,32 @@ class Segmenter(nn.Module):
         """A new network: pretrained encoders where they are named, all else random from `seed`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(params, make_tokenizer(params.text_encoder, corpus), pretrained=True)
+            tokenizer = make_tokenizer(params.text_encoder, corpus)
+            image_encoder = make_image_encoder(params.image_encoder)
+            text_encoder = make_text_encoder(params.text_encoder, len(tokenizer), params.max_text_tokens)
+            return cls(params, tokenizer, image_encoder, text_encoder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Segmenter:
-        """A network that `save` wrote. Raises ArtifactError where files are missing or do not fit."""
+        """A network from what `save` wrote, alone. Raises ArtifactError where files are missing or do not fit."""
         folder = Path(folder)
         try:
             params = ModelParams.model_validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-            network = cls(params, AutoTokenizer.from_pretrained(folder / "tokenizer"), pretrained=False)
+            network = cls(params, AutoTokenizer.from_pretrained(folder / "tokenizer"), *blank_encoders(folder))
             network.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: no usable model: {' '.join(str(error).split())[:300]}") from None
         return network
 
     def save(self, folder: str | Path) -> None:
-        """Write model.safetensors, config.json and tokenizer/ into a folder."""
+        """Write model.safetensors, config.json, tokenizer/ and the encoders' configurations into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
         (folder / "config.json").write_text(self.params.model_dump_json(indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder / "tokenizer")
+        save_encoder_configs(folder, self.image_encoder, self.text_encoder)
 
     def tokenize(self, batch: Batch) -> dict[str, Tensor]:
         """Sentence and prior text as one pair of segments, padded to a fixed length so that shapes never vary."""
