@@ -1,0 +1,218 @@
+"""The DVC files against the code: a stage depends on all the code it runs and on the parameters it reads."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import yaml
+from source_tree import FILES, ROOT, closure, parse
+
+LEARNERS = ("supervised", "warmup", "crossfit-0", "crossfit", "select", "retrain")
+"""Stages from which the truth of unlabelled and evaluated sentences is kept away. (select's `oracle` opens the masks by
+itself: a policy for comparison, whose result does not depend on when that table was written.)"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One entry of a DVC file; for a `foreach`, what it does for each item."""
+
+    file: str
+    name: str
+    body: dict[str, Any]
+
+    @property
+    def module(self) -> str:
+        return self.body["cmd"].split()[2]
+
+    @property
+    def deps(self) -> list[str]:
+        return self.body["deps"]
+
+    def depends_on(self, path: str) -> bool:
+        return any(path == dep or path.startswith(f"{dep}/") for dep in self.deps)
+
+
+def load_stages() -> list[Stage]:
+    found = []
+    for file in ("dvc.yaml", "stages/dvc.yaml", "data/dvc.yaml"):
+        for name, entry in yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))["stages"].items():
+            body = entry.get("do", entry)
+            # Paths and commands count from the project's root.
+            assert (PurePosixPath(file).parent / body.get("wdir", ".")) in (
+                PurePosixPath("."),
+                PurePosixPath("stages/.."),
+                PurePosixPath("data/.."),
+            )
+            found.append(Stage(file, name, body))
+    return found
+
+
+STAGES = load_stages()
+each_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: f"{stage.file}:{stage.name}")
+
+
+def code_of(module: str) -> set[str]:
+    """Files that a script runs, as paths from the root: modules, and files beside them that they name (templates)."""
+    files = set()
+    for name in closure(module):
+        path = FILES[name]
+        texts = {node.value for node in ast.walk(parse(name)) if isinstance(node, ast.Constant)}
+        beside = {other for other in path.parent.iterdir() if other.is_file() and other.name in texts}
+        files |= {found.relative_to(ROOT).as_posix() for found in {path, *beside}}
+    return files
+
+
+def is_code(path: str) -> bool:
+    return path.startswith(("l2l_core", "stages"))
+
+
+def test_every_script_is_a_stage():
+    scripts = {f"stages.{path.stem}" for path in (ROOT / "stages").glob("*.py")} - {"stages.__init__"}
+    assert {stage.module for stage in STAGES} == scripts
+
+
+@each_stage
+def test_a_stage_depends_on_all_its_code(stage):
+    missing = sorted(path for path in code_of(stage.module) if not stage.depends_on(path))
+    assert not missing, "add to deps: " + ", ".join(missing)
+
+
+@each_stage
+def test_a_stage_depends_on_no_other_code(stage):
+    code = code_of(stage.module)
+    idle = [
+        dep
+        for dep in stage.deps
+        if is_code(dep) and not any(path == dep or path.startswith(f"{dep}/") for path in code)
+    ]
+    assert not idle, "remove from deps: " + ", ".join(idle)
+
+
+@each_stage
+def test_code_dependencies_exist(stage):
+    assert not [dep for dep in stage.deps if is_code(dep) and not (ROOT / dep).exists()]
+
+
+@each_stage
+def test_parameters_exist(stage):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for path in stage.body["params"]:
+        value = params
+        for key in path.split("."):
+            assert key in value, path
+            value = value[key]
+
+
+@each_stage
+def test_no_stage_reruns_for_the_number_of_rounds(stage):
+    """`round` only chooses what evaluate and report look at; they take it from their command line."""
+    assert "round" not in stage.body["params"]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_learning_never_depends_on_the_truth_of_others(name):
+    for stage in (stage for stage in STAGES if stage.name == name):
+        assert not stage.depends_on("data/index/masks.parquet")
+        assert not stage.depends_on("data/index/objects.parquet")
+        assert not stage.depends_on("data/evaluation")
+
+
+WITHOUT_EFFECT: dict[str, set[str]] = {
+    # Read in other rounds than the stage's.
+    "crossfit-0": {"retrain.labeled_share", "select.fold_update_steps"},
+    "crossfit": {"select.fold_steps"},
+    # Part of every checkpoint's name, and of nothing that the stage writes.
+    **{name: {"select.folds"} for name in ("supervised", "warmup", "retrain")},
+}
+"""What a stage's functions read without an effect on its outputs."""
+
+
+# Parameters: which `params.section.key` the functions that a stage reaches read.
+
+
+def is_params(node: ast.expr, names: set[str]) -> bool:
+    match node:
+        case ast.Name(id=name):
+            return name in names
+        case ast.Call(func=ast.Name(id="load_params")):
+            return True
+    return False
+
+
+def reads_of(function: ast.FunctionDef) -> set[str]:
+    """`section.key` (or `section`, where it is handed on whole) of the Params that a function holds."""
+    arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    names = {arg.arg for arg in arguments if isinstance(arg.annotation, ast.Name) and arg.annotation.id == "Params"}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and is_params(node.value, names):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    for node in ast.walk(function):  # a section under a name of its own: ingest = params.ingest
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+            assert not is_params(node.value.value, names) or function.name == "main"
+    attributes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+    inner = {node.value for node in attributes}
+    return {f"{node.value.attr}.{node.attr}" for node in attributes if is_section(node.value, names)} | {
+        node.attr for node in attributes if is_params(node.value, names) and node not in inner
+    }
+
+
+def is_section(node: ast.expr, names: set[str]) -> bool:
+    return isinstance(node, ast.Attribute) and is_params(node.value, names)
+
+
+@cache
+def functions_of(module: str) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.walk(parse(module)) if isinstance(node, ast.FunctionDef)}
+
+
+def reached(module: str) -> list[ast.FunctionDef]:
+    """Functions of the project that `main` reaches, by name: a little more than it calls, never less."""
+    by_name: dict[str, list[ast.FunctionDef]] = {}
+    for name in closure(module):
+        for function in functions_of(name).values():
+            by_name.setdefault(function.name, []).append(function)
+    seen: set[str] = set()
+    waiting, found = ["main"], []
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for function in by_name.get(name, []):
+            found.append(function)
+            waiting += [node.id for node in ast.walk(function) if isinstance(node, ast.Name)]
+            waiting += [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+    return found
+
+
+@each_stage
+def test_a_stage_tracks_the_parameters_it_reads(stage):
+    tracked = set(stage.body["params"])
+    sections = {path.split(".")[0] for path in tracked}
+    reads = set().union(*(reads_of(function) for function in reached(stage.module)))
+    assert reads >= WITHOUT_EFFECT.get(stage.name, set())
+    reads -= WITHOUT_EFFECT.get(stage.name, set())
+    assert reads
+    missing = [
+        read for read in reads if not ({read, read.split(".")[0]} & tracked or ("." not in read and read in sections))
+    ]
+    assert not missing, "add to params: " + ", ".join(sorted(missing))
+    idle = sections - {read.split(".")[0] for read in reads}
+    assert not idle, "remove from params: " + ", ".join(sorted(idle))
+
+
+def test_reads_are_found():
+    """The oracle of the test above, on a function read by hand."""
+    source = "def f(params: Params):\n    p = params\n    g(p.train)\n    return load_params().seed + params.model.dim"
+    assert reads_of(ast.parse(source).body[0]) == {"train", "seed", "model.dim"}
+
+
+def test_plots_lie_where_evaluate_writes_them():
+    root = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    outs = root["stages"]["evaluate"]["outs"]
+    assert all(any(Path(folder).is_relative_to(out) for out in outs) for entry in root["plots"] for folder in entry)
