@@ -242,7 +242,7 @@ def test_next_to_needs_a_rival_that_is_clearly_apart(x, answer):
 
 
 @pytest.mark.parametrize(
-    ("side", "small", "big"), [(16, 0, None), (22, None, None), (30, None, 0)], ids=["small", "between", "big"]
+    ("side", "small", "big"), [(16, 0, None), (26, None, None), (30, None, 0)], ids=["small", "between", "big"]
 )
 def test_a_middling_size_is_neither_small_nor_big(side, small, big):
     scene = world(("red plain circle", 50, 50, side))
@@ -259,7 +259,7 @@ def test_left_is_clearly_left(x, answer):
 
 def test_an_unclear_member_of_the_group_makes_its_order_unclear():
     """Whether the middling circle counts as small decides which one is the second."""
-    row = [("red plain circle", 15, 50, 16), ("red plain circle", 40, 50, 22), ("red plain circle", 65, 50, 16)]
+    row = [("red plain circle", 15, 50, 16), ("red plain circle", 40, 50, 26), ("red plain circle", 65, 50, 16)]
     assert solve("second small circle from the left", world(*row)) is None
     assert solve("second circle from the left", world(*row)) == 1
     assert solve("leftmost small circle", world(*row)) == 0
@@ -416,6 +416,15 @@ def test_colours_are_told_apart_under_any_light(scenes):
             wrong += nearest != item.colour
             total += 1
     assert wrong <= 0.01 * total
+
+
+def test_measured_sizes_are_the_drawn_sizes(scenes):
+    """Each object on its own: the solver, which reads sizes off the masks, sees what was meant to be drawn."""
+    for scene, _ in scenes:
+        for item, mask in zip(scene.objects, scene.masks, strict=True):
+            alone = measure([item], mask[None])
+            assert solve("small one", alone) == (0 if item.size == "small" else None)
+            assert solve("big one", alone) == (0 if item.size == "big" else None)
 
 
 def test_big_and_small_never_meet(scenes):
