@@ -1,11 +1,11 @@
 """Does self-evolution pay? mIoU from supervised-only to warm-up to each round, `reinforce` beside `all`, several seeds.
 
     python -m bench.rounds [--seeds 0 1 2] [--workers 2]      (2 to 3 hours on two cores for three seeds)
-    python -m bench.rounds --table                            (print the table from the stored results)
+    python -m bench.rounds --table                            (the table of the stored results again)
 
 Every run is `dvc repro` of the default configuration in a clone of this repository under bench/work/, with `seed` and
 `select.policy` changed; a run that is repeated resumes from DVC's cache. Results go to bench/results/rounds.jsonl, one
-JSON object a method, split and seed.
+JSON object a method, split and seed; their table is printed and written into README.md.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, dict[str, object]]] = {  # name -> sections of params.
     "reinforce": {"select": {"policy": "reinforce"}},
     "all": {"select": {"policy": "all"}},
 }
+BEGIN, END = "<!-- rounds: begin -->", "<!-- rounds: end -->"
 FULL = {"split": {"labeled_fraction": 1.0}}
 
 
@@ -129,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2, help="seeds that run side by side, one thread each")
-    parser.add_argument("--table", action="store_true", help="print the table of the stored results, run nothing")
+    parser.add_argument("--table", action="store_true", help="only make the table of the stored results")
     arguments = parser.parse_args()
     if not arguments.table:
         WORK.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,11 @@ def main() -> None:
             found = [row for rows in pool.map(lambda seed: run_seed(seed, threads), arguments.seeds) for row in rows]
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
-    print(table(pd.read_json(RESULTS, lines=True)))
+    text = table(pd.read_json(RESULTS, lines=True))
+    print(text)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = readme.split(BEGIN)
+    (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
