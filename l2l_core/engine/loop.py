@@ -95,6 +95,7 @@ def train(
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
         curve, first = state["curve"], state["step"]
+        print(f"{what}: resuming at step {first} of {steps}", flush=True)
     for row in curve:
         log(row)
     student, stepper = accelerator.prepare(network, optimizer)
