@@ -1,0 +1,217 @@
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from l2l_core.data import augment
+from l2l_core.data.augment import mirror, mirror_sentence, strong_view
+from l2l_core.data.dataset import Batch
+
+SIDE = 64
+
+
+def squares(count: int, inside: int = 255) -> Batch:
+    """Black images with one light square each, in different places; label, box and proposal are that square."""
+    image = torch.zeros(count, 3, SIDE, SIDE, dtype=torch.uint8)
+    label = torch.zeros(count, 1, SIDE, SIDE)
+    box = torch.zeros(count, 4)
+    for row in range(count):
+        x, y = 20 + row % 7, 22 + row % 5
+        image[row, :, y : y + 16, x : x + 12] = inside
+        label[row, :, y : y + 16, x : x + 12] = 1
+        box[row] = torch.tensor([x, y, x + 12, y + 16]) / SIDE
+    return Batch(
+        image=image,
+        sentence=["the square on the left"] * count,
+        prior_text=["left square"] * count,
+        box=box,
+        has_box=torch.ones(count, dtype=torch.bool),
+        proposal=label.clone(),
+        proposal_score=torch.ones(count),
+        label=label,
+        keep=torch.ones_like(label),
+    )
+
+
+def centre(weight: Tensor) -> np.ndarray:
+    """Centre of gravity (x, y) of a [H, W] map in pixels."""
+    y, x = np.mgrid[: weight.shape[0], : weight.shape[1]] + 0.5
+    values = weight.numpy().astype(float)
+    return np.array([(x * values).sum(), (y * values).sum()]) / values.sum()
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    for field in fields(Batch):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        assert torch.allclose(a, b, atol=1e-6) if isinstance(a, Tensor) else a == b, field.name
+
+
+@pytest.mark.parametrize(
+    ("said", "mirrored"),
+    [
+        ("man on the left", "man on the right"),
+        ("Left of the right cup", "Right of the left cup"),
+        ("LEFT", "RIGHT"),
+        ("leftmost, not rightmost", "rightmost, not leftmost"),
+        ("left-hand side, righthand cup", "right-hand side, lefthand cup"),
+        ("far right's friend", "far left's friend"),
+        ("leftward and rightwards", "rightward and leftwards"),
+        ("bright upright thing in a frightening copyright", "bright upright thing in a frightening copyright"),
+        ("leftover food, righteous", "leftover food, righteous"),
+        ("cleft palate aloft", "cleft palate aloft"),
+        ("bottom-left corner", "bottom-right corner"),
+        ("", ""),
+    ],
+)
+def test_words_of_side_swap_and_other_words_do_not(said, mirrored):
+    assert mirror_sentence(said) == mirrored
+    assert mirror_sentence(mirrored) == said
+
+
+WORDS = ["left", "Right", "LEFT", "rightmost", "left-hand", "bright", "upright", "leftover", "cup", "é", "2nd", ""]
+
+
+@given(st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from([" ", ", ", "-", "'s ", "."]))))
+def test_mirroring_words_twice_is_the_identity(parts):
+    text = "".join(word + gap for word, gap in parts)
+    assert mirror_sentence(mirror_sentence(text)) == text
+
+
+def test_mirroring_twice_is_the_identity():
+    batch = squares(6)
+    assert_same(mirror(mirror(batch)), batch)
+    once = mirror(batch)
+    assert once.label is not None
+    assert not torch.equal(once.image, batch.image)
+
+
+def test_a_mirrored_pair_by_hand():
+    batch = squares(1)
+    batch = replace(batch, box=torch.tensor([[0.1, 0.2, 0.4, 0.9]]))
+    mirrored = mirror(batch)
+    assert torch.allclose(mirrored.box, torch.tensor([[0.6, 0.2, 0.9, 0.9]]))
+    np.testing.assert_array_equal(mirrored.image.numpy(), batch.image.numpy()[..., ::-1])
+    for name in ("label", "keep", "proposal"):
+        np.testing.assert_array_equal(getattr(mirrored, name).numpy(), getattr(batch, name).numpy()[..., ::-1])
+    assert mirrored.sentence == ["the square on the right"]
+    assert mirrored.prior_text == ["right square"]
+
+
+def test_only_the_chosen_samples_are_mirrored_and_a_missing_box_stays_missing():
+    batch = squares(3)
+    batch = replace(
+        batch,
+        has_box=torch.tensor([True, False, True]),
+        box=batch.box * torch.tensor([[1.0], [0.0], [1.0]]),
+    )
+    mirrored = mirror(batch, torch.tensor([True, True, False]))
+    assert mirrored.sentence == ["the square on the right", "the square on the right", "the square on the left"]
+    assert torch.equal(mirrored.image[2], batch.image[2])
+    assert torch.equal(mirrored.box[2], batch.box[2])
+    assert torch.equal(mirrored.box[1], torch.zeros(4))
+    assert not torch.equal(mirrored.image[1], batch.image[1])
+
+
+def test_a_batch_without_targets_stays_without():
+    batch = replace(squares(2), label=None, keep=None)
+    for view in (mirror(batch), strong_view(batch, torch.Generator().manual_seed(0))):
+        assert view.label is None
+        assert view.keep is None
+
+
+@pytest.fixture
+def wide_limits(monkeypatch):
+    """Views that change much, whatever limits training uses."""
+    monkeypatch.setattr(augment, "MAX_SCALE", 0.25)
+    monkeypatch.setattr(augment, "MAX_SHIFT", 0.15)
+
+
+@pytest.mark.usefixtures("wide_limits")
+def test_image_label_proposal_and_box_stay_together_in_the_strong_view():
+    batch = squares(40)
+    view = strong_view(batch, torch.Generator().manual_seed(1))
+    assert view.label is not None
+    moved = 0
+    for row in range(40):
+        grey = view.image[row].float().mean(0)
+        bright = grey > (grey.min() + grey.max()) / 2
+        label = view.label[row, 0]
+        np.testing.assert_allclose(centre(bright.float()), centre(label), atol=1.0)
+        np.testing.assert_allclose(centre(view.proposal[row, 0]), centre(label), atol=1.0)
+        assert bright.sum().item() == pytest.approx(label.sum().item(), rel=0.35)  # blurred edges
+        ys, xs = np.nonzero(label.numpy())
+        tight = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        np.testing.assert_allclose(view.box[row].numpy() * SIDE, tight, atol=1.5)
+        named_left = view.sentence[row] == "the square on the left"
+        moved += abs(centre(label)[0] - centre(batch.label[row, 0])[0]) > 2 if named_left else 0
+    assert moved > 5  # the views do differ from what they are views of
+
+
+@pytest.mark.usefixtures("wide_limits")
+def test_what_comes_from_outside_the_image_is_dark_and_does_not_teach():
+    batch = squares(30)
+    batch = replace(batch, image=torch.full_like(batch.image, 255))
+    view = strong_view(batch, torch.Generator().manual_seed(2))
+    assert view.keep is not None
+    assert set(view.keep.unique().tolist()) == {0.0, 1.0}
+    for row in range(30):
+        grey, keep = view.image[row].float().mean(0), view.keep[row, 0] > 0
+        edge = torch.nn.functional.max_pool2d((~keep)[None].float(), 3, 1, 1)[0] > 0  # half of these may be mixed
+        if (~keep).any():
+            assert grey[~keep].median() < grey[keep & ~edge].min()
+    assert ((view.keep == 0).flatten(1).any(1)).sum() > 10
+
+
+@pytest.mark.usefixtures("wide_limits")
+def test_pixels_that_may_not_teach_follow_their_image():
+    batch = squares(10)
+    batch = replace(batch, keep=1 - batch.label)
+    view = strong_view(batch, torch.Generator().manual_seed(3))
+    assert (view.keep * view.label).sum() == 0
+
+
+def test_the_view_depends_on_the_generator_alone_and_leaves_its_input():
+    batch, untouched = squares(8), squares(8)
+    first = strong_view(batch, torch.Generator().manual_seed(5))
+    torch.rand(3)
+    again = strong_view(batch, torch.Generator().manual_seed(5))
+    other = strong_view(batch, torch.Generator().manual_seed(6))
+    for field in fields(Batch):
+        a, b = getattr(first, field.name), getattr(again, field.name)
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    assert not torch.equal(first.image, other.image)
+    assert_same(batch, untouched)
+
+
+def test_half_of_the_views_are_mirrored():
+    batch = squares(400)
+    named = strong_view(batch, torch.Generator().manual_seed(0)).sentence
+    share = np.mean([text.endswith("right") for text in named])
+    assert 0.4 < share < 0.6  # four standard deviations of a fair coin thrown 400 times
+
+
+def test_colours_keep_their_order():
+    """Light and contrast change, hue does not: red stays the strongest channel of a red square."""
+    batch = squares(20)
+    batch.image[:, 1:] //= 4
+    view = strong_view(batch, torch.Generator().manual_seed(4))
+    for row in range(20):
+        inside = view.label[row, 0] > 0
+        red, green, blue = (view.image[row, channel][inside].float().mean() for channel in range(3))
+        assert red > green + 50
+        assert red > blue + 50
+
+
+def test_no_values_outside_the_range():
+    batch = squares(20)
+    view = strong_view(batch, torch.Generator().manual_seed(8))
+    assert view.image.dtype == torch.uint8
+    assert (view.box >= 0).all()
+    assert (view.box <= 1).all()
+    assert set(view.label.unique().tolist()) <= {0.0, 1.0}
+    assert view.proposal.min() >= 0
+    assert view.proposal.max() <= 1

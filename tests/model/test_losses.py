@@ -1,0 +1,125 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from l2l_core.model.losses import masked_bce, masked_dice, segmentation_loss
+from l2l_core.model.segmenter import Output
+
+
+def maps(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def coin(seed: int, *shape: int) -> torch.Tensor:
+    return (maps(seed, *shape) > 0).double()
+
+
+def test_bce_by_hand():
+    """Logit 0 costs log 2 whatever the label; log 3 is probability 3/4: it costs -log(3/4) or -log(1/4)."""
+    logits = torch.tensor([0.0, math.log(3), math.log(3), -7.0]).view(1, 1, 2, 2)
+    label = torch.tensor([1.0, 1.0, 0.0, 1.0]).view(1, 1, 2, 2)
+    keep = torch.tensor([1.0, 1.0, 1.0, 0.0]).view(1, 1, 2, 2)
+    expected = (math.log(2) + math.log(4 / 3) + math.log(4)) / 3
+    assert masked_bce(logits, label, keep).item() == pytest.approx(expected)
+
+
+def test_dice_by_hand():
+    """Probabilities 1/2, 3/4 (label 1) and 1/4 (label 0): 1 - (2 * 1.25 + 1) / (1.5 + 2 + 1) = 1 - 3.5 / 4.5."""
+    logits = torch.tensor([0.0, math.log(3), -math.log(3), 9.0]).view(1, 1, 2, 2)
+    label = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 2, 2)
+    keep = torch.tensor([1.0, 1.0, 1.0, 0.0]).view(1, 1, 2, 2)
+    assert masked_dice(logits, label, keep).item() == pytest.approx(1 - 3.5 / 4.5)
+
+
+def test_a_perfect_mask_costs_nothing_and_a_wrong_one_the_most():
+    label = coin(1, 1, 1, 16, 16)
+    sure = 60 * (2 * label - 1)
+    keep = torch.ones_like(label)
+    assert masked_dice(sure, label, keep).item() == pytest.approx(0, abs=1e-9)
+    assert masked_bce(sure, label, keep).item() == pytest.approx(0, abs=1e-9)
+    assert masked_dice(-sure, label, keep).item() > 0.99
+    assert masked_bce(-sure, label, keep).item() == pytest.approx(60)
+
+
+def test_with_everything_kept_it_is_torchs_own_bce():
+    logits, label = maps(2, 3, 1, 8, 8), coin(3, 3, 1, 8, 8)
+    own = masked_bce(logits, label, torch.ones_like(label))
+    for row in range(3):
+        assert own[row].item() == pytest.approx(F.binary_cross_entropy_with_logits(logits[row], label[row]).item())
+
+
+def total(mask_logits, refined_logits, label, keep):
+    """Loss and its gradients with respect to both kinds of logits."""
+    mask_logits = mask_logits.clone().requires_grad_()
+    refined_logits = refined_logits.clone().requires_grad_()
+    loss = segmentation_loss(Output(mask_logits, refined_logits), label, keep)
+    return loss, torch.autograd.grad(loss.total, (mask_logits, refined_logits))
+
+
+def test_what_stands_in_dropped_pixels_changes_neither_loss_nor_gradient():
+    logits, refined, label, keep = maps(4, 4, 1, 8, 8), maps(5, 4, 1, 4, 4), coin(6, 4, 1, 8, 8), coin(7, 4, 1, 8, 8)
+    loss, grads = total(logits, refined, label, keep)
+    other, other_grads = total(
+        torch.where(keep > 0, logits, maps(8, 4, 1, 8, 8) * 5), refined, torch.where(keep > 0, label, 1 - label), keep
+    )
+    assert other.total.item() == pytest.approx(loss.total.item(), rel=1e-12)
+    for first, second in zip(grads, other_grads, strict=True):
+        torch.testing.assert_close(first, second)
+    assert (grads[0][keep == 0] == 0).all()
+    assert (grads[0][keep > 0] != 0).all()
+
+
+def test_a_sample_of_which_nothing_is_kept_adds_nothing():
+    logits, refined, label, keep = maps(9, 3, 1, 8, 8), maps(10, 3, 1, 4, 4), coin(11, 3, 1, 8, 8), coin(12, 3, 1, 8, 8)
+    keep[1] = 0
+    loss, grads = total(logits, refined, label, keep)
+    kept = [0, 2]
+    alone, alone_grads = total(logits[kept], refined[kept], label[kept], keep[kept])
+    for name in ("total", "bce", "dice"):
+        assert getattr(loss, name).item() == pytest.approx(getattr(alone, name).item(), rel=1e-12)
+    for together, separate in zip(grads, alone_grads, strict=True):
+        torch.testing.assert_close(together[kept], separate)
+        assert (together[1] == 0).all()
+
+
+def test_a_batch_of_which_nothing_is_kept_costs_nothing_and_has_no_gradient():
+    logits, refined, label = maps(13, 2, 1, 8, 8), maps(14, 2, 1, 4, 4), coin(15, 2, 1, 8, 8)
+    loss, grads = total(logits, refined, label, torch.zeros_like(label))
+    assert loss.total.item() == 0
+    assert all((gradient == 0).all() for gradient in grads)
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_samples():
+    logits, refined, label, keep = (
+        maps(16, 3, 1, 8, 8),
+        maps(17, 3, 1, 4, 4),
+        coin(18, 3, 1, 8, 8),
+        coin(19, 3, 1, 8, 8),
+    )
+    keep[2, :, :4] = 0  # samples count alike, however many of their pixels teach
+    whole, _ = total(logits, refined, label, keep)
+    each = [total(*(part[row : row + 1] for part in (logits, refined, label, keep)))[0] for row in range(3)]
+    assert whole.total.item() == pytest.approx(sum(loss.total.item() for loss in each) / 3)
+    assert whole.bce.item() == pytest.approx(masked_bce(logits, label, keep).mean().item())
+    assert whole.dice.item() == pytest.approx(masked_dice(logits, label, keep).mean().item())
+
+
+def test_the_refined_proposal_is_drawn_to_the_labels_share_of_each_cell():
+    """Cells of 4 x 4 pixels with a quarter, nothing, everything and a half of foreground."""
+    label = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    label[0, 0, :2, :2], label[0, 0, 4:, :4], label[0, 0, 4:, 4:6] = 1, 1, 1
+    refined = torch.zeros(1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([refined], max_iter=200)
+    logits = torch.zeros_like(label)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = segmentation_loss(Output(logits, refined), label, torch.ones_like(label)).total
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    share = refined.sigmoid().detach().flatten()
+    torch.testing.assert_close(share, torch.tensor([0.25, 0, 1, 0.5], dtype=torch.float64), atol=1e-3, rtol=0)

@@ -1,0 +1,50 @@
+import pytest
+
+from l2l_core.errors import MAX_PROBLEMS_SHOWN, ArtifactError, ConfigError, InputError, L2LError, exit_code, raise_all
+
+
+def test_no_problem_raises_nothing():
+    assert raise_all([]) is None
+
+
+def test_one_problem_is_the_whole_message():
+    with pytest.raises(InputError) as caught:
+        raise_all(["pairs.jsonl: row 3: sentence is empty"])
+    assert str(caught.value) == "pairs.jsonl: row 3: sentence is empty"
+
+
+def test_several_problems_are_listed_in_order_with_their_number():
+    with pytest.raises(ConfigError) as caught:
+        raise_all(["first", "second", "third"], ConfigError)
+    assert str(caught.value) == "3 problems:\n  first\n  second\n  third"
+
+
+@pytest.mark.parametrize("more", [0, 1, 1000])
+def test_a_flood_of_problems_is_cut_and_counted(more):
+    problems = [f"row {number}" for number in range(MAX_PROBLEMS_SHOWN + more)]
+    with pytest.raises(InputError) as caught:
+        raise_all(problems)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{len(problems)} problems:"
+    assert [line.strip() for line in lines[1 : MAX_PROBLEMS_SHOWN + 1]] == problems[:MAX_PROBLEMS_SHOWN]
+    assert lines[MAX_PROBLEMS_SHOWN + 1 :] == ([f"  ... and {more} more"] if more else [])
+
+
+@pytest.mark.parametrize("kind", [L2LError, ConfigError, InputError, ArtifactError])
+def test_an_error_of_the_users_ends_with_code_2_and_its_text(kind, capsys):
+    def main() -> None:
+        raise kind("params.yaml: what is wrong")
+
+    assert exit_code(main) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "error: params.yaml: what is wrong\n")
+
+
+def test_success_is_code_0_and_silent(capsys):
+    assert exit_code(lambda: None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_defect_of_the_program_is_not_dressed_up_as_the_users():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(lambda: print(1 // 0))

@@ -1,0 +1,66 @@
+import json
+import sys
+
+import pytest
+
+from l2l_core.__main__ import main, score_table
+from l2l_core.errors import ArtifactError
+
+METRICS = {
+    "n_val": 500,
+    "val_miou": 44.4,
+    "val_oiou": 41.0,
+    "val_pr50": 48.0,
+    "val_pr60": 43.0,
+    "val_pr70": 37.0,
+    "val_pr80": 21.0,
+    "val_pr90": 5.5,
+    "val_no_prior_miou": 30.3,
+    "val_no_prior_oiou": 29.0,
+    "val_prior_miou": 33.1,
+    "val_supervised_miou": 22.2,
+    "val_round_0_miou": 40.0,
+    "val_round_1_miou": 44.4,
+}
+
+
+def test_a_row_a_method_and_the_other_scores_for_the_final_model_alone():
+    table = score_table(METRICS)
+    assert list(table["method"]) == ["prior", "supervised", "round 0", "round 1", "no prior given"]
+    assert list(table["mIoU"]) == [33.1, 22.2, 40.0, 44.4, 30.3]
+    final = table[table["method"] == "round 1"].iloc[0]
+    assert (final["oIoU"], final["Pr@0.5"], final["Pr@0.7"], final["Pr@0.9"]) == (41.0, 48.0, 37.0, 5.5)
+    assert table.loc[table["method"] != "round 1", ["oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"]].isna().all(axis=None)
+
+
+def test_every_split_has_its_rows():
+    both = METRICS | {key.replace("val_", "testA_"): value for key, value in METRICS.items()} | {"n_testA": 7}
+    both["testA_supervised_miou"] = 1.5
+    table = score_table(both)
+    assert list(table["split"]) == ["val"] * 5 + ["testA"] * 5
+    assert table.loc[(table["split"] == "testA") & (table["method"] == "supervised"), "mIoU"].item() == 1.5
+
+
+def test_show_prints_scores_and_where_the_report_lies(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["l2l_core", "show"])
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps(METRICS))
+    main()
+    printed = capsys.readouterr().out
+    assert "report/index.html" in printed
+    assert next(line for line in printed.splitlines() if "supervised" in line).split() == ["val", "supervised", "22.2"]
+
+
+def test_before_any_evaluation_it_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["l2l_core", "show"])
+    with pytest.raises(ArtifactError, match=r"metrics/evaluate\.json: not found, .*dvc repro"):
+        main()
+
+
+def test_a_command_is_needed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["l2l_core"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "COMMAND" in capsys.readouterr().err
