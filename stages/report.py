@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True, help="round that was evaluated")
     number = parser.parse_args().round
+    params = load_params()
     if not METRICS_PATH.is_file():
         raise ArtifactError(f"{METRICS_PATH}: not found, run the stage that writes it: dvc repro")
     history = read_history(records.round_folder(number) / "history")
@@ -44,7 +45,7 @@ def main() -> None:
         },
         last_round=number,
     )
-    page = render_report(run, load_params(), read_image)
+    page = render_report(run, params, read_image)
     REPORT_PATH.parent.mkdir(parents=True, exist_ok=True)
     REPORT_PATH.write_text(page, encoding="utf-8")
     print(f"report: {REPORT_PATH}")

@@ -83,6 +83,8 @@ class Segmenter(nn.Module):
     def load(cls, folder: str | Path) -> Segmenter:
         """A network from what `save` wrote, alone. Raises ArtifactError where files are missing or do not fit."""
         folder = Path(folder)
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder}: not found, run the stage that writes it: dvc repro")
         try:
             params = ModelParams.model_validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
             network = cls(params, AutoTokenizer.from_pretrained(folder / "tokenizer"), *blank_encoders(folder))

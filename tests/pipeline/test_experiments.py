@@ -1,0 +1,120 @@
+"""What runs when something changes, counted from what DVC says it executes, and how experiments are compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+from tiny_project import executed
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+
+BEFORE_ROUNDS = ["refshapes", "ingest", "split", "priors", "proposals", "supervised", "warmup", "predict"]
+LAST = ["evaluate", "report"]
+
+
+@pytest.fixture
+def project(first_run):
+    """The project after its first run; whatever an experiment changes is undone."""
+    yield first_run.project
+    first_run.project.back()
+
+
+@pytest.fixture(scope="module")
+def threshold(first_run):
+    """Stages that ran for another policy, and the experiment's name."""
+    project = first_run.project
+    ran = project.stages_run("dvc", "exp", "run", "--name", "by-threshold", "-S", "select.policy=threshold")
+    project.back()
+    return ran, "by-threshold"
+
+
+def test_one_command_runs_everything_once(first_run):
+    ran = executed(first_run.output)
+    assert sorted(ran) == sorted(
+        [*BEFORE_ROUNDS, "crossfit-0", "select@1", "retrain@1", "predict@1", *LAST],
+    )
+    assert ran[-2:] == LAST
+
+
+def test_a_second_run_executes_nothing(project):
+    assert project.stages_run("dvc", "repro") == []
+
+
+def test_every_artifact_is_out_of_git_and_the_numbers_are_in(project):
+    tracked = project.out("git", "ls-files", "data", "metrics", "plots", "report").split()
+    assert sorted(tracked) == ["data/dvc.lock", "data/dvc.yaml", "metrics/evaluate.json"]
+
+
+def test_one_more_round_computes_that_round_and_one_less_comes_from_the_cache(project):
+    metrics = project.read("metrics/evaluate.json")
+    ran = project.stages_run("dvc", "exp", "run", "--name", "two-rounds", "-S", "round=2")
+    assert sorted(ran) == sorted(["crossfit@1", "select@2", "retrain@2", "predict@2", *LAST])
+    two = json.loads(project.read("metrics/evaluate.json"))
+    assert two["evaluated_round"] == 2
+    one = json.loads(metrics)
+    assert {key: two[key] for key in one if "_round_" in key} == {key: one[key] for key in one if "_round_" in key}
+
+    assert project.stages_run("dvc", "exp", "run", "-S", "round=1") == []
+    assert project.read("metrics/evaluate.json") == metrics
+
+
+def test_another_policy_starts_at_the_selection(threshold):
+    assert sorted(threshold[0]) == sorted(["select@1", "retrain@1", "predict@1", *LAST])
+
+
+def test_another_label_budget_keeps_data_and_priors(project):
+    ran = project.stages_run("dvc", "exp", "run", "-S", "split.labeled_fraction=0.4", "-S", "round=0")
+    assert sorted(ran) == sorted(["split", "supervised", "warmup", "predict", *LAST])
+
+
+def test_an_experiment_in_a_copy_leaves_the_workspace_alone(project):
+    ran = project.stages_run("dvc", "exp", "run", "--temp", "--name", "without-labels", "-S", "select.policy=none")
+    assert sorted(ran) == sorted(["select@1", "retrain@1", "predict@1", *LAST])
+    assert project.out("git", "status", "--porcelain") == ""
+    assert project.stages_run("dvc", "repro") == []
+    shown = csv.DictReader(io.StringIO(project.out("dvc", "exp", "show", "--csv")))
+    policies = {row["Experiment"]: row["select.policy"] for row in shown}
+    assert policies["without-labels"] == "none"
+
+
+def test_experiments_compare(project, threshold):
+    name = threshold[1]
+    now = json.loads(project.read("metrics/evaluate.json"))
+
+    metrics = json.loads(project.out("dvc", "metrics", "diff", "--all", "--json", "HEAD", name))
+    scores = metrics["metrics/evaluate.json"]
+    assert set(now) == set(scores)  # same keys on both sides, so that like is compared with like
+    assert scores["val_miou"]["old"] == now["val_miou"]
+    assert isinstance(scores["val_miou"]["new"], float)
+    assert scores["val_round_0_miou"]["old"] == scores["val_round_0_miou"]["new"]
+
+    difference = json.loads(project.out("dvc", "exp", "diff", "--all", "--json", "HEAD", name))
+    assert difference["params"]["params.yaml"]["select.policy"] == {"old": "reinforce", "new": "threshold"}
+    assert difference["metrics"]["metrics/evaluate.json"]["val_miou"] == scores["val_miou"]
+
+    rows = {row["Experiment"]: row for row in csv.DictReader(io.StringIO(project.out("dvc", "exp", "show", "--csv")))}
+    assert float(rows["main"]["val_miou"]) == now["val_miou"]
+    assert float(rows[name]["val_miou"]) == scores["val_miou"]["new"]
+    table = project.out("dvc", "exp", "show", "--md", "--only-changed")
+    assert name in table
+    assert "select.policy" in table
+
+
+def test_curves_compare(project, threshold):
+    shown = json.loads(project.out("dvc", "plots", "diff", "--json", "HEAD", threshold[1]))
+    assert not shown.get("errors")
+    for curve, field in (("mIoU by round", "miou"), ("Training loss", "loss"), ("Precision by coverage", "precision")):
+        both = [plot for key, plots in shown["data"].items() if curve in key or curve in str(plots) for plot in plots]
+        revisions = {revision for plot in both for revision in plot["revisions"]}
+        assert revisions == {"HEAD", threshold[1]}, (curve, list(shown["data"]))
+        assert any(field in str(plot) for plot in both)
+
+
+@pytest.mark.parametrize(("value", "shown"), [("9", "round: got 9"), ("two", "round: got 'two'")])
+def test_a_round_that_does_not_exist(project, value, shown):
+    output = project.run("dvc", "exp", "run", "-S", f"round={value}", code=None)
+    assert executed(output) == []
+    assert f"params.yaml: {shown}" in output

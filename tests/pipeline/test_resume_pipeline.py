@@ -1,0 +1,85 @@
+"""A stage that is killed goes on where it was, and the result is the same to the byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_project import TINY, Project, environment, executed
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+
+PATIENCE_S = 120
+"""For a stage to start and write its first checkpoint on a busy machine."""
+
+
+def forget(project: Project, stages: list[str]) -> None:
+    """As if these stages had never run: without outputs, lock entries and cached runs."""
+    project.run("rm", "-rf", ".dvc/cache/runs")
+    for name in ("dvc.lock", "stages/dvc.lock"):
+        path = project.folder / name
+        lock = yaml.safe_load(path.read_text())
+        for stage in set(stages) & set(lock["stages"]):
+            for out in lock["stages"].pop(stage)["outs"]:
+                project.run("rm", "-rf", out["path"])
+        path.write_text(yaml.safe_dump(lock, sort_keys=False))
+
+
+def kill_after_first_checkpoint(project: Project, target: str, purpose: str) -> Path:
+    """Run a stage and end DVC, the shell and the stage at once by SIGKILL; the checkpoint that is left."""
+    process = subprocess.Popen(
+        ["dvc", "repro", target],
+        cwd=project.folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    try:
+        while not (found := list((project.folder / ".scratch").glob(f"{purpose}-*/checkpoint.pt"))):
+            assert process.poll() is None, "the stage ended without a checkpoint"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "target", "purpose", "steps", "outputs"),
+    [
+        ("warmup", "warmup", "warmup", TINY["warmup"]["steps"], "data/rounds/0"),
+        ("retrain@1", "stages/dvc.yaml:retrain@1", "retrain-1", TINY["retrain"]["steps"], "data/rounds/1"),
+    ],
+)
+def test_a_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage, target, purpose, steps, outputs):
+    whole = first_run.project
+    project = whole.copy(tmp_path / "project")
+    forget(project, [stage, "evaluate"])
+    model, curves = f"{outputs}/model", f"{outputs}/curves"
+    assert not (project.folder / model).exists()
+
+    checkpoint = kill_after_first_checkpoint(project, target, purpose)
+    assert checkpoint.exists()
+    assert not (project.folder / model).exists()  # the kill came before the end
+
+    output = project.run("dvc", "repro")
+    assert executed(output) == [stage, "evaluate"]  # what follows sees the same bytes and need not run
+    resumed = [line for line in output.splitlines() if line.startswith(f"{purpose}: resuming at step ")]
+    assert len(resumed) == 1
+    assert 0 < int(resumed[0].split()[4]) < steps
+    assert resumed[0].endswith(f"of {steps}")
+
+    files = [path.relative_to(whole.folder) for path in (whole.folder / outputs).rglob("*") if path.is_file()]
+    assert {f"{model}/model.safetensors"} <= {path.as_posix() for path in files}
+    assert any(path.is_relative_to(curves) for path in files)
+    for path in [*map(str, files), "metrics/evaluate.json"]:
+        assert project.read(path) == whole.read(path), path
+    assert list((project.folder / ".scratch").glob("*/checkpoint.pt")) == []
