@@ -1,0 +1,188 @@
+import math
+
+import pytest
+import torch
+
+from l2l_core.model.decoder import Decoder, Gate, positions
+from l2l_core.model.guidance import Guidance, fourier
+
+DIM = 16
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(sides: tuple[int, ...] = (16, 8, 4), batch: int = 2) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+    gone = torch.zeros(batch, 5, dtype=torch.bool)
+    gone[:, 3:] = True
+    return {
+        "pyramid": [random(side, batch, 6 + row, side, side) for row, side in enumerate(sides)],
+        "told": random(1, batch, DIM),
+        "memory": random(2, batch, 5, DIM),
+        "gone": gone,
+        "proposal": random(3, batch, 1, 12, 12).sigmoid(),
+        "score": torch.full((batch,), 0.7),
+    }
+
+
+def decoder(levels: int = 3) -> Decoder:
+    torch.manual_seed(0)
+    made = Decoder([6 + row for row in range(levels)], DIM, heads=2).eval()
+    for parameter in made.parameters():  # also those that start at zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("sides", "refined_side"),
+    [((16, 8, 4), 16), ((32, 16, 8), 16), ((64, 32, 24), 24), ((8, 8, 8), 8)],
+)
+def test_masks_are_twice_as_fine_as_the_pyramid_and_proposals_as_fine_as_attention_allows(sides, refined_side):
+    """At most 16 x 16 places attend; where every level is finer, the coarsest does."""
+    mask_logits, refined_logits = decoder()(**inputs(sides))
+    assert mask_logits.shape == (2, 1, 2 * sides[0], 2 * sides[0])
+    assert refined_logits.shape == (2, 1, refined_side, refined_side)
+
+
+def test_images_need_not_be_square():
+    given = inputs()
+    given["pyramid"] = [random(4, 2, 6, 12, 20), random(5, 2, 7, 6, 10), random(6, 2, 8, 3, 5)]
+    mask_logits, refined_logits = decoder()(**given)
+    assert mask_logits.shape == (2, 1, 24, 40)
+    assert refined_logits.shape == (2, 1, 12, 20)
+
+
+def test_tokens_that_are_gone_have_no_say_and_the_others_do():
+    network, given = decoder(), inputs()
+    with torch.no_grad():
+        before = network(**given)
+        given["memory"][:, 3:] = 50.0
+        after = network(**given)
+        given["memory"][:, 2] += 1.0
+        other = network(**given)
+    for first, second in zip(before, after, strict=True):
+        torch.testing.assert_close(first, second)
+    assert not torch.allclose(other[0], after[0])
+
+
+@pytest.mark.parametrize("name", ["told", "proposal", "score"])
+def test_what_is_told_and_proposed_reaches_mask_and_refined_proposal(name):
+    network, given = decoder(), inputs()
+    with torch.no_grad():
+        before = network(**given)
+        given[name] = given[name] * 0.5 + 0.1
+        after = network(**given)
+    for first, second in zip(before, after, strict=True):
+        assert not torch.allclose(first, second)
+
+
+def test_every_level_of_the_pyramid_counts():
+    network = decoder()
+    with torch.no_grad():
+        before = network(**inputs())[0]
+        for level in range(3):
+            given = inputs()
+            given["pyramid"][level] = given["pyramid"][level] * 0.5
+            assert not torch.allclose(network(**given)[0], before)
+
+
+def test_samples_do_not_see_each_other():
+    network, given = decoder(), inputs(batch=3)
+    with torch.no_grad():
+        together = network(**given)
+        alone = network(
+            [level[1:2] for level in given["pyramid"]],
+            *(given[name][1:2] for name in ("told", "memory", "gone", "proposal", "score")),
+        )
+    for whole, single in zip(together, alone, strict=True):
+        torch.testing.assert_close(whole[1:2], single, rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_gate_is_open():
+    """Training starts from features that the proposal does not change."""
+    torch.manual_seed(0)
+    features = random(1, 2, DIM, 8, 8)
+    assert torch.equal(Gate(DIM)(features, random(2, 2, 1, 5, 5).sigmoid(), torch.ones(2)), features)
+
+
+def test_places_are_pixel_centres_row_by_row():
+    places = positions(2, 4, torch.zeros(1))
+    expected = [(y, x) for y in (0.25, 0.75) for x in (0.125, 0.375, 0.625, 0.875)]
+    torch.testing.assert_close(places[:, :2], torch.tensor(expected))
+    assert len({tuple(row) for row in places.tolist()}) == 8
+
+
+def test_fourier_by_hand():
+    """0.25 at the octaves pi and 2 pi: angles pi / 4 and pi / 2."""
+    half = math.sqrt(0.5)
+    expected = torch.tensor([[half, 1.0, half, 0.0]])
+    torch.testing.assert_close(fourier(torch.tensor([[0.25]]), 2), expected, atol=1e-6, rtol=0)
+
+
+# --- guidance tokens
+
+
+def guidance_inputs() -> dict[str, torch.Tensor]:
+    gone = torch.zeros(2, 4, dtype=torch.bool)
+    gone[:, 3] = True
+    return {
+        "text": random(1, 2, 4, DIM),
+        "text_gone": gone,
+        "box": torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 0.9, 0.8]]),
+        "has_box": torch.tensor([True, False]),
+        "features": random(2, 2, DIM, 4, 4),
+        "proposal": random(3, 2, 1, 8, 8).sigmoid(),
+        "score": torch.tensor([0.8, 0.0]),
+    }
+
+
+def guidance() -> Guidance:
+    torch.manual_seed(1)
+    made = Guidance(DIM, heads=2, tokens=3).eval()
+    torch.nn.init.normal_(made.no_box)
+    return made
+
+
+def test_guidance_hears_words_box_score_and_what_lies_in_the_proposal():
+    network = guidance()
+    with torch.no_grad():
+        before = network(**guidance_inputs())
+        assert before.shape == (2, 3, DIM)
+        for name in ("text", "box", "features", "score"):
+            given = guidance_inputs()
+            given[name] = given[name] * 0.5
+            assert not torch.allclose(network(**given)[0], before[0]), name
+        given = guidance_inputs()
+        given["proposal"] = 1 - given["proposal"]
+        assert not torch.allclose(network(**given)[0], before[0])
+
+
+def test_guidance_ignores_padding_and_the_box_of_who_has_none():
+    network, given = guidance(), guidance_inputs()
+    with torch.no_grad():
+        before = network(**given)
+        given["text"][:, 3] = 9.0
+        given["box"][1] = 0.7
+        after = network(**given)
+    torch.testing.assert_close(before, after)
+
+
+def test_an_empty_proposal_gives_finite_guidance():
+    given = guidance_inputs()
+    given["proposal"] = torch.zeros_like(given["proposal"])
+    assert guidance()(**given).isfinite().all()
+
+
+def test_only_what_lies_inside_the_proposal_is_pooled():
+    network, given = guidance(), guidance_inputs()
+    given["proposal"] = torch.zeros(2, 1, 4, 4)
+    given["proposal"][:, :, :2] = 1
+    with torch.no_grad():
+        before = network(**given)
+        given["features"][:, :, 2:] = -3.0
+        outside_changed = network(**given)
+        given["features"][:, :, :2] = -3.0
+        inside_changed = network(**given)
+    torch.testing.assert_close(before, outside_changed)
+    assert not torch.allclose(before, inside_changed)

@@ -1,0 +1,153 @@
+import logging
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_pairs import MODEL, rows_of, toy_batches, toy_pairs
+from transformers import BertConfig, BertModel, ConvNextV2Config, ConvNextV2Model, SwinConfig, SwinModel
+
+from l2l_core.errors import ConfigError
+from l2l_core.model.encoders import make_image_encoder, make_text_encoder, make_tokenizer
+from l2l_core.model.segmenter import Segmenter
+
+CORPUS = ["left cat", "the red dog, not the cat's", "Right DOG"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test waits for a network, and transformers reports no newly made norms."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def save_backbone(folder, family: str):
+    torch.manual_seed(1)
+    match family:
+        case "swin":
+            model = SwinModel(
+                SwinConfig(
+                    image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2], window_size=4
+                )
+            )
+        case "convnextv2":
+            model = ConvNextV2Model(ConvNextV2Config(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1]))
+    model.save_pretrained(folder / family)
+    return str(folder / family)
+
+
+def save_bert(folder, dtype=torch.float32):
+    tokenizer = make_tokenizer("tiny", CORPUS)
+    torch.manual_seed(2)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    BertModel(config).to(dtype).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    return str(folder / "bert")
+
+
+@pytest.mark.parametrize("family", ["swin", "convnextv2"])
+def test_any_backbone_and_text_encoder_by_folder(tmp_path, family):
+    """Pretrained weights arrive, a forward pass fits, and the saved network stands without the encoders' folders."""
+    image_folder, text_folder = save_backbone(tmp_path, family), save_bert(tmp_path)
+    pairs, _ = toy_pairs(tmp_path / "images", 3)
+    params = MODEL.model_copy(update={"image_encoder": image_folder, "text_encoder": text_folder})
+    network = Segmenter.create(params, ["never a word of the corpus"], seed=5).eval()
+    for encoder, folder in ((network.image_encoder, image_folder), (network.text_encoder, text_folder)):
+        stored = {value.numpy().tobytes() for value in load_file(f"{folder}/model.safetensors").values()}
+        loaded = {value.numpy().tobytes() for value in encoder.state_dict().values()}
+        assert len(stored) > 10
+        assert stored <= loaded  # by value: names differ between a whole model and its backbone
+    batch = toy_batches(pairs)(rows_of(0, 1, 2))
+    with torch.no_grad():
+        before = network(batch, network.tokenize(batch))
+    assert before.mask_logits.shape == (3, 1, 32, 32)
+    assert before.mask_logits.isfinite().all()
+
+    network.save(tmp_path / "run")
+    for folder in (image_folder, text_folder):
+        (tmp_path / "gone").mkdir(exist_ok=True)
+        (tmp_path / folder).rename(tmp_path / "gone" / folder.split("/")[-1])
+    again = Segmenter.load(tmp_path / "run").eval()
+    with torch.no_grad():
+        after = again(batch, again.tokenize(batch))
+    assert torch.equal(before.mask_logits, after.mask_logits)
+    assert torch.equal(before.refined_logits, after.refined_logits)
+
+
+def test_the_pyramid_goes_from_fine_to_coarse(tmp_path):
+    for name in ("tiny", save_backbone(tmp_path, "swin"), save_backbone(tmp_path, "convnextv2")):
+        encoder = make_image_encoder(name).eval()
+        maps = encoder(torch.zeros(1, 3, 64, 64)).feature_maps
+        sides = [level.shape[-1] for level in maps]
+        assert sides == [16, 8, 4, 2]
+        assert [level.shape[1] for level in maps] == list(encoder.channels)
+
+
+def test_weights_stored_in_half_precision_are_trained_in_single(tmp_path):
+    folder = save_bert(tmp_path, torch.bfloat16)
+    assert load_file(f"{folder}/model.safetensors")["embeddings.word_embeddings.weight"].dtype == torch.bfloat16
+    assert {value.dtype for value in make_text_encoder(folder, 0, 0).parameters()} == {torch.float32}
+    params = MODEL.model_copy(update={"text_encoder": folder})
+    Segmenter.create(params, [], seed=0).save(tmp_path / "run")
+    assert {value.dtype for value in Segmenter.load(tmp_path / "run").parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder", "nothing"])
+def test_an_unknown_name_is_refused_with_the_parameter(name):
+    with pytest.raises(ConfigError, match=rf"^params\.yaml: model\.image_encoder: got '{name}', expected a hub id"):
+        make_image_encoder(name)
+    with pytest.raises(ConfigError, match=rf"^params\.yaml: model\.text_encoder: got '{name}', expected a hub id"):
+        make_text_encoder(name, 0, 0)
+    with pytest.raises(ConfigError, match=r"model\.text_encoder: .* a tokenizer"):
+        make_tokenizer(name, [])
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (save_bert(tmp_path), str(tmp_path / "empty")):
+        with pytest.raises(ConfigError, match=r"model\.image_encoder: got .*, expected a folder from which") as caught:
+            make_image_encoder(folder)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"model\.text_encoder: got .*, expected a folder from which"):
+        make_text_encoder(str(tmp_path / "empty"), 0, 0)
+
+
+# --- the tokenizer from scratch
+
+
+def test_the_vocabulary_is_that_of_the_corpus_in_any_order():
+    vocabulary = make_tokenizer("tiny", CORPUS).get_vocab()
+    assert make_tokenizer("tiny", [*CORPUS[::-1], CORPUS[0]]).get_vocab() == vocabulary
+    special = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"}
+    assert set(vocabulary) - special == {"left", "right", "cat", "dog", "the", "red", "not", ",", "'", "s"}
+    assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+    assert vocabulary["[PAD]"] == 0
+
+
+def test_words_and_segments_as_tokens():
+    tokenizer = make_tokenizer("tiny", CORPUS)
+    encoded = tokenizer(["Left ZEBRA"], ["dog"], padding="max_length", max_length=8)
+    names = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
+    assert names == ["[CLS]", "left", "[UNK]", "[SEP]", "dog", "[SEP]", "[PAD]", "[PAD]"]
+    assert encoded["token_type_ids"][0] == [0, 0, 0, 0, 1, 1, 0, 0]
+    assert encoded["attention_mask"][0] == [1, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_what_looks_like_a_special_token_in_a_sentence_makes_no_second_one():
+    vocabulary = make_tokenizer("tiny", ["[UNK] [PAD] a"]).get_vocab()
+    assert vocabulary["[PAD]"] == 0
+    assert vocabulary["[UNK]"] == 1
+
+
+def test_the_tokenizer_survives_saving(tmp_path):
+    tokenizer = make_tokenizer("tiny", CORPUS)
+    tokenizer.save_pretrained(tmp_path)
+    again = make_tokenizer(str(tmp_path), [])
+    assert dict(again(["red dog"], ["unknown cat"])) == dict(tokenizer(["red dog"], ["unknown cat"]))

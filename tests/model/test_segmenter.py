@@ -1,0 +1,174 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from toy_pairs import MODEL, rows_of, toy_batches, toy_network, toy_pairs
+
+from l2l_core.data.dataset import Batch
+from l2l_core.errors import ArtifactError
+from l2l_core.model.segmenter import Output, Segmenter
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return toy_pairs(tmp_path / "images")[0]
+
+
+@pytest.fixture
+def batch(pairs) -> Batch:
+    return toy_batches(pairs)(rows_of(0, 1, 2))
+
+
+def ask(network: Segmenter, batch: Batch) -> Output:
+    with torch.no_grad():
+        return network.eval()(batch, network.tokenize(batch))
+
+
+def stirred(network: Segmenter) -> Segmenter:
+    """Weights beyond the encoders are random, also those that start at zero, so that every path is open."""
+    torch.manual_seed(3)
+    for name, parameter in network.named_parameters():
+        if "encoder." not in name and (parameter.ndim > 1 or not parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+def test_a_mask_for_every_pair_at_the_size_of_the_image(pairs, batch):
+    output = ask(toy_network(pairs), batch)
+    assert output.mask_logits.shape == (3, 1, 32, 32)
+    assert output.mask_logits.dtype == torch.float32
+    assert output.refined_logits.shape[:2] == (3, 1)
+
+
+def test_a_new_network_is_a_function_of_its_seed(pairs):
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first = toy_network(pairs, seed=4).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)  # and leaves the caller's random numbers alone
+    torch.rand(5)
+    again, other = toy_network(pairs, seed=4).state_dict(), toy_network(pairs, seed=5).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_saving_and_loading_changes_no_output_and_no_byte(pairs, batch, tmp_path):
+    network = stirred(toy_network(pairs))
+    network.save(tmp_path / "a")
+    again = Segmenter.load(tmp_path / "a")
+    assert again.params == MODEL
+    first, second = ask(network, batch), ask(again, batch)
+    assert torch.equal(first.mask_logits, second.mask_logits)
+    assert torch.equal(first.refined_logits, second.refined_logits)
+    again.save(tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_network_is_saved_as_the_same_bytes(pairs, tmp_path):
+    for name in ("a", "b"):
+        toy_network(pairs).save(tmp_path / name)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_a_saved_network_is_built_as_it_was_saved(pairs, batch, tmp_path, monkeypatch):
+    """Also when the library's own small encoders have changed their size since."""
+    network = toy_network(pairs)
+    network.save(tmp_path / "run")
+    monkeypatch.setattr("l2l_core.model.encoders.tiny_image_config", None)
+    monkeypatch.setattr("l2l_core.model.encoders.tiny_text_config", None)
+    assert torch.equal(ask(Segmenter.load(tmp_path / "run"), batch).mask_logits, ask(network, batch).mask_logits)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", None),
+        ("config.json", b"{"),
+        ("config.json", b'{"dim": 16}'),
+        ("model.safetensors", None),
+        ("model.safetensors", b"not tensors"),
+        ("tokenizer/tokenizer.json", b"{"),
+        ("image_encoder/config.json", None),
+        ("text_encoder/config.json", b"[]"),
+    ],
+)
+def test_a_folder_that_is_no_whole_network_is_refused_in_one_line(pairs, tmp_path, file, content):
+    toy_network(pairs).save(tmp_path / "run")
+    if content is None:
+        (tmp_path / "run" / file).unlink()
+    else:
+        (tmp_path / "run" / file).write_bytes(content)
+    with pytest.raises(ArtifactError, match="run: no usable model") as caught:
+        Segmenter.load(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_network_are_refused(pairs, tmp_path):
+    toy_network(pairs).save(tmp_path / "a")
+    Segmenter.create(MODEL.model_copy(update={"dim": 8}), pairs.sentence, 0).save(tmp_path / "b")
+    (tmp_path / "b/model.safetensors").replace(tmp_path / "a/model.safetensors")
+    with pytest.raises(ArtifactError, match="no usable model"):
+        Segmenter.load(tmp_path / "a")
+
+
+def test_every_part_of_a_pair_matters(pairs, batch):
+    network = stirred(toy_network(pairs))
+    before = ask(network, batch).mask_logits
+    changes = {
+        "image": 255 - batch.image,
+        "sentence": [batch.sentence[1], *batch.sentence[1:]],
+        "prior_text": [batch.prior_text[1], *batch.prior_text[1:]],
+        "box": batch.box * 0.5,
+        "has_box": ~batch.has_box,
+        "proposal": 1 - batch.proposal,
+        "proposal_score": batch.proposal_score * 0.3,
+    }
+    for name, value in changes.items():
+        after = ask(network, replace(batch, **{name: value})).mask_logits
+        assert not torch.allclose(after[0], before[0], atol=1e-4), name
+
+
+def test_a_pair_is_answered_alike_in_any_batch(pairs, batch):
+    network = stirred(toy_network(pairs))
+    together = ask(network, batch).mask_logits
+    backwards = ask(network, toy_batches(pairs)(rows_of(3, 2, 1, 0))).mask_logits
+    alone = ask(network, toy_batches(pairs)(rows_of(1))).mask_logits
+    scale = together.abs().max().item()
+    torch.testing.assert_close(backwards[2], together[1], rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_long_and_unknown_sentences_are_cut_to_the_limit(pairs, batch):
+    network = toy_network(pairs)
+    long = replace(batch, sentence=["zebra " * 200, "", "left " * 200], prior_text=["square " * 200, "", ""])
+    tokens = network.tokenize(long)
+    assert all(tensor.shape == (3, MODEL.max_text_tokens) for tensor in tokens.values())
+    assert tokens["token_type_ids"][0].any()  # the prior's words keep some room
+    assert ask(network, long).mask_logits.isfinite().all()
+
+
+def test_each_weight_is_in_one_group_and_only_matrices_decay(pairs):
+    network = toy_network(pairs)
+    groups = network.parameter_groups(lr=0.5, encoder_lr_scale=0.1, weight_decay=0.2)
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(members) == sorted(id(parameter) for parameter in network.parameters())
+    for group in groups:
+        assert group["lr"] == 0.5  # tiny encoders start from nothing: they learn at full speed
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.2 if parameter.ndim > 1 else 0.0)
+
+
+@pytest.mark.parametrize("slow", ["image_encoder", "text_encoder"])
+def test_pretrained_encoders_learn_slower(pairs, slow):
+    network = toy_network(pairs)
+    network.params = MODEL.model_copy(update={slow: "some/hub-id"})
+    rates = {
+        id(parameter): group["lr"]
+        for group in network.parameter_groups(lr=0.5, encoder_lr_scale=0.1, weight_decay=0.2)
+        for parameter in group["params"]
+    }
+    for name, parameter in network.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(0.05 if name.startswith(slow) else 0.5), name
