@@ -1,0 +1,202 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toy_pairs import SIZE_PX, TRAIN, rows_of, toy_batches, toy_network, toy_pairs
+
+from l2l_core.data.augment import mirror_sentence
+from l2l_core.data.dataset import Batch
+from l2l_core.errors import ArtifactError
+from l2l_core.masks import decode_rle
+from l2l_core.model.segmenter import Output
+from l2l_core.predictor import Predictor, at_size, batched_rows
+
+FP32, BF16 = TRAIN, TRAIN.model_copy(update={"precision": "bf16"})
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return toy_pairs(tmp_path / "images", 5)[0]
+
+
+class Stub(nn.Module):
+    """In the place of the network: logits are the image's first channel, a ramp from left to right if wanted, and
+    what a function makes of sentence and prior. Remembers what it was asked."""
+
+    def __init__(self, ramp: float = 0.0, told=lambda batch, row: 0.0) -> None:
+        super().__init__()
+        self.ramp, self.told = ramp, told
+        self.asked: list[Batch] = []
+
+    def tokenize(self, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    def forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+        self.asked.append(batch)
+        logits = batch.image[:, :1].float() / 64 - 2 + self.ramp * torch.linspace(-1, 1, batch.image.shape[-1])
+        told = torch.tensor([self.told(batch, row) for row in range(len(batch.sentence))])
+        return Output(logits + told[:, None, None, None], batch.proposal)
+
+
+def predictor(network: nn.Module) -> Predictor:
+    return Predictor(network, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
+
+
+def masks_of(asked: Predictor, batches, batch_size=2, *, with_prior=True) -> list[bytes]:
+    return list(asked.masks(batches, batch_size, with_prior=with_prior, what="test"))
+
+
+# --- masks
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
+def test_masks_are_those_of_each_pair_alone_at_its_images_own_size(pairs, batch_size):
+    network, batches = toy_network(pairs).eval(), toy_batches(pairs)
+    last = next(module for module in network.decoder.head.modules() if isinstance(module, nn.Conv2d))
+    torch.manual_seed(0)
+    nn.init.normal_(last.weight, std=3.0)  # masks with some structure: strong logits around a mean of zero
+    last.bias.data -= Predictor.of(network, FP32).logits(batches(np.arange(5))).mean()
+    found = masks_of(Predictor.of(network, FP32), batches, batch_size)
+    assert len(found) == len(pairs)
+    foreground = 0.0
+    for row, (height, width) in enumerate(pairs.hw.tolist()):
+        batch = batches(rows_of(row))
+        with torch.no_grad():
+            logits = network(batch, network.tokenize(batch)).mask_logits
+        alone = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0, 0]
+        wrong = (decode_rle(found[row], height, width) != (alone > 0).numpy()) & (alone.abs() > 1e-3).numpy()
+        assert not wrong.any()
+        foreground += (alone > 0).float().mean().item() / len(pairs)
+    assert 0.05 < foreground < 0.95
+
+
+def test_a_mask_of_known_logits_at_its_images_size(pairs):
+    """The light square is where the stub sees more than 128."""
+    found = masks_of(predictor(Stub()), toy_batches(pairs))
+    for row, (height, width) in enumerate(pairs.hw.tolist()):
+        x1, y1, x2, y2 = (pairs.box[row] * [width, height, width, height]).round().astype(int)
+        square = np.zeros((height, width), dtype=bool)
+        square[y1:y2, x1:x2] = True
+        mask = decode_rle(found[row], height, width)
+        assert (mask & square).sum() / (mask | square).sum() > 0.85
+
+
+def test_without_prior_is_as_if_there_were_none(pairs):
+    network = toy_network(pairs)
+    bare = replace(
+        pairs,
+        prior_text=[""] * 5,
+        box=np.zeros((5, 4), np.float32),
+        has_box=np.zeros(5, bool),
+        proposal=np.full((5, 16, 16), 26, np.uint8),  # 0.1 of 255
+        proposal_score=np.zeros(5, np.float32),
+    )
+    asked = Predictor.of(network, FP32)
+    hidden = [asked.logits(toy_batches(pairs)(np.arange(5), None, np.ones(5, bool)))]
+    hidden.append(asked.logits(toy_batches(bare)(np.arange(5))))
+    assert torch.equal(*hidden)
+    assert not torch.equal(hidden[0], asked.logits(toy_batches(pairs)(np.arange(5))))
+    stub = Stub()
+    masks_of(predictor(stub), toy_batches(pairs), with_prior=False)
+    assert not any(batch.has_box.any() or any(batch.prior_text) for batch in stub.asked)
+    stub = Stub()
+    masks_of(predictor(stub), toy_batches(pairs), with_prior=True)
+    assert all(batch.has_box.all() for batch in stub.asked)
+
+
+def test_asking_changes_nothing_and_repeats_itself(pairs):
+    network = toy_network(pairs).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    asked, batches = Predictor.of(network, FP32), toy_batches(pairs)
+    first = masks_of(asked, batches)
+    torch.manual_seed(5)
+    assert masks_of(asked, batches) == first
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_half_precision_says_nearly_the_same(pairs):
+    network, batch = toy_network(pairs), toy_batches(pairs)(np.arange(5))
+    full, half = Predictor.of(network, FP32).logits(batch), Predictor.of(network, BF16).logits(batch)
+    assert half.dtype == torch.float32
+    assert not torch.equal(full, half)
+    assert (full - half).abs().mean() < 0.05
+
+
+def test_a_run_on_disk_answers_as_it_did_before(pairs, tmp_path):
+    network, batch = toy_network(pairs), toy_batches(pairs)(np.arange(5))
+    network.save(tmp_path / "model")
+    loaded = Predictor.from_run(tmp_path / "model", FP32)
+    assert torch.equal(loaded.logits(batch), Predictor.of(network, FP32).logits(batch))
+    with pytest.raises(ArtifactError, match="nowhere: not found"):
+        Predictor.from_run(tmp_path / "nowhere", FP32)
+
+
+# --- views
+
+
+def test_views_of_a_network_that_mirrors_exactly_agree(pairs):
+    (views,) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
+    np.testing.assert_array_equal(views.prob, views.prob_flipped)
+    np.testing.assert_array_equal(views.prob, views.prob_no_prior)
+    assert views.prob.shape == (5, SIZE_PX, SIZE_PX)
+
+
+def test_the_flipped_map_is_turned_back_onto_the_image(pairs):
+    """Logits are image + ramp. Asked of the mirrored image and turned back, the ramp runs the other way."""
+    (views,) = predictor(Stub(ramp=1.5)).views(toy_batches(pairs), 8, "test")
+    image = toy_batches(pairs)(np.arange(5)).image[:, 0].numpy() / 64 - 2
+    ramp = 1.5 * np.linspace(-1, 1, SIZE_PX)
+    np.testing.assert_allclose(views.prob, 1 / (1 + np.exp(-(image + ramp))), rtol=1e-5)
+    np.testing.assert_allclose(views.prob_flipped, 1 / (1 + np.exp(-(image - ramp))), rtol=1e-5)
+
+
+def test_the_three_questions_of_a_view(pairs):
+    stub = Stub()
+    list(predictor(stub).views(toy_batches(pairs), 8, "test"))
+    asked, mirrored, without = stub.asked
+    assert asked.sentence == without.sentence == pairs.sentence
+    assert mirrored.sentence == [mirror_sentence(text) for text in pairs.sentence]
+    assert mirrored.sentence != pairs.sentence
+    assert torch.equal(mirrored.proposal, asked.proposal.flip(-1))
+    assert mirrored.has_box.all()
+    assert not without.has_box.any()
+
+
+def test_views_that_hear_the_prior_tell_the_two_apart(pairs):
+    stub = Stub(told=lambda batch, row: 2.0 * batch.has_box[row] + len(batch.sentence[row]) / 10)
+    views = list(predictor(stub).views(toy_batches(pairs), 2, "test"))
+    assert [len(view.sent_id) for view in views] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate([view.sent_id for view in views]), pairs.sent_id)
+    logit = [np.log(prob) - np.log1p(-prob) for prob in (views[0].prob, views[0].prob_no_prior)]
+    np.testing.assert_allclose(logit[0] - logit[1], 2.0, atol=1e-3)
+
+
+def test_views_carry_proposal_score_and_number_of_words(pairs):
+    pairs = replace(pairs, sentence=["cup", "a  cup on the left", "", "one two", "x"], proposal_score=np.arange(5) / 5)
+    (views,) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
+    assert views.words.tolist() == [1, 5, 0, 2, 1]
+    np.testing.assert_allclose(views.proposal_score, np.arange(5) / 5, rtol=1e-6)
+    small = views.proposal.reshape(5, 16, 2, 16, 2).mean((2, 4))
+    np.testing.assert_allclose(small.mean((1, 2)) * 255, pairs.proposal.mean((1, 2)), rtol=0.02)
+    assert np.corrcoef(small.ravel(), pairs.proposal.ravel())[0, 1] > 0.95
+
+
+# --- helpers
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 3), (1, 3), (6, 3), (7, 3)])
+def test_rows_in_batches(count, size):
+    batches = list(batched_rows(count, size, "test"))
+    assert [row for batch in batches for row in batch.tolist()] == list(range(count))
+    assert all(len(batch) == size for batch in batches[:-1])
+
+
+def test_logits_at_another_size():
+    """Bilinear between pixel centres: 0 and 4 stretched to four pixels give 0, 1, 3, 4."""
+    stretched = at_size(torch.tensor([[[0.0, 4.0]]]), 1, 4)
+    np.testing.assert_allclose(stretched, [[0.0, 1.0, 3.0, 4.0]])
+    same = torch.randn(1, 7, 5)
+    np.testing.assert_array_equal(at_size(same, 7, 5), same[0].numpy())
