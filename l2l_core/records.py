@@ -144,6 +144,7 @@ class IndexPaths:
 
 
 INDEX = IndexPaths()
+ROUND_PATH = Path("data/round.txt")
 SPLIT_PATH = Path("data/split/split.parquet")
 LABELED_MASKS_PATH = Path("data/split/labeled_masks.parquet")
 PRIORS_PATH = Path("data/priors/priors.parquet")

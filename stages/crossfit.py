@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 
 from l2l_core import records
 from l2l_core.config import load_params
@@ -22,20 +23,29 @@ from l2l_core.model.segmenter import Segmenter
 
 
 def main() -> None:
-    """Round 0: train the fold teachers. Round k: let them learn from the round's pseudo-labels as well."""
+    """Round 0: train the fold teachers. Round k: let them learn from the round's pseudo-labels as well.
+
+    A fixed rule never asks them: they stay as they were.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
     number = parser.parse_args().round
     params = load_params()
-    folds_out = records.round_folder(number) / "folds"
+    folds_out, previous = records.round_folder(number) / "folds", records.round_folder(number - 1) / "folds"
+    pseudo_path = records.round_folder(number) / "pseudo_labels.parquet"
+    if number:
+        policies = records.read_table(pseudo_path, records.PSEUDO_LABELS, ["policy"])["policy"].unique().to_pylist()
+        if "reinforce" not in policies:
+            with whole_folder(folds_out) as folder:
+                shutil.copytree(previous, folder, dirs_exist_ok=True)
+            return
     labeled = labeled_stream(params, 1.0 if number == 0 else params.retrain.labeled_share)
     pairs = labeled.batches.pairs
     fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
     inputs = [*LABEL_INPUTS, *PRIOR_INPUTS]
     pseudo = None
     if number:
-        pseudo_path = records.round_folder(number) / "pseudo_labels.parquet"
-        inputs += [pseudo_path, records.round_folder(number - 1) / "folds"]
+        inputs += [pseudo_path, previous]
         pseudo = pseudo_stream(params, pseudo_path, 1 - params.retrain.labeled_share)
     with whole_folder(folds_out) as folder:
         for left_out in range(params.select.folds):
@@ -44,7 +54,7 @@ def main() -> None:
             if number == 0:
                 network, steps = new_network(params, purpose), params.select.fold_steps
             else:
-                network = Segmenter.load(records.round_folder(number - 1) / "folds" / str(left_out))
+                network = Segmenter.load(previous / str(left_out))
                 steps = params.select.fold_update_steps
             streams = [seen] if pseudo is None else [seen, pseudo]
             run_training(params, purpose, network, streams, steps, inputs, folder / str(left_out), None)

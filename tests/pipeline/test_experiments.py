@@ -11,7 +11,7 @@ from tiny_project import executed
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
-BEFORE_ROUNDS = ["refshapes", "ingest", "split", "priors", "proposals", "supervised", "warmup", "predict"]
+BEFORE_ROUNDS = ["check", "refshapes", "ingest", "split", "priors", "proposals", "supervised", "warmup", "predict"]
 LAST = ["evaluate", "report"]
 
 
@@ -51,7 +51,7 @@ def test_every_artifact_is_out_of_git_and_the_numbers_are_in(project):
 def test_one_more_round_computes_that_round_and_one_less_comes_from_the_cache(project):
     metrics = project.read("metrics/evaluate.json")
     ran = project.stages_run("dvc", "exp", "run", "--name", "two-rounds", "-S", "round=2")
-    assert sorted(ran) == sorted(["crossfit@1", "select@2", "retrain@2", "predict@2", *LAST])
+    assert sorted(ran) == sorted(["check", "crossfit@1", "select@2", "retrain@2", "predict@2", *LAST])
     two = json.loads(project.read("metrics/evaluate.json"))
     assert two["evaluated_round"] == 2
     one = json.loads(metrics)
@@ -65,9 +65,19 @@ def test_another_policy_starts_at_the_selection(threshold):
     assert sorted(threshold[0]) == sorted(["select@1", "retrain@1", "predict@1", *LAST])
 
 
+def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
+    project = first_run.project.copy(tmp_path / "project")
+    project.change_params({"select": {"policy": "threshold"}})
+    for stage in ("select", "crossfit"):
+        project.run("python", "-m", f"stages.{stage}", "--round", "1")
+    for fold in ("0", "1"):
+        weights = f"folds/{fold}/model.safetensors"
+        assert project.read(f"data/rounds/1/{weights}") == project.read(f"data/rounds/0/{weights}")
+
+
 def test_another_label_budget_keeps_data_and_priors(project):
     ran = project.stages_run("dvc", "exp", "run", "-S", "split.labeled_fraction=0.4", "-S", "round=0")
-    assert sorted(ran) == sorted(["split", "supervised", "warmup", "predict", *LAST])
+    assert sorted(ran) == sorted(["check", "split", "supervised", "warmup", "predict", *LAST])
 
 
 def test_an_experiment_in_a_copy_leaves_the_workspace_alone(project):
@@ -113,8 +123,11 @@ def test_curves_compare(project, threshold):
         assert any(field in str(plot) for plot in both)
 
 
-@pytest.mark.parametrize(("value", "shown"), [("9", "round: got 9"), ("two", "round: got 'two'")])
-def test_a_round_that_does_not_exist(project, value, shown):
+@pytest.mark.parametrize(
+    ("value", "shown"), [("9", "got 9, expected less"), ("two", "got 'two', expected a valid int")]
+)
+def test_a_round_that_does_not_exist_is_refused_before_anything_is_lost(project, value, shown):
     output = project.run("dvc", "exp", "run", "-S", f"round={value}", code=None)
-    assert executed(output) == []
-    assert f"params.yaml: {shown}" in output
+    assert executed(output) == ["check"]
+    assert [line for line in output.splitlines() if line.startswith(f"error: params.yaml: round: {shown}")]
+    assert json.loads(project.read("metrics/evaluate.json"))["evaluated_round"] == 1

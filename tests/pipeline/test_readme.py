@@ -1,0 +1,70 @@
+"""The commands of README.md exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from itertools import pairwise
+
+import yaml
+from tiny_project import ROOT, environment
+
+FIRST_SCREEN_LINES = 45
+
+
+def commands() -> list[list[str]]:
+    """What README.md says to type: indented lines and `inline` code that start with make, dvc or python."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    typed = re.findall(r"^    (.+)$|`([^`\n]+)`", text, re.MULTILINE)
+    lines = [(block or inline).strip() for block, inline in typed]
+    parsed = [shlex.split(line, comments=True) for line in lines if re.match(r"(make|dvc|python) \S", line)]
+    assert {words[0] for words in parsed} == {"make", "dvc", "python"}
+    return parsed
+
+
+def test_the_two_commands_are_on_the_first_screen():
+    first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:FIRST_SCREEN_LINES])
+    assert "make demo" in first
+    assert "make test" in first
+
+
+def test_continuous_integration_runs_the_tests_of_the_readme():
+    lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
+    assert lines[-1].removeprefix("exec ") == "make test"
+
+
+def test_make_targets_exist():
+    for command in commands():
+        if command[0] == "make":
+            plan = subprocess.run(
+                ["make", "--dry-run", *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            assert plan.returncode == 0, plan.stderr
+
+
+def test_modules_exist():
+    for command in commands():
+        if command[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(command[2]) is not None, command
+
+
+def test_parameters_that_commands_set_exist():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for command in commands():
+        for option, setting in pairwise(command):
+            if option in ("-S", "--set-param"):
+                value = params
+                for key in setting.partition("=")[0].split("."):
+                    assert key in value, setting
+                    value = value[key]
+
+
+def test_dvc_commands_exist():
+    nested = ("metrics", "exp", "plots", "queue", "params")
+    used = {tuple(command[1 : 3 if command[1] in nested else 2]) for command in commands() if command[0] == "dvc"}
+    assert used
+    for words in sorted(used):
+        done = subprocess.run(["dvc", *words, "--help"], env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
