@@ -1,0 +1,110 @@
+"""README.md and docs/ keep what they promise: links, commands, parameters and tables; tracked files stay portable."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from dvc.utils.hydra import apply_overrides
+
+from bench import docs, priors, refshapes, rounds
+from l2l_core.config import load_params
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [page.name for page in PAGES]
+
+MAX_TRACKED_BYTES = 1_000_000
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+MODULE = re.compile(r"python -m (\w+(?:\.\w+)*)")
+OVERRIDES = re.compile(r"(?:-S\s+[^\s`]+\s*)+")  # those of one command
+CODE_PATH = re.compile(r"`((?:l2l_core|stages|tests|bench|docs)/[\w./-]+?\.(?:py|yaml|md))`")
+ABSOLUTE = re.compile(r"(?<![\w.}>~/-])/(?:home|root|work|tmp|Users|mnt|opt|private)/\w|\b[A-Z]:\\\\?Users\b")
+
+
+def tracked_files() -> list[Path]:
+    try:
+        names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a Git checkout: nothing is tracked")
+    return [path for name in names.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in LINK.findall(text) if not re.match(r"https?:|mailto:", link)]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [path for path in CODE_PATH.findall(text) if not (ROOT / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_named_modules_can_be_run(page: Path) -> None:
+    for name in set(MODULE.findall(page.read_text(encoding="utf-8"))):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, f"python -m {name}"
+        if spec.submodule_search_locations is not None:  # a package
+            assert importlib.util.find_spec(f"{name}.__main__") is not None, f"python -m {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_overrides_are_parameters_that_parse(page: Path, tmp_path: Path) -> None:
+    """As `dvc exp run -S` applies them; an unknown key or a value that is not allowed raises."""
+    for command in OVERRIDES.findall(page.read_text(encoding="utf-8")):
+        file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+        apply_overrides(str(file), command.split()[1::2])
+        load_params(file)
+
+
+def test_the_readme_names_overrides_and_commands() -> None:
+    """The patterns above find what they look for."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(OVERRIDES.findall(text)) >= 5
+    assert "bench.rounds" in MODULE.findall(text)
+    assert "docs/data.md" in LINK.findall(text)
+    assert ABSOLUTE.search("see /" + "home/me/x")
+
+
+@pytest.mark.parametrize("name", ["rounds", "refshapes", "answers", "proposals"])
+def test_tables_are_those_of_the_stored_results(name: str) -> None:
+    """What stands in the document is what its bench makes of bench/results."""
+    bench = {"rounds": rounds, "refshapes": refshapes, "answers": priors, "proposals": priors}[name]
+    if not bench.RESULTS.exists():
+        pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
+    match name:
+        case "rounds":
+            document, text = ROOT / "README.md", rounds.table(pd.read_json(rounds.RESULTS, lines=True))
+        case "refshapes":
+            document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
+        case _:
+            rows = [json.loads(line) for line in priors.RESULTS.read_text(encoding="utf-8").splitlines()]
+            make = priors.answers_table if name == "answers" else priors.proposals_table
+            document, text = priors.DOCUMENT, make(rows)
+    assert docs.get(document, name) == text
+
+
+def test_tracked_text_has_no_absolute_paths() -> None:
+    found = []
+    for path in tracked_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # not text
+        found += [
+            f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+            for number, line in enumerate(lines, start=1)
+            if ABSOLUTE.search(line)
+        ]
+    assert not found
+
+
+def test_nothing_large_is_tracked() -> None:
+    sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in tracked_files()}
+    assert {name: size for name, size in sizes.items() if size > MAX_TRACKED_BYTES} == {}
