@@ -1,6 +1,6 @@
 """Real photos, real sentences, real answers: how good recorded boxes are as masks, and one run through every stage.
 
-    L2L_REAL_DATA=<folder> python -m bench.real_photos        (about five minutes on one core)
+    L2L_REAL_DATA=<folder> python -m bench.real_photos        (about two minutes on a free core)
 
 The folder holds res_mini/ (13 RefCOCO photos in the published layout) and mllm_outputs/ (Qwen2.5-VL-7B's boxes).
 (a) Ingest, split, priors and proposals by their command lines; the proposals of the 10 testA sentences that have a
@@ -42,7 +42,7 @@ ROLES = {
 }
 """All photos of testB and val and one of testA teach: the other nine of testA have the recorded answers."""
 
-STEPS = 150
+STEPS = 60
 PARAMS: dict[str, Any] = {
     "round": 1,
     "dataset": "data/photos/refcoco",
