@@ -1,14 +1,11 @@
-"""The commands of README.md exist."""
+"""The commands of README.md exist (modules and parameters: tests/test_docs.py)."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
-from itertools import pairwise
 
-import yaml
 from tiny_project import ROOT, environment
 
 FIRST_SCREEN_LINES = 45
@@ -42,23 +39,6 @@ def test_make_targets_exist():
                 ["make", "--dry-run", *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
             )
             assert plan.returncode == 0, plan.stderr
-
-
-def test_modules_exist():
-    for command in commands():
-        if command[:2] == ["python", "-m"]:
-            assert importlib.util.find_spec(command[2]) is not None, command
-
-
-def test_parameters_that_commands_set_exist():
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for command in commands():
-        for option, setting in pairwise(command):
-            if option in ("-S", "--set-param"):
-                value = params
-                for key in setting.partition("=")[0].split("."):
-                    assert key in value, setting
-                    value = value[key]
 
 
 def test_dvc_commands_exist():
