@@ -8,7 +8,7 @@ import subprocess
 
 from tiny_project import ROOT, environment
 
-FIRST_SCREEN_LINES = 45
+FIRST_SCREEN_LINES = 25
 
 
 def commands() -> list[list[str]]:
