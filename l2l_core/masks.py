@@ -94,8 +94,10 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
 
 
 def resize_mask(mask: BoolMask, height: int, width: int) -> BoolMask:
-    """Nearest-neighbour resize of a [H, W] mask."""
-    resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    """Nearest-neighbour resize of a [H, W] mask: each new pixel takes the old one that holds its centre."""
+    # Not INTER_NEAREST: it takes the old pixel at the new one's corner, which moves a mask that shrinks by half a new
+    # pixel against its image.
+    resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     return np.asarray(resized, dtype=bool)
 
 

@@ -278,6 +278,23 @@ def test_resizing_a_mask_by_a_whole_factor_repeats_its_pixels():
     np.testing.assert_array_equal(resize_mask(resize_mask(mask, 4, 6), 2, 2), mask)
 
 
+def test_a_mask_that_shrinks_stays_where_it_was():
+    """Bars of a 480 x 640 photo read at 96 px: on average their centres must not move against the picture's."""
+    generator = np.random.default_rng(0)
+    moved = []
+    for _ in range(300):
+        top, left = generator.integers(0, (300, 400))
+        height, width = generator.integers(60, 160, 2)
+        mask = np.zeros((480, 640), dtype=bool)
+        mask[top : top + height, left : left + width] = True
+        rows, columns = np.nonzero(resize_mask(mask, 96, 96))
+        centre = (rows.mean() + 0.5) * 480 / 96, (columns.mean() + 0.5) * 640 / 96
+        moved.append((centre[0] - (top + height / 2), centre[1] - (left + width / 2)))
+    assert (
+        np.abs(np.mean(moved, axis=0)).max() < 0.4
+    )  # pixels of the photo; half a pixel of the small mask is 2.5 to 3.3
+
+
 def test_resizing_a_probability_keeps_its_range_and_its_mean():
     prob = np.random.default_rng(0).random((8, 8), dtype=np.float32)
     larger = resize_prob(prob, 32, 16)
