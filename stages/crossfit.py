@@ -16,6 +16,7 @@ from l2l_core.engine.jobs import (
     part_of,
     pseudo_stream,
     run_training,
+    without_images,
 )
 from l2l_core.engine.resume import whole_folder
 from l2l_core.errors import exit_code
@@ -56,7 +57,9 @@ def main() -> None:
             else:
                 network = Segmenter.load(previous / str(left_out))
                 steps = params.select.fold_update_steps
-            streams = [seen] if pseudo is None else [seen, pseudo]
+            # An image that is labelled in part also has pseudo-labels, by a teacher that knows its labels.
+            others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
+            streams = [seen] if others is None else [seen, others]
             run_training(params, purpose, network, streams, steps, inputs, folder / str(left_out), None)
 
 

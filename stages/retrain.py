@@ -37,7 +37,8 @@ def main() -> None:
         new_network(params, purpose) if fresh else Segmenter.load(previous),
         [labeled] if pseudo is None else [labeled, pseudo],
         params.retrain.steps,
-        [*LABEL_INPUTS, *PRIOR_INPUTS, folder / "pseudo_labels.parquet", previous],
+        # Where it starts from the last model, that is an input too: checkpoints of the two ways must not be mixed up.
+        [*LABEL_INPUTS, *PRIOR_INPUTS, folder / "pseudo_labels.parquet", *(() if fresh else (previous,))],
         folder / "model",
         folder / "curves",
     )

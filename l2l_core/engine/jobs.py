@@ -51,6 +51,12 @@ def part_of(stream: Stream, rows: NDArray[np.int64]) -> Stream:
     return Stream(batches, stream.targets.take(rows), stream.share)
 
 
+def without_images(stream: Stream, image_row: NDArray[np.int64]) -> Stream | None:
+    """The stream without the pairs of some images; None where none is left."""
+    rows = (~np.isin(stream.batches.pairs.image_row, image_row)).nonzero()[0]
+    return part_of(stream, rows) if len(rows) else None
+
+
 def fold_of_images(image_row: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
     """[N] fold of each pair; pairs of one image share a fold, and folds differ by at most one image."""
     images, place = np.unique(image_row, return_inverse=True)

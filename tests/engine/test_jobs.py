@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
@@ -9,10 +11,19 @@ from toy_pairs import rows_of, toy_batches, toy_network, toy_pairs, toy_params
 from l2l_core import records
 from l2l_core.engine import jobs, loop
 from l2l_core.engine.curves import read_curve
-from l2l_core.engine.jobs import fold_of_images, labeled_stream, new_network, part_of, pseudo_stream, run_training
+from l2l_core.engine.jobs import (
+    fold_of_images,
+    labeled_stream,
+    new_network,
+    part_of,
+    pseudo_stream,
+    run_training,
+    without_images,
+)
 from l2l_core.engine.loop import Stream
 from l2l_core.errors import InputError
 from l2l_core.masks import decode_rle, encode_rle
+from stages import crossfit, retrain
 
 PARAMS = toy_params(proposals={"size_px": 24})
 
@@ -109,6 +120,61 @@ def test_a_part_of_a_stream(tmp_path):
     assert part.batches.pairs.sent_id.tolist() == [pairs.sent_id[3], pairs.sent_id[1]]
     assert part.targets.label == [targets.label[3], targets.label[1]]
     assert (part.batches.size_px, part.batches.flat_prob) == (32, 0.1)
+
+
+def test_a_stream_without_some_images(tmp_path):
+    pairs, targets = toy_pairs(tmp_path)
+    pairs = replace(pairs, image_row=rows_of(5, 2, 5, 7))
+    stream = Stream(toy_batches(pairs), targets, 0.4)
+    left = without_images(stream, rows_of(5, 9))
+    assert left is not None
+    assert left.batches.pairs.sent_id.tolist() == [pairs.sent_id[1], pairs.sent_id[3]]
+    assert left.targets.label == [targets.label[1], targets.label[3]]
+    assert without_images(stream, rows_of(7, 5, 2)) is None
+
+
+def test_no_fold_teacher_learns_from_a_left_out_image_by_another_sentence(run, monkeypatch):
+    """Two images, one sentence of each labelled; the other sentences have accepted pseudo-labels."""
+    split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
+    for row in split:
+        row["role"] = "labeled" if row["sent_id"] in (0, 2) else row["role"]
+        row["role"] = "unlabeled" if row["sent_id"] in (1, 3) else row["role"]
+    records.write_table(records.make_table(split, records.SPLIT), records.SPLIT_PATH, records.SPLIT)
+    history = records.round_folder(1) / "history/pseudo_labels.parquet"
+    rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
+    labels = [rows[0] | {"sent_id": sent_id, "accepted": True} for sent_id in (1, 3, 4, 5)]
+    path = records.round_folder(1) / "pseudo_labels.parquet"
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    masks = records.read_table(records.LABELED_MASKS_PATH, records.MASKS).to_pylist()
+    both = [masks[0], masks[0] | {"ann_id": 1}]
+    records.write_table(records.make_table(both, records.MASKS), records.LABELED_MASKS_PATH, records.MASKS)
+
+    taught: dict[str, list[int]] = {}
+
+    def note(params, purpose, network, streams, *rest):
+        taught[purpose] = [int(sent_id) for stream in streams for sent_id in stream.batches.pairs.sent_id]
+
+    monkeypatch.setattr(crossfit, "run_training", note)
+    monkeypatch.setattr(crossfit, "load_params", lambda: PARAMS)
+    monkeypatch.setattr(crossfit.Segmenter, "load", lambda folder: None)
+    monkeypatch.setattr("sys.argv", ["crossfit", "--round", "1"])
+    crossfit.main()
+    assert sorted(taught.values()) == [[0, 1, 4, 5], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("start", ["scratch", "teacher"])
+def test_the_last_model_is_an_input_of_a_retraining_that_starts_from_it(run, monkeypatch, start):
+    """Else a killed training from random weights would be resumed as one from the last model."""
+    path = records.round_folder(1) / "pseudo_labels.parquet"
+    records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
+    inputs = []
+    monkeypatch.setattr(retrain, "run_training", lambda *given: inputs.extend(given[5]))
+    monkeypatch.setattr(retrain, "load_params", lambda: toy_params(proposals={"size_px": 24}, retrain={"start": start}))
+    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: None)
+    monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
+    retrain.main()
+    assert path in inputs
+    assert (records.round_folder(0) / "model" in inputs) == (start == "teacher")
 
 
 def test_a_new_network_knows_the_words_of_training_and_no_others(run):
