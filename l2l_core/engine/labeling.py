@@ -13,6 +13,7 @@ from l2l_core.config import Params
 from l2l_core.data.dataset import Pairs, load_targets
 from l2l_core.data.inputs import batches_of, pairs_of
 from l2l_core.engine.jobs import fold_of_images, labeled_stream, part_of
+from l2l_core.errors import InputError
 from l2l_core.masks import encode_rle, resize_prob
 from l2l_core.predictor import Predictor, batched_rows
 from l2l_core.selection.decide import Decision
@@ -38,8 +39,16 @@ class Labels:
 
 
 def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candidates]:
-    """What the teacher says of every unlabelled sentence: its masks, and how a policy sees them."""
+    """What the teacher says of every unlabelled sentence: its masks, and how a policy sees them.
+
+    Raises InputError where no sentence is unlabelled.
+    """
     batches = batches_of(params, pairs_of(params, "unlabeled"))
+    if not len(batches.pairs):
+        raise InputError(
+            "select: no sentence is unlabelled, so there is nothing to select; set round to 0 or label less "
+            "(split.labeled_fraction, split.list_file)"
+        )
     labels, parts = Labels(batches.pairs, [], []), []
     hw = iter(batches.pairs.hw.tolist())
     for views in teacher.views(batches, params.evaluate.batch_size, "label"):

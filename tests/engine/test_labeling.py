@@ -17,7 +17,7 @@ from l2l_core.engine.labeling import (
     label_unlabeled,
     pseudo_label_table,
 )
-from l2l_core.errors import ArtifactError
+from l2l_core.errors import ArtifactError, InputError
 from l2l_core.masks import decode_rle, encode_rle, resize_mask
 from l2l_core.selection.decide import Decision
 from l2l_core.selection.features import Candidates, Views
@@ -152,6 +152,14 @@ def test_the_threshold_rule_keeps_confident_pixels_instead_of_cells(run):
     none = np.zeros((count, GRID, GRID), dtype=bool)
     rows = pseudo_label_table(params, 1, labels, seen, decision(count, list(range(count)), none)).to_pylist()
     assert [row["keep_rle"] for row in rows] == labels.confident_rle
+
+
+def test_nothing_to_label_is_said_in_a_line(run):
+    split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
+    rows = [row | {"role": row["role"].replace("unlabeled", "labeled")} for row in split]
+    records.write_table(records.make_table(rows, records.SPLIT), records.SPLIT_PATH, records.SPLIT)
+    with pytest.raises(InputError, match=r"no sentence is unlabelled.*set round to 0"):
+        labels_and_candidates(params_of())
 
 
 # --- judging
