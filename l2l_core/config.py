@@ -173,7 +173,8 @@ class RetrainParams(Section):
 class EvaluateParams(Section):
     """What is measured."""
 
-    splits: list[Literal["val", "test", "testA", "testB"]]
+    splits: Annotated[list[Literal["train", "val", "test", "testA", "testB"]], Field(min_length=1)]
+    """Splits whose held-out sentences are scored; `train` has some where a list file names images for evaluation."""
     batch_size: PositiveInt
 
 

@@ -57,7 +57,8 @@ def test_the_shipped_file_is_valid_and_says_what_it_means():
         ("priors.backend", "vlm", r"priors\.backend: got 'vlm', expected one of 'simulated'"),
         ("priors.backend", "replay", r"priors\.replay_file: got null, expected a JSON-lines file"),
         ("model.heads", 7, r"model\.heads: got 7, expected a divisor of dim \(64\)"),
-        ("evaluate.splits", ["train"], r"evaluate\.splits\.0: got 'train', expected one of 'val'"),
+        ("evaluate.splits", ["tests"], r"evaluate\.splits\.0: got 'tests', expected one of 'train', 'val'"),
+        ("evaluate.splits", [], r"evaluate\.splits: got \[\], expected"),
     ],
 )
 def test_a_wrong_value_is_explained(key, value, message):

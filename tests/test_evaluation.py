@@ -10,6 +10,7 @@ import pytest
 from synthetic_run import shifted, write_run
 
 from l2l_core import records
+from l2l_core.config import EvaluateParams
 from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.evaluation import History, cut_proposal, evaluate, evaluated_sentences, read_history
 from l2l_core.masks import decode_rle, encode_rle
@@ -141,6 +142,14 @@ def test_a_split_that_is_not_asked_for_is_left_out() -> None:
 def test_no_split_to_evaluate_is_an_error_that_names_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r"evaluate.splits: got \['testA'\].*\['test', 'val'\]"):
         evaluate(history(PREDICTIONS), *index(ROWS, TRUTH), PROPOSALS, ["testA"], 0)
+
+
+def test_held_out_images_of_a_data_set_with_a_train_split_alone() -> None:
+    """A list file may give them, and the configuration must let them be asked for."""
+    splits = EvaluateParams.model_validate({"splits": ["train"], "batch_size": 1}).splits
+    rows = [ref(1, 11, "train", "eval"), ref(2, 12, "train", "labeled")]
+    refs, masks, split = index(rows, TRUTH)
+    assert evaluated_sentences(refs, masks, split, splits).index.tolist() == [1]
 
 
 def test_sentences_of_other_roles_are_not_evaluated() -> None:
