@@ -25,12 +25,12 @@ TINY: dict[str, Any] = {
     "model": {"image_size_px": 64, "dim": 16},
     "train": {"batch_size": 4, "checkpoint_every": 2, "log_every": 2, "device": "cpu"},
     "warmup": {"steps": 40},
-    "select": {"fold_steps": 4, "fold_update_steps": 4, "policy_steps": 10, "grid": 8, "wrong_cost": 0.0},
+    "select": {"fold_steps": 4, "fold_update_steps": 4, "policy_steps": 10, "grid": 8},
     "retrain": {"steps": 40},
     "report": {"cases": 2},
 }
 """Changes to params.yaml. Warm-up and retraining last some steps longer than they need, so that a kill finds them at
-work after their first checkpoint; wrong pixels cost nothing, so that a policy of ten steps accepts something."""
+work after their first checkpoint."""
 
 
 def environment() -> dict[str, str]:
