@@ -33,12 +33,12 @@ MIN_CONFIDENCE = 0.01
 # GrabCut's constants were compared on 23 referred objects in 16 real photos, with their true boxes and with boxes whose
 # edges were moved by 8 % of a side; see docs/priors.md.
 GRABCUT_SIDE_PX = 256
-"""Longer side of the image that GrabCut works on. From moved boxes 128, 192, 256 and 320 px gave a mean IoU of 0.53,
-0.57, 0.59 and 0.60 in about 10, 25, 50 and 80 ms; the box alone gave 0.50."""
+"""Longer side of the image that GrabCut works on. From moved boxes 128, 192, 256 and 320 px gave a mean IoU of 0.52,
+0.55, 0.57 and 0.57, in time that grows with the area; the box alone 0.49 (`python -m bench.priors`)."""
 GRABCUT_ITERATIONS = 1
-"""Three or five take two to three times as long and gain nothing."""
+"""More take twice as long and gain a point at most (`python -m bench.priors`)."""
 GRABCUT_RING = 0.1
-"""GrabCut may go beyond the box by this share of its sides: 3 points better from moved boxes, 2 worse from true."""
+"""GrabCut may go beyond the box by this share of its sides: 4 points better from moved boxes, 2 worse from true."""
 GRABCUT_WEIGHT = 0.7
 """Share of the cut in the blend with the box. Above 0.5, so that the cut decides where the two disagree."""
 GRABCUT_MIN_SHARE = 0.1

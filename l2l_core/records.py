@@ -191,7 +191,7 @@ def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | Non
         table = pq.read_table(path, columns=list(wanted.names), partitioning=None)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: not found, run the stage that writes it: dvc repro") from None
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactError(f"{path}: not a Parquet file of this project: {str(error).splitlines()[0]}") from None
     if not table.schema.remove_metadata().equals(wanted):
         raise ArtifactError(f"{path}: columns {table.schema.names}, expected {wanted.names} with their types")

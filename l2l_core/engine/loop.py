@@ -74,7 +74,7 @@ def train(
 
     Every random choice of a step is a function of (seed, step): a run that resumes from `checkpoint` ends with the
     same bytes as one that was never interrupted. `log` gets every row of the curve, after a resume the old ones too.
-    Raises InputError where a stream is empty.
+    Raises InputError where a stream is empty, ConfigError where the loss is not finite.
     """
     for stream in streams:
         if not len(stream):
@@ -122,6 +122,10 @@ def train(
             row = {name: round(float(value), 6) for name, value in parts.items()}
             curve.append({"step": done, **row, "lr": round(optimizer.param_groups[0]["lr"], 9)})
             log(curve[-1])
+            if not math.isfinite(row["loss"]):
+                raise ConfigError(
+                    f"{what}: the loss is {row['loss']} at step {done}; lower train.lr or use precision fp32"
+                )
         if checkpoint and done % params.checkpoint_every == 0 and done < steps:
             save_checkpoint(
                 checkpoint,

@@ -18,8 +18,8 @@ from l2l_core.errors import ArtifactError
 from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, FloatArray
 
 HIDDEN = 16
-"""Width of the hidden layers: about 1,200 weights, since a few hundred labelled sentences must not be learnt by heart
-(16 and 32 units measured alike)."""
+"""Width of the hidden layers: about 1,200 weights, since a few hundred labelled sentences must not be learnt by
+heart."""
 
 MAX_DEVIATIONS = 4.0
 """Standardised features are cut here, so that no outlier of an unlabelled sentence drives a decision."""
