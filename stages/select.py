@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from l2l_core.selection.decide import decide
-from l2l_core.selection.reinforce import CURVE_COLUMNS, train_policy
-
 from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.engine.curves import write_rows
@@ -14,6 +11,8 @@ from l2l_core.engine.labeling import judge_out_of_fold, judge_unlabeled, label_u
 from l2l_core.engine.loop import derive_seed
 from l2l_core.errors import exit_code
 from l2l_core.predictor import Predictor
+from l2l_core.selection.decide import decide
+from l2l_core.selection.reinforce import CURVE_COLUMNS, train_policy
 
 
 def main() -> None:
