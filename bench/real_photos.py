@@ -7,7 +7,7 @@ The folder holds res_mini/ (13 RefCOCO photos in the published layout) and mllm_
     recorded answer, cut at 0.5, against the true masks: once rendered as boxes, once sharpened by GrabCut.
 (b) `dvc repro` with 4 photos labelled, 6 unlabelled and 3 to evaluate, one round. Too few to learn from: it shows
     that every stage takes real data, and its scores mean no more than that.
-Appends to bench/results/real_photos.jsonl, one JSON object a method.
+Writes bench/results/real_photos.jsonl, one JSON object a method.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def main() -> None:
         steps = 0 if method == "prior" else STEPS
         rows.append(_row(f"integration run, {method}", number, scores, steps, started) | {"sentences": evaluated})
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
+    with RESULTS.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row | common) + "\n")
             print(row)
