@@ -127,6 +127,7 @@ def test_scores_are_those_of_the_metrics_file(text: str, run_folder: Path) -> No
 
 
 def test_a_stage_without_what_it_needs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy("params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["report", "--round", "1"])
     with pytest.raises(ArtifactError, match=r"metrics/evaluate.json: not found"):
