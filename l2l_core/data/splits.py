@@ -8,6 +8,7 @@ published refs are numbered so, and the places of the images in SemiRES's publis
 from __future__ import annotations
 
 import json
+import math
 import random
 from decimal import Decimal
 from pathlib import Path
@@ -52,9 +53,15 @@ def split_by_fraction(refs: pa.Table, fraction: float, seed: int) -> pa.Table:
     if not chosen:
         raise ConfigError(
             f"split.labeled_fraction: got {fraction}, which is no image out of {len(image_ids)}; "
-            f"expected at least {1 / len(image_ids):.2g}"
+            f"expected at least {least_fraction(len(image_ids))}"
         )
     return _roles_by_split(frame, frame["image_id"].isin(chosen) & (frame["ann_id"] != NO_MASK))
+
+
+def least_fraction(images: int) -> float:
+    """The smallest fraction with two digits (or as many as it takes) that draws one of so many images."""
+    digits = max(2, len(str(images)))
+    return math.ceil(10**digits / images) / 10**digits
 
 
 def split_by_list(refs: pa.Table, list_file: str | Path) -> pa.Table:

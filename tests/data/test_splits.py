@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from l2l_core import records
 from l2l_core.data.refcoco import read_refcoco
-from l2l_core.data.splits import draw_images, labeled_masks, split_by_fraction, split_by_list, summary
+from l2l_core.data.splits import draw_images, labeled_masks, least_fraction, split_by_fraction, split_by_list, summary
 from l2l_core.errors import ConfigError, InputError, exit_code
 from stages import ingest
 from stages import split as split_stage
@@ -139,7 +139,7 @@ def test_every_seed_draws_something_else_and_the_same_again():
 @pytest.mark.parametrize(
     ("refs", "fraction", "message"),
     [
-        (REFS, 0.3, r"split\.labeled_fraction: got 0\.3, which is no image out of 3; expected at least 0\.33"),
+        (REFS, 0.3, r"split\.labeled_fraction: got 0\.3, which is no image out of 3; expected at least 0\.34"),
         (make_refs((1, 1, 1, "val")), 1.0, r"no training image with a mask.*split\.list_file"),
         (make_refs((1, 1, -1, "train")), 1.0, r"no training image with a mask"),
     ],
@@ -262,3 +262,11 @@ def test_the_stages_write_what_the_library_returns(tiny_refcoco, tmp_path, monke
     assert exit_code(split_stage.main) == 2
     assert "which is no image out of 4" in capsys.readouterr().err
     assert records.SPLIT_PATH.read_bytes() == before
+
+
+@pytest.mark.parametrize("images", [1, 3, 7, 20, 99, 101, 750, 16994])
+def test_the_fraction_that_an_error_advises_draws_an_image(images):
+    image_ids = list(range(images))
+    advised = least_fraction(images)
+    assert 0 < advised <= 1
+    assert len(draw_images(image_ids, advised, seed=0)) >= 1
