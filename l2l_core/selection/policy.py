@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from l2l_core.errors import ArtifactError
 from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, FloatArray
 
 HIDDEN = 16
@@ -26,9 +22,6 @@ MAX_DEVIATIONS = 4.0
 
 ROWS_AT_ONCE = 1024
 """Sentences per forward pass outside training: a few tens of MB."""
-
-FEATURES_KEY = "features"
-"""Metadata of a saved policy: a single key, since the order of several is not fixed and files must not differ."""
 
 
 class Policy(nn.Module):
@@ -102,28 +95,6 @@ def act(policy: Policy, candidates: Candidates) -> tuple[FloatArray, FloatArray]
     return accept_prob, keep_prob
 
 
-def save_policy(policy: Policy, path: str | Path) -> None:
-    """Write weights, scaling and calibration (safetensors); equal policies give equal bytes."""
-    save_file(policy.state_dict(), str(path), metadata={FEATURES_KEY: _feature_names()})
-
-
-def load_policy(path: str | Path) -> Policy:
-    """Read what `save_policy` wrote. Raises ArtifactError where it is missing, damaged or of other features."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            names = (file.metadata() or {}).get(FEATURES_KEY)
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: not found, run the stage that writes it: dvc repro") from None
-    except SafetensorError as error:
-        raise ArtifactError(f"{path}: not a policy file: {error}") from None
-    if names != _feature_names():
-        raise ArtifactError(f"{path}: written for other features, train the policy again: dvc repro")
-    policy = Policy()
-    policy.load_state_dict(state)
-    return policy
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run torch on one thread: sums come out the same to the bit whatever the machine's cores."""
@@ -133,10 +104,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _feature_names() -> str:
-    return " ".join((*SENTENCE_FEATURES, *CELL_FEATURES))
 
 
 def _weights(outputs: int, inputs: int, generator: torch.Generator | None = None) -> nn.Parameter:

@@ -1,16 +1,14 @@
-"""Oracles: symmetry, round trips through files, files that are not policies."""
+"""Oracle: symmetry."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from simulated_views import simulated_views
 
-from l2l_core.errors import ArtifactError
 from l2l_core.selection.features import describe
-from l2l_core.selection.policy import Policy, act, load_policy, save_policy
+from l2l_core.selection.policy import Policy, act
 
 
 @pytest.fixture
@@ -63,23 +61,3 @@ def test_cells_at_the_border_decide_like_inner_ones(policy, candidates):
     cells = np.broadcast_to(candidates.cells[:, :1, :1], candidates.cells.shape).copy()
     _, keep_prob = act(policy, replace(candidates, cells=cells))
     np.testing.assert_allclose(keep_prob, np.broadcast_to(keep_prob[:, 4:5, 4:5], keep_prob.shape), atol=1e-5)
-
-
-def test_saved_and_loaded_policies_decide_alike(policy, candidates, tmp_path):
-    save_policy(policy, tmp_path / "a.safetensors")
-    loaded = load_policy(tmp_path / "a.safetensors")
-    save_policy(loaded, tmp_path / "b.safetensors")
-    for first, second in zip(act(policy, candidates), act(loaded, candidates), strict=True):
-        np.testing.assert_array_equal(first, second)
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-
-
-def test_files_that_are_no_policies_are_refused(policy, tmp_path):
-    with pytest.raises(ArtifactError, match=r"none\.safetensors: not found"):
-        load_policy(tmp_path / "none.safetensors")
-    (tmp_path / "text.safetensors").write_text("no policy")
-    with pytest.raises(ArtifactError, match=r"text\.safetensors: not a policy file"):
-        load_policy(tmp_path / "text.safetensors")
-    save_file(policy.state_dict(), tmp_path / "old.safetensors", metadata={"features": "prob"})
-    with pytest.raises(ArtifactError, match=r"old\.safetensors: written for other features"):
-        load_policy(tmp_path / "old.safetensors")
