@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import pandas as pd
 
 from l2l_core.errors import ArtifactError, exit_code
+from l2l_core.records import METRICS_PATH, REPORT_PATH
 
-METRICS_PATH = Path("metrics/evaluate.json")
-REPORT_PATH = Path("report/index.html")
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
 
 

@@ -20,7 +20,6 @@ from l2l_core.errors import ArtifactError, ConfigError, raise_all
 from l2l_core.masks import encode_rle, intersection_union_px, wrong_kept_px
 from l2l_core.metrics import auroc, iou_from_px, precision_by_coverage, reliability, segmentation_scores
 
-METRICS_PATH = Path("metrics/evaluate.json")
 CURVES_FOLDER = Path("plots")
 
 PRIOR, SUPERVISED = "prior", "supervised"

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from l2l_core import records
 from l2l_core.config import ProposalsParams
 from l2l_core.errors import ArtifactError, InputError
-from l2l_core.geometry import FloatArray, iou_xyxy
+from l2l_core.geometry import FloatArray, clip_xyxy, iou_xyxy
 from l2l_core.progress import progress
 
 Map = NDArray[np.float32]
@@ -190,8 +190,8 @@ def _grabcut(image_bgr: Image, box_xyxy: FloatArray) -> NDArray[np.bool_] | None
     """Foreground [H, W] that GrabCut finds from a box; None where it finds next to nothing or can read too little."""
     height, width = image_bgr.shape[:2]
     ring = GRABCUT_RING * np.tile(box_xyxy[2:] - box_xyxy[:2], 2) * [-1, -1, 1, 1]
-    x1, y1, x2, y2 = (int(edge) for edge in np.rint(np.clip(box_xyxy, 0, [width, height, width, height])))
-    u1, v1, u2, v2 = (int(edge) for edge in np.rint(np.clip(box_xyxy + ring, 0, [width, height, width, height])))
+    x1, y1, x2, y2 = (int(edge) for edge in np.rint(clip_xyxy(box_xyxy, height, width)))
+    u1, v1, u2, v2 = (int(edge) for edge in np.rint(clip_xyxy(box_xyxy + ring, height, width)))
     labels = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)
     labels[v1:v2, u1:u2] = cv2.GC_PR_BGD
     labels[y1:y2, x1:x2] = cv2.GC_PR_FGD

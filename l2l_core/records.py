@@ -145,6 +145,8 @@ class IndexPaths:
 
 INDEX = IndexPaths()
 ROUND_PATH = Path("data/round.txt")
+METRICS_PATH = Path("metrics/evaluate.json")
+REPORT_PATH = Path("report/index.html")
 SPLIT_PATH = Path("data/split/split.parquet")
 LABELED_MASKS_PATH = Path("data/split/labeled_masks.parquet")
 PRIORS_PATH = Path("data/priors/priors.parquet")

@@ -10,7 +10,7 @@ from pathlib import Path
 from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.evaluation import CURVES_FOLDER, METRICS_PATH, evaluate, read_history
+from l2l_core.evaluation import CURVES_FOLDER, evaluate, read_history
 
 
 def dataset_version(dataset: Path) -> str | None:
@@ -44,8 +44,8 @@ def main() -> None:
         path = CURVES_FOLDER / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         curve.to_csv(path, index=False)
-    METRICS_PATH.parent.mkdir(parents=True, exist_ok=True)
-    METRICS_PATH.write_text(json.dumps(result.metrics, indent=2) + "\n", encoding="utf-8")
+    records.METRICS_PATH.parent.mkdir(parents=True, exist_ok=True)
+    records.METRICS_PATH.write_text(json.dumps(result.metrics, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 import pandas as pd
 
@@ -12,10 +11,8 @@ from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.data.dataset import read_image
 from l2l_core.errors import ArtifactError, exit_code
-from l2l_core.evaluation import CURVES_FOLDER, METRICS_PATH, read_history
+from l2l_core.evaluation import CURVES_FOLDER, read_history
 from l2l_core.report import Run, render_report
-
-REPORT_PATH = Path("report/index.html")
 
 
 def main() -> None:
@@ -24,8 +21,8 @@ def main() -> None:
     parser.add_argument("--round", type=int, required=True, help="round that was evaluated")
     number = parser.parse_args().round
     params = load_params()
-    if not METRICS_PATH.is_file():
-        raise ArtifactError(f"{METRICS_PATH}: not found, run the stage that writes it: dvc repro")
+    if not records.METRICS_PATH.is_file():
+        raise ArtifactError(f"{records.METRICS_PATH}: not found, run the stage that writes it: dvc repro")
     history = read_history(records.round_folder(number) / "history")
     index, read, frame = records.INDEX, records.read_table, records.to_frame
     run = Run(
@@ -38,7 +35,7 @@ def main() -> None:
         predictions=frame(history.predictions),
         pseudo_labels=frame(history.pseudo_labels),
         per_sentence=frame(read(records.PER_SENTENCE_PATH, records.PER_SENTENCE)),
-        metrics=json.loads(METRICS_PATH.read_text(encoding="utf-8")),
+        metrics=json.loads(records.METRICS_PATH.read_text(encoding="utf-8")),
         curves={
             path.relative_to(CURVES_FOLDER).with_suffix("").as_posix(): pd.read_csv(path)
             for path in sorted(CURVES_FOLDER.rglob("*.csv"))
@@ -46,9 +43,9 @@ def main() -> None:
         last_round=number,
     )
     page = render_report(run, params, read_image)
-    REPORT_PATH.parent.mkdir(parents=True, exist_ok=True)
-    REPORT_PATH.write_text(page, encoding="utf-8")
-    print(f"report: {REPORT_PATH}")
+    records.REPORT_PATH.parent.mkdir(parents=True, exist_ok=True)
+    records.REPORT_PATH.write_text(page, encoding="utf-8")
+    print(f"report: {records.REPORT_PATH}")
 
 
 if __name__ == "__main__":

@@ -28,14 +28,6 @@ from stages import crossfit, retrain
 PARAMS = toy_params(proposals={"size_px": 24})
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Precision is state of the whole process in accelerate; every test chooses its own."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A made-up run below the current folder, with the masks of its labelled sentences."""

@@ -28,14 +28,6 @@ from l2l_core.masks import encode_rle
 STEPS = 7
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Precision is state of the whole process in accelerate; every test chooses its own."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture
 def toy(tmp_path) -> tuple[Pairs, Targets]:
     return toy_pairs(tmp_path / "images", 5)
