@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from l2l_core import records
 from l2l_core.errors import ArtifactError, ConfigError, raise_all
-from l2l_core.masks import encode_rle, intersection_union_px, wrong_kept_px
+from l2l_core.masks import encode_rle, intersection_union_px, rle_area_px_all, wrong_kept_px
 from l2l_core.metrics import auroc, iou_from_px, precision_by_coverage, reliability, segmentation_scores
 
 CURVES_FOLDER = Path("plots")
@@ -26,6 +26,10 @@ PRIOR, SUPERVISED = "prior", "supervised"
 
 GOOD_IOU = 0.5
 """A pseudo-label is called good above this IoU: it is the right object, roughly. The field's usual line (Pr@0.5)."""
+
+LABEL_PX = ["wrong_px", "label_px", "false_px"]
+KEPT_PX = ["kept_px", "kept_wrong_px", "kept_label_px", "kept_false_px"]
+"""Columns of `score_pseudo_labels`: what is counted of a whole label, and of the pixels that teach."""
 
 CURVE_POINTS = 20
 """Points of a precision-coverage curve: one every 5 %."""
@@ -140,13 +144,14 @@ def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table
     """Pseudo-labels against the truth, which the model never saw; in the order of `pseudo_labels`.
 
     Columns round, sent_id, accepted, accept_prob, iou (NaN where the truth is unknown, like the next ones), size_px,
-    wrong_px (pixels of the whole label that are wrong), kept_px and kept_wrong_px (those that teach; 0 if rejected).
+    wrong_px (pixels of the whole label that are wrong), label_px (its foreground), false_px (wrong ones among these);
+    kept_px, kept_wrong_px, kept_label_px and kept_false_px count the pixels that teach alone (0 if rejected).
     """
     labels = records.to_frame(pseudo_labels)
     known = records.to_frame(refs.select(["sent_id", "ann_id"])).merge(records.to_frame(masks), on="ann_id")
     true = known.set_index("sent_id").reindex(labels["sent_id"])
     scored = labels[["round", "sent_id", "accepted", "accept_prob"]].assign(
-        **dict.fromkeys(["iou", "size_px", "wrong_px", "kept_px", "kept_wrong_px"], np.nan)
+        **dict.fromkeys(["iou", "size_px", *LABEL_PX, *KEPT_PX], np.nan)
     )
     rows = np.flatnonzero(true["rle_counts"].notna())
     sizes = labels[["height", "width"]].to_numpy(np.int64)
@@ -156,14 +161,27 @@ def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table
     pixels = intersection_union_px(label, truth, sizes[rows])
     scored.loc[rows, "iou"] = iou_from_px(pixels[:, 0], pixels[:, 1])
     scored.loc[rows, "size_px"] = sizes[rows].prod(axis=1)
-    scored.loc[rows, "wrong_px"] = pixels[:, 1] - pixels[:, 0]
+    label_px = rle_area_px_all(label, sizes[rows])
+    found = np.stack([pixels[:, 1] - pixels[:, 0], label_px, label_px - pixels[:, 0]], axis=1)
+    scored.loc[rows, LABEL_PX] = found.astype(np.float64)
     accepted = labels["accepted"].to_numpy(bool)[rows]
-    scored.loc[rows, ["kept_px", "kept_wrong_px"]] = 0.0
+    scored.loc[rows, KEPT_PX] = 0.0
     taught = rows[accepted]
     keep, true_rle = labels["keep_rle"].iloc[taught].tolist(), true["rle_counts"].iloc[taught].tolist()
-    kept = wrong_kept_px(labels["rle_counts"].iloc[taught].tolist(), true_rle, keep, sizes[taught])
-    scored.loc[taught, ["kept_px", "kept_wrong_px"]] = kept.astype(np.float64)
+    scored.loc[taught, KEPT_PX] = _kept_px(labels["rle_counts"].iloc[taught].tolist(), true_rle, keep, sizes[taught])
     return scored
+
+
+def _kept_px(
+    label: Sequence[bytes], truth: Sequence[bytes], keep: Sequence[bytes], sizes_hw: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """KEPT_PX of N triples of masks, [N, 4]."""
+    kept_wrong = wrong_kept_px(label, truth, keep, sizes_hw)
+    kept_label = intersection_union_px(keep, label, sizes_hw)[:, 0]
+    kept_truth = intersection_union_px(keep, truth, sizes_hw)[:, 0]
+    # A wrong pixel is false foreground or missed foreground, and label - truth = false - missed.
+    false = (kept_wrong[:, 1] + kept_label - kept_truth) // 2
+    return np.column_stack([kept_wrong, kept_label, false]).astype(np.float64)
 
 
 def summarise(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | int | str]:
@@ -195,9 +213,11 @@ def method_scores(per_sentence: pd.DataFrame) -> dict[str, dict[str, float]]:
 def label_quality(labels: pd.DataFrame) -> dict[str, float]:
     """Flat metrics of each round's pseudo-labels (`score_pseudo_labels`), in percent with 2 decimals.
 
-    pseudo_round_<k>_ coverage (sentences accepted), miou_all, miou_accepted, miou_rejected, pixel_error_all (pixels of
-    all labels that are wrong), pixel_error_kept (of the accepted labels' kept pixels), auroc (accept_prob ranks good
-    labels first). What is undefined is left out: all but coverage where no truth is known, auroc with one class only.
+    pseudo_round_<k>_ coverage (sentences accepted), precision (accepted labels that are good), miou_all, miou_accepted,
+    miou_rejected, pixel_error_all (pixels of all labels that are wrong), pixel_error_kept (of the accepted labels' kept
+    pixels), foreground_error_all and foreground_error_kept (the same among the pixels that the label calls foreground,
+    1 - their precision: most pixels are background, which is easily right), auroc (accept_prob ranks good labels
+    first). What is undefined is left out: all but coverage where no truth is known, auroc with one class only.
     """
     metrics: dict[str, float] = {}
     for number, rows in labels.groupby("round"):
@@ -205,11 +225,14 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
         accepted = known["accepted"].astype(bool)
         values = {
             "coverage": 100 * rows["accepted"].mean(),
+            "precision": 100 * (known.loc[accepted, "iou"] > GOOD_IOU).mean(),
             "miou_all": 100 * known["iou"].mean(),
             "miou_accepted": 100 * known.loc[accepted, "iou"].mean(),
             "miou_rejected": 100 * known.loc[~accepted, "iou"].mean(),
             "pixel_error_all": _percent(known["wrong_px"], known["size_px"]),
             "pixel_error_kept": _percent(known["kept_wrong_px"], known["kept_px"]),
+            "foreground_error_all": _percent(known["false_px"], known["label_px"]),
+            "foreground_error_kept": _percent(known["kept_false_px"], known["kept_label_px"]),
             "auroc": auroc(known["accept_prob"], known["iou"] > GOOD_IOU),
         }
         defined = {name: float(value) for name, value in values.items() if value is not None and not np.isnan(value)}

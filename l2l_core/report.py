@@ -35,11 +35,14 @@ SCORE_NAMES = {"miou": "mIoU", "oiou": "oIoU", **{f"pr{round(100 * x)}": f"Pr@{x
 
 LABEL_QUALITY_NAMES = {
     "coverage": "accepted",
+    "precision": "accepted: IoU > 0.5",
     "miou_all": "mIoU, all",
     "miou_accepted": "mIoU, accepted",
     "miou_rejected": "mIoU, rejected",
     "pixel_error_all": "wrong pixels, all",
     "pixel_error_kept": "wrong pixels, kept",
+    "foreground_error_all": "wrong foreground, all",
+    "foreground_error_kept": "wrong foreground, kept",
     "auroc": "AUROC",
 }
 

@@ -198,11 +198,14 @@ def test_pseudo_label_quality_counted_on_paper() -> None:
     quality = {name: value for name, value in result.metrics.items() if name.startswith("pseudo")}
     assert quality == {
         "pseudo_round_1_coverage": 50.0,  # 2 of 4
+        "pseudo_round_1_precision": 50.0,  # of the accepted 5 and 6, only 5 is above one half
         "pseudo_round_1_miou_all": 54.44,  # (4/5 + 1/3 + 1/2) / 3
         "pseudo_round_1_miou_accepted": 56.67,
         "pseudo_round_1_miou_rejected": 50.0,
         "pseudo_round_1_pixel_error_all": 23.33,  # (4 + 16 + 8) / 120
         "pseudo_round_1_pixel_error_kept": 25.0,  # (4 + 8) / 48
+        "pseudo_round_1_foreground_error_all": 27.27,  # (4 + 8 + 0) / (20 + 16 + 8)
+        "pseudo_round_1_foreground_error_kept": 42.86,  # (4 of columns 0-4, 8 of columns 4-5) / (20 + 8)
         "pseudo_round_1_auroc": 100.0,  # the only good one has the highest probability
     }
     coverage = result.curves["coverage/round_1"]

@@ -158,7 +158,7 @@ def test_labels_of_unknown_truth_are_shown_without_it(tmp_path: Path, monkeypatc
     assert any(picture["alt"].startswith("teacher's mask") for picture in page.all("img"))
     assert not any(picture["alt"].startswith("mask against truth") for picture in page.all("img"))
     coverage = json.loads((tmp_path / "metrics/evaluate.json").read_text())["pseudo_round_1_coverage"]
-    assert ["round 1", f"{coverage:.2f}", *["n/a"] * 6] in page.rows
+    assert ["round 1", f"{coverage:.2f}", *["n/a"] * 9] in page.rows
 
 
 def test_cases_are_spread_over_the_range_and_over_images() -> None:
