@@ -1,0 +1,374 @@
+"""Which selection of pseudo-labels pays: methods x shares of labels x priors x seeds.
+
+    python -m bench.label_efficiency [--rates 0.05] [--presets llava-1.5-7b] [--seeds 0 1 2] [--methods all reinforce]
+                                     [--rounds 1] [--workers 2]
+    python -m bench.label_efficiency --full      (every rate and preset)
+    python -m bench.label_efficiency --table     (only tables and plots of the stored results)
+
+Every run is `dvc repro evaluate` of the default configuration, changed as METHODS says, in a clone of this repository
+under bench/work/. The clones share one cache: data, priors, warm-up and out-of-fold teachers are made once for each
+rate, preset and seed. What is stored is not run again; a killed call goes on where it stopped when it is repeated.
+
+bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, preset, seed, round and split:
+
+    method, round, split            round 0 where nothing was selected
+    labeled_fraction, prior, seed   share of the training images that is labelled (1.0: all), preset, seed
+    miou, oiou, pr50                of `split` in percent, asked with priors (`supervised`: trained and asked without)
+    no_prior_miou                   the same model asked without priors; none of the prior itself
+    auroc .. foreground_error_kept  of the round's pseudo-labels, against the truth that no model saw: see
+                                    `label_quality` in l2l_core/evaluation.py (miou_* is called label_miou_* here)
+    steps                           that trained the model
+    seconds                         wall time of the run's last call, in which the cache answered what was known
+    dataset, device, commit
+
+and bench/results/label_efficiency_curves.jsonl the curves of each round: how many of the most trusted labels are good
+(coverage, precision), how often accept_prob comes true (prob, share, count), in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any, get_args
+
+import pandas as pd
+import yaml
+
+from l2l_core import records
+from l2l_core.config import PriorsParams
+from l2l_core.evaluation import CURVES_FOLDER, method_scores
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "bench" / "work" / "label_efficiency"
+RESULTS = ROOT / "bench" / "results" / "label_efficiency.jsonl"
+CURVES = ROOT / "bench" / "results" / "label_efficiency_curves.jsonl"
+
+RATES = (0.01, 0.05, 0.1)
+"""The label shares of the field's tables."""
+PRESETS = ("llava-1.5-7b", "qwen2.5-vl-7b")
+"""The weakest and the strongest of the simulated priors."""
+
+SELECTION: dict[str, dict[str, Any]] = {
+    "all": {"select": {"policy": "all"}},
+    "threshold_0.7": {"select": {"policy": "threshold", "pixel_threshold": 0.7}},
+    "threshold_0.95": {"select": {"policy": "threshold", "pixel_threshold": 0.95}},
+    "topk": {"select": {"policy": "topk"}},
+    "agreement": {"select": {"policy": "agreement"}},
+    "ranksum": {"select": {"policy": "ranksum"}},
+    "semires": {"select": {"policy": "semires"}},
+    "mean_teacher": {"select": {"policy": "mean_teacher"}},
+    "reinforce": {"select": {"policy": "reinforce"}},
+    # Ablations of reinforce: a line each, "reinforce_<what is missing>": {"select": {...}}.
+    "oracle": {"select": {"policy": "oracle"}},
+}
+"""Methods that select in `--rounds` rounds, and what each changes in params.yaml."""
+
+WARMUP, LABELS_ONLY, FULLY_SUPERVISED = "warmup", "labels_only", "fully_supervised"
+ROUND_0 = {
+    WARMUP: {"prior": "prior", "round_0": "warmup"},
+    LABELS_ONLY: {"supervised": "supervised", "round_0": "supervised_priors"},
+    FULLY_SUPERVISED: {"supervised": "fully_supervised_no_priors", "round_0": "fully_supervised"},
+}
+"""Runs without a round, and the rows that the methods of their evaluation give. The warm-up is what all of SELECTION
+start from; the others train for as many steps as a round does, the last on all labels."""
+
+METHODS = (*ROUND_0, *SELECTION)
+
+LABEL_SCORES = {
+    "auroc": "auroc",
+    "coverage": "coverage",
+    "precision": "precision",
+    "label_miou_all": "miou_all",
+    "label_miou_accepted": "miou_accepted",
+    "pixel_error_all": "pixel_error_all",
+    "pixel_error_kept": "pixel_error_kept",
+    "foreground_error_all": "foreground_error_all",
+    "foreground_error_kept": "foreground_error_kept",
+}
+"""Keys of a row, and what `evaluation.label_quality` calls them."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration of the pipeline."""
+
+    method: str  # of METHODS
+    rate: float
+    preset: str
+    seed: int
+    rounds: int  # 0 for the methods of ROUND_0
+
+    def __str__(self) -> str:
+        rounds = f"_rounds_{self.rounds}" if self.rounds else ""
+        return f"{self.method}_{self.rate:g}_{self.preset}_seed_{self.seed}{rounds}"
+
+    @property
+    def start(self) -> Run:
+        """The run that makes what this one starts from."""
+        return Run(WARMUP, self.rate, self.preset, self.seed, 0)
+
+    @property
+    def results(self) -> dict[str, tuple[str, int]]:
+        """Method in the evaluation -> method and round of the row that it gives."""
+        if self.method in ROUND_0:
+            return {scored: (name, 0) for scored, name in ROUND_0[self.method].items()}
+        return {f"round_{number}": (self.method, number) for number in range(1, self.rounds + 1)}
+
+    def params(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        """The content of params.yaml."""
+        steps = defaults["warmup" if self.method in (WARMUP, *SELECTION) else "retrain"]["steps"]
+        common = {
+            "seed": self.seed,
+            "round": self.rounds,
+            "split": {"labeled_fraction": self.rate},
+            "priors": {"preset": self.preset},
+            "warmup": {"steps": steps},
+        }
+        return changed(changed(defaults, common), SELECTION.get(self.method, {}))
+
+
+def changed(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with some sections changed in part."""
+    return params | {
+        key: {**params[key], **value} if isinstance(value, dict) else value for key, value in changes.items()
+    }
+
+
+def planned(
+    methods: Sequence[str], rates: Sequence[float], presets: Sequence[str], seeds: Sequence[int], rounds: int
+) -> list[Run]:
+    """Every run that is asked for, the seeds of a method beside each other. All labels are one rate of their own."""
+    runs = (
+        Run(method, 1.0 if method == FULLY_SUPERVISED else rate, preset, seed, 0 if method in ROUND_0 else rounds)
+        for preset in presets
+        for rate in rates
+        for method in methods
+        for seed in seeds
+    )
+    return list(dict.fromkeys(runs))
+
+
+def missing(runs: Iterable[Run], rows: Iterable[Row]) -> list[Run]:
+    """The runs of which a row is not stored."""
+    stored = {(r["method"], r["round"], r["labeled_fraction"], r["prior"], r["seed"]) for r in rows}
+    return [
+        run
+        for run in runs
+        if any((*result, run.rate, run.preset, run.seed) not in stored for result in run.results.values())
+    ]
+
+
+def stored(path: Path) -> list[Row]:
+    """The rows of a results file; none where it does not exist."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+STORE = Lock()
+
+
+def store(path: Path, new: Sequence[Row]) -> None:
+    """Put rows into a results file in place of older ones of the same key, in one step."""
+    with STORE:
+        rows = {_key(row): row for row in [*stored(path), *new]}
+        whole = path.with_suffix(".new")
+        whole.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)), encoding="utf-8")
+        whole.replace(path)
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["prior"], row["labeled_fraction"], row["method"], row["round"], row["seed"], row.get("split", "")
+
+
+@dataclass
+class Workers:
+    """Clones in which runs are done side by side, a thread each."""
+
+    count: int
+    changes: dict[str, Any]  # to params.yaml in every run
+    threads: int = field(init=False)
+    commit: str = field(init=False)
+    defaults: dict[str, Any] = field(init=False)
+    clones: SimpleQueue[Path] = field(init=False, default_factory=SimpleQueue)  # those that are free
+    processes: set[subprocess.Popen[bytes]] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.threads = max(1, (os.cpu_count() or 1) // self.count)
+        self.commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+        text = subprocess.check_output(["git", "show", f"{self.commit}:params.yaml"], cwd=ROOT)
+        self.defaults = changed(yaml.safe_load(text), self.changes)
+        for number in range(self.count):
+            clone = WORK / f"worker_{number}"
+            if not clone.exists():
+                subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+            subprocess.run(["git", "fetch", "-q"], cwd=clone, check=True)
+            subprocess.run(["git", "reset", "-q", "--hard", self.commit], cwd=clone, check=True)
+            self._call(clone, "dvc", "config", "--local", "cache.dir", str(WORK / "cache"))
+            self.clones.put(clone)
+
+    def do(self, runs: Sequence[Run]) -> list[Run]:
+        """Do runs, the first ones first, and store each; returns those that failed."""
+        failed = []
+        with ThreadPoolExecutor(self.count) as pool:
+            started = {pool.submit(self._do, run): run for run in runs}
+            try:
+                for done, future in enumerate(as_completed(started), start=1):
+                    outcome = future.result()
+                    print(f"{time.strftime('%H:%M')} {done}/{len(runs)} {started[future]}: {outcome}", flush=True)
+                    if outcome.startswith("failed"):
+                        failed.append(started[future])
+            except BaseException:  # Ctrl-C, kill: what runs must not stay behind, its clone would be locked
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self.processes):
+                    os.killpg(process.pid, signal.SIGTERM)
+                raise
+        return failed
+
+    def _do(self, run: Run) -> str:
+        """Do a run in a free clone and store it; says how it went."""
+        clone, log = self.clones.get(), WORK / "logs" / f"{run}.log"
+        try:
+            params = run.params(self.defaults)
+            (clone / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+            started = time.monotonic()
+            targets = ["evaluate", "stages/dvc.yaml:crossfit-0"] if run.method == WARMUP else ["evaluate"]
+            self._call(clone, "dvc", "repro", *targets, log=log)
+            seconds = round(time.monotonic() - started)
+            ran = "Running stage" in log.read_text(encoding="utf-8")
+            if run.method == WARMUP and not ran and not missing([run], stored(RESULTS)):
+                return "known"  # the others start from it: only made sure that it is there
+            common = {
+                "seconds": seconds,
+                "device": f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {platform.machine()}",
+                "commit": self.commit[:7],
+            }
+            store(RESULTS, [row | common for row in read_scores(clone, run, params)])
+            store(CURVES, read_curves(clone, run))
+            return f"{seconds} s"
+        except Exception:  # whatever happened to one run, the others go on
+            with log.open("a", encoding="utf-8") as file:
+                traceback.print_exc(file=file)
+            return f"failed, see {log.relative_to(ROOT)}"
+        finally:
+            self.clones.put(clone)
+
+    def _call(self, clone: Path, *command: str, log: Path | None = None) -> None:
+        """Run a command in a clone, in a process group of its own."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        with (log or Path(os.devnull)).open("wb") as out:
+            process = subprocess.Popen(command, cwd=clone, env=environment, stdout=out, stderr=out, process_group=0)
+            self.processes.add(process)
+            code = process.wait()
+            self.processes.discard(process)
+        if code:
+            raise subprocess.CalledProcessError(code, command)
+
+
+def _place(run: Run) -> Row:
+    return {"labeled_fraction": run.rate, "prior": run.preset, "seed": run.seed}
+
+
+def read_scores(folder: Path, run: Run, params: dict[str, Any]) -> list[Row]:
+    """The rows of a run from what its evaluation wrote below `folder`, without the keys of the measurement itself."""
+    table = records.to_frame(records.read_table(folder / records.PER_SENTENCE_PATH, records.PER_SENTENCE))
+    metrics = json.loads((folder / records.METRICS_PATH).read_text(encoding="utf-8"))
+    rows = []
+    for split, part in table.groupby("split", sort=False):
+        scores = method_scores(part)
+        for scored, (method, number) in run.results.items():
+            # The supervised model is always asked without a prior.
+            without_prior = scores.get(scored if scored == "supervised" else f"{scored}_no_prior", {})
+            row: Row = {"method": method, "round": number, "split": split} | _place(run)
+            row |= {name: scores[scored][name] for name in ("miou", "oiou", "pr50")}
+            row["no_prior_miou"] = without_prior.get("miou")
+            if number:
+                row |= {key: metrics.get(f"pseudo_round_{number}_{name}") for key, name in LABEL_SCORES.items()}
+            row["steps"] = 0 if scored == "prior" else params["retrain" if number else "warmup"]["steps"]
+            row["dataset"] = f"{Path(params['dataset']).name}-{metrics['dataset_version']}"
+            rows.append(row)
+    return rows
+
+
+def read_curves(folder: Path, run: Run) -> list[Row]:
+    """A row for each round of selection."""
+    rows = []
+    for method, number in run.results.values():
+        if number:
+            coverage, reliability = (
+                pd.read_csv(folder / CURVES_FOLDER / kind / f"round_{number}.csv")
+                for kind in ("coverage", "reliability")
+            )
+            columns = coverage.to_dict("list") | reliability.to_dict("list")
+            rows.append({"method": method, "round": number} | _place(run) | columns)
+    return rows
+
+
+def measure(runs: Sequence[Run], workers: int, again: bool, changes: dict[str, Any]) -> list[Run]:
+    """Do the runs that are not stored (all of them: `again`), what they start from before them; returns the failed.
+
+    changes: to params.yaml in every run.
+    """
+    wanted = list(runs) if again else missing(runs, stored(RESULTS))
+    # All warm-ups before all else, so that no two workers train the same one.
+    starts = list(dict.fromkeys(run.start for run in wanted if run.method in (WARMUP, *SELECTION)))
+    print(f"{len(wanted)} of {len(runs)} runs to do, {len(starts)} starting points", flush=True)
+    if not wanted:
+        return []
+    (WORK / "logs").mkdir(parents=True, exist_ok=True)
+    with (WORK / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another call of this bench is at work in {WORK.relative_to(ROOT)}") from None
+        farm = Workers(workers, changes)
+        failed = farm.do(starts)
+        rest = [run for run in wanted if run.method != WARMUP]
+        blocked = [run for run in rest if run.method in SELECTION and run.start in failed]
+        return [*failed, *blocked, *farm.do([run for run in rest if run not in blocked])]
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.05])
+    presets = get_args(PriorsParams.model_fields["preset"].annotation)
+    parser.add_argument("--presets", nargs="+", choices=presets, default=[PRESETS[0]])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=1, help="of selection; each of them gives rows")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side; they share the cores")
+    parser.add_argument("--full", action="store_true", help=f"rates {RATES}, presets {PRESETS}")
+    parser.add_argument("--again", action="store_true", help="also runs whose rows are stored")
+    parser.add_argument("--table", action="store_true", help="only make tables and plots of the stored results")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _stop)
+    failed: list[Run] = []
+    if not arguments.table:
+        rates, chosen = (RATES, PRESETS) if arguments.full else (arguments.rates, arguments.presets)
+        runs = planned(arguments.methods, rates, chosen, arguments.seeds, arguments.rounds)
+        failed = measure(runs, arguments.workers, arguments.again, {})
+    if failed:
+        raise SystemExit("failed or not started: " + ", ".join(map(str, failed)))
+
+
+if __name__ == "__main__":
+    main()
