@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from l2l_core import records
 from l2l_core.errors import ArtifactError, InputError
@@ -79,11 +80,13 @@ class Targets:
 
     label: list[bytes]
     keep: list[bytes] | None = None  # pixels that may teach; None: all of them
+    weight: NDArray[np.uint8] | None = None  # [N, P, P], 0..255: they teach with weight 0..1; None: all with weight 1
 
     def take(self, rows: NDArray[np.int64]) -> Targets:
         """The targets of some rows, in that order."""
         keep = None if self.keep is None else [self.keep[row] for row in rows]
-        return Targets([self.label[row] for row in rows], keep)
+        weight = None if self.weight is None else self.weight[rows]
+        return Targets([self.label[row] for row in rows], keep, weight)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Batch:
     proposal: Tensor  # [B, 1, P, P] float32, 0..1
     proposal_score: Tensor  # [B] float32
     label: Tensor | None = None  # [B, 1, S, S] float32, 0 or 1
-    keep: Tensor | None = None  # [B, 1, S, S] float32, 0 or 1
+    keep: Tensor | None = None  # [B, 1, S, S] float32, 0..1: how much a pixel teaches
 
 
 class ImageStore:
@@ -155,9 +158,13 @@ class BatchMaker:
             return batch
         chosen = targets.take(rows)
         label = torch.from_numpy(self.square_masks(chosen.label, rows)).float()[:, None]
-        if chosen.keep is None:
-            return replace(batch, label=label, keep=torch.ones_like(label))
-        return replace(batch, label=label, keep=torch.from_numpy(self.square_masks(chosen.keep, rows)).float()[:, None])
+        keep = torch.ones_like(label)
+        if chosen.keep is not None:
+            keep = torch.from_numpy(self.square_masks(chosen.keep, rows)).float()[:, None]
+        if chosen.weight is not None:
+            weight = torch.from_numpy(chosen.weight).float()[:, None] / 255
+            keep = keep * F.interpolate(weight, (self.size_px, self.size_px), mode="bilinear", align_corners=False)
+        return replace(batch, label=label, keep=keep)
 
     def square_masks(self, rles: list[bytes], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Masks of the pairs in `rows`, at their image's size, -> [B, S, S] at the size that the network reads."""

@@ -107,6 +107,7 @@ def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candid
         "width": labels.pairs.hw[:, 1].astype(np.int32),
         "rle_counts": labels.rle,
         "keep_rle": keep,
+        "weight": [None] * count,
         "accept_prob": decision.accept_prob.astype(np.float32),
         "reward": decision.reward.astype(np.float32),
         "prior_iou": seen.prior_iou.astype(np.float32),

@@ -1,4 +1,4 @@
-"""Losses in which a dropped pixel has no say."""
+"""Losses in which every pixel has the say that its weight gives it, a dropped one none."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from l2l_core.model.segmenter import Output
 REFINED_WEIGHT = 0.5
 """Weight of the refined proposal's loss: it steers the mask and must not outweigh it."""
 
+SMALLEST_SUM = 1e-6
+"""Least divisor of a weighted mean: far below what one pixel of weight 1/255 adds to a sum or to a cell's mean."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -23,32 +26,39 @@ class Loss:
 
 
 def masked_bce(logits: Tensor, label: Tensor, keep: Tensor) -> Tensor:
-    """Mean binary cross-entropy over each sample's kept pixels; [B, 1, H, W] x 3 -> [B]. Nothing kept gives 0."""
+    """Mean binary cross-entropy of each sample's pixels, weighted by keep; [B, 1, H, W] x 3 -> [B].
+
+    keep in [0, 1]: with 0 and 1 this is the mean over the kept pixels. The mean is divided by the sum of a sample's
+    weights, so that only their proportions count. Nothing kept gives 0.
+    """
     pixels = F.binary_cross_entropy_with_logits(logits, label, reduction="none") * keep
-    return pixels.flatten(1).sum(1) / keep.flatten(1).sum(1).clamp(min=1.0)
+    return pixels.flatten(1).sum(1) / keep.flatten(1).sum(1).clamp(min=SMALLEST_SUM)
 
 
 def masked_dice(logits: Tensor, label: Tensor, keep: Tensor) -> Tensor:
-    """Soft Dice loss over each sample's kept pixels, in [0, 1]; [B, 1, H, W] x 3 -> [B]. Nothing kept gives 0.
+    """Soft Dice loss of each sample's pixels, which count as keep says, in [0, 1]; [B, 1, H, W] x 3 -> [B].
 
-    1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1), Milletari et al. 2016, smoothed by one pixel.
+    1 - (2 sum(w p t) + 1) / (sum(w p) + sum(w t) + 1), Milletari et al. 2016 with weights w = keep in [0, 1]: a pixel
+    of weight 1/2 is half a pixel. Smoothed by one whole pixel. Nothing kept gives 0.
     """
-    prob, truth = (logits.sigmoid() * keep).flatten(1), (label * keep).flatten(1)
-    return 1 - (2 * (prob * truth).sum(1) + 1) / (prob.sum(1) + truth.sum(1) + 1)
+    prob, truth, weight = logits.sigmoid().flatten(1), label.flatten(1), keep.flatten(1)
+    kept = prob * weight
+    return 1 - (2 * (kept * truth).sum(1) + 1) / (kept.sum(1) + (truth * weight).sum(1) + 1)
 
 
 def segmentation_loss(output: Output, label: Tensor, keep: Tensor) -> Loss:
     """BCE + Dice of the mask, plus BCE of the refined proposal against the label's share in each coarse cell.
 
-    label, keep: [B, 1, S, S] float, 0 or 1. A sample with no kept pixel adds nothing; the mean is over the others.
+    label: [B, 1, S, S] float, 0 or 1; keep: the same shape, in [0, 1], how much a pixel teaches. A sample of which no
+    pixel teaches adds nothing; the mean is over the others, which count alike however much is kept of them.
     """
     teaches = (keep.flatten(1).sum(1) > 0).float()
     count = teaches.sum().clamp(min=1.0)
     size = (output.refined_logits.shape[-2], output.refined_logits.shape[-1])
     cell_keep = F.adaptive_avg_pool2d(keep, size)
-    cell_label = F.adaptive_avg_pool2d(label * keep, size) / cell_keep.clamp(min=1e-6)
+    cell_label = F.adaptive_avg_pool2d(label * keep, size) / cell_keep.clamp(min=SMALLEST_SUM)
     cells = F.binary_cross_entropy_with_logits(output.refined_logits, cell_label, reduction="none") * cell_keep
-    refined = cells.flatten(1).sum(1) / cell_keep.flatten(1).sum(1).clamp(min=1e-6)
+    refined = cells.flatten(1).sum(1) / cell_keep.flatten(1).sum(1).clamp(min=SMALLEST_SUM)
     bce = (masked_bce(output.mask_logits, label, keep) * teaches).sum() / count
     dice = (masked_dice(output.mask_logits, label, keep) * teaches).sum() / count
     return Loss(bce + dice + REFINED_WEIGHT * (refined * teaches).sum() / count, bce.detach(), dice.detach())

@@ -175,6 +175,9 @@ def test_pairs_by_row_and_by_sentence(tmp_path):
     assert targets.take(rows_of(2, 1)).label == [targets.label[2], targets.label[1]]
     assert targets.take(rows_of(2)).keep is None
     assert replace(targets, keep=targets.label[::-1]).take(rows_of(0)).keep == [targets.label[3]]
+    assert targets.take(rows_of(2)).weight is None
+    weight = np.arange(4, dtype=np.uint8)[:, None, None].repeat(3, 1).repeat(3, 2)
+    assert replace(targets, weight=weight).take(rows_of(2, 0)).weight[:, 1, 1].tolist() == [2, 0]
 
 
 @pytest.mark.parametrize("unknown", [99, 101, 10_000])
@@ -276,6 +279,38 @@ def test_masks_are_stretched_with_their_pictures(tmp_path):
     large = masks.repeat(2, axis=1).repeat(4, axis=2)
     np.testing.assert_array_equal(batch.label[:, 0].numpy(), large[[1, 0]])
     np.testing.assert_array_equal(batch.keep[:, 0].numpy(), large[[3, 2]])
+
+
+def test_weights_lie_over_the_whole_image_and_over_the_kept_pixels(tmp_path):
+    """A ramp over 16 columns, read at 32 and weighed against cv2's own bilinear resize; half of the pixels are kept."""
+    pairs, targets = toy_pairs(tmp_path, 2)
+    ramp = np.linspace(0, 255, 16).round().astype(np.uint8)[None].repeat(16, axis=0)
+    flat = np.full((16, 16), 51, np.uint8)
+    upper = [np.arange(height)[:, None].repeat(width, 1) < height / 2 for height, width in pairs.hw]
+    targets = replace(targets, keep=[encode_rle(mask) for mask in upper], weight=np.stack([ramp, flat]))
+    batch = toy_batches(pairs)(rows_of(1, 0), targets)
+    keep = batch.keep[:, 0].numpy()
+    np.testing.assert_allclose(keep[0, :16], 0.2, rtol=1e-6)  # 51 / 255
+    expected = cv2.resize(ramp.astype(np.float32) / 255, (32, 32), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(keep[1, :16], expected[:16], atol=1e-6)
+    assert not keep[:, 16:].any()
+    assert batch.keep.dtype == torch.float32
+
+
+def test_weights_of_0_and_1_are_a_keep_mask(tmp_path):
+    """At the network's own size, where neither is resized: the same batch to the bit."""
+    pairs, _ = toy_pairs(tmp_path, 2)
+    pairs = replace(pairs, image_hw=np.array([[32, 32], [32, 32]]))
+    masks = np.random.default_rng(2).random((4, 32, 32)) > 0.5
+    labels = [encode_rle(mask) for mask in masks[:2]]
+    kept = Targets(labels, keep=[encode_rle(mask) for mask in masks[2:]])
+    weighed = Targets(labels, weight=masks[2:] * np.uint8(255))
+    both = replace(kept, weight=np.full((2, 16, 16), 255, np.uint8))
+    batches = toy_batches(pairs)
+    first = batches(rows_of(0, 1), kept)
+    assert 0 < first.keep.mean() < 1
+    assert_same_batch(first, batches(rows_of(0, 1), weighed))
+    assert_same_batch(first, batches(rows_of(0, 1), both))
 
 
 def test_true_labels_teach_everywhere(tmp_path):

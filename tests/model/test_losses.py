@@ -106,6 +106,58 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_samples():
     assert whole.dice.item() == pytest.approx(masked_dice(logits, label, keep).mean().item())
 
 
+def test_weights_by_hand():
+    """Costs log 2 at weight 1, log 4/3 at 1/2 and log 4 at 1/4; Dice: 1 - (2 * 0.875 + 1) / (1.0625 + 1.5 + 1)."""
+    logits = torch.tensor([0.0, math.log(3), math.log(3), -7.0]).view(1, 1, 2, 2)
+    label = torch.tensor([1.0, 1.0, 0.0, 1.0]).view(1, 1, 2, 2)
+    weight = torch.tensor([1.0, 0.5, 0.25, 0.0]).view(1, 1, 2, 2)
+    expected = (math.log(2) + math.log(4 / 3) / 2 + math.log(4) / 4) / 1.75
+    assert masked_bce(logits, label, weight).item() == pytest.approx(expected)
+    assert masked_dice(logits, label, weight).item() == pytest.approx(1 - 2.75 / 3.5625)
+
+
+def test_a_perfect_mask_costs_nothing_whatever_the_weights():
+    label, weight = coin(20, 1, 1, 16, 16), maps(21, 1, 1, 16, 16).sigmoid()
+    sure = 60 * (2 * label - 1)
+    assert masked_dice(sure, label, weight).item() == pytest.approx(0, abs=1e-9)
+    assert masked_bce(sure, label, weight).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_a_pixel_of_half_weight_is_half_a_pixel():
+    """Every pixel twice, side by side, each with half its weight: nothing changes, whatever the weights were."""
+    logits, refined, label = maps(22, 3, 1, 8, 8), maps(23, 3, 1, 4, 4), coin(24, 3, 1, 8, 8)
+    weight = maps(25, 3, 1, 8, 8).sigmoid() * coin(26, 3, 1, 8, 8)
+    once, _ = total(logits, refined, label, weight)
+    wide_logits, wide_label, half = (part.repeat_interleave(2, dim=-1) for part in (logits, label, weight / 2))
+    twice, _ = total(wide_logits, refined, wide_label, half)
+    for name in ("total", "bce", "dice"):
+        assert getattr(twice, name).item() == pytest.approx(getattr(once, name).item(), rel=1e-12)
+
+
+def test_half_the_weight_everywhere_pulls_the_same_way():
+    """Exactly so in the mean that BCE is; Dice differs by what its one pixel of smoothing is worth."""
+    logits, label, weight = maps(27, 2, 1, 32, 32), coin(28, 2, 1, 32, 32), coin(29, 2, 1, 32, 32)
+    for loss_of, tolerance in ((masked_bce, 1e-12), (masked_dice, 1e-2)):
+        grads = []
+        for scale in (1.0, 0.5):
+            leaf = logits.clone().requires_grad_()
+            grads.append(torch.autograd.grad(loss_of(leaf, label, scale * weight).sum(), leaf)[0])
+        assert (grads[0] - grads[1]).norm() <= tolerance * grads[0].norm()
+        assert grads[0].norm() > 0
+
+
+def test_a_sample_teaches_however_small_its_weights():
+    """The least weight that a stored map can hold, in one pixel: the sample is its loss alone, and not half of it."""
+    logits, refined, label = maps(30, 2, 1, 8, 8), maps(31, 2, 1, 4, 4), coin(32, 2, 1, 8, 8)
+    weight = torch.zeros_like(label)
+    weight[0, 0, 3, 3] = 1 / 255
+    loss, grads = total(logits, refined, label, weight)
+    assert loss.bce.item() == pytest.approx(
+        F.binary_cross_entropy_with_logits(logits[0, 0, 3, 3], label[0, 0, 3, 3]).item()
+    )
+    assert (grads[0] != 0).sum() == 1
+
+
 def test_the_refined_proposal_is_drawn_to_the_labels_share_of_each_cell():
     """Cells of 4 x 4 pixels with a quarter, nothing, everything and a half of foreground."""
     label = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
