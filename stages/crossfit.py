@@ -14,6 +14,7 @@ from l2l_core.engine.jobs import (
     labeled_stream,
     new_network,
     part_of,
+    policy_of,
     pseudo_stream,
     run_training,
     without_images,
@@ -34,12 +35,10 @@ def main() -> None:
     params = load_params()
     folds_out, previous = records.round_folder(number) / "folds", records.round_folder(number - 1) / "folds"
     pseudo_path = records.round_folder(number) / "pseudo_labels.parquet"
-    if number:
-        policies = records.read_table(pseudo_path, records.PSEUDO_LABELS, ["policy"])["policy"].unique().to_pylist()
-        if "reinforce" not in policies:
-            with whole_folder(folds_out) as folder:
-                shutil.copytree(previous, folder, dirs_exist_ok=True)
-            return
+    if number and policy_of(pseudo_path) != "reinforce":
+        with whole_folder(folds_out) as folder:
+            shutil.copytree(previous, folder, dirs_exist_ok=True)
+        return
     labeled = labeled_stream(params, 1.0 if number == 0 else params.retrain.labeled_share)
     pairs = labeled.batches.pairs
     fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)

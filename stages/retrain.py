@@ -11,6 +11,8 @@ from l2l_core.engine.jobs import (
     PRIOR_INPUTS,
     labeled_stream,
     new_network,
+    online_stream,
+    policy_of,
     pseudo_stream,
     run_training,
 )
@@ -19,18 +21,23 @@ from l2l_core.model.segmenter import Segmenter
 
 
 def main() -> None:
-    """Write model/ and curves/ of a round."""
+    """Write model/ and curves/ of a round.
+
+    Under the policy `mean_teacher` the moving average labels the unlabelled pairs while it trains. It starts from the
+    last round's model whatever `retrain.start` says: a random teacher has nothing to teach.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
     number = parser.parse_args().round
     params = load_params()
     folder, previous = records.round_folder(number), records.round_folder(number - 1) / "model"
-    purpose = f"retrain-{number}"
-    pseudo = pseudo_stream(params, folder / "pseudo_labels.parquet", 1 - params.retrain.labeled_share)
+    purpose, pseudo_path = f"retrain-{number}", folder / "pseudo_labels.parquet"
+    online, share = policy_of(pseudo_path) == "mean_teacher", 1 - params.retrain.labeled_share
+    pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
     labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
     if pseudo is None:
         print(f"round {number}: the selection accepted nothing, training on the labelled pairs alone")
-    fresh = params.retrain.start == "scratch"
+    fresh = params.retrain.start == "scratch" and not online
     run_training(
         params,
         purpose,
@@ -38,7 +45,7 @@ def main() -> None:
         [labeled] if pseudo is None else [labeled, pseudo],
         params.retrain.steps,
         # Where it starts from the last model, that is an input too: checkpoints of the two ways must not be mixed up.
-        [*LABEL_INPUTS, *PRIOR_INPUTS, folder / "pseudo_labels.parquet", *(() if fresh else (previous,))],
+        [*LABEL_INPUTS, *PRIOR_INPUTS, pseudo_path, *(() if fresh else (previous,))],
         folder / "model",
         folder / "curves",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ from l2l_core.config import Params
 from l2l_core.data.dataset import Pairs, Targets
 from l2l_core.data.inputs import batches_of, corpus, labeled_targets, pairs_of
 from l2l_core.engine.curves import live_curve
-from l2l_core.engine.loop import Stream, derive_seed, train
+from l2l_core.engine.loop import OnlineStream, Stream, derive_seed, train
 from l2l_core.engine.resume import fingerprint, scratch_folder, whole_folder
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
 
 LABEL_INPUTS = (records.SPLIT_PATH, records.LABELED_MASKS_PATH, records.INDEX.refs, records.INDEX.images)
 PRIOR_INPUTS = (records.PRIORS_PATH, records.PROPOSALS_PATH)
+
+ONLINE_THRESHOLD = 0.7
+"""Confidence from which a pixel teaches under an online teacher: the fixed one of DAM-Net (2025), which trains so."""
 
 
 def new_network(params: Params, purpose: str, *, with_priors: bool = True) -> Segmenter:
@@ -34,14 +38,31 @@ def labeled_stream(params: Params, share: float, *, with_priors: bool = True) ->
 
 
 def pseudo_stream(params: Params, pseudo_labels: Path, share: float) -> Stream | None:
-    """The accepted pseudo-labels with the pixels that may teach; None where nothing was accepted."""
-    wanted = ["sent_id", "rle_counts", "keep_rle", "accepted"]
+    """The accepted pseudo-labels with the pixels that may teach and how much; None where nothing was accepted."""
+    wanted = ["sent_id", "rle_counts", "keep_rle", "weight", "accepted"]
     table = records.to_frame(records.read_table(pseudo_labels, records.PSEUDO_LABELS, wanted))
     table = table[table["accepted"]]
     if table.empty:
         return None
     pairs = pairs_of(params, "unlabeled").with_sent_ids(table["sent_id"].to_numpy(np.int64))
-    return Stream(batches_of(params, pairs), Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist()), share)
+    weight = None
+    if table["weight"].notna().any():
+        side = params.proposals.size_px
+        maps = table["weight"].fillna(b"\xff" * side**2)
+        weight = np.frombuffer(b"".join(maps), np.uint8).reshape(len(table), side, side)
+    targets = Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist(), weight)
+    return Stream(batches_of(params, pairs), targets, share)
+
+
+def online_stream(params: Params, share: float) -> OnlineStream:
+    """All unlabelled pairs, to be labelled while the training runs."""
+    return OnlineStream(batches_of(params, pairs_of(params, "unlabeled")), ONLINE_THRESHOLD, share)
+
+
+def policy_of(pseudo_labels: Path) -> str | None:
+    """The rule that selected a round's pseudo-labels; None where the table has no row."""
+    policies = records.read_table(pseudo_labels, records.PSEUDO_LABELS, ["policy"])["policy"]
+    return policies[0].as_py() if len(policies) else None
 
 
 def part_of(stream: Stream, rows: NDArray[np.int64]) -> Stream:
@@ -72,7 +93,7 @@ def run_training(
     params: Params,
     purpose: str,
     network: Segmenter,
-    streams: list[Stream],
+    streams: Sequence[Stream | OnlineStream],
     steps: int,
     inputs: list[Path],
     model_out: Path,

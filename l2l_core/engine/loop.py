@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -36,8 +36,14 @@ class Stream:
     targets: Targets
     share: float
 
-    def __len__(self) -> int:
-        return len(self.batches.pairs)
+
+@dataclass(frozen=True)
+class OnlineStream:
+    """Pairs that the EMA teacher of the running training labels anew at every step, and their share of every batch."""
+
+    batches: BatchMaker
+    threshold: float  # a pixel teaches where the teacher's confidence max(p, 1 - p) reaches this
+    share: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def choose_device(name: str) -> torch.device:
 
 def train(
     network: Segmenter,
-    streams: list[Stream],
+    streams: Sequence[Stream | OnlineStream],
     steps: int,
     params: TrainParams,
     seed: int,
@@ -74,10 +80,11 @@ def train(
 
     Every random choice of a step is a function of (seed, step): a run that resumes from `checkpoint` ends with the
     same bytes as one that was never interrupted. `log` gets every row of the curve, after a resume the old ones too.
-    Raises InputError where a stream is empty, ConfigError where the loss is not finite.
+    Raises InputError where a stream is empty, ConfigError where the loss is not finite or a batch has no room for every
+    stream.
     """
     for stream in streams:
-        if not len(stream):
+        if not len(stream.batches.pairs):
             raise InputError(f"{what}: nothing to learn from (no pair in one of its streams); check the label budget")
     accelerator = Accelerator(
         cpu=choose_device(params.device).type == "cpu",
@@ -100,13 +107,19 @@ def train(
         log(row)
     student, stepper = accelerator.prepare(network, optimizer)
     student.train()
+
+    def ask_teacher(batch: Batch) -> Tensor:
+        tokens = to_device(network.tokenize(batch), accelerator.device)
+        with torch.no_grad(), accelerator.autocast():
+            return teacher(move_batch(batch, accelerator.device), tokens).mask_logits.float().sigmoid().cpu()
+
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
         generator = torch.Generator().manual_seed(_mix(seed, step))
         torch.manual_seed(_mix(seed, step) + 1)  # dropout
-        batch = strong_view(_draw(streams, params, seed, step), generator)
+        batch = strong_view(_draw(streams, params, seed, step, ask_teacher), generator)
         tokens = to_device(network.tokenize(batch), accelerator.device)
         batch = move_batch(batch, accelerator.device)
-        assert batch.label is not None  # streams always have targets
+        assert batch.label is not None  # every stream has targets or is given them online
         assert batch.keep is not None
         for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
             group["lr"] = peak * schedule(step, steps, params.warmup_fraction)
@@ -171,18 +184,48 @@ def epoch_rows(count: int, batch: int, seed: int, step: int) -> NDArray[np.int64
     return rows
 
 
-def stream_sizes(streams: list[Stream], batch_size: int) -> list[int]:
-    """Samples of each stream in a batch: shares rounded, at least one each, `batch_size` in all (the last fills up)."""
-    sizes = [max(1, round(stream.share * batch_size)) for stream in streams[:-1]]
-    return [*sizes, max(1, batch_size - sum(sizes))]
+def stream_sizes(streams: Sequence[Stream | OnlineStream], batch_size: int) -> list[int]:
+    """Samples of each stream in a batch: shares rounded, at least one each, `batch_size` in all (the last fills up).
+
+    Raises ConfigError where there are more streams than samples.
+    """
+    if batch_size < len(streams):
+        raise ConfigError(
+            f"params.yaml: train.batch_size: got {batch_size}, expected at least {len(streams)}: "
+            "labelled and pseudo-labelled pairs share every batch"
+        )
+    sizes: list[int] = []
+    for after, stream in zip(range(len(streams) - 1, 0, -1), streams, strict=False):
+        room = batch_size - sum(sizes) - after  # one sample for each of the streams after this one
+        sizes.append(min(max(1, round(stream.share * batch_size)), room))
+    return [*sizes, batch_size - sum(sizes)]
 
 
-def _draw(streams: list[Stream], params: TrainParams, seed: int, step: int) -> Batch:
+def label_online(batch: Batch, prob: Tensor, threshold: float) -> Batch:
+    """The batch with a teacher's labels: prob [B, 1, S, S] in 0..1 is its foreground probability.
+
+    The label is prob > 0.5, the cut of evaluation; the pixels with max(p, 1 - p) >= threshold may teach.
+    """
+    return replace(batch, label=(prob > 0.5).float(), keep=(torch.maximum(prob, 1 - prob) >= threshold).float())
+
+
+def _draw(
+    streams: Sequence[Stream | OnlineStream],
+    params: TrainParams,
+    seed: int,
+    step: int,
+    ask_teacher: Callable[[Batch], Tensor],
+) -> Batch:
     parts = []
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
-        rows = epoch_rows(len(stream), size, seed + number, step)
+        rows = epoch_rows(len(stream.batches.pairs), size, seed + number, step)
         no_prior = np.random.default_rng([seed, step, number]).random(size) < params.prior_dropout
-        parts.append(stream.batches(rows, stream.targets, no_prior))
+        if isinstance(stream, OnlineStream):
+            # The teacher sees every prior and the image as it is; what the student sees is made harder afterwards.
+            prob = ask_teacher(stream.batches(rows))
+            parts.append(label_online(stream.batches(rows, None, no_prior), prob, stream.threshold))
+        else:
+            parts.append(stream.batches(rows, stream.targets, no_prior))
     return parts[0] if len(parts) == 1 else _concatenate(parts)
 
 

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,12 +16,14 @@ from l2l_core.engine.jobs import (
     fold_of_images,
     labeled_stream,
     new_network,
+    online_stream,
     part_of,
+    policy_of,
     pseudo_stream,
     run_training,
     without_images,
 )
-from l2l_core.engine.loop import Stream
+from l2l_core.engine.loop import OnlineStream, Stream
 from l2l_core.errors import InputError
 from l2l_core.masks import decode_rle, encode_rle
 from stages import crossfit, retrain
@@ -97,6 +100,44 @@ def test_only_accepted_labels_teach_and_only_with_their_kept_pixels(run):
     assert (batch.keep == 0).any()
 
 
+def test_weights_are_read_and_a_label_without_them_teaches_fully(run):
+    """Left half of the map 51 (a fifth), right half 255; every third row has a map, the others none."""
+    path = records.round_folder(1) / "history/pseudo_labels.parquet"
+    labels = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
+    half = np.full((24, 24), 255, np.uint8)
+    half[:, :12] = 51
+    for number, row in enumerate(labels):
+        everywhere = encode_rle(np.ones((row["height"], row["width"]), dtype=bool))
+        row |= {"accepted": True, "keep_rle": everywhere, "weight": half.tobytes() if number % 3 == 0 else None}
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    stream = pseudo_stream(PARAMS, path, 0.75)
+    keep = stream.batches(np.arange(len(labels)), stream.targets).keep[:, 0]
+    for number, weight in enumerate(keep):
+        left = 0.2 if number % 3 == 0 else 1.0
+        torch.testing.assert_close(weight[:, :15], torch.full((32, 15), left))
+        torch.testing.assert_close(weight[:, 17:], torch.ones(32, 15))
+    for row in labels:
+        row["weight"] = None
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    assert pseudo_stream(PARAMS, path, 0.75).targets.weight is None
+
+
+def test_the_online_stream_has_every_unlabelled_sentence_in_the_splits_order(run):
+    split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
+    stream = online_stream(PARAMS, 0.75)
+    unlabeled = [row["sent_id"] for row in split if row["role"] == "unlabeled"]
+    assert stream.batches.pairs.sent_id.tolist() == unlabeled
+    assert stream.batches.pairs.has_box.any()
+    assert (stream.share, stream.threshold) == (0.75, 0.7)
+
+
+def test_a_table_of_labels_names_its_policy(run):
+    path = records.round_folder(1) / "history/pseudo_labels.parquet"
+    assert policy_of(path) == "reinforce"
+    records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
+    assert policy_of(path) is None
+
+
 def test_no_accepted_label_is_no_stream(run):
     path = records.round_folder(1) / "history/pseudo_labels.parquet"
     rows = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
@@ -167,6 +208,44 @@ def test_the_last_model_is_an_input_of_a_retraining_that_starts_from_it(run, mon
     retrain.main()
     assert path in inputs
     assert (records.round_folder(0) / "model" in inputs) == (start == "teacher")
+
+
+@pytest.mark.parametrize("start", ["scratch", "teacher"])
+def test_a_mean_teacher_starts_from_the_last_model_and_labels_online(run, monkeypatch, start):
+    history = records.round_folder(1) / "history/pseudo_labels.parquet"
+    rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
+    path, previous = records.round_folder(1) / "pseudo_labels.parquet", records.round_folder(0) / "model"
+    labels = [row | {"accepted": True, "policy": "mean_teacher"} for row in rows]
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    params = toy_params(proposals={"size_px": 24}, retrain={"start": start, "steps": 9})
+    given = []
+    monkeypatch.setattr(retrain, "run_training", lambda *all_given: given.extend(all_given))
+    monkeypatch.setattr(retrain, "load_params", lambda: params)
+    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: f"network of {folder}")
+    monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
+    retrain.main()
+    _, purpose, network, (labeled, pseudo), steps, inputs, _, _ = given
+    assert (purpose, network, steps) == ("retrain-1", f"network of {previous}", 9)
+    assert {path, previous} <= set(inputs)
+    assert isinstance(labeled, Stream)
+    assert isinstance(pseudo, OnlineStream)
+    assert labeled.share == params.retrain.labeled_share
+    assert labeled.share + pseudo.share == 1
+
+
+def test_fold_teachers_whom_nobody_asks_stay_as_they_were(run, monkeypatch):
+    history = records.round_folder(1) / "history/pseudo_labels.parquet"
+    rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
+    path = records.round_folder(1) / "pseudo_labels.parquet"
+    labels = [row | {"policy": "mean_teacher"} for row in rows]
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    before = records.round_folder(0) / "folds/1"
+    before.mkdir(parents=True)
+    (before / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(crossfit, "load_params", lambda: PARAMS)
+    monkeypatch.setattr("sys.argv", ["crossfit", "--round", "1"])
+    crossfit.main()
+    assert files_of(records.round_folder(1) / "folds") == {"1/model.safetensors": b"weights"}
 
 
 def test_a_new_network_knows_the_words_of_training_and_no_others(run):

@@ -14,16 +14,19 @@ from l2l_core.config import TrainParams
 from l2l_core.data.dataset import Batch, Pairs, Targets
 from l2l_core.engine import loop
 from l2l_core.engine.loop import (
+    OnlineStream,
     Stream,
     choose_device,
     derive_seed,
     epoch_rows,
+    label_online,
     schedule,
     stream_sizes,
     train,
 )
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.masks import encode_rle
+from l2l_core.predictor import Predictor
 
 STEPS = 7
 
@@ -67,10 +70,19 @@ def test_epochs_and_seeds_shuffle_differently():
         ([0.3, 0.7], 8, [2, 6]),
         ([0.01, 0.99], 8, [1, 7]),
         ([0.5, 0.25, 0.25], 8, [4, 2, 2]),
+        ([0.99, 0.01], 8, [7, 1]),
+        ([0.9, 0.1], 2, [1, 1]),
+        ([0.8, 0.1, 0.1], 3, [1, 1, 1]),
     ],
 )
 def test_streams_share_a_batch(toy, shares, batch, expected):
     assert stream_sizes(streams_of(toy, *shares), batch) == expected
+
+
+def test_a_batch_without_room_for_every_stream_is_refused(toy):
+    with pytest.raises(ConfigError, match=r"train\.batch_size: got 1, expected at least 2"):
+        train(toy_network(toy[0]), streams_of(toy, 0.25, 0.75), 1, with_(batch_size=1), 0, "test")
+    assert stream_sizes(streams_of(toy), 1) == [1]
 
 
 class Recorder:
@@ -82,10 +94,16 @@ class Recorder:
         self.rows: list[np.ndarray] = []
         self.hidden: list[np.ndarray] = []
 
-    def __call__(self, rows: np.ndarray, targets: Targets, no_prior: np.ndarray) -> Batch:
+    def __call__(self, rows: np.ndarray, targets: Targets | None = None, no_prior: np.ndarray | None = None) -> Batch:
         self.rows.append(rows)
-        self.hidden.append(no_prior)
+        self.hidden.append(np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior)
         return self.batches(rows, targets, no_prior)
+
+
+def find_bright(batch: Batch) -> torch.Tensor:
+    """A teacher that is sure of the light pixels: these are the squares of the toy pictures."""
+    bright = batch.image.float().mean(1, keepdim=True) > 120
+    return torch.where(bright, 0.9, 0.2)
 
 
 def test_a_step_draws_each_streams_share_and_hides_the_share_of_priors(toy):
@@ -93,7 +111,7 @@ def test_a_step_draws_each_streams_share_and_hides_the_share_of_priors(toy):
     streams = [Stream(first, toy[1], 0.25), Stream(second, toy[1].take(np.array([0, 2])), 0.75)]
     params = with_(batch_size=16, prior_dropout=0.3)
     for step in range(60):
-        batch = loop._draw(streams, params, seed=1, step=step)
+        batch = loop._draw(streams, params, 1, step, find_bright)
         assert len(batch.sentence) == 16
         assert batch.label.shape == (16, 1, 32, 32)
         assert batch.sentence[4:] == [second.pairs.sentence[row] for row in second.rows[-1]]
@@ -109,14 +127,82 @@ def test_a_step_draws_each_streams_share_and_hides_the_share_of_priors(toy):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_no_prior_or_every_prior_is_hidden(toy, share):
     recorder = Recorder(toy[0])
-    loop._draw([Stream(recorder, toy[1], 1.0)], with_(prior_dropout=share), seed=0, step=0)
+    loop._draw([Stream(recorder, toy[1], 1.0)], with_(prior_dropout=share), 0, 0, find_bright)
     assert recorder.hidden[0].mean() == share
+
+
+def test_what_is_drawn_does_not_depend_on_where_labels_come_from(toy):
+    stored, online = Recorder(toy[0]), Recorder(toy[0])
+    first = Stream(toy_batches(toy[0]), toy[1], 0.25)
+    params = with_(prior_dropout=0.5)
+    for step in range(10):
+        loop._draw([first, Stream(stored, toy[1], 0.75)], params, 1, step, find_bright)
+        loop._draw([first, OnlineStream(online, 0.7, 0.75)], params, 1, step, find_bright)
+    teacher, student = slice(0, None, 2), slice(1, None, 2)
+    for of in (teacher, student):
+        np.testing.assert_array_equal(online.rows[of], stored.rows)
+    np.testing.assert_array_equal(online.hidden[student], stored.hidden)
+    assert np.any(stored.hidden)
+    assert not np.any(online.hidden[teacher])
 
 
 def test_seeds_of_different_purposes_differ():
     seeds = {derive_seed(seed, purpose) for seed in range(20) for purpose in ("warmup", "retrain-1", "retrain-2")}
     assert len(seeds) == 60
     assert derive_seed(7, "warmup") == derive_seed(7, "warmup")
+
+
+# --- labels by the teacher of the running training
+
+
+def test_online_labels_by_hand(toy):
+    batch = toy_batches(toy[0])(np.array([0]))
+    prob = torch.tensor([0.1, 0.25, 0.26, 0.5, 0.51, 0.74, 0.75, 1.0]).view(1, 1, 2, 4)
+    labelled = label_online(batch, prob, 0.75)
+    assert labelled.label.flatten().tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert labelled.keep.flatten().tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
+    assert torch.equal(labelled.image, batch.image)
+
+
+def test_online_labels_follow_their_image_into_the_strong_view(toy):
+    """The teacher marks what is light in the picture; in the student's view the label lies on what is light there."""
+    stream = OnlineStream(toy_batches(toy[0]), 0.85, 1.0)  # only light pixels reach it: 0.9, against 1 - 0.2
+    weak = loop._draw([stream], with_(batch_size=20), 0, 0, find_bright)
+    assert torch.equal(weak.keep, weak.label)
+    view = loop.strong_view(weak, torch.Generator().manual_seed(4))
+    mirrored = 0
+    for row in range(20):
+        grey, label = view.image[row].float().mean(0), view.label[row, 0] > 0
+        bright = grey > (grey.min() + grey.max()) / 2
+        assert (bright & label).sum() / (bright | label).sum() > 0.75
+        assert torch.equal(view.keep[row, 0] > 0, label)
+        mirrored += view.sentence[row] != weak.sentence[row]
+    assert 0 < mirrored < 20
+
+
+def test_online_labels_are_what_the_moving_average_says_at_that_step(toy, tmp_path, monkeypatch):
+    """Steps 1 and 2, by the start network and by the checkpoint after step 1; the teacher knows the hidden priors."""
+    params = with_(precision="bf16", prior_dropout=1.0, checkpoint_every=1, lr=4e-3)
+    batches, checkpoint, seen, threshold = toy_batches(toy[0]), tmp_path / "checkpoint.pt", [], 0.6
+    teachers = [toy_network(toy[0]), toy_network(toy[0])]
+    taught = toy_network(toy[0])  # enough to be sure of some pixels and to see some foreground
+    train(taught, streams_of(toy), 10, with_(precision="bf16", prior_dropout=0.0, lr=4e-3), 0, "start")
+    teachers[0].load_state_dict(taught.state_dict())
+    start = copy.deepcopy(teachers[0])
+    monkeypatch.setattr(loop, "strong_view", lambda batch, generator: seen.append(batch) or batch)
+    train(start, [OnlineStream(batches, threshold, 1.0)], 2, params, 5, "test", checkpoint)
+    teachers[1].load_state_dict(torch.load(checkpoint, weights_only=True)["teacher"])
+    probs = []
+    for step, (teacher, batch) in enumerate(zip(teachers, seen, strict=True)):
+        rows = epoch_rows(len(toy[0]), params.batch_size, 5, step)
+        prob = Predictor.of(teacher, params).logits(batches(rows)).sigmoid().numpy()
+        np.testing.assert_array_equal(batch.label.numpy(), prob > 0.5)
+        np.testing.assert_array_equal(batch.keep.numpy(), np.maximum(prob, 1 - prob) >= threshold)
+        assert 0 < batch.keep.mean() < 1
+        assert 0 < batch.label.mean() < 1
+        assert not batch.has_box.any()
+        probs.append(prob)
+    assert not np.array_equal(*probs)
 
 
 # --- learning rate
@@ -203,7 +289,7 @@ class Killed(Exception):
     """Stands for kill -9: nothing in the loop expects it."""
 
 
-def run(toy, folder, params, *, seed=3, checkpoint=None, kill_at=None):
+def run(toy, folder, params, *, seed=3, checkpoint=None, kill_at=None, online=False):
     """(bytes of the teacher, curve, logged rows) of a training of STEPS steps from the same start."""
     AcceleratorState._reset_state(True)
     logged: list[dict[str, float]] = []
@@ -213,28 +299,30 @@ def run(toy, folder, params, *, seed=3, checkpoint=None, kill_at=None):
         if row["step"] == kill_at:
             raise Killed
 
-    streams = streams_of(toy, 0.25, 0.75)
+    labeled, pseudo = streams_of(toy, 0.25, 0.75)
+    streams = [labeled, OnlineStream(pseudo.batches, 0.95, pseudo.share) if online else pseudo]
     trained = train(toy_network(toy[0]), streams, STEPS, params, seed, "test", checkpoint, log)
     trained.teacher.save(folder)
     return (folder / "model.safetensors").read_bytes(), trained.curve, logged
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_killed_training_ends_as_if_it_had_never_stopped(toy, tmp_path, precision):
+@pytest.mark.parametrize(("precision", "online"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_a_killed_training_ends_as_if_it_had_never_stopped(toy, tmp_path, precision, online):
     params = with_(precision=precision)
-    whole, curve, logged = run(toy, tmp_path / "whole", params)
+    whole, curve, logged = run(toy, tmp_path / "whole", params, online=online)
     assert [row["step"] for row in curve] == list(range(1, STEPS + 1))
     assert logged == curve
     checkpoint = tmp_path / "checkpoint.pt"
     with pytest.raises(Killed):
-        run(toy, tmp_path / "killed", params, checkpoint=checkpoint, kill_at=1)  # before the first checkpoint
+        # before the first checkpoint
+        run(toy, tmp_path / "killed", params, checkpoint=checkpoint, kill_at=1, online=online)
     assert not checkpoint.exists()
     for kill_at in (5, 6):  # the checkpoints at 4 and at 4 (a kill at 6 comes before that of 6)
         with pytest.raises(Killed):
-            run(toy, tmp_path / "killed", params, checkpoint=checkpoint, kill_at=kill_at)
+            run(toy, tmp_path / "killed", params, checkpoint=checkpoint, kill_at=kill_at, online=online)
         assert checkpoint.exists()
         assert torch.load(checkpoint, weights_only=True)["step"] == 4
-    resumed, resumed_curve, resumed_log = run(toy, tmp_path / "resumed", params, checkpoint=checkpoint)
+    resumed, resumed_curve, resumed_log = run(toy, tmp_path / "resumed", params, checkpoint=checkpoint, online=online)
     assert resumed == whole
     assert resumed_curve == curve
     assert resumed_log == curve  # the rows from before the kill come again
