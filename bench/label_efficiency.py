@@ -5,9 +5,11 @@
     python -m bench.label_efficiency --full      (every rate and preset)
     python -m bench.label_efficiency --table     (only tables and plots of the stored results)
 
-Every run is `dvc repro evaluate` of the default configuration, changed as METHODS says, in a clone of this repository
-under bench/work/. The clones share one cache: data, priors, warm-up and out-of-fold teachers are made once for each
-rate, preset and seed. What is stored is not run again; a killed call goes on where it stopped when it is repeated.
+Every call writes tables and pictures into README.md, docs/results.md and docs/images/ at its end.
+
+A run is `dvc repro evaluate` of the default configuration with the changes of SELECTION or ROUND_0, in a clone of this
+repository's HEAD under bench/work/. The clones share one cache: data, priors, warm-up and out-of-fold teachers are made
+once for each rate, preset and seed. What is stored is not run again; after a kill the same call goes on.
 
 bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, preset, seed, round and split:
 
@@ -48,6 +50,7 @@ from typing import Any, get_args
 import pandas as pd
 import yaml
 
+from bench import label_efficiency_page
 from l2l_core import records
 from l2l_core.config import PriorsParams
 from l2l_core.evaluation import CURVES_FOLDER, method_scores
@@ -365,7 +368,14 @@ def main() -> None:
     if not arguments.table:
         rates, chosen = (RATES, PRESETS) if arguments.full else (arguments.rates, arguments.presets)
         runs = planned(arguments.methods, rates, chosen, arguments.seeds, arguments.rounds)
-        failed = measure(runs, arguments.workers, arguments.again, {})
+        try:
+            failed = measure(runs, arguments.workers, arguments.again, {})
+        except KeyboardInterrupt:
+            raise SystemExit("stopped; the same call goes on") from None
+    rows = stored(RESULTS)
+    if rows:
+        label_efficiency_page.write(pd.DataFrame(rows), pd.DataFrame(stored(CURVES)))
+        print("tables and pictures: README.md, docs/results.md, docs/images/")
     if failed:
         raise SystemExit("failed or not started: " + ", ".join(map(str, failed)))
 

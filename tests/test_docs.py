@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from dvc.utils.hydra import apply_overrides
 
-from bench import docs, priors, refshapes, rounds
+from bench import docs, label_efficiency, label_efficiency_page, priors, refshapes, rounds
 from l2l_core.config import load_params
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +88,17 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             make = priors.answers_table if name == "answers" else priors.proposals_table
             document, text = priors.DOCUMENT, make(rows)
     assert docs.get(document, name) == text
+
+
+def test_results_are_those_of_the_stored_runs() -> None:
+    path = label_efficiency.RESULTS
+    changes = ["git", "status", "--porcelain", "--", path]
+    if not path.exists() or subprocess.run(changes, cwd=ROOT, capture_output=True).stdout:
+        pytest.skip(f"{path.relative_to(ROOT)} is not there or being written: python -m bench.label_efficiency --table")
+    rows = pd.DataFrame(label_efficiency.stored(path))
+    page = label_efficiency_page
+    assert docs.get(page.README, page.MARK) == page.short_table(rows)
+    assert docs.get(page.DOCUMENT, page.MARK) == page.page(rows)
 
 
 def test_tracked_text_has_no_absolute_paths() -> None:

@@ -1,0 +1,388 @@
+"""What `bench.label_efficiency` stored, as tables, claims with their verdicts, and pictures in README.md and docs/."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.docs import markdown, put
+from l2l_core.evaluation import GOOD_IOU
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "results.md"
+IMAGES = ROOT / "docs" / "images"
+MARK = "label_efficiency"
+
+MAIN = (0.05, "llava-1.5-7b")
+"""Label rate and preset of the default configuration, for which the claims are made."""
+
+FIXED_RULES = ("all", "threshold_0.7", "threshold_0.95", "topk", "agreement", "ranksum", "semires")
+"""What `reinforce` has to beat: every rule without training that does not read the truth."""
+
+FIRST = ("prior", "supervised", "supervised_priors", "warmup", *FIXED_RULES, "mean_teacher", "reinforce")
+LAST = ("oracle", "fully_supervised_no_priors", "fully_supervised")
+"""The order of tables; what is in neither (ablations) stands between them."""
+
+GAIN_POINTS = 2.0
+GAP_PERCENT = 65.0
+ORACLE_PERCENT = 90.0
+AUROC_PERCENT = 90.0
+ERROR_SHARE = 0.5
+"""What `claims` asks for, set before the measurement."""
+
+SPLITS = ("val", "test")
+
+STYLES: dict[str, dict[str, Any]] = {
+    "prior": {"color": "0.7", "linestyle": ":"},
+    "supervised": {"color": "0.4", "linestyle": ":"},
+    "supervised_priors": {"color": "0.4", "linestyle": "--"},
+    "warmup": {"color": "0.4", "linestyle": "-."},
+    "all": {"color": "#3b7dd8"},
+    "threshold_0.7": {"color": "#d9822b", "linestyle": "--"},
+    "threshold_0.95": {"color": "#d9822b"},
+    "topk": {"color": "#2f9e63"},
+    "agreement": {"color": "#a855c7"},
+    "ranksum": {"color": "#17a2b8"},
+    "semires": {"color": "#8c564b"},
+    "mean_teacher": {"color": "#b5a000"},
+    "reinforce": {"color": "#c2415c", "linewidth": 2.5, "zorder": 3},
+    "oracle": {"color": "0.1"},
+}
+"""Lines of the pictures, in which ablations have no place: grey without selection, a colour for each way to select."""
+
+LOOK: Any = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+Setting = tuple[float, str]  # label rate and preset
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of which the stored rows decide whether it holds."""
+
+    what: str
+    target: str
+    found: str
+    met: bool | None  # None: not all rows that it needs are stored
+
+    def cells(self) -> list[object]:
+        return [self.what, self.target, self.found, {True: "met", False: "missed", None: "open"}[self.met]]
+
+
+def write(rows: pd.DataFrame, curves: pd.DataFrame) -> None:
+    """Tables and claims between the marks of the two documents, pictures into docs/images."""
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures(rows, curves).items():
+        figure.savefig(IMAGES / name, dpi=110, metadata={"Software": None})  # the same bytes from the same rows
+    put(DOCUMENT, MARK, page(rows))
+    put(README, MARK, short_table(rows))
+
+
+# ---- tables ----
+
+
+def settings(rows: pd.DataFrame) -> list[Setting]:
+    """Label rates and presets that have results, the main one first; all labels are not a rate of their own."""
+    partial = rows[rows["labeled_fraction"] < 1]
+    found = sorted(set(zip(partial["labeled_fraction"], partial["prior"], strict=True)), key=lambda key: key[::-1])
+    return sorted(found, key=lambda key: key != MAIN)
+
+
+def rows_of(rows: pd.DataFrame, setting: Setting) -> pd.DataFrame:
+    """The rows of a setting and those of all labels beside it."""
+    rate, preset = setting
+    return rows[(rows["prior"] == preset) & rows["labeled_fraction"].isin([rate, 1.0])]
+
+
+def page(rows: pd.DataFrame) -> str:
+    """The generated part of docs/results.md."""
+    parts = []
+    presets = sorted(rows["prior"].unique(), key=lambda preset: preset != MAIN[1])
+    for preset in presets:
+        if _efficiency_name(rows, preset):
+            parts.append(f"![mIoU against the share of labels, {preset}](images/{_efficiency_name(rows, preset)})")
+    for setting in settings(rows):
+        rate, preset = setting
+        chosen = rows_of(rows, setting)
+        parts += [f"### {100 * rate:g} % of the labels, {preset}", f"    {_command(chosen, setting)}", table(chosen)]
+        if chosen["round"].max() > 0:
+            parts.append(f"![Precision and reliability of pseudo-labels](images/{_labels_name(setting)})")
+        if setting == MAIN:
+            parts += ["### Claims", _claims_table(rows)]
+    return "\n\n".join(parts)
+
+
+def _command(rows: pd.DataFrame, setting: Setting) -> str:
+    seeds = " ".join(str(seed) for seed in sorted(rows["seed"].unique()))
+    options = f"--rates {setting[0]:g} --presets {setting[1]} --seeds {seeds} --rounds {max(1, rows['round'].max())}"
+    return f"python -m bench.label_efficiency {options}"
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Markdown: a row for each method and round of one setting, means over the seeds."""
+    head = ["method", "round", "seeds", "val mIoU (min to max)", "val mIoU without prior", "AUROC", "accepted"]
+    head += [f"accepted: IoU > {GOOD_IOU}", "wrong pixels kept / all", "wrong foreground kept / all"]
+    head += ["test mIoU (min to max)"]
+    body: list[list[object]] = []
+    for method, number, group in _by_method(rows):
+        val, test = (group[group["split"] == split] for split in SPLITS)
+        means = [_mean(val, name) for name in ("no_prior_miou", "auroc", "coverage", "precision")]
+        errors = [
+            " / ".join(filter(None, (_mean(val, f"{kind}_error_{which}", 2) for which in ("kept", "all"))))
+            for kind in ("pixel", "foreground")
+        ]
+        body.append([_title(method), number, val["seed"].nunique(), _range(val), *means, *errors, _range(test)])
+    return markdown(head, body)
+
+
+def short_table(rows: pd.DataFrame) -> str:
+    """Markdown: the main setting in fewer columns, without ablations."""
+    chosen = rows_of(rows, MAIN)
+    head = ["method", "round", "seeds", "val mIoU (min to max)", "test mIoU", "accepted", f"of these IoU > {GOOD_IOU}"]
+    body: list[list[object]] = []
+    for method, number, group in _by_method(chosen[chosen["method"].isin([*FIRST, *LAST])]):
+        val, test = (group[group["split"] == split] for split in SPLITS)
+        cells = [_range(val), _mean(test, "miou"), _mean(val, "coverage"), _mean(val, "precision")]
+        body.append([_title(method), number, val["seed"].nunique(), *cells])
+    return markdown(head, body)
+
+
+def _by_method(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
+    groups = [(str(method), int(number), group) for (method, number), group in rows.groupby(["method", "round"])]
+    return sorted(groups, key=lambda group: (*_place(group[0]), group[1]))
+
+
+def _place(method: str) -> tuple[int, str]:
+    if method in FIRST:
+        return FIRST.index(method), method
+    return len(FIRST) + (1 + LAST.index(method) if method in LAST else 0), method
+
+
+def _title(method: str) -> str:
+    return method.replace("_", " ")
+
+
+def _mean(rows: pd.DataFrame, column: str, digits: int = 1) -> str:
+    mean = float(rows[column].mean()) if column in rows else math.nan  # no column before the first round is stored
+    return "" if math.isnan(mean) else f"{mean:.{digits}f}"
+
+
+def _range(rows: pd.DataFrame) -> str:
+    miou = rows["miou"]
+    return f"{miou.mean():.1f} ({miou.min():.1f} to {miou.max():.1f})"
+
+
+# ---- claims ----
+
+
+def claims(rows: pd.DataFrame) -> list[Claim]:
+    """What the method promises, against the stored rows.
+
+    For the main setting, each split and each round of `reinforce`: the lead over the fixed rules, the gap to full
+    supervision that is closed, the share of the oracle's gain; for its first round: how well labels are judged. For
+    all other settings: no loss against accepting everything and against the warm-up. Means are over the seeds that
+    all compared methods have.
+    """
+    found = []
+    for setting in settings(rows):
+        chosen = rows_of(rows, setting)
+        rounds = sorted(chosen.loc[chosen["method"] == "reinforce", "round"].unique())
+        compared = [_lead, _gap_closed, _share_of_oracle] if setting == MAIN else [_no_loss]
+        for compare in compared:
+            found += [compare(chosen, setting, int(number), split) for number in rounds for split in SPLITS]
+        if setting == MAIN and rounds:
+            first = chosen[(chosen["method"] == "reinforce") & (chosen["round"] == 1) & (chosen["split"] == "val")]
+            found += _label_claims(first.sort_values("seed"))
+    return found
+
+
+def _claims_table(rows: pd.DataFrame) -> str:
+    return markdown(["claim", "target", "found", "verdict"], [claim.cells() for claim in claims(rows)])
+
+
+def _lead(rows: pd.DataFrame, setting: Setting, number: int, split: str) -> Claim:
+    what = f"(a) reinforce against the best fixed rule, round {number}, {split}"
+    target = f">= {GAIN_POINTS:g} points on the mean and, against the best rule there, on each seed"
+
+    def decide(scores: pd.DataFrame) -> tuple[str, bool]:
+        rules = scores[list(FIXED_RULES)]
+        mean = float(scores["reinforce"].mean() - rules.mean().max())
+        seeds = scores["reinforce"] - rules.max(axis=1)
+        found = f"{_points([mean])} to {_title(str(rules.mean().idxmax()))}; seeds {_points(seeds)}"
+        return found, round(min(mean, seeds.min()), 2) >= GAIN_POINTS
+
+    return _claim(rows, what, target, number, split, ["reinforce", *FIXED_RULES], decide)
+
+
+def _gap_closed(rows: pd.DataFrame, setting: Setting, number: int, split: str) -> Claim:
+    what = f"(b) gap between supervised and fully supervised that is closed, round {number}, {split}"
+    return _share(rows, what, GAP_PERCENT, number, split, "supervised", "fully_supervised")
+
+
+def _share_of_oracle(rows: pd.DataFrame, setting: Setting, number: int, split: str) -> Claim:
+    what = f"(c) share of the oracle's gain over the warm-up, round {number}, {split}"
+    return _share(rows, what, ORACLE_PERCENT, number, split, "warmup", "oracle")
+
+
+def _share(rows: pd.DataFrame, what: str, percent: float, number: int, split: str, bottom: str, top: str) -> Claim:
+    """How far `reinforce` gets on the way from one method to another, of the means."""
+
+    def decide(scores: pd.DataFrame) -> tuple[str, bool]:
+        way, done = (float((scores[name] - scores[bottom]).mean()) for name in (top, "reinforce"))
+        found = f"{done:+.2f} of {way:+.2f} points"
+        # Where the upper bound is not above the lower one there is no way to go.
+        return (f"{100 * done / way:.1f} % ({found})", 100 * done / way >= percent) if way > 0 else (found, done >= way)
+
+    return _claim(rows, what, f">= {percent:g} %", number, split, ["reinforce", bottom, top], decide)
+
+
+def _no_loss(rows: pd.DataFrame, setting: Setting, number: int, split: str) -> Claim:
+    rate, preset = setting
+    what = f"(e) reinforce against all and warmup, {100 * rate:g} %, {preset}, round {number}, {split}"
+
+    def decide(scores: pd.DataFrame) -> tuple[str, bool]:
+        gains = {name: scores["reinforce"] - scores[name] for name in ("all", "warmup")}
+        found = "; ".join(f"{name}: {_points(seeds)}" for name, seeds in gains.items())
+        return found, all(round(seeds.min(), 2) >= 0 for seeds in gains.values())
+
+    return _claim(rows, what, "never below, on each seed", number, split, ["reinforce", "all", "warmup"], decide)
+
+
+def _claim(
+    rows: pd.DataFrame,
+    what: str,
+    target: str,
+    number: int,
+    split: str,
+    methods: list[str],
+    decide: Callable[[pd.DataFrame], tuple[str, bool]],
+) -> Claim:
+    """Decide on a table of mIoU, a row a seed that all methods have and a column a method; open where one has none."""
+    chosen = rows[rows["round"].isin([0, number]) & (rows["split"] == split)]
+    scores = chosen.pivot(index="seed", columns="method", values="miou")
+    absent = [method for method in methods if method not in scores]
+    common = None if absent else scores[methods].dropna()
+    if common is None or common.empty:
+        return Claim(what, target, f"no rows of {', '.join(absent)}" if absent else "no seed that all have", None)
+    found, met = decide(common)
+    return Claim(what, target, found, bool(met))
+
+
+def _label_claims(rows: pd.DataFrame) -> list[Claim]:
+    """rows: of `reinforce` in round 1, one a seed."""
+    found = []
+    auroc = rows["auroc"]
+    met = None if rows.empty or auroc.isna().any() else bool((auroc >= AUROC_PERCENT).all())
+    values = ", ".join(f"{value:.2f}" for value in auroc)
+    found.append(Claim("(d) AUROC of accept_prob, round 1", f">= {AUROC_PERCENT:g} on each seed", values, met))
+    for kind, what in (("pixel", "wrong pixels"), ("foreground", "wrong pixels among the labels' foreground")):
+        kept, whole = rows[f"{kind}_error_kept"], rows[f"{kind}_error_all"]
+        values = ", ".join(f"{a:.2f} / {b:.2f}" for a, b in zip(kept, whole, strict=True))
+        met = None if rows.empty or (kept + whole).isna().any() else bool((kept <= ERROR_SHARE * whole).all())
+        target = f"kept at most {ERROR_SHARE:g} of all on each seed"
+        found.append(Claim(f"(d) {what}, kept / all (%), round 1", target, values, met))
+    return found
+
+
+def _points(values: Sequence[float] | pd.Series) -> str:
+    return ", ".join(f"{value:+.2f}" for value in values)
+
+
+# ---- pictures ----
+
+
+def figures(rows: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Figure]:
+    """Pictures by file name."""
+    drawn = {}
+    with mpl.rc_context(LOOK):
+        for preset in rows["prior"].unique():
+            name = _efficiency_name(rows, preset)
+            if name:
+                drawn[name] = Figure(figsize=(8, 4.4), layout="constrained")
+                _draw_efficiency(drawn[name].subplots(), rows[rows["prior"] == preset])
+        for setting in settings(rows):
+            rate, preset = setting
+            here = rows_of(rows, setting)
+            if here["round"].max() > 0:
+                drawn[_labels_name(setting)] = figure = Figure(figsize=(10.4, 4.4), layout="constrained")
+                left, right = figure.subplots(1, 2)
+                chosen = (curves["prior"] == preset) & (curves["labeled_fraction"] == rate) & (curves["round"] == 1)
+                _draw_coverage(left, here, curves[chosen])
+                _draw_reliability(right, curves[chosen])
+    return drawn
+
+
+def _efficiency_name(rows: pd.DataFrame, preset: str) -> str | None:
+    """File name of the curves over label rates; None where there is one rate only."""
+    rates = {rate for rate, name in settings(rows) if name == preset}
+    return f"label_efficiency_{preset}.png" if len(rates) > 1 else None
+
+
+def _labels_name(setting: Setting) -> str:
+    return f"pseudo_labels_{100 * setting[0]:g}_percent_{setting[1]}.png"
+
+
+def _draw_efficiency(axes: Axes, rows: pd.DataFrame) -> None:
+    """Mean val mIoU of round 0 or 1 against the rate; a band from the smallest to the largest seed for `reinforce`."""
+    val = rows[(rows["split"] == "val") & (rows["round"] <= 1)]
+    lines = []
+    for method, style in STYLES.items():
+        seeds = val[val["method"] == method].groupby("labeled_fraction")["miou"]
+        if seeds.ngroups:
+            x, mean = 100 * seeds.mean().index, seeds.mean()
+            lines.append((mean.iloc[-1], *axes.plot(x, mean, marker="o", markersize=4, label=_title(method), **style)))
+            if method == "reinforce":
+                axes.fill_between(x, seeds.min(), seeds.max(), color=style["color"], alpha=0.15)
+    for method, group in val[val["labeled_fraction"] == 1].groupby("method"):
+        axes.axhline(group["miou"].mean(), color="0.7", linewidth=1, zorder=0)
+        place = (0.01, group["miou"].mean())
+        axes.annotate(_title(str(method)), place, (0, 2), ("axes fraction", "data"), "offset points", fontsize=8)
+    rates = sorted(100 * rate for rate in val["labeled_fraction"].unique() if rate < 1)
+    axes.set(xscale="log", xlabel="images that are labelled (%)", ylabel="val mIoU (%), mean of the seeds")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    lines.sort(key=lambda line: -line[0])  # the legend in the order of the lines' right ends
+    axes.legend(handles=[line for _, line in lines], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _draw_coverage(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
+    """How many of the most trusted labels are good, and where each method stops."""
+    for method, style in STYLES.items():
+        own = curves[curves["method"] == method]
+        # Point by point: the seeds have about equally many labels, so that their points are at about the same place.
+        coverage, precision = (pd.DataFrame(own[name].tolist()).mean() for name in ("coverage", "precision"))
+        ranks = precision.nunique() > 1
+        if ranks:
+            axes.plot(coverage, precision, **{"linewidth": 1.2, **style})
+        if ranks or method == "all":  # others that trust all labels alike stand where `all` does
+            dot = rows[(rows["method"] == method) & (rows["round"] == 1)][["coverage", "precision"]].mean()
+            axes.plot(*dot, "o", color=style["color"], zorder=4, label=_title(method))
+    axes.set(xlabel="pseudo-labels taken, most trusted first (%)", ylabel=f"of these with IoU > {GOOD_IOU} (%)")
+    axes.set(xlim=(0, 102), ylim=(None, 101), title="precision by coverage, round 1; dots: what is accepted")
+    axes.legend()
+
+
+def _draw_reliability(axes: Axes, curves: pd.DataFrame) -> None:
+    """How often accept_prob of `reinforce` comes true, a line a seed: fixed rules give ranks, not probabilities."""
+    axes.plot([0, 100], [0, 100], linestyle=":", color="0.5", label="as good as its word")
+    for row in curves[curves["method"] == "reinforce"].sort_values("seed").itertuples():
+        axes.plot(row.prob, row.share, marker="o", markersize=4, label=f"seed {row.seed}")
+    axes.set(xlabel="accept_prob (%)", ylabel=f"with IoU > {GOOD_IOU} (%)", xlim=(0, 102), ylim=(0, 102))
+    axes.set(title="reliability of reinforce, round 1")
+    axes.legend()
