@@ -143,10 +143,7 @@ def table(rows: pd.DataFrame) -> str:
     for method, number, group in _by_method(rows):
         val, test = (group[group["split"] == split] for split in SPLITS)
         means = [_mean(val, name) for name in ("no_prior_miou", "auroc", "coverage", "precision")]
-        errors = [
-            " / ".join(filter(None, (_mean(val, f"{kind}_error_{which}", 2) for which in ("kept", "all"))))
-            for kind in ("pixel", "foreground")
-        ]
+        errors = [_errors(val, kind) if number else None for kind in ("pixel", "foreground")]
         body.append([_title(method), number, val["seed"].nunique(), _range(val), *means, *errors, _range(test)])
     return markdown(head, body)
 
@@ -181,6 +178,11 @@ def _title(method: str) -> str:
 def _mean(rows: pd.DataFrame, column: str, digits: int = 1) -> str:
     mean = float(rows[column].mean()) if column in rows else math.nan  # no column before the first round is stored
     return "" if math.isnan(mean) else f"{mean:.{digits}f}"
+
+
+def _errors(rows: pd.DataFrame, kind: str) -> str:
+    """Of kept pixels / of all; a dash where nothing is kept."""
+    return " / ".join(_mean(rows, f"{kind}_error_{which}", 2) or "-" for which in ("kept", "all"))
 
 
 def _range(rows: pd.DataFrame) -> str:
