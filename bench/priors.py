@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from bench import docs, refshapes
-from l2l_core import proposals, records
+from l2l_core import grabcut, proposals, records
 from l2l_core.config import PriorsParams, load_params
 from l2l_core.data.index import Index
 from l2l_core.data.source import read_dataset
@@ -227,7 +227,8 @@ def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, float]]) -
     for renderer, changes in [("box", {}), ("grabcut", {}), *(("grabcut", change) for change in variants)]:
         row: Row = {"measure": "proposal", "data": data, "objects": len(known), "renderer": renderer} | changes
         started = time.process_time()
-        with patch.multiple(proposals, **changes) if changes else nullcontext():
+        home = grabcut if changes.keys() <= vars(grabcut).keys() else proposals
+        with patch.multiple(home, **changes) if changes else nullcontext():
             for name, given in (("true", true), ("moved", moved)):
                 cuts = []
                 for image, box, size in zip(images, given, sizes.tolist(), strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from l2l_core.errors import ConfigError, raise_all
 
@@ -137,7 +137,13 @@ class WarmupParams(Section):
 class SelectParams(Section):
     """Which pixels of which pseudo-labels may teach."""
 
-    policy: Literal["reinforce", "all", "none", "threshold", "topk", "agreement", "ranksum", "oracle"]
+    policy: Literal[
+        "reinforce", "all", "none", "threshold", "semires", "topk", "agreement", "ranksum", "mean_teacher", "oracle"
+    ]
+    candidates: Annotated[
+        list[Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union"]], Field(min_length=1)
+    ]
+    """Labels constructed for a sentence, of which `reinforce` and `oracle` choose one; other rules take the first."""
     folds: Annotated[int, Field(ge=2, le=10)]
     """Teachers trained without a share of the labelled images, to judge labels on images they never saw."""
     fold_steps: PositiveInt
@@ -158,6 +164,18 @@ class SelectParams(Section):
     """Cost of teaching a wrong pixel, in units of the gain from a correct one."""
     unlabeled_weight: Annotated[float, Field(ge=0.0)]
     """Weight of the agreement reward on unlabelled sentences, before it is scaled by its measured reliability."""
+
+    @field_validator("candidates")
+    @classmethod
+    def _no_candidate_twice(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"got {names}, expected each name once")
+        return names
+
+    @property
+    def constructed(self) -> list[str]:
+        """The candidates that the rule can make use of: a fixed rule never looks beyond the first."""
+        return list(self.candidates) if self.policy in ("reinforce", "oracle") else list(self.candidates[:1])
 
 
 class RetrainParams(Section):

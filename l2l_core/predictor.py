@@ -73,6 +73,7 @@ class Predictor:
             proposal = F.interpolate(batch.proposal, (size, size), mode="bilinear", align_corners=False)
             yield Views(
                 sent_id=pairs.sent_id[rows],
+                image=batch.image.permute(0, 2, 3, 1).numpy(),
                 prob=prob[:, 0].numpy(),
                 prob_flipped=flipped[:, 0].numpy(),
                 prob_no_prior=without[:, 0].numpy(),

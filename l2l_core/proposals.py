@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from l2l_core import records
+from l2l_core import grabcut, records
 from l2l_core.config import ProposalsParams
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.geometry import FloatArray, clip_xyxy, iou_xyxy
@@ -32,19 +32,11 @@ MIN_CONFIDENCE = 0.01
 
 # GrabCut's constants were compared on 23 referred objects in 16 real photos, with their true boxes and with boxes whose
 # edges were moved by 8 % of a side; see docs/priors.md.
-GRABCUT_SIDE_PX = 256
-"""Longer side of the image that GrabCut works on. From moved boxes 128, 192, 256 and 320 px gave a mean IoU of 0.52,
-0.55, 0.57 and 0.57, in time that grows with the area; the box alone 0.49 (`python -m bench.priors`)."""
-GRABCUT_ITERATIONS = 1
-"""More take twice as long and gain a point at most (`python -m bench.priors`)."""
 GRABCUT_RING = 0.1
 """GrabCut may go beyond the box by this share of its sides: 4 points better from moved boxes, 2 worse from true."""
 GRABCUT_WEIGHT = 0.7
 """Share of the cut in the blend with the box. Above 0.5, so that the cut decides where the two disagree."""
-GRABCUT_MIN_SHARE = 0.1
-"""A cut smaller than this share of the box has lost the object; the box is used as it is."""
 
-_GRABCUT_MIN_PX = 16
 _GRABCUT_CHUNK = 64  # sentences between two steps of the progress bar
 _CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary array
 _BINARY_CHUNK_BYTES = 2**30
@@ -103,16 +95,16 @@ def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsPara
 def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, params: ProposalsParams) -> Map:
     """A box [4] sharpened by the image [H, W, 3] (BGR, as OpenCV reads it) -> map [S, S].
 
-    GrabCut (Rother et al., 2004) starts from the box as probable foreground, a ring around it as probable and the rest
-    as sure background; its mask is blended with the box's own map. Where it finds next to nothing the map is the box's.
+    GrabCut's mask (`_trimap` says what it starts from) is blended with the box's own map. Where it finds next to
+    nothing the map is the box's.
     """
     height, width = image_bgr.shape[:2]
-    scale = min(1.0, GRABCUT_SIDE_PX / max(height, width))
+    scale = min(1.0, grabcut.GRABCUT_SIDE_PX / max(height, width))
     size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     box = np.asarray(box_xyxy, dtype=np.float64)
     by_box = render_box(box, (height, width), params)
-    cut = _grabcut(small, box * np.tile(np.array(size_wh) / (width, height), 2))
+    cut = grabcut.grabcut(small, _trimap(size_wh[1], size_wh[0], box * np.tile(np.array(size_wh) / (width, height), 2)))
     if cut is None:
         return by_box
     share = np.asarray(
@@ -186,25 +178,15 @@ def _to_prob(inside: NDArray[np.floating[Any]], params: ProposalsParams) -> Map:
     return np.asarray(low + (params.inside_prob - low) * inside, dtype=np.float32)
 
 
-def _grabcut(image_bgr: Image, box_xyxy: FloatArray) -> NDArray[np.bool_] | None:
-    """Foreground [H, W] that GrabCut finds from a box; None where it finds next to nothing or can read too little."""
-    height, width = image_bgr.shape[:2]
+def _trimap(height: int, width: int, box_xyxy: FloatArray) -> Image:
+    """[H, W] of cv2.GC_*: the box is probable foreground, a ring around it probable and the rest sure background."""
     ring = GRABCUT_RING * np.tile(box_xyxy[2:] - box_xyxy[:2], 2) * [-1, -1, 1, 1]
     x1, y1, x2, y2 = (int(edge) for edge in np.rint(clip_xyxy(box_xyxy, height, width)))
     u1, v1, u2, v2 = (int(edge) for edge in np.rint(clip_xyxy(box_xyxy + ring, height, width)))
-    labels = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)
-    labels[v1:v2, u1:u2] = cv2.GC_PR_BGD
-    labels[y1:y2, x1:x2] = cv2.GC_PR_FGD
-    box_px = int((labels == cv2.GC_PR_FGD).sum())
-    # Its colour mixtures have five components and need at least as many pixels on either side.
-    if min(box_px, labels.size - box_px) < _GRABCUT_MIN_PX:
-        return None
-    cv2.setRNGSeed(0)  # the mixtures start from random centres
-    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # the layout that OpenCV wants
-    whole = (0, 0, width, height)  # not read where the labels are given
-    cv2.grabCut(image_bgr, labels, whole, background, foreground, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK)
-    cut = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
-    return cut if cut.sum() >= GRABCUT_MIN_SHARE * box_px else None
+    trimap = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)
+    trimap[v1:v2, u1:u2] = cv2.GC_PR_BGD
+    trimap[y1:y2, x1:x2] = cv2.GC_PR_FGD
+    return trimap
 
 
 def _point_box(point_xy: FloatArray, image_hw: NDArray[np.int64]) -> FloatArray:

@@ -99,6 +99,7 @@ PSEUDO_LABELS = pa.schema(  # one row an unlabelled sentence and round; masks at
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("rle_counts", pa.binary()),  # the label
+        ("candidate", pa.string()),  # how it was constructed
         ("keep_rle", pa.binary()),  # the pixels of it that may teach
         ("weight", pa.binary()),  # theirs: proposals.size_px**2 bytes, row-major, 0..255 is weight 0..1; null: all 1
         ("accept_prob", pa.float32()),

@@ -16,6 +16,8 @@ from l2l_core.engine.jobs import fold_of_images, labeled_stream, part_of
 from l2l_core.errors import InputError
 from l2l_core.masks import encode_rle, resize_prob
 from l2l_core.predictor import Predictor, batched_rows
+from l2l_core.selection.baselines import semires_weight
+from l2l_core.selection.construct import construct
 from l2l_core.selection.decide import Decision
 from l2l_core.selection.features import (
     LABEL_THRESHOLD,
@@ -31,15 +33,16 @@ from l2l_core.selection.features import (
 
 @dataclass(frozen=True)
 class Labels:
-    """A teacher's masks of N pairs at their images' own size, as run lengths."""
+    """What N pairs may be labelled with; masks at their images' own size as run lengths."""
 
     pairs: Pairs
-    rle: list[bytes]
-    confident_rle: list[bytes]  # pixels that pass the fixed confidence threshold
+    candidates: list[list[bytes]]  # of each pair, one a name in `SelectParams.constructed`
+    confident: list[bytes]  # `threshold`: pixels that pass the fixed confidence threshold; else empty
+    weight: list[bytes]  # `semires`: how much the pixels teach, as in records.PSEUDO_LABELS; else empty
 
 
 def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candidates]:
-    """What the teacher says of every unlabelled sentence: its masks, and how a policy sees them.
+    """What the teacher says of every unlabelled sentence: its candidate labels, and how a policy sees them.
 
     Raises InputError where no sentence is unlabelled.
     """
@@ -49,19 +52,29 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
             "select: no sentence is unlabelled, so there is nothing to select; set round to 0 or label less "
             "(split.labeled_fraction, split.list_file)"
         )
-    labels, parts = Labels(batches.pairs, [], []), []
+    names = params.select.constructed
+    labels, parts = Labels(batches.pairs, [], [], []), []
     hw = iter(batches.pairs.hw.tolist())
     for views in teacher.views(batches, params.evaluate.batch_size, "label"):
-        parts.append(describe(views, params.select.grid))
-        for prob in views.prob:
-            full = resize_prob(prob, *next(hw))
-            labels.rle.append(encode_rle(full > LABEL_THRESHOLD))
-            labels.confident_rle.append(encode_rle(confident_pixels(full, params.select.pixel_threshold)))
+        masks = construct(views, names)
+        parts.append(describe(views, masks, names, params.select.grid))
+        for prob, made in zip(views.prob, masks, strict=True):
+            height, width = next(hw)
+            # The teacher's own mask is cut after resizing, as in evaluation.
+            soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
+            full = [resize_prob(one.astype(np.float32), height, width) > LABEL_THRESHOLD for one in soft]
+            labels.candidates.append([encode_rle(mask) for mask in full])
+            if params.select.policy == "threshold":
+                sure = confident_pixels(resize_prob(prob, height, width), params.select.pixel_threshold)
+                labels.confident.append(encode_rle(sure))
+            if params.select.policy == "semires":
+                weight = semires_weight(resize_prob(prob, params.proposals.size_px, params.proposals.size_px))
+                labels.weight.append(np.rint(weight * 255).astype(np.uint8).tobytes())
     return labels, concatenate(parts)
 
 
 def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]:
-    """How teachers label the labelled sentences of images that they never saw, and how right they are."""
+    """How teachers would label the labelled sentences of images that they never saw, and how right that is."""
     labeled = labeled_stream(params, 1.0)
     fold = fold_of_images(labeled.batches.pairs.image_row, params.select.folds, params.seed)
     candidates, outcomes = [], []
@@ -72,22 +85,25 @@ def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]
         for views in teacher.views(unseen.batches, params.evaluate.batch_size, f"fold {left_out}"):
             rows = np.arange(done, done + len(views.sent_id))
             truth = unseen.batches.square_masks(unseen.targets.take(rows).label, rows)
-            candidates.append(describe(views, params.select.grid))
-            outcomes.append(judge(views.sent_id, views.prob > LABEL_THRESHOLD, truth, params.select.grid))
+            masks = construct(views, params.select.constructed)
+            candidates.append(describe(views, masks, params.select.constructed, params.select.grid))
+            outcomes.append(judge(views.sent_id, masks, truth, params.select.grid))
             done += len(rows)
     return concatenate(candidates), concatenate(outcomes)
 
 
 def judge_unlabeled(params: Params, labels: Labels, masks_path: Path) -> Outcome:
-    """The truth about pseudo-labels, for the oracle alone.
+    """The truth about candidate labels, for the oracle alone.
 
     Raises ArtifactError where the data set has no truth for an unlabelled sentence.
     """
     batches = batches_of(params, labels.pairs)
     truth = load_targets(masks_path, records.INDEX, labels.pairs)
-    outcomes = []
+    count, outcomes = len(params.select.constructed), []
     for rows in batched_rows(len(labels.pairs), params.evaluate.batch_size, "oracle"):
-        mine = batches.square_masks([labels.rle[row] for row in rows], rows)
+        mine = np.stack(
+            [batches.square_masks([labels.candidates[row][k] for row in rows], rows) for k in range(count)], axis=1
+        )
         true = batches.square_masks([truth.label[row] for row in rows], rows)
         outcomes.append(judge(labels.pairs.sent_id[rows], mine, true, params.select.grid))
     return concatenate(outcomes)
@@ -105,9 +121,10 @@ def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candid
         "sent_id": labels.pairs.sent_id,
         "height": labels.pairs.hw[:, 0].astype(np.int32),
         "width": labels.pairs.hw[:, 1].astype(np.int32),
-        "rle_counts": labels.rle,
+        "rle_counts": [made[k] for made, k in zip(labels.candidates, decision.choice.tolist(), strict=True)],
+        "candidate": [params.select.constructed[k] for k in decision.choice.tolist()],
         "keep_rle": keep,
-        "weight": [None] * count,
+        "weight": pa.array(labels.weight, pa.binary()) if labels.weight else pa.nulls(count, pa.binary()),
         "accept_prob": decision.accept_prob.astype(np.float32),
         "reward": decision.reward.astype(np.float32),
         "prior_iou": seen.prior_iou.astype(np.float32),
@@ -123,5 +140,5 @@ def _keep_rle(params: Params, labels: Labels, decision: Decision, row: int, heig
     if not decision.accepted[row]:
         return encode_rle(np.zeros((height, width), dtype=bool))
     if params.select.policy == "threshold":
-        return labels.confident_rle[row]
+        return labels.confident[row]
     return encode_rle(expand_cells(decision.keep_cells[row : row + 1], height, width)[0])

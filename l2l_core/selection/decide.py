@@ -7,6 +7,7 @@ from typing import assert_never
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from l2l_core.config import SelectParams
 from l2l_core.selection.baselines import best_fraction, mean_rank, rank_sum
@@ -17,11 +18,12 @@ from l2l_core.selection.reward import RIGHT_IOU, utility
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided about N labels."""
+    """What is decided about N sentences."""
 
+    choice: NDArray[np.int64]  # [N] candidate that is the sentence's label
     accept_prob: FloatArray  # [N] in [0, 1], what the labels are ranked by: see `decide`
-    accepted: BoolArray  # [N]
-    keep_cells: BoolArray  # [N, G, G] cells that may teach; none of a rejected label
+    accepted: BoolArray  # [N] may the label teach?
+    keep_cells: BoolArray  # [N, G, G] its cells that may teach; none of a rejected label
     reward: FloatArray  # [N] utility of the kept cells: by the truth where it is given, else by agreement
 
 
@@ -30,15 +32,19 @@ def decide(
 ) -> Decision:
     """Apply `params.policy`; every rule but `reinforce` keeps all cells of the labels that it accepts.
 
-    accept_prob is the calibrated probability of a right label (reinforce), the rank of the rule's score (topk,
-    agreement, ranksum), the IoU (oracle), 1 (all, threshold) or 0 (none). `threshold` accepts everything: it drops
-    pixels, not cells, by `confident_pixels`. Raises ValueError where the rule lacks its policy or outcome.
+    Fixed rules take each sentence's first candidate, the oracle the one of the highest IoU. accept_prob is the
+    calibrated probability of a right label (reinforce), the rank of the rule's score (topk, agreement, ranksum), the
+    IoU (oracle), 1 (all, threshold, semires, mean_teacher) or 0 (none). `threshold` accepts everything: it drops
+    pixels, not cells, by `confident_pixels`; `semires` weighs them; `mean_teacher` labels anew while it trains. Raises
+    ValueError where the rule lacks its policy or outcome.
     """
-    count, keep = len(candidates.sent_id), np.ones(candidates.cells.shape[:3], dtype=bool)
+    count, grid = len(candidates.sent_id), candidates.cells.shape[2]
+    everyone, choice = np.arange(count), np.zeros(count, dtype=np.int64)
+    keep = np.ones((count, grid, grid), dtype=bool)
     if outcome is not None and not np.array_equal(candidates.sent_id, outcome.sent_id):
         raise ValueError("candidates and outcome must be rows of the same sentences")
     match params.policy:
-        case "all" | "threshold":
+        case "all" | "threshold" | "semires" | "mean_teacher":
             score = np.ones(count, dtype=np.float32)
             accepted = score > 0.5
         case "none":
@@ -53,28 +59,33 @@ def decide(
         case "oracle":
             if outcome is None:
                 raise ValueError("oracle needs the outcome")
-            score, accepted = outcome.iou, outcome.iou > RIGHT_IOU
+            choice = outcome.iou.argmax(1)
+            score = outcome.iou[everyone, choice]
+            accepted = score > RIGHT_IOU
         case "reinforce":
             if policy is None:
                 raise ValueError("reinforce needs a policy")
-            score, keep_prob = act(policy, candidates)
-            keep = keep_prob > 0.5
+            action = act(policy, candidates)
+            choice, score, keep = action.choice, action.accept_prob, action.keep_prob > 0.5
             # A label without kept foreground would teach "there is nothing": never what a sentence means.
-            foreground = candidates.cells[..., CELL_FEATURES.index("label")] > 0
+            foreground = candidates.cells[everyone, choice, ..., CELL_FEATURES.index("label")] > 0
             accepted = (score > 0.5) & (keep & foreground).any((1, 2))
         case _ as unknown:
             assert_never(unknown)
     keep = keep & accepted[:, None, None]
-    return Decision(score, accepted, keep, _reward(params, candidates, outcome, keep))
+    return Decision(choice, score, accepted, keep, _reward(params, candidates, outcome, choice, keep))
 
 
-def _reward(params: SelectParams, candidates: Candidates, outcome: Outcome | None, keep: BoolArray) -> FloatArray:
-    """Utility of the kept cells of each label, [N]."""
+def _reward(
+    params: SelectParams, candidates: Candidates, outcome: Outcome | None, choice: NDArray[np.int64], keep: BoolArray
+) -> FloatArray:
+    """Utility of the kept cells of each sentence's label, [N]."""
     reward = np.empty(len(keep), dtype=np.float32)
     with one_thread():
         for start in range(0, len(keep), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            shares = agreement(candidates.cells[rows]) if outcome is None else outcome.cells[rows]
+            rows = np.arange(start, min(start + ROWS_AT_ONCE, len(keep)))
+            place = rows, choice[rows]
+            shares = agreement(candidates.cells[place]) if outcome is None else outcome.cells[place]
             kept = torch.from_numpy(keep[rows].astype(np.float32))
             reward[rows] = utility(torch.from_numpy(shares), kept, params.wrong_cost).numpy()
     return reward

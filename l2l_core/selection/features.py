@@ -1,4 +1,4 @@
-"""What the policy sees of a pseudo-label, and what the truth says of it where there is truth."""
+"""What the policy sees of candidate labels, and what the truth says of them where there is truth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+
+CANDIDATES = ("teacher", "ensemble", "sharpened", "prior", "overlap", "union")
+"""Ways to construct a label: see `construct.construct`."""
 
 LABEL_THRESHOLD = 0.5
 """A pixel is foreground where its probability exceeds this: the same cut as in evaluation."""
@@ -32,6 +35,7 @@ CELL_FEATURES = (
 SENTENCE_FEATURES = (
     "confidence",
     "prior_iou",
+    "prob_iou",  # soft IoU of the label with prob
     "flip_iou",  # soft IoU of prob and prob_flipped
     "no_prior_iou",  # soft IoU of prob and prob_no_prior
     "no_prior_proposal_iou",  # soft IoU of prob_no_prior and proposal: do both find the object on their own?
@@ -47,6 +51,8 @@ SENTENCE_FEATURES = (
     "proposal_score",
     "has_prior",  # 1 or 0
     "words",  # log(1 + words in the sentence)
+    *(f"is_{name}" for name in CANDIDATES),  # 1 or 0: how the label was constructed
+    *(f"with_{name}_iou" for name in CANDIDATES),  # IoU with the sentence's label of that kind; 0 where there is none
 )
 """Columns of `Candidates.sentence`; all in [0, 1] but `words`, which is >= 0. 0 where a label is empty."""
 
@@ -66,6 +72,7 @@ class Views:
     """What a teacher and a prior say about B sentences; maps are [B, M, M] in [0, 1] and cover the whole image."""
 
     sent_id: NDArray[np.int64]  # [B]
+    image: NDArray[np.uint8]  # [B, M, M, 3] RGB
     prob: FloatArray  # teacher's foreground probability, asked with the prior
     prob_flipped: FloatArray  # the same from the mirrored image and sentence, mirrored back
     prob_no_prior: FloatArray  # the same without the prior
@@ -76,35 +83,54 @@ class Views:
 
 @dataclass(frozen=True)
 class Candidates:
-    """N pseudo-labels as a policy sees them, on a grid of G x G cells."""
+    """K candidate labels for each of N sentences, as a policy sees them, on a grid of G x G cells."""
 
     sent_id: NDArray[np.int64]  # [N]
-    cells: NDArray[np.float16]  # [N, G, G, C] CELL_FEATURES; half precision: this is what fills the memory
-    sentence: FloatArray  # [N, D] SENTENCE_FEATURES
+    cells: NDArray[np.float16]  # [N, K, G, G, C] CELL_FEATURES; half precision: this is what fills the memory
+    sentence: FloatArray  # [N, K, D] SENTENCE_FEATURES
+    # Of each sentence's first candidate, which is what the fixed rules rank:
     confidence: FloatArray  # [N] mean of max(p, 1 - p) over the label's foreground and its surroundings, in [0.5, 1]
     prior_iou: FloatArray  # [N] IoU of the label with the proposal cut at 0.5; 0 where there is no prior
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The truth about N pseudo-labels; exists for labelled sentences only (and for the oracle)."""
+    """The truth about the candidates of N sentences; exists for labelled sentences only (and for the oracle)."""
 
     sent_id: NDArray[np.int64]  # [N]
-    # [N, G, G, 4] shares of a cell's pixels: foreground right, foreground wrong, background right, background wrong
+    # [N, K, G, G, 4] shares of a cell's pixels: foreground right, foreground wrong, background right, background wrong
     cells: FloatArray
-    iou: FloatArray  # [N] IoU of the label with the true mask
+    iou: FloatArray  # [N, K] IoU of the label with the true mask
 
 
 Rows = TypeVar("Rows", Candidates, Outcome)
 
 
-def describe(views: Views, grid: int) -> Candidates:
-    """What the policy sees of B labels; the label is `prob > 0.5`. Memory is a few maps of the batch.
+def describe(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -> Candidates:
+    """What the policy sees of the candidates [B, K, M, M] that were constructed in the ways `names` (of CANDIDATES).
 
-    Cells are area-weighted means, so that any map side M works with any grid.
+    Cells are area-weighted means, so that any map side M works with any grid. Memory is a few maps of the batch.
     """
+    masks = [label.astype(np.float32) for label in labels.swapaxes(0, 1)]
+    described = [_describe(views, mask, grid) for mask in masks]
+    for row, (name, (_, sentence)) in enumerate(zip(names, described, strict=True)):
+        sentence |= {f"is_{name}": np.ones(len(views.sent_id))}
+        sentence |= {f"with_{other}_iou": soft_iou(masks[row], mask) for other, mask in zip(names, masks, strict=True)}
+    nothing = np.zeros(len(views.sent_id))
+    columns = [[sentence.get(name, nothing) for name in SENTENCE_FEATURES] for _, sentence in described]
+    first = described[0][1]
+    return Candidates(
+        sent_id=views.sent_id,
+        cells=np.stack([cells for cells, _ in described], axis=1),
+        sentence=np.stack([np.stack(column, axis=-1) for column in columns], axis=1).astype(np.float32),
+        confidence=first["confidence"].astype(np.float32),
+        prior_iou=first["prior_iou"].astype(np.float32),
+    )
+
+
+def _describe(views: Views, label: FloatArray, grid: int) -> tuple[NDArray[np.float16], dict[str, NDArray[Any]]]:
+    """One candidate [B, M, M] (0 or 1) of each sentence: its cells [B, G, G, C] and its sentence features, each [B]."""
     prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
-    label = (prob > LABEL_THRESHOLD).astype(np.float32)
     other_opinions = (flipped, no_prior, proposal)
     votes = np.stack([opinion > LABEL_THRESHOLD for opinion in other_opinions]).mean(0, dtype=np.float32)
     has_prior = (views.proposal_score > 0).astype(np.float32)
@@ -112,13 +138,12 @@ def describe(views: Views, grid: int) -> Candidates:
     side = label.shape[-1]
     nearby = label_and_surroundings(label)
     area = label.mean((1, 2))
-    confidence = np.where(area > 0, _mean_inside(np.maximum(prob, 1 - prob), nearby), 0.5).astype(np.float32)
-    prior_iou = has_prior * soft_iou(label, (proposal > LABEL_THRESHOLD).astype(np.float32))
     bordered = np.pad(label, ((0, 0), (1, 1), (1, 1)))
     perimeter = (np.abs(np.diff(bordered, axis=1)).sum((1, 2)) + np.abs(np.diff(bordered, axis=2)).sum((1, 2))) / side
     sentence = {
-        "confidence": confidence,
-        "prior_iou": prior_iou,
+        "confidence": np.where(area > 0, _mean_inside(np.maximum(prob, 1 - prob), nearby), 0.5),
+        "prior_iou": has_prior * soft_iou(label, (proposal > LABEL_THRESHOLD).astype(np.float32)),
+        "prob_iou": soft_iou(label, prob),
         "flip_iou": soft_iou(prob, flipped),
         "no_prior_iou": soft_iou(prob, no_prior),
         "no_prior_proposal_iou": soft_iou(no_prior, proposal),
@@ -148,30 +173,22 @@ def describe(views: Views, grid: int) -> Candidates:
         "label_votes": to_cells(label * votes, grid),
     }
     cells["distance"] = _distance_in_radii(cells["label"]) / FAR_RADII
-    return Candidates(
-        sent_id=views.sent_id,
-        cells=np.stack([cells[name] for name in CELL_FEATURES], axis=-1).astype(np.float16),
-        sentence=np.stack([sentence[name] for name in SENTENCE_FEATURES], axis=-1).astype(np.float32),
-        confidence=confidence,
-        prior_iou=prior_iou,
-    )
+    return np.stack([cells[name] for name in CELL_FEATURES], axis=-1).astype(np.float16), sentence
 
 
-def judge(sent_id: NDArray[np.int64], label: BoolArray, truth: BoolArray, grid: int) -> Outcome:
-    """Compare labels with true masks, both [B, M, M] bool; the IoU of two empty masks is 0."""
-    cells = [
-        to_cells(part.astype(np.float32), grid)
-        for part in (label & truth, label & ~truth, ~label & ~truth, ~label & truth)
-    ]
-    return Outcome(
-        sent_id=sent_id,
-        cells=np.stack(cells, axis=-1),
-        iou=soft_iou(label.astype(np.float32), truth.astype(np.float32)),
-    )
+def judge(sent_id: NDArray[np.int64], labels: BoolArray, truth: BoolArray, grid: int) -> Outcome:
+    """Compare candidates [B, K, M, M] with true masks [B, M, M]; the IoU of two empty masks is 0."""
+    true = truth.astype(np.float32)
+    cells, iou = [], []
+    for label in labels.swapaxes(0, 1):
+        parts = (label & truth, label & ~truth, ~label & ~truth, ~label & truth)
+        cells.append(np.stack([to_cells(part.astype(np.float32), grid) for part in parts], axis=-1))
+        iou.append(soft_iou(label.astype(np.float32), true))
+    return Outcome(sent_id=sent_id, cells=np.stack(cells, axis=1), iou=np.stack(iou, axis=1))
 
 
 def agreement(cells: NDArray[np.float16]) -> FloatArray:
-    """The other opinions in the place of the truth: [N, G, G, C] cell features -> shares like `Outcome.cells`."""
+    """The other opinions in the place of the truth: [..., C] cell features -> shares [..., 4] like `Outcome.cells`."""
     label, votes, label_votes = (
         cells[..., CELL_FEATURES.index(name)].astype(np.float32) for name in ("label", "votes", "label_votes")
     )

@@ -1,34 +1,41 @@
-"""The policy network: how likely it accepts a sentence's label and keeps each of its cells."""
+"""The policy network: how much it wants each candidate label of a sentence, and how likely it keeps each cell."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, FloatArray
 
 HIDDEN = 16
-"""Width of the hidden layers: about 1,200 weights, since a few hundred labelled sentences must not be learnt by
+"""Width of the hidden layers: about 1,600 weights, since a few hundred labelled sentences must not be learnt by
 heart."""
+
+KEEP_BIAS = 3.0
+"""Where the cells' logits start: 95 % are kept. From 50 % every label looks worthless at first, right ones too, and
+with a `wrong_cost` of 2 the policy learns to reject all of them before it learns which cells are wrong."""
 
 MAX_DEVIATIONS = 4.0
 """Standardised features are cut here, so that no outlier of an unlabelled sentence drives a decision."""
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 512
 """Sentences per forward pass outside training: a few tens of MB."""
 
 
 class Policy(nn.Module):
-    """Two heads over standardised features: one decision a sentence, one a cell.
+    """Two heads over the standardised features of one candidate: how much it is wanted, and which cells to keep.
 
-    The cell head sees a cell, the mean of its 3 x 3 neighbourhood and the sentence, so that mirrored input gives
-    mirrored decisions. It starts undecided: every probability is 0.5.
+    Every candidate is judged by itself. The cell head sees a cell, the mean of its 3 x 3 neighbourhood and the
+    sentence, so that mirrored input gives mirrored decisions. It starts undecided about labels (every probability is
+    0.5) and with nearly all of their cells (KEEP_BIAS).
     """
 
     sentence_mean: Tensor
@@ -53,6 +60,7 @@ class Policy(nn.Module):
         self.cell_second_bias = _weights(1, HIDDEN)
         self.keep = _weights(1, HIDDEN)
         self.keep_bias = _weights(1, 1)
+        nn.init.constant_(self.keep_bias, KEEP_BIAS)
         self.register_buffer("sentence_mean", torch.zeros(sentences))
         self.register_buffer("sentence_std", torch.ones(sentences))
         self.register_buffer("cell_mean", torch.zeros(cells))
@@ -67,7 +75,10 @@ class Policy(nn.Module):
         )
 
     def forward(self, cells: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised cells [B, G, G, C] and sentences [B, D] -> accept logits [B], keep logits [B, G, G]."""
+        """Standardised cells [..., G, G, C] and sentences [..., D] -> accept logits [...], keep logits [..., G, G]."""
+        leading, (grid, channels) = sentence.shape[:-1], cells.shape[-2:]
+        sentence = sentence.reshape(-1, sentence.shape[-1])
+        cells = cells.reshape(-1, grid, grid, channels)
         hidden = torch.tanh(sentence @ self.sentence_hidden.T + self.sentence_bias)
         accept = hidden @ self.accept.T + sentence @ self.accept_direct.T + self.accept_bias
 
@@ -75,24 +86,35 @@ class Policy(nn.Module):
         whole = (sentence @ self.cell_sentence.T + self.cell_bias)[:, None, None, :]
         seen = functional.gelu(torch.cat([cells, around], dim=-1) @ self.cell_hidden.T + whole)
         seen = functional.gelu(seen @ self.cell_second.T + self.cell_second_bias)
-        return accept[:, 0], (seen @ self.keep.T + self.keep_bias)[..., 0]
+        keep = seen @ self.keep.T + self.keep_bias
+        return accept.reshape(leading), keep.reshape(*leading, grid, grid)
 
 
-def act(policy: Policy, candidates: Candidates) -> tuple[FloatArray, FloatArray]:
-    """Probabilities of accepting each label [N], calibrated, and of keeping each cell [N, G, G].
+@dataclass(frozen=True)
+class Action:
+    """What a policy does with N sentences: the candidate that it wants most stands for the sentence."""
 
-    The calibrated accept probability exceeds 0.5 exactly where the policy's own does.
-    """
-    accept_prob = np.empty(len(candidates.sent_id), dtype=np.float32)
-    keep_prob = np.empty(candidates.cells.shape[:3], dtype=np.float32)
+    choice: NDArray[np.int64]  # [N]
+    accept_prob: FloatArray  # [N] calibrated probability that the label of that candidate is right
+    keep_prob: FloatArray  # [N, G, G] of its cells
+
+
+def act(policy: Policy, candidates: Candidates) -> Action:
+    """The policy's choice for every sentence; accept_prob exceeds 0.5 exactly where its own probability does."""
+    count, _, grid = candidates.cells.shape[:3]
+    choice = np.empty(count, dtype=np.int64)
+    accept_prob = np.empty(count, dtype=np.float32)
+    keep_prob = np.empty((count, grid, grid), dtype=np.float32)
     with one_thread(), torch.no_grad():
-        for start in range(0, len(accept_prob), ROWS_AT_ONCE):
+        for start in range(0, count, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             cells, sentence = torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
             accept_logit, keep_logit = policy(*policy.standardise(cells, sentence))
-            accept_prob[rows] = torch.sigmoid(policy.slope * accept_logit).numpy()
-            keep_prob[rows] = torch.sigmoid(keep_logit).numpy()
-    return accept_prob, keep_prob
+            best = accept_logit.max(1)
+            choice[rows] = best.indices.numpy()
+            accept_prob[rows] = torch.sigmoid(policy.slope * best.values).numpy()
+            keep_prob[rows] = torch.sigmoid(keep_logit[torch.arange(len(sentence)), best.indices]).numpy()
+    return Action(choice, accept_prob, keep_prob)
 
 
 @contextmanager

@@ -50,7 +50,8 @@ class TrainedPolicy:
     """A policy and its curve: one dict each CURVE_EVERY steps.
 
     step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probabilities of
-    accepting a sentence, keeping a cell. entropy: of the accept decision plus the mean of the cells', in nats.
+    accepting one of a sentence's candidates, keeping a cell. entropy: of the choice among candidates and `reject` plus
+    the mean of the cells', in nats.
     advantage_std: spread of the advantages. All over the labelled sentences of the steps.
     """
 
@@ -61,7 +62,7 @@ class TrainedPolicy:
 def train_policy(
     labeled: Candidates, outcome: Outcome, unlabeled: Candidates, params: SelectParams, seed: int
 ) -> TrainedPolicy:
-    """Learn which labels to accept and which cells to keep, on one CPU thread; the same bits for the same input.
+    """Learn which candidates to accept and which cells to keep, on one CPU thread; the same bits for the same input.
 
     labeled, outcome: rows of the same labelled sentences, labelled by teachers that never saw their images.
     unlabeled: may be empty. With few labelled sentences, or labels that are all right or all wrong, it does the same:
@@ -84,8 +85,9 @@ def policy_gradient_loss(
 ) -> Tensor:
     """A scalar whose gradient is minus the REINFORCE estimate of the gradient of the mean expected reward.
 
-    accept_logit [B] and keep_logit [B, G, G] require gradients; accept [S, B] and keep [S, B, G, G] are drawn actions,
-    0 or 1; advantage [S, B]. The cells of a rejected label are no part of the action: they cannot change the reward.
+    accept_logit [...] and keep_logit [..., G, G] require gradients; accept [S, ...] and keep [S, ..., G, G] are drawn
+    actions, 0 or 1; advantage [S, ...]. The cells of a rejected label are no part of the action: they cannot change the
+    reward.
     """
     log_prob = _log_prob(accept_logit, accept) + accept * _log_prob(keep_logit, keep).sum((-2, -1))
     return -(advantage * log_prob).mean()
@@ -142,7 +144,7 @@ def _explore(
     params: SelectParams,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Draw a group of actions for each of the rows and score them by `shares` [B, G, G, 4]: loss and curve values."""
+    """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values."""
     cells, sentence = policy.standardise(
         torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
     )
@@ -180,10 +182,10 @@ def _entropy(logit: Tensor) -> Tensor:
 
 
 def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> float:
-    """How well agreement predicts the truth on the labelled sentences, in [0, 1]."""
+    """How well agreement predicts the truth of the labelled sentences' candidates, in [0, 1]."""
     shares = torch.from_numpy(agreement(labeled.cells))
     by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost)
-    return agreement_reliability(by_agreement.numpy(), outcome.iou)
+    return agreement_reliability(by_agreement.numpy().ravel(), outcome.iou.ravel())
 
 
 def _fit_scaling(policy: Policy, labeled: Candidates, unlabeled: Candidates) -> None:
@@ -191,22 +193,23 @@ def _fit_scaling(policy: Policy, labeled: Candidates, unlabeled: Candidates) -> 
     stride = max(1, len(unlabeled.sent_id) // SCALING_SENTENCES)
     sentence = np.concatenate([labeled.sentence, unlabeled.sentence[::stride]]).astype(np.float64)
     cells = np.concatenate([labeled.cells, unlabeled.cells[::stride]]).astype(np.float32)
-    policy.sentence_mean.copy_(torch.from_numpy(sentence.mean(0)))
-    policy.sentence_std.copy_(torch.from_numpy(sentence.std(0).clip(SMALLEST_STD)))
-    policy.cell_mean.copy_(torch.from_numpy(cells.mean((0, 1, 2), dtype=np.float64)))
-    policy.cell_std.copy_(torch.from_numpy(cells.std((0, 1, 2), dtype=np.float64).clip(SMALLEST_STD)))
+    policy.sentence_mean.copy_(torch.from_numpy(sentence.mean((0, 1))))
+    policy.sentence_std.copy_(torch.from_numpy(sentence.std((0, 1)).clip(SMALLEST_STD)))
+    policy.cell_mean.copy_(torch.from_numpy(cells.mean((0, 1, 2, 3), dtype=np.float64)))
+    policy.cell_std.copy_(torch.from_numpy(cells.std((0, 1, 2, 3), dtype=np.float64).clip(SMALLEST_STD)))
 
 
 def _calibrate(policy: Policy, labeled: Candidates, outcome: Outcome) -> None:
-    """Scale accept logits so that their probability is that of a right label, by least log loss on labelled sentences.
+    """Scale accept logits so that the chosen label's probability is that of being right, by least log loss.
 
-    A slope without offset leaves every decision as it is. Targets are Platt's (1999), drawn in from 0 and 1 by the
-    count of their class, so that few sentences never make the policy certain.
+    Of the labelled sentences. A slope without offset leaves every decision as it is. Targets are Platt's (1999), drawn
+    in from 0 and 1 by the count of their class, so that few sentences never make the policy certain.
     """
     with torch.no_grad():
         standardised = policy.standardise(torch.from_numpy(labeled.cells), torch.from_numpy(labeled.sentence))
-        logit = policy(*standardised)[0].double().numpy()
-    right = outcome.iou > RIGHT_IOU
+        best = policy(*standardised)[0].double().max(1)
+    logit = best.values.numpy()
+    right = outcome.iou[np.arange(len(logit)), best.indices.numpy()] > RIGHT_IOU
     target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
     scaled = SLOPES[:, None] * logit
     log_loss = (np.logaddexp(0, scaled) - target * scaled).mean(1)

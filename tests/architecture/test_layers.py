@@ -11,12 +11,15 @@ from source_tree import FILES, imported_modules, imported_names, parse
 LEVELS = {
     "errors": 0,
     "geometry": 0,
+    "grabcut": 0,
     "masks": 0,
     "progress": 0,
     "config": 1,
+    "outputs": 1,
     "records": 1,
     "metrics": 1,
     "data": 2,
+    "newest": 2,
     "proposals": 2,
     "priors": 3,
     "model": 3,
@@ -28,6 +31,8 @@ LEVELS = {
     "overlays": 5,
     "figures": 5,
     "report": 5,
+    "export": 5,
+    "predictions": 5,
     "__main__": 5,
 }
 """Rooms of l2l_core: modules and packages. A room imports from its own level (never in a circle) and from below."""

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from l2l_core.selection.features import Views
+from l2l_core.selection.features import Candidates, Outcome, Views, describe, judge
+
+TEACHER = ("teacher",)
+
+
+def teacher_labels(views: Views) -> np.ndarray:
+    """The teacher's own masks as the only candidate: [B, 1, M, M]."""
+    return (views.prob > 0.5)[:, None]
+
+
+def described(views: Views, grid: int) -> Candidates:
+    return describe(views, teacher_labels(views), TEACHER, grid)
+
+
+def judged(views: Views, truth: np.ndarray, grid: int) -> Outcome:
+    return judge(views.sent_id, teacher_labels(views), truth, grid)
 
 
 def simulated_views(count: int, seed: int, side: int = 32, first_id: int = 0) -> tuple[Views, np.ndarray]:
@@ -67,6 +82,7 @@ def simulated_views(count: int, seed: int, side: int = 32, first_id: int = 0) ->
     with_prior = view(follows)
     views = Views(
         sent_id=first_id + np.arange(count, dtype=np.int64),
+        image=np.zeros((count, side, side, 3), dtype=np.uint8),
         prob=with_prior,
         prob_flipped=view(follows),
         prob_no_prior=view(0.0),

@@ -1,20 +1,21 @@
 """Oracles: decisions on five sentences derived by hand; reordering the sentences reorders the decisions."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import rankdata
-from simulated_views import simulated_views
+from simulated_views import described, judged, simulated_views
 
-from l2l_core.config import load_params
+from l2l_core.config import SelectParams, load_params
 from l2l_core.selection.baselines import best_fraction, mean_rank
 from l2l_core.selection.decide import decide
-from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, Outcome, describe, judge
+from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, Outcome
 from l2l_core.selection.policy import Policy
 
-RULES = ("reinforce", "all", "none", "threshold", "topk", "agreement", "ranksum", "oracle")
+RULES = get_args(SelectParams.model_fields["policy"].annotation)
 
 
 def params_of(rule, **changes):
@@ -27,20 +28,20 @@ def params_of(rule, **changes):
 def five():
     """Five labels of one cell each, all foreground, with the votes 0, 1/4, 1/2, 3/4, 1."""
     votes = np.linspace(0, 1, 5)
-    cells = np.zeros((5, 1, 1, len(CELL_FEATURES)), dtype=np.float16)
+    cells = np.zeros((5, 1, 1, 1, len(CELL_FEATURES)), dtype=np.float16)
     cells[..., CELL_FEATURES.index("label")] = 1
     for name in ("votes", "label_votes"):
-        cells[:, 0, 0, CELL_FEATURES.index(name)] = votes
+        cells[:, 0, 0, 0, CELL_FEATURES.index(name)] = votes
     seen = Candidates(
         sent_id=np.array([10, 11, 12, 13, 14]),
         cells=cells,
-        sentence=np.zeros((5, len(SENTENCE_FEATURES)), dtype=np.float32),
+        sentence=np.zeros((5, 1, len(SENTENCE_FEATURES)), dtype=np.float32),
         confidence=np.array([0.9, 0.6, 0.8, 0.7, 0.95], dtype=np.float32),
         prior_iou=np.array([0.0, 0.5, 0.6, 0.0, 0.1], dtype=np.float32),
     )
     right = np.array([0.9, 0.5, 0.51, 0.0, 0.2], dtype=np.float32)
-    shares = np.stack([right, 1 - right, 0 * right, 0 * right], axis=-1)[:, None, None, :]
-    return seen, Outcome(seen.sent_id, shares, right)
+    shares = np.stack([right, 1 - right, 0 * right, 0 * right], axis=-1)[:, None, None, None, :]
+    return seen, Outcome(seen.sent_id, shares, right[:, None])
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,8 @@ def five():
     [
         ("all", [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
         ("threshold", [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
+        ("semires", [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
+        ("mean_teacher", [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
         ("none", [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
         ("topk", [1, 0, 0, 0, 1], [0.8, 0.2, 0.6, 0.4, 1]),
         ("agreement", [0, 1, 1, 0, 0], [0.3, 0.8, 1, 0.3, 0.6]),
@@ -117,7 +120,7 @@ def test_a_rejected_label_keeps_no_cell(five):
 def test_reordering_the_sentences_reorders_the_decisions(rule):
     """Also where scores tie, since many prior IoU are 0."""
     views, truth = simulated_views(60, seed=21)
-    seen, outcome = describe(views, 6), judge(views.sent_id, views.prob > 0.5, truth, 6)
+    seen, outcome = described(views, 6), judged(views, truth, 6)
     order = np.random.default_rng(0).permutation(60)
 
     def reordered(table):

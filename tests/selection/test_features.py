@@ -5,9 +5,11 @@ from dataclasses import fields, replace
 import cv2
 import numpy as np
 import pytest
-from simulated_views import simulated_views
+from simulated_views import described as described_views
+from simulated_views import judged, simulated_views
 
 from l2l_core.selection.features import (
+    CANDIDATES,
     CELL_FEATURES,
     SENTENCE_FEATURES,
     Views,
@@ -29,6 +31,7 @@ def one_view(prob, flipped, no_prior, proposal, score=0.7, words=3):
 
     return Views(
         sent_id=np.array([5]),
+        image=np.zeros((1, 4, 4, 3), dtype=np.uint8),
         prob=as_map(prob),
         prob_flipped=as_map(flipped),
         prob_no_prior=as_map(no_prior),
@@ -39,11 +42,11 @@ def one_view(prob, flipped, no_prior, proposal, score=0.7, words=3):
 
 
 def cells_of(candidates, name):
-    return candidates.cells[0, :, :, CELL_FEATURES.index(name)].astype(np.float64)
+    return candidates.cells[0, 0, :, :, CELL_FEATURES.index(name)].astype(np.float64)
 
 
 def sentence_of(candidates, name):
-    return float(candidates.sentence[0, SENTENCE_FEATURES.index(name)])
+    return float(candidates.sentence[0, 0, SENTENCE_FEATURES.index(name)])
 
 
 QUARTER = np.zeros((4, 4))
@@ -57,7 +60,7 @@ def described():
     """The teacher says the top left quarter (0.8 against 0.5, which is no foreground), mirrored the same without doubt,
     without the prior the top half; the prior says the top half at 0.9 against 0.1."""
     prob = np.where(QUARTER > 0, 0.8, 0.5)
-    return describe(one_view(prob, QUARTER, HALF, np.where(HALF > 0, 0.9, 0.1)), grid=2)
+    return described_views(one_view(prob, QUARTER, HALF, np.where(HALF > 0, 0.9, 0.1)), grid=2)
 
 
 def test_cells_hold_the_means_of_their_pixels(described):
@@ -85,6 +88,7 @@ def test_sentence_features_by_hand(described):
     expected = {
         "confidence": (4 * 0.8 + 5 * 0.5) / 9,
         "prior_iou": 4 / 8,
+        "prob_iou": (4 * 0.8) / (4 * 1 + 12 * 0.5),
         "flip_iou": (4 * 0.8) / (4 * 1 + 12 * 0.5),
         "no_prior_iou": (4 * 0.8 + 4 * 0.5) / (4 * 1 + 4 * 1 + 8 * 0.5),
         "no_prior_proposal_iou": 8 * 0.9 / (8 * 1 + 8 * 0.1),
@@ -100,6 +104,9 @@ def test_sentence_features_by_hand(described):
         "proposal_score": 0.7,
         "has_prior": 1.0,
         "words": np.log(4),
+        # the only candidate is the teacher's own label, which agrees with itself
+        **{f"with_{name}_iou": float(name == "teacher") for name in CANDIDATES},
+        **{f"is_{name}": float(name == "teacher") for name in CANDIDATES},
     }
     assert set(expected) == set(SENTENCE_FEATURES)
     for name, value in expected.items():
@@ -112,18 +119,20 @@ def test_two_separate_squares_are_less_compact_than_one():
     """Two single pixels: area 2/16, perimeter 8/4 sides, so 4 sqrt(1/8) / 2 = 0.7071."""
     dots = np.zeros((4, 4))
     dots[0, 0] = dots[2, 3] = 0.9
-    assert sentence_of(describe(one_view(dots, dots, dots, dots), 2), "compactness") == pytest.approx(0.7071, abs=1e-4)
+    assert sentence_of(described_views(one_view(dots, dots, dots, dots), 2), "compactness") == pytest.approx(
+        0.7071, abs=1e-4
+    )
 
 
 def test_without_prior_there_is_no_agreement_with_it():
-    described = describe(one_view(QUARTER, QUARTER, QUARTER, QUARTER, score=0.0), 2)
+    described = described_views(one_view(QUARTER, QUARTER, QUARTER, QUARTER, score=0.0), 2)
     assert described.prior_iou[0] == 0
     assert sentence_of(described, "has_prior") == 0
 
 
 def test_an_empty_label_is_finite_and_least_confident():
     nothing = np.full((4, 4), 0.01)
-    described = describe(one_view(nothing, nothing, nothing, nothing), 2)
+    described = described_views(one_view(nothing, nothing, nothing, nothing), 2)
     assert np.isfinite(described.cells).all()
     assert np.isfinite(described.sentence).all()
     assert described.confidence[0] == 0.5
@@ -132,12 +141,12 @@ def test_an_empty_label_is_finite_and_least_confident():
 
 def test_features_stay_in_their_ranges():
     views, _ = simulated_views(64, seed=3)
-    described = describe(views, 12)
+    described = described_views(views, 12)
     assert described.cells.dtype == np.float16
-    assert described.cells.shape == (64, 12, 12, len(CELL_FEATURES))
+    assert described.cells.shape == (64, 1, 12, 12, len(CELL_FEATURES))
     assert described.cells.min() >= 0
     assert described.cells.max() <= 1
-    bounded = np.delete(described.sentence, SENTENCE_FEATURES.index("words"), axis=1)
+    bounded = np.delete(described.sentence, SENTENCE_FEATURES.index("words"), axis=-1)
     assert bounded.min() >= 0
     assert bounded.max() <= 1 + 1e-6
     assert described.confidence.min() >= 0.5
@@ -147,8 +156,8 @@ def test_mirrored_views_give_mirrored_cells_and_the_same_sentence():
     views, _ = simulated_views(16, seed=4)
     maps = ("prob", "prob_flipped", "prob_no_prior", "proposal")
     mirrored = replace(views, **{name: getattr(views, name)[:, :, ::-1].copy() for name in maps})
-    plain, flipped = describe(views, 12), describe(mirrored, 12)
-    np.testing.assert_allclose(flipped.cells[:, :, ::-1], plain.cells, atol=2e-3)
+    plain, flipped = described_views(views, 12), described_views(mirrored, 12)
+    np.testing.assert_allclose(flipped.cells[:, :, :, ::-1], plain.cells, atol=2e-3)
     np.testing.assert_allclose(flipped.sentence, plain.sentence, atol=1e-5)
 
 
@@ -158,13 +167,12 @@ def test_batches_joined_equal_the_whole():
     def part(rows):
         return Views(**{field.name: getattr(views, field.name)[rows] for field in fields(Views)})
 
-    whole = describe(views, 6)
-    joined = concatenate([describe(part(slice(0, 3)), 6), describe(part(slice(3, 10)), 6)])
+    whole = described_views(views, 6)
+    joined = concatenate([described_views(part(slice(0, 3)), 6), described_views(part(slice(3, 10)), 6)])
     for field in fields(whole):
         np.testing.assert_allclose(getattr(joined, field.name), getattr(whole, field.name), atol=1e-3)
-    label = views.prob > 0.5
-    outcomes = [judge(views.sent_id[rows], label[rows], truth[rows], 6) for rows in (slice(0, 3), slice(3, 10))]
-    np.testing.assert_array_equal(concatenate(outcomes).iou, judge(views.sent_id, label, truth, 6).iou)
+    outcomes = [judged(part(rows), truth[rows], 6) for rows in (slice(0, 3), slice(3, 10))]
+    np.testing.assert_array_equal(concatenate(outcomes).iou, judged(views, truth, 6).iou)
 
 
 def test_cells_of_a_side_that_the_grid_does_not_divide():
@@ -183,21 +191,23 @@ def test_judge_by_hand():
     """Label: the top left quarter. Truth: the left half. Right 4 pixels, missed 4, IoU 4 / 8."""
     left = np.zeros((4, 4), dtype=bool)
     left[:, :2] = True
-    outcome = judge(np.array([1]), (QUARTER > 0)[None], left[None], grid=2)
-    assert outcome.iou[0] == 0.5
+    labels = np.stack([QUARTER > 0, left])[None]  # the second candidate is the truth itself
+    outcome = judge(np.array([1]), labels, left[None], grid=2)
+    np.testing.assert_array_equal(outcome.iou, [[0.5, 1.0]])
     expected = [[[1, 0, 0, 0], [0, 0, 1, 0]], [[0, 0, 0, 1], [0, 0, 1, 0]]]
-    np.testing.assert_array_equal(outcome.cells[0], expected)
+    np.testing.assert_array_equal(outcome.cells[0, 0], expected)
+    np.testing.assert_array_equal(outcome.cells[0, 1, ..., [1, 3]], 0)  # nothing of the truth is wrong
 
 
 def test_the_iou_of_two_empty_masks_is_zero():
     empty = np.zeros((1, 4, 4), dtype=bool)
-    assert judge(np.array([1]), empty, empty, 2).iou[0] == 0
+    assert judge(np.array([1]), empty[:, None], empty, 2).iou[0, 0] == 0
 
 
 def test_agreement_puts_the_votes_in_the_place_of_the_truth(described):
     """Top left: labelled, all three vote for it. Top right: not labelled, two of three vote for it."""
     expected = [[[1, 0, 0, 0], [0, 0, 1 / 3, 2 / 3]], [[0, 0, 1, 0], [0, 0, 1, 0]]]
-    np.testing.assert_allclose(agreement(described.cells)[0], expected, atol=1e-3)
+    np.testing.assert_allclose(agreement(described.cells)[0, 0], expected, atol=1e-3)
 
 
 def test_agreement_with_a_unanimous_truth_is_the_outcome():
@@ -206,8 +216,23 @@ def test_agreement_with_a_unanimous_truth_is_the_outcome():
     unanimous = replace(
         views, **{name: truth.astype(np.float32) for name in ("prob_flipped", "prob_no_prior", "proposal")}
     )
-    outcome = judge(views.sent_id, views.prob > 0.5, truth, 12)
-    np.testing.assert_allclose(agreement(describe(unanimous, 12).cells), outcome.cells, atol=2e-3)
+    outcome = judged(views, truth, 12)
+    np.testing.assert_allclose(agreement(described_views(unanimous, 12).cells), outcome.cells, atol=2e-3)
+
+
+def test_candidates_are_told_apart_and_compared_with_each_other():
+    """The teacher says the top left quarter, the prior the top half: IoU 4 / 8, on each side."""
+    views = one_view(QUARTER, QUARTER, QUARTER, HALF)
+    labels = np.stack([QUARTER > 0, HALF > 0])[None]
+    seen = describe(views, labels, ("teacher", "prior"), grid=2)
+    columns = [
+        SENTENCE_FEATURES.index(name) for name in ("is_teacher", "is_prior", "with_teacher_iou", "with_prior_iou")
+    ]
+    np.testing.assert_allclose(seen.sentence[0][:, columns], [[1, 0, 1, 0.5], [0, 1, 0.5, 1]], atol=1e-6)
+    size = seen.sentence[0, :, SENTENCE_FEATURES.index("size")]
+    np.testing.assert_allclose(size, np.sqrt([1 / 4, 1 / 2]), rtol=1e-6)
+    # The fixed rules rank the first one.
+    assert seen.prior_iou[0] == 0.5
 
 
 def test_confident_pixels_on_both_sides():

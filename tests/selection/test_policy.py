@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from simulated_views import simulated_views
+from simulated_views import described, simulated_views
 
-from l2l_core.selection.features import describe
+from l2l_core.selection.features import Candidates
 from l2l_core.selection.policy import Policy, act
 
 
@@ -26,30 +26,29 @@ def policy():
 
 @pytest.fixture(scope="module")
 def candidates():
-    return describe(simulated_views(40, seed=1)[0], 8)
+    return described(simulated_views(40, seed=1)[0], 8)
 
 
-def test_a_new_policy_is_undecided(candidates):
-    accept_prob, keep_prob = act(Policy(torch.Generator().manual_seed(0)), candidates)
-    np.testing.assert_array_equal(accept_prob, 0.5)
-    np.testing.assert_array_equal(keep_prob, 0.5)
+def test_a_new_policy_is_undecided_and_keeps_most_cells(candidates):
+    action = act(Policy(torch.Generator().manual_seed(0)), candidates)
+    np.testing.assert_array_equal(action.accept_prob, 0.5)
+    np.testing.assert_allclose(action.keep_prob, 1 / (1 + np.exp(-3)), rtol=1e-6)
 
 
 def test_mirrored_cells_give_mirrored_decisions(policy, candidates):
-    accept_prob, keep_prob = act(policy, candidates)
-    mirrored = replace(candidates, cells=candidates.cells[:, :, ::-1].copy())
-    mirrored_accept, mirrored_keep = act(policy, mirrored)
-    np.testing.assert_allclose(mirrored_accept, accept_prob, rtol=1e-5)
-    np.testing.assert_allclose(mirrored_keep[:, :, ::-1], keep_prob, atol=1e-5)
-    assert np.ptp(keep_prob) > 0.5  # a constant would be symmetric too
+    plain = act(policy, candidates)
+    mirrored = act(policy, replace(candidates, cells=candidates.cells[:, :, :, ::-1].copy()))
+    np.testing.assert_allclose(mirrored.accept_prob, plain.accept_prob, rtol=1e-5)
+    np.testing.assert_allclose(mirrored.keep_prob[:, :, ::-1], plain.keep_prob, atol=1e-5)
+    assert np.ptp(plain.keep_prob) > 0.5  # a constant would be symmetric too
 
 
 def test_cells_far_away_do_not_matter(policy, candidates):
     """A cell's decision depends on its 3 x 3 neighbourhood and on the sentence, on nothing else."""
     cells = candidates.cells.copy()
-    cells[:, 0, 0] = 1 - cells[:, 0, 0]
-    _, before = act(policy, candidates)
-    _, after = act(policy, replace(candidates, cells=cells))
+    cells[:, :, 0, 0] = 1 - cells[:, :, 0, 0]
+    before = act(policy, candidates).keep_prob
+    after = act(policy, replace(candidates, cells=cells)).keep_prob
     changed = (np.abs(after - before) > 1e-6).any(0)
     assert changed[:2, :2].all()
     changed[:2, :2] = False
@@ -58,6 +57,24 @@ def test_cells_far_away_do_not_matter(policy, candidates):
 
 def test_cells_at_the_border_decide_like_inner_ones(policy, candidates):
     """Where all cells look alike, so do all decisions of a sentence: the image's edge is no feature."""
-    cells = np.broadcast_to(candidates.cells[:, :1, :1], candidates.cells.shape).copy()
-    _, keep_prob = act(policy, replace(candidates, cells=cells))
+    cells = np.broadcast_to(candidates.cells[:, :, :1, :1], candidates.cells.shape).copy()
+    keep_prob = act(policy, replace(candidates, cells=cells)).keep_prob
     np.testing.assert_allclose(keep_prob, np.broadcast_to(keep_prob[:, 4:5, 4:5], keep_prob.shape), atol=1e-5)
+
+
+def test_the_most_wanted_candidate_stands_for_its_sentence(policy, candidates):
+    """Three sentences' labels as the candidates of one: it gets the choice, probability and cells of the best."""
+    alone = act(policy, candidates)
+    joined = Candidates(
+        candidates.sent_id[:3],
+        candidates.cells[:9].reshape(3, 3, *candidates.cells.shape[2:]),
+        candidates.sentence[:9].reshape(3, 3, -1),
+        candidates.confidence[:3],
+        candidates.prior_iou[:3],
+    )
+    action = act(policy, joined)
+    by_sentence = alone.accept_prob[:9].reshape(3, 3)
+    np.testing.assert_array_equal(action.choice, by_sentence.argmax(1))
+    assert len(set(action.choice.tolist())) > 1  # a constant choice would not be told apart
+    np.testing.assert_allclose(action.accept_prob, by_sentence.max(1), rtol=1e-6)
+    np.testing.assert_allclose(action.keep_prob, alone.keep_prob[np.arange(3) * 3 + action.choice], atol=1e-6)

@@ -11,7 +11,7 @@ from l2l_core.selection.reward import agreement_reliability, utility
 
 
 def outcome_of(label, truth, grid):
-    return judge(np.array([0]), np.asarray(label, dtype=bool)[None], np.asarray(truth, dtype=bool)[None], grid)
+    return judge(np.array([0]), np.asarray(label, dtype=bool)[None, None], np.asarray(truth, dtype=bool)[None], grid)
 
 
 def utility_of(label, truth, keep, wrong_cost=1.0):
