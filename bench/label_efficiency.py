@@ -75,8 +75,12 @@ SELECTION: dict[str, dict[str, Any]] = {
     "semires": {"select": {"policy": "semires"}},
     "mean_teacher": {"select": {"policy": "mean_teacher"}},
     "reinforce": {"select": {"policy": "reinforce"}},
-    # Ablations of reinforce: a line each, "reinforce_<what is missing>": {"select": {...}}.
-    "oracle": {"select": {"policy": "oracle"}},
+    # Selection without construction, and construction without learnt selection.
+    "reinforce_teacher_only": {"select": {"policy": "reinforce", "candidates": ["teacher"]}},
+    "ranksum_sharpened": {"select": {"policy": "ranksum", "candidates": ["sharpened"]}},
+    # Bounds that read the truth: of the teacher's masks those above an IoU of 0.5; the best of all candidates.
+    "oracle": {"select": {"policy": "oracle", "candidates": ["teacher"]}},
+    "oracle_constructed": {"select": {"policy": "oracle"}},
 }
 """Methods that select in `--rounds` rounds, and what each changes in params.yaml."""
 
