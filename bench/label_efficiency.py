@@ -207,18 +207,17 @@ class Workers:
     """Clones in which runs are done side by side, a thread each."""
 
     count: int
-    changes: dict[str, Any]  # to params.yaml in every run
+    commit: str  # of this repository, that runs
     threads: int = field(init=False)
-    commit: str = field(init=False)
     defaults: dict[str, Any] = field(init=False)
     clones: SimpleQueue[Path] = field(init=False, default_factory=SimpleQueue)  # those that are free
     processes: set[subprocess.Popen[bytes]] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.threads = max(1, (os.cpu_count() or 1) // self.count)
-        self.commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+        self.commit = subprocess.check_output(["git", "rev-parse", self.commit], cwd=ROOT, text=True).strip()
         text = subprocess.check_output(["git", "show", f"{self.commit}:params.yaml"], cwd=ROOT)
-        self.defaults = changed(yaml.safe_load(text), self.changes)
+        self.defaults = yaml.safe_load(text)
         for number in range(self.count):
             clone = WORK / f"worker_{number}"
             if not clone.exists():
@@ -326,11 +325,8 @@ def read_curves(folder: Path, run: Run) -> list[Row]:
     return rows
 
 
-def measure(runs: Sequence[Run], workers: int, again: bool, changes: dict[str, Any]) -> list[Run]:
-    """Do the runs that are not stored (all of them: `again`), what they start from before them; returns the failed.
-
-    changes: to params.yaml in every run.
-    """
+def measure(runs: Sequence[Run], workers: int, again: bool, commit: str) -> list[Run]:
+    """Do the runs that are not stored (all of them: `again`), what they start from before them; returns the failed."""
     wanted = list(runs) if again else missing(runs, stored(RESULTS))
     # All warm-ups before all else, so that no two workers train the same one.
     starts = list(dict.fromkeys(run.start for run in wanted if run.method in (WARMUP, *SELECTION)))
@@ -343,7 +339,7 @@ def measure(runs: Sequence[Run], workers: int, again: bool, changes: dict[str, A
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"another call of this bench is at work in {WORK.relative_to(ROOT)}") from None
-        farm = Workers(workers, changes)
+        farm = Workers(workers, commit)
         failed = farm.do(starts)
         rest = [run for run in wanted if run.method != WARMUP]
         blocked = [run for run in rest if run.method in SELECTION and run.start in failed]
@@ -363,6 +359,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=1, help="of selection; each of them gives rows")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side; they share the cores")
+    parser.add_argument("--commit", default="HEAD", help="of this repository, that runs")
     parser.add_argument("--full", action="store_true", help=f"rates {RATES}, presets {PRESETS}")
     parser.add_argument("--again", action="store_true", help="also runs whose rows are stored")
     parser.add_argument("--table", action="store_true", help="only make tables and plots of the stored results")
@@ -373,7 +370,7 @@ def main() -> None:
         rates, chosen = (RATES, PRESETS) if arguments.full else (arguments.rates, arguments.presets)
         runs = planned(arguments.methods, rates, chosen, arguments.seeds, arguments.rounds)
         try:
-            failed = measure(runs, arguments.workers, arguments.again, {})
+            failed = measure(runs, arguments.workers, arguments.again, arguments.commit)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same call goes on") from None
     rows = stored(RESULTS)
