@@ -1,17 +1,32 @@
-"""Commands for a person: `python -m l2l_core show` prints the last evaluation's scores."""
+"""Commands for a person: scores, masks for own images, and exports for other tools."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import pandas as pd
+import typer
 
-from l2l_core.errors import ArtifactError, exit_code
+from l2l_core.config import load_params
+from l2l_core.data.index import shorten
+from l2l_core.errors import ArtifactError, InputError, exit_code
+from l2l_core.newest import model_folder, newest_round
+from l2l_core.outputs import added_to
 from l2l_core.records import METRICS_PATH, REPORT_PATH
 
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=False, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the newest)")]
+Polygons = Annotated[bool, typer.Option("--polygons", help="masks as polygons, not as run lengths")]
+Run = Annotated[Path | None, typer.Option(help="folder of a round or of its model (default: the newest round)")]
 
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:
@@ -28,8 +43,9 @@ def score_table(metrics: dict[str, float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@app.command()
 def show() -> None:
-    """Print the score table and where the report lies. Raises ArtifactError where nothing was evaluated yet."""
+    """Print the last evaluation's scores."""
     try:
         metrics = json.loads(METRICS_PATH.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,14 +55,116 @@ def show() -> None:
     print(f"report: {REPORT_PATH}")
 
 
+# The commands below import what they need when they run: torch alone takes seconds, which `show` has no use for.
+
+
+@app.command()
+def predict(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar='[IMAGE... "SENTENCE"]', help="images or folders; last, the sentence")
+    ] = None,
+    pairs: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON lines of image and sentence instead")] = None,
+    run: Run = None,
+    out: Annotated[Path, typer.Option(help="folder for masks, overlays and predictions.jsonl")] = Path("predictions"),
+    with_priors: Annotated[
+        bool, typer.Option("--with-priors", help="show the recorded prior where a pair is one of the data set's")
+    ] = False,
+    polygons: Polygons = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="pairs at once (default: evaluate.batch_size, for the very same masks)")
+    ] = None,
+) -> None:
+    """Masks for images of your own.
+
+    Writes mask and overlay of every pair as PNG, and predictions.jsonl with the masks as run lengths.
+    """
+    from l2l_core import predictions
+    from l2l_core.predictor import Predictor
+
+    if pairs and words:
+        raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
+    params = load_params()
+    if batch_size is not None:
+        params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"batch_size": batch_size})})
+    folder = model_folder(run)
+    asked = predictions.ask_file(pairs) if pairs else predictions.ask_about(words or [])
+    turned = predictions.turned_images(asked)
+    if turned:
+        print(f"note: an EXIF tag turns {shorten(turned)}; pixels are used as stored, so save them upright")
+    sent_ids = predictions.recorded_sentences(asked) if with_priors else np.full(len(asked), -1)
+    with predictions.predictions_folder(out) as building:
+        answered = predictions.answer(Predictor.from_run(folder, params.train), asked, sent_ids, params)
+        predictions.write_predictions(asked, answered, building, polygons=polygons)
+    print(f"{len(asked)} masks by {folder}, {answered.with_prior.sum()} of them with a recorded prior: {out}")
+
+
+@app.command()
+def export_coco(
+    number: Round = None, out: Annotated[Path, typer.Option(help="folder")] = Path("export"), polygons: Polygons = False
+) -> None:
+    """Accepted pseudo-labels, as COCO and JSONL.
+
+    The COCO file is for other tools, the JSON lines are what the parameter `dataset` takes.
+    """
+    from l2l_core.export import labels
+
+    number = newest_round("pseudo_labels.parquet") if number is None else number
+    found = labels.read_labels(number)
+    chosen = labels.accepted_labels(found)
+    name = f"pseudo_labels_round_{number}"
+    with added_to(out) as folder:
+        coco = labels.to_coco(chosen, polygons=polygons)
+        (folder / f"{name}.json").write_text(json.dumps(coco, ensure_ascii=False), encoding="utf-8")
+        lines = labels.to_json_lines(chosen, out, polygons=polygons)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    print(f"{len(chosen)} of {len(found)} pseudo-labels of round {number}: {out / name}.json, {out / name}.jsonl")
+
+
+@app.command()
+def export_review(
+    number: Round = None,
+    out: Annotated[Path, typer.Option(help="folder")] = Path("export"),
+    limit: Annotated[int, typer.Option(min=1, help="sentences at most")] = 200,
+    image_prefix: Annotated[
+        str, typer.Option(help="what comes before an image's path from the project's root, to make it an address")
+    ] = "/data/local-files/?d=",
+    polygons: Polygons = False,
+) -> None:
+    """What to look at first, for Label Studio.
+
+    Tasks of the pseudo-labels that tell most when a person looks at them, with the labels as predictions.
+    """
+    from l2l_core.export import labels, review
+
+    number = newest_round("pseudo_labels.parquet") if number is None else number
+    tasks = review.label_studio_tasks(labels.read_labels(number), limit, image_prefix, polygons=polygons)
+    name = f"review_round_{number}"
+    with added_to(out) as folder:
+        (folder / f"{name}.json").write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
+        (folder / f"{name}.xml").write_text(review.labeling_interface(polygons=polygons), encoding="utf-8")
+    print(f"{len(tasks)} tasks, most telling first: {out / name}.json; labelling interface: {out / name}.xml")
+
+
+@app.command()
+def export_model(
+    run: Run = None, out: Annotated[Path, typer.Option(help="folder for model.onnx")] = Path("export")
+) -> None:
+    """The network as an ONNX file.
+
+    Needs requirements-export.txt. The model's own folder holds safetensors and all that is needed to load them.
+    """
+    from l2l_core.export.onnx import write_onnx
+    from l2l_core.model.segmenter import Segmenter
+
+    folder = model_folder(run)
+    with added_to(out) as building:
+        write_onnx(Segmenter.load(folder), building / "model.onnx", load_params().proposals)
+    print(f"{folder}: {out / 'model.onnx'}; tokenizer: {folder / 'tokenizer'}")
+
+
 def main() -> None:
     """Parse and run a command."""
-    parser = argparse.ArgumentParser(prog="python -m l2l_core", description=__doc__)
-    parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "show", help="print the last evaluation's scores"
-    )
-    parser.parse_args()
-    show()
+    app(prog_name="python -m l2l_core")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2l_core.config import TrainParams
+from l2l_core.config import Params, TrainParams, load_params
 from l2l_core.data.augment import mirror
-from l2l_core.data.dataset import Batch, BatchMaker
+from l2l_core.data.dataset import Batch, BatchMaker, Pairs, read_image
 from l2l_core.engine.loop import choose_device, move_batch, to_device
-from l2l_core.masks import encode_rle
+from l2l_core.masks import BoolMask, decode_rle, encode_rle
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.progress import progress
 from l2l_core.selection.features import Views
@@ -39,9 +39,25 @@ class Predictor:
         return cls(network, device, params.precision)
 
     @classmethod
-    def from_run(cls, folder: str | Path, params: TrainParams) -> Predictor:
-        """Load a model folder, for example data/rounds/2/model. Raises ArtifactError where it is not one."""
-        return cls.of(Segmenter.load(folder), params)
+    def from_run(cls, folder: str | Path, params: TrainParams | None = None) -> Predictor:
+        """Load a model folder, for example data/rounds/2/model; `params` are those in the current folder unless given.
+
+        Raises ArtifactError where it is not one, ConfigError where there are no parameters.
+        """
+        return cls.of(Segmenter.load(folder), params or load_params().train)
+
+    def predict(self, image: str | Path, sentence: str, params: Params | None = None) -> BoolMask:
+        """Mask [H, W] of what a sentence means in an image (JPEG, PNG, ...), at the image's own size; without a prior.
+
+        It is the evaluated model's, bit for bit. `params` are those in the current folder unless given. Raises
+        InputError where the image cannot be read, ConfigError where there are no parameters.
+        """
+        project = params or load_params()
+        height, width = read_image(image).shape[:2]
+        pairs = bare_pairs([str(image)], [(height, width)], [sentence], project.proposals.size_px)
+        batches = BatchMaker(pairs, self.network.params.image_size_px, project.proposals.flat_prob)
+        (counts,) = self.masks(batches, project.evaluate.batch_size, with_prior=False, what="predict")
+        return decode_rle(counts, height, width)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
@@ -55,10 +71,14 @@ class Predictor:
     def masks(self, batches: BatchMaker, batch_size: int, *, with_prior: bool, what: str) -> Iterator[bytes]:
         """Masks of all pairs at their image's own size as run lengths, in order (probability > 0.5)."""
         pairs = batches.pairs
+        hidden = np.full(batch_size, not with_prior)
         for rows in batched_rows(len(pairs), batch_size, what):
-            hidden = np.full(len(rows), not with_prior)
-            for logits, (height, width) in zip(self.logits(batches(rows, None, hidden)), pairs.hw[rows], strict=True):
-                yield encode_rle(at_size(logits, int(height), int(width)) > 0)
+            # Filled up with repeats: kernels for other sizes sum in another order, and a mask must not depend on how
+            # many others are asked for.
+            full = np.resize(rows, batch_size)
+            logits = self.logits(batches(full, None, hidden))[: len(rows)]
+            for one, (height, width) in zip(logits, pairs.hw[rows], strict=True):
+                yield encode_rle(at_size(one, int(height), int(width)) > 0)
 
     def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[Views]:
         """What this teacher says of all pairs, batch by batch: with prior, mirrored, and without prior."""
@@ -81,6 +101,25 @@ class Predictor:
                 proposal_score=batch.proposal_score.numpy(),
                 words=words[rows],
             )
+
+
+def bare_pairs(
+    image_path: list[str], image_hw: Sequence[tuple[int, int]], sentence: list[str], proposal_size_px: int
+) -> Pairs:
+    """N pairs without priors, each with an image of its own, to be asked `with_prior=False`; sent_id is the place."""
+    count = len(sentence)
+    return Pairs(
+        sent_id=np.arange(count),
+        sentence=sentence,
+        prior_text=[""] * count,
+        image_row=np.arange(count),
+        image_path=image_path,
+        image_hw=np.array(image_hw, dtype=np.int64).reshape(count, 2),
+        box=np.zeros((count, 4), np.float32),
+        has_box=np.zeros(count, dtype=bool),
+        proposal=np.zeros((count, proposal_size_px, proposal_size_px), np.uint8),
+        proposal_score=np.zeros(count, np.float32),
+    )
 
 
 def batched_rows(count: int, batch_size: int, what: str) -> Iterator[NDArray[np.int64]]:

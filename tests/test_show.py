@@ -1,10 +1,9 @@
 import json
-import sys
+import re
 
-import pytest
+from called import call
 
-from l2l_core.__main__ import main, score_table
-from l2l_core.errors import ArtifactError
+from l2l_core.__main__ import score_table
 
 METRICS = {
     "n_val": 500,
@@ -43,24 +42,20 @@ def test_every_split_has_its_rows():
 
 def test_show_prints_scores_and_where_the_report_lies(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["l2l_core", "show"])
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps(METRICS))
-    main()
+    assert call(monkeypatch, "show") == 0
     printed = capsys.readouterr().out
     assert "report/index.html" in printed
     assert next(line for line in printed.splitlines() if "supervised" in line).split() == ["val", "supervised", "22.2"]
 
 
-def test_before_any_evaluation_it_says_what_to_run(tmp_path, monkeypatch):
+def test_before_any_evaluation_it_says_what_to_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["l2l_core", "show"])
-    with pytest.raises(ArtifactError, match=r"metrics/evaluate\.json: not found, .*dvc repro"):
-        main()
+    assert call(monkeypatch, "show") == 2
+    assert re.fullmatch(r"error: metrics/evaluate\.json: not found, .*dvc repro\n", capsys.readouterr().err)
 
 
 def test_a_command_is_needed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["l2l_core"])
-    with pytest.raises(SystemExit, match="2"):
-        main()
+    assert call(monkeypatch) == 2
     assert "COMMAND" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""What a run learned, in the formats of other tools."""

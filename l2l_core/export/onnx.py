@@ -1,0 +1,83 @@
+"""The network as an ONNX file."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from l2l_core.config import ProposalsParams
+from l2l_core.data.dataset import Batch
+from l2l_core.errors import ConfigError
+from l2l_core.model.segmenter import Segmenter
+
+NEEDED = ("onnx", "onnxscript")
+OPSET = 20
+"""Knows every operation of the network; onnxruntime reads it since 1.17."""
+IMAGE_INPUTS = ("image", "box", "has_box", "proposal", "proposal_score")
+
+
+class _Plain(nn.Module):
+    """The network with tensors in and one tensor out."""
+
+    def __init__(self, network: Segmenter, token_names: list[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.token_names = token_names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Tensors in the order of IMAGE_INPUTS and token_names -> mask logits [B, 1, S, S]."""
+        image, box, has_box, proposal, score, *tokens = tensors
+        batch = Batch(image, [], [], box, has_box, proposal, score)
+        return self.network(batch, dict(zip(self.token_names, tokens, strict=True))).mask_logits
+
+
+def onnx_inputs(batch: Batch, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch and its tokens under the names that the ONNX file gives its inputs."""
+    return {name: getattr(batch, name) for name in IMAGE_INPUTS} | tokens
+
+
+def write_onnx(network: Segmenter, path: Path, proposals: ProposalsParams) -> None:
+    """Write the network in one file, for one pair at a time; the output `mask_logits` is foreground above 0.
+
+    Inputs have the shapes and ranges of Batch and the tokenizer's (model folder, tokenizer/), padded to
+    `max_text_tokens`. What a caller has to know besides is in the file's metadata: image_size_px, max_text_tokens,
+    proposal_size_px, flat_prob. Raises ConfigError where onnx and onnxscript are not installed.
+    """
+    if not all(find_spec(name) for name in NEEDED):
+        raise ConfigError(f"export-model: needs {' and '.join(NEEDED)}: pip install -r requirements-export.txt")
+    size, side = network.params.image_size_px, proposals.size_px
+    batch = Batch(
+        image=torch.zeros((1, 3, size, size), dtype=torch.uint8),
+        sentence=["word"],
+        prior_text=[""],
+        box=torch.zeros(1, 4),
+        has_box=torch.zeros(1, dtype=torch.bool),
+        proposal=torch.full((1, 1, side, side), proposals.flat_prob),
+        proposal_score=torch.zeros(1),
+    )
+    tokens = network.tokenize(batch)
+    inputs = onnx_inputs(batch, tokens)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every operation that it leaves as it is
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter calls deprecated parts of torch
+        program = torch.onnx.export(
+            _Plain(network, list(tokens)).cpu().eval(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=["mask_logits"],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None  # only TorchScript's exporter, which is not used, returns nothing
+    program.model.metadata_props.update(
+        image_size_px=str(size),
+        max_text_tokens=str(network.params.max_text_tokens),
+        proposal_size_px=str(side),
+        flat_prob=str(proposals.flat_prob),
+    )
+    program.save(path, external_data=False)

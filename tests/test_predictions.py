@@ -1,0 +1,237 @@
+"""Own images: the masks are those of the stage `predict`, bit for bit, and what is written is whole or not there."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from called import call
+from PIL import Image
+from synthetic_run import write_run
+from torch import nn
+from toy_pairs import MODEL, toy_params
+
+from l2l_core import predictions, records
+from l2l_core.data.images import inspect_images
+from l2l_core.errors import InputError
+from l2l_core.history import extend_history
+from l2l_core.masks import decode_rle, segmentation_to_rle
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.predictor import Predictor
+
+# As in params.yaml's defaults: bf16 and batches of a power of two.
+PARAMS = toy_params(proposals={"size_px": 24}, evaluate={"batch_size": 16}, train={"precision": "bf16"})
+MODEL_FOLDER = records.round_folder(0) / "model"
+
+
+def lively_network(seed: int) -> Segmenter:
+    """An untrained network whose masks have some structure: strong logits around a mean of zero."""
+    network = Segmenter.create(MODEL, ["left dark dot"], seed=seed)
+    last = next(module for module in network.decoder.head.modules() if isinstance(module, nn.Conv2d))
+    torch.manual_seed(seed)
+    nn.init.normal_(last.weight, std=3.0)
+    nn.init.zeros_(last.bias)
+    return network
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A project after round 0: index with the images' fingerprints, priors, network, and what the stage predicted."""
+    root = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_run(root, rounds=0, images_per_split=5)
+        images = records.read_table(records.INDEX.images, records.IMAGES).to_pylist()
+        for row, file in zip(images, inspect_images([root / row["file_name"] for row in images], 1), strict=True):
+            row["sha256"] = file.sha256
+        records.write_table(records.make_table(images, records.IMAGES), records.INDEX.images, records.IMAGES)
+        (root / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
+        for number, folder in enumerate((records.SUPERVISED_FOLDER, records.round_folder(0))):
+            lively_network(number).save(folder / "model")
+        patch.setattr("l2l_core.history.training_rows", lambda curves, model: [])
+        extend_history(PARAMS, 0)
+    return root
+
+
+@pytest.fixture
+def run(whole_run, tmp_path, monkeypatch):
+    """A copy of it as the current folder."""
+    shutil.copytree(whole_run, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def evaluated(with_prior: bool) -> dict[tuple[str, str], bytes]:
+    """(image, sentence) -> the mask that the stage wrote."""
+    table = records.read_table(records.round_folder(0) / "history/predictions.parquet", records.PREDICTIONS)
+    rles = {
+        row["sent_id"]: row["rle_counts"]
+        for row in table.to_pylist()
+        if row["model"] == "round_0" and row["with_prior"] == with_prior
+    }
+    refs = records.to_frame(records.read_table(records.INDEX.refs, records.REFS))
+    known = refs.merge(records.to_frame(records.read_table(records.INDEX.images, records.IMAGES)), on="image_id")
+    known = known[known["sent_id"].isin(rles)]
+    masks = {
+        (row.file_name, row.sentence): rles[row.sent_id] for row in known.itertuples() if row.sentence.find("<") < 0
+    }
+    foreground = np.mean([decode_rle(rle, 48, 64).mean() for rle in masks.values()])
+    assert len(masks) >= 10
+    assert len(set(masks.values())) > len(masks) / 2  # something to compare
+    assert 0.05 < foreground < 0.95
+    return masks
+
+
+def lines_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+# --- the very same masks
+
+
+def test_the_three_lines_of_python_give_the_evaluated_mask(run):
+    predictor = Predictor.from_run("data/rounds/0/model")
+    for (image, sentence), rle in evaluated(with_prior=False).items():
+        mask = predictor.predict(image, sentence)
+        assert mask.dtype == bool
+        np.testing.assert_array_equal(mask, decode_rle(rle, 48, 64))
+
+
+@pytest.mark.parametrize("with_prior", [True, False])
+def test_each_pair_alone_and_all_at_once_have_the_evaluated_mask(run, with_prior):
+    expected = evaluated(with_prior)
+    predictor = Predictor.from_run(MODEL_FOLDER, PARAMS.train)
+
+    def masks(keys):
+        files = inspect_images([run / image for image, _ in keys], 1)
+        asked = predictions.Asked(files, [sentence for _, sentence in keys])
+        none = np.full(len(asked), -1)
+        sent_ids = predictions.recorded_sentences(asked) if with_prior else none
+        return predictions.answer(predictor, asked, sent_ids, PARAMS)
+
+    together = masks(list(expected))
+    assert together.rle == list(expected.values())
+    assert together.with_prior.any() == with_prior
+    for key in list(expected)[:4]:
+        assert masks([key]).rle == [expected[key]]
+
+
+def test_a_prior_is_found_by_the_images_bytes_and_the_words(run):
+    """Beside the evaluated masks: another name is the same image, another pixel or word is another pair."""
+    (image, sentence), rle = next(iter(evaluated(with_prior=True).items()))
+    shutil.copy(image, "renamed.png")
+    pixels = np.asarray(Image.open(image)).copy()
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save("changed.png")
+    files = inspect_images([run / name for name in ("renamed.png", "changed.png", "renamed.png")], 1)
+    asked = predictions.Asked(files, [sentence, sentence, sentence + " there"])
+    sent_ids = predictions.recorded_sentences(asked)
+    assert (sent_ids >= 0).tolist() == [True, False, False]
+    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, sent_ids, PARAMS)
+    assert answered.rle[0] == rle
+    assert answered.with_prior.tolist() == [True, False, False]
+
+
+# --- the command
+
+
+def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
+    expected = evaluated(with_prior=False)
+    image, sentence = next(iter(expected))
+    assert call(monkeypatch, "predict", image, sentence, "--run", "data/rounds/0") == 0
+    assert "1 masks by data/rounds/0/model, 0 of them with a recorded prior: predictions" in capsys.readouterr().out
+    (line,) = lines_of(run / "predictions")
+    mask = np.asarray(Image.open(run / "predictions" / line["mask"]))
+    np.testing.assert_array_equal(mask, 255 * decode_rle(expected[image, sentence], 48, 64).astype(np.uint8))
+    assert (line["image"], line["sentence"], line["with_prior"]) == (image, sentence, False)
+    assert (line["height"], line["width"], line["area_px"]) == (48, 64, (mask > 0).sum())
+    assert segmentation_to_rle(line["segmentation"], 48, 64) == expected[image, sentence]
+    with Image.open(run / "predictions" / line["overlay"]) as overlay:
+        assert max(overlay.size) == predictions.OVERLAY_PX
+        assert overlay.width / overlay.height == pytest.approx(64 / 48, rel=0.01)
+
+
+def test_predict_takes_a_folder_a_file_of_pairs_and_priors(run, monkeypatch):
+    expected = evaluated(with_prior=True)
+    rows = [{"image": f"../{image}", "sentence": sentence} for image, sentence in expected]
+    (run / "mine").mkdir()
+    (run / "mine" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call(monkeypatch, "predict", "--pairs", "mine/pairs.jsonl", "--with-priors", "--polygons") == 0
+    lines = lines_of(run / "predictions")
+    assert [(line["image"], line["sentence"]) for line in lines] == list(expected)
+    for line, rle in zip(lines, expected.values(), strict=True):
+        assert not line["segmentation"] or segmentation_to_rle(line["segmentation"], 48, 64) == rle
+        assert (np.asarray(Image.open(run / "predictions" / line["mask"])) > 0).sum() == line["area_px"]
+    assert any(line["with_prior"] for line in lines)
+
+    (run / "photos").mkdir()
+    for name, source in (("b.PNG", "000.png"), ("a.png", "001.png")):
+        shutil.copy(run / "images" / source, run / "photos" / name)
+    (run / "photos" / "notes.txt").write_text("not an image")
+    assert call(monkeypatch, "predict", "photos", "images/002.png", "the dot", "--out", "other") == 0
+    assert [line["image"] for line in lines_of(run / "other")] == ["photos/a.png", "photos/b.PNG", "images/002.png"]
+
+
+def test_a_second_call_replaces_its_pictures_and_nothing_else(run, monkeypatch):
+    assert call(monkeypatch, "predict", "images/000.png", "images/001.png", "the dot") == 0
+    (run / "predictions" / "mine.png").write_text("mine")
+    assert call(monkeypatch, "predict", "images/002.png", "a dot") == 0
+    (line,) = lines_of(run / "predictions")
+    names = {path.name for path in (run / "predictions").iterdir()}
+    assert names == {"predictions.jsonl", "mine.png", line["mask"], line["overlay"]}
+
+
+def test_a_turned_photo_is_noted(run, monkeypatch, capsys):
+    image = Image.open("images/000.png").convert("RGB")
+    exif = image.getexif()
+    exif[predictions.EXIF_ORIENTATION] = 6
+    image.save("turned.jpg", exif=exif)
+    assert call(monkeypatch, "predict", "turned.jpg", "images/000.png", "the dot") == 0
+    assert "note: an EXIF tag turns turned.jpg; pixels are used as stored" in capsys.readouterr().out
+    assert [(line["height"], line["width"]) for line in lines_of(run / "predictions")] == [(48, 64)] * 2
+
+
+BAD = {
+    "nothing": ([], r"got 0 argument\(s\), expected IMAGE\.\.\. \"SENTENCE\""),
+    "no sentence": (["images/000.png"], r"got 1 argument\(s\)"),
+    "an image for a sentence": (["images/000.png", "images/001.png"], r"got 'images/001\.png', which is a file"),
+    "no words": (["images/000.png", "?"], r"sentence: got '\?', expected at least one word"),
+    "no such images": (["a.png", "images/000.png", "b.png", "dot"], r"2 problems:\n.*a\.png: not found\n.*b\.png: not"),
+    "no image": (["params.yaml", "dot"], r"params\.yaml: corrupt, or not one of JPEG"),
+    "an empty folder": (["empty", "dot"], r"empty: no image in this folder"),
+    "no such file": (["--pairs", "pairs.jsonl"], r"pairs\.jsonl: not found"),
+    "a folder for a file": (["--pairs", "images"], r"--pairs.*directory"),
+    "both": (["images/000.png", "dot", "--pairs", "pairs.jsonl"], r"got both --pairs and arguments"),
+    "no model": (["images/000.png", "dot", "--run", "images"], r"--run: got images, expected a folder with a model"),
+    "a broken model": (["images/000.png", "dot", "--run", "broken"], r"broken/model: no usable model"),
+    "a file for a folder": (["images/000.png", "dot", "--out", "params.yaml"], r"--out: .*params\.yaml is a file"),
+    "another's index": (["images/000.png", "dot", "--out", "other"], r"other/predictions\.jsonl: not written by this"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_message_and_no_file(run, monkeypatch, capsys, name):
+    (run / "empty").mkdir()
+    (run / "other").mkdir()
+    (run / "other" / "predictions.jsonl").write_text('{"mine": 1}\n')
+    shutil.copytree(MODEL_FOLDER, "broken/model")
+    (run / "broken/model/model.safetensors").write_bytes(b"x")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    words, message = BAD[name]
+    assert call(monkeypatch, "predict", *words) == 2
+    written = capsys.readouterr()
+    assert not written.out
+    assert "Traceback" not in written.err
+    assert re.search(message, written.err, re.DOTALL)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_failure_on_the_way_leaves_the_folder_as_it_was(run, monkeypatch):
+    assert call(monkeypatch, "predict", "images/000.png", "the dot") == 0
+    before = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
+    monkeypatch.setattr(predictions, "read_image", lambda path: (_ for _ in ()).throw(InputError(f"{path}: gone")))
+    assert call(monkeypatch, "predict", "images/001.png", "the dot") == 2
+    assert {path.name: path.read_bytes() for path in (run / "predictions").iterdir()} == before
