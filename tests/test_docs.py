@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 from dvc.utils.hydra import apply_overrides
 
-from bench import docs, label_efficiency, label_efficiency_page, priors, refshapes, rounds
+from bench import docs, label_efficiency, label_efficiency_page, priors, refshapes
 from l2l_core.config import load_params
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ def test_overrides_are_parameters_that_parse(page: Path, tmp_path: Path) -> None
     """As `dvc exp run -S` applies them; an unknown key or a value that is not allowed raises."""
     for command in OVERRIDES.findall(page.read_text(encoding="utf-8")):
         file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
-        apply_overrides(str(file), command.split()[1::2])
+        apply_overrides(str(file), shlex.split(command)[1::2])
         load_params(file)
 
 
@@ -67,20 +68,18 @@ def test_the_readme_names_overrides_and_commands() -> None:
     """The patterns above find what they look for."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(OVERRIDES.findall(text)) >= 5
-    assert "bench.rounds" in MODULE.findall(text)
+    assert "bench.label_efficiency" in MODULE.findall(text)
     assert "docs/data.md" in LINK.findall(text)
     assert ABSOLUTE.search("see /" + "home/me/x")
 
 
-@pytest.mark.parametrize("name", ["rounds", "refshapes", "answers", "proposals"])
+@pytest.mark.parametrize("name", ["refshapes", "answers", "proposals"])
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
     """What stands in the document is what its bench makes of bench/results."""
-    bench = {"rounds": rounds, "refshapes": refshapes, "answers": priors, "proposals": priors}[name]
+    bench = {"refshapes": refshapes, "answers": priors, "proposals": priors}[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
     match name:
-        case "rounds":
-            document, text = ROOT / "README.md", rounds.table(pd.read_json(rounds.RESULTS, lines=True))
         case "refshapes":
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
         case _:
