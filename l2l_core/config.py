@@ -147,8 +147,10 @@ class SelectParams(Section):
     folds: Annotated[int, Field(ge=2, le=10)]
     """Teachers trained without a share of the labelled images, to judge labels on images they never saw."""
     fold_steps: PositiveInt
+    fold_update: Literal["further", "fresh", "kept"]
+    """After a round the fold teachers learn further with its pseudo-labels, are trained anew with them, or are kept."""
     fold_update_steps: PositiveInt
-    """Steps by which the fold teachers follow the model after a round, on that round's pseudo-labels."""
+    """Steps of `further`; `fresh` takes fold_steps."""
     grid: Annotated[int, Field(ge=2, le=64)]
     """Cells per side of the grid on which pixels are kept or dropped."""
     pixel_threshold: Annotated[float, Field(ge=0.5, lt=1.0)]

@@ -25,7 +25,7 @@ from l2l_core.model.segmenter import Segmenter
 
 
 def main() -> None:
-    """Round 0: train the fold teachers. Round k: let them learn from the round's pseudo-labels as well.
+    """Round 0: train the fold teachers. Round k: let them learn from the round's pseudo-labels as well (fold_update).
 
     A fixed rule never asks them: they stay as they were.
     """
@@ -35,7 +35,7 @@ def main() -> None:
     params = load_params()
     folds_out, previous = records.round_folder(number) / "folds", records.round_folder(number - 1) / "folds"
     pseudo_path = records.round_folder(number) / "pseudo_labels.parquet"
-    if number and policy_of(pseudo_path) != "reinforce":
+    if number and (policy_of(pseudo_path) != "reinforce" or params.select.fold_update == "kept"):
         with whole_folder(folds_out) as folder:
             shutil.copytree(previous, folder, dirs_exist_ok=True)
         return
@@ -51,7 +51,7 @@ def main() -> None:
         for left_out in range(params.select.folds):
             purpose = f"crossfit-{number}-{left_out}"
             seen = part_of(labeled, (fold != left_out).nonzero()[0])
-            if number == 0:
+            if number == 0 or params.select.fold_update == "fresh":
                 network, steps = new_network(params, purpose), params.select.fold_steps
             else:
                 network = Segmenter.load(previous / str(left_out))

@@ -1,0 +1,40 @@
+"""What becomes of the out-of-fold teachers after a round."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from safetensors.numpy import load
+from tiny_project import Project
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+
+
+def teachers(project: Project, number: int) -> list[bytes]:
+    return [project.read(f"data/rounds/{number}/folds/{fold}/model.safetensors") for fold in (0, 1)]
+
+
+def after_round_1(project: Project, fold_update: str) -> list[bytes]:
+    project.change_params({"select": {"fold_update": fold_update}})
+    project.run("rm", "-rf", "data/rounds/1/folds")
+    project.run(sys.executable, "-m", "stages.crossfit", "--round", "1")
+    return teachers(project, 1)
+
+
+def distance(first: bytes, second: bytes) -> float:
+    """Mean squared difference over all weights."""
+    one, other = load(first), load(second)
+    total = sum(((one[name].astype(float) - other[name]) ** 2).sum() for name in one)
+    return float(total / sum(value.size for value in one.values()))
+
+
+def test_they_are_kept_learn_further_or_start_anew(first_run, tmp_path):
+    """Four steps of training lead less far from the old teachers than other random weights."""
+    project = first_run.project.copy(tmp_path / "project")
+    before = teachers(project, 0)
+    assert after_round_1(project, "kept") == before
+    further, fresh = after_round_1(project, "further"), after_round_1(project, "fresh")
+    for old, near, far in zip(before, further, fresh, strict=True):
+        assert 0 < distance(old, near) < 0.1 * distance(old, far)
+    assert further[0] != further[1]
