@@ -17,6 +17,7 @@ bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, 
     labeled_fraction, prior, seed   share of the training images that is labelled (1.0: all), preset, seed
     miou, oiou, pr50                of `split` in percent, asked with priors (`supervised`: trained and asked without)
     no_prior_miou                   the same model asked without priors; none of the prior itself
+    lost_objects, lost_borders      points that miou lacks of 100, in sentences below and above an IoU of 0.5
     auroc .. foreground_error_kept  of the round's pseudo-labels, against the truth that no model saw: see
                                     `label_quality` in l2l_core/evaluation.py (miou_* is called label_miou_* here)
     steps                           that trained the model
@@ -53,7 +54,7 @@ import yaml
 from bench import label_efficiency_page
 from l2l_core import records
 from l2l_core.config import PriorsParams
-from l2l_core.evaluation import CURVES_FOLDER, method_scores
+from l2l_core.evaluation import CURVES_FOLDER, GOOD_IOU, method_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "label_efficiency"
@@ -303,12 +304,23 @@ def read_scores(folder: Path, run: Run, params: dict[str, Any]) -> list[Row]:
             row: Row = {"method": method, "round": number, "split": split} | _place(run)
             row |= {name: scores[scored][name] for name in ("miou", "oiou", "pr50")}
             row["no_prior_miou"] = without_prior.get("miou")
+            row |= lost_points(part.loc[part["method"] == scored, "iou"])
             if number:
                 row |= {key: metrics.get(f"pseudo_round_{number}_{name}") for key, name in LABEL_SCORES.items()}
             row["steps"] = 0 if scored == "prior" else params["retrain" if number else "warmup"]["steps"]
             row["dataset"] = f"{Path(params['dataset']).name}-{metrics['dataset_version']}"
             rows.append(row)
     return rows
+
+
+def lost_points(iou: pd.Series) -> dict[str, float]:
+    """Where 100 - mIoU is lost, in points: sentences below GOOD_IOU (as a rule another object) and above (borders)."""
+    wrong = iou < GOOD_IOU
+    loss = 100 * (1 - iou.astype(float))
+    return {
+        "lost_objects": round(float((loss * wrong).mean()), 2),
+        "lost_borders": round(float((loss * ~wrong).mean()), 2),
+    }
 
 
 def read_curves(folder: Path, run: Run) -> list[Row]:

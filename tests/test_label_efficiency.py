@@ -13,7 +13,7 @@ import yaml
 from synthetic_run import write_run
 
 from bench import label_efficiency_page as page
-from bench.label_efficiency import METHODS, Run, missing, planned, read_curves, read_scores, store, stored
+from bench.label_efficiency import METHODS, Run, lost_points, missing, planned, read_curves, read_scores, store, stored
 from l2l_core.config import load_params
 from stages import evaluate
 
@@ -263,3 +263,10 @@ def test_pictures_are_those_that_the_page_shows(tmp_path: Path) -> None:
     assert all(f"](images/{name})" in page.page(rows) for name in drawn)
     one_rate = rows[rows["labeled_fraction"] != 0.1]
     assert set(page.figures(one_rate, curves)) == {f"pseudo_labels_5_percent_{LLAVA}.png"}
+
+
+def test_lost_points_by_hand():
+    """IoU 1, 0.8, 0.5 lose 0, 20, 50 at borders, 0.2 and 0 lose 80 and 100 in objects; all over five sentences."""
+    lost = lost_points(pd.Series([1.0, 0.8, 0.5, 0.2, 0.0]))
+    assert lost == {"lost_objects": 36.0, "lost_borders": 14.0}
+    assert sum(lost.values()) == 100 - 50  # the mean IoU is 0.5
