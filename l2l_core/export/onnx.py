@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from importlib.util import find_spec
@@ -50,6 +51,9 @@ def write_onnx(network: Segmenter, path: Path, proposals: ProposalsParams) -> No
     """
     if not all(find_spec(name) for name in NEEDED):
         raise ConfigError(f"export-model: needs {' and '.join(NEEDED)}: pip install -r requirements-export.txt")
+    network = copy.deepcopy(network).cpu()
+    for encoder in (network.image_encoder, network.text_encoder):
+        encoder.set_attn_implementation("eager")  # torch cannot take apart Swin's fused attention
     size, side = network.params.image_size_px, proposals.size_px
     batch = Batch(
         image=torch.zeros((1, 3, size, size), dtype=torch.uint8),
@@ -65,14 +69,18 @@ def write_onnx(network: Segmenter, path: Path, proposals: ProposalsParams) -> No
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every operation that it leaves as it is
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter calls deprecated parts of torch
-        program = torch.onnx.export(
-            _Plain(network, list(tokens)).cpu().eval(),
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            output_names=["mask_logits"],
-            opset_version=OPSET,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                _Plain(network, list(tokens)).eval(),
+                tuple(inputs.values()),
+                input_names=list(inputs),
+                output_names=["mask_logits"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = next((line for line in reversed(str(error).splitlines()) if line.startswith("<class")), str(error))
+            raise ConfigError(f"export-model: torch cannot write these encoders as ONNX: {reason[:300]}") from None
     assert program is not None  # only TorchScript's exporter, which is not used, returns nothing
     program.model.metadata_props.update(
         image_size_px=str(size),

@@ -7,20 +7,34 @@ import numpy as np
 import pytest
 import torch
 from called import call
-from toy_pairs import rows_of, toy_batches, toy_network, toy_pairs, toy_params
+from toy_pairs import MODEL, PARAMS_FILE, SIZE_PX, rows_of, toy_batches, toy_network, toy_pairs, toy_params
+from transformers import SwinBackbone, SwinConfig
 
 from l2l_core.export import onnx
+from l2l_core.model.segmenter import Segmenter
 
 PROPOSALS = toy_params(proposals={"size_px": 16, "flat_prob": 0.1}).proposals
 
 
-def test_it_says_the_same_as_torch(tmp_path: Path) -> None:
+def save_swin(folder: Path) -> str:
+    """A small Swin, the usual backbone of the field, on disk."""
+    sizes = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
+    SwinBackbone(
+        SwinConfig(image_size=SIZE_PX, out_features=[f"stage{k}" for k in range(1, 5)], **sizes)
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("encoder", ["tiny", "swin"])
+def test_it_says_the_same_as_torch(tmp_path: Path, encoder: str) -> None:
     for name in (*onnx.NEEDED, "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-export.txt")
     import onnxruntime
 
     pairs, _ = toy_pairs(tmp_path / "images", 3)
-    network, batches = toy_network(pairs).eval(), toy_batches(pairs)
+    name = save_swin(tmp_path / "swin") if encoder == "swin" else encoder
+    network = Segmenter.create(MODEL.model_copy(update={"image_encoder": name}), pairs.sentence, 0).eval()
+    batches = toy_batches(pairs)
     onnx.write_onnx(network, tmp_path / "model.onnx", PROPOSALS)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map == {
@@ -45,14 +59,33 @@ def test_it_says_the_same_as_torch(tmp_path: Path) -> None:
         assert all(np.abs(said[first] - other).max() > 1e-2 for other in said[:first])
 
 
-def test_what_is_missing_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with parameters and a model as the current one."""
     pairs, _ = toy_pairs(tmp_path / "images", 2)
     toy_network(pairs).save(tmp_path / "model")
-    (tmp_path / "params.yaml").write_bytes((Path(__file__).parents[2] / "params.yaml").read_bytes())
+    (tmp_path / "params.yaml").write_bytes(PARAMS_FILE.read_bytes())
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_torch_cannot_write_is_one_message(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object, **more: object) -> None:
+        raise torch.onnx.OnnxExporterError("Failed.\n<class 'ValueError'>: no such view\n(See above.)")
+
+    monkeypatch.setattr(onnx, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    assert call(monkeypatch, "export-model", "--run", "model") == 2
+    assert capsys.readouterr().err.endswith("write these encoders as ONNX: <class 'ValueError'>: no such view\n")
+    assert not (project / "export").exists()
+
+
+def test_what_is_missing_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     assert call(monkeypatch, "export-model", "--run", "model") == 2
     assert "needs onnx and onnxscript: pip install -r requirements-export.txt" in capsys.readouterr().err
-    assert not (tmp_path / "export").exists()
+    assert not (project / "export").exists()
