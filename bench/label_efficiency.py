@@ -79,6 +79,9 @@ SELECTION: dict[str, dict[str, Any]] = {
     # Selection without construction, and construction without learnt selection.
     "reinforce_teacher_only": {"select": {"policy": "reinforce", "candidates": ["teacher"]}},
     "ranksum_sharpened": {"select": {"policy": "ranksum", "candidates": ["sharpened"]}},
+    # At about the share of labels that `reinforce` accepts.
+    "ranksum_overlap": {"select": {"policy": "ranksum", "candidates": ["overlap"], "keep_fraction": 0.75}},
+    "agreement_overlap": {"select": {"policy": "agreement", "candidates": ["overlap"], "keep_fraction": 0.75}},
     # Bounds that read the truth: of the teacher's masks those above an IoU of 0.5; the best of all candidates.
     "oracle": {"select": {"policy": "oracle", "candidates": ["teacher"]}},
     "oracle_constructed": {"select": {"policy": "oracle"}},

@@ -296,7 +296,7 @@ class _Cases:
         for row in labels.itertuples():
             image, panels, truth = self._common(row.sent_id)
             mask, keep = (decode_rle(rle, row.height, row.width) for rle in (row.rle_counts, row.keep_rle))
-            panels += [("teacher's mask" + _if_empty(mask), overlays.with_mask(image, mask))]
+            panels += [(f"label ({row.candidate})" + _if_empty(mask), overlays.with_mask(image, mask))]
             panels += [("kept pixels" if row.accepted else "kept pixels: none", overlays.with_kept(image, mask, keep))]
             facts = [f"acceptance {row.accept_prob:.2f}", f"confidence {row.confidence:.2f}"]
             facts += [f"IoU with the proposal {row.prior_iou:.2f}"]

@@ -42,20 +42,22 @@ def main() -> None:
     labeled = labeled_stream(params, 1.0 if number == 0 else params.retrain.labeled_share)
     pairs = labeled.batches.pairs
     fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
-    inputs = [*LABEL_INPUTS, *PRIOR_INPUTS]
+    further = number and params.select.fold_update == "further"
+    # What they start from is an input of `further` alone: checkpoints of the two ways must not be mixed up.
+    inputs = [*LABEL_INPUTS, *PRIOR_INPUTS, *((previous,) if further else ())]
     pseudo = None
     if number:
-        inputs += [pseudo_path, previous]
+        inputs.append(pseudo_path)
         pseudo = pseudo_stream(params, pseudo_path, 1 - params.retrain.labeled_share)
     with whole_folder(folds_out) as folder:
         for left_out in range(params.select.folds):
             purpose = f"crossfit-{number}-{left_out}"
             seen = part_of(labeled, (fold != left_out).nonzero()[0])
-            if number == 0 or params.select.fold_update == "fresh":
-                network, steps = new_network(params, purpose), params.select.fold_steps
-            else:
+            if further:
                 network = Segmenter.load(previous / str(left_out))
                 steps = params.select.fold_update_steps
+            else:
+                network, steps = new_network(params, purpose), params.select.fold_steps
             # An image that is labelled in part also has pseudo-labels, by a teacher that knows its labels.
             others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
             streams = [seen] if others is None else [seen, others]

@@ -41,6 +41,13 @@ def test_the_shipped_file_is_valid_and_says_what_it_means():
         ("round", MAX_ROUND + 1, f"round: got {MAX_ROUND + 1}, expected less than or equal to {MAX_ROUND}"),
         ("round", -1, "round: got -1"),
         ("round", True, "round: got True, expected a valid integer"),
+        ("select.candidates", [], "select.candidates: got .*, expected List should have at least 1 item"),
+        (
+            "select.candidates",
+            ["teacher", "teacher"],
+            r"select.candidates.*got \['teacher', 'teacher'\].*each name once",
+        ),
+        ("select.candidates", ["best"], "select.candidates.*got 'best', expected one of 'teacher', 'ensemble'"),
         ("round", 1.0, r"round: got 1\.0, expected a valid integer"),
         ("dataset", "", "dataset: got '', expected at least 1 character"),
         ("dataset", None, "dataset: got None, expected a valid string"),
@@ -119,3 +126,11 @@ def test_a_mistake_ends_a_command_with_code_2_and_one_line(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"error: {tmp_path}/params.yaml: round: got 'two', expected a valid integer\n"
+
+
+def test_a_fixed_rule_makes_use_of_the_first_candidate_alone():
+    def constructed(policy):
+        return parse_params(changed("select.policy", policy)).select.constructed
+
+    assert constructed("reinforce") == constructed("oracle") == SHIPPED["select"]["candidates"]
+    assert constructed("all") == constructed("semires") == ["teacher"]

@@ -155,7 +155,7 @@ def test_labels_of_unknown_truth_are_shown_without_it(tmp_path: Path, monkeypatc
     refs = refs.set_column(refs.schema.get_field_index("ann_id"), "ann_id", pa.array(unknown, pa.int64()))
     records.write_table(refs, path, records.REFS)
     page = Page(make_report(tmp_path, monkeypatch, rounds=1))
-    assert any(picture["alt"].startswith("teacher's mask") for picture in page.all("img"))
+    assert any(picture["alt"].startswith("label (") for picture in page.all("img"))
     assert not any(picture["alt"].startswith("mask against truth") for picture in page.all("img"))
     coverage = json.loads((tmp_path / "metrics/evaluate.json").read_text())["pseudo_round_1_coverage"]
     assert ["round 1", f"{coverage:.2f}", *["n/a"] * 9] in page.rows

@@ -21,6 +21,7 @@ from l2l_core.selection.construct import construct
 from l2l_core.selection.decide import Decision
 from l2l_core.selection.features import (
     LABEL_THRESHOLD,
+    SENTENCE_FEATURES,
     Candidates,
     Outcome,
     concatenate,
@@ -116,6 +117,7 @@ def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candid
         for row, (height, width) in enumerate(labels.pairs.hw.tolist())
     ]
     count = len(labels.pairs)
+    chosen = seen.sentence[np.arange(count), decision.choice]
     columns = {
         "round": np.full(count, number, np.int16),
         "sent_id": labels.pairs.sent_id,
@@ -127,8 +129,8 @@ def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candid
         "weight": pa.array(labels.weight, pa.binary()) if labels.weight else pa.nulls(count, pa.binary()),
         "accept_prob": decision.accept_prob.astype(np.float32),
         "reward": decision.reward.astype(np.float32),
-        "prior_iou": seen.prior_iou.astype(np.float32),
-        "confidence": seen.confidence.astype(np.float32),
+        "prior_iou": chosen[:, SENTENCE_FEATURES.index("prior_iou")],
+        "confidence": chosen[:, SENTENCE_FEATURES.index("confidence")],
         "accepted": decision.accepted,
         "policy": [params.select.policy] * count,
     }

@@ -50,9 +50,8 @@ class TrainedPolicy:
     """A policy and its curve: one dict each CURVE_EVERY steps.
 
     step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probabilities of
-    accepting one of a sentence's candidates, keeping a cell. entropy: of the choice among candidates and `reject` plus
-    the mean of the cells', in nats.
-    advantage_std: spread of the advantages. All over the labelled sentences of the steps.
+    accepting a candidate, keeping a cell. entropy: of the accept decision plus the mean of the cells', in nats.
+    advantage_std: spread of the advantages. All over all candidates of the labelled sentences of the steps.
     """
 
     policy: Policy

@@ -125,7 +125,6 @@ def test_learning_never_depends_on_the_truth_of_others(name):
 WITHOUT_EFFECT: dict[str, set[str]] = {
     # Read in other rounds than the stage's.
     "crossfit-0": {"retrain.labeled_share", "select.fold_update", "select.fold_update_steps"},
-    "crossfit": {"select.fold_steps"},
     # Part of every checkpoint's name, and of nothing that the stage writes.
     **{name: {"select.folds"} for name in ("supervised", "warmup", "retrain")},
 }

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from l2l_core.engine.labeling import (
 )
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.masks import decode_rle, encode_rle, resize_mask
-from l2l_core.selection.decide import Decision
+from l2l_core.selection.decide import Decision, decide
 from l2l_core.selection.features import Candidates, Views
 
 HEIGHT, WIDTH, GRID = 48, 64, 4
@@ -72,6 +73,15 @@ class Oracle:
             score = np.ones(len(some), np.float32)
             image = np.zeros((*prob.shape, 3), np.uint8)
             yield Views(some, image, prob, prob, prob, prob, score, np.full(len(some), 4))
+
+
+class Doubtful(Oracle):
+    """Its prior is the truth; its own mask lies half an image beside it."""
+
+    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[Views]:
+        for views in super().views(batches, batch_size, what):
+            prob = np.roll(views.prob, views.prob.shape[2] // 2, axis=2)
+            yield replace(views, prob=prob, proposal=views.prob)
 
 
 def decision(count: int, accepted: list[int], cells: np.ndarray | None = None) -> Decision:
@@ -128,6 +138,46 @@ def test_a_table_of_labels_says_what_was_decided(run):
     np.testing.assert_allclose([row["reward"] for row in rows], made.reward, rtol=1e-6)
     np.testing.assert_allclose([row["accept_prob"] for row in rows], made.accept_prob, rtol=1e-6)
     np.testing.assert_allclose([row["prior_iou"] for row in rows], 1.0, atol=1e-3)
+
+
+def test_the_chosen_candidate_is_what_the_table_holds(run):
+    """Two candidates that differ, chosen in turn: label, name and IoU with the proposal are the chosen one's."""
+    params = params_of(candidates=["teacher", "prior"])
+    labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
+    assert all(first != second for first, second in labels.candidates)
+    count = len(labels.pairs)
+    made = replace(decision(count, list(range(count))), choice=np.arange(count) % 2)
+    rows = pseudo_label_table(params, 1, labels, seen, made).to_pylist()
+    assert [row["candidate"] for row in rows] == ["teacher" if number % 2 == 0 else "prior" for number in range(count)]
+    truth = true_masks()
+    for number, row in enumerate(rows):
+        assert row["rle_counts"] == labels.candidates[number][number % 2]
+        mask = decode_rle(row["rle_counts"], HEIGHT, WIDTH)
+        iou = (mask & truth[row["sent_id"]]).sum() / (mask | truth[row["sent_id"]]).sum()
+        assert (iou > 0.4) == (number % 2 == 1)  # fitted to an image without any colours, the truth loses its rim
+        assert (row["prior_iou"] > 0.4) == (number % 2 == 1)
+
+
+def test_the_oracle_finds_the_best_candidate_of_each_sentence(run):
+    """The prior is right and the teacher wrong, in either order."""
+    for names in (["teacher", "prior"], ["prior", "teacher"]):
+        params = params_of("oracle", candidates=names)
+        labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
+        made = decide(params.select, seen, None, judge_unlabeled(params, labels, records.INDEX.masks))
+        assert {names[k] for k in made.choice} == {"prior"}
+        assert made.accept_prob.min() > 0.4
+
+
+def test_semires_writes_how_much_each_pixel_teaches(run):
+    """0.95 weighs 1.3 - N(0.95; 0.5, 0.1) = 0.8417, 0.2 weighs 0.4956: 215 and 126 of 255."""
+    params = params_of("semires")
+    labels, seen = labels_and_candidates(params)
+    made = decision(len(labels.pairs), [0])
+    for row in pseudo_label_table(params, 1, labels, seen, made).to_pylist():
+        weight = np.frombuffer(row["weight"], np.uint8)
+        assert weight.shape == (24 * 24,)
+        assert weight.max() == 215
+        assert np.median(weight) == 126
 
 
 @pytest.mark.parametrize("policy", ["reinforce", "threshold", "all"])
