@@ -144,7 +144,8 @@ def page(rows: pd.DataFrame) -> str:
             parts.append(f"![Precision and reliability of pseudo-labels](images/{_labels_name(setting)})")
         if setting == MAIN:
             parts += ["### Claims", _claims_table(rows)]
-            parts += ["### What is missing to 100", limits(chosen)]
+            if "lost_objects" in chosen and chosen["lost_objects"].notna().any():
+                parts += ["### What is missing to 100", limits(chosen)]
     return "\n\n".join(parts)
 
 
