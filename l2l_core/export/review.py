@@ -27,7 +27,7 @@ def review_scores(labels: pd.DataFrame) -> NDArray[np.float64]:
     """[N] in [0, 1]: how much is learned by looking at each label (columns accept_prob, prior_iou, sentence, image_id).
 
     Informative times representative, as in information density (Settles & Craven 2008). Informative is the mean of
-    1 - |2 accept_prob - 1| (undecided: 1) and 1 - prior_iou (prior and teacher differ, or there is no prior: 1).
+    1 - |2 accept_prob - 1| (undecided: 1) and 1 - prior_iou (label and prior do not meet, or there is none: 1).
     Representative is the mean of how frequent the sentence's words and the image's sentences are among all labels:
     log(1 + count) / log(1 + the largest count), for words the mean over the different ones of the sentence.
     """
