@@ -83,6 +83,17 @@ def test_another_label_budget_keeps_data_and_priors(project):
     assert sorted(ran) == sorted(["check", "split", "supervised", "warmup", "predict", *LAST])
 
 
+def test_reading_answers_anew_asks_nobody(project):
+    parser = project.folder / "l2l_core/priors/parse.py"
+    parser.write_text(parser.read_text(encoding="utf-8") + "\n# reads more\n", encoding="utf-8")
+    assert project.stages_run("dvc", "repro") == ["priors"]  # it reads the same, so nothing follows
+
+
+def test_another_question_is_asked(project):
+    assert project.stages_run("dvc", "exp", "run", "-S", "priors.model=another") == ["ask", "report"]
+    assert project.stages_run("dvc", "exp", "run", "-S", "priors.engine.chunk_size=7") == ["report"]
+
+
 def test_an_experiment_in_a_copy_leaves_the_workspace_alone(project):
     ran = project.stages_run("dvc", "exp", "run", "--temp", "--name", "without-labels", "-S", "select.policy=none")
     assert sorted(ran) == sorted(["select@1", "retrain@1", "predict@1", *LAST])
