@@ -13,9 +13,15 @@ from l2l_core.priors.coords import CoordSpace
 PromptName = Literal["box-1", "box-2", "point-1"]
 Schema = dict[str, object]
 
-_INTRO = """Find the one object in the image that this expression refers to: "{sentence}"
+_ASK_FIRST = """Find the one object in the image that this expression refers to: "{sentence}"
 Answer with one JSON object and nothing else, with these keys:
-"""
+{keys}"""
+# The sentence last: all that stands before it, image included, is the same for all sentences of an image, and engines
+# that cache prefixes compute it once.
+_ASK_LAST = """An expression refers to one object in the image. Find that object.
+Answer with one JSON object and nothing else, with these keys:
+{keys}
+The expression: "{sentence}\""""
 
 _COORDINATES: dict[CoordSpace, str] = {
     "pixel": "in pixels of the image",
@@ -86,44 +92,60 @@ _POINT = _Key(
     lambda space: _or_null(_exactly(2, _coordinate(space))),
 )
 
+
+@dataclass(frozen=True)
+class _Prompt:
+    template: str
+    keys: dict[str, _Key]
+
+
 # A prompt is never changed, only followed by one with a higher number: recorded answers name theirs by its sha256.
-_PROMPTS: dict[PromptName, dict[str, _Key]] = {
-    "box-1": {  # the form in which `simulated` answers
-        "found": _FOUND,
-        "target": _Key("the object's kind, as one noun.", lambda _: _WORD),
-        "attributes": _ATTRIBUTES,
-        "relation": _Key(
-            'the expression\'s words on where it is or how it relates to others, or "".', lambda _: _PHRASE
-        ),
-        "bbox": _Key(
-            "the object's bounding box as [x1, y1, x2, y2], {coordinates}; null if not found.",
-            lambda space: _or_null(_exactly(4, _number(space))),
-        ),
-        "confidence": _CONFIDENCE,
-    },
-    "box-2": {  # words first: a model that has named the object finds it more readily
-        **_SEMANTICS,
-        "boxes": _Key(
-            "list of bounding boxes as [x1, y1, x2, y2], {coordinates}: one, or if you cannot decide between objects "
-            "theirs with the most likely first; [] if not found.",
-            lambda space: {"type": "array", "items": _exactly(4, _coordinate(space)), "maxItems": _MAX_BOXES},
-        ),
-        "point": _POINT,
-        "confidence": _CONFIDENCE,
-    },
-    "point-1": {**_SEMANTICS, "point": _POINT, "confidence": _CONFIDENCE},  # for models that point and give no boxes
+_PROMPTS: dict[PromptName, _Prompt] = {
+    "box-1": _Prompt(  # the form in which `simulated` answers
+        _ASK_FIRST,
+        {
+            "found": _FOUND,
+            "target": _Key("the object's kind, as one noun.", lambda _: _WORD),
+            "attributes": _ATTRIBUTES,
+            "relation": _Key(
+                'the expression\'s words on where it is or how it relates to others, or "".', lambda _: _PHRASE
+            ),
+            "bbox": _Key(
+                "the object's bounding box as [x1, y1, x2, y2], {coordinates}; null if not found.",
+                lambda space: _or_null(_exactly(4, _number(space))),
+            ),
+            "confidence": _CONFIDENCE,
+        },
+    ),
+    "box-2": _Prompt(
+        _ASK_LAST,
+        {
+            **_SEMANTICS,  # words first: what is written of the object is read when its place is
+            "boxes": _Key(
+                "list of bounding boxes as [x1, y1, x2, y2], {coordinates}: one, or if you cannot decide between "
+                "objects theirs with the most likely first; [] if not found.",
+                lambda space: {"type": "array", "items": _exactly(4, _coordinate(space)), "maxItems": _MAX_BOXES},
+            ),
+            "point": _POINT,
+            "confidence": _CONFIDENCE,
+        },
+    ),
+    # For models that point and give no boxes.
+    "point-1": _Prompt(_ASK_LAST, {**_SEMANTICS, "point": _POINT, "confidence": _CONFIDENCE}),
 }
 
 
 def prompt_text(name: PromptName, sentence: str, coord_space: CoordSpace) -> str:
     """The question about one sentence, to follow the image."""
-    lines = [f'"{key}": {entry.meaning}' for key, entry in _PROMPTS[name].items()]
-    return (_INTRO + "\n".join(lines)).format(sentence=sentence, coordinates=_COORDINATES[coord_space])
+    prompt = _PROMPTS[name]
+    lines = [f'"{key}": {entry.meaning}' for key, entry in prompt.keys.items()]
+    keys = "\n".join(lines).format(coordinates=_COORDINATES[coord_space])
+    return prompt.template.format(sentence=sentence, keys=keys)
 
 
 def answer_schema(name: PromptName, coord_space: CoordSpace) -> Schema:
     """JSON schema of the answer, for backends that can enforce one. Everything in it is bounded."""
-    properties = {key: entry.schema(coord_space) for key, entry in _PROMPTS[name].items()}
+    properties = {key: entry.schema(coord_space) for key, entry in _PROMPTS[name].keys.items()}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
@@ -143,7 +165,7 @@ def keeps_to(name: PromptName, raw_text: str) -> bool:
         answer, _ = json.JSONDecoder().raw_decode(raw_text, max(raw_text.find("{"), 0))
     except (ValueError, RecursionError):
         return False
-    if not isinstance(answer, dict) or not _PROMPTS[name].keys() <= answer.keys():
+    if not isinstance(answer, dict) or not _PROMPTS[name].keys.keys() <= answer.keys():
         return False
     if answer["found"] is False:
         return True

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from prior_tables import prior_params
-from stub_server import Reply, Stub, completion, sentence_of, serve
 
+from bench.stub_server import Reply, Stub, completion, sentence_of, serve
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.priors import openai_http
 from l2l_core.priors.mllm import Completion, Request

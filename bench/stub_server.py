@@ -23,7 +23,7 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 def sentence_of(body: dict[str, Any]) -> str:
-    return text_of(body).split('"')[1]
+    return text_of(body).split('"')[-2]
 
 
 def completion(text: str, prompt_tokens: int = 100, completion_tokens: int = 10) -> Reply:
