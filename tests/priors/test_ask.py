@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -173,7 +174,7 @@ def test_a_real_model_needs_a_name(backend: str) -> None:
 # Chunks
 
 
-def test_chunks_are_stored_and_not_asked_again(tmp_path: Path) -> None:
+def test_chunks_are_stored_and_not_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cut off in the third of four chunks, and resumed: only what was missing is asked, and the table is the same."""
     engine = prior_params(engine={"chunk_size": 3}).engine
     first = Echo(fails="thing 7")
@@ -183,6 +184,10 @@ def test_chunks_are_stored_and_not_asked_again(tmp_path: Path) -> None:
     second = Echo()
     table = ask_all(lambda: second, questions(10), tmp_path, engine)
     assert second.asked == [[6, 7, 8], [9]]
+    assert re.fullmatch(
+        r"ask: 10 answers, 6 of them stored before; 4 asked: [\d.]+ requests/s, 0 tokens/s, 100\.0 % valid\n",
+        capsys.readouterr().out,
+    )
     assert table == ask_table(Echo(), questions(10))
 
 
