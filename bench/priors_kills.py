@@ -4,7 +4,8 @@
 
 Every time in a fresh folder: run, kill, run again, compare with what an undisturbed run wrote. `repeated` are requests
 that the server got more than once beyond those that an answer outside the prompt makes necessary; at most the chunk in
-flight (with the second draw of its answer outside the prompt) may be asked again. Writes bench/results/priors_kills.jsonl, one JSON object.
+flight (with the second draw of its answer outside the prompt) may be asked again. Writes
+bench/results/priors_kills.jsonl, one JSON object.
 """
 
 from __future__ import annotations
