@@ -36,9 +36,10 @@ from l2l_core.data.source import read_dataset
 from l2l_core.evaluation import cut_proposal
 from l2l_core.geometry import area_xyxy, iou_xyxy, xywh_to_xyxy
 from l2l_core.masks import intersection_union_px
-from l2l_core.priors.ask import collect_priors, make_backend, make_questions
+from l2l_core.priors.ask import ask_table, make_backend, make_questions
 from l2l_core.priors.coords import qwen_input_hw
 from l2l_core.priors.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
+from l2l_core.priors.interpret import interpret
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "priors"
@@ -71,7 +72,7 @@ def answer(paths: records.IndexPaths, **changes: Any) -> pd.DataFrame:
     """The priors of every sentence, as the stage makes them."""
     params = PriorsParams(**(PARAMS.priors.model_dump() | changes))
     return records.to_frame(
-        collect_priors(make_backend(params, PARAMS.seed, paths), make_questions(paths, params.samples))
+        interpret(ask_table(make_backend(params, PARAMS.seed, paths), make_questions(paths, params.samples)))
     )
 
 

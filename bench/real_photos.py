@@ -128,7 +128,7 @@ def main() -> None:
         "commit": run(ROOT, "git", "rev-parse", "--short", "HEAD").strip(),
     }
     rows = []
-    for stage in ("ingest", "split", "priors"):
+    for stage in ("ingest", "split", "ask", "priors"):
         print(run(WORK, "python", "-m", f"stages.{stage}"), end="")
     for renderer in ("box", "grabcut"):
         started = time.monotonic()

@@ -55,10 +55,44 @@ class SplitParams(Section):
     """JSON list of labelled images instead of a fraction; null: draw by `labeled_fraction`."""
 
 
+class PriorEngineParams(Section):
+    """How the multimodal LLM is run. Nothing here changes what it is asked, so that a change asks nobody again."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    """Of the `transformers` backend."""
+    batch_size: PositiveInt
+    """Requests that the `transformers` backend computes at once."""
+    chunk_size: PositiveInt
+    """Requests stored at once: what a kill costs at most, times data_parallel."""
+    data_parallel: PositiveInt
+    """Processes, each with the model (and, where there are GPUs, tensor_parallel of them) of its own."""
+    tensor_parallel: PositiveInt
+    """GPUs that one model of the `vllm` backend is spread over."""
+    memory_share: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Of each GPU's memory, for the `vllm` backend's weights and cache."""
+    context_tokens: Annotated[int, Field(ge=256)]
+    """Longest question with its answer that the `vllm` backend takes, image included."""
+    server_url: Annotated[str, Field(pattern=r"^https?://")]
+    """Of the `openai` backend, up to and with /v1."""
+    concurrency: PositiveInt
+    """Requests that the `openai` backend has under way at once."""
+    timeout_s: Annotated[float, Field(gt=0.0)]
+    """Silence after which a request to the server counts as failed."""
+    server_retries: Annotated[int, Field(ge=0, le=20)]
+    """Further tries after silence, a lost connection or the statuses 408, 429 and 5xx, each after twice the wait."""
+
+
+class PricesParams(Section):
+    """Of a million tokens, in any currency; null: the summary names no cost."""
+
+    prompt: Annotated[float, Field(ge=0.0)] | None
+    completion: Annotated[float, Field(ge=0.0)] | None
+
+
 class PriorsParams(Section):
     """What the multimodal LLM is asked for."""
 
-    backend: Literal["simulated", "replay"]
+    backend: Literal["simulated", "replay", "transformers", "openai", "vllm"]
     preset: Literal["qwen2.5-vl-7b", "internvl2.5-8b", "llava-1.5-7b"]
     """Error model of the `simulated` backend."""
     samples: Annotated[int, Field(ge=1, le=16)]
@@ -67,11 +101,30 @@ class PriorsParams(Section):
     """JSON lines with recorded answers, for the `replay` backend."""
     coord_space: Literal["auto", "pixel", "resized_pixel", "norm1000", "percent", "unit"]
     """How the model writes coordinates; `auto` looks the model's family up."""
+    model: str | None
+    """Hub id or folder (`transformers`, `vllm`), or the model's name at the server (`openai`)."""
+    prompt: Literal["box-1", "box-2", "point-1"]
+    """What a model is asked; `simulated` always answers in the form of box-1."""
+    structured_output: bool
+    """Let nothing be written but the prompt's JSON. Needs xgrammar, or a server that can."""
+    precision: Literal["bf16", "fp32"]
+    max_image_px: Annotated[int, Field(ge=56 * 56)]
+    """Area to which larger images are shrunk."""
+    max_tokens: PositiveInt
+    """Of an answer; the n-th attempt may have n times as many."""
+    retries: Annotated[int, Field(ge=0, le=10)]
+    """Further attempts, by sampling, after an answer that does not keep to the prompt."""
+    temperature: Annotated[float, Field(gt=0.0, le=2.0)]
+    """Of every draw but a sentence's first sample at its first attempt, which is greedy."""
+    engine: PriorEngineParams
+    prices: PricesParams
 
     @model_validator(mode="after")
-    def _replay_needs_a_file(self) -> PriorsParams:
+    def _backends_have_what_they_need(self) -> PriorsParams:
         if self.backend == "replay" and not self.replay_file:
             raise ValueError("replay_file: got null, expected a JSON-lines file because backend is replay")
+        if self.backend in ("transformers", "openai", "vllm") and not self.model:
+            raise ValueError(f"model: got {self.model!r}, expected a model's name because backend is {self.backend}")
         return self
 
 

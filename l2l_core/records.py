@@ -60,6 +60,26 @@ MASKS = pa.schema(  # one row a referred object
     ]
 )
 SPLIT = pa.schema([("sent_id", pa.int64()), ("role", pa.string())])
+ANSWERS = pa.schema(  # one row a sentence and sample: what the multimodal LLM wrote, unparsed
+    [
+        ("sent_id", pa.int64()),
+        ("sample_index", pa.int16()),
+        ("backend", pa.string()),
+        ("model", pa.string()),
+        ("prompt_sha256", pa.string()),
+        ("raw_text", pa.string()),
+        ("unread", pa.string()),  # empty or error, where there is no text; else null
+        ("reason", pa.string()),  # of an error
+        ("attempts", pa.int16()),
+        ("coord_space", pa.string()),
+        ("height", pa.int32()),  # original image
+        ("width", pa.int32()),
+        ("input_height", pa.int32()),  # image as the model saw it
+        ("input_width", pa.int32()),
+        ("prompt_tokens", pa.int32()),  # of all attempts
+        ("completion_tokens", pa.int32()),
+    ]
+)
 PRIORS = pa.schema(
     [
         ("sent_id", pa.int64()),
@@ -80,7 +100,7 @@ PRIORS = pa.schema(
         ("input_width", pa.int32()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
-        ("latency_ms", pa.float32()),
+        ("latency_ms", pa.float32()),  # 0: measured times would differ from run to run, and the table must not
     ]
 )
 PROPOSALS = pa.schema(
@@ -151,6 +171,8 @@ METRICS_PATH = Path("metrics/evaluate.json")
 REPORT_PATH = Path("report/index.html")
 SPLIT_PATH = Path("data/split/split.parquet")
 LABELED_MASKS_PATH = Path("data/split/labeled_masks.parquet")
+ANSWERS_PATH = Path("data/priors/answers.parquet")
+PRIORS_METRICS_PATH = Path("metrics/priors.json")
 PRIORS_PATH = Path("data/priors/priors.parquet")
 PROPOSALS_PATH = Path("data/proposals/proposals.parquet")
 SUPERVISED_FOLDER = Path("data/supervised")

@@ -161,13 +161,13 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
     prior = {
         "simulated": f"simulated {params.priors.preset}",
         "replay": f"recorded, {Path(params.priors.replay_file or '').name}",
-    }
+    }.get(params.priors.backend, f"{params.priors.model} by {params.priors.backend}")
     answered = (run.proposals["score"] > 0).mean()
     facts = {
         "data set": Path(params.dataset).name + (f", version {version}" if version is not None else ""),
         "labels": f"{budget}: {labeled[0]:,} images, {labeled[1]:,} sentences",
         "without labels": f"{unlabeled[0]:,} images, {unlabeled[1]:,} sentences",
-        "priors": f"{prior[params.priors.backend]}, usable for {100 * answered:.1f} % of the sentences",
+        "priors": f"{prior}, usable for {100 * answered:.1f} % of the sentences",
         "proposals": params.proposals.renderer,
         "selection": params.select.policy,
         "rounds": str(run.last_round),

@@ -1,20 +1,24 @@
-"""Ask the multimodal LLM (or what stands in for it) what each sentence means and where that is."""
+"""Read what the multimodal LLM answered: what each sentence means and where that is."""
 
 from __future__ import annotations
+
+import json
 
 from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.priors.ask import collect_priors, make_backend, make_questions, summarize
+from l2l_core.priors.interpret import interpret, summarize
 
 
 def main() -> None:
-    """data/index -> data/priors/priors.parquet, one row a sentence and sample, of every split."""
+    """data/priors/answers.parquet -> data/priors/priors.parquet and metrics/priors.json; asks nobody."""
     params = load_params()
-    backend = make_backend(params.priors, params.seed, records.INDEX)
-    priors = collect_priors(backend, make_questions(records.INDEX, params.priors.samples))
+    priors = interpret(records.read_table(records.ANSWERS_PATH, records.ANSWERS))
     records.write_table(priors, records.PRIORS_PATH, records.PRIORS)
-    print(summarize(priors))
+    summary = summarize(priors, params.priors.prices)
+    records.PRIORS_METRICS_PATH.parent.mkdir(parents=True, exist_ok=True)
+    records.PRIORS_METRICS_PATH.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print("priors: " + ", ".join(f"{count} {name}" for name, count in summary.items()))
 
 
 if __name__ == "__main__":

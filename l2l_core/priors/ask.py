@@ -1,30 +1,45 @@
-"""Choose a prior backend, ask it about every sentence, and put its parsed answers into the priors table."""
+"""Choose a prior backend and ask it about every sentence, in chunks that survive a kill."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import assert_never
 
-import pandas as pd
 import pyarrow as pa
+from tqdm import tqdm
 
 from l2l_core import records
-from l2l_core.config import PriorsParams
-from l2l_core.priors.backend import Answer, PriorBackend, Question
-from l2l_core.priors.coords import resolve_coord_space
-from l2l_core.priors.parse import ParsedPrior, clean_text, parse_answer
+from l2l_core.config import PriorEngineParams, PriorsParams
+from l2l_core.errors import InputError
+from l2l_core.priors.backend import Answer, PriorBackend, Question, clean_text
+from l2l_core.priors.coords import COORD_SPACES, resolve_coord_space
+from l2l_core.priors.mllm import Engine, MllmBackend
+from l2l_core.priors.prompt import prompt_sha256
 from l2l_core.priors.replay import ReplayBackend, load_recorded
 from l2l_core.priors.simulated import SimulatedBackend, make_truth
-from l2l_core.progress import progress
 
-BATCH_QUESTIONS = 4096
-"""Questions a backend is given at once: enough to keep an engine busy, few enough to show progress."""
+FEWEST_FAILED = 8
+"""Where a chunk of at least so many requests fails as a whole, the fault is not in the requests."""
+
+MakeBackend = Callable[[], PriorBackend]
 
 
 def make_backend(params: PriorsParams, seed: int, index: records.IndexPaths) -> PriorBackend:
     """The backend that `priors.backend` names. Only `simulated` reads true boxes.
 
-    Raises InputError or ConfigError where the data or the parameters do not suit it.
+    Raises InputError or ConfigError where the data, the parameters or what is installed do not suit it.
     """
     match params.backend:
         case "simulated":
@@ -37,8 +52,28 @@ def make_backend(params: PriorsParams, seed: int, index: records.IndexPaths) -> 
             refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
             sizes = records.to_frame(records.read_table(index.images, records.IMAGES, ["image_id", "height", "width"]))
             return ReplayBackend(load_recorded(str(params.replay_file), refs, sizes, params.coord_space))
+        case "transformers" | "openai" | "vllm":
+            resolve_coord_space(str(params.model), params.coord_space)  # before minutes are spent on loading a model
+            return MllmBackend(_make_engine(params), params, seed)
         case _:
             assert_never(params.backend)
+
+
+def _make_engine(params: PriorsParams) -> Engine:
+    # Imported where it is wanted: each brings a library that takes seconds to load or is not installed everywhere.
+    match params.backend:
+        case "transformers":
+            from l2l_core.priors.hf import TransformersEngine
+
+            return TransformersEngine(params)
+        case "openai":
+            from l2l_core.priors.openai_http import OpenAIEngine
+
+            return OpenAIEngine(params)
+        case _:
+            from l2l_core.priors.vllm import VllmEngine
+
+            return VllmEngine(params)
 
 
 def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
@@ -54,31 +89,166 @@ def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
     ]
 
 
-def collect_priors(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:
-    """Ask every question -> table records.PRIORS, one row a (sent_id, sample_index), sorted by them."""
-    tables = [records.PRIORS.empty_table()]
-    starts = range(0, len(questions), BATCH_QUESTIONS)
-    for start in progress(starts, f"priors ({backend.name})", "batch"):
-        asked = questions[start : start + BATCH_QUESTIONS]
-        tables.append(_to_table(backend.name, asked, backend.ask(asked)))
+def asking_key(params: PriorsParams, seed: int, index: records.IndexPaths) -> str:
+    """Hex digest of all that answers depend on: stored chunks are only taken up by a run that would ask the same.
+
+    The code is not part of it, so that a run that broke off goes on after a repair.
+    """
+    settings = params.model_dump(mode="json", exclude={"engine", "prices"})
+    prompts = [prompt_sha256(params.prompt, space) for space in COORD_SPACES]
+    digest = hashlib.sha256(json.dumps([settings, seed, prompts, str(records.ANSWERS)]).encode())
+    files = [index.images, index.refs]
+    files += [index.objects] if params.backend == "simulated" else []
+    files += [Path(str(params.replay_file))] if params.backend == "replay" else []
+    for path in filter(Path.is_file, files):  # the backend says what is missing
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, engine: PriorEngineParams) -> pa.Table:
+    """Ask every question -> table records.ANSWERS, one row a (sent_id, sample_index), sorted by them.
+
+    Chunks of questions are stored in `folder` as they are answered, and those found there are not asked again.
+    make: builds the backend, in this process or in each of `engine.data_parallel` others (then it must be picklable).
+    Raises L2LError where the backend cannot be built or answers nothing at all; what is stored stays.
+    """
+    size = engine.chunk_size
+    chunks = [_Chunk(questions[start : start + size], folder) for start in range(0, len(questions), size)]
+    waiting = [chunk for chunk in chunks if not chunk.path.exists()]
+    asked = sum(len(chunk.questions) for chunk in waiting)
+    with tqdm(
+        total=len(questions),
+        initial=len(questions) - asked,
+        desc="ask",
+        unit="request",
+        disable=not sys.stderr.isatty(),
+        mininterval=1,
+    ) as bar:
+        rates = _Rates()
+        for done in _ask_chunks(make, waiting, engine):
+            rates.add(done)
+            bar.update(done.answers)
+            bar.set_postfix_str(str(rates), refresh=False)
+    print(f"ask: {len(questions)} answers, {len(questions) - asked} of them stored before; {asked} asked: {rates}")
+    tables = [records.ANSWERS.empty_table(), *(records.read_table(chunk.path, records.ANSWERS) for chunk in chunks)]
     order = [("sent_id", "ascending"), ("sample_index", "ascending")]
     return pa.concat_tables(tables).sort_by(order).combine_chunks()
 
 
-def summarize(priors: pa.Table) -> str:
-    """How many answers were usable, in one line: a wrong coordinate space shows here first."""
-    counts = pd.Series(priors["status"].to_pandas()).value_counts()
-    parts = [f"{int(counts.get(status, 0))} {status}" for status in records.PRIOR_STATUSES]
-    return f"priors: {priors.num_rows} answers, {', '.join(parts)}"
+def ask_table(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:
+    """Ask every question at once -> table records.ANSWERS, sorted by sent_id and sample_index."""
+    order = [("sent_id", "ascending"), ("sample_index", "ascending")]
+    return _to_table(backend.name, questions, backend.ask(questions)).sort_by(order).combine_chunks()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Questions that are asked and stored together."""
+
+    questions: Sequence[Question]
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        """Named after the questions: with other chunk sizes or sentences it is another file."""
+        return self.folder / f"{hashlib.sha256(repr(list(self.questions)).encode()).hexdigest()[:24]}.parquet"
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What was gained with one chunk."""
+
+    answers: int
+    valid: int
+    tokens: int
+
+
+class _Rates:
+    """Speed and yield since the start of this run."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._answers = self._valid = self._tokens = 0
+
+    def add(self, done: _Done) -> None:
+        self._answers += done.answers
+        self._valid += done.valid
+        self._tokens += done.tokens
+
+    def __str__(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-3)
+        valid = 100 * self._valid / max(self._answers, 1)
+        return f"{self._answers / seconds:.1f} requests/s, {self._tokens / seconds:.0f} tokens/s, {valid:.1f} % valid"
+
+
+def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], engine: PriorEngineParams) -> Iterable[_Done]:
+    """Ask and store; in any order, since a chunk's answers do not depend on the others."""
+    if not chunks:
+        return
+    if engine.data_parallel == 1:
+        backend = make()
+        yield from (_ask_chunk(backend, chunk) for chunk in chunks)
+        return
+    # spawn: CUDA does not survive a fork.
+    context = get_context("spawn")
+    ranks = context.Queue()
+    for rank in range(engine.data_parallel):
+        ranks.put(rank)
+    workers = min(engine.data_parallel, len(chunks))
+    with ProcessPoolExecutor(workers, context, _start_worker, (make, ranks, engine.tensor_parallel)) as pool:
+        waiting = [pool.submit(_ask_in_worker, chunk) for chunk in chunks]
+        try:
+            yield from (future.result() for future in as_completed(waiting))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ask_chunk(backend: PriorBackend, chunk: _Chunk) -> _Done:
+    answers = backend.ask(chunk.questions)
+    failed = [answer.reason for answer in answers if answer.unread == "error"]
+    if len(failed) == len(answers) >= FEWEST_FAILED:
+        reason, _ = Counter(failed).most_common(1)[0]
+        raise InputError(
+            f"priors.backend {backend.name}: {len(answers)} requests on end failed, the most with {reason!r} "
+            f"(the first is sent_id {chunk.questions[0].sent_id}); what was answered before is kept: run again to go on"
+        )
+    records.write_table(_to_table(backend.name, chunk.questions, answers), chunk.path, records.ANSWERS)
+    tokens = sum(answer.prompt_tokens + answer.completion_tokens for answer in answers)
+    return _Done(len(answers), sum(answer.is_valid for answer in answers), tokens)
+
+
+_make: MakeBackend
+_backend: PriorBackend | None = None
+"""Of a worker process, which serves one backend for all its life."""
+
+
+def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int) -> None:
+    global _make
+    _make = make
+    rank = ranks.get()
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first, last = rank * tensor_parallel, (rank + 1) * tensor_parallel
+    own = listed.split(",")[first:last] if listed else [str(gpu) for gpu in range(first, last)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed run leaves no worker behind that holds a GPU."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _ask_in_worker(chunk: _Chunk) -> _Done:
+    global _backend
+    if _backend is None:  # not in _start_worker: what is raised there does not reach the user
+        _backend = _make()
+    return _ask_chunk(_backend, chunk)
 
 
 def _to_table(backend: str, questions: Sequence[Question], answers: Sequence[Answer]) -> pa.Table:
-    parsed = [
-        ParsedPrior("invalid")
-        if answer.unread
-        else parse_answer(answer.raw_text, answer.coord_space, question.image_hw, answer.input_hw)
-        for question, answer in zip(questions, answers, strict=True)
-    ]
     columns: dict[str, list[object]] = {
         "sent_id": [question.sent_id for question in questions],
         "sample_index": [question.sample_index for question in questions],
@@ -86,18 +256,15 @@ def _to_table(backend: str, questions: Sequence[Question], answers: Sequence[Ans
         "model": [clean_text(answer.model) for answer in answers],
         "prompt_sha256": [answer.prompt_sha256 for answer in answers],
         "raw_text": [clean_text(answer.raw_text) for answer in answers],
-        "status": [answer.unread or prior.status for answer, prior in zip(answers, parsed, strict=True)],
-        "target": [prior.target for prior in parsed],
-        "attributes": [prior.attributes for prior in parsed],
-        "relation": [prior.relation for prior in parsed],
-        "bbox": [prior.bbox for prior in parsed],
-        "point": [prior.point for prior in parsed],
-        "score": [prior.score for prior in parsed],
+        "unread": [answer.unread for answer in answers],
+        "reason": [answer.reason for answer in answers],
+        "attempts": [answer.attempts for answer in answers],
         "coord_space": [answer.coord_space for answer in answers],
+        "height": [question.image_hw[0] for question in questions],
+        "width": [question.image_hw[1] for question in questions],
         "input_height": [answer.input_hw[0] for answer in answers],
         "input_width": [answer.input_hw[1] for answer in answers],
         "prompt_tokens": [answer.prompt_tokens for answer in answers],
         "completion_tokens": [answer.completion_tokens for answer in answers],
-        "latency_ms": [answer.latency_ms for answer in answers],
     }
-    return pa.Table.from_pydict(columns, schema=records.PRIORS)
+    return pa.Table.from_pydict(columns, schema=records.ANSWERS)

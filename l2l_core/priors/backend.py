@@ -30,9 +30,11 @@ class Answer:
     input_hw: tuple[int, int]  # height, width of the image as the model saw it
     prompt_sha256: str = ""  # "": not known
     unread: Literal["empty", "error"] | None = None  # status where there is no text to parse
-    prompt_tokens: int = 0  # 0 where the backend has none, as the latency
+    reason: str = ""  # of an error: the kind of exception or the server's status
+    attempts: int = 1  # times asked; more than one where an answer did not keep to the prompt
+    is_valid: bool = True  # the last answer kept to the prompt
+    prompt_tokens: int = 0  # of all attempts; 0 where the backend has none
     completion_tokens: int = 0
-    latency_ms: float = 0.0
 
 
 class PriorBackend(Protocol):
@@ -41,5 +43,13 @@ class PriorBackend(Protocol):
     name: str
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer a batch, one answer a question, in the same order; a failed request is an answer with `error`."""
+        """Answer a batch, one answer a question, in the same order; a failed request is an answer with `error`.
+
+        Raises L2LError where nothing can be asked at all: no such model, no server.
+        """
         ...
+
+
+def clean_text(text: str) -> str:
+    """The same text, with what UTF-8 cannot hold (lone surrogates) replaced, so that it can be stored."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -13,7 +13,7 @@ from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
 from l2l_core.geometry import FloatArray, iou_xyxy
-from l2l_core.priors.parse import MIN_SIDE_PX
+from l2l_core.priors.coords import MIN_SIDE_PX
 
 BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]

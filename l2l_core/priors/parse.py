@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from l2l_core.priors.coords import CoordSpace, pixels_per_unit
+from l2l_core.priors.backend import clean_text
+from l2l_core.priors.coords import MIN_SIDE_PX, CoordSpace, pixels_per_unit
 
-MIN_SIDE_PX = 1.0
-"""A box thinner than a pixel of the original image marks nothing; it is the usual trace of a wrong coordinate space."""
 MAX_TEXT_CHARS = 20_000
 """An answer has a few hundred characters; what lies beyond this is a runaway and not read."""
 _MAX_OBJECTS = 64  # JSON objects tried in one answer, for the same reason
@@ -42,7 +41,7 @@ class ParsedPrior:
     status: Literal["ok", "empty", "invalid"]  # it says where, it says that there is nothing, it cannot be used
     target: str = ""
     attributes: tuple[str, ...] = ()
-    relation: str = ""
+    relation: str = ""  # with its anchor: "left of the bus"
     bbox: Box | None = None  # x1 y1 x2 y2
     point: Point | None = None  # x y
     score: float | None = None  # the model's own confidence in [0, 1]
@@ -62,9 +61,10 @@ def parse_answer(
     """Read any text without raising.
 
     Understood are JSON objects (in prose or code fences; keys bbox, bbox_2d, box, point, ...; numbers as strings;
-    several boxes, of which the first usable one counts), bare boxes in brackets, and Molmo's <point x="" y=""> tags,
-    which are in percent whatever `coord_space` says. Boxes are clipped to the image. Inverted, non-finite and
-    (after clipping) less than MIN_SIDE_PX wide ones are not used: the order of corners is never guessed.
+    several boxes, of which the first usable one counts, since the prompt asks for the most likely first), bare boxes in
+    brackets, and Molmo's <point x="" y=""> tags, which are in percent whatever `coord_space` says. Boxes are clipped to
+    the image. Inverted, non-finite and (after clipping) less than MIN_SIDE_PX wide ones are not used: the order of
+    corners is never guessed.
 
     image_hw: original image. input_hw: image as the model saw it, needed for `resized_pixel` (ValueError without).
     """
@@ -96,11 +96,6 @@ def parse_answer(
             if box:
                 return ParsedPrior("ok", bbox=box)
     return ParsedPrior("invalid")
-
-
-def clean_text(text: str) -> str:
-    """The same text, with what UTF-8 cannot hold (lone surrogates) replaced, so that it can be stored."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _json_objects(text: str) -> Iterator[dict[str, object]]:
@@ -143,7 +138,7 @@ def _with_words(
         status=status,
         target=_to_words(_first(item, _TARGET_KEYS)),
         attributes=tuple(cleaned for word in words if (cleaned := _to_words(word))),
-        relation=_to_words(item.get("relation")),
+        relation=_with_anchor(_to_words(item.get("relation")), _to_words(item.get("anchor"))),
         bbox=box,
         point=point,
         score=_to_score(_first(item, _SCORE_KEYS)),
@@ -227,6 +222,11 @@ def _to_score(value: object) -> float | None:
         score = _to_number(value)
         score = score / 100.0 if score is not None and score > 1.0 else score
     return score if score is not None and 0.0 <= score <= 1.0 else None
+
+
+def _with_anchor(relation: str, anchor: str) -> str:
+    """Many models name the anchor within the relation as well; then it is not repeated."""
+    return relation if anchor.lower() in relation.lower() else f"{relation} {anchor}".strip()
 
 
 def _to_words(value: object) -> str:

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from l2l_core.errors import InputError
 from l2l_core.geometry import FloatArray
-from l2l_core.priors.backend import Answer, Question
+from l2l_core.priors.backend import Answer, Question, clean_text
 from l2l_core.priors.coords import CoordSpace, pixels_per_unit, qwen_input_hw
 from l2l_core.priors.error_model import ERROR_MODELS, Scenes, draw_boxes, random_draws
-from l2l_core.priors.parse import clean_text
 from l2l_core.priors.prompt import prompt_sha256
 
 DECIMALS: dict[CoordSpace, int] = {"pixel": 3, "resized_pixel": 3, "norm1000": 3, "percent": 4, "unit": 6}
@@ -88,7 +87,7 @@ class SimulatedBackend:
         self._seed = seed
         self._truth = truth
         # The prompt whose answer format is imitated; nobody was asked.
-        self._prompt_sha256 = prompt_sha256(coord_space)
+        self._prompt_sha256 = prompt_sha256("box-1", coord_space)
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """One answer a question; each depends on (seed, sent_id, sample_index) and its own image's truth alone."""

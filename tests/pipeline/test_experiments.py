@@ -11,7 +11,10 @@ from tiny_project import executed
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
-BEFORE_ROUNDS = ["check", "refshapes", "ingest", "split", "priors", "proposals", "supervised", "warmup", "predict"]
+BEFORE_ROUNDS = [
+    *("check", "refshapes", "ingest", "split", "ask", "priors", "proposals"),
+    *("supervised", "warmup", "predict"),
+]
 LAST = ["evaluate", "report"]
 
 
@@ -45,7 +48,7 @@ def test_a_second_run_executes_nothing(project):
 
 def test_every_artifact_is_out_of_git_and_the_numbers_are_in(project):
     tracked = project.out("git", "ls-files", "data", "metrics", "plots", "report").split()
-    assert sorted(tracked) == ["data/dvc.lock", "data/dvc.yaml", "metrics/evaluate.json"]
+    assert sorted(tracked) == ["data/dvc.lock", "data/dvc.yaml", "metrics/evaluate.json", "metrics/priors.json"]
 
 
 def test_one_more_round_computes_that_round_and_one_less_comes_from_the_cache(project):
@@ -78,6 +81,17 @@ def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
 def test_another_label_budget_keeps_data_and_priors(project):
     ran = project.stages_run("dvc", "exp", "run", "-S", "split.labeled_fraction=0.4", "-S", "round=0")
     assert sorted(ran) == sorted(["check", "split", "supervised", "warmup", "predict", *LAST])
+
+
+def test_reading_answers_anew_asks_nobody(project):
+    parser = project.folder / "l2l_core/priors/parse.py"
+    parser.write_text(parser.read_text(encoding="utf-8") + "\n# reads more\n", encoding="utf-8")
+    assert project.stages_run("dvc", "repro") == ["priors"]  # it reads the same, so nothing follows
+
+
+def test_another_question_is_asked(project):
+    assert project.stages_run("dvc", "exp", "run", "-S", "priors.model=another") == ["ask", "report"]
+    assert project.stages_run("dvc", "exp", "run", "-S", "priors.engine.chunk_size=7") == ["report"]
 
 
 def test_an_experiment_in_a_copy_leaves_the_workspace_alone(project):

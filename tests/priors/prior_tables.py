@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,23 @@ import pandas as pd
 import pyarrow as pa
 
 from l2l_core import records
+from l2l_core.config import PriorsParams, load_params
+from l2l_core.priors.ask import ask_table
+from l2l_core.priors.backend import PriorBackend, Question
+from l2l_core.priors.interpret import interpret
+
+ROOT = Path(__file__).parents[2]
+
+
+def prior_params(engine: dict[str, object] | None = None, **changes: object) -> PriorsParams:
+    """The shipped parameters with changes."""
+    shipped = load_params(ROOT / "params.yaml").priors.model_dump()
+    return PriorsParams.model_validate(shipped | changes | {"engine": shipped["engine"] | (engine or {})})
+
+
+def collect_priors(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:
+    """Table records.PRIORS of one batch, as the two stages make it."""
+    return interpret(ask_table(backend, questions))
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from prior_tables import Index, image_row, ref_row, refcoco_testa
+from prior_tables import Index, collect_priors, image_row, ref_row, refcoco_testa
 from pycocotools import mask as coco_mask
 
 from l2l_core.errors import InputError
-from l2l_core.priors.ask import collect_priors, make_questions
+from l2l_core.priors.ask import make_questions
 from l2l_core.priors.backend import Question
 from l2l_core.priors.replay import ReplayBackend, load_recorded
 

@@ -178,7 +178,7 @@ def test_answers_obey_the_schema_that_real_models_are_given(scenes: Index) -> No
     for preset in MEASURED:
         asked = questions(scenes)[:500]
         answers = backend(preset, scenes).ask(asked)
-        schema = answer_schema(answers[0].coord_space)
+        schema = answer_schema("box-1", answers[0].coord_space)
         properties = schema["properties"]
         assert isinstance(properties, dict)
         number = properties["bbox"]["anyOf"][0]["items"]

@@ -1,0 +1,80 @@
+"""Models run by vLLM in this process, for GPUs. The only file that knows vLLM (requirements-vllm.txt)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from l2l_core.config import PriorsParams
+from l2l_core.errors import ConfigError, InputError
+from l2l_core.priors.mllm import Completion, Request
+
+STRUCTURED_OUTPUTS = {"backend": "xgrammar", "disable_any_whitespace": True}
+"""Named, since with "auto" another backend may take over and keep to no bounds; with free white space, greedy answers
+of small models are endless spaces."""
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+class VllmEngine:
+    """One vLLM engine. Raises ConfigError where vLLM is missing or cannot load the model."""
+
+    def __init__(self, params: PriorsParams) -> None:
+        try:
+            import vllm  # type: ignore[import-not-found,unused-ignore]
+            from vllm.sampling_params import StructuredOutputsParams  # type: ignore[import-not-found,unused-ignore]
+        except ImportError as error:
+            raise ConfigError(
+                "params.yaml: priors.backend: got 'vllm', but vLLM is not installed: pip install -r "
+                f"requirements-vllm.txt on a machine with a GPU, or set it to transformers or openai ({error})"
+            ) from None
+        self._sampling: Any = vllm.SamplingParams
+        self._structured: Any = StructuredOutputsParams
+        engine = params.engine
+        try:
+            self._llm: Any = vllm.LLM(
+                model=params.model,
+                dtype=DTYPES[params.precision],
+                tensor_parallel_size=engine.tensor_parallel,
+                gpu_memory_utilization=engine.memory_share,
+                max_model_len=engine.context_tokens,
+                limit_mm_per_prompt={"image": 1},
+                enable_prefix_caching=True,  # an image's tokens are computed once for all its sentences
+                structured_outputs_config=STRUCTURED_OUTPUTS,
+            )
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"params.yaml: priors.model: vLLM cannot run {params.model!r}: {reason}") from None
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer all requests, batched by vLLM. Raises whatever it raises, for all of them, where it refuses one."""
+        try:
+            outputs = self._llm.chat(
+                [_chat(request) for request in requests],
+                sampling_params=[self._sampling_params(request) for request in requests],
+                use_tqdm=False,
+            )
+        except Exception as error:
+            if type(error).__name__ == "EngineDeadError":  # its module has moved between versions
+                raise InputError(
+                    "vLLM's engine has died (see its messages above; often too little memory: priors.engine). What was "
+                    "answered so far is kept: run again to go on"
+                ) from None
+            raise
+        return [
+            Completion(output.outputs[0].text, len(output.prompt_token_ids), len(output.outputs[0].token_ids))
+            for output in outputs
+        ]
+
+    def _sampling_params(self, request: Request) -> Any:
+        structured = None if request.schema is None else self._structured(json=request.schema)
+        return self._sampling(
+            temperature=request.temperature,
+            seed=request.seed,
+            max_tokens=request.max_tokens,
+            structured_outputs=structured,
+        )
+
+
+def _chat(request: Request) -> list[dict[str, object]]:
+    content = [{"type": "image_pil", "image_pil": request.image}, {"type": "text", "text": request.text}]
+    return [{"role": "user", "content": content}]

@@ -1,0 +1,25 @@
+"""Ask the multimodal LLM (or what stands in for it) about every sentence, and keep what it writes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from l2l_core import records
+from l2l_core.config import load_params
+from l2l_core.engine.resume import scratch_folder
+from l2l_core.errors import exit_code
+from l2l_core.priors.ask import ask_all, asking_key, make_backend, make_questions
+
+
+def main() -> None:
+    """data/index -> data/priors/answers.parquet, one row a sentence and sample, of every split."""
+    params = load_params()
+    questions = make_questions(records.INDEX, params.priors.samples)
+    make = partial(make_backend, params.priors, params.seed, records.INDEX)
+    with scratch_folder("ask", asking_key(params.priors, params.seed, records.INDEX)) as folder:
+        answers = ask_all(make, questions, folder, params.priors.engine)
+        records.write_table(answers, records.ANSWERS_PATH, records.ANSWERS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))
