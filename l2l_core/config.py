@@ -19,6 +19,10 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
+Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union"]
+"""Ways to construct a label: see selection/construct.py."""
+
+
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values do not change after loading."""
 
@@ -193,9 +197,7 @@ class SelectParams(Section):
     policy: Literal[
         "reinforce", "all", "none", "threshold", "semires", "topk", "agreement", "ranksum", "mean_teacher", "oracle"
     ]
-    candidates: Annotated[
-        list[Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union"]], Field(min_length=1)
-    ]
+    candidates: Annotated[list[Candidate], Field(min_length=1)]
     """Labels constructed for a sentence, of which `reinforce` and `oracle` choose one; other rules take the first."""
     folds: Annotated[int, Field(ge=2, le=10)]
     """Teachers trained without a share of the labelled images, to judge labels on images they never saw."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from l2l_core.grabcut import GRABCUT_SIDE_PX, grabcut
+from l2l_core.masks import resize_prob
 from l2l_core.selection.features import LABEL_THRESHOLD, BoolArray, Views
 
 CORE = 1 / 48
@@ -72,10 +73,7 @@ def _sharpen_all(images: NDArray[np.uint8], masks: BoolArray) -> BoolArray:
 
 def _resized(mask: BoolArray, side: int) -> BoolArray:
     """[m, m] -> [side, side], bilinear, cut at one half."""
-    if mask.shape[0] == side:
-        return mask
-    soft = cv2.resize(mask.astype(np.float32), (side, side), interpolation=cv2.INTER_LINEAR)
-    return np.asarray(soft > LABEL_THRESHOLD)
+    return resize_prob(mask.astype(np.float32), side, side) > LABEL_THRESHOLD
 
 
 def _square(reach: float) -> NDArray[np.uint8]:

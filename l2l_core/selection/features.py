@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from l2l_core.config import Candidate
+
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
-CANDIDATES = ("teacher", "ensemble", "sharpened", "prior", "overlap", "union")
-"""Ways to construct a label: see `construct.construct`."""
+CANDIDATES: tuple[str, ...] = get_args(Candidate)
 
 LABEL_THRESHOLD = 0.5
 """A pixel is foreground where its probability exceeds this: the same cut as in evaluation."""

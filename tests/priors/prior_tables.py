@@ -126,3 +126,16 @@ def refcoco_testa(real_data: Path) -> Index:
         image_row(item["id"], item["height"], item["width"]) for item in instances["images"] if item["id"] in used
     ]
     return Index(pd.DataFrame(image_rows), pd.DataFrame(ref_rows), pd.DataFrame(object_rows))
+
+
+BOX_2 = {
+    "found": True,
+    "target": "cup",
+    "attributes": [],
+    "relation": "",
+    "anchor": "",
+    "boxes": [[1, 2, 3, 4]],
+    "point": None,
+    "confidence": 1,
+}
+"""A whole answer to the prompt box-2."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prior_tables import prior_params
+from prior_tables import BOX_2, prior_params
 
 from l2l_core.errors import InputError
 from l2l_core.priors.backend import Question
@@ -18,18 +18,7 @@ from l2l_core.priors.coords import CoordSpace, sent_hw
 from l2l_core.priors.mllm import Completion, MllmBackend, Request, request_seed
 from l2l_core.priors.prompt import answer_schema, prompt_sha256
 
-GOOD = json.dumps(
-    {
-        "found": True,
-        "target": "cup",
-        "attributes": [],
-        "relation": "",
-        "anchor": "",
-        "boxes": [[1, 2, 3, 4]],
-        "point": None,
-        "confidence": 1,
-    }
-)
+GOOD = json.dumps(BOX_2)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
+from prior_tables import BOX_2
 
 from l2l_core.priors.coords import COORD_SPACES, CoordSpace
 from l2l_core.priors.prompt import PromptName, answer_schema, keeps_to, prompt_sha256, prompt_text
@@ -85,16 +86,6 @@ def test_the_fingerprint_changes_with_the_question() -> None:
     assert prompt_sha256("box-2", "unit") == wanted
 
 
-BOX_2 = {
-    "found": True,
-    "target": "cup",
-    "attributes": [],
-    "relation": "",
-    "anchor": "",
-    "boxes": [[1, 2, 3, 4]],
-    "point": None,
-    "confidence": 1,
-}
 BOX_1 = {key: value for key, value in BOX_2.items() if key not in ("anchor", "boxes", "point")} | {"bbox": [1, 2, 3, 4]}
 POINT_1 = {key: value for key, value in BOX_2.items() if key != "boxes"} | {"point": [1, 2]}
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from simulated_views import simulated_views
 
 from l2l_core.selection.construct import construct, sharpen
@@ -90,8 +91,6 @@ def test_what_is_asked_for_comes_in_that_order(names):
 
 
 def test_the_same_labels_on_any_number_of_threads():
-    import torch
-
     views, _ = simulated_views(12, seed=1)
     image = np.random.default_rng(2).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     views = Views(**(vars(views) | {"image": image}))
