@@ -229,6 +229,15 @@ class SelectParams(Section):
             raise ValueError(f"got {names}, expected each name once")
         return names
 
+    @model_validator(mode="after")
+    def _pixel_rules_weigh_the_teacher(self) -> SelectParams:
+        if self.policy in ("threshold", "semires") and self.candidates[0] != "teacher":
+            raise ValueError(
+                f"candidates: got {self.candidates}, expected teacher as the first because policy is {self.policy}: "
+                "it weighs pixels by the teacher's confidence in its own mask"
+            )
+        return self
+
     @property
     def constructed(self) -> list[str]:
         """The candidates that the rule can make use of: a fixed rule never looks beyond the first."""
@@ -243,6 +252,8 @@ class RetrainParams(Section):
     """Share of each batch that comes from the labelled pairs."""
     start: Literal["scratch", "teacher"]
     """Begin from random weights or from the last round's model."""
+    passes: Annotated[int, Field(ge=1, le=4)]
+    """Passes over a pair when the model is asked; before each but the first its own mask becomes the proposal."""
 
 
 class EvaluateParams(Section):

@@ -61,12 +61,12 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
-        """Mask logits [B, 1, S, S] float32 on the CPU."""
+        """Mask logits [B, 1, S, S] float32 on the CPU, after as many passes as the network was made for."""
         tokens = to_device(self.network.tokenize(batch), self.device)
         cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
         with cast:
-            output = self.network(move_batch(batch, self.device), tokens)
-        return output.mask_logits.float().cpu()
+            logits = self.network.ask(move_batch(batch, self.device), tokens)
+        return logits.float().cpu()
 
     def masks(self, batches: BatchMaker, batch_size: int, *, with_prior: bool, what: str) -> Iterator[bytes]:
         """Masks of all pairs at their image's own size as run lengths, in order (probability > 0.5)."""

@@ -58,6 +58,8 @@ def main() -> None:
                 steps = params.select.fold_update_steps
             else:
                 network, steps = new_network(params, purpose), params.select.fold_steps
+            if number:  # they stand for the round's model
+                network.passes = params.retrain.passes
             # An image that is labelled in part also has pseudo-labels, by a teacher that knows its labels.
             others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
             streams = [seen] if others is None else [seen, others]

@@ -38,10 +38,12 @@ def main() -> None:
     if pseudo is None:
         print(f"round {number}: the selection accepted nothing, training on the labelled pairs alone")
     fresh = params.retrain.start == "scratch" and not online
+    network = new_network(params, purpose) if fresh else Segmenter.load(previous)
+    network.passes = params.retrain.passes
     run_training(
         params,
         purpose,
-        new_network(params, purpose) if fresh else Segmenter.load(previous),
+        network,
         [labeled] if pseudo is None else [labeled, pseudo],
         params.retrain.steps,
         # Where it starts from the last model, that is an input too: checkpoints of the two ways must not be mixed up.

@@ -128,6 +128,14 @@ def test_a_mistake_ends_a_command_with_code_2_and_one_line(tmp_path, capsys):
     assert captured.err == f"error: {tmp_path}/params.yaml: round: got 'two', expected a valid integer\n"
 
 
+@pytest.mark.parametrize("policy", ["threshold", "semires"])
+def test_rules_that_weigh_pixels_want_the_teachers_own_mask(policy):
+    raw = changed("select.policy", policy)
+    raw["select"]["candidates"] = ["overlap", "teacher"]
+    with pytest.raises(ConfigError, match=rf"select\.candidates: got .*, expected teacher as the first .* {policy}"):
+        parse_params(raw)
+
+
 def test_a_fixed_rule_makes_use_of_the_first_candidate_alone():
     def constructed(policy):
         return parse_params(changed("select.policy", policy)).select.constructed

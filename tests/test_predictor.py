@@ -11,7 +11,7 @@ from l2l_core.data.augment import mirror_sentence
 from l2l_core.data.dataset import Batch
 from l2l_core.errors import ArtifactError
 from l2l_core.masks import decode_rle
-from l2l_core.model.segmenter import Output
+from l2l_core.model.segmenter import Output, Segmenter
 from l2l_core.predictor import Predictor, at_size, batched_rows
 
 FP32, BF16 = TRAIN, TRAIN.model_copy(update={"precision": "bf16"})
@@ -28,8 +28,10 @@ class Stub(nn.Module):
 
     def __init__(self, ramp: float = 0.0, told=lambda batch, row: 0.0) -> None:
         super().__init__()
-        self.ramp, self.told = ramp, told
+        self.ramp, self.told, self.passes = ramp, told, 1
         self.asked: list[Batch] = []
+
+    ask = Segmenter.ask
 
     def tokenize(self, batch: Batch) -> dict[str, Tensor]:
         return {}
@@ -47,6 +49,47 @@ def predictor(network: nn.Module) -> Predictor:
 
 def masks_of(asked: Predictor, batches, batch_size=2, *, with_prior=True) -> list[bytes]:
     return list(asked.masks(batches, batch_size, with_prior=with_prior, what="test"))
+
+
+# --- passes
+
+
+class Echo(nn.Module):
+    """A network whose mask is what it was given as proposal, one nat surer; it looks as often as it is told."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.passes = passes
+
+    ask = Segmenter.ask
+
+    def forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+        seen = F.interpolate(batch.proposal, batch.image.shape[-2:], mode="nearest")
+        return Output(torch.logit(seen) + 1.0, batch.proposal)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_each_pass_takes_the_last_ones_mask_for_its_proposal(pairs, passes):
+    """Every place has the proposal's logit plus one nat a pass; what the caller gave stays as it was."""
+    batch = toy_batches(pairs)(np.arange(5))
+    batch = replace(batch, proposal=batch.proposal.clamp(0.02, 0.9))
+    given = batch.proposal.clone()
+    found = Echo(passes).ask(batch, {})
+    expected = F.interpolate(torch.logit(given) + passes, batch.image.shape[-2:], mode="nearest")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.proposal, given)
+
+
+def test_the_number_of_passes_is_saved_with_the_network(pairs, tmp_path):
+    network, batches = toy_network(pairs).eval(), toy_batches(pairs)
+    once = Predictor.of(network, FP32).logits(batches(np.arange(2)))
+    network.passes = 3
+    network.save(tmp_path)
+    loaded = Segmenter.load(tmp_path)
+    assert loaded.passes == 3
+    thrice = Predictor.of(loaded, FP32).logits(batches(np.arange(2)))
+    torch.testing.assert_close(thrice, Predictor.of(network, FP32).logits(batches(np.arange(2))))
+    assert not torch.allclose(once, thrice)
 
 
 # --- masks

@@ -63,11 +63,10 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
             height, width = next(hw)
             # The teacher's own mask is cut after resizing, as in evaluation.
             soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
-            full = [resize_prob(one.astype(np.float32), height, width) > LABEL_THRESHOLD for one in soft]
-            labels.candidates.append([encode_rle(mask) for mask in full])
-            if params.select.policy == "threshold":
-                sure = confident_pixels(resize_prob(prob, height, width), params.select.pixel_threshold)
-                labels.confident.append(encode_rle(sure))
+            full = [resize_prob(one.astype(np.float32), height, width) for one in soft]
+            labels.candidates.append([encode_rle(one > LABEL_THRESHOLD) for one in full])
+            if params.select.policy == "threshold":  # whose first candidate is the teacher's mask
+                labels.confident.append(encode_rle(confident_pixels(full[0], params.select.pixel_threshold)))
             if params.select.policy == "semires":
                 weight = semires_weight(resize_prob(prob, params.proposals.size_px, params.proposals.size_px))
                 labels.weight.append(np.rint(weight * 255).astype(np.uint8).tobytes())

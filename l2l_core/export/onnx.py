@@ -34,7 +34,7 @@ class _Plain(nn.Module):
         """Tensors in the order of IMAGE_INPUTS and token_names -> mask logits [B, 1, S, S]."""
         image, box, has_box, proposal, score, *tokens = tensors
         batch = Batch(image, [], [], box, has_box, proposal, score)
-        return self.network(batch, dict(zip(self.token_names, tokens, strict=True))).mask_logits
+        return self.network.ask(batch, dict(zip(self.token_names, tokens, strict=True)))
 
 
 def onnx_inputs(batch: Batch, tokens: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,9 +43,13 @@ class Output:
 
 
 class Segmenter(nn.Module):
-    """Encoders, guidance and decoder, with the tokenizer that belongs to them."""
+    """Encoders, guidance and decoder, with the tokenizer that belongs to them.
+
+    passes: how often a pair is looked at when the network is asked; see `ask`. Training looks once.
+    """
 
     memory_format = torch.channels_last  # faster on CPUs and GPUs; see bench/training.py
+    passes = 1
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -86,8 +90,11 @@ class Segmenter(nn.Module):
         if not folder.is_dir():
             raise ArtifactError(f"{folder}: not found, run the stage that writes it: dvc repro")
         try:
-            params = ModelParams.model_validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            passes = int(config.pop("passes", cls.passes))
+            params = ModelParams.model_validate(config)
             network = cls(params, AutoTokenizer.from_pretrained(folder / "tokenizer"), *blank_encoders(folder))
+            network.passes = passes
             network.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: no usable model: {' '.join(str(error).split())[:300]}") from None
@@ -99,7 +106,8 @@ class Segmenter(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
-        (folder / "config.json").write_text(self.params.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        config = self.params.model_dump() | {"passes": self.passes}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         save_encoder_configs(folder, self.image_encoder, self.text_encoder)
 
@@ -115,6 +123,18 @@ class Segmenter(nn.Module):
             return_tensors="pt",
         )
         return dict(encoded)
+
+    def ask(self, batch: Batch, tokens: dict[str, Tensor]) -> Tensor:
+        """Mask logits [B, 1, S, S] of the last of `passes` passes; after each, its mask takes the proposal's place.
+
+        The score stays: it says how far a prior was trusted to begin with.
+        """
+        for _ in range(self.passes - 1):
+            found = self(batch, tokens).mask_logits.sigmoid()
+            proposal = F.interpolate(found, batch.proposal.shape[-2:], mode="area")
+            batch = replace(batch, proposal=proposal)
+        logits: Tensor = self(batch, tokens).mask_logits
+        return logits
 
     def forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
         """Batch (see Batch for shapes) and its tokens, on the network's device -> logits."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from l2l_core.config import SelectParams
 from l2l_core.selection.baselines import best_fraction, mean_rank, rank_sum
-from l2l_core.selection.features import CELL_FEATURES, BoolArray, Candidates, FloatArray, Outcome, agreement
+from l2l_core.selection.features import BoolArray, Candidates, FloatArray, Outcome, agreement
 from l2l_core.selection.policy import ROWS_AT_ONCE, Policy, act, one_thread
 from l2l_core.selection.reward import RIGHT_IOU, utility
 
@@ -66,10 +66,8 @@ def decide(
             if policy is None:
                 raise ValueError("reinforce needs a policy")
             action = act(policy, candidates)
-            choice, score, keep = action.choice, action.accept_prob, action.keep_prob > 0.5
-            # A label without kept foreground would teach "there is nothing": never what a sentence means.
-            foreground = candidates.cells[everyone, choice, ..., CELL_FEATURES.index("label")] > 0
-            accepted = (score > 0.5) & (keep & foreground).any((1, 2))
+            choice, score, accepted = action.choice, action.accept_prob, action.accepted
+            keep = action.keep_prob > 0.5
         case _ as unknown:
             assert_never(unknown)
     keep = keep & accepted[:, None, None]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, FloatArray
+from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, BoolArray, Candidates, FloatArray
 
 HIDDEN = 16
 """Width of the hidden layers: about 1,600 weights, since a few hundred labelled sentences must not be learnt by
@@ -95,26 +95,38 @@ class Action:
     """What a policy does with N sentences: the candidate that it wants most stands for the sentence."""
 
     choice: NDArray[np.int64]  # [N]
+    accept_logit: FloatArray  # [N] of that candidate
     accept_prob: FloatArray  # [N] calibrated probability that the label of that candidate is right
+    accepted: BoolArray  # [N] may it teach?
     keep_prob: FloatArray  # [N, G, G] of its cells
 
 
 def act(policy: Policy, candidates: Candidates) -> Action:
-    """The policy's choice for every sentence; accept_prob exceeds 0.5 exactly where its own probability does."""
+    """The policy's choice for every sentence; accept_prob exceeds 0.5 exactly where its own probability does.
+
+    A candidate without a kept foreground cell would teach "there is nothing", which is never what a sentence means: it
+    is not accepted, and chosen only where the sentence has no other.
+    """
     count, _, grid = candidates.cells.shape[:3]
     choice = np.empty(count, dtype=np.int64)
-    accept_prob = np.empty(count, dtype=np.float32)
+    accept_logit = np.empty(count, dtype=np.float32)
+    accepted = np.empty(count, dtype=bool)
     keep_prob = np.empty((count, grid, grid), dtype=np.float32)
     with one_thread(), torch.no_grad():
         for start in range(0, count, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             cells, sentence = torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
-            accept_logit, keep_logit = policy(*policy.standardise(cells, sentence))
-            best = accept_logit.max(1)
+            wanted, keep_logit = policy(*policy.standardise(cells, sentence))
+            teaches = ((keep_logit > 0) & (cells[..., CELL_FEATURES.index("label")] > 0)).any(-1).any(-1)
+            possible = teaches | ~teaches.any(1, keepdim=True)
+            best = wanted.masked_fill(~possible, -math.inf).max(1)
+            here = torch.arange(len(sentence)), best.indices
             choice[rows] = best.indices.numpy()
-            accept_prob[rows] = torch.sigmoid(policy.slope * best.values).numpy()
-            keep_prob[rows] = torch.sigmoid(keep_logit[torch.arange(len(sentence)), best.indices]).numpy()
-    return Action(choice, accept_prob, keep_prob)
+            accept_logit[rows] = best.values.numpy()
+            accepted[rows] = ((best.values > 0) & teaches[here]).numpy()
+            keep_prob[rows] = torch.sigmoid(keep_logit[here]).numpy()
+        accept_prob = torch.sigmoid(policy.slope * torch.from_numpy(accept_logit)).numpy()
+    return Action(choice, accept_logit, accept_prob, accepted, keep_prob)
 
 
 @contextmanager

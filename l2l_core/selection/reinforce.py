@@ -16,7 +16,7 @@ from torch.nn import functional
 from l2l_core.config import SelectParams
 from l2l_core.progress import progress
 from l2l_core.selection.features import Candidates, Outcome, agreement
-from l2l_core.selection.policy import Policy, one_thread
+from l2l_core.selection.policy import Policy, act, one_thread
 from l2l_core.selection.reward import RIGHT_IOU, agreement_reliability, utility
 
 SENTENCES_PER_STEP = 64
@@ -33,7 +33,8 @@ SCALING_SENTENCES = 2000
 """Unlabelled sentences from which means and deviations of the features are taken, besides the labelled ones."""
 
 SMALLEST_STD = 1e-3
-"""A feature that never varies (proposal_score when every score is 1) stays 0 instead of blowing up."""
+"""A feature that varies less counts as constant (proposal_score when every score is 1): it stays near 0 and gets no
+noise, instead of drowning the others."""
 
 CURVE_COLUMNS = ("step", "reward", "keep_rate", "accept_rate", "entropy", "advantage_std")
 """Columns of the training curve: see `TrainedPolicy`."""
@@ -107,17 +108,17 @@ def _improve(
     generator: torch.Generator,
 ) -> list[dict[str, float]]:
     """Train in place; returns the curve."""
-    weight = params.unlabeled_weight * _reliability(labeled, outcome, params) if len(unlabeled.sent_id) else 0.0
+    weight = params.unlabeled_weight * _reliability(labeled, outcome, params)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.policy_steps)
     steps = []
     for _ in progress(range(params.policy_steps), "policy", "step"):
         rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
         loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, generator)
-        if weight:
+        if len(unlabeled.sent_id) and weight.any():
             rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
             shares = agreement(unlabeled.cells[rows])
-            loss = loss + weight * _explore(policy, unlabeled, rows, shares, params, generator)[0]
+            loss = loss + _explore(policy, unlabeled, rows, shares, params, generator, weight)[0]
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -142,24 +143,30 @@ def _explore(
     shares: NDArray[np.float32],
     params: SelectParams,
     generator: torch.Generator,
+    weight: Tensor | float = 1.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values."""
+    """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values.
+
+    weight: of all candidates, or of each kind [K].
+    """
     cells, sentence = policy.standardise(
         torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
     )
-    noise = FEATURE_NOISE * torch.randn(sentence.shape, generator=generator)
+    varies = policy.sentence_std > SMALLEST_STD
+    noise = FEATURE_NOISE * varies * torch.randn(sentence.shape, generator=generator)
     accept_logit, keep_logit = policy(cells, sentence + noise)
     accept = _draw(accept_logit, params.group_size, generator)
     keep = _draw(keep_logit, params.group_size, generator)
     reward = accept * utility(torch.from_numpy(shares), keep, params.wrong_cost)
     advantage = group_advantage(reward)
-    entropy = _entropy(accept_logit).mean() + _entropy(keep_logit).mean()
-    loss = policy_gradient_loss(accept_logit, keep_logit, accept, keep, advantage) - params.entropy_bonus * entropy
+    entropy = _entropy(accept_logit) + _entropy(keep_logit).mean((-2, -1))
+    loss = policy_gradient_loss(accept_logit, keep_logit, accept, keep, weight * advantage)
+    loss = loss - params.entropy_bonus * (weight * entropy).mean()
     return loss, {
         "reward": float(reward.mean()),
         "accept_rate": float(torch.sigmoid(accept_logit.detach()).mean()),
         "keep_rate": float(torch.sigmoid(keep_logit.detach()).mean()),
-        "entropy": float(entropy.detach()),
+        "entropy": float(entropy.detach().mean()),
         "advantage_std": float(advantage.std()),
     }
 
@@ -180,11 +187,15 @@ def _entropy(logit: Tensor) -> Tensor:
     return functional.softplus(logit) - torch.sigmoid(logit) * logit
 
 
-def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> float:
-    """How well agreement predicts the truth of the labelled sentences' candidates, in [0, 1]."""
+def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> Tensor:
+    """How well agreement predicts the truth of the labelled sentences' candidates of each kind, [K] in [0, 1].
+
+    Each kind by itself: the proposal is one of the opinions that agree, and a label made of it agrees by construction.
+    """
     shares = torch.from_numpy(agreement(labeled.cells))
-    by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost)
-    return agreement_reliability(by_agreement.numpy().ravel(), outcome.iou.ravel())
+    by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost).numpy()
+    kinds = range(outcome.iou.shape[1])
+    return torch.tensor([agreement_reliability(by_agreement[:, kind], outcome.iou[:, kind]) for kind in kinds])
 
 
 def _fit_scaling(policy: Policy, labeled: Candidates, unlabeled: Candidates) -> None:
@@ -204,11 +215,9 @@ def _calibrate(policy: Policy, labeled: Candidates, outcome: Outcome) -> None:
     Of the labelled sentences. A slope without offset leaves every decision as it is. Targets are Platt's (1999), drawn
     in from 0 and 1 by the count of their class, so that few sentences never make the policy certain.
     """
-    with torch.no_grad():
-        standardised = policy.standardise(torch.from_numpy(labeled.cells), torch.from_numpy(labeled.sentence))
-        best = policy(*standardised)[0].double().max(1)
-    logit = best.values.numpy()
-    right = outcome.iou[np.arange(len(logit)), best.indices.numpy()] > RIGHT_IOU
+    action = act(policy, labeled)
+    logit = action.accept_logit.astype(np.float64)
+    right = outcome.iou[np.arange(len(logit)), action.choice] > RIGHT_IOU
     target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
     scaled = SLOPES[:, None] * logit
     log_loss = (np.logaddexp(0, scaled) - target * scaled).mean(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from simulated_views import described, simulated_views
 
-from l2l_core.selection.features import Candidates
+from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates
 from l2l_core.selection.policy import Policy, act
 
 
@@ -60,6 +60,34 @@ def test_cells_at_the_border_decide_like_inner_ones(policy, candidates):
     cells = np.broadcast_to(candidates.cells[:, :, :1, :1], candidates.cells.shape).copy()
     keep_prob = act(policy, replace(candidates, cells=cells)).keep_prob
     np.testing.assert_allclose(keep_prob, np.broadcast_to(keep_prob[:, 4:5, 4:5], keep_prob.shape), atol=1e-5)
+
+
+def test_a_candidate_without_a_kept_foreground_cell_is_wanted_by_nobody(policy, candidates):
+    """Two candidates a sentence, the second the same with its label emptied but wanted most: the first is taken. A
+    sentence of which both are empty has none that could teach, whatever its probability."""
+    column = SENTENCE_FEATURES.index("words")
+    with torch.no_grad():
+        policy.accept_direct[0, column] = 100.0
+        policy.keep_bias.fill_(50.0)
+    empty = candidates.cells.copy()
+    empty[..., CELL_FEATURES.index("label")] = 0
+    wanted = candidates.sentence.copy()
+    wanted[..., column] += 1.0
+    first = np.where(np.arange(len(empty))[:, None, None, None, None] == 7, empty, candidates.cells)
+    both = replace(
+        candidates,
+        cells=np.concatenate([first, empty], axis=1),
+        sentence=np.concatenate([candidates.sentence, wanted], axis=1),
+    )
+    action = act(policy, both)
+    labelled = (candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
+    labelled[7] = False
+    np.testing.assert_array_equal(action.choice, ~labelled)  # both empty: the one that is wanted more
+    assert not action.accepted[~labelled].any()
+    assert action.accepted[labelled].any()
+    with torch.no_grad():
+        policy.keep_bias.fill_(-50.0)
+    assert not act(policy, candidates).accepted.any()  # nothing of any label is kept
 
 
 def test_the_most_wanted_candidate_stands_for_its_sentence(policy, candidates):

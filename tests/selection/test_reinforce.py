@@ -11,9 +11,15 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from l2l_core.config import load_params
 from l2l_core.selection.decide import decide
-from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Outcome
-from l2l_core.selection.policy import act
-from l2l_core.selection.reinforce import CURVE_COLUMNS, group_advantage, policy_gradient_loss, train_policy
+from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Outcome, agreement
+from l2l_core.selection.policy import Policy, act
+from l2l_core.selection.reinforce import (
+    CURVE_COLUMNS,
+    _reliability,
+    group_advantage,
+    policy_gradient_loss,
+    train_policy,
+)
 from l2l_core.selection.reward import utility
 
 GRID = 8
@@ -295,6 +301,44 @@ def test_unlabelled_agreement_is_only_heard_where_it_is_reliable(labeled, unlabe
 
     np.testing.assert_allclose(curve(constant, unlabeled), curve(constant, turned), rtol=1e-4)
     assert not np.allclose(curve(seen, unlabeled), curve(seen, turned), rtol=1e-4)
+
+
+def test_agreement_is_weighed_for_each_kind_of_candidate(labeled):
+    """Two kinds: labels whose agreement tells right from wrong, and the same labels with their truth turned about."""
+    seen, outcome = labeled
+    shares = torch.from_numpy(agreement(seen.cells[:, 0]))
+    order = utility(shares, torch.ones(shares.shape[:-1]), PARAMS.wrong_cost).numpy().argsort().argsort()
+    iou = (order / len(order)).astype(np.float32)[:, None]
+    both = replace(seen, cells=np.concatenate([seen.cells] * 2, axis=1))
+    cells = np.concatenate([outcome.cells] * 2, axis=1)
+    told = _reliability(both, Outcome(outcome.sent_id, cells, np.concatenate([iou, 1 - iou], axis=1)), PARAMS)
+    assert told.tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_features_that_never_vary_get_no_noise(labeled, unlabeled, monkeypatch):
+    """Adding columns of nothing but one value changes no draw's meaning: with the noise switched to enormous, only the
+    varying columns move."""
+    seen, outcome = labeled
+    words = SENTENCE_FEATURES.index("words")
+
+    def fixed(candidates):
+        sentence = candidates.sentence.copy()
+        sentence[..., words] = 2.0
+        return replace(candidates, sentence=sentence)
+
+    inputs = []
+    forward = Policy.forward
+
+    def watched(self, cells, sentence):
+        inputs.append(sentence.detach().numpy())
+        return forward(self, cells, sentence)
+
+    monkeypatch.setattr(Policy, "forward", watched)
+    train_policy(fixed(seen), outcome, fixed(unlabeled), PARAMS.model_copy(update={"policy_steps": 1}), seed=0)
+    training = inputs[0]  # [B, K, D]; what follows is calibration, without noise
+    np.testing.assert_array_equal(training[..., words], 0)
+    spread = training.std((0, 1))
+    assert spread[SENTENCE_FEATURES.index("confidence")] > 1.5  # 2 of noise, 1 of the feature itself
 
 
 def test_chooses_the_right_candidate_and_rejects_where_none_is(labeled):
