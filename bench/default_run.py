@@ -1,9 +1,10 @@
-"""Time and memory of the default `dvc repro`, and of repeating it when nothing changed.
+"""Time and memory of the default `dvc repro`, of its stages, and of repeating it when nothing changed.
 
     python -m bench.default_run
 
 Runs in a clone of this repository under bench/work/ with an empty cache; writes bench/results/default_run.jsonl.
-`seconds` of the first run is wall time with all cores; `peak_rss_mb` is the largest single process.
+`seconds` of the first run is wall time with all cores, `stage_seconds` of each stage; `peak_rss_mb` is the largest
+single process. `policy_percent`: training of the policies, of the time of the rounds (select, retrain and crossfit).
 """
 
 from __future__ import annotations
@@ -11,32 +12,48 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CLONE = ROOT / "bench" / "work" / "default_run"
 RESULTS = ROOT / "bench" / "results" / "default_run.jsonl"
 REPEATS = 5
+OF_ROUNDS = ("select@", "retrain@", "crossfit@")
 
 
-def repro() -> tuple[float, int]:
-    """Seconds of one `dvc repro`, and how many stages it ran."""
+@dataclass(frozen=True)
+class Repro:
+    """One `dvc repro`."""
+
+    seconds: float
+    stage_seconds: dict[str, float]  # of the stages that ran, from one's start to the next one's
+    policy_seconds: float  # of all policies, as the stage `select` says
+
+
+def repro() -> Repro:
+    """Run it and watch what it prints."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    started = time.monotonic()
-    done = subprocess.run(
-        ["dvc", "repro"],
-        cwd=CLONE,
-        env={**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return time.monotonic() - started, done.stdout.count("Running stage")
+    environment = {**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    started, starts, policy = time.monotonic(), [], 0.0
+    with subprocess.Popen(["dvc", "repro"], cwd=CLONE, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if found := re.match(r"Running stage '(?:.*:)?(.+)'", line):
+                starts.append((found[1], time.monotonic()))
+            if found := re.search(r"policy trained in ([\d.]+) s", line):
+                policy += float(found[1])
+    if process.returncode:
+        raise SystemExit(f"dvc repro in {CLONE} ended with {process.returncode}")
+    ends = [start for _, start in starts[1:]] + [time.monotonic()]
+    stages = {name: round(end - start, 1) for (name, start), end in zip(starts, ends, strict=True)}
+    return Repro(time.monotonic() - started, stages, policy)
 
 
 def main() -> None:
@@ -44,12 +61,30 @@ def main() -> None:
     subprocess.run(["git", "clone", "-q", str(ROOT), str(CLONE)], check=True)
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=CLONE, text=True).strip()
     common = {"bench": "default_run", "device": f"cpu, {os.cpu_count()} cores, {platform.machine()}", "commit": commit}
-    seconds, stages = repro()
+    first = repro()
     peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
-    rows = [{**common, "measure": "first", "seconds": round(seconds, 1), "stages": stages, "peak_rss_mb": peak_mb}]
-    again = sorted(repro() for _ in range(REPEATS))
+    rounds = sum(seconds for name, seconds in first.stage_seconds.items() if name.startswith(OF_ROUNDS))
+    rows = [
+        {
+            **common,
+            "measure": "first",
+            "seconds": round(first.seconds, 1),
+            "stages": len(first.stage_seconds),
+            "peak_rss_mb": peak_mb,
+            "policy_percent": round(100 * first.policy_seconds / rounds, 1),
+            "stage_seconds": first.stage_seconds,
+        }
+    ]
+    again = sorted((repro() for _ in range(REPEATS)), key=lambda run: run.seconds)
     middle = again[REPEATS // 2]
-    rows.append({**common, "measure": "nothing_to_do", "seconds": round(middle[0], 2), "stages": middle[1]})
+    rows.append(
+        {
+            **common,
+            "measure": "nothing_to_do",
+            "seconds": round(middle.seconds, 2),
+            "stages": len(middle.stage_seconds),
+        }
+    )
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(RESULTS.read_text(), end="")

@@ -142,8 +142,8 @@ class ProposalsParams(Section):
     """Width of the border's fall-off as a share of the box side."""
     inside_prob: Annotated[float, Field(gt=0.5, le=1.0)]
     """Value inside a box; outside it is 1 - inside_prob, so that the box is where the map exceeds 0.5."""
-    flat_prob: Fraction
-    """Value everywhere where there is no prior."""
+    flat_prob: Annotated[float, Field(ge=0.0, le=0.5)]
+    """Value everywhere where there is no prior: nothing is foreground there, since foreground is above 0.5."""
 
 
 class ModelParams(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 
 from l2l_core import records
 from l2l_core.config import load_params
@@ -29,8 +30,10 @@ def main() -> None:
         case "reinforce":
             labeled, truth = judge_out_of_fold(params, previous / "folds")
             seed = derive_seed(params.seed, f"select-{number}")
+            started = time.monotonic()
             trained = train_policy(labeled, truth, seen, params.select, seed)
             policy, curve = trained.policy, trained.curve
+            print(f"round {number}: policy trained in {time.monotonic() - started:.1f} s")
         case "oracle":
             outcome = judge_unlabeled(params, labels, records.INDEX.masks)
     decision = decide(params.select, seen, policy, outcome)

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from dvc.utils.hydra import apply_overrides
 
-from bench import docs, label_efficiency, label_efficiency_page, priors, refshapes
+from bench import docs, label_efficiency, label_efficiency_page, priors, refshapes, rewards
 from l2l_core.config import load_params
 
 ROOT = Path(__file__).parents[1]
@@ -73,15 +73,17 @@ def test_the_readme_names_overrides_and_commands() -> None:
     assert ABSOLUTE.search("see /" + "home/me/x")
 
 
-@pytest.mark.parametrize("name", ["refshapes", "answers", "proposals"])
+@pytest.mark.parametrize("name", ["refshapes", "answers", "proposals", "rewards"])
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
     """What stands in the document is what its bench makes of bench/results."""
-    bench = {"refshapes": refshapes, "answers": priors, "proposals": priors}[name]
+    bench = {"refshapes": refshapes, "answers": priors, "proposals": priors, "rewards": rewards}[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
     match name:
         case "refshapes":
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
+        case "rewards":
+            document, text = rewards.DOCUMENT, rewards.table(pd.read_json(rewards.RESULTS, lines=True))
         case _:
             rows = [json.loads(line) for line in priors.RESULTS.read_text(encoding="utf-8").splitlines()]
             make = priors.answers_table if name == "answers" else priors.proposals_table
