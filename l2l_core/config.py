@@ -168,12 +168,19 @@ class TrainParams(Section):
     """What warm-up and retraining share."""
 
     batch_size: PositiveInt
+    """Samples of a step, over all processes."""
+    micro_batch_size: PositiveInt | None
+    """Samples that a process computes at once; null: all of its share."""
+    gradient_checkpointing: bool
+    """Encoders compute activations twice instead of keeping them: slower, in less memory."""
     lr: Annotated[float, Field(gt=0.0, le=1.0)]
     encoder_lr_scale: Annotated[float, Field(ge=0.0, le=1.0)]
     """Learning rate of pretrained encoders relative to `lr`; tiny encoders always use `lr`."""
     weight_decay: Annotated[float, Field(ge=0.0)]
     warmup_fraction: Fraction
     """Share of the steps in which the learning rate rises."""
+    lr_decay: Literal["cosine", "poly"]
+    """How it falls to 0 afterwards; poly with the exponent 0.9."""
     grad_clip: Annotated[float, Field(gt=0.0)]
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
     prior_dropout: Fraction

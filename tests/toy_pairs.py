@@ -25,10 +25,13 @@ MODEL = ModelParams(
 )
 TRAIN = TrainParams(
     batch_size=4,
+    micro_batch_size=None,
+    gradient_checkpointing=False,
     lr=2e-3,
     encoder_lr_scale=0.1,
     weight_decay=0.05,
     warmup_fraction=0.1,
+    lr_decay="cosine",
     grad_clip=1.0,
     ema_decay=0.9,
     prior_dropout=0.25,

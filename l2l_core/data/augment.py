@@ -57,20 +57,25 @@ def mirror(batch: Batch, which: Tensor | None = None) -> Batch:
     )
 
 
-def strong_view(batch: Batch, generator: torch.Generator) -> Batch:
+def strong_view(batch: Batch, generator: torch.Generator, part: tuple[int, Tensor] | None = None) -> Batch:
     """Mirror half of the samples, zoom and shift a little, change light and add noise; targets follow.
 
-    Pixels that come from outside the image are black and never teach.
+    Pixels that come from outside the image are black and never teach. part: (count, places) where the batch holds only
+    the samples at some places [B] of one of `count` samples: each is seen as it would be there.
     """
-    batch = mirror(batch, torch.rand(len(batch.sentence), generator=generator) < 0.5)
-    count = len(batch.sentence)
+    count, places = (len(batch.sentence), None) if part is None else part
+
+    def rand(*shape: int) -> Tensor:
+        drawn = torch.rand(count, *shape, generator=generator)
+        return drawn if places is None else drawn[places]
 
     def uniform(limit: float, *shape: int) -> Tensor:
-        return (2 * torch.rand(count, *shape, generator=generator) - 1) * limit
+        return (2 * rand(*shape) - 1) * limit
 
+    batch = mirror(batch, rand() < 0.5)
     zoom, shift = 1 + uniform(MAX_SCALE), 2 * uniform(MAX_SHIFT, 2)
     # affine_grid maps output to input coordinates (both -1..1): input = output / zoom - shift / zoom.
-    theta = torch.zeros(count, 2, 3)
+    theta = torch.zeros(len(batch.sentence), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom
     theta[:, :, 2] = -shift / zoom[:, None]
 
@@ -81,8 +86,9 @@ def strong_view(batch: Batch, generator: torch.Generator) -> Batch:
     image = warp(batch.image.float() / 255, "bilinear")
     image = (image - 0.5) * (1 + uniform(MAX_CONTRAST))[:, None, None, None] + 0.5
     image = image + uniform(MAX_BRIGHTNESS)[:, None, None, None]
-    noise_std = torch.rand(count, generator=generator)[:, None, None, None] * MAX_NOISE
-    image = image + noise_std * torch.randn(image.shape, generator=generator)
+    noise_std = rand()[:, None, None, None] * MAX_NOISE
+    noise = torch.randn((count, *image.shape[1:]), generator=generator)
+    image = image + noise_std * (noise if places is None else noise[places])
     offset = torch.cat([shift, shift], dim=1)
     box = (((2 * batch.box - 1) * zoom[:, None] + offset + 1) / 2).clamp(0, 1)
     label = None if batch.label is None else warp(batch.label, "nearest")

@@ -17,6 +17,7 @@ from l2l_core.engine.loop import OnlineStream, Stream, derive_seed, train
 from l2l_core.engine.resume import fingerprint, scratch_folder, whole_folder
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
+from l2l_core.progress import is_first_process
 
 LABEL_INPUTS = (records.SPLIT_PATH, records.LABELED_MASKS_PATH, records.INDEX.refs, records.INDEX.images)
 PRIOR_INPUTS = (records.PRIORS_PATH, records.PROPOSALS_PATH)
@@ -106,7 +107,7 @@ def run_training(
     seed = derive_seed(params.seed, purpose)
     with scratch_folder(purpose, fingerprint(purpose, settings, inputs)) as scratch:
         checkpoint = scratch / "checkpoint.pt"
-        if curves_out is None:
+        if curves_out is None or not is_first_process():
             trained = train(network, streams, steps, params.train, seed, purpose, checkpoint)
         else:
             with live_curve(curves_out) as log:

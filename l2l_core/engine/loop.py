@@ -6,14 +6,16 @@ import copy
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,8 +25,8 @@ from l2l_core.data.dataset import Batch, BatchMaker, Targets
 from l2l_core.engine.ema import update_ema
 from l2l_core.engine.resume import load_checkpoint, save_checkpoint
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.model.losses import segmentation_loss
-from l2l_core.model.segmenter import Segmenter
+from l2l_core.model.losses import samples_that_teach, segmentation_loss
+from l2l_core.model.segmenter import Segmenter, attention_kernels
 from l2l_core.progress import progress
 
 
@@ -80,16 +82,29 @@ def train(
 
     Every random choice of a step is a function of (seed, step): a run that resumes from `checkpoint` ends with the
     same bytes as one that was never interrupted. `log` gets every row of the curve, after a resume the old ones too.
+    Where several processes were launched (torchrun, accelerate launch), each computes a part of every batch, and where
+    `micro_batch_size` says so, in several steps: the losses are those of the whole batch. Layers that look at more than
+    one sample (batch norm) see a part only; on GPUs its statistics are shared between the processes. The first process
+    writes the checkpoints.
     Raises InputError where a stream is empty, ConfigError where the loss is not finite or a batch has no room for every
-    stream.
+    stream or process.
     """
     for stream in streams:
         if not len(stream.batches.pairs):
             raise InputError(f"{what}: nothing to learn from (no pair in one of its streams); check the label budget")
+    device = choose_device(params.device)
     accelerator = Accelerator(
-        cpu=choose_device(params.device).type == "cpu",
+        cpu=device.type == "cpu",
         mixed_precision="bf16" if params.precision == "bf16" else "no",
+        # A pretrained text encoder brings a pooling layer that is not asked.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    parts = batch_parts(params.batch_size, params.micro_batch_size, accelerator.num_processes)
+    mine = parts[accelerator.process_index :: accelerator.num_processes]
+    if params.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if accelerator.num_processes > 1 and device.type == "cuda":
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = copy.deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameter_groups(params.lr, params.encoder_lr_scale, params.weight_decay))
@@ -103,8 +118,9 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         curve, first = state["curve"], state["step"]
         print(f"{what}: resuming at step {first} of {steps}", flush=True)
-    for row in curve:
-        log(row)
+    if accelerator.is_main_process:
+        for row in curve:
+            log(row)
     student, stepper = accelerator.prepare(network, optimizer)
     student.train()
 
@@ -114,32 +130,42 @@ def train(
             return teacher(move_batch(batch, accelerator.device), tokens).mask_logits.float().sigmoid().cpu()
 
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
-        generator = torch.Generator().manual_seed(_mix(seed, step))
-        torch.manual_seed(_mix(seed, step) + 1)  # dropout
-        batch = strong_view(_draw(streams, params, seed, step, ask_teacher), generator)
-        tokens = to_device(network.tokenize(batch), accelerator.device)
-        batch = move_batch(batch, accelerator.device)
-        assert batch.label is not None  # every stream has targets or is given them online
-        assert batch.keep is not None
+        torch.manual_seed(_mix(seed, step) + 1 + accelerator.process_index)  # dropout
+        batches = []
+        for part in mine:
+            generator = torch.Generator().manual_seed(_mix(seed, step))
+            drawn = _draw(streams, params, seed, step, ask_teacher, part)
+            batches.append(strong_view(drawn, generator, (params.batch_size, torch.from_numpy(part))))
+        count = sum_of(accelerator, [samples_that_teach(_keep(batch)).sum() for batch in batches])
         for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
-            group["lr"] = peak * schedule(step, steps, params.warmup_fraction)
-        loss = segmentation_loss(student(batch, tokens), batch.label, batch.keep)
+            group["lr"] = peak * schedule(step, steps, params.warmup_fraction, params.lr_decay)
         stepper.zero_grad()
-        accelerator.backward(loss.total)
+        losses = []
+        for number, batch in enumerate(batches, start=1):
+            tokens = to_device(network.tokenize(batch), accelerator.device)
+            batch = move_batch(batch, accelerator.device)
+            assert batch.label is not None  # every stream has targets or is given them online
+            with nullcontext() if number == len(batches) else accelerator.no_sync(student):
+                loss = segmentation_loss(student(batch, tokens), batch.label, _keep(batch), count)
+                with attention_kernels(accelerator.device):
+                    accelerator.backward(loss.total * accelerator.num_processes)  # which divides by that number
+            losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
         accelerator.clip_grad_norm_(student.parameters(), params.grad_clip)
         stepper.step()
         update_ema(teacher, network, step + 1, params.ema_decay)
         done = step + 1
         if done % params.log_every == 0 or done == steps:
-            parts = {"loss": loss.total.detach(), "bce": loss.bce, "dice": loss.dice}
-            row = {name: round(float(value), 6) for name, value in parts.items()}
+            values = sum_of(accelerator, losses).tolist()
+            row = {name: round(value, 6) for name, value in zip(("loss", "bce", "dice"), values, strict=True)}
             curve.append({"step": done, **row, "lr": round(optimizer.param_groups[0]["lr"], 9)})
-            log(curve[-1])
+            if accelerator.is_main_process:
+                log(curve[-1])
             if not math.isfinite(row["loss"]):
                 raise ConfigError(
                     f"{what}: the loss is {row['loss']} at step {done}; lower train.lr or use precision fp32"
                 )
-        if checkpoint and done % params.checkpoint_every == 0 and done < steps:
+        due = done % params.checkpoint_every == 0 and done < steps
+        if checkpoint and due and accelerator.is_main_process:
             save_checkpoint(
                 checkpoint,
                 {
@@ -153,12 +179,37 @@ def train(
     return Trained(teacher, curve)
 
 
-def schedule(step: int, steps: int, warmup_fraction: float) -> float:
-    """Factor of the peak learning rate at a step: linear rise, then half a cosine down to 0."""
+def schedule(step: int, steps: int, warmup_fraction: float, decay: Literal["cosine", "poly"]) -> float:
+    """Factor of the peak learning rate at a step: linear rise, then down to 0.
+
+    By half a cosine, or by (1 - share of the way) ** 0.9, as LAVT and those who build on it.
+    """
     rise = max(1, round(steps * warmup_fraction))
     if step < rise:
         return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+    done = (step - rise) / max(1, steps - rise)
+    return 0.5 * (1 + math.cos(math.pi * done)) if decay == "cosine" else (1 - done) ** 0.9
+
+
+def batch_parts(batch_size: int, micro_batch_size: int | None, processes: int) -> list[NDArray[np.int64]]:
+    """The places of a batch that are computed at once: as many parts a process, of at most micro_batch_size places.
+
+    Part p is process p % processes's. Raises ConfigError where the batch cannot be shared evenly.
+    """
+    share, rest = divmod(batch_size, processes)
+    if rest:
+        raise ConfigError(
+            f"params.yaml: train.batch_size: got {batch_size}, expected a multiple of the {processes} processes"
+        )
+    count = processes * math.ceil(share / (micro_batch_size or share))
+    # Every n-th place, so that each part has its share of every stream.
+    return [np.arange(first, batch_size, count) for first in range(count)]
+
+
+def sum_of(accelerator: Accelerator, values: Sequence[Tensor]) -> Tensor:
+    """The sum of equally shaped tensors over all of them and all processes, on the training's device."""
+    summed: Tensor = accelerator.reduce(torch.stack(list(values)).sum(0).to(accelerator.device), "sum")
+    return summed
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
@@ -215,11 +266,19 @@ def _draw(
     seed: int,
     step: int,
     ask_teacher: Callable[[Batch], Tensor],
+    places: NDArray[np.int64] | None = None,
 ) -> Batch:
-    parts = []
+    """The step's batch, or the samples at some of its places, in ascending order."""
+    parts, first = [], 0
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
         rows = epoch_rows(len(stream.batches.pairs), size, seed + number, step)
         no_prior = np.random.default_rng([seed, step, number]).random(size) < params.prior_dropout
+        if places is not None:
+            here = places[(places >= first) & (places < first + size)] - first
+            rows, no_prior = rows[here], no_prior[here]
+        first += size
+        if not len(rows):
+            continue
         if isinstance(stream, OnlineStream):
             # The teacher sees every prior and the image as it is; what the student sees is made harder afterwards.
             prob = ask_teacher(stream.batches(rows))
@@ -227,6 +286,11 @@ def _draw(
         else:
             parts.append(stream.batches(rows, stream.targets, no_prior))
     return parts[0] if len(parts) == 1 else _concatenate(parts)
+
+
+def _keep(batch: Batch) -> Tensor:
+    assert batch.keep is not None  # every stream has targets or is given them online
+    return batch.keep
 
 
 def _concatenate(parts: list[Batch]) -> Batch:

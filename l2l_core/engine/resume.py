@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from l2l_core.errors import ArtifactError
+from l2l_core.progress import is_first_process
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,9 +42,13 @@ def fingerprint(stage: str, settings: str, inputs: Iterable[Path]) -> str:
 def scratch_folder(stage: str, key: str) -> Iterator[Path]:
     """A locked folder that survives a kill and is removed when the block ends well.
 
-    Raises ArtifactError where another process works on the same stage with the same inputs.
+    Processes that were launched beside the first one read there what it wrote. Raises ArtifactError where another run
+    works on the same stage with the same inputs.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
+    if not is_first_process():
+        yield root / f"{stage}-{key}"
+        return
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{stage}-{key}"
     with (root / f"{stage}-{key}.lock").open("w") as lock:
@@ -73,7 +79,14 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` when the block ends well, and leaves nothing when it does not."""
+    """A folder to fill that becomes `target` when the block ends well, and leaves nothing when it does not.
+
+    Only the first of several processes writes it; what the others put there is dropped.
+    """
+    if not is_first_process():
+        with tempfile.TemporaryDirectory() as dropped:
+            yield Path(dropped)
+        return
     building = target.with_name(f".{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Losses in which every pixel has the say that its weight gives it, a dropped one none."""
+"""Losses in which a pixel's weight says how much it counts within its sample; a dropped one does not."""
 
 from __future__ import annotations
 
@@ -46,14 +46,20 @@ def masked_dice(logits: Tensor, label: Tensor, keep: Tensor) -> Tensor:
     return 1 - (2 * (kept * truth).sum(1) + 1) / (kept.sum(1) + (truth * weight).sum(1) + 1)
 
 
-def segmentation_loss(output: Output, label: Tensor, keep: Tensor) -> Loss:
+def samples_that_teach(keep: Tensor) -> Tensor:
+    """1 for every sample of which some pixel teaches, else 0; [B, 1, H, W] -> [B] float."""
+    return (keep.flatten(1).sum(1) > 0).float()
+
+
+def segmentation_loss(output: Output, label: Tensor, keep: Tensor, count: Tensor | None = None) -> Loss:
     """BCE + Dice of the mask, plus BCE of the refined proposal against the label's share in each coarse cell.
 
     label: [B, 1, S, S] float, 0 or 1; keep: the same shape, in [0, 1], how much a pixel teaches. A sample of which no
-    pixel teaches adds nothing; the mean is over the others, which count alike however much is kept of them.
+    pixel teaches adds nothing; the mean is over the others, which count alike however much is kept of them. count: how
+    many these are in the whole batch, where this is a part of one: the losses of all parts then add up to the batch's.
     """
-    teaches = (keep.flatten(1).sum(1) > 0).float()
-    count = teaches.sum().clamp(min=1.0)
+    teaches = samples_that_teach(keep)
+    count = (teaches.sum() if count is None else count).clamp(min=1.0)
     size = (output.refined_logits.shape[-2], output.refined_logits.shape[-1])
     cell_keep = F.adaptive_avg_pool2d(keep, size)
     cell_label = F.adaptive_avg_pool2d(label * keep, size) / cell_keep.clamp(min=SMALLEST_SUM)

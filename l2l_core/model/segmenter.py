@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from l2l_core.config import ModelParams
 from l2l_core.data.dataset import Batch
-from l2l_core.errors import ArtifactError
+from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.model.decoder import Decoder
 from l2l_core.model.encoders import (
     TINY,
@@ -40,6 +40,14 @@ class Output:
 
     mask_logits: Tensor  # [B, 1, S, S] float32, at the size of the input image
     refined_logits: Tensor  # [B, 1, h, w] float32, the refined proposal on a coarse grid
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """How attention is computed: on a CPU by plain matrix products, faster for maps this small than fused kernels.
+
+    For the way back too: activations that are computed again must come from the same kernels.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 class Segmenter(nn.Module):
@@ -138,9 +146,7 @@ class Segmenter(nn.Module):
 
     def forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
         """Batch (see Batch for shapes) and its tokens, on the network's device -> logits."""
-        # On a CPU the fused attention kernels are slower than plain matrix products for maps this small.
-        plain = sdpa_kernel(SDPBackend.MATH) if batch.image.device.type == "cpu" else nullcontext()
-        with plain:
+        with attention_kernels(batch.image.device):
             return self._forward(batch, tokens)
 
     def _forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
@@ -159,6 +165,21 @@ class Segmenter(nn.Module):
         )
         mask_logits = F.interpolate(mask_logits.float(), batch.image.shape[-2:], mode="bilinear", align_corners=False)
         return Output(mask_logits, refined_logits.float())
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Let the encoders compute their activations again on the way back instead of keeping them.
+
+        Raises ConfigError where transformers cannot do so for one of them.
+        """
+        for name, encoder in (("image_encoder", self.image_encoder), ("text_encoder", self.text_encoder)):
+            try:
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+                encoder.config.use_cache = False  # of text generators; it would need what is not kept
+            except ValueError:
+                raise ConfigError(
+                    f"params.yaml: train.gradient_checkpointing: got true, but model.{name} "
+                    f"({type(encoder).__name__}) cannot do so; use false or another encoder"
+                ) from None
 
     def parameter_groups(self, lr: float, encoder_lr_scale: float, weight_decay: float) -> list[dict[str, object]]:
         """Groups for AdamW: pretrained encoders learn at lr * encoder_lr_scale; norms and biases do not decay."""

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_no_fold_teacher_learns_from_a_left_out_image_by_another_sentence(run, m
 
     monkeypatch.setattr(crossfit, "run_training", note)
     monkeypatch.setattr(crossfit, "load_params", lambda: PARAMS)
-    monkeypatch.setattr(crossfit.Segmenter, "load", lambda folder: None)
+    monkeypatch.setattr(crossfit.Segmenter, "load", lambda folder: SimpleNamespace())
     monkeypatch.setattr("sys.argv", ["crossfit", "--round", "1"])
     crossfit.main()
     assert sorted(taught.values()) == [[0, 1, 4, 5], [2, 3, 4, 5]]
@@ -203,7 +204,7 @@ def test_the_last_model_is_an_input_of_a_retraining_that_starts_from_it(run, mon
     inputs = []
     monkeypatch.setattr(retrain, "run_training", lambda *given: inputs.extend(given[5]))
     monkeypatch.setattr(retrain, "load_params", lambda: toy_params(proposals={"size_px": 24}, retrain={"start": start}))
-    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: None)
+    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: SimpleNamespace())
     monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
     retrain.main()
     assert path in inputs
@@ -221,11 +222,12 @@ def test_a_mean_teacher_starts_from_the_last_model_and_labels_online(run, monkey
     given = []
     monkeypatch.setattr(retrain, "run_training", lambda *all_given: given.extend(all_given))
     monkeypatch.setattr(retrain, "load_params", lambda: params)
-    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: f"network of {folder}")
+    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: SimpleNamespace(folder=folder))
     monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
     retrain.main()
     _, purpose, network, (labeled, pseudo), steps, inputs, _, _ = given
-    assert (purpose, network, steps) == ("retrain-1", f"network of {previous}", 9)
+    assert (purpose, network.folder, steps) == ("retrain-1", previous, 9)
+    assert network.passes == params.retrain.passes == 2
     assert {path, previous} <= set(inputs)
     assert isinstance(labeled, Stream)
     assert isinstance(pseudo, OnlineStream)

@@ -189,7 +189,7 @@ def test_online_labels_are_what_the_moving_average_says_at_that_step(toy, tmp_pa
     train(taught, streams_of(toy), 10, with_(precision="bf16", prior_dropout=0.0, lr=4e-3), 0, "start")
     teachers[0].load_state_dict(taught.state_dict())
     start = copy.deepcopy(teachers[0])
-    monkeypatch.setattr(loop, "strong_view", lambda batch, generator: seen.append(batch) or batch)
+    monkeypatch.setattr(loop, "strong_view", lambda batch, generator, part: seen.append(batch) or batch)
     train(start, [OnlineStream(batches, threshold, 1.0)], 2, params, 5, "test", checkpoint)
     teachers[1].load_state_dict(torch.load(checkpoint, weights_only=True)["teacher"])
     probs = []
@@ -210,16 +210,23 @@ def test_online_labels_are_what_the_moving_average_says_at_that_step(toy, tmp_pa
 
 def test_schedule_by_hand():
     """Two of ten steps rise; then half a cosine over eight."""
-    factors = [schedule(step, 10, 0.2) for step in range(10)]
+    factors = [schedule(step, 10, 0.2, "cosine") for step in range(10)]
     expected = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8))]
     assert factors == pytest.approx(expected)
     assert factors[6] == pytest.approx(0.5)
 
 
+def test_poly_schedule_by_hand():
+    """LAVT's: (1 - step / steps) ** 0.9."""
+    factors = [schedule(step, 10, 0.0, "poly") for step in range(1, 10)]
+    assert factors == pytest.approx([(1 - k / 9) ** 0.9 for k in range(9)])
+
+
+@pytest.mark.parametrize("decay", ["cosine", "poly"])
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 50])
-def test_schedule_stays_in_range(steps, fraction):
-    factors = [schedule(step, steps, fraction) for step in range(steps)]
+def test_schedule_stays_in_range(steps, fraction, decay):
+    factors = [schedule(step, steps, fraction, decay) for step in range(steps)]
     assert all(0 <= factor <= 1 for factor in factors)
     assert max(factors) == 1
 
