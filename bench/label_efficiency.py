@@ -82,8 +82,9 @@ SELECTION: dict[str, dict[str, Any]] = {
     # At about the share of labels that `reinforce` accepts.
     "ranksum_overlap": {"select": {"policy": "ranksum", "candidates": ["overlap"], "keep_fraction": 0.75}},
     "agreement_overlap": {"select": {"policy": "agreement", "candidates": ["overlap"], "keep_fraction": 0.75}},
-    # The default without its second look, and with weights that start from the warm-up's.
-    "reinforce_one_pass": {"retrain": {"passes": 1}},
+    # A second look at every pair, and weights that start from the warm-up's.
+    "reinforce_two_passes": {"retrain": {"passes": 2}},
+    "all_two_passes": {"select": {"policy": "all"}, "retrain": {"passes": 2}},
     "reinforce_warm_start": {"retrain": {"start": "teacher"}},
     # Bounds that read the truth: of the teacher's masks those above an IoU of 0.5; the best of all candidates.
     "oracle": {"select": {"policy": "oracle", "candidates": ["teacher"]}},

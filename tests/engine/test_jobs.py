@@ -218,7 +218,7 @@ def test_a_mean_teacher_starts_from_the_last_model_and_labels_online(run, monkey
     path, previous = records.round_folder(1) / "pseudo_labels.parquet", records.round_folder(0) / "model"
     labels = [row | {"accepted": True, "policy": "mean_teacher"} for row in rows]
     records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
-    params = toy_params(proposals={"size_px": 24}, retrain={"start": start, "steps": 9})
+    params = toy_params(proposals={"size_px": 24}, retrain={"start": start, "steps": 9, "passes": 2})
     given = []
     monkeypatch.setattr(retrain, "run_training", lambda *all_given: given.extend(all_given))
     monkeypatch.setattr(retrain, "load_params", lambda: params)
@@ -227,7 +227,7 @@ def test_a_mean_teacher_starts_from_the_last_model_and_labels_online(run, monkey
     retrain.main()
     _, purpose, network, (labeled, pseudo), steps, inputs, _, _ = given
     assert (purpose, network.folder, steps) == ("retrain-1", previous, 9)
-    assert network.passes == params.retrain.passes == 2
+    assert network.passes == 2
     assert {path, previous} <= set(inputs)
     assert isinstance(labeled, Stream)
     assert isinstance(pseudo, OnlineStream)
