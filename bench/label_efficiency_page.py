@@ -176,7 +176,8 @@ def limits(rows: pd.DataFrame) -> str:
     candidates still gains over `reinforce` is the policy's part; what full supervision leaves is the network's.
     """
     body: list[list[object]] = []
-    for method, number, group in _by_method(rows[(rows["split"] == "val") & rows["method"].isin(LIMITS)]):
+    told_apart = rows[(rows["split"] == "val") & rows["method"].isin(LIMITS) & rows["lost_objects"].notna()]
+    for method, number, group in _by_method(told_apart):
         values = [_mean(group, name) for name in ("miou", "lost_objects", "lost_borders")]
         body.append([_title(method), number, group["seed"].nunique(), *values])
     head = [
