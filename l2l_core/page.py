@@ -11,6 +11,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from l2l_core.metrics import PR_THRESHOLDS
+
 FOLDER = Path(__file__).parent
 
 PARTS = "page.html.jinja"
@@ -18,6 +20,9 @@ PARTS = "page.html.jinja"
 
 PERCENT, DIFFERENCE, COUNT = "%.2f", "%+.2f", "%d"
 """How numbers are written. A number that is written with its sign is also coloured: above 0 is good."""
+
+SCORE_NAMES = {"miou": "mIoU", "oiou": "oIoU", **{f"pr{round(100 * x)}": f"Pr@{x}" for x in PR_THRESHOLDS}}
+"""Of `metrics.segmentation_scores`."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,7 @@ from l2l_core.config import Params
 from l2l_core.evaluation import GOOD_IOU, PRIOR, SUPERVISED, method_scores
 from l2l_core.figures import draw_figures
 from l2l_core.gallery import UNKNOWN, Gallery, Run, area_share, evaluated_size_limits, make_galleries
-from l2l_core.metrics import PR_THRESHOLDS
-from l2l_core.page import COUNT, DIFFERENCE, PERCENT, Table, render_page
-
-SCORE_NAMES = {"miou": "mIoU", "oiou": "oIoU", **{f"pr{round(100 * x)}": f"Pr@{x}" for x in PR_THRESHOLDS}}
+from l2l_core.page import COUNT, DIFFERENCE, PERCENT, SCORE_NAMES, Table, render_page
 
 LABEL_QUALITY_NAMES = {
     "coverage": "accepted",

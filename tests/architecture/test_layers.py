@@ -34,6 +34,7 @@ LEVELS = {
     "figures": 5,
     "gallery": 5,
     "report": 5,
+    "compare": 5,
     "export": 5,
     "predictions": 5,
     "__main__": 5,
