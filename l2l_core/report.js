@@ -29,8 +29,7 @@ function show() {
   document.getElementById("shown").textContent = `${count} of ${cases.length} cases shown`;
 }
 
-function changed() {
-  show();
+function write() {
   history.replaceState(null, "", "#" + (new URLSearchParams(conditions()).toString() || "cases"));
 }
 
@@ -50,8 +49,9 @@ function read() {
 }
 
 form.hidden = false;
-form.addEventListener("input", changed);
+form.addEventListener("input", show);
+form.addEventListener("change", write); // and not at every letter: browsers limit how often an address changes
 form.addEventListener("submit", (event) => event.preventDefault());
-document.getElementById("clear").addEventListener("click", () => { clear(); changed(); });
+document.getElementById("clear").addEventListener("click", () => { clear(); show(); write(); });
 addEventListener("hashchange", read);
 read();

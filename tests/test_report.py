@@ -240,22 +240,20 @@ def test_cases_are_spread_over_the_range_and_over_images() -> None:
     assert len(spread(rows, "iou", 1)) == 1
 
 
-PROBE = """<script>addEventListener("load", () => Object.assign(document.body.dataset, {
+PROBE = """<script>addEventListener("load", () => setTimeout(() => Object.assign(document.body.dataset, {
     shown: [...document.querySelectorAll(".case")].filter(one => one.checkVisibility()).length,
     said: document.getElementById("shown").textContent,
     sections: [...document.querySelectorAll(".gallery")].filter(one => one.checkVisibility()).map(one => one.id).join(),
     form: document.getElementById("filter").checkVisibility(),
     address: location.hash,
     broken: [...document.images].filter(one => !one.naturalWidth).length,
-    scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth}))</script>"""
+    scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth}), 500))</script>"""
 """Asks the browser what a reader sees, and writes it down as attributes of the body."""
 
-TYPE = """<script>addEventListener("load", () => {
-    const field = document.querySelector("[name=text]");
+TYPE = """const field = document.querySelector("[name=text]");
     field.value = WORDS;
-    field.dispatchEvent(new Event("input", {bubbles: true}));
-})</script>"""
-"""A reader who types into the search field; before PROBE asks."""
+    for (const kind of ["input", "change"]) field.dispatchEvent(new Event(kind, {bubbles: true}));"""
+"""What a browser does when a reader types into the search field."""
 
 needs_browser = pytest.mark.skipif(
     shutil.which("chromium") is None, reason="chromium is not installed: the page is not opened"
@@ -293,11 +291,27 @@ def test_an_address_filters_the_cases(text: str, tmp_path: Path) -> None:
 @needs_browser
 def test_words_in_the_sentence_filter_the_cases_and_go_into_the_address(text: str, tmp_path: Path) -> None:
     words = '<SCRIPT>alert("pwned")'  # of TRAP, in other letters: as harmless in the field as in the page
-    seen = look(text, tmp_path, "#scores", typed=words)
+    typed = json.dumps(words).replace("<", "\\u003c")
+    seen = look(text, tmp_path, "#scores", TYPE.replace("WORDS", typed))
     traps = text.count('<span class="sentence">&lt;script')
     assert 0 < traps < len(Page(text).all("article"))
     assert seen["shown"] == str(traps)
     assert parse_qs(seen["address"].removeprefix("#")) == {"text": [words]}
+
+
+@needs_browser
+def test_the_filter_gives_way_to_a_link_into_what_it_hides(text: str, tmp_path: Path) -> None:
+    cases = str(len(Page(text).all("article")))
+    follow = "document.querySelector(`a[href='#%s']`).click()"
+    assert look(text, tmp_path, "#kind=accepted", follow % "rejected")["shown"] == cases
+    assert look(text, tmp_path, "#kind=accepted", follow % "scores")["sections"] == "accepted"
+
+
+@needs_browser
+def test_one_button_shows_all_again(text: str, tmp_path: Path) -> None:
+    seen = look(text, tmp_path, "#kind=accepted&text=nonsense", "document.getElementById('clear').click()")
+    assert seen["shown"] == str(len(Page(text).all("article")))
+    assert seen["address"] == "#cases"
 
 
 @needs_browser
@@ -314,10 +328,10 @@ def test_without_script_all_is_there_and_no_dead_form(text: str, tmp_path: Path)
     assert seen["form"] == "false"
 
 
-def look(text: str, folder: Path, address: str = "", typed: str = "") -> dict[str, str]:
-    """What a reader sees of the page on a phone."""
-    # The page itself forbids foreign scripts, so those that type and ask go into a copy that does not.
-    probes = (TYPE.replace("WORDS", json.dumps(typed).replace("<", "\\u003c")) if typed else "") + PROBE
+def look(text: str, folder: Path, address: str = "", act: str = "") -> dict[str, str]:
+    """What a reader sees of the page on a phone, after the script `act`."""
+    # The page itself forbids foreign scripts, so those that act and ask go into a copy that does not.
+    probes = f"<script>addEventListener('load', () => {{{act}}})</script>" + PROBE
     copy = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", probes + "</body>")
     (folder / "probed.html").write_text(copy, encoding="utf-8")
     opened = open_in_chromium(folder / "probed.html", folder, address)
