@@ -1,4 +1,4 @@
-"""Commands for a person: scores, masks for own images, and exports for other tools."""
+"""Commands for a person: scores, comparisons, masks for own images, and exports for other tools."""
 
 from __future__ import annotations
 
@@ -56,6 +56,26 @@ def show() -> None:
 
 
 # The commands below import what they need when they run: torch alone takes seconds, which `show` has no use for.
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="folders of projects, Git revisions or DVC experiments; first, the base"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder for compare.html")] = REPORT_PATH.parent,
+) -> None:
+    """Two or more experiments on one page.
+
+    Parameters that differ, scores side by side, and how the same sentences fared in each.
+    """
+    from l2l_core.compare import read_experiment, render_comparison
+
+    page = render_comparison([read_experiment(run) for run in runs])
+    with added_to(out) as folder:
+        (folder / "compare.html").write_text(page, encoding="utf-8")
+    print(f"comparison: {out / 'compare.html'}")
 
 
 @app.command()

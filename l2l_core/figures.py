@@ -74,7 +74,7 @@ def _svg(label: str, title: str, data: Any, draw: Callable[[Axes, str, Any], Non
         axes = figure.add_subplot()
         draw(axes, title, data)
         axes.grid(alpha=0.25)
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=2)  # below the axes, where no line can run under it
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()

@@ -12,7 +12,8 @@ from l2l_core.config import load_params
 from l2l_core.data.dataset import read_image
 from l2l_core.errors import ArtifactError, exit_code
 from l2l_core.evaluation import CURVES_FOLDER, read_history
-from l2l_core.report import Run, render_report
+from l2l_core.gallery import Run
+from l2l_core.report import render_report
 
 
 def main() -> None:
