@@ -2,9 +2,9 @@
 
     python examples/draw_tabletop.py [FOLDER]
 
-Writes images/*.jpg, pairs.jsonl and answers.jsonl. Everything is drawn and written here; no photo, model or other data
-set is part of it. The answers stand for those of a multimodal LLM: the drawn places, moved a little; some are missing,
-one is another object's.
+Writes images/*.jpg and pairs.jsonl there, and beside it FOLDER_answers.jsonl. Everything is drawn and written here; no
+photo, model or other data set is part of it. The answers stand for those of a multimodal LLM: the drawn places, moved a
+little; one is missing, one says that there is nothing, one is another object's.
 """
 
 from __future__ import annotations
@@ -161,8 +161,9 @@ def main() -> None:
             if one.answer != "missing":
                 answers.append({"sent_id": len(pairs), "raw_text": json.dumps(text), "coord_space": "pixel"})
             pairs.append(pair)
-    for name, rows in (("pairs.jsonl", pairs), ("answers.jsonl", answers)):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    # Not in the folder: a data set of pairs has one .jsonl file.
+    for path, rows in ((folder / "pairs.jsonl", pairs), (folder.with_name(f"{folder.name}_answers.jsonl"), answers)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def draw_scene(number: int, things: list[Thing], rng: np.random.Generator) -> Image.Image:

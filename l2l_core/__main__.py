@@ -162,6 +162,23 @@ def export_model(
     print(f"{folder}: {out / 'model.onnx'}; tokenizer: {folder / 'tokenizer'}")
 
 
+@app.command()
+def check(
+    override: Annotated[
+        list[str] | None, typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="as of `dvc exp run`")
+    ] = None,
+    timing: Annotated[bool, typer.Option(help="train and label a little, for the times")] = True,
+) -> None:
+    """Look at everything before a run, and estimate it.
+
+    Parameters, data, label budget, priors, encoders, device and disk; then how long each stage takes, and how large its
+    outputs are. Writes nothing.
+    """
+    from l2l_core.preflight.checks import overridden_params, run_checks
+
+    run_checks(overridden_params(override or []), timing=timing, say=lambda line: print(line, flush=True))
+
+
 importers = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(importers, name="import", help="Annotations of other tools, as pairs that `dataset` takes.")
 

@@ -20,14 +20,15 @@ TABLETOP = EXAMPLES / "tabletop"
 
 
 def test_the_script_draws_what_is_there(tmp_path):
-    subprocess.run([sys.executable, EXAMPLES / "draw_tabletop.py", tmp_path], check=True)
-    names = sorted(path.relative_to(TABLETOP) for path in TABLETOP.rglob("*") if path.is_file())
+    subprocess.run([sys.executable, EXAMPLES / "draw_tabletop.py", tmp_path / "tabletop"], check=True)
+    stored = [EXAMPLES / "tabletop_answers.jsonl", *TABLETOP.rglob("*")]
+    names = sorted(path.relative_to(EXAMPLES) for path in stored if path.is_file())
     assert names == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     for name in names:
         if name.suffix == ".jsonl":
-            assert (tmp_path / name).read_text() == (TABLETOP / name).read_text()
+            assert (tmp_path / name).read_text() == (EXAMPLES / name).read_text()
         else:  # JPEG codecs differ in single levels
-            drawn, stored = (np.asarray(Image.open(folder / name), dtype=float) for folder in (tmp_path, TABLETOP))
+            drawn, stored = (np.asarray(Image.open(folder / name), dtype=float) for folder in (tmp_path, EXAMPLES))
             assert np.abs(drawn - stored).mean() < 2
 
 
@@ -60,7 +61,7 @@ def test_masks_lie_on_what_is_meant():
 def test_answers_are_boxes_near_the_masks():
     index = read_jsonl(TABLETOP / "pairs.jsonl")
     refs, images = (records.to_frame(table) for table in (index.refs, index.images))
-    answers = load_recorded(TABLETOP / "answers.jsonl", refs, images, "auto")
+    answers = load_recorded(EXAMPLES / "tabletop_answers.jsonl", refs, images, "auto")
     assert len(answers) == 26
     texts = pd.Series({sent_id: answer.raw_text for (sent_id, _), answer in answers.items()})
     assert texts.str.contains("null").sum() == 1
