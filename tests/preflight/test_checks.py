@@ -74,8 +74,8 @@ def problems(monkeypatch, capsys, *words: str) -> list[str]:
 
 
 def test_the_plan_with_times(project, monkeypatch, capsys):
-    """Twice the steps take about twice as long, and every stage with a network has a time."""
-    change({"round": 1, "warmup": {"steps": 100_000}, "retrain": {"steps": 200_000}})
+    """Twice the steps take twice as long, and every stage whose work is known has a time."""
+    change({"round": 1, "warmup": {"steps": 10_000_000}, "retrain": {"steps": 20_000_000}})
     said = checked(monkeypatch, capsys)
     assert "mine: 12 images, 27 sentences (train 20, val 7), 16 masks" in said
     assert "160x120 px; the network sees 32x32" in said
