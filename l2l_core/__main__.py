@@ -182,6 +182,76 @@ def export_model(
     print(f"{folder}: {out / 'model.onnx'}; tokenizer: {folder / 'tokenizer'}")
 
 
+@app.command()
+def check(
+    override: Annotated[
+        list[str] | None, typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="as of `dvc exp run`")
+    ] = None,
+    timing: Annotated[bool, typer.Option(help="train and label a little, for the times")] = True,
+) -> None:
+    """Look at everything before a run, and estimate it.
+
+    Parameters, data, label budget, priors, encoders, device and disk; then how long each stage takes, and how large its
+    outputs are. Writes nothing.
+    """
+    from l2l_core.preflight.checks import overridden_params, run_checks
+
+    run_checks(overridden_params(override or []), timing=timing, say=lambda line: print(line, flush=True))
+
+
+importers = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(importers, name="import", help="Annotations of other tools, as pairs that `dataset` takes.")
+
+ImageFolder = Annotated[Path, typer.Option("--images", file_okay=False, help="folder of the images")]
+PairsFolder = Annotated[Path, typer.Option("--out", help="folder for pairs.jsonl; images stay where they are")]
+
+
+@importers.command("coco")
+def import_coco(
+    instances: Annotated[Path, typer.Argument(metavar="INSTANCES.json", help="images and annotations")],
+    sentences: Annotated[Path, typer.Argument(metavar="SENTENCES.json|.jsonl", help="what is said of them")],
+    images: ImageFolder,
+    out: PairsFolder,
+) -> None:
+    """COCO annotations and a file of sentences about them."""
+    from l2l_core.data.importers import coco
+
+    _write_pairs(coco.import_coco(instances, sentences, images, out), out)
+
+
+@importers.command("label-studio")
+def import_label_studio(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT.json", help="tasks, exported as JSON")],
+    images: ImageFolder,
+    out: PairsFolder,
+) -> None:
+    """Label Studio's JSON export, such as that of reviewed tasks of `export-review`."""
+    from l2l_core.data.importers import label_studio
+
+    _write_pairs(label_studio.import_label_studio(export, images, out), out)
+
+
+@importers.command("labelme")
+def import_labelme(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of LabelMe's JSON files")], out: PairsFolder
+) -> None:
+    """LabelMe's JSON files beside their images."""
+    from l2l_core.data.importers import labelme
+
+    _write_pairs(labelme.import_labelme(folder, out), out)
+
+
+def _write_pairs(lines: str, out: Path) -> None:
+    from l2l_core.data.importers.entries import FILE_NAME
+
+    with added_to(out) as folder:
+        (folder / FILE_NAME).write_text(lines, encoding="utf-8")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    masks = sum("mask" in row for row in rows)
+    print(f"{len(rows)} pairs, {masks} of them with a mask: {out / FILE_NAME}")
+    print(f"next: python -m l2l_core check -S dataset={out}")
+
+
 def main() -> None:
     """Parse and run a command."""
     app(prog_name="python -m l2l_core")

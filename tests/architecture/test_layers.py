@@ -37,6 +37,7 @@ LEVELS = {
     "compare": 5,
     "export": 5,
     "predictions": 5,
+    "preflight": 5,
     "__main__": 5,
 }
 """Rooms of l2l_core: modules and packages. A room imports from its own level (never in a circle) and from below."""

@@ -15,7 +15,17 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 
-NEEDED = ("l2l_core", "stages", "data/dvc.yaml", "dvc.yaml", "params.yaml", ".dvc", ".dvcignore", ".gitignore")
+NEEDED = (
+    "l2l_core",
+    "stages",
+    "data/dvc.yaml",
+    "dvc.yaml",
+    "params.yaml",
+    ".dvc",
+    ".dvcignore",
+    ".gitignore",
+    "examples",
+)
 """What the pipeline needs of the project; tests, documents and measurements stay behind."""
 
 TINY: dict[str, Any] = {

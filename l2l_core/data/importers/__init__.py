@@ -1,0 +1,1 @@
+"""Annotations of other tools as lines of JSON that `dataset` takes."""

@@ -1,0 +1,133 @@
+"""What a run needs beside its data: the source of priors, pretrained encoders, a device. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import requests as http
+import torch
+from transformers.utils import cached_file
+
+from l2l_core import records
+from l2l_core.config import ModelParams, Params, PriorsParams
+from l2l_core.data.index import shorten
+from l2l_core.engine.loop import choose_device
+from l2l_core.errors import ConfigError, InputError
+from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
+from l2l_core.preflight.inputs import Data
+from l2l_core.priors.ask import make_backend
+from l2l_core.priors.coords import resolve_coord_space
+from l2l_core.priors.openai_http import KEY_VARIABLE
+from l2l_core.priors.replay import load_recorded
+
+SERVER_TIMEOUT_S = 5.0
+"""A server that is up lists its models at once."""
+WEIGHTS = ("*.safetensors", "*.bin")
+REQUIREMENTS = {"transformers": "requirements-mllm.txt", "vllm": "requirements-vllm.txt"}
+
+
+def describe_device(params: Params) -> str:
+    """Where the network is trained, in one line. Raises ConfigError where torch does not see what is asked for."""
+    device = choose_device(params.train.device)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device.type} ({kind}), {params.train.precision}"
+
+
+def describe_encoders(model: ModelParams) -> str:
+    """Where the encoders come from, in one line. Raises ConfigError where a name can be none."""
+    return ", ".join(f"{key}: {_where(f'model.{key}', getattr(model, key))}" for key in ENCODER_FOLDERS)
+
+
+def local_model(model: ModelParams) -> ModelParams | None:
+    """The same network with its encoders named by their folders on this machine; None where one is not here."""
+    folders = {key: _local_folder(f"model.{key}", getattr(model, key)) for key in ENCODER_FOLDERS}
+    if None in folders.values():
+        return None
+    return model.model_copy(update={key: str(folder) for key, folder in folders.items()})
+
+
+def describe_priors(params: Params, data: Data | None) -> str:
+    """Whether priors can be had, in one line; data: None where the data set cannot be read.
+
+    Raises InputError or ConfigError where they cannot.
+    """
+    priors = params.priors
+    match priors.backend:
+        case "openai" | "transformers" | "vllm":
+            resolve_coord_space(str(priors.model), priors.coord_space)
+            if priors.backend == "openai":
+                return f"openai: {_ask_server(priors)}"
+            _check_packages(priors)
+            return f"{priors.backend}: {_where('priors.model', str(priors.model))}"
+        case "simulated" | "replay":
+            if data is None:
+                return f"{priors.backend}: not looked at, since the data set cannot be read"
+            if priors.backend == "simulated":
+                make_backend(priors, params.seed, data.paths)
+                return f"simulated: {priors.preset}'s errors on the true boxes"
+            if data.is_sample:
+                return f"replay: {priors.replay_file} is not looked at before the data set is drawn"
+            refs, images = (records.to_frame(table) for table in (data.index.refs, data.index.images))
+            answers = load_recorded(str(priors.replay_file), refs, images, priors.coord_space)
+            known = len({sent_id for sent_id, _ in answers})
+            return f"replay: {priors.replay_file} answers {known} of {len(refs)} sentences"
+
+
+def _ask_server(priors: PriorsParams) -> str:
+    """Raises InputError where no server answers, ConfigError where it is another one or lacks the model."""
+    url = f"{priors.engine.server_url.rstrip('/')}/models"
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        response = http.get(url, headers=headers, timeout=SERVER_TIMEOUT_S)
+    except http.RequestException as error:
+        raise InputError(
+            f"{url}: no answer ({type(error).__name__}); start a server or set priors.engine.server_url"
+        ) from None
+    if response.status_code != 200:
+        raise ConfigError(f"{url}: HTTP {response.status_code}; check priors.engine.server_url and {KEY_VARIABLE}")
+    try:
+        names = [str(row["id"]) for row in response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{url}: no list of models, expected an OpenAI-compatible server; check priors.engine.server_url"
+        ) from None
+    if priors.model not in names:
+        there = shorten(names) or "none"
+        raise ConfigError(f"params.yaml: priors.model: got {priors.model!r}, but the models at {url} are: {there}")
+    return f"{url} has {priors.model}"
+
+
+def _check_packages(priors: PriorsParams) -> None:
+    needs_grammar = priors.backend == "transformers" and priors.structured_output
+    for package in (priors.backend, *(("xgrammar",) if needs_grammar else ())):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"params.yaml: priors.backend: got {priors.backend!r}, which needs {package}: "
+                f"pip install -r {REQUIREMENTS[priors.backend]}"
+            )
+    if priors.backend == "transformers" and priors.engine.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("params.yaml: priors.engine.device: got 'cuda', but torch sees no CUDA device")
+
+
+def _where(key: str, name: str) -> str:
+    folder = _local_folder(key, name)
+    if folder is None:
+        return f"{name} (hub id, not on this machine: fetched when it is first needed)"
+    return name if str(folder) == name else f"{name} (hub id, on this machine)"
+
+
+def _local_folder(key: str, name: str) -> Path | None:
+    """Where a model's files lie; None for a hub id of which they are not on this machine."""
+    if name == TINY or Path(name).is_dir():
+        return Path(name)
+    try:
+        config = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        raise ConfigError(
+            f"params.yaml: {key}: got {name!r}, which is no folder here and cannot be a hub id; check the path"
+        ) from None
+    folder = Path(config).parent if config else None
+    return folder if folder and any(file for pattern in WEIGHTS for file in folder.glob(pattern)) else None

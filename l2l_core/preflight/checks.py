@@ -1,0 +1,164 @@
+"""Looks at everything a run can stumble over hours later, before it starts; the stage `check` only looks at `round`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+from dvc.exceptions import InvalidArgumentError
+from dvc.utils.hydra import apply_overrides
+
+from l2l_core.config import Params, load_params
+from l2l_core.errors import ConfigError, InputError, L2LError, raise_all
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.preflight import backends, inputs
+from l2l_core.preflight.estimate import Costs, Counts, Sizes, Stage, checkpoint_bytes, plan
+from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
+
+Say = Callable[[str], None]
+PARAMS_FILE = "params.yaml"
+
+
+def overridden_params(overrides: Sequence[str]) -> Params:
+    """params.yaml with values changed as `dvc exp run -S key=value` changes them; the file stays as it is.
+
+    Raises ConfigError where a key is unknown or a value not allowed.
+    """
+    params = load_params(PARAMS_FILE)
+    if not overrides:
+        return params
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copy(PARAMS_FILE, folder)
+        try:
+            apply_overrides(copy, list(overrides))
+            return load_params(copy)
+        except InvalidArgumentError as error:
+            reason = str(error.__cause__).splitlines()[0]
+            raise ConfigError(f"-S {' -S '.join(overrides)}: {reason}; expected key=value of params.yaml") from None
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(copy, PARAMS_FILE)) from None
+
+
+def run_checks(params: Params, *, timing: bool, say: Say) -> None:
+    """Look at data, label budget, priors, encoders, device and disk, and estimate every stage's time and size.
+
+    timing: train and label a little, for the times. say: gets each line as soon as it is known. Nothing is written but
+    temporary files, nothing is downloaded. Raises InputError that lists all problems at once.
+    """
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        data, split = _look_at_data(params, Path(scratch), say, problems)
+        with _collected(problems):
+            say(f"priors      {backends.describe_priors(params, data)}")
+        with _collected(problems):
+            say(f"device      {backends.describe_device(params)}")
+        network = costs = None
+        with _collected(problems):
+            say(f"encoders    {backends.describe_encoders(params.model)}")
+            model = backends.local_model(params.model)
+            if model is not None and data is not None:
+                network = Segmenter.create(model, data.index.refs["sentence"].to_pylist(), params.seed)
+        if data is not None and split is not None and not problems:
+            with _collected(problems):
+                sizes = _sizes(data, network)
+                if timing and network is None:
+                    say("times       not measured: an encoder is not on this machine")
+                elif timing and network is not None:
+                    sample = take_sample(params, data.paths, inputs.sample_sentences(params, data, split))
+                    costs = measure(params, network, sample, data.read_s)
+                stages = plan(params, _counts(split), costs, sizes, draws_refshapes=inputs.is_embedded(params))
+                _say_plan(stages, costs, say)
+                say(_disk(stages, sizes))
+    raise_all(problems, InputError)
+
+
+def _look_at_data(
+    params: Params, scratch: Path, say: Say, problems: list[str]
+) -> tuple[inputs.Data | None, pa.Table | None]:
+    data = split = None
+    with _collected(problems):
+        data = inputs.read_data(params, scratch)
+        say(f"data        {inputs.describe_data(params, data)}")
+        inputs.check_masks(params, data)
+        say(f"images      {inputs.describe_sizes(params, data)}")
+        split = inputs.draw_split(params, data)
+        say(f"labels      {inputs.describe_split(data, split)}")
+    if data is not None and split is not None:
+        with _collected(problems):
+            inputs.check_rounds(params, data, split)
+        with _collected(problems):
+            inputs.check_evaluation(params, data, split)
+    return data, split
+
+
+@contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Adds what is wrong to the problems, a line each, and goes on behind the block."""
+    try:
+        yield
+    except L2LError as error:
+        first, *rest = str(error).splitlines()  # several problems stand below a line that counts them
+        problems += [line.strip() for line in rest] or [first]
+
+
+def _counts(split: pa.Table) -> Counts:
+    roles = Counter(split["role"].to_pylist())
+    return Counts(split.num_rows, roles["labeled"], roles["unlabeled"], roles["eval"])
+
+
+def _sizes(data: inputs.Data, network: Segmenter | None) -> Sizes:
+    tables = (data.paths.images, data.paths.refs, data.paths.objects, data.paths.masks)
+    counts = data.index.masks["rle_counts"].to_pylist()
+    return Sizes(
+        index=round(sum(path.stat().st_size for path in tables) / data.share),
+        mask=sum(map(len, counts)) / len(counts),
+        model=None if network is None else sum(value.nbytes for value in network.state_dict().values()),
+    )
+
+
+def _say_plan(stages: Sequence[Stage], costs: Costs | None, say: Say) -> None:
+    say("")
+    say(f"{'stage':12}{'time':>10}{'size':>10}")
+    for stage in stages:
+        say(f"{stage.name:12}{_duration(stage.seconds):>10}{_size(stage.size_bytes):>10}")
+    known = None if costs is None else sum(stage.seconds or 0 for stage in stages)
+    say(f"{'together':12}{_duration(known):>10}{_size(sum(stage.size_bytes or 0 for stage in stages)):>10}")
+    if costs is not None:
+        steps = f"{TRAINING_STEPS} training steps of {costs.step_s:.2g} s"
+        say(f"Estimated from {steps} and a batch of labels, on this machine as busy as it is now.")
+    say("-: not known. What DVC has in its cache takes no time. Formulas: docs/check.md")
+
+
+def _disk(stages: Sequence[Stage], sizes: Sizes) -> str:
+    """What the disk has to hold, in one line. Raises InputError where it has no room for that."""
+    needed = sum(stage.size_bytes or 0 for stage in stages) + (checkpoint_bytes(sizes) or 0)
+    free = shutil.disk_usage(".").free
+    line = f"{_size(needed)} with checkpoints, {_size(free)} are free here"
+    if needed > free:
+        raise InputError(f"disk: a run needs about {line}; make room, or lower round, proposals.size_px or model")
+    return f"disk        {line}"
+
+
+def _duration(seconds: float | None) -> str:
+    """About: 8 s, 3.4 min, 2.1 h."""
+    if seconds is None:
+        return "-"
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _size(size_bytes: float | None) -> str:
+    """About: 12 kB, 3.4 MB, 2.1 GB."""
+    if size_bytes is None:
+        return "-"
+    for unit, length in (("GB", 1e9), ("MB", 1e6)):
+        if size_bytes >= length:
+            return f"{size_bytes / length:.1f} {unit}"
+    return f"{size_bytes / 1e3:.0f} kB"

@@ -1,0 +1,342 @@
+"""`python -m l2l_core check`: a good configuration prints the plan, each kind of bad input is named."""
+
+import json
+import shutil
+import socket
+import threading
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from called import call
+
+from l2l_core.config import load_params
+from l2l_core.preflight import backends
+from l2l_core.preflight.checks import overridden_params
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "model": {"image_size_px": 32, "dim": 16, "heads": 2},
+    "train": {"device": "cpu", "precision": "fp32", "batch_size": 4},
+}
+REPLAY = {"backend": "replay", "replay_file": "answers.jsonl"}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project of params.yaml, the example data set and its answers."""
+    shutil.copytree(ROOT / "examples" / "tabletop", tmp_path / "mine")
+    shutil.copy(ROOT / "examples" / "tabletop_answers.jsonl", tmp_path / "answers.jsonl")
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    change({**SMALL, "dataset": "mine", "split": {"labeled_fraction": 1.0}, "priors": REPLAY})
+    return tmp_path
+
+
+def change(sections: dict[str, Any]) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    for name, values in sections.items():
+        params[name] = params[name] | values if isinstance(values, dict) else values
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+def contents() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def checked(monkeypatch, capsys, *words: str) -> str:
+    """What a check without problems says."""
+    before = contents()
+    assert call(monkeypatch, "check", *words) == 0
+    assert contents() == before
+    return capsys.readouterr().out
+
+
+def problems(monkeypatch, capsys, *words: str) -> list[str]:
+    """What a check finds, a line each."""
+    before = contents()
+    assert call(monkeypatch, "check", "--no-timing", *words) == 2
+    assert contents() == before
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ")
+    if rest:
+        assert first == f"error: {len(rest)} problems:"
+    return [line.strip() for line in rest] or [first.removeprefix("error: ")]
+
+
+# --- what a good configuration says
+
+
+def test_the_plan_with_times(project, monkeypatch, capsys):
+    """Twice the steps take twice as long, and every stage whose work is known has a time."""
+    change({"round": 1, "warmup": {"steps": 10_000_000}, "retrain": {"steps": 20_000_000}})
+    said = checked(monkeypatch, capsys)
+    assert "mine: 12 images, 27 sentences (train 20, val 7), 16 masks" in said
+    assert "160x120 px; the network sees 32x32" in said
+    assert "labeled: 4 images, 9 sentences; unlabeled: 5 images, 11 sentences; eval: 3 images, 7 sentences" in said
+    assert "answers.jsonl answers 26 of 27 sentences" in said
+    assert "image_encoder: tiny, text_encoder: tiny" in said
+    assert "cpu (" in said
+    rows = dict(line.split(maxsplit=1) for line in said.splitlines()[said.splitlines().index("") + 2 :])
+    hours = {name: float(rows[name].split()[0]) for name in ("warmup", "retrain@1") if rows[name].split()[1] == "h"}
+    assert hours["retrain@1"] == pytest.approx(2 * hours["warmup"], abs=0.2)
+    assert all(rows[name].split()[1] in ("s", "min", "h") for name in ("crossfit-0", "select@1", "predict@1", "ingest"))
+    assert rows["report"].split()[0] == "-"
+    assert "select@2" not in rows
+    assert " free here" in rows["disk"]
+
+
+def test_without_timing_there_are_sizes(project, monkeypatch, capsys):
+    said = checked(monkeypatch, capsys, "--no-timing")
+    row = next(line for line in said.splitlines() if line.startswith("warmup"))
+    name, time, size, unit = row.split()
+    assert (name, time, unit) == ("warmup", "-", "kB") or (name, time, unit) == ("warmup", "-", "MB")
+    assert float(size) > 0
+    assert "Estimated" not in said
+
+
+def test_the_embedded_data_set_is_sampled_before_it_is_drawn(project, monkeypatch, capsys):
+    change({"dataset": "data/refshapes", "split": {"labeled_fraction": 0.05}, "priors": {"backend": "simulated"}})
+    change({"refshapes": {"image_size_px": 64}})
+    said = checked(monkeypatch, capsys, "--no-timing")
+    assert "data/refshapes: not drawn yet" in said
+    assert "2000 images, 4000 sentences; checked on 80 of its images" in said
+    # floor(0.05 x 1500) images of two sentences
+    assert "labeled: 75 images, 150 sentences; unlabeled: 1425 images, 2850 sentences; eval: 500 images" in said
+    assert "simulated: llava-1.5-7b" in said
+    assert "\nrefshapes " in said
+
+
+def test_parameters_can_be_changed_as_dvc_changes_them(project, monkeypatch, capsys):
+    said = checked(monkeypatch, capsys, "--no-timing", "-S", "round=0", "-S", "train.lr=1e-5")
+    assert "retrain@1" not in said
+    assert overridden_params(["train.lr=1e-5", "select.candidates=[teacher]"]).train.lr == 1e-5
+    assert load_params().round == 2
+
+
+# --- what it refuses
+
+
+def corrupt_image():
+    Path("mine/images/02.jpg").write_bytes(b"no image")
+
+
+def edit_pairs(old: str, new: str) -> None:
+    path = Path("mine/pairs.jsonl")
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+WRONG = {
+    "unknown parameter": (lambda: change({"train": {"rate": 1}}), ["params.yaml: train.rate: unknown parameter"]),
+    "no data set": (lambda: change({"dataset": "nowhere"}), ["dataset: got 'nowhere', expected a folder"]),
+    "image": (corrupt_image, ["mine/pairs.jsonl: line 3: image mine/images/02.jpg: corrupt"]),
+    "rows": (lambda: edit_pairs('"the red cup"', '"?"'), ["line 1: sentence '?' has no words"]),
+    "both sides": (lambda: edit_pairs("10.jpg", "01.jpg"), ["are in train and in an evaluation split"]),
+    "budget": (
+        lambda: change({"split": {"labeled_fraction": 0.2}}),
+        ["split.labeled_fraction: got 0.2, which is no image out of 4"],
+    ),
+    "no list": (lambda: change({"split": {"list_file": "roles.json"}}), ["split.list_file roles.json: not found"]),
+    "folds": (
+        lambda: change({"select": {"folds": 5}}),
+        ["select.folds: got 5, but only 4 images are labelled; lower it or label more"],
+    ),
+    "nothing evaluated": (
+        lambda: change({"evaluate": {"splits": ["test"]}}),
+        ["evaluate.splits: got ['test'], expected one that has sentences to evaluate: ['val']"],
+    ),
+    "no answers": (lambda: Path("answers.jsonl").unlink(), ["answers.jsonl: cannot be read: No such file"]),
+    "bad answers": (
+        lambda: Path("answers.jsonl").write_text('{"sent_id": 0, "raw_text": 3}\n'),
+        ["answers.jsonl: line 1: raw_text: got 3, expected a string"],
+    ),
+    "no boxes": (
+        lambda: change({"priors": {"backend": "simulated"}}),
+        ["refs: 11 of 27 sentences have no true box"],
+    ),
+    "no such folder": (
+        lambda: change({"model": {"image_encoder": "./weights/swin"}}),
+        ["params.yaml: model.image_encoder: got './weights/swin', which is no folder here and cannot be a hub id"],
+    ),
+    "no encoder": (
+        lambda: change({"model": {"text_encoder": "mine"}}),
+        ["params.yaml: model.text_encoder: got 'mine', expected a folder from which transformers loads"],
+    ),
+    "family": (
+        lambda: change({"priors": {"backend": "openai", "model": "nobody-1"}}),
+        ["priors.coord_space: got 'auto', but the family of model 'nobody-1' is unknown"],
+    ),
+    "no vLLM": (
+        lambda: change({"priors": {"backend": "vllm", "model": "Qwen/Qwen3-VL-8B"}}),
+        ["params.yaml: priors.backend: got 'vllm', which needs vllm: pip install -r requirements-vllm.txt"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_work_is_refused(project, monkeypatch, capsys, case):
+    make, words = WRONG[case]
+    if case == "no vLLM":
+        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    make()
+    (found,) = problems(monkeypatch, capsys)
+    for word in words:
+        assert word in found
+
+
+def test_a_device_that_is_not_there_is_refused(project, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    change({"train": {"device": "cuda"}})
+    (found,) = problems(monkeypatch, capsys)
+    assert "train.device: got 'cuda', but torch sees no CUDA device" in found
+
+
+def test_nothing_to_select_from_is_refused(project, monkeypatch, capsys):
+    """Only the labelled lines are left."""
+    path = Path("mine/pairs.jsonl")
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"mask"' in line))
+    (found,) = problems(monkeypatch, capsys)
+    assert "round: got 2, but no sentence is unlabelled" in found
+    assert "retrain@1" not in checked(monkeypatch, capsys, "--no-timing", "-S", "round=0")
+
+
+def test_boxes_alone_are_refused(project, tiny_refcoco, monkeypatch, capsys):
+    for row in tiny_refcoco.instances["annotations"]:
+        row["segmentation"] = []
+    tiny_refcoco.save()
+    change({"dataset": str(tiny_refcoco.folder), "priors": {"backend": "simulated"}})
+    (found,) = problems(monkeypatch, capsys)
+    assert "no annotation has a segmentation, but training needs masks" in found
+
+
+def test_a_full_disk_is_refused(project, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5000, 5000))
+    (found,) = problems(monkeypatch, capsys)
+    assert found.startswith("disk: a run needs about ")
+    assert "5 kB are free here" in found
+
+
+def test_problems_of_all_parts_are_named_at_once(project, monkeypatch, capsys):
+    corrupt_image()
+    edit_pairs('"the red cup"', '"?"')
+    change({"model": {"image_encoder": "./weights/swin"}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    change({"train": {"device": "cuda"}})
+    found = problems(monkeypatch, capsys)
+    for number, word in enumerate(("02.jpg", "no words", "train.device", "model.image_encoder")):
+        assert word in found[number]
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("word", ["rounds=1", "round", "round=7", "round=two"])
+def test_wrong_overrides_are_refused(project, monkeypatch, capsys, word):
+    (found,) = problems(monkeypatch, capsys, "-S", word)
+    assert word.partition("=")[0] in found
+    assert str(project.parent) not in found
+    assert load_params().round == 2
+
+
+# --- encoders and models that are elsewhere
+
+
+def test_a_hub_id_is_not_fetched(project, monkeypatch, capsys):
+    """Any connection would raise."""
+    monkeypatch.setattr(socket.socket, "connect", None)
+    change({"model": {"image_encoder": "nobody/no-such-backbone"}})
+    said = checked(monkeypatch, capsys)
+    assert "nobody/no-such-backbone (hub id, not on this machine: fetched when it is first needed)" in said
+    assert "not measured" in said
+    assert next(line for line in said.splitlines() if line.startswith("warmup")).split() == ["warmup", "-", "-"]
+
+
+def test_a_model_for_priors_may_be_a_folder_or_a_hub_id(project, monkeypatch, capsys):
+    monkeypatch.setattr(socket.socket, "connect", None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    change({"priors": {"backend": "transformers", "model": "Qwen/Qwen3-VL-8B-Instruct"}})
+    said = checked(monkeypatch, capsys, "--no-timing")
+    assert "transformers: Qwen/Qwen3-VL-8B-Instruct (hub id, not on this machine" in said
+    Path("qwen3-vl").mkdir()
+    change({"priors": {"model": "qwen3-vl"}})
+    assert "transformers: qwen3-vl\n" in checked(monkeypatch, capsys, "--no-timing")
+
+
+# --- a server
+
+
+@contextmanager
+def server(status: int, body: bytes, keys: list[str | None]) -> Iterator[str]:
+    """Its address; what it answers to GET /v1/models."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers["Authorization"])
+            self.send_response(status if self.path == "/v1/models" else 404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{running.server_address[1]}/v1"
+    finally:
+        running.shutdown()
+        thread.join()
+        running.server_close()
+
+
+MODELS = json.dumps({"object": "list", "data": [{"id": "qwen2.5-vl"}, {"id": "other"}]}).encode()
+
+
+def ask_for(model: str, url: str) -> None:
+    change({"priors": {"backend": "openai", "model": model, "engine": ENGINE | {"server_url": url}}})
+
+
+ENGINE = yaml.safe_load((ROOT / "params.yaml").read_text())["priors"]["engine"]
+
+
+def test_a_server_with_the_model(project, monkeypatch, capsys):
+    keys: list[str | None] = []
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with server(200, MODELS, keys) as url:
+        ask_for("qwen2.5-vl", f"{url}/")
+        said = checked(monkeypatch, capsys, "--no-timing")
+    assert f"openai: {url}/models has qwen2.5-vl" in said
+    assert "secret" not in said
+    assert keys == ["Bearer secret"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (200, MODELS, "priors.model: got 'qwen3-vl', but the models at URL/models are: qwen2.5-vl, other"),
+        (200, b"<html>", "URL/models: no list of models, expected an OpenAI-compatible server"),
+        (200, b"[]", "URL/models: no list of models"),
+        (401, b"", "URL/models: HTTP 401; check priors.engine.server_url and OPENAI_API_KEY"),
+    ],
+)
+def test_a_server_that_will_not_do(project, monkeypatch, capsys, status, body, words):
+    with server(status, body, []) as url:
+        ask_for("qwen3-vl", url)
+        (found,) = problems(monkeypatch, capsys)
+    assert words.replace("URL", url) in found
+
+
+def test_no_server(project, monkeypatch, capsys):
+    with server(200, MODELS, []) as url:
+        pass  # the port is free again
+    ask_for("qwen2.5-vl", url)
+    (found,) = problems(monkeypatch, capsys)
+    assert f"{url}/models: no answer (ConnectionError); start a server" in found

@@ -1,0 +1,123 @@
+"""The stages that DVC would run, and times and sizes computed by hand."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from dvc.repo import Repo
+from toy_pairs import toy_params
+
+from l2l_core.preflight.estimate import Costs, Counts, Sizes, checkpoint_bytes, plan, stage_names
+
+ROOT = Path(__file__).parents[2]
+COUNTS = Counts(sentences=1000, labeled=50, unlabeled=800, evaluated=100)
+COSTS = Costs(
+    start_s=1, network_start_s=5, read_s=2, proposal_s=0.01, step_s=0.1, ask_s=0.002, label_s=0.02, mask_s=0.001,
+    policy_step_s=0.03,
+)  # fmt: skip
+SIZES = Sizes(index=7000, mask=150.0, model=1_000_000)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize("dataset", ["data/refshapes", "data/other"])
+def test_stages_are_those_that_dvc_would_run(tmp_path, monkeypatch, number, dataset):
+    for name in ("dvc.yaml", "stages/dvc.yaml", "data/dvc.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"round": number, "dataset": dataset}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(tmp_path)
+    Repo.init(no_scm=True).close()
+    with Repo() as repo:
+        graph = repo.index.graph  # a stage points to those it depends on
+        stages = repo.stage.collect("report", with_deps=True)
+        before = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in stages}
+    short = {name: name.rpartition(":")[2] for name in before}
+    names = stage_names(toy_params().model_copy(update={"round": number}), draws_refshapes=dataset == "data/refshapes")
+    assert sorted(names) == sorted(short.values())
+    for name, others in before.items():
+        assert all(names.index(short[other]) < names.index(short[name]) for other in others)
+
+
+def seconds(number: int = 2, **sections: dict[str, object]) -> dict[str, float | None]:
+    settings = {
+        "warmup": {"steps": 400},
+        "retrain": {"steps": 800, "passes": 2, "labeled_share": 0.25},
+        "evaluate": {"batch_size": 64},
+        "train": {"batch_size": 32},
+    }
+    params = toy_params(**{name: settings.get(name, {}) | sections.get(name, {}) for name in {*settings, *sections}})
+    params = params.model_copy(update={"round": number})
+    return {stage.name: stage.seconds for stage in plan(params, COUNTS, COSTS, SIZES, draws_refshapes=True)}
+
+
+SELECT = {"policy": "reinforce", "candidates": ["teacher", "prior"], "folds": 2, "fold_steps": 300}
+SELECT |= {"fold_update": "further", "fold_update_steps": 150, "policy_steps": 400}
+
+
+def test_times_by_hand():
+    found = seconds(select=SELECT)
+    assert found["ingest"] == 1 + 2
+    assert found["split"] == found["ask"] == found["priors"] == 1
+    assert found["proposals"] == pytest.approx(1 + 1000 * 0.01)
+    assert found["supervised"] == found["warmup"] == pytest.approx(5 + 40)
+    assert found["crossfit-0"] == pytest.approx(5 + 2 * 30)
+    assert found["crossfit@1"] == pytest.approx(5 + 2 * 15)
+    # Each of 850 sentences: three ways of asking in one pass, the candidates, two masks. Then the policy.
+    assert found["select@1"] == pytest.approx(5 + 850 * (3 * 0.002 + 0.02 + 2 * 0.001) + 400 * 0.03)
+    assert found["select@2"] == pytest.approx(5 + 850 * (6 * 0.002 + 0.02 + 2 * 0.001) + 400 * 0.03)
+    assert found["retrain@1"] == found["retrain@2"] == pytest.approx(5 + 80)
+    # 100 sentences fill two batches of 64.
+    assert found["predict"] == pytest.approx(5 + 3 * (128 * 0.002 + 100 * 0.001))
+    assert found["predict@1"] == found["predict@2"] == pytest.approx(5 + 2 * (128 * 2 * 0.002 + 100 * 0.001))
+    assert found["refshapes"] is found["evaluate"] is found["report"] is None
+    assert "crossfit@2" not in found
+
+
+def test_fixed_rules_neither_ask_fold_teachers_nor_train_a_policy():
+    found = seconds(select=SELECT | {"policy": "topk"})
+    assert found["select@1"] == pytest.approx(5 + 800 * (3 * 0.002 + 0.02 + 1 * 0.001))
+    assert found["crossfit@1"] == 1
+
+
+def test_fold_teachers_kept_or_fresh():
+    assert seconds(select=SELECT | {"fold_update": "kept"})["crossfit@1"] == 1
+    assert seconds(select=SELECT | {"fold_update": "fresh"})["crossfit@1"] == pytest.approx(5 + 2 * 30)
+
+
+def test_an_online_teacher_labels_its_share_of_every_batch():
+    found = seconds(select=SELECT | {"policy": "mean_teacher"})
+    assert found["retrain@1"] == pytest.approx(5 + 800 * (0.1 + 24 * 0.002))
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("replay", 1), ("openai", None), ("vllm", None)])
+def test_a_models_speed_is_not_known(backend, expected):
+    assert seconds(priors={"backend": backend, "model": "x"})["ask"] == expected
+
+
+def test_sizes_by_hand():
+    params = toy_params(proposals={"size_px": 10}, priors={"samples": 3}, select={"folds": 2})
+    params = params.model_copy(update={"round": 2})
+    found = {stage.name: stage for stage in plan(params, COUNTS, None, SIZES, draws_refshapes=False)}
+    assert all(stage.seconds is None for stage in found.values())
+    size = {name: stage.size_bytes for name, stage in found.items()}
+    assert size["ingest"] == 7000
+    assert size["split"] == 50 * 200
+    assert size["ask"] == size["priors"] == 3000 * 500
+    assert size["proposals"] == 1000 * 100
+    assert size["supervised"] == size["warmup"] == size["retrain@2"] == 1_000_000
+    assert size["crossfit-0"] == size["crossfit@1"] == 2_000_000
+    assert size["select@1"] == 800 * 350
+    # Supervised once; each round's model with and without prior; the labels of the rounds so far.
+    assert size["predict"] == 100 * 3 * 200
+    assert size["predict@1"] == 100 * 5 * 200 + 800 * 350
+    assert size["predict@2"] == 100 * 7 * 200 + 2 * 800 * 350
+    assert size["report"] is None
+    assert checkpoint_bytes(SIZES) == 8_000_000
+
+
+def test_without_the_network_its_size_is_not_known():
+    sizes = Sizes(index=1, mask=1.0, model=None)
+    found = {stage.name: stage.size_bytes for stage in plan(toy_params(), COUNTS, None, sizes, draws_refshapes=False)}
+    assert found["warmup"] is found["crossfit-0"] is found["retrain@1"] is checkpoint_bytes(sizes) is None
