@@ -91,9 +91,12 @@ def _fetch_from(source: str, archive: Archive, target: Path, scratch: Path, sha2
             raise InputError(f"{part}: another process is downloading it; wait for it or end it") from None
         _download(source, part, file)
         try:
-            return _make(archive, part, target, sha256)
-        finally:
-            part.unlink()  # unpacked, or not worth being continued
+            digest = _make(archive, part, target, sha256)
+        except _UnusableError:
+            part.unlink()  # not worth being continued; where only the disk is full it stays for the next attempt
+            raise
+        part.unlink()
+        return digest
 
 
 def _download(url: str, part: Path, file: BinaryIO) -> None:

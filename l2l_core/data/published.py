@@ -69,13 +69,13 @@ class Archive:
     splits: Mapping[str, Mapping[str, Rows]]
     """split_by -> what refs(<split_by>).p must hold; empty for photos."""
     photos: int = 0
-    """How many JPEGs there are."""
+    """How many JPEGs there are; 0 where there are none."""
 
     def problems(self, folder: Path) -> list[str]:
         """What tells a folder from the published files, each in one line; none where nothing does."""
         files = folder / self.into
         found = []
-        if (photos := len(list(files.glob("*.jpg")))) != self.photos:
+        if self.photos and (photos := len(list(files.glob("*.jpg")))) != self.photos:
             found.append(f"{files.name} has {photos:,} photos, published are {self.photos:,}")
         if self.splits and not (files / INSTANCES).is_file():
             found.append(f"{INSTANCES} is missing")

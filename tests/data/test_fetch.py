@@ -314,6 +314,11 @@ def test_too_little_space_is_said_before_anything_is_sent(server, places, monkey
         fetch(archive(server, "/good.zip"), *places, None, None)
     leaves_nothing(places[0])
 
+    monkeypatch.undo()  # room was made: nothing is sent again
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    assert server.asked[-1] == ("/good.zip", f"bytes={len(small.getvalue())}-")
+    assert contents(places[0]).keys() == {*FILES, "archive.json"}
+
 
 def test_a_disk_that_is_full_all_the_same(server, places, monkeypatch):
     server.files["/good.zip"] = GOOD
