@@ -17,6 +17,8 @@ MAX_ROUND = 5
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PublishedName = Literal["refcoco", "refcoco+", "refcocog", "images"]
 
 
 Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union"]
@@ -38,6 +40,15 @@ class RefShapesParams(Section):
     val_images: PositiveInt
     test_images: PositiveInt
     sentences_per_image: Annotated[int, Field(ge=1, le=4)]
+
+
+class FetchParams(Section):
+    """Published data sets (data/dvc.yaml)."""
+
+    mirror: str | None
+    """Folder, or address of one, that has <name>.zip; tried before the published addresses."""
+    sha256: dict[PublishedName, Sha256 | None]
+    """Of <name>.zip; checked where it is given, since none is published."""
 
 
 class IngestParams(Section):
@@ -285,6 +296,7 @@ class Params(Section):
     round: Annotated[int, Field(ge=0, le=MAX_ROUND)]
     dataset: Annotated[str, Field(min_length=1)]
     refshapes: RefShapesParams
+    fetch: FetchParams
     ingest: IngestParams
     split: SplitParams
     priors: PriorsParams

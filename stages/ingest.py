@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from l2l_core import records
 from l2l_core.config import load_params
+from l2l_core.data import published
 from l2l_core.data.index import summary
 from l2l_core.data.source import read_dataset
 from l2l_core.errors import exit_code
@@ -19,6 +22,8 @@ def main() -> None:
     records.write_table(index.refs, paths.refs, records.REFS)
     records.write_table(index.objects, paths.objects, records.OBJECTS)
     records.write_table(index.masks, paths.masks, records.MASKS)
+    for warning in published.warnings(params.dataset, ingest.split_by, index.refs):
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"ingest: {params.dataset}: {summary(index)}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from dvc.utils.hydra import apply_overrides
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from bench import docs, label_efficiency, label_efficiency_page, priors, refshapes, rewards
 from l2l_core.config import load_params
@@ -57,11 +57,12 @@ def test_named_modules_can_be_run(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_overrides_are_parameters_that_parse(page: Path, tmp_path: Path) -> None:
-    """As `dvc exp run -S` applies them; an unknown key or a value that is not allowed raises."""
+    """As `dvc exp run -S` applies them, each of a sweep; an unknown key or a value that is not allowed raises."""
     for command in OVERRIDES.findall(page.read_text(encoding="utf-8")):
-        file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
-        apply_overrides(str(file), shlex.split(command)[1::2])
-        load_params(file)
+        for overrides in get_hydra_sweeps({"params.yaml": shlex.split(command)[1::2]}):
+            file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+            apply_overrides(str(file), overrides["params.yaml"])
+            load_params(file)
 
 
 def test_the_readme_names_overrides_and_commands() -> None:

@@ -63,7 +63,7 @@ def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min
     Raises InputError that lists every bad row.
     """
     refs_path, instances_path = _refs_path(folder, split_by), folder / "instances.json"
-    refs = _load_refs(refs_path)
+    refs = load_refs(refs_path)
     instances = _load_instances(instances_path)
     problems: list[str] = []
 
@@ -135,7 +135,11 @@ def _refs_path(folder: Path, split_by: str) -> Path:
     raise InputError(f"{project_path(folder)}: found {names}, expected {wanted}; choose by ingest.split_by")
 
 
-def _load_refs(path: Path) -> list[Any]:
+def load_refs(path: Path) -> list[Any]:
+    """The list in a refs(<split_by>) file, without running what a pickle may ask for; its rows are not checked.
+
+    Raises InputError where it is not a list of plain data.
+    """
     if path.suffix == ".json":
         refs = _load_json(path)
     else:

@@ -100,7 +100,7 @@ def test_every_stage_checks_all_parameters_before_anything_else(folder, name, mo
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", [name for name in STAGES if name not in ("check", "refshapes", "ingest")])
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in ("check", "fetch", "refshapes", "ingest")])
 def test_a_stage_without_what_it_needs_says_so(folder, name, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [name, *STAGES[name]])

@@ -1,0 +1,85 @@
+"""`dvc repro data/dvc.yaml:fetch@<name>`: what is downloaded, what is checked, and what is never touched."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny_project import Project, executed, make_project
+
+from l2l_core.data.published import SPLITS
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("fetch")]
+
+
+def write_archive(path: Path) -> None:
+    """As many refs and sentences as RefCOCO (unc) has, all of the same object."""
+    refs: list[dict[str, object]] = []
+    for split, rows in SPLITS["refcoco", "unc"].items():
+        for number in range(rows.refs):
+            count = rows.sentences // rows.refs + (number < rows.sentences % rows.refs)
+            refs.append({"ref_id": len(refs), "split": split, "sentences": [{"sent": "cup"}] * count})
+    with zipfile.ZipFile(path, "w") as bundle:
+        bundle.writestr("refcoco/instances.json", json.dumps({"images": [], "annotations": [], "categories": []}))
+        bundle.writestr("refcoco/refs(unc).p", pickle.dumps(refs, 2))
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mirror")
+    write_archive(folder / "refcoco.zip")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, mirror: Path) -> Project:
+    return make_project(tmp_path / "project", {"fetch": {"mirror": str(mirror)}})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_named_data_set_is_fetched_once(project, mirror):
+    output = project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco")
+    assert executed(output) == ["fetch@refcoco"]  # not the photos, not the other sets
+    found = contents(project.folder / "data" / "refcoco")
+    assert found.keys() == {"refs(unc).p", "instances.json", "archive.json"}
+    assert json.loads(found["archive.json"])["bytes"] == (mirror / "refcoco.zip").stat().st_size
+    assert project.out("git", "status", "--porcelain", "--untracked-files=all", "data").split() == [
+        "A",
+        "data/dvc.lock",
+    ]
+
+    # Whatever makes the stage stale, what is there is checked and not fetched again.
+    sha256 = json.loads(found["archive.json"])["sha256"]
+    project.change_params({"fetch": {"mirror": None, "sha256": {"refcoco": sha256}}})
+    assert "nothing was changed" in project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco")
+    assert contents(project.folder / "data" / "refcoco") == found
+
+    # In a copy, as experiments in the queue have it, it comes from the cache.
+    project.commit()
+    project.run("rm", "-rf", "data/refcoco")
+    project.run("dvc", "checkout", "data/refcoco")
+    assert contents(project.folder / "data" / "refcoco") == found
+
+
+def test_a_folder_of_that_name_is_never_deleted(project):
+    own = project.folder / "data" / "refcoco"
+    own.mkdir(parents=True)
+    (own / "refs(unc).p").write_bytes(pickle.dumps([{"split": "train", "sentences": []}]))
+    before = contents(own)
+    output = project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco", code=None)
+    assert "error: data/refcoco: it exists and is not what was published" in output
+    assert "refs(unc).p: train has 1 refs with 0 sentences, published are 42,404 with 120,624" in output
+    assert contents(own) == before
+    assert not (project.folder / "data" / "dvc.lock").exists()
+
+
+def test_a_data_set_that_is_asked_for_is_fetched_first(project):
+    project.change_params({"dataset": "data/refcoco"})
+    output = project.run("dvc", "repro", "--dry", "ingest", code=None)  # fails at ingest: dry, nothing was fetched
+    assert executed(output) == ["fetch@refcoco"]
