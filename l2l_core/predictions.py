@@ -161,7 +161,8 @@ def live_priors(asked: Asked, params: Params, ask: AskMllm) -> Told:
     Raises InputError where every request fails, and what `ask` raises.
     """
     sent_id = _pair_ids(asked)
-    different = dict(zip(sent_id, zip(asked.image, asked.sentence, strict=True), strict=True))
+    pairs = zip(sent_id, zip(asked.image, asked.sentence, strict=True), strict=True)
+    different = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))  # by image: a model may reuse what it has read
     answers = ask(
         [
             Question(key, sample, file.file_name, (file.height, file.width), sentence)

@@ -198,17 +198,17 @@ def _make_app(desk: Desk, folder: Path) -> Any:
         with gr.Row():
             # image_mode None: the file itself, not a copy in another format.
             image = gr.Image(
-                label="image", type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[], height=360
+                label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[], height=360
             )
-            overlay = _picture(gr, "mask")
+            overlay = _picture(gr, "Mask")
         with gr.Row(equal_height=True):
-            sentence = gr.Textbox(label="sentence", placeholder="the dog on the left", max_lines=1, scale=4)
+            sentence = gr.Textbox(label="Sentence", placeholder="the dog on the left", max_lines=1, scale=4)
             button = gr.Button("Find it", variant="primary")
             download = gr.DownloadButton("Download the mask (PNG)")
         with gr.Row():
-            prior = _picture(gr, "prior: what the multimodal LLM points at")
-            proposal = _picture(gr, "proposal: where the object probably is")
-        words = gr.Textbox(label="what the multimodal LLM said", lines=3, interactive=False)
+            prior = _picture(gr, "Prior: what the multimodal LLM points at")
+            proposal = _picture(gr, "Proposal: where the object probably is")
+        words = gr.Textbox(label="What the multimodal LLM said", lines=3, interactive=False)
         outputs = [words, prior, proposal, overlay, download]
         asking = [button.click, sentence.submit]
         gr.on(asking, respond, [image, sentence], outputs, api_name="segment", concurrency_limit=1)
@@ -231,7 +231,7 @@ def _make_app(desk: Desk, folder: Path) -> Any:
 
 
 def _picture(gr: Any, label: str) -> Any:
-    return gr.Image(label=label, format="png", interactive=False, buttons=["download", "fullscreen"], height=360)
+    return gr.Image(label=label, format="png", interactive=False, buttons=["fullscreen"], height=360)
 
 
 def _run(app: Any, listener: socket.socket) -> None:
