@@ -1,4 +1,4 @@
-"""Commands for a person: scores, comparisons, masks for own images, and exports for other tools."""
+"""Commands for a person: checks, imports, scores, comparisons, masks for own images, a page to try, and exports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import pandas as pd
 import typer
 
@@ -87,7 +86,8 @@ def predict(
     run: Run = None,
     out: Annotated[Path, typer.Option(help="folder for masks, overlays and predictions.jsonl")] = Path("predictions"),
     with_priors: Annotated[
-        bool, typer.Option("--with-priors", help="show the recorded prior where a pair is one of the data set's")
+        bool,
+        typer.Option("--with-priors", help="show the network what priors.backend says, or is recorded to have said"),
     ] = False,
     polygons: Polygons = False,
     batch_size: Annotated[
@@ -111,11 +111,32 @@ def predict(
     turned = predictions.turned_images(asked)
     if turned:
         print(f"note: an EXIF tag turns {shorten(turned)}; pixels are used as stored, so save them upright")
-    sent_ids = predictions.recorded_sentences(asked) if with_priors else np.full(len(asked), -1)
     with predictions.predictions_folder(out) as building:
-        answered = predictions.answer(Predictor.from_run(folder, params.train), asked, sent_ids, params)
+        predictor = Predictor.from_run(folder, params.train)
+        told = predictions.find_priors(asked, params) if with_priors else None
+        answered = predictions.answer(predictor, asked, told, params)
         predictions.write_predictions(asked, answered, building, polygons=polygons)
-    print(f"{len(asked)} masks by {folder}, {answered.with_prior.sum()} of them with a recorded prior: {out}")
+    print(f"{len(asked)} masks by {folder}, {answered.with_prior.sum()} of them with a prior: {out}")
+
+
+@app.command()
+def serve(
+    run: Run = None,
+    host: Annotated[str, typer.Option(help="address to listen at; another one than this opens the page to others")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 7860,
+    max_mb: Annotated[int, typer.Option(min=1, help="largest upload")] = 10,
+) -> None:
+    """A page to try the network in a browser.
+
+    Shows prior, proposal and mask of an uploaded image and a sentence. Needs requirements-serve.txt.
+    """
+    from l2l_core.serve import Desk, open_page, require_gradio
+
+    require_gradio()
+    folder, params = model_folder(run), load_params()
+    open_page(lambda: Desk.of(folder, params, max_mb), host, port)
 
 
 @app.command()

@@ -1,30 +1,40 @@
-"""Masks for a person's own images: pictures of each, and one JSON line a pair."""
+"""Masks for a person's own images: what is asked, with which priors, and the files that are written of it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
 from l2l_core import overlays, records
 from l2l_core.config import Params
-from l2l_core.data.dataset import BatchMaker, Pairs, load_pairs, read_image
+from l2l_core.data.dataset import BatchMaker, Pairs, read_image, with_priors
 from l2l_core.data.images import ImageFile, inspect_images
 from l2l_core.data.index import is_utf8
 from l2l_core.data.jsonl import read_jsonl
+from l2l_core.engine.resume import scratch_folder
 from l2l_core.errors import InputError, raise_all
 from l2l_core.export.outlines import to_segmentation
-from l2l_core.masks import decode_rle, rle_area_px
+from l2l_core.masks import BoolMask, decode_rle, rle_area_px
 from l2l_core.outputs import added_to
 from l2l_core.predictor import Predictor, bare_pairs
+from l2l_core.priors.ask import ask_all, asking_key, make_backend
+from l2l_core.priors.backend import Question
+from l2l_core.priors.interpret import interpret
 from l2l_core.progress import progress
+from l2l_core.proposals import make_proposals
 
 INDEX_NAME = "predictions.jsonl"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -32,6 +42,8 @@ OVERLAY_PX = 800
 """Longer side of an overlay: a mask's outline, which is one pixel wide, shows on a screen."""
 NAME_LENGTH = 40
 """Characters of image and sentence in a file's name; file systems allow 255 bytes."""
+LIVE_BACKENDS = ("transformers", "openai", "vllm")
+"""They answer about any image; the others know the sentences of the data set alone."""
 EXIF_ORIENTATION = 274
 UPRIGHT = 1
 
@@ -48,11 +60,29 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Masks of N pairs at their images' own size, as run lengths."""
+class Told:
+    """What the multimodal LLM said of N pairs: a pair whose sent_id the tables lack has no prior."""
 
+    sent_id: NDArray[np.int64]  # [N]
+    priors: pa.Table  # records.PRIORS
+    proposals: pa.Table  # records.PROPOSALS
+
+
+@dataclass(frozen=True)
+class Answered:
+    """N pairs as the network saw them, and their masks at their images' own size, as run lengths."""
+
+    pairs: Pairs
     rle: list[bytes]
-    with_prior: NDArray[np.bool_]  # [N] whether a recorded prior was shown
+
+    @property
+    def with_prior(self) -> NDArray[np.bool_]:
+        """[N] whether the network saw a prior that names a place."""
+        return self.pairs.proposal_score > 0
+
+
+AskMllm = Callable[[list[Question]], pa.Table]
+"""Questions -> records.ANSWERS."""
 
 
 def ask_about(words: Sequence[str]) -> Asked:
@@ -63,11 +93,15 @@ def ask_about(words: Sequence[str]) -> Asked:
     if len(words) < 2:
         raise InputError(f'predict: got {len(words)} argument(s), expected IMAGE... "SENTENCE", or --pairs FILE.jsonl')
     *places, sentence = words
-    if not is_utf8(sentence) or not any(character.isalnum() for character in sentence):
-        raise InputError(f"predict: sentence: got {sentence!r}, expected at least one word")
-    if Path(sentence).exists():
+    if os.path.exists(sentence):  # not Path.exists(), which raises where a sentence is too long for a path
         raise InputError(f"predict: sentence: got {sentence!r}, which is a file; the last argument is the sentence")
-    paths = [path for place in places for path in _images_at(Path(place))]
+    return ask_each([path for place in places for path in _images_at(Path(place))], sentence)
+
+
+def ask_each(paths: Sequence[Path], sentence: str) -> Asked:
+    """Each image with the same sentence. Raises InputError that names every image that cannot be used."""
+    if not is_utf8(sentence) or not any(character.isalnum() for character in sentence):
+        raise InputError(f"sentence: got {sentence!r}, expected at least one word")
     found = inspect_images(paths, 1)
     raise_all([file for file in found if isinstance(file, str)])
     files = [file for file in found if isinstance(file, ImageFile)]
@@ -87,36 +121,77 @@ def turned_images(asked: Asked) -> list[str]:
     return [name for name in dict.fromkeys(file.file_name for file in asked.image) if _is_turned(name)]
 
 
-def recorded_sentences(asked: Asked) -> NDArray[np.int64]:
-    """[N] sent_id of the data set's sentence with the same words about an image of the same bytes; -1 where none is."""
+def find_priors(asked: Asked, params: Params) -> Told:
+    """What `priors.backend` says of the pairs: asked now where it can be asked about any image, else as recorded.
+
+    Answers are stored in .scratch as they come, so that a call that breaks off goes on where it was. Raises L2LError
+    where the backend cannot be asked, or the data set's tables are not there.
+    """
+    if params.priors.backend not in LIVE_BACKENDS:
+        return recorded_priors(asked)
+
+    def ask(questions: list[Question]) -> pa.Table:
+        settings = asking_key(params.priors, params.seed, records.INDEX)
+        key = hashlib.sha256(f"{settings} {questions}".encode()).hexdigest()[:16]
+        make = partial(make_backend, params.priors, params.seed, records.INDEX)
+        with scratch_folder("predict", key) as folder:
+            return ask_all(make, questions, folder, params.priors.engine)
+
+    return live_priors(asked, params, ask)
+
+
+def recorded_priors(asked: Asked) -> Told:
+    """The priors of the data set's sentences with the same words about an image of the same bytes."""
     refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id", "sha256"])
     known = records.to_frame(refs).merge(records.to_frame(images), on="image_id").sort_values("sent_id")
     first = known.drop_duplicates(["sha256", "sentence"])
     sent_ids = dict(zip(zip(first["sha256"], first["sentence"], strict=True), first["sent_id"], strict=True))
     keys = zip((file.sha256 for file in asked.image), asked.sentence, strict=True)
-    return np.array([sent_ids.get(key, -1) for key in keys], dtype=np.int64)
+    return Told(
+        np.array([sent_ids.get(key, own) for key, own in zip(keys, _pair_ids(asked), strict=True)], dtype=np.int64),
+        records.read_table(records.PRIORS_PATH, records.PRIORS),
+        records.read_table(records.PROPOSALS_PATH, records.PROPOSALS),
+    )
 
 
-def answer(predictor: Predictor, asked: Asked, sent_ids: NDArray[np.int64], params: Params) -> Answered:
-    """Ask the network about every pair; those with a sent_id (not -1) are shown the prior recorded for it.
+def live_priors(asked: Asked, params: Params, ask: AskMllm) -> Told:
+    """Ask the multimodal LLM about every pair, once a different one, and render its answers as the pipeline does.
 
-    Masks are bit for bit those of the stage `predict` with the same parameters.
+    Raises InputError where every request fails, and what `ask` raises.
     """
-    has_record = sent_ids >= 0
-    rle = [b""] * len(asked)
-    with_prior = np.zeros(len(asked), dtype=bool)
-    for is_shown, what in ((True, "with prior"), (False, "no prior")):
-        rows = np.flatnonzero(has_record == is_shown)
-        pairs = _pairs(asked, rows, params)
-        if is_shown and len(rows):
-            pairs = _with_priors(pairs, sent_ids[rows], params)
-        batches = BatchMaker(pairs, predictor.network.params.image_size_px, params.proposals.flat_prob)
-        masks = predictor.masks(batches, params.evaluate.batch_size, with_prior=is_shown, what=f"predict, {what}")
-        for row, counts in zip(rows.tolist(), masks, strict=True):
-            rle[row] = counts
-        with_prior[rows] = pairs.proposal_score > 0
-    return Answered(rle, with_prior)
+    sent_id = _pair_ids(asked)
+    pairs = zip(sent_id, zip(asked.image, asked.sentence, strict=True), strict=True)
+    different = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))  # by image: a model may reuse what it has read
+    answers = ask(
+        [
+            Question(key, sample, file.file_name, (file.height, file.width), sentence)
+            for key, (file, sentence) in different.items()
+            for sample in range(params.priors.samples)
+        ]
+    )
+    failed = [reason for reason in answers["reason"].to_pylist() if reason]
+    if failed and len(failed) == answers.num_rows:
+        raise InputError(f"priors.backend {params.priors.backend}: every request failed, the first with {failed[0]!r}")
+    priors = interpret(answers)
+    refs = pd.DataFrame({"sent_id": list(different), "image_id": list(different)})  # an image of its own for each
+    images = pd.DataFrame([vars(file) for file, _ in different.values()]).assign(image_id=refs["image_id"])
+    return Told(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))
+
+
+def answer(predictor: Predictor, asked: Asked, told: Told | None, params: Params) -> Answered:
+    """Ask the network about every pair, with its prior where there is one; None: without any.
+
+    Masks are bit for bit those of the stage `predict` with the same parameters and priors.
+    """
+    paths, sizes = [file.file_name for file in asked.image], [(file.height, file.width) for file in asked.image]
+    pairs = bare_pairs(paths, sizes, asked.sentence, params.proposals.size_px)
+    if told is not None:
+        pairs = replace(pairs, sent_id=told.sent_id)
+        pairs = with_priors(pairs, told.priors, told.proposals, params.proposals.flat_prob)
+    batches = BatchMaker(pairs, predictor.network.params.image_size_px, params.proposals.flat_prob)
+    masks = predictor.masks(batches, params.evaluate.batch_size, with_prior=told is not None, what="predict")
+    return Answered(pairs, list(masks))
 
 
 @contextmanager
@@ -132,6 +207,11 @@ def predictions_folder(out: Path) -> Iterator[Path]:
         (out / name).unlink(missing_ok=True)
 
 
+def save_mask(mask: BoolMask, path: Path) -> None:
+    """Write a mask [H, W] as a PNG of one channel, 255 is foreground."""
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+
+
 def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygons: bool) -> None:
     """Write for each pair a mask (PNG, 255 is foreground) and an overlay into a folder, and predictions.jsonl."""
     rows = list(zip(asked.image, asked.sentence, answered.rle, answered.with_prior.tolist(), strict=True))
@@ -141,7 +221,7 @@ def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygon
         mask = decode_rle(rle, *size)
         name = f"{number:04d}_{_slug(Path(file.file_name).stem)}_{_slug(sentence)}"
         pictures = {"mask": f"{name}.mask.png", "overlay": f"{name}.overlay.png"}
-        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / pictures["mask"])
+        save_mask(mask, folder / pictures["mask"])
         overlay = overlays.with_mask(overlays.fit(read_image(file.file_name), OVERLAY_PX), mask)
         Image.fromarray(overlay).save(folder / pictures["overlay"])
         line = {
@@ -172,17 +252,10 @@ def _images_at(place: Path) -> list[Path]:
     return found
 
 
-def _pairs(asked: Asked, rows: NDArray[np.int64], params: Params) -> Pairs:
-    files = [asked.image[row] for row in rows]
-    paths, sizes = [file.file_name for file in files], [(file.height, file.width) for file in files]
-    return bare_pairs(paths, sizes, [asked.sentence[row] for row in rows], params.proposals.size_px)
-
-
-def _with_priors(pairs: Pairs, sent_ids: NDArray[np.int64], params: Params) -> Pairs:
-    """The pairs with what the tables hold of their sentences; the images stay the person's own."""
-    size, flat = params.proposals.size_px, params.proposals.flat_prob
-    known = load_pairs(records.INDEX, sent_ids, records.PRIORS_PATH, records.PROPOSALS_PATH, size, flat)
-    return replace(known, image_row=pairs.image_row, image_path=pairs.image_path, image_hw=pairs.image_hw)
+def _pair_ids(asked: Asked) -> list[int]:
+    """Numbers of 63 bits made of image and words: what is drawn for a pair does not depend on the others."""
+    keys = (f"{file.sha256} {sentence}" for file, sentence in zip(asked.image, asked.sentence, strict=True))
+    return [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1 for key in keys]
 
 
 def _pictures_of(index: Path) -> set[str]:

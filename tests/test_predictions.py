@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -14,13 +15,20 @@ from synthetic_run import write_run
 from torch import nn
 from toy_pairs import MODEL, toy_params
 
+from bench.stub_server import Stub, completion, sentence_of, serve
 from l2l_core import predictions, records
+from l2l_core.config import load_params
+from l2l_core.data.dataset import BatchMaker, load_pairs
 from l2l_core.data.images import inspect_images
+from l2l_core.data.jsonl import read_jsonl
 from l2l_core.errors import InputError
 from l2l_core.history import extend_history
 from l2l_core.masks import decode_rle, segmentation_to_rle
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.predictor import Predictor
+from l2l_core.priors.ask import ask_table, make_backend, make_questions
+from l2l_core.priors.interpret import interpret
+from l2l_core.proposals import make_proposals
 
 # As in params.yaml's defaults: bf16 and batches of a power of two.
 PARAMS = toy_params(proposals={"size_px": 24}, evaluate={"batch_size": 16}, train={"precision": "bf16"})
@@ -108,9 +116,8 @@ def test_each_pair_alone_and_all_at_once_have_the_evaluated_mask(run, with_prior
     def masks(keys):
         files = inspect_images([run / image for image, _ in keys], 1)
         asked = predictions.Asked(files, [sentence for _, sentence in keys])
-        none = np.full(len(asked), -1)
-        sent_ids = predictions.recorded_sentences(asked) if with_prior else none
-        return predictions.answer(predictor, asked, sent_ids, PARAMS)
+        told = predictions.find_priors(asked, PARAMS) if with_prior else None
+        return predictions.answer(predictor, asked, told, PARAMS)
 
     together = masks(list(expected))
     assert together.rle == list(expected.values())
@@ -128,9 +135,9 @@ def test_a_prior_is_found_by_the_images_bytes_and_the_words(run):
     Image.fromarray(pixels).save("changed.png")
     files = inspect_images([run / name for name in ("renamed.png", "changed.png", "renamed.png")], 1)
     asked = predictions.Asked(files, [sentence, sentence, sentence + " there"])
-    sent_ids = predictions.recorded_sentences(asked)
-    assert (sent_ids >= 0).tolist() == [True, False, False]
-    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, sent_ids, PARAMS)
+    told = predictions.recorded_priors(asked)
+    assert np.isin(told.sent_id, told.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
+    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told, PARAMS)
     assert answered.rle[0] == rle
     assert answered.with_prior.tolist() == [True, False, False]
 
@@ -142,7 +149,7 @@ def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
     expected = evaluated(with_prior=False)
     image, sentence = next(iter(expected))
     assert call(monkeypatch, "predict", image, sentence, "--run", "data/rounds/0") == 0
-    assert "1 masks by data/rounds/0/model, 0 of them with a recorded prior: predictions" in capsys.readouterr().out
+    assert "1 masks by data/rounds/0/model, 0 of them with a prior: predictions" in capsys.readouterr().out
     (line,) = lines_of(run / "predictions")
     mask = np.asarray(Image.open(run / "predictions" / line["mask"]))
     np.testing.assert_array_equal(mask, 255 * decode_rle(expected[image, sentence], 48, 64).astype(np.uint8))
@@ -198,6 +205,7 @@ BAD = {
     "nothing": ([], r"got 0 argument\(s\), expected IMAGE\.\.\. \"SENTENCE\""),
     "no sentence": (["images/000.png"], r"got 1 argument\(s\)"),
     "an image for a sentence": (["images/000.png", "images/001.png"], r"got 'images/001\.png', which is a file"),
+    "a long sentence without words": (["images/000.png", "?" * 999], r"expected at least one word"),
     "no words": (["images/000.png", "?"], r"sentence: got '\?', expected at least one word"),
     "no such images": (["a.png", "images/000.png", "b.png", "dot"], r"2 problems:\n.*a\.png: not found\n.*b\.png: not"),
     "no image": (["params.yaml", "dot"], r"params\.yaml: corrupt, or not one of JPEG"),
@@ -235,3 +243,150 @@ def test_a_failure_on_the_way_leaves_the_folder_as_it_was(run, monkeypatch):
     monkeypatch.setattr(predictions, "read_image", lambda path: (_ for _ in ()).throw(InputError(f"{path}: gone")))
     assert call(monkeypatch, "predict", "images/001.png", "the dot") == 2
     assert {path.name: path.read_bytes() for path in (run / "predictions").iterdir()} == before
+
+
+# --- priors that are asked for now
+
+
+def answer_by_sentence(body, _):
+    """Depends on the words and on whether it is the first, greedy answer; some break the prompt or fail."""
+    sentence, moved = sentence_of(body), 100 if body["temperature"] else 0
+    said = {"found": True, "target": "dot", "attributes": ["dark"], "relation": "", "anchor": "", "confidence": 0.7}
+    match sentence:
+        case "the refused dot":
+            return 400, b"no"
+        case "the garbled dot":
+            return completion("I cannot say")
+        case "no dot":
+            return completion(json.dumps(said | {"found": False, "boxes": [], "point": None}))
+        case "a point":
+            return completion(json.dumps(said | {"boxes": [], "point": [400 + moved, 500]}))
+    left = 50 * len(sentence)
+    return completion(json.dumps(said | {"boxes": [[left, 200 + moved, left + 300, 600]], "point": None}))
+
+
+SENTENCES = ("dot", "the dark dot", "a point", "no dot", "the garbled dot", "the refused dot")
+
+
+@pytest.fixture
+def live(run, monkeypatch):
+    """A project whose priors come from a server, and own images with pairs that the data set lacks."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(Stub(answer=answer_by_sentence)) as stub:
+        engine = PARAMS.priors.engine.model_copy(update={"server_url": stub.url, "server_retries": 0})
+        live_params(run, engine=engine)
+        rng = np.random.default_rng(0)
+        (run / "own").mkdir()
+        for number in range(2):
+            Image.fromarray(rng.integers(0, 256, (40 + number, 70, 3), dtype=np.uint8)).save(f"own/{number}.png")
+        rows = [{"image": f"{row % 2}.png", "sentence": sentence} for row, sentence in enumerate(SENTENCES)]
+        (run / "own/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        yield stub
+
+
+def live_params(run, **changes):
+    """Write and return the parameters with the `openai` backend."""
+    update = {"backend": "openai", "model": "qwen3-vl", "samples": 2, "retries": 1} | changes
+    priors = PARAMS.priors.model_copy(update=update)
+    proposals = PARAMS.proposals.model_copy(update={"renderer": "grabcut"})  # which reads the images
+    params = PARAMS.model_copy(update={"priors": priors, "proposals": proposals})
+    (run / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
+    return params
+
+
+def through_the_pipeline(params, folder):
+    """The pairs of own/pairs.jsonl, and their masks, had they been the data set: the stages' functions, one by one."""
+    paths = records.IndexPaths(*(folder / f"{name}.parquet" for name in ("images", "refs", "objects", "masks")))
+    index = read_jsonl(folder.parent / "own/pairs.jsonl")
+    records.write_table(index.images, paths.images, records.IMAGES)
+    records.write_table(index.refs, paths.refs, records.REFS)
+    backend = make_backend(params.priors, params.seed, paths)
+    priors = interpret(ask_table(backend, make_questions(paths, params.priors.samples)))
+    frames = records.to_frame(index.refs), records.to_frame(index.images)
+    records.write_table(priors, folder / "priors.parquet", records.PRIORS)
+    proposals = make_proposals(priors, *frames, params.proposals)
+    records.write_table(proposals, folder / "proposals.parquet", records.PROPOSALS)
+    pairs = load_pairs(paths, None, folder / "priors.parquet", folder / "proposals.parquet", 24, 0.1)
+    batches = BatchMaker(pairs, MODEL.image_size_px, params.proposals.flat_prob)
+    return pairs, list(Predictor.from_run(MODEL_FOLDER).masks(batches, 16, with_prior=True, what="test"))
+
+
+def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, run, monkeypatch, capsys):
+    params = load_params()
+    pairs, masks = through_the_pipeline(params, run / "ingested")
+    assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
+    assert "6 masks by data/rounds/0/model, 3 of them with a prior: predictions" in capsys.readouterr().out
+    lines = lines_of(run / "predictions")
+    assert [line["with_prior"] for line in lines] == [True, True, True, False, False, False]
+    rles = [segmentation_to_rle(line["segmentation"], line["height"], line["width"]) for line in lines]
+    assert rles == masks
+    assert len(set(masks)) > 3  # something to compare
+
+    asked = predictions.ask_file(run / "own/pairs.jsonl")
+    backend = make_backend(params.priors, params.seed, records.INDEX)
+    told = predictions.live_priors(asked, params, lambda questions: ask_table(backend, questions))
+    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told, params)
+    assert answered.rle == masks
+    assert answered.pairs.sentence == pairs.sentence
+    assert answered.pairs.prior_text == pairs.prior_text
+    assert answered.pairs.prior_text[1] == "dot dark"
+    for name in ("hw", "box", "has_box", "proposal", "proposal_score"):
+        np.testing.assert_array_equal(getattr(answered.pairs, name), getattr(pairs, name), err_msg=name)
+    assert np.isin(answered.pairs.proposal_score > 0, [True, False]).all()
+
+    without = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, None, params)
+    assert [rle == bare for rle, bare in zip(masks, without.rle, strict=True)] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_pair_is_asked_about_once_and_alike_in_any_company(live, run):
+    params = live_params(run, engine=load_params().priors.engine, samples=3)
+    backend = make_backend(params.priors, params.seed, records.INDEX)
+
+    def told(*keys):
+        files = inspect_images([run / f"own/{image}.png" for image, _ in keys], 1)
+        asked = predictions.Asked(files, [sentence for _, sentence in keys])
+        return predictions.live_priors(asked, params, lambda questions: ask_table(backend, questions))
+
+    twice = told((0, "dot"), (1, "dot"), (0, "dot"))
+    assert len(live.bodies) == 2 * 3
+    assert twice.sent_id[0] == twice.sent_id[2] != twice.sent_id[1]
+    together = {json.dumps(body, sort_keys=True) for body in live.bodies}
+    live.bodies.clear()
+    told((1, "dot"))
+    assert {json.dumps(body, sort_keys=True) for body in live.bodies} < together
+
+
+def test_recorded_backends_ask_nobody(live, run, monkeypatch):
+    (run / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
+    assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
+    assert not live.bodies
+    assert not any(line["with_prior"] for line in lines_of(run / "predictions"))
+
+
+@pytest.mark.parametrize("trouble", ["no server", "all refused"])
+def test_a_server_that_does_not_answer_is_one_line_and_no_file(live, run, monkeypatch, capsys, trouble):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if trouble == "no server":
+        engine = load_params().priors.engine.model_copy(update={"server_url": f"http://127.0.0.1:{port}/v1"})
+        live_params(run, engine=engine)
+    else:
+        live.answer = lambda *_: (400, b"no")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert call(monkeypatch, "predict", "own/0.png", "own/1.png", "the dot", "--with-priors") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"error: (http.*no server listens there; .*priors\.engine\.server_url"
+        r"|priors\.backend openai: every request failed, the first with 'HTTP 400')",
+        line,
+    )
+    shutil.rmtree(run / ".scratch")  # where answers are kept until a call has ended well
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -6,13 +6,16 @@ pseudo-labelled pairs only, so that training on the truth of an unlabelled sente
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,6 +25,8 @@ from l2l_core import records
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.masks import decode_rle, resize_mask
 
+PRIOR_COLUMNS = ("sent_id", "sample_index", "target", "attributes", "relation", "bbox")
+"""What the network is shown of an answer, and whose it is."""
 IMAGE_CACHE_BYTES = 2 << 30
 """Decoded images are kept in memory up to this size: all of a small data set, none of the cost for a large one."""
 
@@ -232,27 +237,21 @@ def load_pairs(
             proposal=np.full((count, proposal_size_px, proposal_size_px), _flat_level(flat_prob), np.uint8),
             proposal_score=np.zeros(count, np.float32),
         )
-    wanted = ["sent_id", "sample_index", "target", "attributes", "relation", "bbox"]
-    priors = records.to_frame(records.read_table(priors_path, records.PRIORS, wanted))
-    priors = priors[priors["sample_index"] == 0].set_index("sent_id").reindex(columns["sent_id"])
-    proposals = records.to_frame(records.read_table(proposals_path, records.PROPOSALS))
-    proposals = proposals.set_index("sent_id").reindex(columns["sent_id"])
-    if proposals["soft"].isna().any():
+    proposals = records.read_table(proposals_path, records.PROPOSALS)
+    if not np.isin(columns["sent_id"], proposals["sent_id"].to_numpy()).all():
         raise ArtifactError(f"{proposals_path}: lacks sentences of the index; run dvc repro")
-    has_box = priors["bbox"].notna().to_numpy()
-    box = np.zeros((count, 4), np.float32)
-    if has_box.any():
-        size_wh = columns["image_hw"][columns["image_row"]][has_box][:, ::-1]
-        box[has_box] = np.stack(priors["bbox"][has_box].tolist()) / np.concatenate([size_wh, size_wh], axis=1)
-    side = int(proposals["height"].iloc[0]) if count else proposal_size_px
-    return Pairs(
-        **columns,
-        prior_text=[_prior_text(*row) for row in zip(priors["target"], priors["attributes"], priors["relation"])],  # noqa: B905
-        box=box,
-        has_box=has_box,
-        proposal=np.frombuffer(b"".join(proposals["soft"]), np.uint8).reshape(count, side, side),
-        proposal_score=proposals["score"].to_numpy(np.float32),
-    )
+    priors = records.read_table(priors_path, records.PRIORS, PRIOR_COLUMNS)
+    hw = columns["image_hw"][columns["image_row"]]
+    return Pairs(**columns, **_prior_columns(columns["sent_id"], hw, priors, proposals, proposal_size_px, flat_prob))
+
+
+def with_priors(pairs: Pairs, priors: pa.Table, proposals: pa.Table, flat_prob: float) -> Pairs:
+    """The pairs with what the tables say of their sent_ids; one that the tables lack has the flat proposal and score 0.
+
+    priors: records.PRIORS, of which a sentence's first answer counts; proposals: records.PROPOSALS.
+    """
+    size_px, shown = pairs.proposal.shape[1], priors.select(PRIOR_COLUMNS)
+    return replace(pairs, **_prior_columns(pairs.sent_id, pairs.hw, shown, proposals, size_px, flat_prob))
 
 
 def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> Targets:
@@ -264,6 +263,35 @@ def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> T
     if label.isna().any():
         raise ArtifactError(f"{masks_path}: lacks the mask of a labelled sentence; run dvc repro")
     return Targets(label=label.tolist())
+
+
+def _prior_columns(
+    sent_id: NDArray[np.int64],
+    image_hw: NDArray[np.int64],
+    priors: pa.Table,
+    proposals: pa.Table,
+    proposal_size_px: int,  # where the table is empty
+    flat_prob: float,
+) -> dict[str, Any]:
+    """The columns of Pairs that come from priors and proposals, for sentences [N] about images of sizes [N, 2]."""
+    answers = records.to_frame(priors)
+    answers = answers[answers["sample_index"] == 0].set_index("sent_id").reindex(sent_id)
+    maps = records.to_frame(proposals).set_index("sent_id")
+    side = math.isqrt(len(maps["soft"].iloc[0])) if len(maps) else proposal_size_px
+    maps = maps.reindex(sent_id)
+    count, has_box, has_map = len(sent_id), answers["bbox"].notna().to_numpy(), maps["soft"].notna()
+    box = np.zeros((count, 4), np.float32)
+    if has_box.any():
+        size_wh = image_hw[has_box][:, ::-1]
+        box[has_box] = np.stack(answers["bbox"][has_box].tolist()) / np.concatenate([size_wh, size_wh], axis=1)
+    soft = maps["soft"].where(has_map, bytes([_flat_level(flat_prob)]) * side**2)
+    return {
+        "prior_text": [_prior_text(*row) for row in zip(answers["target"], answers["attributes"], answers["relation"])],  # noqa: B905
+        "box": box,
+        "has_box": has_box,
+        "proposal": np.frombuffer(b"".join(soft), np.uint8).reshape(count, side, side),
+        "proposal_score": maps["score"].fillna(0).to_numpy(np.float32),
+    }
 
 
 def _flat_level(flat_prob: float) -> int:

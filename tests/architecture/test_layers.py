@@ -38,6 +38,7 @@ LEVELS = {
     "export": 5,
     "predictions": 5,
     "preflight": 5,
+    "serve": 5,
     "__main__": 5,
 }
 """Rooms of l2l_core: modules and packages. A room imports from its own level (never in a circle) and from below."""
@@ -45,7 +46,7 @@ LEVELS = {
 APART = ("priors", "model", "selection")
 """Rooms of one level that must not know each other: each can be swapped alone."""
 
-HEAVY = ("vllm", "ray")
+HEAVY = ("vllm", "ray", "gradio")
 """Optional, heavy dependencies: one file each, so that everything else works without them."""
 
 PACKAGES = {name for name, path in FILES.items() if path.name == "__init__.py"}

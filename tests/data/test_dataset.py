@@ -21,6 +21,7 @@ from l2l_core.data.dataset import (
     load_targets,
     read_image,
     resize_image,
+    with_priors,
 )
 from l2l_core.data.inputs import corpus, labeled_targets, pairs_of, sentences_of
 from l2l_core.errors import ArtifactError, InputError
@@ -115,6 +116,23 @@ def test_without_priors_every_proposal_is_flat_and_its_score_zero(run):
     assert not pairs.has_box.any()
     assert not pairs.box.any()
     assert set(pairs.prior_text) == {""}
+
+
+def test_pairs_get_what_tables_say_of_them_and_the_others_the_flat_proposal(run):
+    whole, bare = load(), load(priors=False)
+    tables = [pq.read_table(path) for path in (records.PRIORS_PATH, records.PROPOSALS_PATH)]
+    known = np.array([3, 0, 7])
+    asked = bare.take(np.array([3, 0, 7, 1, 2]))
+    asked = replace(asked, sent_id=np.append(bare.sent_id[known], [-9, 2**62]))
+    got = with_priors(asked, *tables, FLAT_PROB)
+    for some, same in (
+        (got.take(np.arange(3)), whole.take(known)),
+        (got.take(np.arange(3, 5)), bare.take(rows_of(1, 2))),
+    ):
+        for name in ("sentence", "prior_text", "box", "has_box", "proposal", "proposal_score", "hw"):
+            np.testing.assert_array_equal(getattr(some, name), getattr(same, name), err_msg=name)
+    empty = with_priors(bare, *(table.slice(0, 0) for table in tables), FLAT_PROB)
+    np.testing.assert_array_equal(empty.proposal, bare.proposal)
 
 
 def test_no_sentence_at_all_is_fine(run):
