@@ -314,10 +314,18 @@ def read_scores(folder: Path, run: Run, params: dict[str, Any]) -> list[Row]:
             row |= lost_points(part.loc[part["method"] == scored, "iou"])
             if number:
                 row |= {key: metrics.get(f"pseudo_round_{number}_{name}") for key, name in LABEL_SCORES.items()}
-            row["steps"] = 0 if scored == "prior" else params["retrain" if number else "warmup"]["steps"]
+            row["steps"] = 0 if scored == "prior" else trained_steps(params, number)
             row["dataset"] = f"{Path(params['dataset']).name}-{metrics['dataset_version']}"
             rows.append(row)
     return rows
+
+
+def trained_steps(params: dict[str, Any], number: int) -> int:
+    """Steps that the weights of a round have had; those of the warm-up count where a round goes on from them."""
+    if not number:
+        return int(params["warmup"]["steps"])
+    goes_on = params["retrain"]["start"] == "teacher" or params["select"]["policy"] == "mean_teacher"
+    return int(params["warmup"]["steps"] * goes_on + params["retrain"]["steps"] * (number if goes_on else 1))
 
 
 def lost_points(iou: pd.Series) -> dict[str, float]:

@@ -139,7 +139,9 @@ def page(rows: pd.DataFrame) -> str:
     for setting in settings(rows):
         rate, preset = setting
         chosen = rows_of(rows, setting)
-        parts += [f"### {100 * rate:g} % of the labels, {preset}", f"    {_command(chosen, setting)}", table(chosen)]
+        commits = ", ".join(sorted(chosen["commit"].unique()))
+        parts += [f"### {100 * rate:g} % of the labels, {preset}", f"    {_command(chosen, setting)}"]
+        parts += [f"Measured at {commits} (the results file says which run at which).", table(chosen)]
         if chosen["round"].max() > 0:
             parts.append(f"![Precision and reliability of pseudo-labels](images/{_labels_name(setting)})")
         if setting == MAIN:
@@ -253,7 +255,8 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
             found += [compare(chosen, setting, int(number), split) for number in rounds for split in SPLITS]
         if setting == MAIN and rounds:
             first = chosen[(chosen["round"] == 1) & (chosen["split"] == "val")].sort_values("seed")
-            found += _label_claims(*(first[first["method"] == method] for method in ("reinforce", "all")))
+            judged = (first[first["method"] == method] for method in ("reinforce", "all"))
+            found += _label_claims(*judged, chosen["seed"].nunique())
     return found
 
 
@@ -350,11 +353,14 @@ def _claim(
     return Claim(what, target, found, bool(met))
 
 
-def _label_claims(rows: pd.DataFrame, everything: pd.DataFrame) -> list[Claim]:
-    """rows: of `reinforce` in round 1, one a seed; everything: of `all`, whose labels are the teacher's own masks."""
+def _label_claims(rows: pd.DataFrame, everything: pd.DataFrame, seeds: int) -> list[Claim]:
+    """rows: of `reinforce` in round 1, one a seed; everything: of `all`, whose labels are the teacher's own masks.
+
+    Open where not all of the setting's seeds are there.
+    """
     found = []
     auroc = rows["auroc"]
-    met = None if rows.empty or auroc.isna().any() else bool((auroc >= AUROC_PERCENT).all())
+    met = None if len(rows) < seeds or auroc.isna().any() else bool((auroc >= AUROC_PERCENT).all())
     values = ", ".join(f"{value:.2f}" for value in auroc)
     found.append(Claim("(d) AUROC of accept_prob, round 1", f">= {AUROC_PERCENT:g} on each seed", values, met))
     common = rows.set_index("seed").join(everything.set_index("seed"), rsuffix="_teacher", how="inner")
@@ -365,7 +371,11 @@ def _label_claims(rows: pd.DataFrame, everything: pd.DataFrame) -> list[Claim]:
         ):
             kept, whole = common[f"{kind}_error_kept"], common[f"{kind}_error_{column}"]
             values = ", ".join(f"{a:.2f} / {b:.2f}" for a, b in zip(kept, whole, strict=True))
-            met = None if common.empty or (kept + whole).isna().any() else bool((kept <= ERROR_SHARE * whole).all())
+            met = (
+                None
+                if len(common) < seeds or (kept + whole).isna().any()
+                else bool((kept <= ERROR_SHARE * whole).all())
+            )
             target = f"kept at most {ERROR_SHARE:g} of that on each seed"
             found.append(Claim(f"(d) {what}, kept / {whose} (%), round 1", target, values, met))
     return found

@@ -4,13 +4,15 @@
     python -m bench.rewards --table              (the table of the stored results again)
 
 A policy is trained as in the pipeline, but decides on the val sentences, whose truth it never sees, as if they were
-unlabelled: nothing is tuned on the truth of the training set, and no student needs to be trained for each variant.
+unlabelled: nothing is tuned on the truth of the training set, and no student needs to be trained for each variant. In
+round 2 that differs from the pipeline, whose unlabelled sentences were in the teacher's training.
 Sources of the reward on labelled sentences:
 
     folds       round 1: teachers trained without the sentence's image
     in-sample   round 1: the teacher itself, on labels that it has learnt
     hold-out    round 1: a share of 1 / select.folds of the labelled images that no model trains on; teacher and policy
-                make do with the rest
+                make do with the rest (the teacher with select.fold_steps, a little fewer than warmup.steps, and it
+                decides about labels of its own)
     further     round 2: the folds' teachers, trained further with the pseudo-labels of round 1
     kept        round 2: those of round 0
     fresh       round 2: new ones, trained with labels and pseudo-labels for select.fold_steps

@@ -21,7 +21,7 @@ from PIL import Image
 from l2l_core import overlays, records
 from l2l_core.config import Params
 from l2l_core.data.dataset import BatchMaker, Pairs, read_image, with_priors
-from l2l_core.data.images import ImageFile, inspect_images
+from l2l_core.data.images import ImageFile, inspect_images, is_turned
 from l2l_core.data.index import is_utf8
 from l2l_core.data.jsonl import read_jsonl
 from l2l_core.engine.resume import scratch_folder
@@ -44,8 +44,6 @@ NAME_LENGTH = 40
 """Characters of image and sentence in a file's name; file systems allow 255 bytes."""
 LIVE_BACKENDS = ("transformers", "openai", "vllm")
 """They answer about any image; the others know the sentences of the data set alone."""
-EXIF_ORIENTATION = 274
-UPRIGHT = 1
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def ask_file(path: Path) -> Asked:
 
 def turned_images(asked: Asked) -> list[str]:
     """Images that an EXIF tag turns, which every part of the pipeline ignores: masks are of the stored pixels."""
-    return [name for name in dict.fromkeys(file.file_name for file in asked.image) if _is_turned(name)]
+    return [name for name in dict.fromkeys(file.file_name for file in asked.image) if is_turned(name)]
 
 
 def find_priors(asked: Asked, params: Params) -> Told:
@@ -235,11 +233,6 @@ def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygon
         }
         lines.append(json.dumps(line | pictures, ensure_ascii=False) + "\n")
     (folder / INDEX_NAME).write_text("".join(lines), encoding="utf-8")
-
-
-def _is_turned(path: str) -> bool:
-    with Image.open(path) as image:
-        return bool(image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT)
 
 
 def _images_at(place: Path) -> list[Path]:

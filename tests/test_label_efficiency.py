@@ -13,7 +13,18 @@ import yaml
 from synthetic_run import write_run
 
 from bench import label_efficiency_page as page
-from bench.label_efficiency import METHODS, Run, lost_points, missing, planned, read_curves, read_scores, store, stored
+from bench.label_efficiency import (
+    METHODS,
+    Run,
+    lost_points,
+    missing,
+    planned,
+    read_curves,
+    read_scores,
+    store,
+    stored,
+    trained_steps,
+)
 from l2l_core.config import load_params
 from stages import evaluate
 
@@ -32,7 +43,7 @@ def row(
     **more: Any,
 ) -> dict[str, Any]:
     place = {"method": method, "round": number, "split": split, "labeled_fraction": rate, "prior": prior, "seed": seed}
-    return place | {"miou": miou} | more
+    return place | {"miou": miou, "commit": "abc1234"} | more
 
 
 # ---- what is run ----
@@ -197,6 +208,23 @@ def test_claims_counted_on_paper() -> None:
     ]
 
 
+def test_claims_on_each_seed_are_open_while_seeds_are_missing() -> None:
+    rows = [one for one in made_up() if not (one["method"] == "reinforce" and one["seed"] == 1)]
+    labels = [claim for claim in page.claims(pd.DataFrame(rows)) if "(d)" in claim.what]
+    assert [(claim.found.split(", ")[0], claim.met) for claim in labels][:2] == [("91.00", None), ("2.00 / 4.00", None)]
+    assert {claim.met for claim in labels} == {None}
+
+
+def test_weights_that_go_on_count_the_steps_that_they_had() -> None:
+    """400 of the warm-up and 800 a round."""
+    params = {"warmup": {"steps": 400}, "retrain": {"steps": 800, "start": "scratch"}, "select": {"policy": "all"}}
+    assert [trained_steps(params, number) for number in (0, 1, 2)] == [400, 800, 800]
+    online = params | {"select": {"policy": "mean_teacher"}}
+    warm = params | {"retrain": {"steps": 800, "start": "teacher"}}
+    for goes_on in (online, warm):
+        assert [trained_steps(goes_on, number) for number in (0, 1, 2)] == [400, 1200, 2000]
+
+
 def test_the_stricter_claims_compare_with_their_own_rules_and_bounds() -> None:
     """Priors alone give 40: 14 of 25 points are closed. The best candidates give 60: 9 of 15 points."""
     rows = made_up() + [row("supervised_priors", 0, seed, 40) for seed in (0, 1)]
@@ -255,7 +283,9 @@ def test_the_tables_hold_means_and_ranges_of_each_setting() -> None:
 
 
 def test_a_page_of_round_0_alone_has_no_pseudo_labels() -> None:
-    rows = full_rows()[["method", "round", "split", "labeled_fraction", "prior", "seed", "miou", "no_prior_miou"]]
+    rows = full_rows()[
+        ["method", "round", "split", "labeled_fraction", "prior", "seed", "miou", "no_prior_miou", "commit"]
+    ]
     rows = rows[rows["round"] == 0]
     assert "| warmup | 0 | 2 | 45.0 (44.0 to 46.0) |" in page.short_table(rows)
     assert "pseudo_labels" not in page.page(rows)

@@ -69,6 +69,9 @@ def _keep(archive: Archive, target: Path, sha256: str | None) -> str:
     if sha256 is not None:
         have = json.loads(record.read_text(encoding="utf-8"))["sha256"] if record.is_file() else "not recorded"
         problems += [] if have == sha256 else [f"its archive's sha256 is {have}, fetch.sha256 says {sha256}"]
+    if problems and not record.is_file() and sha256 is None:
+        # Somebody's own part or edition, in the folder of that name: what is amiss in it ingest will say.
+        return f"{target}: there already, not fetched by this stage, nothing was changed; note: {'; '.join(problems)}"
     if problems:
         raise InputError(
             f"{target}: it exists and is not what was published, nothing was changed; give it another name to keep it, "

@@ -17,6 +17,9 @@ from l2l_core.progress import progress
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What the pipeline decodes later; any other format is refused here."""
 
+EXIF_ORIENTATION = 274
+UPRIGHT = 1
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -61,3 +64,9 @@ def _inspect(path: Path, min_side_px: int) -> ImageFile | str:
     if min(height, width) < min_side_px:
         return f"image {name}: {width}x{height} px, expected sides >= {min_side_px} px (ingest.min_image_side_px)"
     return ImageFile(name, height, width, hashlib.sha256(content).hexdigest())
+
+
+def is_turned(path: str | Path) -> bool:
+    """Whether an EXIF tag says to show the image turned or mirrored; the pipeline takes the pixels as stored."""
+    with Image.open(path) as image:
+        return bool(image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT)

@@ -27,7 +27,7 @@ class Stage:
 
     @property
     def module(self) -> str:
-        return self.body["cmd"].partition(" -m ")[2].split()[0]
+        return self.body["cmd"].partition(" -m ")[2].strip("'").split()[0]
 
     @property
     def deps(self) -> list[str]:

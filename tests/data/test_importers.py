@@ -444,6 +444,19 @@ def test_labelme_shapes_become_masks(folder, monkeypatch, capsys):
     np.testing.assert_array_equal(rows["ball"]["mask"], box_mask((19, 18, 21, 22), (18, 19, 22, 21)))
 
 
+@pytest.mark.parametrize(("orientation", "code"), [(1, 0), (3, 2)])
+def test_a_mask_on_a_turned_photo_is_refused(folder, monkeypatch, capsys, orientation, code):
+    """A tag of 3 turns it upside down in LabelMe, whose masks then lie on the opposite corner of the stored pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (WIDTH, HEIGHT), "gray").save("photos/d.jpg", exif=exif)
+    write("photos/d.json", labelme([TRIANGLE], imagePath="d.jpg"))
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == code
+    said = capsys.readouterr().err
+    assert ("d.json: shape 1: photos/d.jpg: an EXIF tag turns it" in said) == (code == 2)
+    assert Path("mine").exists() == (code == 0)
+
+
 def test_shapes_of_one_group_are_one_mask(folder, monkeypatch):
     other = {**RECTANGLE, "points": [[40, 0], [44, 3]]}
     grouped = [{**shape, "group_id": 1} for shape in (RECTANGLE, other)]
@@ -468,6 +481,10 @@ WRONG_FILES = {
     ),
     "no image": (labelme([TRIANGLE], "z"), ["a.json: shape 1: image photos/z.png: not found"]),
     "no size": (labelme([TRIANGLE], imageHeight=None), ["a.json: imageHeight: got None, expected a whole number"]),
+    "no image's size": (
+        labelme([CIRCLE], imageHeight=10**12),
+        ["a.json: imageHeight, imageWidth: got 1000000000000, 60, expected an image's size"],
+    ),
     "another size": (labelme([TRIANGLE], imageWidth=50), ["a.json: shape 1: size: got 50x40, but photos/a.png has"]),
     "no such split": (labelme([TRIANGLE], flags={"split": "dev"}), ["a.json: shape 1: split: got 'dev'"]),
     "no shapes": ({"imagePath": "a.png"}, ["a.json: shapes: got None, expected a list"]),

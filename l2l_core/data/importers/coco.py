@@ -9,6 +9,7 @@ from typing import Any
 from l2l_core.data.images import project_path
 from l2l_core.data.importers.entries import (
     Entry,
+    image_size,
     mask_rle,
     read_json,
     rows_of,
@@ -102,7 +103,7 @@ def _entry(row: Any, where: str, images: dict[int, Any], annotations: dict[int, 
     if image_id not in images:
         raise ValueError(f"image_id: got {image_id}, which no image has")
     image = images[image_id]
-    height, width = whole_number(image, "height", 1), whole_number(image, "width", 1)
+    height, width = image_size(image, "height", "width")
     rle = None
     if annotation is not None:
         try:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from l2l_core import records
-from l2l_core.data.images import inspect_images, project_path
+from l2l_core.data.images import inspect_images, is_turned, project_path
 from l2l_core.data.index import NO_MASK, Sentence, is_utf8, overlap_problems, sentence_problems
 from l2l_core.errors import InputError, raise_all
 from l2l_core.masks import BoolMask, encode_rle
 
 FILE_NAME = "pairs.jsonl"
+MAX_PIXELS = 2**30  # of a stated size; no format of the images that are read holds more
 SHOWN_CHARACTERS = 60  # of a wrong value in a message: a polygon would fill the screen
 
 
@@ -51,6 +52,11 @@ def to_json_lines(entries: Sequence[Entry], out: Path, source: str, problems: Se
             height, width = entry.size_hw or (0, 0)
             found.append(
                 f"{entry.where}: size: got {width}x{height}, but {file.file_name} has {file.width}x{file.height} px"
+            )
+        if not isinstance(file, str) and entry.rle is not None and is_turned(entry.image):
+            found.append(
+                f"{entry.where}: {file.file_name}: an EXIF tag turns it, so that its mask was drawn on other pixels "
+                "than are stored; save the image upright and draw the mask again"
             )
         if entry.rle is None and entry.split in records.EVAL_SPLITS:
             found.append(f"{entry.where}: mask: missing, expected one because split is {entry.split}")
@@ -123,6 +129,14 @@ def rows_of(row: Any, key: str) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"{key}: got {shown(value)}, expected a list")
     return value
+
+
+def image_size(row: Any, height_key: str, width_key: str) -> tuple[int, int]:
+    """Height and width of an image as a row states them. Raises ValueError where they are no size of an image."""
+    height, width = whole_number(row, height_key, 1), whole_number(row, width_key, 1)
+    if height * width > MAX_PIXELS:  # a mask of it would be made before the image is looked at
+        raise ValueError(f"{height_key}, {width_key}: got {height}, {width}, expected an image's size")
+    return height, width
 
 
 def points_of(row: Any, key: str = "points") -> list[tuple[float, float]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from l2l_core.data.images import project_path
 from l2l_core.data.importers.entries import (
     Entry,
+    image_size,
     mask_rle,
     points_of,
     read_json,
@@ -126,10 +127,10 @@ def _regions(annotations: list[Any]) -> list[Any]:
 
 
 def _mask(regions: list[Any]) -> tuple[tuple[int, int], bytes]:
-    height, width = (whole_number(regions[0], f"original_{side}", 1) for side in ("height", "width"))
+    height, width = image_size(regions[0], "original_height", "original_width")
     mask: BoolMask = np.zeros((height, width), dtype=bool)
     for region in regions:
-        stated = tuple(whole_number(region, f"original_{side}", 1) for side in ("height", "width"))
+        stated = image_size(region, "original_height", "original_width")
         if stated != (height, width):
             raise ValueError(f"original_height, original_width: got {stated}, and {(height, width)} in another region")
         if region.get("image_rotation"):

@@ -11,6 +11,7 @@ import numpy as np
 from l2l_core.data.images import project_path
 from l2l_core.data.importers.entries import (
     Entry,
+    image_size,
     mask_rle,
     points_of,
     read_json,
@@ -18,7 +19,6 @@ from l2l_core.data.importers.entries import (
     shown,
     text,
     to_json_lines,
-    whole_number,
 )
 from l2l_core.errors import InputError
 from l2l_core.masks import BoolMask, decode_rle, segmentation_to_rle
@@ -51,7 +51,7 @@ def import_labelme(folder: Path, out: Path) -> str:
 def _entries(document: Any, file: Path, problems: list[str]) -> list[Entry]:
     shapes = rows_of(document, "shapes")
     image = file.parent / text(document, "imagePath").replace("\\", "/")  # as written on Windows
-    height, width = whole_number(document, "imageHeight", 1), whole_number(document, "imageWidth", 1)
+    height, width = image_size(document, "imageHeight", "imageWidth")
     flags = document.get("flags")
     split = text(flags, "split") if isinstance(flags, dict) and "split" in flags else TRAIN
     masks: dict[tuple[str, object], BoolMask] = {}
