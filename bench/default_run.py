@@ -51,9 +51,10 @@ def repro() -> Repro:
                 policy += float(found[1])
     if process.returncode:
         raise SystemExit(f"dvc repro in {CLONE} ended with {process.returncode}")
-    ends = [start for _, start in starts[1:]] + [time.monotonic()]
-    stages = {name: round(end - start, 1) for (name, start), end in zip(starts, ends, strict=True)}
-    return Repro(time.monotonic() - started, stages, policy)
+    ended = time.monotonic()
+    bounds = [*(start for _, start in starts), ended]
+    stages = {name: round(bounds[i + 1] - start, 1) for i, (name, start) in enumerate(starts)}
+    return Repro(ended - started, stages, policy)
 
 
 def main() -> None:

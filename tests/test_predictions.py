@@ -19,7 +19,7 @@ from bench.stub_server import Stub, completion, sentence_of, serve
 from l2l_core import predictions, records
 from l2l_core.config import load_params
 from l2l_core.data.dataset import BatchMaker, load_pairs
-from l2l_core.data.images import inspect_images
+from l2l_core.data.images import EXIF_ORIENTATION, inspect_images
 from l2l_core.data.jsonl import read_jsonl
 from l2l_core.errors import InputError
 from l2l_core.history import extend_history
@@ -194,7 +194,7 @@ def test_a_second_call_replaces_its_pictures_and_nothing_else(run, monkeypatch):
 def test_a_turned_photo_is_noted(run, monkeypatch, capsys):
     image = Image.open("images/000.png").convert("RGB")
     exif = image.getexif()
-    exif[predictions.EXIF_ORIENTATION] = 6
+    exif[EXIF_ORIENTATION] = 6
     image.save("turned.jpg", exif=exif)
     assert call(monkeypatch, "predict", "turned.jpg", "images/000.png", "the dot") == 0
     assert "note: an EXIF tag turns turned.jpg; pixels are used as stored" in capsys.readouterr().out

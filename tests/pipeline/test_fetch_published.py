@@ -68,15 +68,22 @@ def test_a_named_data_set_is_fetched_once(project, mirror):
 
 
 def test_a_folder_of_that_name_is_never_deleted(project):
+    """Somebody's own edition is used with a note; where a checksum is asked for, it is refused; it stays either way."""
     own = project.folder / "data" / "refcoco"
     own.mkdir(parents=True)
     (own / "refs(unc).p").write_bytes(pickle.dumps([{"split": "train", "sentences": []}]))
     before = contents(own)
+    amiss = "refs(unc).p: train has 1 refs with 0 sentences, published are 42,404 with 120,624"
+    output = project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco")
+    assert "not fetched by this stage, nothing was changed; note: " in output
+    assert amiss in output
+    assert contents(own) == before
+
+    project.change_params({"fetch": {"sha256": {"refcoco": "0" * 64}}})
     output = project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco", code=None)
     assert "error: data/refcoco: it exists and is not what was published" in output
-    assert "refs(unc).p: train has 1 refs with 0 sentences, published are 42,404 with 120,624" in output
+    assert amiss in output
     assert contents(own) == before
-    assert not (project.folder / "data" / "dvc.lock").exists()
 
 
 def test_a_data_set_that_is_asked_for_is_fetched_first(project):
