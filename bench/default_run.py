@@ -2,7 +2,8 @@
 
     python -m bench.default_run
 
-Runs in a clone of this repository under bench/work/ with an empty cache; writes bench/results/default_run.jsonl.
+Runs in a clone of this repository under bench/work/ with an empty cache; writes bench/results/default_run.jsonl,
+and from it a line of README.md and a table of docs/results.md.
 `seconds` of the first run is wall time with all cores, `stage_seconds` of each stage; `peak_rss_mb` is the largest
 single process. `policy_percent`: training of the policies, of the time of the rounds (select, retrain and crossfit).
 """
@@ -20,10 +21,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from bench import docs
 
 ROOT = Path(__file__).resolve().parents[1]
 CLONE = ROOT / "bench" / "work" / "default_run"
 RESULTS = ROOT / "bench" / "results" / "default_run.jsonl"
+README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "results.md"
+MARK = "default_run"
 REPEATS = 5
 OF_ROUNDS = ("select@", "retrain@", "crossfit@")
 
@@ -57,6 +64,24 @@ def repro() -> Repro:
     return Repro(ended - started, stages, policy)
 
 
+def line(rows: list[dict[str, Any]]) -> str:
+    """What README.md says of it."""
+    first, nothing = rows
+    minutes, memory_gib = first["seconds"] / 60, first["peak_rss_mb"] / 1024
+    return (
+        f"It took {minutes:.1f} minutes and {memory_gib:.1f} GiB ({first['device']}), "
+        f"and {nothing['seconds']:.1f} s where nothing had changed (`python -m bench.default_run`)."
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Seconds of the stages of the first run, and the policies' share."""
+    first = rows[0]
+    stages = docs.markdown(["stage", "s"], [[name, f"{took:.1f}"] for name, took in first["stage_seconds"].items()])
+    share = f"Training the policies took {first['policy_percent']} % of the rounds (select, retrain, crossfit)"
+    return f"{stages}\n\n{share}; {first['device']}, commit {first['commit']}."
+
+
 def main() -> None:
     shutil.rmtree(CLONE, ignore_errors=True)
     subprocess.run(["git", "clone", "-q", str(ROOT), str(CLONE)], check=True)
@@ -88,6 +113,8 @@ def main() -> None:
     )
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    docs.put(README, MARK, line(rows))
+    docs.put(DOCUMENT, MARK, table(rows))
     print(RESULTS.read_text(), end="")
 
 

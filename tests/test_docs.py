@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
-from bench import docs, label_efficiency, label_efficiency_page, priors, refshapes, rewards
+from bench import default_run, docs, label_efficiency, label_efficiency_page, priors, refshapes, rewards
 from l2l_core.config import load_params
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,12 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             make = priors.answers_table if name == "answers" else priors.proposals_table
             document, text = priors.DOCUMENT, make(rows)
     assert docs.get(document, name) == text
+
+
+def test_times_are_those_of_the_stored_run() -> None:
+    rows = [json.loads(line) for line in default_run.RESULTS.read_text(encoding="utf-8").splitlines()]
+    assert docs.get(default_run.README, default_run.MARK) == default_run.line(rows)
+    assert docs.get(default_run.DOCUMENT, default_run.MARK) == default_run.table(rows)
 
 
 def test_results_are_those_of_the_stored_runs() -> None:
