@@ -69,7 +69,7 @@ def line(rows: list[dict[str, Any]]) -> str:
     first, nothing = rows
     minutes, memory_gib = first["seconds"] / 60, first["peak_rss_mb"] / 1024
     return (
-        f"It took {minutes:.1f} minutes and {memory_gib:.1f} GiB ({first['device']}), "
+        f"The pipeline took {minutes:.1f} minutes and {memory_gib:.1f} GiB ({first['device']}), "
         f"and {nothing['seconds']:.1f} s where nothing had changed (`python -m bench.default_run`)."
     )
 
