@@ -159,7 +159,14 @@ def main() -> None:
             box = box.clip(0, [WIDTH, HEIGHT, WIDTH, HEIGHT]).round().astype(int)
             text = {"bbox": None if one.answer == "none" else box.tolist()}
             if one.answer != "missing":
-                answers.append({"sent_id": len(pairs), "raw_text": json.dumps(text), "coord_space": "pixel"})
+                answers.append(
+                    {
+                        "sent_id": len(pairs),
+                        "expression": one.sentence,
+                        "raw_text": json.dumps(text),
+                        "coord_space": "pixel",
+                    }
+                )
             pairs.append(pair)
     # Not in the folder: a data set of pairs has one .jsonl file.
     for path, rows in ((folder / "pairs.jsonl", pairs), (folder.with_name(f"{folder.name}_answers.jsonl"), answers)):

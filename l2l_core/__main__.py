@@ -99,6 +99,7 @@ def predict(
     Writes mask and overlay of every pair as PNG, and predictions.jsonl with the masks as run lengths.
     """
     from l2l_core import predictions
+    from l2l_core.masks import rle_area_px_all
     from l2l_core.predictor import Predictor
 
     if pairs and words:
@@ -116,7 +117,8 @@ def predict(
         told = predictions.find_priors(asked, params) if with_priors else None
         answered = predictions.answer(predictor, asked, told, params)
         predictions.write_predictions(asked, answered, building, polygons=polygons)
-    print(f"{len(asked)} masks by {folder}, {answered.with_prior.sum()} of them with a prior: {out}")
+    empty = (rle_area_px_all(answered.rle, answered.pairs.hw) == 0).sum()
+    print(f"masks by {folder}: {len(asked)}, of them with a prior {answered.with_prior.sum()}, empty {empty}: {out}")
 
 
 @app.command()
@@ -265,6 +267,10 @@ def import_labelme(
 def _write_pairs(lines: str, out: Path) -> None:
     from l2l_core.data.importers.entries import FILE_NAME
 
+    if (out / FILE_NAME).exists():
+        raise InputError(
+            f"--out: {out / FILE_NAME} exists and may hold your own changes; name another folder or remove it"
+        )
     with added_to(out) as folder:
         (folder / FILE_NAME).write_text(lines, encoding="utf-8")
     rows = [json.loads(line) for line in lines.splitlines()]

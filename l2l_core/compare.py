@@ -72,8 +72,8 @@ def read_experiment(name: str) -> Experiment:
         missing = [path.as_posix() for path in NEEDED if not (folder / path).is_file()]
         if missing:
             raise InputError(
-                f"compare: {name}: {missing[0]} not found; run its pipeline (dvc repro), "
-                "or fetch what it left elsewhere (dvc pull)"
+                f"compare: {name}: {missing[0]} not found; run its pipeline (dvc repro) and, of a Git revision, "
+                "commit params.yaml, *.lock and metrics; or fetch what was left elsewhere (dvc pull)"
             )
         try:
             table = records.read_table(folder / records.PER_SENTENCE_PATH, records.PER_SENTENCE)

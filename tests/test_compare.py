@@ -163,7 +163,8 @@ def other_data(folder: Path) -> None:
         ),
         (
             lambda folder: (folder / records.METRICS_PATH).unlink(),
-            "two: metrics/evaluate.json not found; run its pipeline (dvc repro), or fetch what it left elsewhere "
+            "two: metrics/evaluate.json not found; run its pipeline (dvc repro) and, of a Git revision, commit "
+            "params.yaml, *.lock and metrics; or fetch what was left elsewhere "
             "(dvc pull)",
         ),
         (

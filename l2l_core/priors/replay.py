@@ -25,6 +25,7 @@ class _Sentences:
 
     image: dict[int, tuple[int, int, int]]  # sent_id -> image_id, height, width
     of_ref: dict[int, list[tuple[int, str]]]  # ref_id -> its sent_ids in ascending order, each with its words
+    words: dict[int, str]  # sent_id -> its words
 
 
 class ReplayBackend:
@@ -95,7 +96,8 @@ def _index_sentences(refs: pd.DataFrame, images: pd.DataFrame) -> _Sentences:
     ):
         image[sent_id] = (image_id, height, width)
         of_ref.setdefault(ref_id, []).append((sent_id, _words(sentence)))
-    return _Sentences(image, of_ref)
+    words = {sent_id: said for named in of_ref.values() for sent_id, said in named}
+    return _Sentences(image, of_ref, words)
 
 
 def _decode(line: bytes) -> dict[str, object]:
@@ -112,16 +114,21 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
     """The sent_id of a line; by ref_id it is the sentence with the same words, else the ref's first one."""
     if "sent_id" in row:
         sent_id = _integer(row, "sent_id")
-        return sent_id if sent_id in sentences.image else None
+        if sent_id not in sentences.image:
+            return None
+        own = sentences.words[sent_id]
+        if "expression" in row and _words(_expression(row)) != own:
+            raise ValueError(
+                f"expression: got {row['expression']!r}, but sentence {sent_id} of the data set is {own!r}; "
+                "the answers seem to be another data set's"
+            )
+        return sent_id
     if "ref_id" not in row:
         raise ValueError("sent_id: missing; give sent_id, or ref_id and expression")
     candidates = sentences.of_ref.get(_integer(row, "ref_id"))
     if not candidates:
         return None
-    expression = row.get("expression", "")
-    if not isinstance(expression, str):
-        raise ValueError(f"expression: got {expression!r}, expected a string")
-    asked = _words(expression)
+    asked = _words(_expression(row))
     sent_id = next((sent_id for sent_id, words in candidates if words == asked), candidates[0][0])
     image_id = sentences.image[sent_id][0]
     if "image_id" in row and _integer(row, "image_id") != image_id:
@@ -130,6 +137,13 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
             "the answers seem to be another data set's"
         )
     return sent_id
+
+
+def _expression(row: dict[str, object]) -> str:
+    expression = row.get("expression", "")
+    if not isinstance(expression, str):
+        raise ValueError(f"expression: got {expression!r}, expected a string")
+    return expression
 
 
 def _to_answer(row: dict[str, object], image: tuple[int, int, int], configured: str) -> Answer:

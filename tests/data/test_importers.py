@@ -118,6 +118,16 @@ def test_coco_annotations_become_masks(folder, monkeypatch, capsys):
     assert sorted(path.name for path in Path("mine").iterdir()) == ["pairs.jsonl"]  # nothing is copied
 
 
+def test_what_was_imported_before_is_not_overwritten(folder, monkeypatch, capsys):
+    write("instances.json", instances())
+    write("sentences.json", SENTENCES)
+    assert call(monkeypatch, "import", *COCO, "--out", "mine") == 0
+    Path("mine/pairs.jsonl").write_text("edited by hand")
+    assert call(monkeypatch, "import", *COCO, "--out", "mine") == 2
+    assert "mine/pairs.jsonl exists and may hold your own changes" in capsys.readouterr().err
+    assert Path("mine/pairs.jsonl").read_text() == "edited by hand"
+
+
 @pytest.mark.parametrize("form", ["lines", "captions"])
 def test_sentences_may_be_lines_or_coco_captions(folder, monkeypatch, form):
     rows = [{**row, "sent_id": 7 + number} for number, row in enumerate(SENTENCES)]

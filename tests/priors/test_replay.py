@@ -108,6 +108,10 @@ def test_samples_are_recorded_one_by_one(tmp_path: Path) -> None:
 
 
 BAD_LINES: list[tuple[object, str]] = [
+    (
+        {"sent_id": 10, "expression": "another sentence", "raw_text": "x"},
+        "expression: got 'another sentence', but sentence 10 of the data set is",
+    ),
     ("{", "not JSON"),
     ("[1]", "got a JSON list, expected an object"),
     ({"raw_text": "x"}, "sent_id: missing; give sent_id, or ref_id and expression"),
