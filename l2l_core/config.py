@@ -107,7 +107,7 @@ class PricesParams(Section):
 class PriorsParams(Section):
     """What the multimodal LLM is asked for."""
 
-    backend: Literal["simulated", "replay", "transformers", "openai", "vllm"]
+    backend: Literal["simulated", "replay", "transformers", "openai", "vllm", "none"]
     preset: Literal["qwen2.5-vl-7b", "internvl2.5-8b", "llava-1.5-7b"]
     """Error model of the `simulated` backend."""
     samples: Annotated[int, Field(ge=1, le=16)]

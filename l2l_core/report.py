@@ -92,6 +92,7 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
     version = run.metrics.get("dataset_version")
     prior = {
         "simulated": f"simulated {params.priors.preset}",
+        "none": "none",
         "replay": f"recorded, {Path(params.priors.replay_file or '').name}",
     }.get(params.priors.backend, f"{params.priors.model} by {params.priors.backend}")
     answered = (run.proposals["score"] > 0).mean()

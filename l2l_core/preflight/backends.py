@@ -61,6 +61,8 @@ def describe_priors(params: Params, data: Data | None) -> str:
                 return f"openai: {_ask_server(priors)}"
             _check_packages(priors)
             return f"{priors.backend}: {_where('priors.model', str(priors.model))}"
+        case "none":
+            return "none: nothing is asked, every sentence takes the path without prior"
         case "simulated" | "replay":
             if data is None:
                 return f"{priors.backend}: not looked at, since the data set cannot be read"

@@ -94,7 +94,7 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
         case "ingest":
             return costs.start_s + costs.read_s
         case "ask":  # a model's speed is not measured here
-            return costs.start_s if params.priors.backend in ("simulated", "replay") else None
+            return costs.start_s if params.priors.backend in ("simulated", "replay", "none") else None
         case "proposals":
             return costs.start_s + counts.sentences * costs.proposal_s
         case "supervised" | "warmup":

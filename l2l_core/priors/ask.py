@@ -52,6 +52,8 @@ def make_backend(params: PriorsParams, seed: int, index: records.IndexPaths) -> 
             refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
             sizes = records.to_frame(records.read_table(index.images, records.IMAGES, ["image_id", "height", "width"]))
             return ReplayBackend(load_recorded(str(params.replay_file), refs, sizes, params.coord_space))
+        case "none":
+            return ReplayBackend({}, "none")
         case "transformers" | "openai" | "vllm":
             resolve_coord_space(str(params.model), params.coord_space)  # before minutes are spent on loading a model
             return MllmBackend(_make_engine(params), params, seed)

@@ -31,9 +31,8 @@ class _Sentences:
 class ReplayBackend:
     """Answers with what was recorded; a sentence without a record has no prior (`empty`)."""
 
-    name = "replay"
-
-    def __init__(self, answers: dict[Key, Answer]) -> None:
+    def __init__(self, answers: dict[Key, Answer], name: str = "replay") -> None:
+        self.name = name
         self._answers = answers
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:

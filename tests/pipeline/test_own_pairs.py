@@ -44,3 +44,12 @@ def test_the_example_is_checked_and_runs(tmp_path):
     assert 35 < metrics["val_prior_miou"] < 100
     assert json.loads(project.read("metrics/priors.json"))["empty"] == 2  # one says "nothing", one is missing
     assert "<img" in project.read("report/index.html").decode()
+
+    # Without any prior, by the policy: the proposal says nothing, and the candidates made of it are empty.
+    without = ("-S", "priors.backend=none", "-S", "select.policy=reinforce", "-S", "select.policy_steps=4")
+    ran = set(executed(project.run(*run, *changes, "-S", "select.fold_steps=2", *without)))
+    assert {"ask", "proposals", "warmup", "select@1", "evaluate", "report"} <= ran
+    assert json.loads(project.read("metrics/priors.json"))["empty"] == 27
+    metrics = json.loads(project.read("metrics/evaluate.json"))
+    assert metrics["val_prior_miou"] == 0
+    assert metrics["val_miou"] == metrics["val_no_prior_miou"]

@@ -203,6 +203,9 @@ def test_nothing_to_select_from_is_refused(project, monkeypatch, capsys):
     """Only the labelled lines are left."""
     path = Path("mine/pairs.jsonl")
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"mask"' in line))
+    # Sentences are numbered by line: the recorded answers are now those of others, which is noticed.
+    assert any("the answers seem to be another data set's" in problem for problem in problems(monkeypatch, capsys))
+    change({"priors": {"backend": "none"}})
     (found,) = problems(monkeypatch, capsys)
     assert "round: got 2, but no sentence is unlabelled" in found
     assert "retrain@1" not in checked(monkeypatch, capsys, "--no-timing", "-S", "round=0")

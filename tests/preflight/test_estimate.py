@@ -91,7 +91,7 @@ def test_an_online_teacher_labels_its_share_of_every_batch():
     assert found["retrain@1"] == pytest.approx(5 + 800 * (0.1 + 24 * 0.002))
 
 
-@pytest.mark.parametrize(("backend", "expected"), [("replay", 1), ("openai", None), ("vllm", None)])
+@pytest.mark.parametrize(("backend", "expected"), [("replay", 1), ("none", 1), ("openai", None), ("vllm", None)])
 def test_a_models_speed_is_not_known(backend, expected):
     assert seconds(priors={"backend": backend, "model": "x"})["ask"] == expected
 

@@ -44,6 +44,15 @@ def questions(count: int) -> list[Question]:
     return [Question(number, 0, "x.png", (10, 20), f"thing {number}") for number in range(count)]
 
 
+def test_nothing_is_asked_without_a_backend(tmp_path: Path) -> None:
+    index = Index(pd.DataFrame([image_row(2, 30, 40)]), pd.DataFrame([ref_row(7, 2, "b", None)]), pd.DataFrame([]))
+    paths = index.save(tmp_path)
+    table = collect_priors(make_backend(prior_params(backend="none"), 0, paths), make_questions(paths, 2))
+    rows = records.to_frame(table)
+    assert rows[["backend", "status"]].to_numpy().tolist() == [["none", "empty"]] * 2
+    assert rows["bbox"].isna().all()
+
+
 def test_questions_are_ordered_by_image(tmp_path: Path) -> None:
     index = Index(
         pd.DataFrame([image_row(2, 30, 40), image_row(1, 10, 20)]),
