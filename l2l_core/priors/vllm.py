@@ -1,7 +1,8 @@
-"""Models run by vLLM in this process, for GPUs. The only file that knows vLLM (requirements-vllm.txt)."""
+"""Models run by vLLM in this process, on GPUs or a CPU. The only file that knows vLLM (requirements-vllm*.txt)."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +22,13 @@ class VllmEngine:
     def __init__(self, params: PriorsParams) -> None:
         try:
             import vllm  # type: ignore[import-not-found,unused-ignore]
+            from vllm.platforms import current_platform  # type: ignore[import-not-found,unused-ignore]
             from vllm.sampling_params import StructuredOutputsParams  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise ConfigError(
-                "params.yaml: priors.backend: got 'vllm', but vLLM is not installed: pip install -r "
-                f"requirements-vllm.txt on a machine with a GPU, or set it to transformers or openai ({error})"
+                f"params.yaml: priors.backend: got 'vllm', but vLLM is not installed in {sys.prefix}: set "
+                f"priors.engine.python to the Python of an environment that has it; `make vllm-cpu` builds "
+                f".venv-vllm, and requirements-vllm.txt is for GPUs ({error})"
             ) from None
         self._sampling: Any = vllm.SamplingParams
         self._structured: Any = StructuredOutputsParams
@@ -37,9 +40,10 @@ class VllmEngine:
                 tensor_parallel_size=engine.tensor_parallel,
                 gpu_memory_utilization=engine.memory_share,
                 max_model_len=engine.context_tokens,
-                limit_mm_per_prompt={"image": 1},
+                limit_mm_per_prompt={"image": 1, "video": 0},  # memory is set aside for what may come
                 enable_prefix_caching=True,  # an image's tokens are computed once for all its sentences
                 structured_outputs_config=STRUCTURED_OUTPUTS,
+                enforce_eager=current_platform.is_cpu(),  # compiling there takes a C++ compiler, and time
             )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
