@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from l2l_core.config import PriorsParams
@@ -13,6 +16,17 @@ from l2l_core.priors.mllm import Completion, Request
 STRUCTURED_OUTPUTS = {"backend": "xgrammar", "disable_any_whitespace": True}
 """Named, since with "auto" another backend may take over and keep to no bounds; with free white space, greedy answers
 of small models are endless spaces."""
+WATCH = """
+import os, signal, sys
+engines = [os.pidfd_open(int(pid)) for pid in sys.argv[1:]]
+sys.stdin.read()
+for engine in engines:
+    try:
+        signal.pidfd_send_signal(engine, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+"""What the watcher of `_watch` runs: its input ends when the process that holds the other end does."""
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -48,6 +62,7 @@ class VllmEngine:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"params.yaml: priors.model: vLLM cannot run {params.model!r}: {reason}") from None
+        self._watcher = _watch(active_children())
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, batched by vLLM. Raises whatever it raises, for all of them, where it refuses one."""
@@ -77,6 +92,14 @@ class VllmEngine:
             max_tokens=request.max_tokens,
             structured_outputs=structured,
         )
+
+
+def _watch(engines: Sequence[BaseProcess]) -> subprocess.Popen[bytes] | None:
+    """vLLM's engine waits forever for a parent that was killed, and holds its GPU: a small process ends it (Linux)."""
+    if not engines or sys.platform != "linux":
+        return None
+    command = [sys.executable, "-c", WATCH, *(str(engine.pid) for engine in engines)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _chat(request: Request) -> list[dict[str, object]]:
