@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +38,8 @@ ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}  # before an engine 
 NAME = "tiny-Qwen2.5-VL"
 SIZES_HW = [(56, 56), (100, 75), (40, 200), (168, 168), (300, 28), (63, 120), (1, 1), (90, 130), (224, 112)]
 SENTENCES = ["the red cup", "left", "a dog behind the second cup, not the small one", "thing 7"]
+TOGETHER = '("$@"; kill -9 0) & read _; kill -9 0'
+"""Runs a command; it and all that it started end when it ends, or when the process that holds the input is gone."""
 START_S = 900.0  # of the server: half a minute on two free cores, many times that beside other work
 
 
@@ -80,7 +81,14 @@ def server_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     command += ["--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 1, "video": 0}', "--enforce-eager"]
     command += ["--generation-config", "vllm", "--structured-outputs-config", json.dumps(STRUCTURED_OUTPUTS)]
     with log.open("w") as file:
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            ["sh", "-c", TOGETHER, "sh", *command],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
     try:
         deadline = time.monotonic() + START_S
         while not _is_up(port):
@@ -89,8 +97,7 @@ def server_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()  # closes the input
 
 
 def _is_up(port: int) -> bool:
