@@ -149,7 +149,7 @@ def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
     expected = evaluated(with_prior=False)
     image, sentence = next(iter(expected))
     assert call(monkeypatch, "predict", image, sentence, "--run", "data/rounds/0") == 0
-    assert "masks by data/rounds/0/model: 1, of them with a prior 0, empty " in capsys.readouterr().out
+    assert "masks by data/rounds/0/model: 1, of them with a prior 0, empty 0: " in capsys.readouterr().out
     (line,) = lines_of(run / "predictions")
     mask = np.asarray(Image.open(run / "predictions" / line["mask"]))
     np.testing.assert_array_equal(mask, 255 * decode_rle(expected[image, sentence], 48, 64).astype(np.uint8))
@@ -315,7 +315,7 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
     params = load_params()
     pairs, masks = through_the_pipeline(params, run / "ingested")
     assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
-    assert "masks by data/rounds/0/model: 6, of them with a prior 3, empty " in capsys.readouterr().out
+    assert "masks by data/rounds/0/model: 6, of them with a prior 3, empty 0: " in capsys.readouterr().out
     lines = lines_of(run / "predictions")
     assert [line["with_prior"] for line in lines] == [True, True, True, False, False, False]
     rles = [segmentation_to_rle(line["segmentation"], line["height"], line["width"]) for line in lines]

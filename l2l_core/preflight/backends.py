@@ -57,6 +57,7 @@ def describe_priors(params: Params, data: Data | None) -> str:
     Raises InputError or ConfigError where they cannot.
     """
     priors = params.priors
+    has_package(priors.engine.python, "torch")  # raises where there is no such interpreter: `ask` goes on in it
     match priors.backend:
         case "openai" | "transformers" | "vllm":
             resolve_coord_space(str(priors.model), priors.coord_space)
@@ -113,7 +114,9 @@ def _check_packages(priors: PriorsParams) -> None:
                 f"params.yaml: priors.backend: got {priors.backend!r}, which needs {package}: "
                 f"{REMEDIES[priors.backend]}"
             )
-    if priors.backend == "transformers" and priors.engine.device == "cuda" and not torch.cuda.is_available():
+    asks_here = priors.engine.python is None  # another environment's torch is another one
+    wants_cuda = priors.backend == "transformers" and priors.engine.device == "cuda"
+    if asks_here and wants_cuda and not torch.cuda.is_available():
         raise ConfigError("params.yaml: priors.engine.device: got 'cuda', but torch sees no CUDA device")
 
 

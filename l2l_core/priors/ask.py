@@ -29,6 +29,7 @@ from l2l_core.priors.mllm import Engine, MllmBackend
 from l2l_core.priors.prompt import prompt_sha256
 from l2l_core.priors.replay import ReplayBackend, load_recorded
 from l2l_core.priors.simulated import SimulatedBackend, make_truth
+from l2l_core.progress import LOG_INTERVAL_S
 
 FEWEST_FAILED = 8
 """Where a chunk of at least so many requests fails as a whole, the fault is not in the requests."""
@@ -118,19 +119,19 @@ def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, engi
     chunks = [_Chunk(questions[start : start + size], folder) for start in range(0, len(questions), size)]
     waiting = [chunk for chunk in chunks if not chunk.path.exists()]
     asked = sum(len(chunk.questions) for chunk in waiting)
+    in_log = not sys.stderr.isatty()
     with tqdm(
-        total=len(questions),
-        initial=len(questions) - asked,
-        desc="ask",
-        unit="request",
-        disable=not sys.stderr.isatty(),
-        mininterval=1,
+        total=len(questions), initial=len(questions) - asked, desc="ask", unit="request", disable=in_log, mininterval=1
     ) as bar:
-        rates = _Rates()
+        rates, answered, spoken = _Rates(), len(questions) - asked, time.monotonic()
         for done in _ask_chunks(make, waiting, engine):
             rates.add(done)
+            answered += done.answers
             bar.update(done.answers)
             bar.set_postfix_str(str(rates), refresh=False)
+            if in_log and time.monotonic() - spoken >= LOG_INTERVAL_S:
+                spoken = time.monotonic()
+                print(f"ask: {answered} of {len(questions)}: {rates}", file=sys.stderr, flush=True)
     print(f"ask: {len(questions)} answers, {len(questions) - asked} of them stored before; {asked} asked: {rates}")
     tables = [records.ANSWERS.empty_table(), *(records.read_table(chunk.path, records.ANSWERS) for chunk in chunks)]
     order = [("sent_id", "ascending"), ("sample_index", "ascending")]

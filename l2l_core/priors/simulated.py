@@ -59,7 +59,7 @@ def make_truth(refs: pd.DataFrame, objects: pd.DataFrame) -> Truth:
     if len(boxless):
         raise InputError(
             f"refs: {len(boxless)} of {len(refs)} sentences have no true box (the first is sent_id {boxless.iloc[0]}), "
-            "which the simulated backend reads; set priors.backend to replay, or give every pair a mask or box"
+            "which the simulated backend reads; set priors.backend to replay or none, or give every pair a mask or box"
         )
     refs = refs.sort_values("sent_id")
     objects = objects[objects["bbox"].notna()].sort_values(["image_id", "ann_id"])
