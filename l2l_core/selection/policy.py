@@ -33,9 +33,9 @@ ROWS_AT_ONCE = 512
 class Policy(nn.Module):
     """Two heads over the standardised features of one candidate: how much it is wanted, and which cells to keep.
 
-    Every candidate is judged by itself. The cell head sees a cell, the mean of its 3 x 3 neighbourhood and the
-    sentence, so that mirrored input gives mirrored decisions. It starts undecided about labels (every probability is
-    0.5) and with nearly all of their cells (KEEP_BIAS).
+    One of a sentence's candidates is taken, or none: the softmax of their logits and of 0 for "none". The cell head
+    sees a cell, the mean of its 3 x 3 neighbourhood and the sentence, so that mirrored input gives mirrored decisions.
+    It starts undecided about labels (all are as likely as "none") and with nearly all of their cells (KEEP_BIAS).
     """
 
     sentence_mean: Tensor
@@ -75,7 +75,7 @@ class Policy(nn.Module):
         )
 
     def forward(self, cells: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised cells [..., G, G, C] and sentences [..., D] -> accept logits [...], keep logits [..., G, G]."""
+        """Standardised cells [..., G, G, C] and sentences [..., D] -> take logits [...], keep logits [..., G, G]."""
         leading, (grid, channels) = sentence.shape[:-1], cells.shape[-2:]
         sentence = sentence.reshape(-1, sentence.shape[-1])
         cells = cells.reshape(-1, grid, grid, channels)
@@ -95,8 +95,8 @@ class Action:
     """What a policy does with N sentences: the candidate that it wants most stands for the sentence."""
 
     choice: NDArray[np.int64]  # [N]
-    accept_logit: FloatArray  # [N] of that candidate
-    accept_prob: FloatArray  # [N] calibrated probability that the label of that candidate is right
+    accept_logit: FloatArray  # [N] of taking any candidate rather than none
+    accept_prob: FloatArray  # [N] calibrated probability that the label of the chosen candidate is right
     accepted: BoolArray  # [N] may it teach?
     keep_prob: FloatArray  # [N, G, G] of its cells
 
@@ -119,11 +119,12 @@ def act(policy: Policy, candidates: Candidates) -> Action:
             wanted, keep_logit = policy(*policy.standardise(cells, sentence))
             teaches = ((keep_logit > 0) & (cells[..., CELL_FEATURES.index("label")] > 0)).any(-1).any(-1)
             possible = teaches | ~teaches.any(1, keepdim=True)
-            best = wanted.masked_fill(~possible, -math.inf).max(1)
-            here = torch.arange(len(sentence)), best.indices
-            choice[rows] = best.indices.numpy()
-            accept_logit[rows] = best.values.numpy()
-            accepted[rows] = ((best.values > 0) & teaches[here]).numpy()
+            wanted = wanted.masked_fill(~possible, -math.inf)
+            chosen, any_of_them = wanted.argmax(1), wanted.logsumexp(1)
+            here = torch.arange(len(sentence)), chosen
+            choice[rows] = chosen.numpy()
+            accept_logit[rows] = any_of_them.numpy()
+            accepted[rows] = ((any_of_them > 0) & teaches[here]).numpy()
             keep_prob[rows] = torch.sigmoid(keep_logit[here]).numpy()
         accept_prob = torch.sigmoid(policy.slope * torch.from_numpy(accept_logit)).numpy()
     return Action(choice, accept_logit, accept_prob, accepted, keep_prob)

@@ -51,8 +51,8 @@ class TrainedPolicy:
     """A policy and its curve: one dict each CURVE_EVERY steps.
 
     step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probabilities of
-    accepting a candidate, keeping a cell. entropy: of the accept decision plus the mean of the cells', in nats.
-    advantage_std: spread of the advantages. All over all candidates of the labelled sentences of the steps.
+    taking any candidate, keeping a cell. entropy: of the choice plus the mean of the cells', in nats.
+    advantage_std: spread of the advantages. All over the labelled sentences of the steps.
     """
 
     policy: Policy
@@ -81,15 +81,18 @@ def train_policy(
 
 
 def policy_gradient_loss(
-    accept_logit: Tensor, keep_logit: Tensor, accept: Tensor, keep: Tensor, advantage: Tensor
+    take_logit: Tensor, keep_logit: Tensor, take: Tensor, keep: Tensor, advantage: Tensor
 ) -> Tensor:
     """A scalar whose gradient is minus the REINFORCE estimate of the gradient of the mean expected reward.
 
-    accept_logit [...] and keep_logit [..., G, G] require gradients; accept [S, ...] and keep [S, ..., G, G] are drawn
-    actions, 0 or 1; advantage [S, ...]. The cells of a rejected label are no part of the action: they cannot change the
-    reward.
+    take_logit [B, K] and keep_logit [B, K, G, G] require gradients; take [S, B] and keep [S, B, G, G] are drawn
+    actions: the candidate that is taken, K where none is, and 1 where a cell of it is kept, else 0; advantage [S, B].
+    Where none is taken, the cells are no part of the action: they cannot change the reward.
     """
-    log_prob = _log_prob(accept_logit, accept) + accept * _log_prob(keep_logit, keep).sum((-2, -1))
+    kinds = take_logit.shape[1]
+    of_taken = keep_logit[torch.arange(len(keep_logit)), take.clamp(max=kinds - 1)]
+    cells = (keep * of_taken - functional.softplus(of_taken)).sum((-2, -1))
+    log_prob = _with_none(take_logit).log_softmax(1)[torch.arange(len(take_logit)), take] + (take < kinds) * cells
     return -(advantage * log_prob).mean()
 
 
@@ -114,7 +117,7 @@ def _improve(
     steps = []
     for _ in progress(range(params.policy_steps), "policy", "step"):
         rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
-        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, generator)
+        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, generator, torch.ones_like(weight))
         if len(unlabeled.sent_id) and weight.any():
             rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
             shares = agreement(unlabeled.cells[rows])
@@ -143,48 +146,49 @@ def _explore(
     shares: NDArray[np.float32],
     params: SelectParams,
     generator: torch.Generator,
-    weight: Tensor | float = 1.0,
+    weight: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
     """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values.
 
-    weight: of all candidates, or of each kind [K].
+    weight: of the reward of each kind of candidate [K].
     """
     cells, sentence = policy.standardise(
         torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
     )
     varies = policy.sentence_std > SMALLEST_STD
     noise = FEATURE_NOISE * varies * torch.randn(sentence.shape, generator=generator)
-    accept_logit, keep_logit = policy(cells, sentence + noise)
-    accept = _draw(accept_logit, params.group_size, generator)
-    keep = _draw(keep_logit, params.group_size, generator)
-    reward = accept * utility(torch.from_numpy(shares), keep, params.wrong_cost)
+    take_logit, keep_logit = policy(cells, sentence + noise)
+    kinds = take_logit.shape[1]
+    prob = _with_none(take_logit.detach()).softmax(1)
+    take = torch.multinomial(prob, params.group_size, replacement=True, generator=generator).T
+    of_taken = torch.arange(len(rows)), take.clamp(max=kinds - 1)
+    keep_prob = torch.sigmoid(keep_logit.detach())[of_taken]
+    keep = (torch.rand(keep_prob.shape, generator=generator) < keep_prob).float()
+    worth = utility(torch.from_numpy(shares)[of_taken], keep, params.wrong_cost)
+    reward = (take < kinds) * weight[of_taken[1]] * worth
     advantage = group_advantage(reward)
-    entropy = _entropy(accept_logit) + _entropy(keep_logit).mean((-2, -1))
-    loss = policy_gradient_loss(accept_logit, keep_logit, accept, keep, weight * advantage)
-    loss = loss - params.entropy_bonus * (weight * entropy).mean()
+    entropy = _entropy(take_logit, keep_logit)
+    loss = policy_gradient_loss(take_logit, keep_logit, take, keep, advantage)
+    loss = loss - params.entropy_bonus * weight.mean() * entropy
     return loss, {
         "reward": float(reward.mean()),
-        "accept_rate": float(torch.sigmoid(accept_logit.detach()).mean()),
+        "accept_rate": float(1 - prob[:, -1].mean()),
         "keep_rate": float(torch.sigmoid(keep_logit.detach()).mean()),
-        "entropy": float(entropy.detach().mean()),
+        "entropy": float(entropy.detach()),
         "advantage_std": float(advantage.std()),
     }
 
 
-def _draw(logit: Tensor, group_size: int, generator: torch.Generator) -> Tensor:
-    """Independent 0/1 draws with probability sigmoid(logit): [...] -> [group_size, ...]."""
-    prob = torch.sigmoid(logit.detach())
-    return (torch.rand((group_size, *logit.shape), generator=generator) < prob).float()
+def _with_none(take_logit: Tensor) -> Tensor:
+    """Logits of the candidates and, last, of taking none: [..., K] -> [..., K + 1]."""
+    return functional.pad(take_logit, (0, 1))
 
 
-def _log_prob(logit: Tensor, action: Tensor) -> Tensor:
-    """Log probability of 0/1 actions whose probability of 1 is sigmoid(logit)."""
-    return action * logit - functional.softplus(logit)
-
-
-def _entropy(logit: Tensor) -> Tensor:
-    """Entropy of each Bernoulli decision in nats."""
-    return functional.softplus(logit) - torch.sigmoid(logit) * logit
+def _entropy(take_logit: Tensor, keep_logit: Tensor) -> Tensor:
+    """Mean entropy of the choice plus that of a cell's decision, in nats."""
+    log_prob = _with_none(take_logit).log_softmax(1)
+    of_cells = functional.softplus(keep_logit) - torch.sigmoid(keep_logit) * keep_logit
+    return of_cells.mean() - (log_prob.exp() * log_prob).sum(1).mean()
 
 
 def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> Tensor:

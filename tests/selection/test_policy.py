@@ -91,18 +91,22 @@ def test_a_candidate_without_a_kept_foreground_cell_is_wanted_by_nobody(policy, 
 
 
 def test_the_most_wanted_candidate_stands_for_its_sentence(policy, candidates):
-    """Three sentences' labels as the candidates of one: it gets the choice, probability and cells of the best."""
+    """Three sentences' labels as the candidates of one: it gets the best one's cells, and the probability that any is
+    taken: the sum of their odds against none."""
     alone = act(policy, candidates)
+    foreground = candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0
+    rows = np.flatnonzero(((alone.keep_prob > 0.5) & foreground).any((1, 2)))[:9].reshape(3, 3)
     joined = Candidates(
         candidates.sent_id[:3],
-        candidates.cells[:9].reshape(3, 3, *candidates.cells.shape[2:]),
-        candidates.sentence[:9].reshape(3, 3, -1),
+        candidates.cells[rows, 0],
+        candidates.sentence[rows, 0],
         candidates.confidence[:3],
         candidates.prior_iou[:3],
     )
     action = act(policy, joined)
-    by_sentence = alone.accept_prob[:9].reshape(3, 3)
-    np.testing.assert_array_equal(action.choice, by_sentence.argmax(1))
+    odds = np.exp(alone.accept_logit[rows].astype(np.float64))
+    np.testing.assert_array_equal(action.choice, odds.argmax(1))
     assert len(set(action.choice.tolist())) > 1  # a constant choice would not be told apart
-    np.testing.assert_allclose(action.accept_prob, by_sentence.max(1), rtol=1e-6)
-    np.testing.assert_allclose(action.keep_prob, alone.keep_prob[np.arange(3) * 3 + action.choice], atol=1e-6)
+    np.testing.assert_allclose(action.accept_prob, 1 / (1 + odds.sum(1) ** -float(policy.slope)), rtol=1e-5)
+    np.testing.assert_array_equal(action.accepted, odds.sum(1) > 1)
+    np.testing.assert_allclose(action.keep_prob, alone.keep_prob[rows[np.arange(3), action.choice]], atol=1e-6)
