@@ -1,0 +1,1 @@
+"""RefShapes-VLM: the embedded multimodal LLM, trained from scratch on RefShapes scenes that no data set holds."""
