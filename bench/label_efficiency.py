@@ -1,7 +1,7 @@
 """Which selection of pseudo-labels pays: methods x shares of labels x priors x seeds.
 
     python -m bench.label_efficiency [--rates 0.05] [--presets llava-1.5-7b] [--seeds 0 1 2] [--methods all reinforce]
-                                     [--rounds 1] [--workers 2]
+                                     [--rounds 1] [--workers 2] [--threads 1]
     python -m bench.label_efficiency --full      (every rate and preset)
     python -m bench.label_efficiency --table     (only tables and plots of the stored results)
 
@@ -52,6 +52,7 @@ import pandas as pd
 import yaml
 
 from bench import label_efficiency_page
+from bench.vlm import MODEL
 from l2l_core import records
 from l2l_core.config import PriorsParams
 from l2l_core.evaluation import CURVES_FOLDER, GOOD_IOU, method_scores
@@ -65,6 +66,8 @@ RATES = (0.01, 0.05, 0.1)
 """The label shares of the field's tables."""
 PRESETS = ("llava-1.5-7b", "qwen2.5-vl-7b")
 """The weakest and the strongest of the simulated priors."""
+EMBEDDED = "refshapes-vlm"
+"""Priors of the model that comes with the project."""
 
 SELECTION: dict[str, dict[str, Any]] = {
     "all": {"select": {"policy": "all"}},
@@ -152,7 +155,7 @@ class Run:
             "seed": self.seed,
             "round": self.rounds,
             "split": {"labeled_fraction": self.rate},
-            "priors": {"preset": self.preset},
+            "priors": MODEL if self.preset == EMBEDDED else {"backend": "simulated", "preset": self.preset},
             "warmup": {"steps": steps},
         }
         return changed(changed(defaults, common), SELECTION.get(self.method, {}))
@@ -216,13 +219,12 @@ class Workers:
 
     count: int
     commit: str  # of this repository, that runs
-    threads: int = field(init=False)
+    threads: int  # of each
     defaults: dict[str, Any] = field(init=False)
     clones: SimpleQueue[Path] = field(init=False, default_factory=SimpleQueue)  # those that are free
     processes: set[subprocess.Popen[bytes]] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
-        self.threads = max(1, (os.cpu_count() or 1) // self.count)
         self.commit = subprocess.check_output(["git", "rev-parse", self.commit], cwd=ROOT, text=True).strip()
         text = subprocess.check_output(["git", "show", f"{self.commit}:params.yaml"], cwd=ROOT)
         self.defaults = yaml.safe_load(text)
@@ -352,7 +354,7 @@ def read_curves(folder: Path, run: Run) -> list[Row]:
     return rows
 
 
-def measure(runs: Sequence[Run], workers: int, again: bool, commit: str) -> list[Run]:
+def measure(runs: Sequence[Run], workers: int, threads: int, again: bool, commit: str) -> list[Run]:
     """Do the runs that are not stored (all of them: `again`), what they start from before them; returns the failed."""
     wanted = list(runs) if again else missing(runs, stored(RESULTS))
     # All warm-ups before all else, so that no two workers train the same one.
@@ -366,7 +368,7 @@ def measure(runs: Sequence[Run], workers: int, again: bool, commit: str) -> list
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"another call of this bench is at work in {WORK.relative_to(ROOT)}") from None
-        farm = Workers(workers, commit)
+        farm = Workers(workers, commit, threads)
         failed = farm.do(starts)
         rest = [run for run in wanted if run.method != WARMUP]
         blocked = [run for run in rest if run.method in SELECTION and run.start in failed]
@@ -380,12 +382,13 @@ def _stop(*_: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.05])
-    presets = get_args(PriorsParams.model_fields["preset"].annotation)
+    presets = (*get_args(PriorsParams.model_fields["preset"].annotation), EMBEDDED)
     parser.add_argument("--presets", nargs="+", choices=presets, default=[PRESETS[0]])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=1, help="of selection; each of them gives rows")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side; they share the cores")
+    parser.add_argument("--threads", type=int, help="of each worker; its share of the cores unless given")
     parser.add_argument("--commit", default="HEAD", help="of this repository, that runs")
     parser.add_argument("--full", action="store_true", help=f"rates {RATES}, presets {PRESETS}")
     parser.add_argument("--again", action="store_true", help="also runs whose rows are stored")
@@ -397,7 +400,8 @@ def main() -> None:
         rates, chosen = (RATES, PRESETS) if arguments.full else (arguments.rates, arguments.presets)
         runs = planned(arguments.methods, rates, chosen, arguments.seeds, arguments.rounds)
         try:
-            failed = measure(runs, arguments.workers, arguments.again, arguments.commit)
+            threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
+            failed = measure(runs, arguments.workers, threads, arguments.again, arguments.commit)
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same call goes on") from None
     rows = stored(RESULTS)

@@ -23,7 +23,7 @@ IMAGES = ROOT / "docs" / "images"
 MARK = "label_efficiency"
 
 MAIN = (0.05, "llava-1.5-7b")
-"""Label rate and preset of the default configuration, for which the claims are made."""
+"""Label rate and preset for which the claims are made."""
 
 FIXED_RULES = ("all", "threshold_0.7", "threshold_0.95", "topk", "agreement", "ranksum", "semires")
 """What `reinforce` has to beat: rules without training that take the teacher's own masks and do not read the truth."""

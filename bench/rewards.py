@@ -3,9 +3,9 @@
     python -m bench.rewards [--seeds 0 1 2]      (after bench.label_efficiency: they share a cache)
     python -m bench.rewards --table              (the table of the stored results again)
 
-A policy is trained as in the pipeline, but decides on the val sentences, whose truth it never sees, as if they were
-unlabelled: nothing is tuned on the truth of the training set, and no student needs to be trained for each variant. In
-round 2 that differs from the pipeline, whose unlabelled sentences were in the teacher's training.
+A policy is trained as in the pipeline, with simulated priors, but decides on the val sentences, whose truth it never
+sees, as if they were unlabelled: nothing is tuned on the truth of the training set, and no student needs to be trained
+for each variant. In round 2 that differs from the pipeline, whose unlabelled sentences were in the teacher's training.
 Sources of the reward on labelled sentences:
 
     folds       round 1: teachers trained without the sentence's image
@@ -156,7 +156,8 @@ def measure(seed: int) -> list[Row]:
     call("git", "fetch", "-q")
     call("git", "reset", "-q", "--hard", commit)
     call("dvc", "config", "--local", "cache.dir", str(SHARED / "cache"))
-    raw = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8")) | {"seed": seed}
+    raw = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
+    raw |= {"seed": seed, "priors": raw["priors"] | {"backend": "simulated"}}
 
     def repro(select: dict[str, Any]) -> None:
         changed = raw | {"select": raw["select"] | select}

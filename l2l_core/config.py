@@ -11,6 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from l2l_core.errors import ConfigError, raise_all
 
+EMBEDDED_DATASET = "data/refshapes"
+"""Drawn by the stage `refshapes`; any other folder holds a user's own data."""
+EMBEDDED_MODEL = "refshapes-vlm"
+"""Folder name of the multimodal LLM that comes along, which was shown nothing but RefShapes."""
+
 MAX_ROUND = 5
 """Rounds that stages/dvc.yaml defines; a larger `round` needs a longer `chain` there."""
 
@@ -122,8 +127,9 @@ class PriorsParams(Section):
     """Hub id or folder (`transformers`, `vllm`), or the model's name at the server (`openai`)."""
     prompt: Literal["box-1", "box-2", "point-1"]
     """What a model is asked; `simulated` always answers in the form of box-1."""
-    structured_output: bool
-    """Let nothing be written but the prompt's JSON. Needs xgrammar, or a server that can."""
+    structured_output: Literal[True, False, "auto"]
+    """Let nothing be written but the prompt's JSON. `transformers` needs xgrammar for it, `openai` a server that can;
+    auto: by `vllm` and `openai`."""
     precision: Literal["bf16", "fp32"]
     max_image_px: Annotated[int, Field(ge=56 * 56)]
     """Area to which larger images are shrunk."""
@@ -143,6 +149,11 @@ class PriorsParams(Section):
         if self.backend in ("transformers", "openai", "vllm") and not self.model:
             raise ValueError(f"model: got {self.model!r}, expected a model's name because backend is {self.backend}")
         return self
+
+    @property
+    def is_structured(self) -> bool:
+        """`structured_output`, decided."""
+        return self.backend != "transformers" if self.structured_output == "auto" else self.structured_output
 
 
 class ProposalsParams(Section):
@@ -310,6 +321,28 @@ class Params(Section):
     retrain: RetrainParams
     evaluate: EvaluateParams
     report: ReportParams
+
+    @model_validator(mode="after")
+    def _model_knows_the_data(self) -> Params:
+        asks = self.priors.backend in ("transformers", "openai", "vllm")
+        is_embedded = Path(str(self.priors.model)).name == EMBEDDED_MODEL
+        if not asks or not is_embedded:
+            return self
+        for key, got, taught in (
+            ("prompt", self.priors.prompt, ("box-2",)),
+            ("coord_space", self.priors.coord_space, ("auto", "percent")),
+        ):
+            if got not in taught:
+                raise ValueError(
+                    f"priors.{key}: got {got!r}, expected {taught[-1]!r}, the one that {EMBEDDED_MODEL} was taught"
+                )
+        if Path(self.dataset) != Path(EMBEDDED_DATASET):
+            raise ValueError(
+                f"priors.model: got {self.priors.model!r}, which knows {EMBEDDED_DATASET} alone, but dataset is "
+                f"{self.dataset!r}: name another model, replay recorded answers (priors.backend=replay), or do without "
+                "(priors.backend=none)"
+            )
+        return self
 
 
 class _Loader(yaml.SafeLoader):

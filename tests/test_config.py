@@ -63,6 +63,17 @@ def test_the_shipped_file_is_valid_and_says_what_it_means():
         ("ingest.split_by", "umdd", r"ingest\.split_by: got 'umdd', expected one of 'auto', 'unc', 'umd', 'google'"),
         ("priors.backend", "vlm", r"priors\.backend: got 'vlm', expected one of 'simulated'"),
         ("priors.backend", "replay", r"priors\.replay_file: got null, expected a JSON-lines file"),
+        (
+            "priors.structured_output",
+            "maybe",
+            r"priors\.structured_output: got 'maybe', expected one of True, False, 'auto'",
+        ),
+        ("priors.model", None, r"priors\.model: got None, expected a model's name because backend is transformers"),
+        (
+            "dataset",
+            "mine",
+            r"priors\.model: got 'vlm/refshapes-vlm', which knows data/refshapes alone, .*'mine': name",
+        ),
         ("model.heads", 7, r"model\.heads: got 7, expected a divisor of dim \(64\)"),
         ("evaluate.splits", ["tests"], r"evaluate\.splits\.0: got 'tests', expected one of 'train', 'val'"),
         ("evaluate.splits", [], r"evaluate\.splits: got \[\], expected"),
@@ -71,6 +82,26 @@ def test_the_shipped_file_is_valid_and_says_what_it_means():
 def test_a_wrong_value_is_explained(key, value, message):
     with pytest.raises(ConfigError, match=rf"params\.yaml: {message}"):
         parse_params(changed(key, value))
+
+
+@pytest.mark.parametrize(
+    "priors", [{"backend": "replay", "replay_file": "x"}, {"backend": "none"}, {"model": "Qwen/Qwen3-VL-8B"}]
+)
+def test_other_data_need_another_source_of_priors(priors):
+    raw = changed("dataset", "mine")
+    raw["priors"] |= priors
+    assert parse_params(raw).dataset == "mine"
+    raw["dataset"] = "./data/refshapes/"
+    assert parse_params(raw)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm", "openai"])
+def test_json_is_enforced_where_that_takes_no_further_package(backend):
+    raw = changed("priors.backend", backend)
+    assert parse_params(raw).priors.is_structured == (backend != "transformers")
+    for said in (True, False):
+        raw["priors"]["structured_output"] = said
+        assert parse_params(raw).priors.is_structured == said
 
 
 def test_all_mistakes_are_listed_at_once():

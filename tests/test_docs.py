@@ -14,14 +14,25 @@ import pandas as pd
 import pytest
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
-from bench import default_run, docs, label_efficiency, label_efficiency_page, priors, priors_engines, refshapes, rewards
+from bench import (
+    default_run,
+    docs,
+    label_efficiency,
+    label_efficiency_page,
+    priors,
+    priors_engines,
+    refshapes,
+    rewards,
+    vlm,
+)
 from l2l_core.config import load_params
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-IDS = [page.name for page in PAGES]
+PAGES = [ROOT / "README.md", ROOT / "vlm" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 MAX_TRACKED_BYTES = 1_000_000
+WEIGHTS, MAX_WEIGHTS_BYTES = "vlm/refshapes-vlm/model.safetensors", 12_000_000
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 MODULE = re.compile(r"python -m (\w+(?:\.\w+)*)")
 OVERRIDES = re.compile(r"(?:-S\s+[^\s`]+\s*)+")  # those of one command
@@ -59,7 +70,7 @@ def test_named_modules_can_be_run(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_overrides_are_parameters_that_parse(page: Path, tmp_path: Path) -> None:
     """As `dvc exp run -S` applies them, each of a sweep; an unknown key or a value that is not allowed raises."""
-    for command in OVERRIDES.findall(page.read_text(encoding="utf-8")):
+    for command in OVERRIDES.findall(page.read_text(encoding="utf-8").replace("\\\n", " ")):
         for overrides in get_hydra_sweeps({"params.yaml": shlex.split(command)[1::2]}):
             file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
             apply_overrides(str(file), overrides["params.yaml"])
@@ -102,6 +113,12 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
     assert docs.get(document, name) == text
 
 
+def test_the_model_card_says_what_was_measured() -> None:
+    rows = [json.loads(line) for line in vlm.RESULTS.read_text(encoding="utf-8").splitlines()]
+    for name, make in vlm.PARTS.items():
+        assert docs.get(vlm.DOCUMENT, name) == make(rows)
+
+
 def test_times_are_those_of_the_stored_run() -> None:
     rows = [json.loads(line) for line in default_run.RESULTS.read_text(encoding="utf-8").splitlines()]
     assert docs.get(default_run.README, default_run.MARK) == default_run.line(rows)
@@ -136,4 +153,5 @@ def test_tracked_text_has_no_absolute_paths() -> None:
 
 def test_nothing_large_is_tracked() -> None:
     sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in tracked_files()}
+    assert sizes.pop(WEIGHTS, 0) < MAX_WEIGHTS_BYTES
     assert {name: size for name, size in sizes.items() if size > MAX_TRACKED_BYTES} == {}

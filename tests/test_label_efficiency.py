@@ -78,12 +78,17 @@ def test_the_parameters_of_every_method_are_valid(method: str, tmp_path: Path) -
     file = tmp_path / "params.yaml"
     file.write_text(yaml.safe_dump(run.params(DEFAULTS)), encoding="utf-8")
     params = load_params(file)
-    assert (params.seed, params.priors.preset) == (3, QWEN)
+    assert (params.seed, params.priors.backend, params.priors.preset) == (3, "simulated", QWEN)
     assert params.split.labeled_fraction == (1.0 if method == "fully_supervised" else 0.1)
     no_round = method in ("warmup", "labels_only", "fully_supervised")
     assert params.round == (0 if no_round else 2)
     as_long_as_a_round = no_round and method != "warmup"
     assert params.warmup.steps == DEFAULTS["retrain" if as_long_as_a_round else "warmup"]["steps"]
+
+
+def test_the_embedded_model_is_asked_as_it_is_shipped() -> None:
+    (run,) = planned(["reinforce"], [0.1], ["refshapes-vlm"], [3], rounds=2)
+    assert run.params(DEFAULTS)["priors"] == DEFAULTS["priors"]
 
 
 def test_stored_rows_are_replaced_by_key(tmp_path: Path) -> None:

@@ -91,8 +91,11 @@ def toy_network(pairs: Pairs, seed: int = 0) -> Segmenter:
 
 
 def toy_params(**sections: dict[str, object]) -> Params:
-    """The project's parameters with the tiny network, and some values changed: `select={"folds": 3}`."""
-    params = load_params(PARAMS_FILE).model_copy(update={"model": MODEL, "train": TRAIN})
+    """The project's parameters with the tiny network and simulated priors, and some values changed:
+    `select={"folds": 3}`."""
+    params = load_params(PARAMS_FILE)
+    priors = params.priors.model_copy(update={"backend": "simulated"})
+    params = params.model_copy(update={"model": MODEL, "train": TRAIN, "priors": priors})
     changed = {name: getattr(params, name).model_copy(update=values) for name, values in sections.items()}
     return params.model_copy(update=changed)
 

@@ -29,6 +29,7 @@ PROMPT, COORD_SPACE = "box-2", "percent"
 
 WIDTH, LAYERS, HEAD_WIDTH = 192, 6, 32
 MLP_WIDTH = 512
+CONTEXT_TOKENS = 4096  # `priors.engine.context_tokens`; a question with its answer takes some 200
 IMAGE_MEAN, IMAGE_STD = 0.5, 0.25  # of all three colours
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<answer>"]
 PAD, BOS, EOS, IMAGE, ANSWER = range(len(SPECIAL))
@@ -109,7 +110,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         additional_special_tokens=["<image>", "<answer>", fixed_question()],
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=CONTEXT_TOKENS,
     )
 
 
@@ -147,7 +148,7 @@ def make_config(vocabulary: int) -> LlavaConfig:
             **shape,
             vocab_size=vocabulary,
             num_key_value_heads=WIDTH // HEAD_WIDTH,
-            max_position_embeddings=1024,
+            max_position_embeddings=CONTEXT_TOKENS,
             tie_word_embeddings=True,
             pad_token_id=PAD,
             bos_token_id=BOS,

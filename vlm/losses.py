@@ -1,4 +1,5 @@
-"""What RefShapes-VLM is taught by: heads that are thrown away after training, and soft targets for coordinates."""
+"""What RefShapes-VLM is taught by: heads that are thrown away after training, soft targets for coordinates, and
+confidences that say how sure the pointer is."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm.build import NUMBERS, WIDTH
-from vlm.questions import PREFIX, Asked, Seen
+from vlm.build import CONFIDENCES, NUMBERS, WIDTH
+from vlm.questions import PREFIX, SURE, Asked, Seen
 from vlm.scenes import ATTRIBUTES
 
 BOX_WEIGHT = 5.0  # brings errors of some hundredths of the image to the scale of a cross-entropy
@@ -45,14 +46,20 @@ class Pointer(nn.Module):
         super().__init__()
         self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, hidden: Tensor, asked: Asked) -> tuple[Tensor, float]:
-        """Hidden states [B, L, WIDTH] -> loss, and the share of questions whose best patch is the object's."""
+    def forward(self, hidden: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [B, L, WIDTH] -> loss; how sure each question's choice is; is it right? Both [Q].
+
+        It chooses the object of its best patch, and is as sure as the shares of all patches of that object add up to.
+        """
         row, place = asked.joint.unbind(1)
         keys = self.key(hidden[:, 1:PREFIX])[row]
         scores = (keys @ self.query(hidden[row, place])[:, :, None])[..., 0].float() / math.sqrt(WIDTH)
-        wanted = asked.pointed.float() / asked.pointed.sum(-1, keepdim=True).clamp(min=1)
-        hit = asked.pointed.gather(1, scores.argmax(-1, keepdim=True)).float().mean()
-        return -(wanted * F.log_softmax(scores, -1)).sum(-1).mean(), float(hit)
+        pointed = (asked.object_of == asked.target[:, None]).float()
+        wanted = pointed / pointed.sum(-1, keepdim=True).clamp(min=1)
+        loss = -(wanted * F.log_softmax(scores, -1)).sum(-1).mean()
+        chosen = asked.object_of.gather(1, scores.argmax(-1, keepdim=True))
+        sure = (scores.detach().softmax(-1) * (asked.object_of == chosen)).sum(-1)
+        return loss, sure * (chosen[:, 0] >= 0), chosen[:, 0] == asked.target
 
 
 class Answers(nn.Module):
@@ -60,6 +67,7 @@ class Answers(nn.Module):
 
     row_of: Tensor
     soft: Tensor
+    tenths: Tensor
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         super().__init__()
@@ -74,6 +82,13 @@ class Answers(nn.Module):
             soft[rows[:, None], tokens[None, :]] = blurred / blurred.sum(-1, keepdim=True)
         self.register_buffer("row_of", row_of, persistent=False)
         self.register_buffer("soft", soft, persistent=False)
+        tenths = [tokenizer.encode(f"{tenth / 10}}}")[0] for tenth in CONFIDENCES]
+        self.register_buffer("tenths", torch.tensor(tenths), persistent=False)
+
+    def with_confidence(self, labels: Tensor, sure: Tensor) -> Tensor:
+        """The labels [B, L], with how sure the pointer is of each question [Q], in [0, 1], as confidences."""
+        told = self.tenths[(10 * sure).round().long()]
+        return labels.masked_scatter(labels == self.tenths[SURE], told)
 
     def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, L, V], labels [B, L] -> mean loss of words, and of coordinates."""

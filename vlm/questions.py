@@ -10,13 +10,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlm.build import ANSWER, BOS, EOS, IMAGE, IMAGE_MEAN, IMAGE_STD, JOINTS, PAD, answer_text, question_text
+from l2l_core.data.augment import mirror_sentence
+from vlm.build import (
+    ANSWER,
+    BOS,
+    CONFIDENCES,
+    EOS,
+    IMAGE,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    JOINTS,
+    PAD,
+    answer_text,
+    question_text,
+)
 from vlm.scenes import GRID, Scenes
 
 PREFIX = 1 + GRID * GRID  # tokens before a question: <s> and the image
 IGNORED = -100  # label of a token that is not learnt
-SURE = 9  # tenths: the confidence that answers are taught with
-MIRRORED = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
+SURE = 9  # tenths: a confidence that stands for the one which training puts there
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,8 @@ class Asked:
     position: Tensor  # [B, L] as if a question were alone
     group: Tensor  # [B, L] number of the question, 0: the image, -1: padding
     joint: Tensor  # [Q, 2] row and place of the token before each answer's box
-    pointed: Tensor  # [Q, P] bool: patches of the object that is meant
+    object_of: Tensor  # [Q, P] int64: number of the object in each patch of the question's image, -1: none
+    target: Tensor  # [Q] number of the object that is meant
 
 
 def see(scenes: Scenes, rows: NDArray[np.int64], flip: NDArray[np.bool_], device: torch.device) -> Seen:
@@ -64,6 +77,7 @@ class Questions:
         self._tokenizer = tokenizer
         self._first = np.searchsorted(scenes.scene, np.arange(len(scenes.images) + 1))
         (self._before_box,) = tokenizer.encode(JOINTS[4])
+        self.tenths = np.array([tokenizer.encode(f"{tenth / 10}}}")[0] for tenth in CONFIDENCES])
 
     def ask(
         self,
@@ -75,16 +89,18 @@ class Questions:
     ) -> Asked:
         """Up to `per_scene` drawn sentences of each of the scenes `rows` [B], mirrored where `flip` [B]."""
         patches = _patches(self.scenes, rows, flip)
-        made, joints, pointed = [], [], []
+        made, joints, targets = [], [], []
         for place, (row, is_mirrored) in enumerate(zip(rows.tolist(), flip.tolist(), strict=True)):
             ids, labels = [BOS] + [IMAGE] * (PREFIX - 1), [IGNORED] * PREFIX
             position, group = list(range(PREFIX)), [0] * PREFIX
             drawn = rng.permutation(np.arange(self._first[row], self._first[row + 1]))[:per_scene]
             for number, entry in enumerate(drawn.tolist(), start=1):
                 asked, said = self._tokens(entry, is_mirrored)
+                # The answer ends behind any confidence; which one is right, training puts into the labels.
+                read = [*said[:-2], int(rng.choice(self.tenths)), EOS]
                 joints.append((place, len(ids) + len(asked) + said.index(self._before_box)))
-                pointed.append(patches[place] == self.scenes.target[entry])
-                ids += asked + said
+                targets.append(int(self.scenes.target[entry]))
+                ids += asked + read
                 labels += [IGNORED] * len(asked) + said
                 position += range(PREFIX, PREFIX + len(asked) + len(said))
                 group += [number] * (len(asked) + len(said))
@@ -92,14 +108,16 @@ class Questions:
         length = max(len(ids) for ids, *_ in made)
         columns = zip(zip(*made, strict=True), (PAD, IGNORED, 0, -1), strict=True)
         padded = [torch.tensor([v + [fill] * (length - len(v)) for v in column]).to(device) for column, fill in columns]
-        return Asked(*padded, torch.tensor(joints).to(device), torch.from_numpy(np.stack(pointed)).to(device))
+        joint = torch.tensor(joints)
+        object_of = torch.from_numpy(patches.astype(np.int64))[joint[:, 0]]
+        return Asked(*padded, joint.to(device), object_of.to(device), torch.tensor(targets).to(device))
 
     def _tokens(self, entry: int, is_mirrored: bool) -> tuple[list[int], list[int]]:
         """Question and answer."""
         sentence = str(self.scenes.sentences[entry])
         box = self.scenes.xyxy[self.scenes.scene[entry], self.scenes.target[entry]]
         if is_mirrored:
-            sentence = " ".join(MIRRORED.get(word, word) for word in sentence.split())
+            sentence = mirror_sentence(sentence)
             box = _mirrored(box, np.array(True))
         x1, y1, x2, y2 = (round(100 * value) for value in box.tolist())
         asked = [*self._tokenizer.encode(question_text(sentence)), ANSWER]

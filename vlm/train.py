@@ -1,14 +1,15 @@
 """Train RefShapes-VLM from scratch: the tower first, on what lies in every patch; then the whole, on questions.
 
-    python -m vlm.train [--shards 24] [--tower-steps 2200] [--steps 3300] [--device cuda] [--minutes 9]
+    python -m vlm.train [--shards 24] [--tower-steps 2200] [--steps 2600] [--device cuda] [--minutes 9]
 
-Writes vlm/refshapes-vlm/ (a folder that transformers and vLLM load) and vlm/curve.jsonl, a line each 250 steps; killed
-or out of time, the same call goes on.
+Writes vlm/refshapes-vlm/ (a folder that transformers and vLLM load) and vlm/curve.jsonl, a line each 250 steps, when it
+is done; killed or out of time, the same call goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -25,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from l2l_core.config import load_params
 from vlm.build import WIDTH, make_config, make_processor, make_tokenizer
 from vlm.losses import Answers, Pointer, TowerHeads
 from vlm.questions import PREFIX, Questions, see, visible
-from vlm.scenes import GRID, Scenes, read_scenes, stored_scenes
+from vlm.scenes import GRID, SEED, Scenes, read_scenes, stored_scenes
 
 FOLDER = Path("vlm/refshapes-vlm")
 CURVE = Path("vlm/curve.jsonl")
@@ -38,6 +40,7 @@ HELD_OUT_SCENES = 100  # of them, that the curve is measured on
 NOTE_EVERY = 250  # steps between lines of the curve, and checkpoints
 NUMBERS_WEIGHT, DENSE_WEIGHT = 2.0, 0.5
 
+Row = dict[str, Any]
 Losses = Callable[[Scenes, NDArray[np.int64], NDArray[np.bool_], np.random.Generator], tuple[Tensor, dict[str, float]]]
 
 
@@ -50,6 +53,12 @@ class Settings:
     batch: int  # scenes
     rate: float  # highest learning rate
     seed: int
+    before: str  # what else decides where it gets to: the number of scenes, the settings of the training before
+
+    @property
+    def checkpoint(self) -> Path:
+        """Another training has another one."""
+        return SCRATCH / f"{self.name}-{hashlib.sha256(repr(self).encode()).hexdigest()[:12]}.pt"
 
     def rate_at(self, step: int) -> float:
         """Linear warm-up over a twentieth of the steps, then a cosine to a hundredth."""
@@ -62,19 +71,20 @@ class Settings:
 
 def train(
     settings: Settings, modules: nn.ModuleDict, losses: Losses, scenes: Scenes, held_out: Scenes, until: float
-) -> bool:
-    """Train in place from the last checkpoint on, until the end (True) or the time `until` (False)."""
+) -> list[Row] | None:
+    """Train in place from the last checkpoint on; the lines of the curve, None where the time `until` came first."""
     weights = [weight for weight in modules.parameters() if weight.requires_grad]
     groups = [[w for w in weights if w.ndim > 1], [w for w in weights if w.ndim <= 1]]
     decays = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.05, 0.0), strict=True)]
     optimiser = torch.optim.AdamW(decays, lr=settings.rate, betas=(0.9, 0.98))
-    path, start = SCRATCH / f"{settings.name}.pt", 0
+    path, start, curve = settings.checkpoint, 0, []
     if path.exists():
         stored = torch.load(path, map_location="cpu")
         modules.load_state_dict(stored["modules"])
         optimiser.load_state_dict(stored["optimiser"])
-        start = stored["step"]
-    began, tested = time.monotonic(), np.arange(HELD_OUT_SCENES)
+        start, curve = stored["step"], stored["curve"]
+    held_out_scenes = min(HELD_OUT_SCENES, len(held_out.images))
+    began, tested = time.monotonic(), np.arange(held_out_scenes)
     for step in range(start, settings.steps):
         rng = np.random.default_rng([settings.seed, step])  # of the step's own, so that a resumed run draws the same
         rows = rng.integers(len(scenes.images), size=settings.batch)
@@ -88,16 +98,17 @@ def train(
         done, is_late = step + 1, time.monotonic() > until
         if done % NOTE_EVERY == 0 or done == settings.steps or is_late:
             with torch.no_grad():
-                held, told = losses(held_out, tested, np.zeros(HELD_OUT_SCENES, bool), np.random.default_rng(0))
+                held, told = losses(held_out, tested, np.zeros(held_out_scenes, bool), np.random.default_rng(0))
             speed = (done - start) * settings.batch / (time.monotonic() - began)
             parts = {"loss": float(loss.detach()), "held_out": float(held), **told, "scenes_per_s": speed}
-            _note({"part": settings.name, "step": done} | {key: round(value, 4) for key, value in parts.items()})
-            state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "step": done}
+            curve.append({"part": settings.name, "step": done} | {key: round(value, 4) for key, value in parts.items()})
+            print(curve[-1], flush=True)
+            state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "step": done, "curve": curve}
             torch.save(state, path.with_suffix(".part"))
             os.replace(path.with_suffix(".part"), path)
-        if is_late:
-            return done == settings.steps
-    return True
+        if is_late and done < settings.steps:
+            return None
+    return curve
 
 
 def tower_losses(modules: nn.ModuleDict, device: torch.device) -> Losses:
@@ -138,20 +149,25 @@ def answer_losses(
                 position_ids=asked.position,
                 use_cache=False,
             ).last_hidden_state
-            words, numbers = answers(model.lm_head(hidden), asked.labels)
-            pointing, hit = pointer(hidden, asked)
-        told = {"words": float(words.detach()), "numbers": float(numbers.detach()), "pointed": hit} | told
+            pointing, sure, is_right = pointer(hidden, asked)
+            words, numbers = answers(model.lm_head(hidden), answers.with_confidence(asked.labels, sure))
+        told = {
+            "words": float(words.detach()),
+            "numbers": float(numbers.detach()),
+            "pointed": float(is_right.float().mean()),
+            "sure": float(sure.mean()),
+        } | told
         return words + NUMBERS_WEIGHT * numbers + pointing + DENSE_WEIGHT * dense, told
 
     return losses
 
 
-def save(model: LlavaForConditionalGeneration, tokenizer: Any) -> None:
+def save(model: LlavaForConditionalGeneration, tokenizer: Any, folder: Path) -> None:
     """Everything that an engine loads, in bf16."""
-    model.to(torch.bfloat16).save_pretrained(FOLDER)
-    make_processor(tokenizer).save_pretrained(FOLDER)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    make_processor(tokenizer).save_pretrained(folder)
     # The tower's weights under the names that LLaVAs of the hub have: vLLM knows no others, transformers both.
-    file = FOLDER / "model.safetensors"
+    file = folder / "model.safetensors"
     weights = {
         name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in load_file(file).items()
     }
@@ -175,19 +191,13 @@ def _patch_tokens(tower: nn.Module, pixels: Tensor) -> Tensor:
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
 
-def _note(line: dict[str, object]) -> None:
-    with CURVE.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    print(line, flush=True)
-
-
 def main() -> None:
     """Train, or go on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=24, help="of a thousand scenes; missing ones are drawn")
     parser.add_argument("--tower-steps", type=int, default=2200)
     parser.add_argument("--tower-batch", type=int, default=32, help="scenes")
-    parser.add_argument("--steps", type=int, default=3300)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch", type=int, default=16, help="scenes")
     parser.add_argument("--questions", type=int, default=8, help="of a scene at once")
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -197,6 +207,8 @@ def main() -> None:
         "--minutes", type=float, default=math.inf, help="after which it stops, to go on at the next call"
     )
     args = parser.parse_args()
+    if load_params().refshapes.seed == SEED:
+        raise SystemExit(f"refshapes.seed: got {SEED}, the seed of the training's own scenes; choose another")
     until = time.monotonic() + 60 * args.minutes
     device = torch.device(args.device)
     scenes = read_scenes(stored_scenes(SCRATCH / "scenes", range(args.shards), args.workers))
@@ -209,15 +221,18 @@ def main() -> None:
     tower, heads, pointer = model.model.vision_tower, TowerHeads(), Pointer()
     starting_positions(tower)
     first = nn.ModuleDict({"tower": tower, "heads": heads}).to(device)
-    settings = Settings("tower", args.tower_steps, args.tower_batch, args.rate, seed=1)
-    is_done = train(settings, first, tower_losses(first, device), scenes, held_out, until)
-    if is_done:
+    settings = Settings("tower", args.tower_steps, args.tower_batch, args.rate, 1, f"{args.shards} shards")
+    curve = train(settings, first, tower_losses(first, device), scenes, held_out, until)
+    if curve is not None:
         second = nn.ModuleDict({"model": model, "heads": heads, "pointer": pointer}).to(device)
-        settings = Settings("answers", args.steps, args.batch, args.rate, seed=2)
+        settings = Settings("answers", args.steps, args.batch, args.rate, 2, f"{args.questions} questions {settings}")
         losses = answer_losses(second, tokenizer, [scenes, held_out], args.questions, device)
-        is_done = train(settings, second, losses, scenes, held_out, until)
-    save(model, tokenizer)
-    print("done" if is_done else "stopped; the same call goes on", flush=True)
+        more = train(settings, second, losses, scenes, held_out, until)
+        curve = None if more is None else curve + more
+    if curve is None:
+        raise SystemExit("out of time; the same call goes on")
+    save(model, tokenizer, FOLDER)
+    CURVE.write_text("".join(json.dumps(line) + "\n" for line in curve), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def _ask_server(priors: PriorsParams) -> str:
 
 
 def _check_packages(priors: PriorsParams) -> None:
-    needs_grammar = priors.backend == "transformers" and priors.structured_output
+    needs_grammar = priors.backend == "transformers" and priors.is_structured
     for package in (priors.backend, *(("xgrammar",) if needs_grammar else ())):
         if not has_package(priors.engine.python, package):
             raise ConfigError(

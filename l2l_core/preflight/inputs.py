@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from l2l_core import records
-from l2l_core.config import Params, RefShapesParams
+from l2l_core.config import EMBEDDED_DATASET, Params, RefShapesParams
 from l2l_core.data import splits
 from l2l_core.data.index import Index, summary
 from l2l_core.data.refshapes import write_refshapes
@@ -20,7 +20,6 @@ from l2l_core.engine.jobs import fold_of_images
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.evaluation import evaluated_sentences
 
-EMBEDDED = Path("data/refshapes")
 SAMPLE_IMAGES = {"train_images": 64, "val_images": 8, "test_images": 8}
 """Drawn where the embedded data set is not there yet: about a second, and more than a batch of sentences."""
 
@@ -43,7 +42,7 @@ class Data:
 
 def is_embedded(params: Params) -> bool:
     """Whether the stage `refshapes` draws the data set."""
-    return Path(params.dataset) == EMBEDDED
+    return Path(params.dataset) == Path(EMBEDDED_DATASET)
 
 
 def read_data(params: Params, folder: Path) -> Data:

@@ -21,8 +21,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from l2l_core import records
-from l2l_core.config import PriorEngineParams, PriorsParams
-from l2l_core.errors import InputError
+from l2l_core.config import EMBEDDED_MODEL, PriorEngineParams, PriorsParams
+from l2l_core.errors import ConfigError, InputError
 from l2l_core.priors.backend import Answer, PriorBackend, Question, clean_text
 from l2l_core.priors.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.priors.mllm import Engine, MllmBackend
@@ -56,6 +56,12 @@ def make_backend(params: PriorsParams, seed: int, index: records.IndexPaths) -> 
         case "none":
             return ReplayBackend({}, "none")
         case "transformers" | "openai" | "vllm":
+            model = Path(str(params.model))
+            if model.name == EMBEDDED_MODEL and params.backend != "openai" and not model.is_dir():
+                raise ConfigError(
+                    f"params.yaml: priors.model: no folder {str(model)!r} here, expected the model that comes with the "
+                    "project; run from the project's root"
+                )
             resolve_coord_space(str(params.model), params.coord_space)  # before minutes are spent on loading a model
             return MllmBackend(_make_engine(params), params, seed)
         case _:
@@ -105,6 +111,9 @@ def asking_key(params: PriorsParams, seed: int, index: records.IndexPaths) -> st
     files += [Path(str(params.replay_file))] if params.backend == "replay" else []
     for path in filter(Path.is_file, files):  # the backend says what is missing
         digest.update(hashlib.sha256(path.read_bytes()).digest())
+    if params.model and Path(params.model).is_dir():  # gigabytes: whether it changed is told by its files' times
+        for path in sorted(Path(params.model).iterdir()):
+            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -16,6 +16,7 @@ CoordSpace = Literal["pixel", "resized_pixel", "norm1000", "percent", "unit"]
 COORD_SPACES: tuple[CoordSpace, ...] = get_args(CoordSpace)
 
 FAMILY_COORD_SPACES: dict[str, CoordSpace] = {
+    "refshapesvlm": "percent",  # first: a folder above it may be called after another family
     "qwen25vl": "resized_pixel",
     "qwen2vl": "norm1000",
     "qwen3vl": "norm1000",

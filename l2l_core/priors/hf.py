@@ -46,7 +46,7 @@ class TransformersEngine:
             do_sample=False, eos_token_id=self._ends, pad_token_id=self._ends[0] if pad is None else pad
         )
         self._batch_size = params.engine.batch_size
-        self._grammars = _Grammars(self._tokenizer, self._model) if params.structured_output else None
+        self._grammars = _Grammars(self._tokenizer, self._model) if params.is_structured else None
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -67,7 +67,7 @@ class MllmBackend:
         self._seed = seed
         self._model = str(params.model)
         self._space = resolve_coord_space(self._model, params.coord_space)
-        self._schema = answer_schema(params.prompt, self._space) if params.structured_output else None
+        self._schema = answer_schema(params.prompt, self._space) if params.is_structured else None
         self._sha256 = prompt_sha256(params.prompt, self._space)
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:

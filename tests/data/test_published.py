@@ -105,7 +105,11 @@ def test_whole_splits_are_not_warned_of(real_data, tmp_path):
 def test_ingest_warns_and_goes_on(tiny_refcoco, tmp_path, monkeypatch, capsys):
     folder = tiny_refcoco.folder.rename(tmp_path / "refcoco")
     params = (Path(__file__).parents[2] / "params.yaml").read_text(encoding="utf-8")
-    (tmp_path / "params.yaml").write_text(params.replace("dataset: data/refshapes", f"dataset: {folder}"))
+    (tmp_path / "params.yaml").write_text(
+        params.replace("dataset: data/refshapes", f"dataset: {folder}").replace(
+            "backend: transformers", "backend: none"
+        )
+    )
     monkeypatch.chdir(tmp_path)
     ingest.main()
     captured = capsys.readouterr()

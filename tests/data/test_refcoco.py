@@ -425,6 +425,7 @@ def test_bad_input_ends_with_code_2_and_leaves_nothing(tiny_refcoco, tmp_path, m
     project = tmp_path / "project"
     project.mkdir()
     text = params.read_text().replace("dataset: data/refshapes", f"dataset: {tiny_refcoco.folder}")
+    text = text.replace("backend: transformers", "backend: none")
     (project / "params.yaml").write_text(text)
     monkeypatch.chdir(project)
     BROKEN["truncated jpeg"][0](tiny_refcoco)

@@ -240,6 +240,7 @@ def test_only_masks_of_labelled_refs_are_put_aside(tiny_refcoco):
 def test_the_stages_write_what_the_library_returns(tiny_refcoco, tmp_path, monkeypatch, capsys):
     params = (Path(__file__).parents[2] / "params.yaml").read_text()
     params = params.replace("dataset: data/refshapes", f"dataset: {tiny_refcoco.folder}")
+    params = params.replace("backend: transformers", "backend: none")
     project = tmp_path / "project"
     project.mkdir()
     monkeypatch.chdir(project)

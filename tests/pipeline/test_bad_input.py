@@ -32,7 +32,7 @@ def folder(tmp_path, tiny_refcoco):
     """A project of params.yaml alone, whose data set lies beside it."""
     project = tmp_path / "project"
     project.mkdir()
-    write_params(project, {"dataset": str(tiny_refcoco.folder)})
+    write_params(project, {"dataset": str(tiny_refcoco.folder), "priors": {"backend": "simulated"}})
     return project
 
 

@@ -25,6 +25,7 @@ NEEDED = (
     ".dvcignore",
     ".gitignore",
     "examples",
+    "vlm",
 )
 """What the pipeline needs of the project; tests, documents and measurements stay behind."""
 
@@ -32,6 +33,7 @@ TINY: dict[str, Any] = {
     "round": 1,
     "refshapes": {"image_size_px": 64, "train_images": 40, "val_images": 8, "test_images": 8},
     "split": {"labeled_fraction": 0.2},
+    "priors": {"backend": "simulated"},
     "model": {"image_size_px": 64, "dim": 16},
     "train": {"batch_size": 4, "checkpoint_every": 2, "log_every": 2, "device": "cpu"},
     "warmup": {"steps": 40},

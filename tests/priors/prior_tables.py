@@ -22,9 +22,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def prior_params(engine: dict[str, object] | None = None, **changes: object) -> PriorsParams:
-    """The shipped parameters with changes."""
+    """The shipped parameters with changes; no model is named, simulated priors are."""
     shipped = load_params(ROOT / "params.yaml").priors.model_dump()
-    return PriorsParams.model_validate(shipped | changes | {"engine": shipped["engine"] | (engine or {})})
+    plain = {"backend": "simulated", "model": None, "structured_output": True}
+    return PriorsParams.model_validate(shipped | plain | changes | {"engine": shipped["engine"] | (engine or {})})
 
 
 def collect_priors(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:

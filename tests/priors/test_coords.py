@@ -47,6 +47,8 @@ def test_one_unit_in_pixels(space: str, x: float, y: float) -> None:
         ("OpenGVLab/InternVL2_5-8B", "norm1000"),
         ("allenai/Molmo-7B-D-0924", "percent"),
         ("llava-hf/llava-1.5-7b-hf", "unit"),
+        ("vlm/refshapes-vlm", "percent"),
+        ("llava/vlm/refshapes-vlm", "percent"),
     ],
 )
 def test_family_decides_the_space(model: str, space: str) -> None:

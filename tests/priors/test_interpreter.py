@@ -39,6 +39,7 @@ def project(tmp_path: Path) -> Path:
 
 def run_ask(folder: Path, python: Path | None, **more: str) -> subprocess.CompletedProcess[str]:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["priors"]["backend"] = "simulated"
     params["priors"]["engine"]["python"] = None if python is None else str(python)
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **more}

@@ -23,7 +23,9 @@ from PIL import Image
 from prior_tables import prior_params
 
 from bench.tiny_qwen import save_tiny_qwen
+from bench.vlm import MODEL
 from l2l_core.config import PriorsParams
+from l2l_core.data.refshapes import make_scene
 from l2l_core.errors import ConfigError
 from l2l_core.priors.backend import Question
 from l2l_core.priors.hf import TransformersEngine
@@ -36,6 +38,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM a
 
 ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}  # before an engine in this process adds to it
 NAME = "tiny-Qwen2.5-VL"
+EMBEDDED = Path(__file__).parents[2] / MODEL["model"]
 SIZES_HW = [(56, 56), (100, 75), (40, 200), (168, 168), (300, 28), (63, 120), (1, 1), (90, 130), (224, 112)]
 SENTENCES = ["the red cup", "left", "a dog behind the second cup, not the small one", "thing 7"]
 TOGETHER = '("$@"; kill -9 0) & read _; kill -9 0'
@@ -148,6 +151,27 @@ def test_three_ways_to_ask_give_the_same_text(
     assert all(answer.unread is None and is_valid(answer.raw_text) for answer in by_vllm)
     assert all(keeps_to("box-2", answer.raw_text) == answer.is_valid for answer in by_vllm)
     assert len({answer.raw_text for answer in by_vllm}) > len(questions) * 0.9  # image and sentence matter
+
+
+def test_the_model_of_the_project_answers_alike_through_both_engines(tmp_path: Path) -> None:
+    """200 greedy answers in fp32, about scenes that belong to no split."""
+    asked = []
+    for number in range(100):
+        scene, expressions = make_scene(12345, "extra", number)
+        Image.fromarray(scene.image).save(tmp_path / f"{number}.png")
+        for expression in expressions:
+            path = str(tmp_path / f"{number}.png")
+            asked.append(Question(len(asked), 0, path, scene.image.shape[:2], expression.sentence))
+    assert len(asked) == 200
+    changes = MODEL | {"model": str(EMBEDDED), "precision": "fp32", "engine": {"context_tokens": 512}}
+    by_vllm, by_transformers = (
+        MllmBackend(make(params(**(changes | {"backend": name}))), params(**(changes | {"backend": name})), seed=0)
+        for name, make in (("vllm", VllmEngine), ("transformers", TransformersEngine))
+    )
+    texts = [answer.raw_text for answer in by_vllm.ask(asked)]
+    assert texts == [answer.raw_text for answer in by_transformers.ask(asked)]
+    assert all(keeps_to("box-2", text) for text in texts)
+    assert len(set(texts)) > 190  # image and sentence matter
 
 
 def test_drawn_answers_are_valid_and_depend_on_their_seed_alone(

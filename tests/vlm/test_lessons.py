@@ -17,9 +17,9 @@ from l2l_core.data.refshapes_scene import draw_scene
 from l2l_core.data.refshapes_solver import measure, solve
 from l2l_core.priors.parse import parse_answer
 from l2l_core.priors.prompt import keeps_to
-from vlm.build import ANSWER, EOS, PROMPT, answer_text, make_config, make_tokenizer, question_text
-from vlm.losses import BLUR, Answers
-from vlm.questions import IGNORED, PREFIX, Questions, see, visible
+from vlm.build import ANSWER, EOS, PROMPT, WIDTH, answer_text, make_config, make_tokenizer, question_text
+from vlm.losses import BLUR, Answers, Pointer
+from vlm.questions import IGNORED, PREFIX, Asked, Questions, see, visible
 from vlm.scenes import ATTRIBUTES, GRID, IMAGE_SIZE_PX, PATCH_PX, SEED, Scenes, make_scenes
 
 DEVICE = torch.device("cpu")
@@ -154,8 +154,13 @@ def test_only_answers_are_learnt_and_the_pointer_stands_before_the_box(scenes: S
         assert json.loads(text)["found"]
         assert labels[-1] == EOS
         ids = asked.ids[0][asked.group[0] == number]
+        differ = (ids != labels)[labels != IGNORED]
+        assert not differ[:-2].any()  # only the confidence, behind which any answer ends
+        assert tokenizer.decode(ids[-2:-1]) in {f"{tenth / 10}}}" for tenth in range(11)}
+        assert ids[-1] == EOS
         assert (labels == IGNORED).sum() == ids.tolist().index(ANSWER) + 1
-    for (_, place), pointed in zip(asked.joint.tolist(), asked.pointed, strict=True):
+    for (_, place), object_of, target in zip(asked.joint.tolist(), asked.object_of, asked.target, strict=True):
+        pointed = object_of == target
         x1, y1, x2, y2 = json.loads("[" + tokenizer.decode(asked.ids[0, place + 1 : place + 5]) + "]")
         y, x = np.nonzero(pointed.reshape(GRID, GRID).numpy())
         step = 100 / GRID
@@ -181,3 +186,36 @@ def test_a_near_coordinate_costs_less_than_a_far_one(tokenizer: Any) -> None:
         assert float(words) == pytest.approx(np.log(len(tokenizer)), abs=1e-4)
         costs.append(float(numbers))
     assert costs == sorted(costs)
+
+
+def test_confidence_is_what_the_pointer_gives_its_object(tokenizer: Any) -> None:
+    """Two questions about four patches, the pointer's scores put in by hand."""
+    pointer = Pointer()
+    hidden = torch.zeros(1, PREFIX + 8, WIDTH)
+    asked = Asked(
+        *torch.zeros(4, 1, PREFIX + 8, dtype=torch.int64),
+        joint=torch.tensor([[0, PREFIX], [0, PREFIX + 1]]),
+        object_of=torch.full((2, PREFIX - 1), -1),
+        target=torch.tensor([0, 0]),
+    )
+    asked.object_of[:, :4] = torch.tensor([0, 0, 1, 1])
+    with torch.no_grad():
+        for layer in (pointer.query, pointer.key):
+            layer.weight.copy_(torch.eye(WIDTH))
+            layer.bias.zero_()
+    hidden[0, PREFIX, 0], hidden[0, PREFIX + 1, 0] = WIDTH**0.5, -(WIDTH**0.5)
+    shares = torch.full((PREFIX - 1,), 1e-9)
+    shares[:4] = torch.tensor([0.4, 0.25, 0.3, 0.05])
+    hidden[0, 1:PREFIX, 0] = shares.log()
+    loss, sure, is_right = pointer(hidden, asked)
+    inverse = 1 / shares  # what the second question's scores are
+    wanted = [-shares[:2].log().mean(), -(inverse[:2] / inverse.sum()).log().mean()]
+    assert float(loss.detach()) == pytest.approx(float(sum(wanted)) / 2, abs=1e-3)
+    assert sure.tolist() == pytest.approx([0.65, 0.0], abs=1e-4)  # the second means a patch without an object
+    assert is_right.tolist() == [True, False]
+    answers = Answers(tokenizer, len(tokenizer))
+    (sure_token,), (word,) = tokenizer.encode("0.9}"), tokenizer.encode(" red")
+    labels = torch.tensor([[word, IGNORED, sure_token, IGNORED, sure_token, EOS]])
+    told = answers.with_confidence(labels, torch.tensor([0.66, 0.04]))
+    assert tokenizer.decode(told[0, [2, 4]]) == "0.7}0.0}"
+    assert torch.equal(told[0, [0, 1, 3, 5]], labels[0, [0, 1, 3, 5]])

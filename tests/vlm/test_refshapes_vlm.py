@@ -1,0 +1,110 @@
+"""The model that comes with the project, asked as the stage `ask` asks it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from bench.vlm import MODEL
+from l2l_core.config import PriorsParams, load_params
+from l2l_core.data.refshapes import make_scene
+from l2l_core.geometry import iou_xyxy
+from l2l_core.priors.backend import Answer, Question
+from l2l_core.priors.hf import TransformersEngine
+from l2l_core.priors.mllm import MllmBackend
+from l2l_core.priors.parse import parse_answer
+from l2l_core.priors.simulated import describe_sentence
+
+pytestmark = pytest.mark.xdist_group("refshapes_vlm")  # it is asked once
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / MODEL["model"]
+SCENES = 60
+
+
+@pytest.fixture(scope="module")
+def backend() -> MllmBackend:
+    shipped = load_params(ROOT / "params.yaml").priors.model_dump()
+    engine = shipped["engine"] | {"device": "cpu", "batch_size": 40}
+    changes = {"model": str(FOLDER), "precision": "fp32", "engine": engine}
+    params = PriorsParams.model_validate(shipped | MODEL | changes)
+    return MllmBackend(TransformersEngine(params), params, seed=0)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Question], list[tuple[float, ...]]]:
+    """Scenes of no split and no training, and the true boxes."""
+    folder, questions, boxes = tmp_path_factory.mktemp("scenes"), [], []
+    for number in range(SCENES):
+        scene, expressions = make_scene(12345, "extra", number)
+        path = folder / f"{number}.png"
+        Image.fromarray(scene.image).save(path)
+        for expression in expressions:
+            ys, xs = np.nonzero(scene.masks[expression.target])
+            questions.append(Question(len(questions), 0, str(path), scene.image.shape[:2], expression.sentence))
+            boxes.append((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+    return questions, boxes
+
+
+@pytest.fixture(scope="module")
+def answers(backend: MllmBackend, asked: tuple[list[Question], list[tuple[float, ...]]]) -> list[Answer]:
+    return backend.ask(asked[0])
+
+
+def test_it_is_the_default() -> None:
+    shipped = load_params(ROOT / "params.yaml").priors
+    assert shipped.model_dump().items() >= MODEL.items()
+
+
+def test_it_is_as_small_as_it_says() -> None:
+    files = [path for path in FOLDER.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    with safe_open(FOLDER / "model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+        assert {weights.get_slice(name).get_dtype() for name in names} == {"BF16"}
+        assert sum(np.prod(weights.get_slice(name).get_shape()) for name in names) == pytest.approx(5.0e6, rel=0.02)
+    assert json.loads((FOLDER / "config.json").read_text())["architectures"] == ["LlavaForConditionalGeneration"]
+
+
+def test_answers_are_valid_and_most_are_right(
+    asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
+) -> None:
+    """A bound below what bench.vlm measures; chance is below a tenth."""
+    read = [parse_answer(a.raw_text, "percent", q.image_hw) for q, a in zip(asked[0], answers, strict=True)]
+    assert all(answer.is_valid and answer.attempts == 1 for answer in answers)
+    assert {prior.status for prior in read} == {"ok"}
+    right = [iou_xyxy(np.array([p.bbox]), np.array([box]))[0] >= 0.5 for p, box in zip(read, asked[1], strict=True)]
+    assert np.mean(right) > 0.6
+
+
+def test_the_words_are_those_of_the_sentence(
+    asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
+) -> None:
+    told = [json.loads(answer.raw_text) for answer in answers]
+    wanted = [describe_sentence(question.sentence) for question in asked[0]]
+    same = [(t["target"], t["attributes"]) == (w[0], list(w[1])) for t, w in zip(told, wanted, strict=True)]
+    assert np.mean(same) > 0.9
+
+
+def test_in_fp32_an_answer_does_not_depend_on_its_batch(
+    backend: MllmBackend, asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
+) -> None:
+    alone = [backend.ask([question])[0] for question in asked[0][:6]]
+    assert [answer.raw_text for answer in alone] == [answer.raw_text for answer in answers[:6]]
+
+
+def test_images_and_words_that_it_never_saw_are_answered_with_something(
+    backend: MllmBackend, asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer], tmp_path: Path
+) -> None:
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 333, 3), dtype=np.uint8)).save(path)
+    strange = Question(0, 0, str(path), (120, 333), "der Mann mit dem größten Hut, 3. von links")
+    answer, known = backend.ask([strange, asked[0][0]])
+    assert answer.unread is None
+    assert answer.raw_text
+    assert known.raw_text == answers[0].raw_text
