@@ -163,7 +163,7 @@ def test_the_model_of_the_project_answers_alike_through_both_engines(tmp_path: P
             path = str(tmp_path / f"{number}.png")
             asked.append(Question(len(asked), 0, path, scene.image.shape[:2], expression.sentence))
     assert len(asked) == 200
-    changes = MODEL | {"model": str(EMBEDDED), "precision": "fp32", "engine": {"context_tokens": 512}}
+    changes = MODEL | {"model": str(EMBEDDED), "precision": "fp32", "structured_output": True}
     by_vllm, by_transformers = (
         MllmBackend(make(params(**(changes | {"backend": name}))), params(**(changes | {"backend": name})), seed=0)
         for name, make in (("vllm", VllmEngine), ("transformers", TransformersEngine))
