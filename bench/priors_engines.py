@@ -41,7 +41,7 @@ DOCUMENT = ROOT / "docs" / "priors.md"
 
 REQUESTS, PER_IMAGE, TURNS = 32, 4, 5  # one more turn before warms up
 SIDES_PX = (56, 84, 112, 168)
-BATCH_SIZES = (8, REQUESTS)  # as params.yaml has it, and all at once, as vLLM does
+BATCH_SIZES = (8, REQUESTS)  # a few, and all at once, as vLLM does
 MAX_TOKENS = 256  # as params.yaml has it
 
 Row = dict[str, Any]

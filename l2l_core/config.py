@@ -13,6 +13,9 @@ from l2l_core.errors import ConfigError, raise_all
 
 EMBEDDED_DATASET = "data/refshapes"
 """Drawn by the stage `refshapes`; any other folder holds a user's own data."""
+LIVE_BACKENDS = ("transformers", "openai", "vllm")
+"""Sources of priors that a model stands behind: they can be asked about any image; the others know the sentences of the
+data set alone."""
 EMBEDDED_MODEL = "refshapes-vlm"
 """Folder name of the multimodal LLM that comes along, which was shown nothing but RefShapes."""
 
@@ -146,7 +149,7 @@ class PriorsParams(Section):
     def _backends_have_what_they_need(self) -> PriorsParams:
         if self.backend == "replay" and not self.replay_file:
             raise ValueError("replay_file: got null, expected a JSON-lines file because backend is replay")
-        if self.backend in ("transformers", "openai", "vllm") and not self.model:
+        if self.backend in LIVE_BACKENDS and not self.model:
             raise ValueError(f"model: got {self.model!r}, expected a model's name because backend is {self.backend}")
         return self
 
@@ -322,11 +325,14 @@ class Params(Section):
     evaluate: EvaluateParams
     report: ReportParams
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the stage `refshapes` draws the data set."""
+        return Path(self.dataset) == Path(EMBEDDED_DATASET)
+
     @model_validator(mode="after")
     def _model_knows_the_data(self) -> Params:
-        asks = self.priors.backend in ("transformers", "openai", "vllm")
-        is_embedded = Path(str(self.priors.model)).name == EMBEDDED_MODEL
-        if not asks or not is_embedded:
+        if self.priors.backend not in LIVE_BACKENDS or Path(str(self.priors.model)).name != EMBEDDED_MODEL:
             return self
         for key, got, taught in (
             ("prompt", self.priors.prompt, ("box-2",)),
@@ -336,7 +342,7 @@ class Params(Section):
                 raise ValueError(
                     f"priors.{key}: got {got!r}, expected {taught[-1]!r}, the one that {EMBEDDED_MODEL} was taught"
                 )
-        if Path(self.dataset) != Path(EMBEDDED_DATASET):
+        if not self.is_embedded:
             raise ValueError(
                 f"priors.model: got {self.priors.model!r}, which knows {EMBEDDED_DATASET} alone, but dataset is "
                 f"{self.dataset!r}: name another model, replay recorded answers (priors.backend=replay), or do without "

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from l2l_core import overlays, records
-from l2l_core.config import Params
+from l2l_core.config import LIVE_BACKENDS, Params
 from l2l_core.data.dataset import BatchMaker, Pairs, read_image, with_priors
 from l2l_core.data.images import ImageFile, inspect_images, is_turned
 from l2l_core.data.index import is_utf8
@@ -42,8 +42,6 @@ OVERLAY_PX = 800
 """Longer side of an overlay: a mask's outline, which is one pixel wide, shows on a screen."""
 NAME_LENGTH = 40
 """Characters of image and sentence in a file's name; file systems allow 255 bytes."""
-LIVE_BACKENDS = ("transformers", "openai", "vllm")
-"""They answer about any image; the others know the sentences of the data set alone."""
 
 
 @dataclass(frozen=True)

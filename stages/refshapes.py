@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from l2l_core.config import load_params
+from l2l_core.config import EMBEDDED_DATASET, load_params
 from l2l_core.data.refshapes import write_refshapes
 from l2l_core.errors import exit_code
-
-OUT = "data/refshapes"
 
 
 def main() -> None:
     """Draw the scenes and write them in the layout of RefCOCO."""
-    write_refshapes(OUT, load_params().refshapes)
+    write_refshapes(EMBEDDED_DATASET, load_params().refshapes)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,15 @@ def answer_text(sentence: str, xyxy: tuple[int, int, int, int], confidence: int)
     return json.dumps(answer, separators=(",", ":"))
 
 
+def confidence_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The token of each of CONFIDENCES, with the brace behind it."""
+    return [tokenizer.encode(_confidence(tenth))[0] for tenth in CONFIDENCES]
+
+
+def _confidence(tenth: int) -> str:
+    return f"{tenth / 10}}}"
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Whole words of RefShapes and the answer's joints are tokens, anything else falls apart into bytes."""
     words = sorted(_words())
@@ -93,7 +102,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         *(f"{lead}{word}" for word in words for lead in ("", " ")),
         *(f'"{word}"' for word in words),
         *(f"{number}{end}" for number in NUMBERS for end in ("", ",")),
-        *(f"{number / 10}}}" for number in CONFIDENCES),
+        *(_confidence(tenth) for tenth in CONFIDENCES),
     ]
     bytelike = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     encoded = [bytelike.pre_tokenize_str(piece)[0][0] for piece in pieces]

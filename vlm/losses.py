@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm.build import CONFIDENCES, NUMBERS, WIDTH
+from vlm.build import NUMBERS, WIDTH, confidence_tokens
 from vlm.questions import PREFIX, SURE, Asked, Seen
 from vlm.scenes import ATTRIBUTES
 
@@ -82,8 +82,7 @@ class Answers(nn.Module):
             soft[rows[:, None], tokens[None, :]] = blurred / blurred.sum(-1, keepdim=True)
         self.register_buffer("row_of", row_of, persistent=False)
         self.register_buffer("soft", soft, persistent=False)
-        tenths = [tokenizer.encode(f"{tenth / 10}}}")[0] for tenth in CONFIDENCES]
-        self.register_buffer("tenths", torch.tensor(tenths), persistent=False)
+        self.register_buffer("tenths", torch.tensor(confidence_tokens(tokenizer)), persistent=False)
 
     def with_confidence(self, labels: Tensor, sure: Tensor) -> Tensor:
         """The labels [B, L], with how sure the pointer is of each question [Q], in [0, 1], as confidences."""

@@ -14,7 +14,6 @@ from l2l_core.data.augment import mirror_sentence
 from vlm.build import (
     ANSWER,
     BOS,
-    CONFIDENCES,
     EOS,
     IMAGE,
     IMAGE_MEAN,
@@ -22,6 +21,7 @@ from vlm.build import (
     JOINTS,
     PAD,
     answer_text,
+    confidence_tokens,
     question_text,
 )
 from vlm.scenes import GRID, Scenes
@@ -77,7 +77,7 @@ class Questions:
         self._tokenizer = tokenizer
         self._first = np.searchsorted(scenes.scene, np.arange(len(scenes.images) + 1))
         (self._before_box,) = tokenizer.encode(JOINTS[4])
-        self.tenths = np.array([tokenizer.encode(f"{tenth / 10}}}")[0] for tenth in CONFIDENCES])
+        self._confidences = confidence_tokens(tokenizer)
 
     def ask(
         self,
@@ -97,7 +97,7 @@ class Questions:
             for number, entry in enumerate(drawn.tolist(), start=1):
                 asked, said = self._tokens(entry, is_mirrored)
                 # The answer ends behind any confidence; which one is right, training puts into the labels.
-                read = [*said[:-2], int(rng.choice(self.tenths)), EOS]
+                read = [*said[:-2], int(rng.choice(self._confidences)), EOS]
                 joints.append((place, len(ids) + len(asked) + said.index(self._before_box)))
                 targets.append(int(self.scenes.target[entry]))
                 ids += asked + read

@@ -71,7 +71,7 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
                 elif timing and network is not None:
                     sample = take_sample(params, data.paths, inputs.sample_sentences(params, data, split))
                     costs = measure(params, network, sample, data.read_s)
-                stages = plan(params, _counts(split), costs, sizes, draws_refshapes=inputs.is_embedded(params))
+                stages = plan(params, _counts(split), costs, sizes, draws_refshapes=params.is_embedded)
                 _say_plan(stages, costs, say)
                 say(_disk(stages, sizes))
     raise_all(problems, InputError)

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from l2l_core import records
-from l2l_core.config import EMBEDDED_DATASET, Params, RefShapesParams
+from l2l_core.config import Params, RefShapesParams
 from l2l_core.data import splits
 from l2l_core.data.index import Index, summary
 from l2l_core.data.refshapes import write_refshapes
@@ -40,18 +40,13 @@ class Data:
         return self.share < 1
 
 
-def is_embedded(params: Params) -> bool:
-    """Whether the stage `refshapes` draws the data set."""
-    return Path(params.dataset) == Path(EMBEDDED_DATASET)
-
-
 def read_data(params: Params, folder: Path) -> Data:
     """Read and check the data set as ingest does, and write its tables into a folder.
 
     Raises InputError that lists every bad row.
     """
     dataset, share, refs = Path(params.dataset), 1.0, None
-    if is_embedded(params) and not dataset.exists():
+    if params.is_embedded and not dataset.exists():
         dataset, share = folder / "refshapes", _draw_sample(params.refshapes, folder / "refshapes")
         refs = _refs_to_come(params.refshapes)
     started = time.monotonic()

@@ -21,7 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from l2l_core import records
-from l2l_core.config import EMBEDDED_MODEL, PriorEngineParams, PriorsParams
+from l2l_core.config import EMBEDDED_MODEL, LIVE_BACKENDS, PriorEngineParams, PriorsParams
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.priors.backend import Answer, PriorBackend, Question, clean_text
 from l2l_core.priors.coords import COORD_SPACES, resolve_coord_space
@@ -111,8 +111,10 @@ def asking_key(params: PriorsParams, seed: int, index: records.IndexPaths) -> st
     files += [Path(str(params.replay_file))] if params.backend == "replay" else []
     for path in filter(Path.is_file, files):  # the backend says what is missing
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    if params.model and Path(params.model).is_dir():  # gigabytes: whether it changed is told by its files' times
-        for path in sorted(Path(params.model).iterdir()):
+    if (
+        params.backend in LIVE_BACKENDS and Path(str(params.model)).is_dir()
+    ):  # gigabytes: whether it changed is told by its files' times
+        for path in sorted(Path(str(params.model)).iterdir()):
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
