@@ -446,6 +446,8 @@ def _draw_coverage(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None
     """How many of the most trusted labels are good, and where each method stops."""
     for method, style in STYLES.items():
         own = curves[curves["method"] == method]
+        if own.empty:
+            continue
         # Point by point: the seeds have about equally many labels, so that their points are at about the same place.
         coverage, precision = (pd.DataFrame(own[name].tolist()).mean() for name in ("coverage", "precision"))
         ranks = precision.nunique() > 1

@@ -15,6 +15,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need an environment of their own run only where `-m` names them, whatever else it says."""
+    if "vllm" not in config.option.markexpr:
+        apart = [item for item in items if item.get_closest_marker("vllm")]
+        items[:] = [item for item in items if item not in apart]
+        config.hook.pytest_deselected(items=apart)
+
+
 @pytest.fixture
 def real_data() -> Path:
     """The folder of real data sets; tests that need it are skipped where it is absent."""
