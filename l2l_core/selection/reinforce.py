@@ -117,11 +117,11 @@ def _improve(
     steps = []
     for _ in progress(range(params.policy_steps), "policy", "step"):
         rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
-        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, generator, torch.ones_like(weight))
-        if len(unlabeled.sent_id) and weight.any():
+        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, generator)
+        if len(unlabeled.sent_id) and weight > 0:
             rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
             shares = agreement(unlabeled.cells[rows])
-            loss = loss + _explore(policy, unlabeled, rows, shares, params, generator, weight)[0]
+            loss = loss + weight * _explore(policy, unlabeled, rows, shares, params, generator)[0]
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -146,12 +146,8 @@ def _explore(
     shares: NDArray[np.float32],
     params: SelectParams,
     generator: torch.Generator,
-    weight: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values.
-
-    weight: of the reward of each kind of candidate [K].
-    """
+    """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values."""
     cells, sentence = policy.standardise(
         torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
     )
@@ -165,11 +161,11 @@ def _explore(
     keep_prob = torch.sigmoid(keep_logit.detach())[of_taken]
     keep = (torch.rand(keep_prob.shape, generator=generator) < keep_prob).float()
     worth = utility(torch.from_numpy(shares)[of_taken], keep, params.wrong_cost)
-    reward = (take < kinds) * weight[of_taken[1]] * worth
+    reward = (take < kinds) * worth
     advantage = group_advantage(reward)
     entropy = _entropy(take_logit, keep_logit)
     loss = policy_gradient_loss(take_logit, keep_logit, take, keep, advantage)
-    loss = loss - params.entropy_bonus * weight.mean() * entropy
+    loss = loss - params.entropy_bonus * entropy
     return loss, {
         "reward": float(reward.mean()),
         "accept_rate": float(1 - prob[:, -1].mean()),
@@ -191,15 +187,15 @@ def _entropy(take_logit: Tensor, keep_logit: Tensor) -> Tensor:
     return of_cells.mean() - (log_prob.exp() * log_prob).sum(1).mean()
 
 
-def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> Tensor:
-    """How well agreement predicts the truth of the labelled sentences' candidates of each kind, [K] in [0, 1].
+def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> float:
+    """How well agreement predicts the truth of the labelled sentences' candidates, in [0, 1].
 
-    Each kind by itself: the proposal is one of the opinions that agree, and a label made of it agrees by construction.
+    Over all kinds together, since it is heard where they compete: the proposal is one of the opinions that agree, so
+    that a label made of it agrees by construction, and where such labels are wrong this counts against agreement.
     """
     shares = torch.from_numpy(agreement(labeled.cells))
     by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost).numpy()
-    kinds = range(outcome.iou.shape[1])
-    return torch.tensor([agreement_reliability(by_agreement[:, kind], outcome.iou[:, kind]) for kind in kinds])
+    return agreement_reliability(by_agreement.ravel(), outcome.iou.ravel())
 
 
 def _fit_scaling(policy: Policy, labeled: Candidates, unlabeled: Candidates) -> None:
