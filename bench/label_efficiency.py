@@ -52,6 +52,7 @@ import pandas as pd
 import yaml
 
 from bench import label_efficiency_page
+from bench.label_efficiency_page import FULLY_SUPERVISED, ROUND_0, WARMUP
 from bench.vlm import MODEL
 from l2l_core import records
 from l2l_core.config import PriorsParams
@@ -94,15 +95,6 @@ SELECTION: dict[str, dict[str, Any]] = {
     "oracle_constructed": {"select": {"policy": "oracle"}},
 }
 """Methods that select in `--rounds` rounds, and what each changes in params.yaml."""
-
-WARMUP, LABELS_ONLY, FULLY_SUPERVISED = "warmup", "labels_only", "fully_supervised"
-ROUND_0 = {
-    WARMUP: {"prior": "prior", "round_0": "warmup"},
-    LABELS_ONLY: {"supervised": "supervised", "round_0": "supervised_priors"},
-    FULLY_SUPERVISED: {"supervised": "fully_supervised_no_priors", "round_0": "fully_supervised"},
-}
-"""Runs without a round, and the rows that the methods of their evaluation give. The warm-up is what all of SELECTION
-start from; the others train for as many steps as a round does, the last on all labels."""
 
 METHODS = (*ROUND_0, *SELECTION)
 
@@ -155,7 +147,9 @@ class Run:
             "seed": self.seed,
             "round": self.rounds,
             "split": {"labeled_fraction": self.rate},
-            "priors": MODEL if self.preset == EMBEDDED else {"backend": "simulated", "preset": self.preset},
+            "priors": MODEL
+            if self.preset == EMBEDDED
+            else {"backend": "simulated", "preset": self.preset, "seed": self.seed},
             "warmup": {"steps": steps},
         }
         return changed(changed(defaults, common), SELECTION.get(self.method, {}))

@@ -22,6 +22,15 @@ DOCUMENT = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
 MARK = "label_efficiency"
 
+WARMUP, LABELS_ONLY, FULLY_SUPERVISED = "warmup", "labels_only", "fully_supervised"
+ROUND_0 = {
+    WARMUP: {"prior": "prior", "round_0": "warmup"},
+    LABELS_ONLY: {"supervised": "supervised", "round_0": "supervised_priors"},
+    FULLY_SUPERVISED: {"supervised": "fully_supervised_no_priors", "round_0": "fully_supervised"},
+}
+"""Runs without a round, and the rows that the methods of their evaluation give. The warm-up is what all rounds start
+from; the others train for as many steps as a round does, the last on all labels."""
+
 MAIN = (0.05, "llava-1.5-7b")
 """Label rate and preset for which the claims are made."""
 
@@ -140,7 +149,7 @@ def page(rows: pd.DataFrame) -> str:
         rate, preset = setting
         chosen = rows_of(rows, setting)
         commits = ", ".join(sorted(chosen["commit"].unique()))
-        parts += [f"### {100 * rate:g} % of the labels, {preset}", f"    {_command(chosen, setting)}"]
+        parts += [f"### {100 * rate:g} % of the labels, {preset}", _commands(chosen, setting)]
         parts += [f"Measured at {commits} (the results file says which run at which).", table(chosen)]
         if chosen["round"].max() > 0:
             parts.append(f"![Precision and reliability of pseudo-labels](images/{_labels_name(setting)})")
@@ -151,10 +160,21 @@ def page(rows: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
-def _command(rows: pd.DataFrame, setting: Setting) -> str:
-    seeds = " ".join(str(seed) for seed in sorted(rows["seed"].unique()))
-    options = f"--rates {setting[0]:g} --presets {setting[1]} --seeds {seeds} --rounds {max(1, rows['round'].max())}"
-    return f"python -m bench.label_efficiency {options}"
+def _commands(rows: pd.DataFrame, setting: Setting) -> str:
+    """Markdown: what runs these rows, a line for each number of rounds and seeds that methods have in common."""
+    run_of = {row: run for run, results in ROUND_0.items() for row in results.values()}
+    runs = rows.assign(run=[run_of.get(method, method) for method in rows["method"]])
+    rounds = runs.groupby(["run", "seed"], sort=False)["round"].max().clip(1)
+    alike: dict[tuple[int, str], list[str]] = {}
+    for run in sorted(runs["run"].unique(), key=_place):
+        for number, seeds in rounds[run].groupby(rounds[run]):
+            named = " ".join(str(seed) for seed in sorted(seeds.index))
+            alike.setdefault((int(number), named), []).append(run)
+    command = f"python -m bench.label_efficiency --rates {setting[0]:g} --presets {setting[1]}"
+    return "\n".join(
+        f"    {command} --seeds {seeds} --rounds {number} --methods {' '.join(methods)}"
+        for (number, seeds), methods in sorted(alike.items())
+    )
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -172,14 +192,19 @@ def table(rows: pd.DataFrame) -> str:
 
 
 def limits(rows: pd.DataFrame) -> str:
-    """Markdown: where the points between mIoU and 100 are lost on val, means over the seeds, of LIMITS that are there.
+    """Markdown: where the points between mIoU and 100 are lost on val, of LIMITS that are there.
+
+    Means over the seeds that all of them have.
 
     Objects: sentences below GOOD_IOU, as a rule another object. Borders: the rest. What the oracle of the same
     candidates still gains over `reinforce` is the policy's part; what full supervision leaves is the network's.
     """
     body: list[list[object]] = []
     told_apart = rows[(rows["split"] == "val") & rows["method"].isin(LIMITS) & rows["lost_objects"].notna()]
-    for method, number, group in _by_method(told_apart):
+    groups = _by_method(told_apart)
+    common = set.intersection(*(set(group["seed"]) for _, _, group in groups))
+    for method, number, group in groups:
+        group = group[group["seed"].isin(common)]
         values = [_mean(group, name) for name in ("miou", "lost_objects", "lost_borders")]
         body.append([_title(method), number, group["seed"].nunique(), *values])
     head = [

@@ -71,9 +71,7 @@ def save_index(index: Index, name: str) -> records.IndexPaths:
 def answer(paths: records.IndexPaths, **changes: Any) -> pd.DataFrame:
     """The priors of every sentence, as the stage makes them."""
     params = PriorsParams(**(PARAMS.priors.model_dump() | {"backend": "simulated"} | changes))
-    return records.to_frame(
-        interpret(ask_table(make_backend(params, PARAMS.seed, paths), make_questions(paths, params.samples)))
-    )
+    return records.to_frame(interpret(ask_table(make_backend(params, paths), make_questions(paths, params.samples))))
 
 
 def boxes(column: pd.Series) -> NDArray[np.float64]:

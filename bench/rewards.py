@@ -47,16 +47,15 @@ from bench.label_efficiency import ROOT
 from bench.label_efficiency import WORK as SHARED
 from l2l_core import records
 from l2l_core.config import Params, load_params
-from l2l_core.data.dataset import BatchMaker, Targets, load_targets
+from l2l_core.data.dataset import load_targets
 from l2l_core.data.inputs import batches_of, pairs_of
 from l2l_core.engine.jobs import fold_of_images, labeled_stream, part_of
-from l2l_core.engine.labeling import judge_out_of_fold
+from l2l_core.engine.labeling import judge_labeled, judge_out_of_fold
 from l2l_core.engine.loop import derive_seed
 from l2l_core.metrics import auroc
 from l2l_core.predictor import Predictor
-from l2l_core.selection.construct import construct
 from l2l_core.selection.decide import decide
-from l2l_core.selection.features import Candidates, Outcome, concatenate, describe, judge
+from l2l_core.selection.features import Candidates, Outcome
 from l2l_core.selection.reinforce import train_policy
 from l2l_core.selection.reward import RIGHT_IOU, utility
 
@@ -79,26 +78,13 @@ Judged = tuple[Candidates, Outcome]
 Row = dict[str, Any]
 
 
-def judged(params: Params, teacher: Predictor, batches: BatchMaker, targets: Targets) -> Judged:
-    """What a teacher says of pairs whose truth is known, and how right its candidates are."""
-    seen, outcomes, done = [], [], 0
-    names = params.select.constructed
-    for views in teacher.views(batches, params.evaluate.batch_size, "judge"):
-        rows = np.arange(done, done + len(views.sent_id))
-        labels = construct(views, names)
-        truth = batches.square_masks(targets.take(rows).label, rows)
-        seen.append(describe(views, labels, names, params.select.grid))
-        outcomes.append(judge(views.sent_id, labels, truth, params.select.grid))
-        done += len(rows)
-    return concatenate(seen), concatenate(outcomes)
-
-
 def of_val(params: Params, teacher: Predictor) -> Judged:
     """The val sentences, in the place of unlabelled ones."""
     refs = records.to_frame(records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "split"]))
     evaluated = pairs_of(params, "eval")
     val = evaluated.with_sent_ids(refs.loc[refs["split"] == "val", "sent_id"].to_numpy(np.int64))
-    return judged(params, teacher, batches_of(params, val), load_targets(records.INDEX.masks, records.INDEX, val))
+    targets = load_targets(records.INDEX.masks, records.INDEX, val)
+    return judge_labeled(params, teacher, batches_of(params, val), targets, "val")
 
 
 def quality(params: Params, reward: Judged, faced: Judged, seed: int) -> Row:
@@ -129,12 +115,13 @@ def variants(params: Params, repro: Callable[[dict[str, Any]], None]) -> Iterato
     labeled, faced = labeled_stream(params, 1.0), of_val(params, first)
     out_of_fold = judge_out_of_fold(params, folds[0])
     yield 1, "folds", count * select.fold_steps, out_of_fold, faced
-    yield 1, "in-sample", 0, judged(params, first, labeled.batches, labeled.targets), faced
+    yield 1, "in-sample", 0, judge_labeled(params, first, labeled.batches, labeled.targets, "in-sample"), faced
     held_out = part_of(
         labeled, np.flatnonzero(fold_of_images(labeled.batches.pairs.image_row, count, params.seed) == 0)
     )
     apart = Predictor.from_run(folds[0] / "0", params.train)
-    yield 1, "hold-out", 0, judged(params, apart, held_out.batches, held_out.targets), of_val(params, apart)
+    of_rest = judge_labeled(params, apart, held_out.batches, held_out.targets, "hold-out")
+    yield 1, "hold-out", 0, of_rest, of_val(params, apart)
     faced = of_val(params, second)
     yield 2, "further", count * select.fold_update_steps, judge_out_of_fold(params, folds[1]), faced
     yield 2, "kept", 0, out_of_fold, faced
@@ -157,7 +144,7 @@ def measure(seed: int) -> list[Row]:
     call("git", "reset", "-q", "--hard", commit)
     call("dvc", "config", "--local", "cache.dir", str(SHARED / "cache"))
     raw = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
-    raw |= {"seed": seed, "priors": raw["priors"] | {"backend": "simulated"}}
+    raw |= {"seed": seed, "priors": raw["priors"] | {"backend": "simulated", "seed": seed}}
 
     def repro(select: dict[str, Any]) -> None:
         changed = raw | {"select": raw["select"] | select}

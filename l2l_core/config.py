@@ -120,6 +120,8 @@ class PriorsParams(Section):
     backend: Literal["simulated", "replay", "transformers", "openai", "vllm", "none"]
     preset: Literal["qwen2.5-vl-7b", "internvl2.5-8b", "llava-1.5-7b"]
     """Error model of the `simulated` backend."""
+    seed: Seed
+    """Draws simulated answers, and further samples and attempts of a model."""
     samples: Annotated[int, Field(ge=1, le=16)]
     """Answers asked for per sentence."""
     replay_file: str | None

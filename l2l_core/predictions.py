@@ -127,11 +127,11 @@ def find_priors(asked: Asked, params: Params) -> Told:
         return recorded_priors(asked)
 
     def ask(questions: list[Question]) -> pa.Table:
-        settings = asking_key(params.priors, params.seed, records.INDEX)
+        settings = asking_key(params.priors, records.INDEX)
         key = hashlib.sha256(f"{settings} {questions}".encode()).hexdigest()[:16]
-        make = partial(make_backend, params.priors, params.seed, records.INDEX)
+        make = partial(make_backend, params.priors, records.INDEX)
         with scratch_folder("predict", key) as folder:
-            return ask_all(make, questions, folder, params.priors.engine)
+            return ask_all(make, questions, folder, params.priors)
 
     return live_priors(asked, params, ask)
 

@@ -78,7 +78,7 @@ class Desk:
     def of(cls, folder: Path, params: Params, max_mb: int) -> Desk:
         """Load the model in a folder, and the backend. Raises L2LError where one of them cannot be loaded."""
         is_live = params.priors.backend in LIVE_BACKENDS
-        backend = make_backend(params.priors, params.seed, records.INDEX) if is_live else None
+        backend = make_backend(params.priors, records.INDEX) if is_live else None
         return cls(Predictor.from_run(folder, params.train), params, backend, max_mb)
 
     def look(self, image: Path | None, sentence: str) -> Seen:

@@ -17,9 +17,9 @@ def main() -> None:
     params = load_params()
     go_on_in(params.priors.engine.python, "stages.ask")
     questions = make_questions(records.INDEX, params.priors.samples)
-    make = partial(make_backend, params.priors, params.seed, records.INDEX)
-    with scratch_folder("ask", asking_key(params.priors, params.seed, records.INDEX)) as folder:
-        answers = ask_all(make, questions, folder, params.priors.engine)
+    make = partial(make_backend, params.priors, records.INDEX)
+    with scratch_folder("ask", asking_key(params.priors, records.INDEX)) as folder:
+        answers = ask_all(make, questions, folder, params.priors)
         records.write_table(answers, records.ANSWERS_PATH, records.ANSWERS)
 
 

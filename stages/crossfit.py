@@ -19,9 +19,10 @@ from l2l_core.engine.jobs import (
     run_training,
     without_images,
 )
-from l2l_core.engine.resume import whole_folder
+from l2l_core.engine.resume import fingerprint, scratch_folder, whole_folder
 from l2l_core.errors import exit_code
 from l2l_core.model.segmenter import Segmenter
+from l2l_core.progress import is_first_process
 
 
 def main() -> None:
@@ -49,8 +50,14 @@ def main() -> None:
     if number:
         inputs.append(pseudo_path)
         pseudo = pseudo_stream(params, pseudo_path, 1 - params.retrain.labeled_share)
-    with whole_folder(folds_out) as folder:
+    key = fingerprint("crossfit", repr(params), inputs)
+    # Teachers that are done outlive a kill, as the checkpoint of the one under way does.
+    with scratch_folder(f"crossfit-{number}", key) as done, whole_folder(folds_out) as folder:
         for left_out in range(params.select.folds):
+            teacher = done / str(left_out)
+            if teacher.exists():
+                print(f"crossfit-{number}-{left_out}: done before", flush=True)
+                continue
             purpose = f"crossfit-{number}-{left_out}"
             seen = part_of(labeled, (fold != left_out).nonzero()[0])
             if further:
@@ -63,7 +70,9 @@ def main() -> None:
             # An image that is labelled in part also has pseudo-labels, by a teacher that knows its labels.
             others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
             streams = [seen] if others is None else [seen, others]
-            run_training(params, purpose, network, streams, steps, inputs, folder / str(left_out), None)
+            run_training(params, purpose, network, streams, steps, inputs, teacher, None)
+        if is_first_process():
+            shutil.copytree(done, folder, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

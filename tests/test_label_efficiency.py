@@ -242,6 +242,26 @@ def test_the_stricter_claims_compare_with_their_own_rules_and_bounds() -> None:
     assert [texts[what] for what in texts if "all candidates" in what] == ["60.0 % (+9.00 of +15.00 points)"]
 
 
+def test_the_commands_above_a_table_run_its_rows_and_nothing_else() -> None:
+    rows = [row("warmup", 0, seed, 40) for seed in (0, 1)] + [row("prior", 0, 0, 30), row("supervised", 0, 0, 30)]
+    rows += [row(method, 1, seed, 50) for method in ("all", "reinforce") for seed in (0, 1)]
+    rows += [row("reinforce", 2, 0, 52), row("fully_supervised", 0, 0, 70, rate=1.0)]
+    start = f"    python -m bench.label_efficiency --rates 0.05 --presets {LLAVA} --seeds "
+    assert page._commands(pd.DataFrame(rows), page.MAIN).split("\n") == [
+        start + "0 --rounds 1 --methods labels_only fully_supervised",
+        start + "0 1 --rounds 1 --methods warmup all",
+        start + "1 --rounds 1 --methods reinforce",
+        start + "0 --rounds 2 --methods reinforce",
+    ]
+
+
+def test_lost_points_are_compared_on_the_seeds_that_all_have() -> None:
+    rows = [row("warmup", 0, seed, 40 + seed, lost_objects=30 + seed, lost_borders=30 - 2 * seed) for seed in (0, 1)]
+    rows += [row("fully_supervised", 0, 1, 70, rate=1.0, lost_objects=10, lost_borders=20)]
+    lines = page.limits(pd.DataFrame(rows)).split("\n")[2:]
+    assert lines == ["| warmup | 0 | 1 | 41.0 | 31.0 | 28.0 |", "| fully supervised | 0 | 1 | 70.0 | 10.0 | 20.0 |"]
+
+
 def test_a_lead_below_two_points_on_one_seed_is_missed() -> None:
     rows = made_up()
     for one in rows:

@@ -300,7 +300,7 @@ def through_the_pipeline(params, folder):
     index = read_jsonl(folder.parent / "own/pairs.jsonl")
     records.write_table(index.images, paths.images, records.IMAGES)
     records.write_table(index.refs, paths.refs, records.REFS)
-    backend = make_backend(params.priors, params.seed, paths)
+    backend = make_backend(params.priors, paths)
     priors = interpret(ask_table(backend, make_questions(paths, params.priors.samples)))
     frames = records.to_frame(index.refs), records.to_frame(index.images)
     records.write_table(priors, folder / "priors.parquet", records.PRIORS)
@@ -323,7 +323,7 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
     assert len(set(masks)) > 3  # something to compare
 
     asked = predictions.ask_file(run / "own/pairs.jsonl")
-    backend = make_backend(params.priors, params.seed, records.INDEX)
+    backend = make_backend(params.priors, records.INDEX)
     told = predictions.live_priors(asked, params, lambda questions: ask_table(backend, questions))
     answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told, params)
     assert answered.rle == masks
@@ -347,7 +347,7 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
 
 def test_a_pair_is_asked_about_once_and_alike_in_any_company(live, run):
     params = live_params(run, engine=load_params().priors.engine, samples=3)
-    backend = make_backend(params.priors, params.seed, records.INDEX)
+    backend = make_backend(params.priors, records.INDEX)
 
     def told(*keys):
         files = inspect_images([run / f"own/{image}.png" for image, _ in keys], 1)

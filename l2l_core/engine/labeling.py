@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from l2l_core import records
 from l2l_core.config import Params
-from l2l_core.data.dataset import Pairs, load_targets
+from l2l_core.data.dataset import BatchMaker, Pairs, Targets, load_targets
 from l2l_core.data.inputs import batches_of, pairs_of
 from l2l_core.engine.jobs import fold_of_images, labeled_stream, part_of
 from l2l_core.errors import InputError
@@ -77,18 +77,28 @@ def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]
     """How teachers would label the labelled sentences of images that they never saw, and how right that is."""
     labeled = labeled_stream(params, 1.0)
     fold = fold_of_images(labeled.batches.pairs.image_row, params.select.folds, params.seed)
-    candidates, outcomes = [], []
+    parts = []
     for left_out in range(params.select.folds):
         unseen = part_of(labeled, (fold == left_out).nonzero()[0])
         teacher = Predictor.from_run(folds / str(left_out), params.train)
-        done = 0
-        for views in teacher.views(unseen.batches, params.evaluate.batch_size, f"fold {left_out}"):
-            rows = np.arange(done, done + len(views.sent_id))
-            truth = unseen.batches.square_masks(unseen.targets.take(rows).label, rows)
-            masks = construct(views, params.select.constructed)
-            candidates.append(describe(views, masks, params.select.constructed, params.select.grid))
-            outcomes.append(judge(views.sent_id, masks, truth, params.select.grid))
-            done += len(rows)
+        parts.append(judge_labeled(params, teacher, unseen.batches, unseen.targets, f"fold {left_out}"))
+    candidates, outcomes = zip(*parts, strict=True)
+    return concatenate(candidates), concatenate(outcomes)
+
+
+def judge_labeled(
+    params: Params, teacher: Predictor, batches: BatchMaker, targets: Targets, what: str
+) -> tuple[Candidates, Outcome]:
+    """How a teacher would label pairs whose truth is known, and how right that is, in the order of the pairs."""
+    names, done = params.select.constructed, 0
+    candidates, outcomes = [], []
+    for views in teacher.views(batches, params.evaluate.batch_size, what):
+        rows = np.arange(done, done + len(views.sent_id))
+        truth = batches.square_masks(targets.take(rows).label, rows)
+        masks = construct(views, names)
+        candidates.append(describe(views, masks, names, params.select.grid))
+        outcomes.append(judge(views.sent_id, masks, truth, params.select.grid))
+        done += len(rows)
     return concatenate(candidates), concatenate(outcomes)
 
 

@@ -71,7 +71,7 @@ def describe_priors(params: Params, data: Data | None) -> str:
             if data is None:
                 return f"{priors.backend}: not looked at, since the data set cannot be read"
             if priors.backend == "simulated":
-                make_backend(priors, params.seed, data.paths)
+                make_backend(priors, data.paths)
                 return f"simulated: {priors.preset}'s errors on the true boxes"
             if data.is_sample:
                 return f"replay: {priors.replay_file} is not looked at before the data set is drawn"

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.queues import Queue
@@ -21,7 +22,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from l2l_core import records
-from l2l_core.config import EMBEDDED_MODEL, LIVE_BACKENDS, PriorEngineParams, PriorsParams
+from l2l_core.config import EMBEDDED_MODEL, LIVE_BACKENDS, PriorsParams
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.priors.backend import Answer, PriorBackend, Question, clean_text
 from l2l_core.priors.coords import COORD_SPACES, resolve_coord_space
@@ -37,7 +38,7 @@ FEWEST_FAILED = 8
 MakeBackend = Callable[[], PriorBackend]
 
 
-def make_backend(params: PriorsParams, seed: int, index: records.IndexPaths) -> PriorBackend:
+def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBackend:
     """The backend that `priors.backend` names. Only `simulated` reads true boxes.
 
     Raises InputError or ConfigError where the data, the parameters or what is installed do not suit it.
@@ -48,7 +49,7 @@ def make_backend(params: PriorsParams, seed: int, index: records.IndexPaths) -> 
             refs = records.to_frame(records.read_table(index.refs, records.REFS, columns))
             objects = records.to_frame(records.read_table(index.objects, records.OBJECTS))
             space = resolve_coord_space(params.preset, params.coord_space)
-            return SimulatedBackend(params.preset, space, seed, make_truth(refs, objects))
+            return SimulatedBackend(params.preset, space, params.seed, make_truth(refs, objects))
         case "replay":
             refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
             sizes = records.to_frame(records.read_table(index.images, records.IMAGES, ["image_id", "height", "width"]))
@@ -63,7 +64,7 @@ def make_backend(params: PriorsParams, seed: int, index: records.IndexPaths) -> 
                     "project; run from the project's root"
                 )
             resolve_coord_space(str(params.model), params.coord_space)  # before minutes are spent on loading a model
-            return MllmBackend(_make_engine(params), params, seed)
+            return MllmBackend(_make_engine(params), params)
         case _:
             assert_never(params.backend)
 
@@ -98,14 +99,14 @@ def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
     ]
 
 
-def asking_key(params: PriorsParams, seed: int, index: records.IndexPaths) -> str:
+def asking_key(params: PriorsParams, index: records.IndexPaths) -> str:
     """Hex digest of all that answers depend on: stored chunks are only taken up by a run that would ask the same.
 
     The code is not part of it, so that a run that broke off goes on after a repair.
     """
     settings = params.model_dump(mode="json", exclude={"engine", "prices"})
     prompts = [prompt_sha256(params.prompt, space) for space in COORD_SPACES]
-    digest = hashlib.sha256(json.dumps([settings, seed, prompts, str(records.ANSWERS)]).encode())
+    digest = hashlib.sha256(json.dumps([settings, prompts, str(records.ANSWERS)]).encode())
     files = [index.images, index.refs]
     files += [index.objects] if params.backend == "simulated" else []
     files += [Path(str(params.replay_file))] if params.backend == "replay" else []
@@ -119,14 +120,14 @@ def asking_key(params: PriorsParams, seed: int, index: records.IndexPaths) -> st
     return digest.hexdigest()[:16]
 
 
-def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, engine: PriorEngineParams) -> pa.Table:
+def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, params: PriorsParams) -> pa.Table:
     """Ask every question -> table records.ANSWERS, one row a (sent_id, sample_index), sorted by them.
 
     Chunks of questions are stored in `folder` as they are answered, and those found there are not asked again.
     make: builds the backend, in this process or in each of `engine.data_parallel` others (then it must be picklable).
-    Raises L2LError where the backend cannot be built or answers nothing at all; what is stored stays.
+    Raises L2LError where the backend cannot be built, answers nothing at all or is killed; what is stored stays.
     """
-    size = engine.chunk_size
+    size = params.engine.chunk_size
     chunks = [_Chunk(questions[start : start + size], folder) for start in range(0, len(questions), size)]
     waiting = [chunk for chunk in chunks if not chunk.path.exists()]
     asked = sum(len(chunk.questions) for chunk in waiting)
@@ -135,7 +136,7 @@ def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, engi
         total=len(questions), initial=len(questions) - asked, desc="ask", unit="request", disable=in_log, mininterval=1
     ) as bar:
         rates, answered, spoken = _Rates(), len(questions) - asked, time.monotonic()
-        for done in _ask_chunks(make, waiting, engine):
+        for done in _ask_chunks(make, waiting, params):
             rates.add(done)
             answered += done.answers
             bar.update(done.answers)
@@ -195,14 +196,16 @@ class _Rates:
         return f"{self._answers / seconds:.1f} requests/s, {self._tokens / seconds:.0f} tokens/s, {valid:.1f} % valid"
 
 
-def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], engine: PriorEngineParams) -> Iterable[_Done]:
+def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParams) -> Iterable[_Done]:
     """Ask and store; in any order, since a chunk's answers do not depend on the others."""
     if not chunks:
         return
+    engine = params.engine
     if engine.data_parallel == 1:
         backend = make()
         yield from (_ask_chunk(backend, chunk) for chunk in chunks)
         return
+    _refuse_too_few_gpus(params)
     # spawn: CUDA does not survive a fork.
     context = get_context("spawn")
     ranks = context.Queue()
@@ -213,8 +216,28 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], engine: PriorEngine
         waiting = [pool.submit(_ask_in_worker, chunk) for chunk in chunks]
         try:
             yield from (future.result() for future in as_completed(waiting))
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that asks was killed, mostly for want of memory (lower priors.engine.data_parallel or "
+                "batch_size); what was answered is kept: run again to go on"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _refuse_too_few_gpus(params: PriorsParams) -> None:
+    """Processes without a GPU would compute on the CPU, beside the others and unnoticed."""
+    engine = params.engine
+    if params.backend not in ("transformers", "vllm") or engine.device == "cpu":
+        return
+    import torch  # not at the top: recorded and simulated answers have no use for it
+
+    here, wanted = torch.cuda.device_count(), engine.data_parallel * engine.tensor_parallel
+    if 0 < here < wanted:
+        raise ConfigError(
+            f"params.yaml: priors.engine: data_parallel {engine.data_parallel} x tensor_parallel "
+            f"{engine.tensor_parallel} wants {wanted} GPUs, torch sees {here}; lower one of them"
+        )
 
 
 def _ask_chunk(backend: PriorBackend, chunk: _Chunk) -> _Done:

@@ -24,6 +24,8 @@ class TransformersEngine:
     def __init__(self, params: PriorsParams) -> None:
         name = params.model
         wanted, best = params.engine.device, "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cuda" != best:
+            raise ConfigError("params.yaml: priors.engine.device: got 'cuda', but torch sees no CUDA device")
         self._device = torch.device(best if wanted == "auto" else wanted)
         dtype = torch.bfloat16 if params.precision == "bf16" else torch.float32
         try:
@@ -34,6 +36,11 @@ class TransformersEngine:
             raise ConfigError(
                 f"params.yaml: priors.model: got {name!r}, expected a hub id (needs a network or a local copy) or a "
                 f"folder of an image-text model that transformers loads: {reason}"
+            ) from None
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"params.yaml: priors.model: {name!r} does not fit into the GPU's memory; take a smaller one, or "
+                "priors.backend vllm with priors.engine.tensor_parallel GPUs for each model"
             ) from None
         self._tokenizer = self._processor.tokenizer
         self._tokenizer.padding_side = "left"  # so that all answers of a batch begin at the same place

@@ -60,11 +60,10 @@ class MllmBackend:
     Raises ConfigError where the model's family is unknown and `priors.coord_space` does not say how it writes.
     """
 
-    def __init__(self, engine: Engine, params: PriorsParams, seed: int) -> None:
+    def __init__(self, engine: Engine, params: PriorsParams) -> None:
         self.name: str = params.backend
         self._engine = engine
         self._params = params
-        self._seed = seed
         self._model = str(params.model)
         self._space = resolve_coord_space(self._model, params.coord_space)
         self._schema = answer_schema(params.prompt, self._space) if params.is_structured else None
@@ -113,7 +112,7 @@ class MllmBackend:
             text=prompt_text(self._params.prompt, question.sentence, self._space),
             schema=self._schema,
             temperature=0.0 if is_greedy else self._params.temperature,
-            seed=request_seed(self._seed, question.sent_id, question.sample_index, attempt),
+            seed=request_seed(self._params.seed, question.sent_id, question.sample_index, attempt),
             max_tokens=self._params.max_tokens * (1 + attempt),  # cut short is the usual way to be invalid
         )
 

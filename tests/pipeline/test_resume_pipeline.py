@@ -89,3 +89,26 @@ def test_a_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage,
     for path in [*map(str, files), "metrics/evaluate.json"]:
         assert project.read(path) == whole.read(path), path
     assert list((project.folder / ".scratch").glob("*/checkpoint.pt")) == []
+
+
+def test_a_killed_crossfit_keeps_the_teachers_that_are_done(first_run, tmp_path):
+    """Killed in its second teacher: the first is not trained again, the second goes on."""
+    target = "stages/dvc.yaml:crossfit-0"
+    whole = first_run.project.copy(tmp_path / "whole")
+    whole.change_params({"select": {"fold_steps": 40}})
+    whole.run("dvc", "repro", target)
+    project = whole.copy(tmp_path / "project")
+    forget(project, ["crossfit-0"])
+
+    kill_after_first_checkpoint(project, target, "crossfit-0-1")
+    assert not (project.folder / "data/rounds/0/folds").exists()
+
+    output = project.run("dvc", "repro", target)
+    assert "crossfit-0-0: done before" in output
+    assert "crossfit-0-0: resuming" not in output
+    assert "crossfit-0-1: resuming at step " in output
+    files = [path.relative_to(whole.folder) for path in (whole.folder / "data/rounds/0/folds").rglob("*.safetensors")]
+    assert len(files) == 2
+    for path in map(str, files):
+        assert project.read(path) == whole.read(path), path
+    assert list((project.folder / ".scratch").iterdir()) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from prior_tables import ROOT, Index, collect_priors, image_row, prior_params, random_scenes, ref_row
 
@@ -47,7 +49,7 @@ def questions(count: int) -> list[Question]:
 def test_nothing_is_asked_without_a_backend(tmp_path: Path) -> None:
     index = Index(pd.DataFrame([image_row(2, 30, 40)]), pd.DataFrame([ref_row(7, 2, "b", None)]), pd.DataFrame([]))
     paths = index.save(tmp_path)
-    table = collect_priors(make_backend(prior_params(backend="none"), 0, paths), make_questions(paths, 2))
+    table = collect_priors(make_backend(prior_params(backend="none"), paths), make_questions(paths, 2))
     rows = records.to_frame(table)
     assert rows[["backend", "status"]].to_numpy().tolist() == [["none", "empty"]] * 2
     assert rows["bbox"].isna().all()
@@ -127,11 +129,9 @@ def test_simulated_priors_stay_the_same_to_the_byte(tmp_path: Path, preset: str,
     """Published results were made with such files: a change here makes them irreproducible. (A new pyarrow may write
     other bytes for the same rows; then these are to be taken anew from the version before.)"""
     index = random_scenes(images=30).save(tmp_path)
-    params = prior_params(preset=preset, engine={"chunk_size": 17})
+    params = prior_params(preset=preset, seed=7, engine={"chunk_size": 17})
     (tmp_path / "chunks").mkdir()
-    answers = ask_all(
-        partial(make_backend, params, 7, index), make_questions(index, samples), tmp_path / "chunks", params.engine
-    )
+    answers = ask_all(partial(make_backend, params, index), make_questions(index, samples), tmp_path / "chunks", params)
     records.write_table(interpret(answers), tmp_path / "priors.parquet", records.PRIORS)
     assert hashlib.sha256((tmp_path / "priors.parquet").read_bytes()).hexdigest() == sha256
 
@@ -145,8 +145,8 @@ def test_replay_opens_no_truth(tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"sent_id": 5, "raw_text": "[1, 1, 9, 9]", "coord_space": "pixel"}')
     params = prior_params(backend="replay", replay_file=str(answers))
-    asking_key(params, 0, index)
-    table = collect_priors(make_backend(params, 0, index), make_questions(index, 1))
+    asking_key(params, index)
+    table = collect_priors(make_backend(params, index), make_questions(index, 1))
     assert table["bbox"].to_pylist() == [[1, 1, 9, 9]]
 
 
@@ -155,7 +155,7 @@ def test_simulated_refuses_data_without_boxes(tmp_path: Path) -> None:
         pd.DataFrame([image_row(1, 10, 20)]), pd.DataFrame([ref_row(5, 1, "cup", None)]), pd.DataFrame([])
     ).save(tmp_path)
     with pytest.raises(InputError, match=r"1 of 1 sentences have no true box .*sent_id 5"):
-        make_backend(PARAMS, 0, index)
+        make_backend(PARAMS, index)
 
 
 def test_a_replayed_model_of_unknown_family(tmp_path: Path) -> None:
@@ -164,14 +164,14 @@ def test_a_replayed_model_of_unknown_family(tmp_path: Path) -> None:
     answers.write_text('{"sent_id": 0, "raw_text": "x", "model": "odd"}')
     params = prior_params(backend="replay", replay_file=str(answers))
     with pytest.raises((InputError, ConfigError), match=r"line 1: priors\.coord_space"):
-        make_backend(params, 0, index)
+        make_backend(params, index)
 
 
 @pytest.mark.parametrize("backend", ["transformers", "openai", "vllm"])
 def test_a_model_of_unknown_family_is_refused_before_it_is_loaded(tmp_path: Path, backend: str) -> None:
     params = prior_params(backend=backend, model="no/such-model")
     with pytest.raises(ConfigError, match=r"priors\.coord_space: got 'auto', .*'no/such-model' is unknown; set it to"):
-        make_backend(params, 0, records.IndexPaths())
+        make_backend(params, records.IndexPaths())
 
 
 @pytest.mark.parametrize("backend", ["transformers", "openai", "vllm"])
@@ -185,13 +185,13 @@ def test_a_real_model_needs_a_name(backend: str) -> None:
 
 def test_chunks_are_stored_and_not_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cut off in the third of four chunks, and resumed: only what was missing is asked, and the table is the same."""
-    engine = prior_params(engine={"chunk_size": 3}).engine
+    params = prior_params(engine={"chunk_size": 3})
     first = Echo(fails="thing 7")
     with pytest.raises(KeyboardInterrupt):
-        ask_all(lambda: first, questions(10), tmp_path, engine)
+        ask_all(lambda: first, questions(10), tmp_path, params)
     assert first.asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     second = Echo()
-    table = ask_all(lambda: second, questions(10), tmp_path, engine)
+    table = ask_all(lambda: second, questions(10), tmp_path, params)
     assert second.asked == [[6, 7, 8], [9]]
     assert re.fullmatch(
         r"ask: 10 answers, 6 of them stored before; 4 asked: [\d.]+ requests/s, 0 tokens/s, 100\.0 % valid\n",
@@ -206,14 +206,14 @@ def test_half_a_file_is_not_taken_for_a_chunk(tmp_path: Path, monkeypatch: pytes
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    engine = prior_params(engine={"chunk_size": 3}).engine
+    params = prior_params(engine={"chunk_size": 3})
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", die)
         with pytest.raises(KeyboardInterrupt):
-            ask_all(Echo, questions(5), tmp_path, engine)
+            ask_all(Echo, questions(5), tmp_path, params)
     (tmp_path / ".left.tmp").write_bytes(b"PAR1")
     again = Echo()
-    assert ask_all(lambda: again, questions(5), tmp_path, engine) == ask_table(Echo(), questions(5))
+    assert ask_all(lambda: again, questions(5), tmp_path, params) == ask_table(Echo(), questions(5))
     assert again.asked == [[0, 1, 2], [3, 4]]
 
 
@@ -221,19 +221,18 @@ def test_with_everything_stored_no_backend_is_built(tmp_path: Path) -> None:
     def refuse() -> Echo:
         raise AssertionError
 
-    engine = PARAMS.engine
-    whole = ask_all(Echo, questions(5), tmp_path, engine)
-    assert ask_all(refuse, questions(5), tmp_path, engine) == whole
+    whole = ask_all(Echo, questions(5), tmp_path, PARAMS)
+    assert ask_all(refuse, questions(5), tmp_path, PARAMS) == whole
 
 
 def test_nothing_to_ask_is_an_empty_table(tmp_path: Path) -> None:
-    assert ask_all(Echo, [], tmp_path, PARAMS.engine).schema == records.ANSWERS
+    assert ask_all(Echo, [], tmp_path, PARAMS).schema == records.ANSWERS
 
 
 def test_other_sentences_are_other_chunks(tmp_path: Path) -> None:
-    ask_all(Echo, questions(5), tmp_path, PARAMS.engine)
+    ask_all(Echo, questions(5), tmp_path, PARAMS)
     changed = [replace(question, sentence=question.sentence.upper()) for question in questions(5)]
-    table = ask_all(Echo, changed, tmp_path, PARAMS.engine)
+    table = ask_all(Echo, changed, tmp_path, PARAMS)
     assert table["raw_text"].to_pylist() == [f"THING {number}" for number in range(5)]
 
 
@@ -245,9 +244,9 @@ def test_where_everything_fails_nothing_is_stored(tmp_path: Path) -> None:
             return [replace(answer, unread="error", reason="HTTP 503") for answer in super().ask(questions)]
 
     with pytest.raises(InputError, match=rf"{FEWEST_FAILED} requests on end failed, .*'HTTP 503' .*run again to go on"):
-        ask_all(Down, questions(FEWEST_FAILED), tmp_path, PARAMS.engine)
+        ask_all(Down, questions(FEWEST_FAILED), tmp_path, PARAMS)
     assert list(tmp_path.iterdir()) == []
-    few = ask_all(Down, questions(FEWEST_FAILED - 1), tmp_path, PARAMS.engine)
+    few = ask_all(Down, questions(FEWEST_FAILED - 1), tmp_path, PARAMS)
     assert few["unread"].to_pylist() == ["error"] * (FEWEST_FAILED - 1)
 
 
@@ -259,8 +258,8 @@ def test_more_processes_give_the_same_bytes(tmp_path: Path, workers: int) -> Non
         params = prior_params(engine={"chunk_size": 9, "data_parallel": count})
         folder = tmp_path / str(count)
         folder.mkdir()
-        make = partial(make_backend, params, 7, index)
-        table = ask_all(make, make_questions(index, 1), folder, params.engine)
+        make = partial(make_backend, params, index)
+        table = ask_all(make, make_questions(index, 1), folder, params)
         records.write_table(table, folder / "answers", records.ANSWERS)
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert len(files[0]) == 10  # nine chunks and the whole
@@ -271,7 +270,34 @@ def test_what_a_worker_cannot_do_is_said_in_one_line(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
     params = prior_params(backend="replay", replay_file="nowhere.jsonl", engine={"chunk_size": 1, "data_parallel": 2})
     with pytest.raises(InputError, match=r"^nowhere\.jsonl: cannot be read"):
-        ask_all(partial(make_backend, params, 7, index), make_questions(index, 1), tmp_path, params.engine)
+        ask_all(partial(make_backend, params, index), make_questions(index, 1), tmp_path, params)
+
+
+class Killed(Echo):
+    """As a process that takes more memory than there is."""
+
+    def ask(self, asked: Sequence[Question]) -> list[Answer]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().ask(asked)
+
+
+def test_a_killed_worker_is_said_in_one_line_and_what_is_stored_stays(tmp_path: Path) -> None:
+    params = prior_params(engine={"chunk_size": 2, "data_parallel": 2})
+    ask_all(Echo, questions(4), tmp_path, params)
+    with pytest.raises(InputError, match=r"^a process that asks was killed, .* run again to go on$"):
+        ask_all(Killed, questions(8), tmp_path, params)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_processes_without_a_gpu_are_refused_where_others_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    engine = {"data_parallel": 2, "tensor_parallel": 2}
+    params = prior_params(backend=backend, model="Qwen2.5-VL-7B", engine=engine)
+    with pytest.raises(ConfigError, match=r"data_parallel 2 x tensor_parallel 2 wants 4 GPUs, torch sees 3"):
+        ask_all(Echo, questions(4), tmp_path, params)
 
 
 # What makes stored answers stale
@@ -279,7 +305,7 @@ def test_what_a_worker_cannot_do_is_said_in_one_line(tmp_path: Path) -> None:
 
 def test_dvc_asks_again_for_all_that_changes_the_question_and_for_nothing_else() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    tracked = {name.removeprefix("priors.") for name in stages["ask"]["params"]} - {"seed"}
+    tracked = {name.removeprefix("priors.") for name in stages["ask"]["params"]}
     assert tracked == PriorsParams.model_fields.keys() - {"engine", "prices"}
     code = [path for stage in ("ask", "priors") for path in stages[stage]["deps"] if path.endswith("parse.py")]
     assert code == ["l2l_core/priors/parse.py"]  # of `priors` alone: another parser asks nobody
@@ -294,6 +320,7 @@ def test_the_key_changes_with_what_is_asked(tmp_path: Path) -> None:
     settings: list[dict[str, object]] = [
         {},
         {"samples": 2},
+        {"seed": 1},
         {"preset": "qwen2.5-vl-7b"},
         real,
         real | {"model": "qwen3-vl-8b"},
@@ -301,12 +328,11 @@ def test_the_key_changes_with_what_is_asked(tmp_path: Path) -> None:
         real | {"temperature": 0.5},
         {"backend": "replay", "replay_file": str(answers)},
     ]
-    keys = [asking_key(prior_params(**changes), 0, index) for changes in settings]
-    keys.append(asking_key(PARAMS, 1, index))
+    keys = [asking_key(prior_params(**changes), index) for changes in settings]
     answers.write_text("{ }")
-    keys.append(asking_key(prior_params(backend="replay", replay_file=str(answers)), 0, index))
+    keys.append(asking_key(prior_params(backend="replay", replay_file=str(answers)), index))
     random_scenes(images=2, seed=1).save(tmp_path)
-    keys.append(asking_key(PARAMS, 0, index))
+    keys.append(asking_key(PARAMS, index))
     assert len(set(keys)) == len(keys)
 
 
@@ -314,4 +340,4 @@ def test_the_key_stays_with_how_it_is_run(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
     elsewhere = prior_params(engine={"data_parallel": 8, "server_url": "http://other:1/v1"})
     priced = prior_params(prices={"prompt": 1.0, "completion": 2.0})
-    assert {asking_key(params, 0, index) for params in (elsewhere, priced)} == {asking_key(PARAMS, 0, index)}
+    assert {asking_key(params, index) for params in (elsewhere, priced)} == {asking_key(PARAMS, index)}

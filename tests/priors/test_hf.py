@@ -129,3 +129,9 @@ def test_without_xgrammar_the_remedy_is_named(folder: Path, monkeypatch: pytest.
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"priors\.model: got '.*nothing', expected a hub id"):
         engine(tmp_path / "nothing")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"priors\.engine\.device: got 'cuda', but torch sees no CUDA device"):
+        TransformersEngine(prior_params(backend="transformers", model=str(folder), engine={"device": "cuda"}))

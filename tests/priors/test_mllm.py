@@ -45,7 +45,7 @@ def ask_about(image: str, *sentences: str) -> list[Question]:
 
 
 def backend(engine: Scripted, **changes: object) -> MllmBackend:
-    return MllmBackend(engine, prior_params(backend="openai", model="Qwen3-VL-8B", **changes), seed=3)
+    return MllmBackend(engine, prior_params(backend="openai", model="Qwen3-VL-8B", seed=3, **changes))
 
 
 def test_a_request_is_the_image_and_the_prompt(image: str) -> None:
@@ -86,7 +86,7 @@ def test_qwen25_gets_the_size_that_its_boxes_refer_to(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     Image.new("L", (640, 480)).save(path)  # grey
     engine = Scripted()
-    asked = MllmBackend(engine, prior_params(backend="vllm", model="Qwen2.5-VL-7B"), 0)
+    asked = MllmBackend(engine, prior_params(backend="vllm", model="Qwen2.5-VL-7B"))
     (answer,) = asked.ask([Question(0, 0, str(path), (480, 640), "cup")])
     assert engine.batches[0][0].image.size == (644, 476)
     assert answer.input_hw == (476, 644)

@@ -33,7 +33,7 @@ def backend() -> MllmBackend:
     engine = shipped["engine"] | {"device": "cpu", "batch_size": 40}
     changes = {"model": str(FOLDER), "precision": "fp32", "engine": engine}
     params = PriorsParams.model_validate(shipped | MODEL | changes)
-    return MllmBackend(TransformersEngine(params), params, seed=0)
+    return MllmBackend(TransformersEngine(params), params)
 
 
 @pytest.fixture(scope="module")
