@@ -136,6 +136,21 @@ def test_results_are_those_of_the_stored_runs() -> None:
     assert docs.get(page.DOCUMENT, page.MARK) == page.page(rows)
 
 
+def test_results_were_measured_at_commits_of_this_history() -> None:
+    """Otherwise nobody could measure them again."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("not a Git checkout with its whole history")
+    files = sorted((ROOT / "bench" / "results").glob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    commits = {line["commit"] for line in lines if "commit" in line}
+    assert commits
+    assert not [commit for commit in commits if git("merge-base", "--is-ancestor", commit, "HEAD").returncode]
+
+
 def test_tracked_text_has_no_absolute_paths() -> None:
     found = []
     for path in tracked_files():
