@@ -18,6 +18,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 .PHONY: setup demo test check clean vllm-cpu test-vllm
 
 setup: $(VENV)/.installed
+	@echo "installed in $(VENV); next: . $(BIN)/activate"
 
 # PyTorch first: without a GPU its CPU build is taken where one is on offer, and the rest then finds it installed.
 $(VENV)/.installed: requirements.txt

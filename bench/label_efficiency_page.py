@@ -78,10 +78,13 @@ STYLES: dict[str, dict[str, Any]] = {
     "ranksum": {"color": "#17a2b8"},
     "semires": {"color": "#8c564b"},
     "mean_teacher": {"color": "#b5a000"},
+    "ranksum_overlap": {"color": "#17a2b8", "linestyle": "--"},
+    "agreement_overlap": {"color": "#a855c7", "linestyle": "--"},
     "reinforce": {"color": "#c2415c", "linewidth": 2.5, "zorder": 3},
     "oracle": {"color": "0.1"},
 }
-"""Lines of the pictures, in which ablations have no place: grey without selection, a colour for each way to select."""
+"""Lines of the pictures, in which ablations have no place: grey without selection, a colour for each way to select,
+broken where the labels are constructed."""
 
 LOOK: Any = {
     "axes.spines.top": False,

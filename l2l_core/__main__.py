@@ -23,9 +23,11 @@ app = typer.Typer(
     help=__doc__, no_args_is_help=False, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
-Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the newest)")]
+Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the last run's newest)")]
 Polygons = Annotated[bool, typer.Option("--polygons", help="masks as polygons, not as run lengths")]
-Run = Annotated[Path | None, typer.Option(help="folder of a round or of its model (default: the newest round)")]
+Run = Annotated[
+    Path | None, typer.Option(help="folder of a round or of its model (default: the last run's newest)")
+]
 
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:
@@ -276,7 +278,8 @@ def _write_pairs(lines: str, out: Path) -> None:
     rows = [json.loads(line) for line in lines.splitlines()]
     masks = sum("mask" in row for row in rows)
     print(f"{len(rows)} pairs, {masks} of them with a mask: {out / FILE_NAME}")
-    print(f"next: python -m l2l_core check -S dataset={out}")
+    changes = f"-S dataset={out} -S priors.backend=none -S split.labeled_fraction=1.0"
+    print(f"next: python -m l2l_core check {changes}    (or a backend that can be asked about these images)")
 
 
 def main() -> None:

@@ -114,7 +114,12 @@ def evaluated_sentences(refs: pa.Table, masks: pa.Table, split: pa.Table, splits
     there = sorted(chosen["split"].unique())
     chosen = chosen[chosen["split"].isin(splits)]
     if chosen.empty:
-        raise ConfigError(f"evaluate.splits: got {list(splits)}, expected one that has sentences to evaluate: {there}")
+        if not there:
+            raise ConfigError(f"no pair is held out: give some one of the splits {', '.join(splits)}, and a mask")
+        raise ConfigError(
+            f"evaluate.splits: got {', '.join(splits)}, expected some of {', '.join(there)}: "
+            "sentences to evaluate are there"
+        )
     chosen = chosen.sort_values("split", key=lambda names: names.map(list(splits).index), kind="stable")
     truth = chosen.merge(records.to_frame(masks), on="ann_id", how="left").set_index("sent_id")
     _require(truth.index[truth["rle_counts"].isna()], "masks: no true mask of")

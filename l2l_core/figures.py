@@ -108,5 +108,6 @@ def _draw_reliability(axes: Axes, title: str, rounds: Curves) -> None:
 
 def _draw_steps(axes: Axes, column: str, models: Curves) -> None:
     for name, rows in models.items():
-        axes.plot(rows["step"], rows[column], label=name.replace("_", " "), linewidth=1.2)
+        marker = "o" if len(rows) == 1 else None  # a line of one point is not seen
+        axes.plot(rows["step"], rows[column], label=name.replace("_", " "), linewidth=1.2, marker=marker)
     axes.set(title=column.replace("_", " "), xlabel="step")

@@ -1,4 +1,4 @@
-"""The newest round of the run in the current folder."""
+"""The newest round of the last run in the current folder."""
 
 from __future__ import annotations
 
@@ -9,12 +9,23 @@ from l2l_core.errors import ArtifactError, InputError
 
 
 def newest_round(part: str) -> int:
-    """The highest round that left `part` ("model", "pseudo_labels.parquet"). Raises ArtifactError where none did."""
+    """The highest round of the last run that left `part` ("model", "pseudo_labels.parquet").
+
+    Later rounds are of a run before it, perhaps of another data set: DVC leaves what it does not need. Raises
+    ArtifactError where there is none.
+    """
     rounds = records.round_folder(0).parent
     numbers = [int(path.parent.name) for path in rounds.glob(f"*/{part}") if path.parent.name.isdecimal()]
     if not numbers:
         raise ArtifactError(f"{rounds}: no round has {part}; run the pipeline first (dvc repro) in the project's root")
-    return max(numbers)
+    last = int(records.ROUND_PATH.read_text(encoding="utf-8")) if records.ROUND_PATH.is_file() else max(numbers)
+    own = [number for number in numbers if number <= last]
+    if not own:
+        raise ArtifactError(
+            f"{rounds}: no round up to {last} ({records.ROUND_PATH}: the last run) has {part}; what later rounds have "
+            "is of a run before: run the pipeline with more rounds, or name the round"
+        )
+    return max(own)
 
 
 def model_folder(run: Path | None) -> Path:

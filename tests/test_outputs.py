@@ -49,6 +49,18 @@ def test_the_newest_round_is_the_highest_number_that_left_the_part(tmp_path, mon
     assert newest_round("model") == 10
 
 
+def test_later_rounds_of_an_earlier_run_are_passed_over(tmp_path, monkeypatch):
+    """A run of three rounds, then one of another data set with one, which leaves the folders of rounds 2 and 3."""
+    monkeypatch.chdir(tmp_path)
+    for number in (0, 1, 2, 3):
+        (tmp_path / f"data/rounds/{number}/model").mkdir(parents=True)
+    (tmp_path / "data/rounds/3/pseudo_labels.parquet").touch()
+    (tmp_path / "data/round.txt").write_text("1\n")
+    assert newest_round("model") == 1
+    with pytest.raises(ArtifactError, match=r"no round up to 1 .*has pseudo_labels\.parquet; .*of a run before"):
+        newest_round("pseudo_labels.parquet")
+
+
 def test_a_model_is_found_by_its_folder_or_its_rounds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "data/rounds/3/model"

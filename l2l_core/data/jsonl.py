@@ -122,7 +122,9 @@ def _read_pairs(path: Path, image_folder: Path, problems: list[str]) -> list[_Pa
         where = f"{source}: line {number}"
         try:
             pairs.append(_pair(json.loads(line), where, image_folder))
-        except (ValueError, RecursionError) as error:  # JSON's own errors are ValueErrors
+        except json.JSONDecodeError as error:
+            problems.append(f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line")
+        except (ValueError, RecursionError) as error:
             problems.append(f"{where}: {error}")
     without = [pair.where for pair in pairs if pair.id is None]
     if 0 < len(without) < len(pairs):
@@ -140,7 +142,7 @@ def _pair(row: Any, where: str, image_folder: Path) -> _Pair:
         raise ValueError(f"unknown key {unknown[0]!r}, expected some of {', '.join(KEYS)}")
     for key in ("image", "sentence"):
         if not isinstance(row.get(key), str) or not row[key] or not is_utf8(row[key]):
-            raise ValueError(f"{key}: got {row.get(key)!r}, expected a text")
+            raise ValueError(f"{key}: {f'got {row[key]!r}' if key in row else 'missing'}, expected a text")
     if not isinstance(row.get("split", records.TRAIN), str):
         raise ValueError(f"split: got {row['split']!r}, expected a text")
     if "id" in row and (type(row["id"]) is not int or not -(2**63) <= row["id"] < 2**63):

@@ -7,7 +7,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from dvc.exceptions import InvalidArgumentError
@@ -38,10 +40,26 @@ def overridden_params(overrides: Sequence[str]) -> Params:
             apply_overrides(copy, list(overrides))
             return load_params(copy)
         except InvalidArgumentError as error:
+            _refuse_unknown_keys(overrides, params)
             reason = str(error.__cause__).splitlines()[0]
             raise ConfigError(f"-S {' -S '.join(overrides)}: {reason}; expected key=value of params.yaml") from None
         except ConfigError as error:
             raise ConfigError(str(error).replace(copy, PARAMS_FILE)) from None
+
+
+def _refuse_unknown_keys(overrides: Sequence[str], params: Params) -> None:
+    """Name the first key that params.yaml does not have, and the one that looks most like it."""
+    sections: dict[str, Any] = {"": params.model_dump()}
+    for name in list(sections[""]):
+        if isinstance(sections[""][name], dict):
+            sections[f"{name}."] = sections[""][name]
+    known = [f"{prefix}{key}" for prefix, section in sections.items() for key in section]
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.count(".") < 2 and key not in known:
+            alike = get_close_matches(key, known, 1)
+            hint = f"; did you mean {alike[0]}?" if alike else ""
+            raise ConfigError(f"-S {override}: {PARAMS_FILE} has no {key}{hint}")
 
 
 def run_checks(params: Params, *, timing: bool, say: Say) -> None:

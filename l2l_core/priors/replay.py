@@ -102,6 +102,8 @@ def _index_sentences(refs: pd.DataFrame, images: pd.DataFrame) -> _Sentences:
 def _decode(line: bytes) -> dict[str, object]:
     try:
         row = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON in UTF-8: {error}") from None
     if not isinstance(row, dict):
@@ -168,6 +170,10 @@ def _to_answer(row: dict[str, object], image: tuple[int, int, int], configured: 
     said = row.get("coord_space", default)
     if said not in (*COORD_SPACES, "auto"):
         raise ValueError(f"coord_space: got {said!r}, expected one of {'|'.join(COORD_SPACES)}")
+    if not model and said == "auto":
+        raise ValueError(
+            f"coord_space: missing, and no model tells it; give it, or priors.coord_space: {'|'.join(COORD_SPACES)}"
+        )
     space: CoordSpace = resolve_coord_space(model, str(said))
     needs_size = space == "resized_pixel"
     if needs_size and not {"input_height", "input_width"} <= row.keys():

@@ -137,8 +137,8 @@ BAD_LINES = {
     "truncated image": (pair(), r"line 2: image .*photos/a\.png: cannot be read"),
     "missing image": (B | {"image": "photos/z.png"}, r"line 2: image .*photos/z\.png: not found"),
     "a folder": (B | {"image": "photos"}, r"line 2: image .*photos: cannot be read"),
-    "no image": ({"sentence": "dog"}, r"line 2: image: got None, expected a text"),
-    "no sentence": ({"image": "photos/b.jpg"}, r"line 2: sentence: got None, expected a text"),
+    "no image": ({"sentence": "dog"}, r"line 2: image: missing, expected a text"),
+    "no sentence": ({"image": "photos/b.jpg"}, r"line 2: sentence: missing, expected a text"),
     "no words": (B | {"sentence": "..."}, r"line 2: sentence '\.\.\.' has no words"),
     "half a character": (B | {"sentence": "a \ud800"}, r"line 2: sentence: got 'a \\ud800'"),
     "unknown key": (
@@ -188,6 +188,7 @@ def test_all_bad_lines_are_reported_at_once(folder):
         read_jsonl(path)
     for number in range(1, len(names) + 2):
         assert f"line {number}: " in str(caught.value)
+    assert "not JSON: Expecting property name enclosed in double quotes at column 2; expected one" in str(caught.value)
 
 
 @pytest.mark.parametrize(

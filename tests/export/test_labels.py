@@ -117,6 +117,18 @@ def test_the_same_bytes_again(run, monkeypatch):
         assert path.read_bytes() == (run / "two" / path.name).read_bytes()
 
 
+def test_labels_of_another_data_set_are_refused(run, monkeypatch, capsys):
+    """The same sent_ids, as a later run on other images has them."""
+    rows = records.read_table(records.INDEX.images, records.IMAGES).to_pylist()
+    other = [row | {"height": 96, "width": 96} for row in rows]
+    records.write_table(records.make_table(other, records.IMAGES), records.INDEX.images, records.IMAGES)
+    assert call(monkeypatch, "export-coco") == 2
+    said = capsys.readouterr().err
+    assert "pseudo_labels.parquet: of another data set than data/index/images.parquet: the label of sent_id " in said
+    assert "is 48 x 64 px (height x width), its image 96 x 96; run dvc repro" in said
+    assert not (run / "export").exists()
+
+
 def test_nothing_to_export_is_one_message_and_no_file(run, monkeypatch, capsys):
     path = records.round_folder(2) / "pseudo_labels.parquet"
     rows = records.read_table(path, records.PSEUDO_LABELS).to_pylist()

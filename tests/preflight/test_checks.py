@@ -151,7 +151,7 @@ WRONG = {
     ),
     "nothing evaluated": (
         lambda: change({"evaluate": {"splits": ["test"]}}),
-        ["evaluate.splits: got ['test'], expected one that has sentences to evaluate: ['val']"],
+        ["evaluate.splits: got test, expected some of val: sentences to evaluate are there"],
     ),
     "no answers": (lambda: Path("answers.jsonl").unlink(), ["answers.jsonl: cannot be read: No such file"]),
     "bad answers": (
@@ -246,6 +246,13 @@ def test_wrong_overrides_are_refused(project, monkeypatch, capsys, word):
     assert word.partition("=")[0] in found
     assert str(project.parent) not in found
     assert load_params().round == 2
+
+
+def test_a_misspelled_parameter_is_told_the_right_one(project, monkeypatch, capsys):
+    (found,) = problems(monkeypatch, capsys, "-S", "round=1", "-S", "split.labeled_fracton=1.0")
+    assert found == (
+        "-S split.labeled_fracton=1.0: params.yaml has no split.labeled_fracton; did you mean split.labeled_fraction?"
+    )
 
 
 # --- encoders and models that are elsewhere

@@ -112,12 +112,13 @@ BAD_LINES: list[tuple[object, str]] = [
         {"sent_id": 10, "expression": "another sentence", "raw_text": "x"},
         "expression: got 'another sentence', but sentence 10 of the data set is",
     ),
-    ("{", "not JSON"),
+    ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
     ("[1]", "got a JSON list, expected an object"),
     ({"raw_text": "x"}, "sent_id: missing; give sent_id, or ref_id and expression"),
     ({"sent_id": "ten", "raw_text": "x"}, "sent_id: got 'ten', expected an integer"),
     ({"sent_id": 10}, "raw_text: missing"),
     ({"sent_id": 10, "raw_text": 5, "model": "llava"}, "raw_text: got 5, expected a string"),
+    ({"sent_id": 10, "raw_text": "x"}, "coord_space: missing, and no model tells it; give it, or priors.coord_space: "),
     ({"sent_id": 10, "raw_text": "x", "model": "odd"}, "the family of model 'odd' is unknown; set it to pixel|"),
     ({"sent_id": 10, "raw_text": "x", "model": "qwen2.5-vl"}, "input_height, input_width: missing"),
     ({"sent_id": 10, "raw_text": "x", "coord_space": "px"}, "coord_space: got 'px', expected one of pixel|"),
@@ -161,7 +162,7 @@ def test_missing_and_undecodable_files(tmp_path: Path) -> None:
         load(tmp_path / "no.jsonl")
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"sent_id": 10, "raw_text": "é", "model": "llava"}'.encode("latin-1"))
-    with pytest.raises(InputError, match="line 1: not JSON in UTF-8"):
+    with pytest.raises(InputError, match="line 1: not JSON"):
         load(path)
 
 
