@@ -25,9 +25,7 @@ app = typer.Typer(
 
 Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the last run's newest)")]
 Polygons = Annotated[bool, typer.Option("--polygons", help="masks as polygons, not as run lengths")]
-Run = Annotated[
-    Path | None, typer.Option(help="folder of a round or of its model (default: the last run's newest)")
-]
+Run = Annotated[Path | None, typer.Option(help="folder of a round or of its model (default: the last run's newest)")]
 
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:

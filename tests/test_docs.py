@@ -132,7 +132,7 @@ def test_results_are_those_of_the_stored_runs() -> None:
         pytest.skip(f"{path.relative_to(ROOT)} is not there or being written: python -m bench.label_efficiency --table")
     rows = pd.DataFrame(label_efficiency.stored(path))
     page = label_efficiency_page
-    assert docs.get(page.README, page.MARK) == page.short_table(rows)
+    assert docs.get(page.README, page.MARK) == page.short(rows)
     assert docs.get(page.DOCUMENT, page.MARK) == page.page(rows)
 
 

@@ -316,6 +316,27 @@ def test_a_page_of_round_0_alone_has_no_pseudo_labels() -> None:
     assert "pseudo_labels" not in page.page(rows)
 
 
+def test_settings_are_compared_by_their_first_round() -> None:
+    rows = [row(method, 1, seed, 50 + seed) for method in ("all", "reinforce") for seed in (0, 1)]
+    rows += [row("reinforce", 2, 0, 90), row("warmup", 0, 0, 26, rate=0.01), row("reinforce", 1, 0, 51, rate=0.01)]
+    rows += [row("reinforce", 1, 0, 99, split="test")]
+    lines = page.settings_table(pd.DataFrame(rows)).split("\n")
+    assert lines[0] == "| labelled | priors | prior | warmup | all | agreement overlap | reinforce |"
+    assert lines[2:] == [
+        f"| 5 % | {LLAVA} |  |  | 50.5 (50.0 to 51.0) |  | 50.5 (50.0 to 51.0) |",
+        f"| 1 % | {LLAVA} |  | 26.0 (26.0 to 26.0) |  |  | 51.0 (51.0 to 51.0) |",
+    ]
+
+
+def test_later_rounds_are_compared_with_what_was_run_there() -> None:
+    rows = made_up() + [row("reinforce", 2, seed, 60) for seed in (0, 1)]
+    rows += [row("agreement_overlap", 2, seed, 57 + seed) for seed in (0, 1)]
+    found = {claim.what: claim for claim in page.claims(pd.DataFrame(rows)) if "round 2, val" in claim.what}
+    lead = found["(a) reinforce against the agreement overlap on constructed labels, round 2, val"]
+    assert (lead.found, lead.met) == ("+2.50 to agreement overlap; seeds +3.00, +2.00", True)
+    assert not [what for what in found if "teacher's masks" in what or "all candidates" in what]
+
+
 def test_an_ablation_stands_in_the_results_but_not_in_the_short_table() -> None:
     rows = full_rows()
     ablation = rows[rows["method"] == "reinforce"].assign(method="reinforce_blind")
