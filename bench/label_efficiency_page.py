@@ -482,7 +482,8 @@ def _draw_efficiency(axes: Axes, rows: pd.DataFrame) -> None:
         seeds = val[val["method"] == method].groupby("labeled_fraction")["miou"]
         if seeds.ngroups:
             x, mean = 100 * seeds.mean().index, seeds.mean()
-            lines.append((mean.iloc[-1], *axes.plot(x, mean, marker="o", markersize=4, label=_title(method), **style)))
+            look = {"marker": "o", "markersize": 4, "markerfacecolor": _face(style), "label": _title(method)}
+            lines.append((mean.iloc[-1], *axes.plot(x, mean, **look, **style)))
             if method == "reinforce":
                 axes.fill_between(x, seeds.min(), seeds.max(), color=style["color"], alpha=0.15)
     for method, group in val[val["labeled_fraction"] == 1].groupby("method"):
@@ -495,6 +496,11 @@ def _draw_efficiency(axes: Axes, rows: pd.DataFrame) -> None:
     axes.minorticks_off()
     lines.sort(key=lambda line: -line[0])  # the legend in the order of the lines' right ends
     axes.legend(handles=[line for _, line in lines], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _face(style: dict[str, Any]) -> str:
+    """Dots of broken lines are hollow."""
+    return "white" if style.get("linestyle") == "--" else style["color"]
 
 
 def _draw_coverage(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None:
@@ -510,7 +516,7 @@ def _draw_coverage(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None
             axes.plot(coverage, precision, **{"linewidth": 1.2, **style})
         if ranks or method == "all":  # others that trust all labels alike stand where `all` does
             dot = rows[(rows["method"] == method) & (rows["round"] == 1)][["coverage", "precision"]].mean()
-            axes.plot(*dot, "o", color=style["color"], zorder=4, label=_title(method))
+            axes.plot(*dot, "o", color=style["color"], markerfacecolor=_face(style), zorder=4, label=_title(method))
     axes.set(xlabel="pseudo-labels taken, most trusted first (%)", ylabel=f"of these with IoU > {GOOD_IOU} (%)")
     axes.set(xlim=(0, 102), ylim=(None, 101), title="precision by coverage, round 1; dots: what is accepted")
     axes.legend()
