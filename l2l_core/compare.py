@@ -123,6 +123,16 @@ def render_comparison(experiments: Sequence[Experiment]) -> str:
     )
 
 
+def differences(experiments: Sequence[Experiment]) -> list[str]:
+    """A line for each experiment but the first: how its mIoU differs from the first one's, by split."""
+    said: dict[str, list[str]] = {other.name: [] for other in experiments[1:]}
+    for split, table in zip(_splits(experiments), _paired_tables(experiments), strict=True):
+        for name, (_, (mean, low, high, *_)) in zip(said, table.rows, strict=True):
+            said[name].append(f"{split} {mean:+.2f} ({low:+.2f} to {high:+.2f})")
+    first = experiments[0].name
+    return [f"mIoU of {name} - {first}, 95 % interval: {', '.join(splits)}" for name, splits in said.items()]
+
+
 @contextmanager
 def _files_of(name: str) -> Iterator[Path]:
     """A folder with those of NEEDED that the experiment has."""

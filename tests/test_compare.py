@@ -68,7 +68,8 @@ def test_scores_stand_side_by_side_with_their_differences(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "compare", "one", "two") == 0
-    assert capsys.readouterr().out == "comparison: report/compare.html\n"
+    said, where = capsys.readouterr().out.splitlines()
+    assert where == "comparison: report/compare.html"
     page = Path("report/compare.html").read_text(encoding="utf-8")
     rows = rows_of(page)
     metrics = json.loads((runs / "two" / records.METRICS_PATH).read_text())
@@ -77,6 +78,9 @@ def test_scores_stand_side_by_side_with_their_differences(
         before, after, difference = map(float, row[1:])
         assert (before, after) == (metrics[f"{split}_round_1_miou"], metrics[f"{split}_miou"])
         assert difference == pytest.approx(after - before, abs=0.011)  # each of the three is rounded
+        paired = next(row for row in rows if row[0] == "B − A" and len(row) == 8 and row[1] == f"{difference:+.2f}")
+        assert f"{split} {paired[1]} ({paired[2]} to {paired[3]})" in said
+    assert said.startswith("mIoU of two - one, 95 % interval: val ")
     same = [row[-1] for row in rows if row[0] in ("mIoU, supervised only", "mIoU, prior only")]
     assert same == ["+0.00"] * 4
     assert not any(row[0] == "round" for row in rows)  # the parameter is the same in both
