@@ -303,8 +303,12 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
             found += [claim for number, claim in of_rounds if number == 1 or claim.met is not None]
         if setting == MAIN and rounds:
             first = chosen[(chosen["round"] == 1) & (chosen["split"] == "val")].sort_values("seed")
-            judged = (first[first["method"] == method] for method in ("reinforce", "all"))
-            found += _label_claims(*judged, chosen["seed"].nunique())
+            of = {name: first[first["method"] == name] for name in ("reinforce", "reinforce_teacher_only", "all")}
+            seeds = chosen["seed"].nunique()
+            found.append(_auroc_claim(of["reinforce"], "", seeds))
+            if len(of["reinforce_teacher_only"]):
+                found.append(_auroc_claim(of["reinforce_teacher_only"], " on the teacher's own masks", seeds))
+            found += _label_claims(of["reinforce"], of["all"], seeds)
     return found
 
 
@@ -408,16 +412,19 @@ def _claim(
     return Claim(what, target, found, bool(met))
 
 
+def _auroc_claim(rows: pd.DataFrame, labels: str, seeds: int) -> Claim:
+    auroc = rows["auroc"]
+    met = None if len(rows) < seeds or auroc.isna().any() else bool((auroc >= AUROC_PERCENT).all())
+    values = ", ".join(f"{value:.2f}" for value in auroc)
+    return Claim(f"(d) AUROC of accept_prob{labels}, round 1", f">= {AUROC_PERCENT:g} on each seed", values, met)
+
+
 def _label_claims(rows: pd.DataFrame, everything: pd.DataFrame, seeds: int) -> list[Claim]:
     """rows: of `reinforce` in round 1, one a seed; everything: of `all`, whose labels are the teacher's own masks.
 
     Open where not all of the setting's seeds are there.
     """
     found = []
-    auroc = rows["auroc"]
-    met = None if len(rows) < seeds or auroc.isna().any() else bool((auroc >= AUROC_PERCENT).all())
-    values = ", ".join(f"{value:.2f}" for value in auroc)
-    found.append(Claim("(d) AUROC of accept_prob, round 1", f">= {AUROC_PERCENT:g} on each seed", values, met))
     common = rows.set_index("seed").join(everything.set_index("seed"), rsuffix="_teacher", how="inner")
     for kind, what in (("pixel", "wrong pixels"), ("foreground", "wrong pixels among the labels' foreground")):
         for column, whose in (
