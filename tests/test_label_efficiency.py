@@ -328,6 +328,12 @@ def test_settings_are_compared_by_their_first_round() -> None:
     ]
 
 
+def test_how_well_like_labels_are_ranked_is_a_claim_of_its_own() -> None:
+    rows = made_up() + [row("reinforce_teacher_only", 1, seed, 60, auroc=91 - 2 * seed) for seed in (0, 1)]
+    found = {claim.what: (claim.found, claim.met) for claim in page.claims(pd.DataFrame(rows))}
+    assert found["(d) AUROC of accept_prob on the teacher's own masks, round 1"] == ("91.00, 89.00", False)
+
+
 def test_later_rounds_are_compared_with_what_was_run_there() -> None:
     rows = made_up() + [row("reinforce", 2, seed, 60) for seed in (0, 1)]
     rows += [row("agreement_overlap", 2, seed, 57 + seed) for seed in (0, 1)]
