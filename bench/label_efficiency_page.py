@@ -68,6 +68,9 @@ ERROR_SHARE = 0.5
 
 SPLITS = ("val", "test")
 
+NO_ROWS = "no rows"
+"""What a claim says that was not measured at all."""
+
 STYLES: dict[str, dict[str, Any]] = {
     "prior": {"color": "0.7", "linestyle": ":"},
     "supervised": {"color": "0.4", "linestyle": ":"},
@@ -161,8 +164,8 @@ def page(rows: pd.DataFrame) -> str:
             parts.append(f"![Precision and reliability of pseudo-labels](images/{_labels_name(setting)})")
         if setting == MAIN:
             parts += ["### Claims", _claims_table(rows)]
-            if "lost_objects" in chosen and chosen["lost_objects"].notna().any():
-                parts += ["### What is missing to 100", limits(chosen)]
+            if lost := limits(chosen):
+                parts += ["### What is missing to 100", lost]
     return "\n\n".join(parts)
 
 
@@ -200,15 +203,19 @@ def table(rows: pd.DataFrame) -> str:
 def limits(rows: pd.DataFrame) -> str:
     """Markdown: where the points between mIoU and 100 are lost on val, of LIMITS that are there.
 
-    Means over the seeds that all of them have.
+    Means over the seeds that all of them have; nothing where there is none.
 
     Objects: sentences below GOOD_IOU, as a rule another object. Borders: the rest. What the oracle of the same
     candidates still gains over `reinforce` is the policy's part; what full supervision leaves is the network's.
     """
     body: list[list[object]] = []
+    if "lost_objects" not in rows:
+        return ""
     told_apart = rows[(rows["split"] == "val") & rows["method"].isin(LIMITS) & rows["lost_objects"].notna()]
     groups = _by_method(told_apart)
-    common = set.intersection(*(set(group["seed"]) for _, _, group in groups))
+    common = set.intersection(*(set(group["seed"]) for _, _, group in groups)) if groups else set()
+    if not common:
+        return ""
     for method, number, group in groups:
         group = group[group["seed"].isin(common)]
         values = [_mean(group, name) for name in ("miou", "lost_objects", "lost_borders")]
@@ -300,7 +307,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
         compared = MAIN_CLAIMS if setting == MAIN else [_no_loss]
         for compare in compared:
             of_rounds = [(n, compare(chosen, setting, int(n), split)) for n in rounds for split in SPLITS]
-            found += [claim for number, claim in of_rounds if number == 1 or claim.met is not None]
+            found += [claim for number, claim in of_rounds if number == 1 or not claim.found.startswith(NO_ROWS)]
         if setting == MAIN and rounds:
             first = chosen[(chosen["round"] == 1) & (chosen["split"] == "val")].sort_values("seed")
             of = {name: first[first["method"] == name] for name in ("reinforce", "reinforce_teacher_only", "all")}
@@ -334,7 +341,7 @@ def _lead(rules_text: str, names: Sequence[str]) -> Comparison:
         return (
             _claim(rows, what, target, number, split, ["reinforce", *named], decide)
             if named
-            else Claim(what, target, "no rows", None)
+            else Claim(what, target, NO_ROWS, None)
         )
 
     return compare
@@ -405,7 +412,7 @@ def _claim(
     absent = [method for method in methods if method not in scores]
     common = None if absent else scores[methods].dropna()
     if common is None or common.empty:
-        return Claim(what, target, f"no rows of {', '.join(absent)}" if absent else "no seed that all have", None)
+        return Claim(what, target, f"{NO_ROWS} of {', '.join(absent)}" if absent else "no seed that all have", None)
     found, met = decide(common)
     if len(common) < rows["seed"].nunique():
         return Claim(what, target, f"{found} (seeds {', '.join(map(str, common.index))} only)", None)

@@ -279,7 +279,7 @@ def _write_pairs(lines: str, out: Path) -> None:
     masks = sum("mask" in row for row in rows)
     print(f"{len(rows)} pairs, {masks} of them with a mask: {out / FILE_NAME}")
     changes = f"-S dataset={out} -S priors.backend=none -S split.labeled_fraction=1.0"
-    print(f"next: python -m l2l_core check {changes}    (or a backend that can be asked about these images)")
+    print(f"next, or with a backend that can be asked about these images: python -m l2l_core check {changes}")
 
 
 def main() -> None:

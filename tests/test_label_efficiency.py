@@ -260,6 +260,8 @@ def test_lost_points_are_compared_on_the_seeds_that_all_have() -> None:
     rows += [row("fully_supervised", 0, 1, 70, rate=1.0, lost_objects=10, lost_borders=20)]
     lines = page.limits(pd.DataFrame(rows)).split("\n")[2:]
     assert lines == ["| warmup | 0 | 1 | 41.0 | 31.0 | 28.0 |", "| fully supervised | 0 | 1 | 70.0 | 10.0 | 20.0 |"]
+    assert page.limits(pd.DataFrame([rows[1], rows[2] | {"seed": 5}])) == ""
+    assert page.limits(pd.DataFrame([row("supervised", 0, 0, 30, lost_objects=1, lost_borders=1)])) == ""
 
 
 def test_a_lead_below_two_points_on_one_seed_is_missed() -> None:
@@ -341,6 +343,9 @@ def test_later_rounds_are_compared_with_what_was_run_there() -> None:
     lead = found["(a) reinforce against the agreement overlap on constructed labels, round 2, val"]
     assert (lead.found, lead.met) == ("+2.50 to agreement overlap; seeds +3.00, +2.00", True)
     assert not [what for what in found if "teacher's masks" in what or "all candidates" in what]
+    half = [one for one in rows if one["round"] < 2 or one["seed"] == 0]
+    (lead,) = (claim for claim in page.claims(pd.DataFrame(half)) if "constructed labels, round 2, val" in claim.what)
+    assert (lead.found, lead.met) == ("+3.00 to agreement overlap; seeds +3.00 (seeds 0 only)", None)
 
 
 def test_an_ablation_stands_in_the_results_but_not_in_the_short_table() -> None:

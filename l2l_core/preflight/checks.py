@@ -49,17 +49,21 @@ def overridden_params(overrides: Sequence[str]) -> Params:
 
 def _refuse_unknown_keys(overrides: Sequence[str], params: Params) -> None:
     """Name the first key that params.yaml does not have, and the one that looks most like it."""
-    sections: dict[str, Any] = {"": params.model_dump()}
-    for name in list(sections[""]):
-        if isinstance(sections[""][name], dict):
-            sections[f"{name}."] = sections[""][name]
-    known = [f"{prefix}{key}" for prefix, section in sections.items() for key in section]
+    known = list(_dotted(params.model_dump()))
     for override in overrides:
         key = override.partition("=")[0]
-        if key.count(".") < 2 and key not in known:
+        if key and not key.startswith(("+", "~")) and key not in known:  # Hydra's signs: add, delete
             alike = get_close_matches(key, known, 1)
             hint = f"; did you mean {alike[0]}?" if alike else ""
             raise ConfigError(f"-S {override}: {PARAMS_FILE} has no {key}{hint}")
+
+
+def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of nested sections, the sections' own too: priors, priors.engine, priors.engine.device, ..."""
+    for name, value in section.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
 
 
 def run_checks(params: Params, *, timing: bool, say: Say) -> None:

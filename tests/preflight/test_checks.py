@@ -248,11 +248,13 @@ def test_wrong_overrides_are_refused(project, monkeypatch, capsys, word):
     assert load_params().round == 2
 
 
-def test_a_misspelled_parameter_is_told_the_right_one(project, monkeypatch, capsys):
-    (found,) = problems(monkeypatch, capsys, "-S", "round=1", "-S", "split.labeled_fracton=1.0")
-    assert found == (
-        "-S split.labeled_fracton=1.0: params.yaml has no split.labeled_fracton; did you mean split.labeled_fraction?"
-    )
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("split.labeled_fracton", "split.labeled_fraction"), ("priors.engine.batch_sise", "priors.engine.batch_size")],
+)
+def test_a_misspelled_parameter_is_told_the_right_one(project, monkeypatch, capsys, wrong, right):
+    (found,) = problems(monkeypatch, capsys, "-S", "++round=1", "-S", f"{wrong}=1")
+    assert found == f"-S {wrong}=1: params.yaml has no {wrong}; did you mean {right}?"
 
 
 # --- encoders and models that are elsewhere
