@@ -338,11 +338,7 @@ def _lead(rules_text: str, names: Sequence[str]) -> Comparison:
             found = f"{_points([mean])} to {_title(str(rules.mean().idxmax()))}; seeds {_points(seeds)}"
             return found, round(min(mean, seeds.min()), 2) >= GAIN_POINTS
 
-        return (
-            _claim(rows, what, target, number, split, ["reinforce", *named], decide)
-            if named
-            else Claim(what, target, NO_ROWS, None)
-        )
+        return _claim(rows, what, target, number, split, ["reinforce", *(named or names)], decide)
 
     return compare
 

@@ -147,6 +147,11 @@ class PriorsParams(Section):
     engine: PriorEngineParams
     prices: PricesParams
 
+    @property
+    def asks_embedded(self) -> bool:
+        """Whether the multimodal LLM that comes along is asked."""
+        return self.backend in LIVE_BACKENDS and Path(str(self.model)).name == EMBEDDED_MODEL
+
     @model_validator(mode="after")
     def _backends_have_what_they_need(self) -> PriorsParams:
         if self.backend == "replay" and not self.replay_file:
@@ -334,7 +339,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _model_knows_the_data(self) -> Params:
-        if self.priors.backend not in LIVE_BACKENDS or Path(str(self.priors.model)).name != EMBEDDED_MODEL:
+        if not self.priors.asks_embedded:
             return self
         for key, got, taught in (
             ("prompt", self.priors.prompt, ("box-2",)),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from l2l_core import overlays, records
-from l2l_core.config import EMBEDDED_MODEL, LIVE_BACKENDS, Params
+from l2l_core.config import LIVE_BACKENDS, Params
 from l2l_core.data.dataset import BatchMaker, Pairs, read_image, with_priors
 from l2l_core.data.images import ImageFile, inspect_images, is_turned
 from l2l_core.data.index import is_utf8
@@ -125,7 +125,7 @@ def find_priors(asked: Asked, params: Params) -> Told:
     """
     if params.priors.backend not in LIVE_BACKENDS:
         return recorded_priors(asked)
-    if Path(str(params.priors.model)).name == EMBEDDED_MODEL:
+    if params.priors.asks_embedded:
         print(f"note: {params.priors.model} knows RefShapes' drawn scenes alone; of photos it says nonsense")
 
     def ask(questions: list[Question]) -> pa.Table:

@@ -33,20 +33,20 @@ def read_labels(number: int) -> pd.DataFrame:
     labels = records.to_frame(records.read_table(path, records.PSEUDO_LABELS, LABEL_COLUMNS))
     refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id", "file_name", "height", "width"])
-    listed = records.to_frame(images).rename(columns={"height": "height_px", "width": "width_px"})
-    known = records.to_frame(refs).merge(listed, on="image_id")
-    found = labels.merge(known, on="sent_id", validate="one_to_one").sort_values("sent_id", ignore_index=True)
+    known = records.to_frame(refs).merge(records.to_frame(images), on="image_id")
+    found = labels.merge(known, on="sent_id", validate="one_to_one", suffixes=("", "_listed"))
+    found = found.sort_values("sent_id", ignore_index=True)
     if len(found) != len(labels):
         raise ArtifactError(f"{path}: names sentences that {records.INDEX.refs} lacks; run dvc repro")
-    other = found[(found["height"] != found["height_px"]) | (found["width"] != found["width_px"])]
+    other = found[(found["height"] != found["height_listed"]) | (found["width"] != found["width_listed"])]
     if len(other):
         first = other.iloc[0]
         raise ArtifactError(
             f"{path}: of another data set than {records.INDEX.images}: the label of sent_id {first['sent_id']} is "
-            f"{first['height']} x {first['width']} px (height x width), its image {first['height_px']} x "
-            f"{first['width_px']}; run dvc repro"
+            f"{first['height']} x {first['width']} px (height x width), its image {first['height_listed']} x "
+            f"{first['width_listed']}; run dvc repro"
         )
-    found = found.drop(columns=["height_px", "width_px"])
+    found = found.drop(columns=["height_listed", "width_listed"])
     sizes = found[["height", "width"]].to_numpy(np.int64)
     return found.assign(area_px=rle_area_px_all(found["rle_counts"].tolist(), sizes))
 

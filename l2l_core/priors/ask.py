@@ -22,7 +22,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from l2l_core import records
-from l2l_core.config import EMBEDDED_MODEL, LIVE_BACKENDS, PriorsParams
+from l2l_core.config import LIVE_BACKENDS, PriorsParams
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.priors.backend import Answer, PriorBackend, Question, clean_text
 from l2l_core.priors.coords import COORD_SPACES, resolve_coord_space
@@ -58,7 +58,7 @@ def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBacken
             return ReplayBackend({}, "none")
         case "transformers" | "openai" | "vllm":
             model = Path(str(params.model))
-            if model.name == EMBEDDED_MODEL and params.backend != "openai" and not model.is_dir():
+            if params.asks_embedded and params.backend != "openai" and not model.is_dir():
                 raise ConfigError(
                     f"params.yaml: priors.model: no folder {str(model)!r} here, expected the model that comes with the "
                     "project; run from the project's root"
@@ -112,10 +112,9 @@ def asking_key(params: PriorsParams, index: records.IndexPaths) -> str:
     files += [Path(str(params.replay_file))] if params.backend == "replay" else []
     for path in filter(Path.is_file, files):  # the backend says what is missing
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    if (
-        params.backend in LIVE_BACKENDS and Path(str(params.model)).is_dir()
-    ):  # gigabytes: whether it changed is told by its files' times
-        for path in sorted(Path(str(params.model)).iterdir()):
+    model = Path(str(params.model))
+    if params.backend in LIVE_BACKENDS and model.is_dir():
+        for path in sorted(model.iterdir()):  # gigabytes: whether it changed is told by its files' times
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
