@@ -69,13 +69,12 @@ def compare(
 
     Parameters that differ, scores side by side, and how the same sentences fared in each.
     """
-    from l2l_core.compare import differences, read_experiment, render_comparison
+    from l2l_core.compare import read_experiment, render_comparison
 
-    experiments = [read_experiment(run) for run in runs]
-    page = render_comparison(experiments)
+    page, differences = render_comparison([read_experiment(run) for run in runs])
     with added_to(out) as folder:
         (folder / "compare.html").write_text(page, encoding="utf-8")
-    print("\n".join(differences(experiments)))
+    print("\n".join(differences))
     print(f"comparison: {out / 'compare.html'}")
 
 

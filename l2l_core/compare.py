@@ -94,8 +94,8 @@ def read_experiment(name: str) -> Experiment:
     return Experiment(shown, _flat(params), None if version is None else str(version), last_round, ordered)
 
 
-def render_comparison(experiments: Sequence[Experiment]) -> str:
-    """The whole page. The first experiment is what the others are measured against.
+def render_comparison(experiments: Sequence[Experiment]) -> tuple[str, list[str]]:
+    """The whole page, and a line on each experiment but the first, which is what the others are measured against.
 
     Raises InputError where there are fewer than two, or they were not evaluated on the same sentences.
     """
@@ -107,7 +107,8 @@ def render_comparison(experiments: Sequence[Experiment]) -> str:
     first = experiments[0]
     for other in experiments[1:]:
         _require_same_sentences(first, other)
-    return render_page(
+    paired = _paired_tables(experiments)
+    page = render_page(
         "compare.html.jinja",
         data_set=first.data_set,
         experiments=[
@@ -116,17 +117,18 @@ def render_comparison(experiments: Sequence[Experiment]) -> str:
         names=names,
         params=_different_params(experiments),
         scores=_score_tables(experiments),
-        paired=_paired_tables(experiments),
+        paired=paired,
         styles=_style_tables(experiments),
         changed_iou=CHANGED_IOU,
         resamples=RESAMPLES,
     )
+    return page, _differences(experiments, paired)
 
 
-def differences(experiments: Sequence[Experiment]) -> list[str]:
+def _differences(experiments: Sequence[Experiment], paired: Sequence[Table]) -> list[str]:
     """A line for each experiment but the first: how its mIoU differs from the first one's, by split."""
     said: dict[str, list[str]] = {other.name: [] for other in experiments[1:]}
-    for split, table in zip(_splits(experiments), _paired_tables(experiments), strict=True):
+    for split, table in zip(_splits(experiments), paired, strict=True):
         for name, (_, (mean, low, high, *_)) in zip(said, table.rows, strict=True):
             said[name].append(f"{split} {mean:+.2f} ({low:+.2f} to {high:+.2f})")
     first = experiments[0].name
