@@ -64,8 +64,9 @@ class Predictor:
         """Mask logits [B, 1, S, S] float32 on the CPU, after as many passes as the network was made for."""
         tokens = to_device(self.network.tokenize(batch), self.device)
         cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        batch = move_batch(batch, self.device)
         with cast:
-            logits = self.network.ask(move_batch(batch, self.device), tokens)
+            logits = self.network.ask(self.network.encode_image(batch.image), batch, tokens)
         return logits.float().cpu()
 
     def masks(self, batches: BatchMaker, batch_size: int, *, with_prior: bool, what: str) -> Iterator[bytes]:

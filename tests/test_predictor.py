@@ -11,7 +11,7 @@ from l2l_core.data.augment import mirror_sentence
 from l2l_core.data.dataset import Batch
 from l2l_core.errors import ArtifactError
 from l2l_core.masks import decode_rle
-from l2l_core.model.segmenter import Output, Segmenter
+from l2l_core.model.segmenter import Output, Pyramid, Segmenter
 from l2l_core.predictor import Predictor, at_size, batched_rows
 
 FP32, BF16 = TRAIN, TRAIN.model_copy(update={"precision": "bf16"})
@@ -30,15 +30,20 @@ class Stub(nn.Module):
         super().__init__()
         self.ramp, self.told, self.passes = ramp, told, 1
         self.asked: list[Batch] = []
+        self.encoded: list[Tensor] = []
 
     ask = Segmenter.ask
 
     def tokenize(self, batch: Batch) -> dict[str, Tensor]:
         return {}
 
-    def forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+    def encode_image(self, image: Tensor) -> Pyramid:
+        self.encoded.append(image)
+        return Pyramid([image.float()], image.float())
+
+    def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
         self.asked.append(batch)
-        logits = batch.image[:, :1].float() / 64 - 2 + self.ramp * torch.linspace(-1, 1, batch.image.shape[-1])
+        logits = pyramid.levels[0][:, :1] / 64 - 2 + self.ramp * torch.linspace(-1, 1, batch.image.shape[-1])
         told = torch.tensor([self.told(batch, row) for row in range(len(batch.sentence))])
         return Output(logits + told[:, None, None, None], batch.proposal)
 
@@ -63,7 +68,7 @@ class Echo(nn.Module):
 
     ask = Segmenter.ask
 
-    def forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+    def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
         seen = F.interpolate(batch.proposal, batch.image.shape[-2:], mode="nearest")
         return Output(torch.logit(seen) + 1.0, batch.proposal)
 
@@ -74,7 +79,7 @@ def test_each_pass_takes_the_last_ones_mask_for_its_proposal(pairs, passes):
     batch = toy_batches(pairs)(np.arange(5))
     batch = replace(batch, proposal=batch.proposal.clamp(0.02, 0.9))
     given = batch.proposal.clone()
-    found = Echo(passes).ask(batch, {})
+    found = Echo(passes).ask(Pyramid([], batch.image), batch, {})
     expected = F.interpolate(torch.logit(given) + passes, batch.image.shape[-2:], mode="nearest")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(batch.proposal, given)

@@ -34,7 +34,8 @@ class _Plain(nn.Module):
         """Tensors in the order of IMAGE_INPUTS and token_names -> mask logits [B, 1, S, S]."""
         image, box, has_box, proposal, score, *tokens = tensors
         batch = Batch(image, [], [], box, has_box, proposal, score)
-        return self.network.ask(batch, dict(zip(self.token_names, tokens, strict=True)))
+        named = dict(zip(self.token_names, tokens, strict=True))
+        return self.network.ask(self.network.encode_image(image), batch, named)
 
 
 def onnx_inputs(batch: Batch, tokens: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,14 +13,16 @@ from l2l_core.model.guidance import fourier
 POSITION_FREQUENCIES = 3
 RARE_LOGIT = -2.5
 """Where the logits start: a referred object covers about a twelfth of an image (sigmoid(-2.5) = 0.08)."""
-MAX_ATTENDING_PIXELS = 256
-"""Pixels attend, to words and to each other, on levels with at most this many (16 x 16): it costs their square."""
+READING_LEVELS = 3
+"""The coarsest levels, on which pixels read the sentence, whatever the size of the image; finer ones sharpen."""
+MAX_COMPARED_PIXELS = 256
+"""Pixels that are compared with each other at once (16 x 16): it costs their square."""
 
 
-def positions(height: int, width: int, like: Tensor) -> Tensor:
-    """[H * W, 4 * POSITION_FREQUENCIES + 2] encoding of the pixel centres in 0..1: sentences name places."""
-    y = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
-    x = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+def positions(height: int, width: int, device: torch.device) -> Tensor:
+    """[H * W, 4 * POSITION_FREQUENCIES + 2] float32, pixel centers (y, x) in 0..1 encoded: sentences name places."""
+    y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+    x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return torch.cat([grid, fourier(grid, POSITION_FREQUENCIES)], dim=1)
 
@@ -62,29 +66,33 @@ class Level(nn.Module):
         features: Tensor,
         below: Tensor | None,
         told: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         gone: Tensor,
         proposal: Tensor,
         score: Tensor,
     ) -> Tensor:
-        """features [B, C, h, w]; below [B, D, h', w'] (coarser); told [B, D]; memory [B, M, D] -> [B, D, h, w].
+        """features [B, D, h, w]; below [B, D, h', w'] (coarser); told [B, D]; memory [B, M, D] -> [B, D, h, w].
 
         Every level is scaled and shifted per channel by what sentence and guidance say as a whole (FiLM, Perez et al.
-        2018), after each pixel has been told where it is. On coarse levels each pixel also attends to the memory
-        (guidance and text tokens, but those that are `gone`, [B, M] bool); fine levels only sharpen what was found.
+        2018), after each pixel has been told where it is. Where a memory is given, each pixel also attends to it
+        (guidance and text tokens, but those that are `gone`, [B, M] bool); other levels only sharpen what was found.
         """
-        x = self.join(features)
+        x = features
         if below is not None:
             x = x + F.interpolate(below, x.shape[-2:], mode="bilinear", align_corners=False)
-        height, width = x.shape[-2:]
-        x = x + self.place(positions(height, width, x)).T.reshape(1, -1, height, width)
+        x = x + self.placed(*x.shape[-2:], x.device).to(x.dtype)
         scale, shift = self.modulate(told)[:, :, None, None].chunk(2, dim=1)
         x = x + self.mix(self.gate(F.gelu(self.norm(x) * (1 + scale) + shift), proposal, score))
-        if height * width <= MAX_ATTENDING_PIXELS:
+        if memory is not None:
             pixels = self.read_norm(x.flatten(2).transpose(1, 2))
             read, _ = self.read(pixels, memory, memory, key_padding_mask=gone, need_weights=False)
             x = x + read.transpose(1, 2).reshape(x.shape)
         return x
+
+    def placed(self, height: int, width: int, device: torch.device) -> Tensor:
+        """[1, D, h, w] float32, also under autocast: in bf16 more than 256 neighboring positions would be the same."""
+        with torch.autocast(device.type, enabled=False):
+            return self.place(positions(height, width, device)).T.reshape(1, -1, height, width)
 
 
 class Decoder(nn.Module):
@@ -109,24 +117,41 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(mask_logits [B, 1, 2 * h0, 2 * w0], refined_logits [B, 1, hf, wf]).
 
-        pyramid: finest first; told [B, D] what sentence and guidance say as a whole; memory [B, M, D] their tokens,
-        without those that are `gone` [B, M]; proposal [B, 1, P, P] and its score [B] in 0..1.
+        pyramid: as `join` returns it; told [B, D] what sentence and guidance say as a whole; memory [B, M, D] their
+        tokens, without those that are `gone` [B, M]; proposal [B, 1, P, P] and its score [B] in 0..1.
         Objects are compared with each other (ordinals, relations) by self-attention over the pixels of the finest
-        level that is small enough; there the proposal is refined, and the finer levels are gated by the refined
-        proposal instead of the given one.
+        level that is small enough, or of the coarsest one made smaller; there the proposal is refined, and the finer
+        levels are gated by the refined proposal instead of the given one.
         """
         coarse_first = pyramid[::-1]
         sizes = [features.shape[-2] * features.shape[-1] for features in coarse_first]
-        fuse_at = max((row for row, size in enumerate(sizes) if size <= MAX_ATTENDING_PIXELS), default=0)
+        fuse_at = max((row for row, size in enumerate(sizes) if size <= MAX_COMPARED_PIXELS), default=0)
         x: Tensor | None = None
         refined = proposal
         for row, (level, features) in enumerate(zip(self.levels, coarse_first, strict=True)):
-            x = level(features, x, told, memory, gone, refined, score)
+            x = level(features, x, told, memory if row < READING_LEVELS else None, gone, refined, score)
             if row == fuse_at:
-                pixels = self.fusion(x.flatten(2).transpose(1, 2), memory, memory_key_padding_mask=gone)
-                x = pixels.transpose(1, 2).reshape(x.shape)
+                x = self.compare(x, memory, gone)
                 refined_logits = self.refine(x)
                 refined = refined_logits.float().sigmoid().to(x.dtype)
                 # From here on the gate holds the network's own belief, which exists without a prior too.
                 score = torch.ones_like(score)
         return self.head(x), refined_logits
+
+    def join(self, features: list[Tensor]) -> list[Tensor]:
+        """A backbone's levels [B, C, h, w], finest first -> [B, D, h, w] each: all that is read of an image."""
+        return [level.join(one) for level, one in zip(reversed(self.levels), features, strict=True)]
+
+    def compare(self, x: Tensor, memory: Tensor, gone: Tensor) -> Tensor:
+        """Self-attention over pixels [B, D, h, w], which also read the memory once more -> [B, D, h, w].
+
+        More than MAX_COMPARED_PIXELS are averaged in cells first, and each pixel is changed as its cell is.
+        """
+        height, width = x.shape[-2:]
+        if height * width <= MAX_COMPARED_PIXELS:
+            pixels = self.fusion(x.flatten(2).transpose(1, 2), memory, memory_key_padding_mask=gone)
+            return pixels.transpose(1, 2).reshape(x.shape)
+        shrink = math.sqrt(MAX_COMPARED_PIXELS / (height * width))
+        cells = F.adaptive_avg_pool2d(x, (max(1, int(height * shrink)), max(1, int(width * shrink))))
+        change = self.compare(cells, memory, gone) - cells
+        return x + F.interpolate(change, (height, width), mode="bilinear", align_corners=False)

@@ -35,6 +35,18 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
+class Pyramid:
+    """What the network reads of B images, whatever is said of them."""
+
+    levels: list[Tensor]  # [B, D, h, w] each, finest first
+    pooled: Tensor  # [B, D, h, w] of the second coarsest level, for the guidance
+
+    def take(self, rows: Tensor) -> Pyramid:
+        """The pyramid of some images, rows [N] int64 in 0..B-1, in that order; a row may come several times."""
+        return Pyramid([level[rows] for level in self.levels], self.pooled[rows])
+
+
+@dataclass(frozen=True)
 class Output:
     """What one forward pass returns, as logits."""
 
@@ -132,38 +144,45 @@ class Segmenter(nn.Module):
         )
         return dict(encoded)
 
-    def ask(self, batch: Batch, tokens: dict[str, Tensor]) -> Tensor:
+    def ask(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Tensor:
         """Mask logits [B, 1, S, S] of the last of `passes` passes; after each, its mask takes the proposal's place.
 
-        The score stays: it says how far a prior was trusted to begin with.
+        The score stays: it says how far a prior was trusted to begin with. `pyramid` is that of the batch's images.
         """
         for _ in range(self.passes - 1):
-            found = self(batch, tokens).mask_logits.sigmoid()
+            found = self.decode(pyramid, batch, tokens).mask_logits.sigmoid()
             proposal = F.interpolate(found, batch.proposal.shape[-2:], mode="area")
             batch = replace(batch, proposal=proposal)
-        logits: Tensor = self(batch, tokens).mask_logits
-        return logits
+        return self.decode(pyramid, batch, tokens).mask_logits
 
     def forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
         """Batch (see Batch for shapes) and its tokens, on the network's device -> logits."""
-        with attention_kernels(batch.image.device):
-            return self._forward(batch, tokens)
+        return self.decode(self.encode_image(batch.image), batch, tokens)
 
-    def _forward(self, batch: Batch, tokens: dict[str, Tensor]) -> Output:
-        image = ((batch.image.float() - self.pixel_mean) / self.pixel_std).contiguous(memory_format=self.memory_format)
-        pyramid = list(self.image_encoder(image).feature_maps)
-        text = self.text_projection(self.text_encoder(**tokens).last_hidden_state)
-        gone = tokens["attention_mask"] == 0
-        pooled = self.pool_projection(pyramid[-2])
-        guidance = self.guidance(text, gone, batch.box, batch.has_box, pooled, batch.proposal, batch.proposal_score)
-        present = (~gone)[:, :, None].to(text.dtype)
-        told = guidance.mean(1) + (text * present).sum(1) / present.sum(1)
-        memory = torch.cat([guidance, text], dim=1)
-        memory_gone = F.pad(gone, (guidance.shape[1], 0), value=False)
-        mask_logits, refined_logits = self.decoder(
-            pyramid, told, memory, memory_gone, batch.proposal, batch.proposal_score
-        )
-        mask_logits = F.interpolate(mask_logits.float(), batch.image.shape[-2:], mode="bilinear", align_corners=False)
+    def encode_image(self, image: Tensor) -> Pyramid:
+        """Images [B, 3, S, S] uint8 -> their pyramid, which no sentence or prior changes."""
+        with attention_kernels(image.device):
+            scaled = (image.float() - self.pixel_mean) / self.pixel_std
+            features = list(self.image_encoder(scaled.contiguous(memory_format=self.memory_format)).feature_maps)
+            return Pyramid(self.decoder.join(features), self.pool_projection(features[-2]))
+
+    def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+        """The pyramid of a batch's images, the batch and its tokens -> logits; `batch.image` gives only the size."""
+        with attention_kernels(batch.image.device):
+            text = self.text_projection(self.text_encoder(**tokens).last_hidden_state)
+            gone = tokens["attention_mask"] == 0
+            guidance = self.guidance(
+                text, gone, batch.box, batch.has_box, pyramid.pooled, batch.proposal, batch.proposal_score
+            )
+            present = (~gone)[:, :, None].to(text.dtype)
+            told = guidance.mean(1) + (text * present).sum(1) / present.sum(1)
+            memory = torch.cat([guidance, text], dim=1)
+            memory_gone = F.pad(gone, (guidance.shape[1], 0), value=False)
+            mask_logits, refined_logits = self.decoder(
+                pyramid.levels, told, memory, memory_gone, batch.proposal, batch.proposal_score
+            )
+        size = batch.image.shape[-2:]
+        mask_logits = F.interpolate(mask_logits.float(), size, mode="bilinear", align_corners=False)
         return Output(mask_logits, refined_logits.float())
 
     def enable_gradient_checkpointing(self) -> None:

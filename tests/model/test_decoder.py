@@ -26,6 +26,10 @@ def inputs(sides: tuple[int, ...] = (16, 8, 4), batch: int = 2) -> dict[str, tor
     }
 
 
+def answer(network: Decoder, given: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    return network(**given | {"pyramid": network.join(given["pyramid"])})
+
+
 def decoder(levels: int = 3) -> Decoder:
     torch.manual_seed(0)
     made = Decoder([6 + row for row in range(levels)], DIM, heads=2).eval()
@@ -38,9 +42,9 @@ def decoder(levels: int = 3) -> Decoder:
     ("sides", "refined_side"),
     [((16, 8, 4), 16), ((32, 16, 8), 16), ((64, 32, 24), 24), ((8, 8, 8), 8)],
 )
-def test_masks_are_twice_as_fine_as_the_pyramid_and_proposals_as_fine_as_attention_allows(sides, refined_side):
-    """At most 16 x 16 places attend; where every level is finer, the coarsest does."""
-    mask_logits, refined_logits = decoder()(**inputs(sides))
+def test_masks_are_twice_as_fine_as_the_pyramid_and_proposals_as_the_level_that_is_compared(sides, refined_side):
+    """The finest level of at most 16 x 16 pixels; where there is none, the coarsest."""
+    mask_logits, refined_logits = answer(decoder(), inputs(sides))
     assert mask_logits.shape == (2, 1, 2 * sides[0], 2 * sides[0])
     assert refined_logits.shape == (2, 1, refined_side, refined_side)
 
@@ -48,7 +52,7 @@ def test_masks_are_twice_as_fine_as_the_pyramid_and_proposals_as_fine_as_attenti
 def test_images_need_not_be_square():
     given = inputs()
     given["pyramid"] = [random(4, 2, 6, 12, 20), random(5, 2, 7, 6, 10), random(6, 2, 8, 3, 5)]
-    mask_logits, refined_logits = decoder()(**given)
+    mask_logits, refined_logits = answer(decoder(), given)
     assert mask_logits.shape == (2, 1, 24, 40)
     assert refined_logits.shape == (2, 1, 12, 20)
 
@@ -56,11 +60,11 @@ def test_images_need_not_be_square():
 def test_tokens_that_are_gone_have_no_say_and_the_others_do():
     network, given = decoder(), inputs()
     with torch.no_grad():
-        before = network(**given)
+        before = answer(network, given)
         given["memory"][:, 3:] = 50.0
-        after = network(**given)
+        after = answer(network, given)
         given["memory"][:, 2] += 1.0
-        other = network(**given)
+        other = answer(network, given)
     for first, second in zip(before, after, strict=True):
         torch.testing.assert_close(first, second)
     assert not torch.allclose(other[0], after[0])
@@ -70,9 +74,9 @@ def test_tokens_that_are_gone_have_no_say_and_the_others_do():
 def test_what_is_told_and_proposed_reaches_mask_and_refined_proposal(name):
     network, given = decoder(), inputs()
     with torch.no_grad():
-        before = network(**given)
+        before = answer(network, given)
         given[name] = given[name] * 0.5 + 0.1
-        after = network(**given)
+        after = answer(network, given)
     for first, second in zip(before, after, strict=True):
         assert not torch.allclose(first, second)
 
@@ -80,21 +84,19 @@ def test_what_is_told_and_proposed_reaches_mask_and_refined_proposal(name):
 def test_every_level_of_the_pyramid_counts():
     network = decoder()
     with torch.no_grad():
-        before = network(**inputs())[0]
+        before = answer(network, inputs())[0]
         for level in range(3):
             given = inputs()
             given["pyramid"][level] = given["pyramid"][level] * 0.5
-            assert not torch.allclose(network(**given)[0], before)
+            assert not torch.allclose(answer(network, given)[0], before)
 
 
 def test_samples_do_not_see_each_other():
     network, given = decoder(), inputs(batch=3)
     with torch.no_grad():
-        together = network(**given)
-        alone = network(
-            [level[1:2] for level in given["pyramid"]],
-            *(given[name][1:2] for name in ("told", "memory", "gone", "proposal", "score")),
-        )
+        together = answer(network, given)
+        single = {name: given[name][1:2] for name in ("told", "memory", "gone", "proposal", "score")}
+        alone = answer(network, {"pyramid": [level[1:2] for level in given["pyramid"]], **single})
     for whole, single in zip(together, alone, strict=True):
         torch.testing.assert_close(whole[1:2], single, rtol=1e-4, atol=1e-4)
 
@@ -106,8 +108,54 @@ def test_a_new_gate_is_open():
     assert torch.equal(Gate(DIM)(features, random(2, 2, 1, 5, 5).sigmoid(), torch.ones(2)), features)
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("image_px", [96, 480, 640])
+def test_pixels_of_the_three_coarsest_levels_read_the_sentence_at_any_image_size(image_px):
+    network = decoder(levels=4)
+    given = inputs(tuple(image_px // stride for stride in (4, 8, 16, 32)), batch=1)
+    answer(network, given)[0].square().mean().backward()
+    read = [level.read.in_proj_weight.grad is not None for level in network.levels]
+    assert read == [True, True, True, False]  # coarse first
+
+
+@pytest.mark.parametrize("side", [16, 17, 40])
+def test_at_most_256_pixels_are_compared_at_once_and_all_of_them_take_part(side):
+    network, seen = decoder(), []
+    memory, gone = random(1, 1, 5, DIM), torch.zeros(1, 5, dtype=torch.bool)
+    network.fusion.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    x = random(2, 1, DIM, side, side).requires_grad_()
+    changed = network.compare(x, memory, gone) - x
+    assert changed.shape == x.shape
+    assert len(seen) == 1
+    assert 15 * 15 <= seen[0] <= 256
+    (gradient,) = torch.autograd.grad(changed[0, :, 0, 0].sum(), x)  # of one corner: every pixel has a say in it
+    assert (gradient[0].abs().sum(0) > 0).all()
+
+
+def test_a_comparison_of_cells_changes_a_flat_map_as_one_of_pixels_does():
+    """Where all pixels are alike, averages are exact: a map of 20 x 20 is changed as one of 16 x 16."""
+    network = decoder()
+    memory, gone = random(1, 1, 5, DIM), torch.zeros(1, 5, dtype=torch.bool)
+    flat = random(2, 1, DIM, 1, 1)
+    with torch.no_grad():
+        large, small = (network.compare(flat.expand(1, DIM, side, side), memory, gone) for side in (20, 16))
+    torch.testing.assert_close(large, small[..., :1, :1].expand_as(large), rtol=1e-4, atol=1e-4)
+
+
+def test_neighboring_places_differ_also_in_half_precision():
+    """640 px: the finest level has 160 places a side; 1,024 places are far more than bf16 tells apart in 0..1."""
+    network = decoder().levels[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        placed = network.placed(1, 1024, CPU)
+    assert placed.dtype == torch.float32
+    assert (placed[0, :, 0, 1:] - placed[0, :, 0, :-1]).abs().amax(0).min() > 1e-4
+    torch.testing.assert_close(placed, network.placed(1, 1024, CPU))
+
+
 def test_places_are_pixel_centres_row_by_row():
-    places = positions(2, 4, torch.zeros(1))
+    places = positions(2, 4, CPU)
     expected = [(y, x) for y in (0.25, 0.75) for x in (0.125, 0.375, 0.625, 0.875)]
     torch.testing.assert_close(places[:, :2], torch.tensor(expected))
     assert len({tuple(row) for row in places.tolist()}) == 8
