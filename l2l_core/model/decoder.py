@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,8 @@ class Level(nn.Module):
         x = features
         if below is not None:
             x = x + F.interpolate(below, x.shape[-2:], mode="bilinear", align_corners=False)
-        x = x + self.placed(*x.shape[-2:], x.device).to(x.dtype)
+        height, width = x.shape[-2:]
+        x = x + self.placed(height, width, x.device).to(x.dtype)
         scale, shift = self.modulate(told)[:, :, None, None].chunk(2, dim=1)
         x = x + self.mix(self.gate(F.gelu(self.norm(x) * (1 + scale) + shift), proposal, score))
         if memory is not None:
@@ -140,7 +142,8 @@ class Decoder(nn.Module):
 
     def join(self, features: list[Tensor]) -> list[Tensor]:
         """A backbone's levels [B, C, h, w], finest first -> [B, D, h, w] each: all that is read of an image."""
-        return [level.join(one) for level, one in zip(reversed(self.levels), features, strict=True)]
+        joins = [cast(Level, level).join for level in reversed(self.levels)]
+        return [join(one) for join, one in zip(joins, features, strict=True)]
 
     def compare(self, x: Tensor, memory: Tensor, gone: Tensor) -> Tensor:
         """Self-attention over pixels [B, D, h, w], which also read the memory once more -> [B, D, h, w].
