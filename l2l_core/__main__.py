@@ -92,8 +92,8 @@ def predict(
     ] = False,
     polygons: Polygons = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="pairs at once (default: evaluate.batch_size, for the very same masks)")
-    ] = None,
+        int, typer.Option(min=1, help="most pairs computed at once; masks differ by rounding at most")
+    ] = 32,
 ) -> None:
     """Masks for images of your own.
 
@@ -105,18 +105,15 @@ def predict(
 
     if pairs and words:
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
-    params = load_params()
-    if batch_size is not None:
-        params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"batch_size": batch_size})})
     folder = model_folder(run)
     asked = predictions.ask_file(pairs) if pairs else predictions.ask_about(words or [])
     turned = predictions.turned_images(asked)
     if turned:
         print(f"note: an EXIF tag turns {shorten(turned)}; pixels are used as stored, so save them upright")
     with predictions.predictions_folder(out) as building:
-        predictor = Predictor.from_run(folder, params.train)
-        told = predictions.find_priors(asked, params) if with_priors else None
-        answered = predictions.answer(predictor, asked, told, params)
+        predictor = Predictor.from_run(folder)
+        told = predictions.find_priors(asked, predictor.fitted(load_params())) if with_priors else None
+        answered = predictions.answer(predictor, asked, told, batch_size)
         predictions.write_predictions(asked, answered, building, polygons=polygons)
     empty = (rle_area_px_all(answered.rle, answered.pairs.hw) == 0).sum()
     print(f"masks by {folder}: {len(asked)}, of them with a prior {answered.with_prior.sum()}, empty {empty}: {out}")
@@ -202,7 +199,7 @@ def export_model(
 
     folder = model_folder(run)
     with added_to(out) as building:
-        write_onnx(Segmenter.load(folder), building / "model.onnx", load_params().proposals)
+        write_onnx(Segmenter.load(folder), building / "model.onnx")
     print(f"{folder}: {out / 'model.onnx'}; tokenizer: {folder / 'tokenizer'}")
 
 

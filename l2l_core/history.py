@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ def extend_history(params: Params, number: int) -> None:
     """
     folder = records.round_folder(number)
     if number == 0:
-        predictions = [predict(params, records.SUPERVISED_FOLDER / "model", "supervised", with_prior=False)]
+        predictions = predict(params, records.SUPERVISED_FOLDER / "model", "supervised", [False])
         training = training_rows(records.SUPERVISED_FOLDER / "curves", "supervised")
         labels, policy = [records.PSEUDO_LABELS.empty_table()], []
     else:
@@ -39,8 +40,7 @@ def extend_history(params: Params, number: int) -> None:
         policy = read_rows(before / "policy.csv")
         policy += [{"round": str(number), **row} for row in read_rows(folder / "policy.csv")]
     name = f"round_{number}"
-    for with_prior in (True, False):
-        predictions.append(predict(params, folder / "model", name, with_prior=with_prior))
+    predictions += predict(params, folder / "model", name, [True, False])
     training += training_rows(folder / "curves", name)
     with whole_folder(folder / "history") as out:
         records.write_table(pa.concat_tables(predictions), out / "predictions.parquet", records.PREDICTIONS)
@@ -49,24 +49,24 @@ def extend_history(params: Params, number: int) -> None:
         write_rows(out / "policy.csv", POLICY_COLUMNS, policy)
 
 
-def predict(params: Params, model: Path, name: str, *, with_prior: bool) -> pa.Table:
-    """Masks of all evaluated sentences by one model (records.PREDICTIONS)."""
-    pairs = pairs_of(params, "eval", with_priors=with_prior)
+def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) -> list[pa.Table]:
+    """Masks of all evaluated sentences by one model (records.PREDICTIONS), for each entry of `with_prior`."""
+    pairs = pairs_of(params, "eval", with_priors=any(with_prior))
     predictor = Predictor.from_run(model, params.train)
-    asked = "with prior" if with_prior else "no prior"
-    masks = predictor.masks(
-        batches_of(params, pairs), params.evaluate.batch_size, with_prior=with_prior, what=f"{name}, {asked}"
-    )
+    masks = predictor.masks(batches_of(params, pairs), params.evaluate.batch_size, with_prior, name)
     count = len(pairs)
     columns = {
-        "model": [name] * count,
-        "with_prior": [with_prior] * count,
         "sent_id": pairs.sent_id,
         "height": pairs.hw[:, 0].astype("int32"),
         "width": pairs.hw[:, 1].astype("int32"),
-        "rle_counts": list(masks),
     }
-    return pa.table(columns, schema=records.PREDICTIONS)
+    return [
+        pa.table(
+            columns | {"model": [name] * count, "with_prior": [shown] * count, "rle_counts": found},
+            schema=records.PREDICTIONS,
+        )
+        for shown, found in zip(with_prior, masks, strict=True)
+    ]
 
 
 def training_rows(curves: Path, model: str) -> list[dict[str, str]]:

@@ -177,19 +177,22 @@ def live_priors(asked: Asked, params: Params, ask: AskMllm) -> Told:
     return Told(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))
 
 
-def answer(predictor: Predictor, asked: Asked, told: Told | None, params: Params) -> Answered:
+def answer(predictor: Predictor, asked: Asked, told: Told | None, batch_size: int = 1) -> Answered:
     """Ask the network about every pair, with its prior where there is one; None: without any.
 
-    Masks are bit for bit those of the stage `predict` with the same parameters and priors.
+    At most `batch_size` pairs are computed at once. Masks are those of the stage `predict` with the same priors, but
+    for pixels whose logit rounds to another side of 0: the stage computes batches of one size, filled up.
     """
     paths, sizes = [file.file_name for file in asked.image], [(file.height, file.width) for file in asked.image]
-    pairs = bare_pairs(paths, sizes, asked.sentence, params.proposals.size_px)
+    network = predictor.network
+    proposals = network.known_proposals()
+    pairs = bare_pairs(paths, sizes, asked.sentence, proposals.size_px)
     if told is not None:
         pairs = replace(pairs, sent_id=told.sent_id)
-        pairs = with_priors(pairs, told.priors, told.proposals, params.proposals.flat_prob)
-    batches = BatchMaker(pairs, predictor.network.params.image_size_px, params.proposals.flat_prob)
-    masks = predictor.masks(batches, params.evaluate.batch_size, with_prior=told is not None, what="predict")
-    return Answered(pairs, list(masks))
+        pairs = with_priors(pairs, told.priors, told.proposals, proposals.flat_prob)
+    batches = BatchMaker(pairs, network.params.image_size_px, proposals.flat_prob)
+    (masks,) = predictor.masks(batches, batch_size, [told is not None], "predict", fill=False)
+    return Answered(pairs, masks)
 
 
 @contextmanager

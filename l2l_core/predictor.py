@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2l_core.config import Params, TrainParams, load_params
+from l2l_core.config import LIVE_BACKENDS, Params, TrainParams
 from l2l_core.data.augment import mirror
 from l2l_core.data.dataset import Batch, BatchMaker, Pairs, read_image
 from l2l_core.engine.loop import choose_device, move_batch, to_device
+from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.masks import BoolMask, decode_rle, encode_rle
-from l2l_core.model.segmenter import Segmenter
+from l2l_core.model.segmenter import Pyramid, Segmenter
 from l2l_core.progress import progress
 from l2l_core.selection.features import Views
+
+IMAGES_AT_ONCE = 16
+"""Images that are encoded together: enough to keep a GPU busy, and few to hold beside a batch of pairs."""
 
 
 @dataclass(frozen=True)
@@ -40,68 +44,184 @@ class Predictor:
 
     @classmethod
     def from_run(cls, folder: str | Path, params: TrainParams | None = None) -> Predictor:
-        """Load a model folder, for example data/rounds/2/model; `params` are those in the current folder unless given.
+        """Load a model folder, for example data/rounds/2/model, which is enough to use the model.
 
-        Raises ArtifactError where it is not one, ConfigError where there are no parameters.
+        params: device and precision; without them the device is chosen, and the precision that of the training. Raises
+        ArtifactError where the folder holds no usable model, or, without `params`, does not say how it was trained.
         """
-        return cls.of(Segmenter.load(folder), params or load_params().train)
+        network = Segmenter.load(folder)
+        if params is not None:
+            return cls.of(network, params)
+        try:
+            network.known_proposals()
+        except ArtifactError as error:
+            raise ArtifactError(f"{folder}: {error}") from None
+        device = choose_device("auto")
+        network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        return cls(network, device, network.precision or "fp32")
 
-    def predict(self, image: str | Path, sentence: str, params: Params | None = None) -> BoolMask:
+    def predict(self, image: str | Path, sentence: str) -> BoolMask:
         """Mask [H, W] of what a sentence means in an image (JPEG, PNG, ...), at the image's own size; without a prior.
 
-        It is the evaluated model's, bit for bit. `params` are those in the current folder unless given. Raises
-        InputError where the image cannot be read, ConfigError where there are no parameters.
+        It is the evaluated model's, but for pixels whose logit rounds to another side of 0. Raises InputError where the
+        image cannot be read, ArtifactError where the model does not know its proposals.
         """
-        project = params or load_params()
+        proposals = self.network.known_proposals()
         height, width = read_image(image).shape[:2]
-        pairs = bare_pairs([str(image)], [(height, width)], [sentence], project.proposals.size_px)
-        batches = BatchMaker(pairs, self.network.params.image_size_px, project.proposals.flat_prob)
-        (counts,) = self.masks(batches, project.evaluate.batch_size, with_prior=False, what="predict")
+        pairs = bare_pairs([str(image)], [(height, width)], [sentence], proposals.size_px)
+        batches = BatchMaker(pairs, self.network.params.image_size_px, proposals.flat_prob)
+        ((counts,),) = self.masks(batches, 1, [False], "predict", fill=False)
         return decode_rle(counts, height, width)
 
+    def fitted(self, params: Params) -> Params:
+        """A project's parameters, with proposals rendered as the network knows them.
+
+        Raises ConfigError where proposals that are recorded already were rendered in another way.
+        """
+        mine = self.network.known_proposals()
+        if params.proposals != mine and params.priors.backend not in LIVE_BACKENDS:
+            name = next(key for key, value in mine if getattr(params.proposals, key) != value)
+            raise ConfigError(
+                f"params.yaml: proposals.{name}: got {getattr(params.proposals, name)}, but the model was trained with "
+                f"{getattr(mine, name)}; recorded priors are of use to a model of the same proposals only"
+            )
+        return params.model_copy(update={"proposals": mine})
+
     @torch.inference_mode()
-    def logits(self, batch: Batch) -> Tensor:
-        """Mask logits [B, 1, S, S] float32 on the CPU, after as many passes as the network was made for."""
+    def encode(self, image: Tensor) -> Pyramid:
+        """Images [B, 3, S, S] uint8 -> their pyramid, on the device."""
+        with self._cast():
+            return self.network.encode_image(image.to(self.device))
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, pyramid: Pyramid | None = None) -> Tensor:
+        """Mask logits [B, 1, S, S] float32 on the CPU, after as many passes as the network was made for.
+
+        pyramid: of the batch's images, where they are encoded already.
+        """
+        pyramid = self.encode(batch.image) if pyramid is None else pyramid
         tokens = to_device(self.network.tokenize(batch), self.device)
-        cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        batch = move_batch(batch, self.device)
-        with cast:
-            logits = self.network.ask(self.network.encode_image(batch.image), batch, tokens)
+        with self._cast():
+            logits = self.network.ask(pyramid, move_batch(batch, self.device), tokens)
         return logits.float().cpu()
 
-    def masks(self, batches: BatchMaker, batch_size: int, *, with_prior: bool, what: str) -> Iterator[bytes]:
-        """Masks of all pairs at their image's own size as run lengths, in order (probability > 0.5)."""
-        pairs = batches.pairs
-        hidden = np.full(batch_size, not with_prior)
-        for rows in batched_rows(len(pairs), batch_size, what):
-            # Filled up with repeats: kernels for other sizes sum in another order, and a mask must not depend on how
-            # many others are asked for.
-            full = np.resize(rows, batch_size)
-            logits = self.logits(batches(full, None, hidden))[: len(rows)]
-            for one, (height, width) in zip(logits, pairs.hw[rows], strict=True):
-                yield encode_rle(at_size(one, int(height), int(width)) > 0)
+    def masks(
+        self, batches: BatchMaker, batch_size: int, with_prior: Sequence[bool], what: str, *, fill: bool = True
+    ) -> list[list[bytes]]:
+        """Masks (probability > 0.5) of all pairs at their image's own size as run lengths, in the order of the pairs.
 
-    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[Views]:
-        """What this teacher says of all pairs, batch by batch: with prior, mirrored, and without prior."""
+        One list for each entry of `with_prior`, which says whether the network sees the priors. fill: the bytes of a
+        mask are a function of its own pair and batch_size; without it nothing is computed but what is there, and
+        logits can differ by rounding.
+        """
+        pairs = batches.pairs
+        found = [[b""] * len(pairs) for _ in with_prior]
+        for block in self._blocks(batches, batch_size, what, fill=fill):
+            for masks, shown in zip(found, with_prior, strict=True):
+                hidden = np.full(len(block.rows), not shown)
+                logits = self.logits(batches(block.rows, None, hidden, block.images.pixels), block.images.pyramid)
+                for row, one in zip(block.rows[: block.count], logits, strict=False):
+                    height, width = pairs.hw[row].tolist()
+                    masks[row] = encode_rle(at_size(one, height, width) > 0)
+        return found
+
+    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
+        """What this teacher says of all pairs: rows [B] of pairs with their views, until each row has come once.
+
+        A view is asked with prior, mirrored, and without prior. Rows of one image come one after the other. The bytes
+        of a view are a function of its own pair and batch_size.
+        """
         pairs = batches.pairs
         words = np.array([len(sentence.split()) for sentence in pairs.sentence], dtype=np.int64)
-        for rows in batched_rows(len(pairs), batch_size, what):
-            batch = batches(rows)
+        for block in self._blocks(batches, batch_size, what, fill=True, mirrored=True):
+            images, count, rows = block.images, block.count, block.rows[: block.count]
+            batch = batches(block.rows, None, None, images.pixels)
+            bare = batches(block.rows, None, np.ones(len(block.rows), dtype=bool), images.pixels)
             size = batch.image.shape[-1]
-            prob = self.logits(batch).sigmoid()
-            flipped = self.logits(mirror(batch)).sigmoid().flip(-1)
-            without = self.logits(batches(rows, None, np.ones(len(rows), dtype=bool))).sigmoid()
+            prob = self.logits(batch, images.pyramid).sigmoid()
+            flipped = self.logits(mirror(batch), images.mirrored).sigmoid().flip(-1)
+            without = self.logits(bare, images.pyramid).sigmoid()
             proposal = F.interpolate(batch.proposal, (size, size), mode="bilinear", align_corners=False)
-            yield Views(
+            views = Views(
                 sent_id=pairs.sent_id[rows],
-                image=batch.image.permute(0, 2, 3, 1).numpy(),
-                prob=prob[:, 0].numpy(),
-                prob_flipped=flipped[:, 0].numpy(),
-                prob_no_prior=without[:, 0].numpy(),
-                proposal=proposal[:, 0].numpy(),
-                proposal_score=batch.proposal_score.numpy(),
+                image=batch.image[:count].permute(0, 2, 3, 1).numpy(),
+                prob=prob[:count, 0].numpy(),
+                prob_flipped=flipped[:count, 0].numpy(),
+                prob_no_prior=without[:count, 0].numpy(),
+                proposal=proposal[:count, 0].numpy(),
+                proposal_score=batch.proposal_score[:count].numpy(),
                 words=words[rows],
             )
+            yield rows, views
+
+    def _cast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def _images(self, pixels: Tensor, *, mirrored: bool) -> _Images:
+        return _Images(pixels, self.encode(pixels), self.encode(pixels.flip(-1)) if mirrored else None)
+
+    def _blocks(
+        self, batches: BatchMaker, batch_size: int, what: str, *, fill: bool, mirrored: bool = False
+    ) -> Iterator[_Block]:
+        """All pairs by image, `batch_size` at a time; each image is encoded once, and once mirrored where wanted.
+
+        fill: always so many images and pairs are computed at once, the last ones filled up with repeats: kernels for
+        other sizes sum in another order.
+        """
+        order = np.argsort(batches.pairs.image_row, kind="stable")
+        image_rows, rank = np.unique(batches.pairs.image_row[order], return_inverse=True)
+        held: dict[int, _Images] = {}
+        for places in batched_rows(len(order), batch_size, what):
+            full = _filled(places, batch_size) if fill else places
+            group, place = np.divmod(rank[full], IMAGES_AT_ONCE)
+            encoded, held = held, {}
+            for number in np.unique(group).tolist():
+                if number not in encoded:
+                    some = image_rows[number * IMAGES_AT_ONCE : (number + 1) * IMAGES_AT_ONCE]
+                    pixels = batches.pixels(_filled(some, IMAGES_AT_ONCE) if fill else some)
+                    encoded[number] = self._images(pixels, mirrored=mirrored)
+                held[number] = encoded[number]
+            # Groups rise from place to place, so that their parts stand in the order of the places.
+            parts = [images.take(torch.from_numpy(place[group == number])) for number, images in held.items()]
+            yield _Block(order[full], len(places), _Images.cat(parts))
+
+
+@dataclass(frozen=True)
+class _Images:
+    """B images as the network read them."""
+
+    pixels: Tensor  # [B, 3, S, S] uint8
+    pyramid: Pyramid
+    mirrored: Pyramid | None  # of the mirrored images
+
+    def take(self, rows: Tensor) -> _Images:
+        mirrored = None if self.mirrored is None else self.mirrored.take(rows)
+        return _Images(self.pixels[rows], self.pyramid.take(rows), mirrored)
+
+    @classmethod
+    def cat(cls, parts: Sequence[_Images]) -> _Images:
+        if len(parts) == 1:
+            return parts[0]
+        mirrored = [part.mirrored for part in parts if part.mirrored is not None]
+        return cls(
+            torch.cat([part.pixels for part in parts]),
+            Pyramid.cat([part.pyramid for part in parts]),
+            Pyramid.cat(mirrored) if mirrored else None,
+        )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Pairs that are computed at once."""
+
+    rows: NDArray[np.int64]  # [B]
+    count: int  # the first so many rows are asked for; the others repeat the last of them
+    images: _Images  # of each row
+
+
+def _filled(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Rows [N], the last one repeated until there are `count`."""
+    return np.pad(rows, (0, count - len(rows)), mode="edge")
 
 
 def bare_pairs(

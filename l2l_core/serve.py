@@ -79,7 +79,8 @@ class Desk:
         """Load the model in a folder, and the backend. Raises L2LError where one of them cannot be loaded."""
         is_live = params.priors.backend in LIVE_BACKENDS
         backend = make_backend(params.priors, records.INDEX) if is_live else None
-        return cls(Predictor.from_run(folder, params.train), params, backend, max_mb)
+        predictor = Predictor.from_run(folder)
+        return cls(predictor, predictor.fitted(params), backend, max_mb)
 
     def look(self, image: Path | None, sentence: str) -> Seen:
         """Ask about one pair. Raises InputError where image or sentence cannot be used, and what the backend raises."""
@@ -88,7 +89,7 @@ class Desk:
         _check_size(image, self.max_mb)
         asked = ask_each([image], sentence)
         told = self._told(asked)
-        answered = answer(self.predictor, asked, told, self.params)
+        answered = answer(self.predictor, asked, told)
         picture = overlays.fit(read_image(image), PICTURE_PX)
         answers = [] if told is None else _answers(told)
         mask = decode_rle(answered.rle[0], asked.image[0].height, asked.image[0].width)

@@ -53,7 +53,8 @@ def predictor(network: nn.Module) -> Predictor:
 
 
 def masks_of(asked: Predictor, batches, batch_size=2, *, with_prior=True) -> list[bytes]:
-    return list(asked.masks(batches, batch_size, with_prior=with_prior, what="test"))
+    (found,) = asked.masks(batches, batch_size, [with_prior], "test")
+    return found
 
 
 # --- passes
@@ -186,7 +187,7 @@ def test_a_run_on_disk_answers_as_it_did_before(pairs, tmp_path):
 
 
 def test_views_of_a_network_that_mirrors_exactly_agree(pairs):
-    (views,) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
+    ((_, views),) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
     np.testing.assert_array_equal(views.prob, views.prob_flipped)
     np.testing.assert_array_equal(views.prob, views.prob_no_prior)
     assert views.prob.shape == (5, SIZE_PX, SIZE_PX)
@@ -194,7 +195,7 @@ def test_views_of_a_network_that_mirrors_exactly_agree(pairs):
 
 def test_the_flipped_map_is_turned_back_onto_the_image(pairs):
     """Logits are image + ramp. Asked of the mirrored image and turned back, the ramp runs the other way."""
-    (views,) = predictor(Stub(ramp=1.5)).views(toy_batches(pairs), 8, "test")
+    ((_, views),) = predictor(Stub(ramp=1.5)).views(toy_batches(pairs), 8, "test")
     image = toy_batches(pairs)(np.arange(5)).image[:, 0].numpy() / 64 - 2
     ramp = 1.5 * np.linspace(-1, 1, SIZE_PX)
     np.testing.assert_allclose(views.prob, 1 / (1 + np.exp(-(image + ramp))), rtol=1e-5)
@@ -205,9 +206,9 @@ def test_the_three_questions_of_a_view(pairs):
     stub = Stub()
     list(predictor(stub).views(toy_batches(pairs), 8, "test"))
     asked, mirrored, without = stub.asked
-    assert asked.sentence == without.sentence == pairs.sentence
-    assert mirrored.sentence == [mirror_sentence(text) for text in pairs.sentence]
-    assert mirrored.sentence != pairs.sentence
+    assert asked.sentence == without.sentence == [*pairs.sentence, *pairs.sentence[-1:] * 3]  # filled up to 8
+    assert mirrored.sentence == [mirror_sentence(text) for text in asked.sentence]
+    assert mirrored.sentence != asked.sentence
     assert torch.equal(mirrored.proposal, asked.proposal.flip(-1))
     assert mirrored.has_box.all()
     assert not without.has_box.any()
@@ -215,7 +216,7 @@ def test_the_three_questions_of_a_view(pairs):
 
 def test_views_that_hear_the_prior_tell_the_two_apart(pairs):
     stub = Stub(told=lambda batch, row: 2.0 * batch.has_box[row] + len(batch.sentence[row]) / 10)
-    views = list(predictor(stub).views(toy_batches(pairs), 2, "test"))
+    views = [view for _, view in predictor(stub).views(toy_batches(pairs), 2, "test")]
     assert [len(view.sent_id) for view in views] == [2, 2, 1]
     np.testing.assert_array_equal(np.concatenate([view.sent_id for view in views]), pairs.sent_id)
     logit = [np.log(prob) - np.log1p(-prob) for prob in (views[0].prob, views[0].prob_no_prior)]
@@ -224,7 +225,7 @@ def test_views_that_hear_the_prior_tell_the_two_apart(pairs):
 
 def test_views_carry_proposal_score_and_number_of_words(pairs):
     pairs = replace(pairs, sentence=["cup", "a  cup on the left", "", "one two", "x"], proposal_score=np.arange(5) / 5)
-    (views,) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
+    ((_, views),) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
     assert views.words.tolist() == [1, 5, 0, 2, 1]
     np.testing.assert_allclose(views.proposal_score, np.arange(5) / 5, rtol=1e-6)
     small = views.proposal.reshape(5, 16, 2, 16, 2).mean((2, 4))

@@ -141,17 +141,27 @@ class BatchMaker:
         """The images, decoded when first asked for."""
         return ImageStore(self.pairs.image_path, self.size_px)
 
+    def pixels(self, image_rows: NDArray[np.int64]) -> Tensor:
+        """Images by row [B] -> [B, 3, S, S] uint8 RGB. Raises InputError where one cannot be read."""
+        return torch.from_numpy(np.stack([self.images[row] for row in image_rows])).permute(0, 3, 1, 2)
+
     def __call__(
-        self, rows: NDArray[np.int64], targets: Targets | None = None, no_prior: NDArray[np.bool_] | None = None
+        self,
+        rows: NDArray[np.int64],
+        targets: Targets | None = None,
+        no_prior: NDArray[np.bool_] | None = None,
+        image: Tensor | None = None,
     ) -> Batch:
-        """Rows [B] -> batch. `targets` has one entry a row of `pairs`; `no_prior` [B] hides the prior of a pair."""
+        """Rows [B] -> batch. `targets` has one entry a row of `pairs`; `no_prior` [B] hides the prior of a pair.
+
+        image: the rows' `pixels`, where they are known already.
+        """
         pairs = self.pairs.take(rows)
         hidden = np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior
         proposal = pairs.proposal.astype(np.float32) / 255.0
         proposal[hidden] = np.float32(_flat_level(self.flat_prob)) / 255.0
-        image = np.stack([self.images[row] for row in pairs.image_row])
         batch = Batch(
-            image=torch.from_numpy(image).permute(0, 3, 1, 2),
+            image=self.pixels(pairs.image_row) if image is None else image,
             sentence=pairs.sentence,
             prior_text=["" if gone else text for text, gone in zip(pairs.prior_text, hidden, strict=True)],
             box=torch.from_numpy(np.where(hidden[:, None], np.float32(0), pairs.box)),

@@ -113,4 +113,5 @@ def run_training(
             with live_curve(curves_out) as log:
                 trained = train(network, streams, steps, params.train, seed, purpose, checkpoint, log)
         with whole_folder(model_out) as folder:
+            trained.teacher.proposals, trained.teacher.precision = params.proposals, params.train.precision
             trained.teacher.save(folder)

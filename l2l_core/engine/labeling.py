@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from l2l_core import records
 from l2l_core.config import Params
@@ -41,6 +42,12 @@ class Labels:
     confident: list[bytes]  # `threshold`: pixels that pass the fixed confidence threshold; else empty
     weight: list[bytes]  # `semires`: how much the pixels teach, as in records.PSEUDO_LABELS; else empty
 
+    def in_order(self, rows: NDArray[np.int64]) -> Labels:
+        """Labels that were made in another order than the pairs': the k-th of pair `rows[k]`."""
+        order = np.argsort(rows)
+        confident, weight = ([part[row] for row in order] if part else [] for part in (self.confident, self.weight))
+        return Labels(self.pairs, [self.candidates[row] for row in order], confident, weight)
+
 
 def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candidates]:
     """What the teacher says of every unlabelled sentence: its candidate labels, and how a policy sees them.
@@ -54,13 +61,12 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
             "(split.labeled_fraction, split.list_file)"
         )
     names = params.select.constructed
-    labels, parts = Labels(batches.pairs, [], [], []), []
-    hw = iter(batches.pairs.hw.tolist())
-    for views in teacher.views(batches, params.evaluate.batch_size, "label"):
+    labels, parts, visited = Labels(batches.pairs, [], [], []), [], []
+    for rows, views in teacher.views(batches, params.evaluate.batch_size, "label"):
+        visited.append(rows)
         masks = construct(views, names)
         parts.append(describe(views, masks, names, params.select.grid))
-        for prob, made in zip(views.prob, masks, strict=True):
-            height, width = next(hw)
+        for (height, width), prob, made in zip(batches.pairs.hw[rows].tolist(), views.prob, masks, strict=True):
             # The teacher's own mask is cut after resizing, as in evaluation.
             soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
             full = [resize_prob(one.astype(np.float32), height, width) for one in soft]
@@ -70,7 +76,7 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
             if params.select.policy == "semires":
                 weight = semires_weight(resize_prob(prob, params.proposals.size_px, params.proposals.size_px))
                 labels.weight.append(np.rint(weight * 255).astype(np.uint8).tobytes())
-    return labels, concatenate(parts)
+    return labels.in_order(np.concatenate(visited)), concatenate(parts, visited)
 
 
 def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]:
@@ -90,16 +96,15 @@ def judge_labeled(
     params: Params, teacher: Predictor, batches: BatchMaker, targets: Targets, what: str
 ) -> tuple[Candidates, Outcome]:
     """How a teacher would label pairs whose truth is known, and how right that is, in the order of the pairs."""
-    names, done = params.select.constructed, 0
-    candidates, outcomes = [], []
-    for views in teacher.views(batches, params.evaluate.batch_size, what):
-        rows = np.arange(done, done + len(views.sent_id))
+    names = params.select.constructed
+    candidates, outcomes, visited = [], [], []
+    for rows, views in teacher.views(batches, params.evaluate.batch_size, what):
+        visited.append(rows)
         truth = batches.square_masks(targets.take(rows).label, rows)
         masks = construct(views, names)
         candidates.append(describe(views, masks, names, params.select.grid))
         outcomes.append(judge(views.sent_id, masks, truth, params.select.grid))
-        done += len(rows)
-    return concatenate(candidates), concatenate(outcomes)
+    return concatenate(candidates, visited), concatenate(outcomes, visited)
 
 
 def judge_unlabeled(params: Params, labels: Labels, masks_path: Path) -> Outcome:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from l2l_core.config import ProposalsParams
 from l2l_core.data.dataset import Batch
 from l2l_core.errors import ConfigError
 from l2l_core.model.segmenter import Segmenter
@@ -43,15 +42,17 @@ def onnx_inputs(batch: Batch, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: getattr(batch, name) for name in IMAGE_INPUTS} | tokens
 
 
-def write_onnx(network: Segmenter, path: Path, proposals: ProposalsParams) -> None:
+def write_onnx(network: Segmenter, path: Path) -> None:
     """Write the network in one file, for one pair at a time; the output `mask_logits` is foreground above 0.
 
     Inputs have the shapes and ranges of Batch and the tokenizer's (model folder, tokenizer/), padded to
     `max_text_tokens`. What a caller has to know besides is in the file's metadata: image_size_px, max_text_tokens,
-    proposal_size_px, flat_prob. Raises ConfigError where onnx and onnxscript are not installed.
+    proposal_size_px, flat_prob. Raises ConfigError where onnx and onnxscript are not installed, ArtifactError where the
+    network does not know its proposals.
     """
     if not all(find_spec(name) for name in NEEDED):
         raise ConfigError(f"export-model: needs {' and '.join(NEEDED)}: pip install -r requirements-export.txt")
+    proposals = network.known_proposals()
     network = copy.deepcopy(network).cpu()
     for encoder in (network.image_encoder, network.text_encoder):
         encoder.set_attn_implementation("eager")  # torch cannot take apart Swin's fused attention

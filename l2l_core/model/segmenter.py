@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from l2l_core.config import ModelParams
+from l2l_core.config import ModelParams, ProposalsParams
 from l2l_core.data.dataset import Batch
 from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.model.decoder import Decoder
@@ -42,8 +43,14 @@ class Pyramid:
     pooled: Tensor  # [B, D, h, w] of the second coarsest level, for the guidance
 
     def take(self, rows: Tensor) -> Pyramid:
-        """The pyramid of some images, rows [N] int64 in 0..B-1, in that order; a row may come several times."""
+        """The pyramid of some images, rows [N] int64 on any device, in that order."""
         return Pyramid([level[rows] for level in self.levels], self.pooled[rows])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Pyramid]) -> Pyramid:
+        """The images of several pyramids, one after the other."""
+        levels = [torch.cat(list(level)) for level in zip(*(part.levels for part in parts), strict=True)]
+        return cls(levels, torch.cat([part.pooled for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,14 @@ class Segmenter(nn.Module):
     """Encoders, guidance and decoder, with the tokenizer that belongs to them.
 
     passes: how often a pair is looked at when the network is asked; see `ask`. Training looks once.
+    proposals, precision: what it was trained with, where that is known; `save` stores them, so that a folder is enough
+    to use the network.
     """
 
     memory_format = torch.channels_last  # faster on CPUs and GPUs; see bench/training.py
     passes = 1
+    proposals: ProposalsParams | None = None
+    precision: str | None = None
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -112,9 +123,11 @@ class Segmenter(nn.Module):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             passes = int(config.pop("passes", cls.passes))
+            proposals, precision = config.pop("proposals", None), config.pop("precision", None)
             params = ModelParams.model_validate(config)
             network = cls(params, AutoTokenizer.from_pretrained(folder / "tokenizer"), *blank_encoders(folder))
-            network.passes = passes
+            network.passes, network.precision = passes, precision
+            network.proposals = None if proposals is None else ProposalsParams.model_validate(proposals)
             network.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: no usable model: {' '.join(str(error).split())[:300]}") from None
@@ -127,9 +140,20 @@ class Segmenter(nn.Module):
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
         config = self.params.model_dump() | {"passes": self.passes}
+        if self.proposals is not None:
+            config |= {"proposals": self.proposals.model_dump(), "precision": self.precision}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         save_encoder_configs(folder, self.image_encoder, self.text_encoder)
+
+    def known_proposals(self) -> ProposalsParams:
+        """The proposals that it was trained with. Raises ArtifactError where they are not known."""
+        if self.proposals is None:
+            raise ArtifactError(
+                "config.json of the model lacks `proposals` and `precision`, as models of earlier versions do; "
+                "add the section `proposals` and `train.precision` of the params.yaml of its training, or train again"
+            )
+        return self.proposals
 
     def tokenize(self, batch: Batch) -> dict[str, Tensor]:
         """Sentence and prior text as one pair of segments, padded to a fixed length so that shapes never vary."""

@@ -77,12 +77,12 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float) -
     count = max(1, min(len(sample.pairs), params.evaluate.batch_size, fits))
     rows = np.arange(count)
     batches = _batches(params, sample.pairs.take(rows))
-    views, view_s = _timed(lambda: next(predictor.views(batches, count, "check")))
+    (_, views), view_s = _timed(lambda: next(predictor.views(batches, count, "check")))
     ask_s = view_s / VIEWS / count
     # An untrained network's masks are noise, which GrabCut takes another time for than for an object.
     seen = replace(views, prob=views.proposal, prob_flipped=views.proposal)
     (masks, candidates), label_s = _timed(lambda: _label(params, seen))
-    _, masks_s = _timed(lambda: list(predictor.masks(batches, count, with_prior=True, what="check")))
+    _, masks_s = _timed(lambda: predictor.masks(batches, count, [True], "check"))
     policy_s = 0.0
     if params.select.policy == "reinforce":
         truth = batches.square_masks(sample.targets.take(rows).label, rows)

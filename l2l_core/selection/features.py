@@ -198,11 +198,15 @@ def agreement(cells: NDArray[np.float16]) -> FloatArray:
     return np.clip(shares, 0.0, 1.0)  # half precision leaves shares a hair below 0
 
 
-def concatenate(parts: Sequence[Rows]) -> Rows:
-    """Batches -> one, rows in order; at least one batch."""
+def concatenate(parts: Sequence[Rows], places: Sequence[NDArray[np.int64]] | None = None) -> Rows:
+    """Batches -> one, rows in order; at least one batch.
+
+    places: of each batch, [B] where its rows stand in the whole; together they are 0..N-1.
+    """
     first = parts[0]
+    order = slice(None) if places is None else np.argsort(np.concatenate(places))
     return type(first)(
-        **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(first)}
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(first)}
     )
 
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from synthetic_run import write_run
 from toy_pairs import toy_params
 
@@ -63,25 +64,27 @@ class Oracle:
         self.truth = true_masks()
         self.asked: list[int] = []
 
-    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[Views]:
+    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
         sent_id = batches.pairs.sent_id
+        backwards = np.arange(len(sent_id))[::-1]  # in an order of its own, as a predictor may
         for start in range(0, len(sent_id), batch_size):
-            some = sent_id[start : start + batch_size]
+            rows = backwards[start : start + batch_size]
+            some = sent_id[rows]
             self.asked += some.tolist()
             truth = [resize_mask(self.truth[number], batches.size_px, batches.size_px) for number in some.tolist()]
             prob = np.where(np.stack(truth), 0.95, 0.2).astype(np.float32)
             score = np.ones(len(some), np.float32)
             image = np.zeros((*prob.shape, 3), np.uint8)
-            yield Views(some, image, prob, prob, prob, prob, score, np.full(len(some), 4))
+            yield rows, Views(some, image, prob, prob, prob, prob, score, np.full(len(some), 4))
 
 
 class Doubtful(Oracle):
     """Its prior is the truth; its own mask lies half an image beside it."""
 
-    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[Views]:
-        for views in super().views(batches, batch_size, what):
+    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
+        for rows, views in super().views(batches, batch_size, what):
             prob = np.roll(views.prob, views.prob.shape[2] // 2, axis=2)
-            yield replace(views, prob=prob, proposal=views.prob)
+            yield rows, replace(views, prob=prob, proposal=views.prob)
 
 
 def decision(count: int, accepted: list[int], cells: np.ndarray | None = None) -> Decision:
