@@ -92,6 +92,7 @@ class Sizes:
     """How much is run. The full size is for one GPU; the smoke size shows on a CPU that the script works."""
 
     device: str
+    precision: str  # compared with fp32
     train_images: int
     eval_images: int  # of val, and again of test; two sentences each, as in training
     labeled_fraction: float
@@ -106,6 +107,7 @@ class Sizes:
 
 FULL = Sizes(
     device="cuda",
+    precision="bf16",
     train_images=1100,
     eval_images=500,
     labeled_fraction=1 / 11,
@@ -119,6 +121,7 @@ FULL = Sizes(
 )
 SMOKE = Sizes(
     device="cpu",
+    precision="fp32",  # bf16 takes minutes on a CPU that emulates it
     train_images=12,
     eval_images=3,
     labeled_fraction=0.5,
@@ -160,7 +163,7 @@ def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
         "train": {
             "batch_size": sizes.batch_size,
             "device": sizes.device,
-            "precision": "bf16",
+            "precision": sizes.precision,
             "checkpoint_every": max(2, sizes.short_steps // 3),
             **({"lr": 5e-5, "encoder_lr_scale": 1.0} if pretrained else {}),
         },
@@ -275,20 +278,20 @@ def measure_network(
     def training(precision: str, steps: int, out: str) -> Row:
         return project.run("training", precision, steps, f"{name}/{out}")
 
-    long = training("bf16", sizes.steps, "long")
+    long = training(sizes.precision, sizes.steps, "long")
     finite = bool(np.isfinite(long["loss"]).all())
-    store({**common, "measure": "training", "precision": "bf16", "steps": sizes.steps, **long, "met": finite})
+    store({**common, "measure": "training", "precision": sizes.precision, "steps": sizes.steps, **long, "met": finite})
 
-    single, half = training("fp32", sizes.short_steps, "fp32"), training("bf16", sizes.short_steps, "bf16")
+    single, half = training("fp32", sizes.short_steps, "fp32"), training(sizes.precision, sizes.short_steps, "half")
     difference = relative_difference(single["loss"], half["loss"])
     compared = {"steps": sizes.short_steps, "fp32_images_per_s": single["images_per_s"], "difference": difference}
     store({**common, "measure": "precision", **compared, "met": difference <= TOLERANCE})
 
     again = f"{name}/killed"
     checkpoint = project.folder / again / "checkpoint.pt"
-    project.run_killed("training", "bf16", sizes.short_steps, again, checkpoint=checkpoint)
-    resumed = project.run("training", "bf16", sizes.short_steps, again)
-    weights = [project.folder / name / out / "model" / "model.safetensors" for out in ("bf16", "killed")]
+    project.run_killed("training", sizes.precision, sizes.short_steps, again, checkpoint=checkpoint)
+    resumed = project.run("training", sizes.precision, sizes.short_steps, again)
+    weights = [project.folder / name / out / "model" / "model.safetensors" for out in ("half", "killed")]
     same = weights[0].read_bytes() == weights[1].read_bytes()
     difference = relative_difference(half["loss"], resumed["loss"])
     met = same or (sizes.device != "cpu" and difference <= TOLERANCE)
