@@ -38,7 +38,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 demo: setup
-	dvc repro
+	@python -m l2l_core run
 	@python -m l2l_core show
 
 check: setup

@@ -7,9 +7,10 @@
 
 Every call writes tables and pictures into README.md, docs/results.md and docs/images/ at its end.
 
-A run is `dvc repro evaluate` of the default configuration with the changes of SELECTION or ROUND_0, in a clone of this
-repository's HEAD under bench/work/. The clones share one cache: data, priors, warm-up and out-of-fold teachers are made
-once for each rate, preset and seed. What is stored is not run again; after a kill the same call goes on.
+A run is `dvc repro evaluate` of params.yaml with the settings of bench/benchmark.yaml and the changes of SELECTION or
+ROUND_0, in a clone of this repository's HEAD under bench/work/. The clones share one cache: data, priors, warm-up and
+out-of-fold teachers are made once for each rate, preset and seed. What is stored is not run again; after a kill the
+same call goes on.
 
 bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, preset, seed, round and split:
 
@@ -62,6 +63,9 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "label_efficiency"
 RESULTS = ROOT / "bench" / "results" / "label_efficiency.jsonl"
 CURVES = ROOT / "bench" / "results" / "label_efficiency_curves.jsonl"
+
+BENCHMARK: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "bench" / "benchmark.yaml").read_text(encoding="utf-8"))
+"""Sections that replace those of params.yaml key by key, so that results do not depend on its training settings."""
 
 RATES = (0.01, 0.05, 0.1)
 """The label shares of the field's tables."""
@@ -141,7 +145,8 @@ class Run:
         return {f"round_{number}": (self.method, number) for number in range(1, self.rounds + 1)}
 
     def params(self, defaults: dict[str, Any]) -> dict[str, Any]:
-        """The content of params.yaml."""
+        """The content of params.yaml, made from the revision's own."""
+        defaults = changed(defaults, BENCHMARK)
         steps = defaults["warmup" if self.method in (WARMUP, *SELECTION) else "retrain"]["steps"]
         common = {
             "seed": self.seed,

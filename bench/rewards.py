@@ -17,8 +17,8 @@ Sources of the reward on labelled sentences:
     kept        round 2: those of round 0
     fresh       round 2: new ones, trained with labels and pseudo-labels for select.fold_steps
 
-`change` names what else differs from params.yaml: the cost of a wrong pixel, the weight of the agreement on unlabelled
-sentences, the bonus for entropy.
+`change` names what else differs from bench/benchmark.yaml: the cost of a wrong pixel, the weight of the agreement on
+unlabelled sentences, the bonus for entropy.
 
 Writes bench/results/rewards.jsonl, one JSON object a variant and seed: auroc, accepted (share), precision (of accepted
 labels, IoU > 0.5), iou_accepted, iou_chosen (of all) and utility (mean over all sentences, 0 for rejected ones, at a
@@ -43,7 +43,7 @@ import torch
 import yaml
 
 from bench.docs import markdown, put
-from bench.label_efficiency import ROOT
+from bench.label_efficiency import BENCHMARK, ROOT, changed
 from bench.label_efficiency import WORK as SHARED
 from l2l_core import records
 from l2l_core.config import Params, load_params
@@ -144,11 +144,11 @@ def measure(seed: int) -> list[Row]:
     call("git", "reset", "-q", "--hard", commit)
     call("dvc", "config", "--local", "cache.dir", str(SHARED / "cache"))
     raw = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
-    raw |= {"seed": seed, "priors": raw["priors"] | {"backend": "simulated", "seed": seed}}
+    raw = changed(raw, BENCHMARK | {"seed": seed, "priors": {"backend": "simulated", "seed": seed}})
 
     def repro(select: dict[str, Any]) -> None:
-        changed = raw | {"select": raw["select"] | select}
-        (clone / "params.yaml").write_text(yaml.safe_dump(changed, sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump(changed(raw, {"select": select}), sort_keys=False)
+        (clone / "params.yaml").write_text(text, encoding="utf-8")
         call("dvc", "repro", "-q", "stages/dvc.yaml:retrain@1", "stages/dvc.yaml:crossfit@1")
 
     found = []
@@ -157,10 +157,10 @@ def measure(seed: int) -> list[Row]:
         params = load_params()
         for number, source, steps, reward, faced in variants(params, repro):
             for change in ({}, *CHANGES.get(source, ())):
-                changed = params.model_copy(update={"select": params.select.model_copy(update=change)})
+                varied = params.model_copy(update={"select": params.select.model_copy(update=change)})
                 named = ", ".join(f"{key} {value:g}" for key, value in change.items())
                 row = {"round": number, "source": source, "change": named, "seed": seed, "steps": steps}
-                row |= quality(changed, reward, faced, derive_seed(seed, f"select-{number}"))
+                row |= quality(varied, reward, faced, derive_seed(seed, f"select-{number}"))
                 found.append(row | {"labeled": len(reward[0].sent_id), "commit": commit})
                 print(found[-1], flush=True)
     return found

@@ -57,6 +57,17 @@ def show() -> None:
 # The commands below import what they need when they run: torch alone takes seconds, which `show` has no use for.
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context) -> None:
+    """Run the pipeline, with the stages that are done and the time that is left.
+
+    Passes all arguments to `dvc repro` and returns its exit code.
+    """
+    from l2l_core.repro import reproduce
+
+    raise typer.Exit(reproduce(context.args))
+
+
 @app.command()
 def compare(
     runs: Annotated[

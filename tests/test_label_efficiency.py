@@ -14,6 +14,7 @@ from synthetic_run import write_run
 
 from bench import label_efficiency_page as page
 from bench.label_efficiency import (
+    BENCHMARK,
     METHODS,
     Run,
     lost_points,
@@ -83,7 +84,30 @@ def test_the_parameters_of_every_method_are_valid(method: str, tmp_path: Path) -
     no_round = method in ("warmup", "labels_only", "fully_supervised")
     assert params.round == (0 if no_round else 2)
     as_long_as_a_round = no_round and method != "warmup"
-    assert params.warmup.steps == DEFAULTS["retrain" if as_long_as_a_round else "warmup"]["steps"]
+    assert params.warmup.steps == (800 if as_long_as_a_round else 400)
+
+
+def test_results_do_not_depend_on_the_training_settings_of_params_yaml() -> None:
+    (run,) = planned(["reinforce"], [0.05], [LLAVA], [0], rounds=1)
+    shorter = DEFAULTS | {
+        "warmup": {"steps": 1},
+        "retrain": DEFAULTS["retrain"] | {"steps": 2, "labeled_share": 0.9},
+        "select": DEFAULTS["select"] | {"fold_steps": 3, "fold_update_steps": 4, "policy_steps": 5},
+        "train": DEFAULTS["train"] | {"batch_size": 2, "lr": 0.5},
+    }
+    found = run.params(shorter)
+    assert found == run.params(DEFAULTS)
+    assert (found["warmup"]["steps"], found["retrain"]["steps"]) == (400, 800)
+    assert (found["select"]["fold_steps"], found["select"]["fold_update_steps"]) == (300, 150)
+
+
+def test_the_benchmark_leaves_open_how_a_training_runs() -> None:
+    """Precision and device are the machine's; every other key of the sections that decide about results is fixed."""
+    free = {key for section in BENCHMARK for key in DEFAULTS[section].keys() - BENCHMARK[section].keys()}
+    assert "precision" in free
+    assert free <= {
+        "precision", "device", "micro_batch_size", "gradient_checkpointing", "checkpoint_every", "log_every"
+    }  # fmt: skip
 
 
 def test_the_embedded_model_is_asked_as_it_is_shipped() -> None:

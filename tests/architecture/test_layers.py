@@ -38,6 +38,7 @@ LEVELS = {
     "export": 5,
     "predictions": 5,
     "preflight": 5,
+    "repro": 5,
     "serve": 5,
     "__main__": 5,
 }

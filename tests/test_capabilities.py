@@ -1,0 +1,77 @@
+"""What benches store of the machine, for machines that are not at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import capabilities as subject
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A CPU with eight cores, AVX2 and no GPU."""
+    monkeypatch.setattr(subject, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(subject.platform, "machine", lambda: "x86_64")
+    return monkeypatch
+
+
+def test_a_cpu_is_described_by_cores_instructions_and_bf16(machine: pytest.MonkeyPatch) -> None:
+    found = subject.capabilities()
+    assert found == {
+        "device": "cpu, 8 cores, x86_64, AVX2, no native bf16",
+        "cpu_isa": "AVX2",
+        "native_bf16": False,
+        "cores": 8,
+        "torch": torch.__version__,
+    }
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
+def test_bf16_is_native_where_torch_reports_an_instruction_for_it(machine: pytest.MonkeyPatch, name: str) -> None:
+    machine.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "any", name: True})
+    assert subject.capabilities()["native_bf16"] is True
+    assert str(subject.capabilities()["device"]).endswith(", native bf16")
+
+
+def test_a_gpu_is_named_with_its_memory(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
+    machine.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert subject.capabilities()["device"] == "NVIDIA H100, 80 GiB"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "3200000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_a_quota_of_the_control_group_limits_the_cores(
+    machine: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], cores: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert subject.usable_cores() == cores
+
+
+def test_without_affinity_all_cores_count(machine: pytest.MonkeyPatch) -> None:
+    machine.delattr(os, "sched_getaffinity")
+    machine.setattr(os, "cpu_count", lambda: 12)
+    assert subject.usable_cores() == 12

@@ -1,0 +1,140 @@
+"""The bench of the default run: what it measures, which rows it keeps, and what it compares."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bench import default_run
+
+OLD, NEW, NEWER = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00", "2026-03-01T00:00:00+00:00"
+
+
+def row(
+    commit: str, committed: str, seconds: float, settings: str = "", device: str = "cpu, 2 cores"
+) -> dict[str, Any]:
+    common = {"commit": commit, "committed": committed, "settings": settings, "device": device, "measure": "first"}
+    measured = {"seconds": seconds, "cpu_seconds": 2 * seconds, "peak_rss_mb": 1024, "policy_percent": 5.0}
+    return common | measured | {"stage_seconds": {"ask": seconds}, "val_miou_warmup": 50.0}
+
+
+def nothing(commit: str, committed: str) -> dict[str, Any]:
+    return row(commit, committed, 2.0) | {"measure": "nothing_to_do"}
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """First cell of each line of the tables -> the others."""
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    return {first: rest for first, *rest in lines}
+
+
+def test_rows_of_other_commits_settings_and_machines_are_kept() -> None:
+    others = [
+        row("aaa", OLD, 1),
+        row("bbb", NEW, 2, "train.precision=fp32"),
+        row("bbb", NEW, 3, device="gpu"),
+        nothing("bbb", NEW),
+    ]
+    assert default_run.with_new([row("bbb", NEW, 4), *others], [row("bbb", NEW, 5)]) == [*others, row("bbb", NEW, 5)]
+
+
+def test_the_readme_speaks_of_the_youngest_commit_as_it_is() -> None:
+    rows = [row("ccc", NEWER, 60), nothing("ccc", NEWER), row("ddd", NEWER, 6, "round=1"), row("aaa", OLD, 600)]
+    assert default_run.newest(rows)["commit"] == "ccc"
+    assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores), and 2.0 s" in default_run.line(rows)
+
+
+def test_a_stored_row_without_a_date_is_the_oldest() -> None:
+    undated = {key: value for key, value in row("aaa", OLD, 9).items() if key not in ("committed", "settings")}
+    assert default_run.newest([row("bbb", NEW, 1), undated])["commit"] == "bbb"
+    assert default_run.before([row("bbb", NEW, 1), undated]) == [undated]
+
+
+def test_before_and_after_stand_beside_each_other_with_the_ratio() -> None:
+    rows = [
+        row("aaa", OLD, 120),
+        row("aaa", OLD, 90, "train.precision=fp32"),
+        row("bbb", NEW, 50),
+        row("ccc", NEWER, 30),
+        row("aaa", OLD, 1, device="another"),
+    ]
+    found = cells(default_run.table(rows))
+    assert found["stage"] == [
+        "aaa, s", "aaa train.precision=fp32, s", "ccc, s", "aaa / ccc", "aaa train.precision=fp32 / ccc"
+    ]  # fmt: skip
+    assert found["ask"] == ["120.0", "90.0", "30.0", "4.00", "3.00"]
+    assert found["all, wall time"] == ["120.0", "90.0", "30.0", "4.00", "3.00"]
+    assert found["all, CPU time"] == ["240.0", "180.0", "60.0", "4.00", "3.00"]
+    assert found["aaa train.precision=fp32"] == ["50.0"]
+
+
+def test_stages_that_only_one_of_two_revisions_has_are_left_empty() -> None:
+    after = row("bbb", NEW, 30) | {"stage_seconds": {"fit": 10.0, "ask": 20.0}}
+    before = row("aaa", OLD, 60) | {"stage_seconds": {"ask": 40.0, "warmup": 20.0}}
+    found = cells(default_run.table([before, after]))
+    assert found["fit"] == ["", "10.0", ""]
+    assert found["ask"] == ["40.0", "20.0", "2.00"]
+    assert found["warmup"] == ["20.0", "", ""]
+
+
+def test_scores_of_every_model_are_read() -> None:
+    metrics = {
+        "val_miou": 3.0,
+        "val_supervised_miou": 1.0,
+        "val_round_0_miou": 2.0,
+        "val_round_1_miou": 3.0,
+        "n_val": 9,
+    }
+    assert default_run.read_scores(metrics) == {
+        "val_miou": 3.0,
+        "val_miou_supervised": 1.0,
+        "val_miou_warmup": 2.0,
+        "val_miou_round_1": 3.0,
+    }
+
+
+def git(folder: Path, *words: str) -> str:
+    identity = ["-c", "user.name=Test", "-c", "user.email=test@example.com"]
+    return subprocess.check_output(["git", *identity, *words], cwd=folder, text=True).strip()
+
+
+def test_another_revision_is_measured_with_changed_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tmp_path / "project"
+    git(tmp_path, "init", "-q", str(project))
+    for steps in (1, 2):
+        (project / "params.yaml").write_text(f"train: {{steps: {steps}, precision: bf16}}\n")
+        git(project, "add", ".")
+        git(project, "commit", "-qm", str(steps))
+    monkeypatch.setattr(default_run, "ROOT", project)
+    monkeypatch.setattr(default_run, "CLONE", tmp_path / "clone")
+    commit, committed = default_run.prepare("HEAD~1", ["train.precision=fp32"])
+    assert git(project, "rev-parse", "HEAD~1").startswith(commit)
+    assert committed == git(project, "show", "-s", "--format=%cI", "HEAD~1")
+    params = yaml.safe_load((tmp_path / "clone" / "params.yaml").read_text())
+    assert params == {"train": {"steps": 1, "precision": "fp32"}}
+
+
+@pytest.mark.pipeline
+def test_stages_are_timed_in_the_order_in_which_they_run(tmp_path: Path) -> None:
+    stages = {
+        "first": {
+            "cmd": "python -c 'sum(range(3000000))' && echo policy 'trained' in 1.5 s && touch one",
+            "outs": ["one"],
+        },
+        "second": {"cmd": "echo policy 'trained' in 2.0 s && touch two", "deps": ["one"], "outs": ["two"]},
+    }
+    (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+    git(tmp_path, "init", "-q")
+    subprocess.run(["dvc", "init", "-q"], cwd=tmp_path, check=True)
+    found = default_run.repro(tmp_path)
+    assert list(found.stage_seconds) == list(found.stage_cpu_seconds) == ["first", "second"]
+    assert found.policy_seconds == 3.5
+    assert 0 < sum(found.stage_cpu_seconds.values()) <= found.cpu_seconds + 0.1
+    assert default_run.repro(tmp_path).stage_seconds == {}
