@@ -24,8 +24,7 @@ from PIL import Image
 
 from l2l_core import overlays, records
 from l2l_core.config import LIVE_BACKENDS, Params
-from l2l_core.data.dataset import read_image
-from l2l_core.data.images import FORMATS
+from l2l_core.data.images import FORMATS, read_image
 from l2l_core.errors import ConfigError, InputError, L2LError
 from l2l_core.masks import BoolMask, decode_rle
 from l2l_core.predictions import (

@@ -136,7 +136,7 @@ B = {"image": "photos/b.jpg", "sentence": "dog"}
 BAD_LINES = {
     "truncated image": (pair(), r"line 2: image .*photos/a\.png: cannot be read"),
     "missing image": (B | {"image": "photos/z.png"}, r"line 2: image .*photos/z\.png: not found"),
-    "a folder": (B | {"image": "photos"}, r"line 2: image .*photos: cannot be read"),
+    "a folder": (B | {"image": "photos"}, r"line 2: image .*photos: not a regular file"),
     "no image": ({"sentence": "dog"}, r"line 2: image: missing, expected a text"),
     "no sentence": ({"image": "photos/b.jpg"}, r"line 2: sentence: missing, expected a text"),
     "no words": (B | {"sentence": "..."}, r"line 2: sentence '\.\.\.' has no words"),
