@@ -64,8 +64,8 @@ class IngestParams(Section):
 
     images: str
     """`auto` (look below and beside the data set's folder) or a folder."""
-    split_by: Literal["auto", "unc", "umd", "google"]
-    """Which refs(<split_by>).p is read where a folder holds several."""
+    split_by: Annotated[str, Field(min_length=1)]
+    """`auto` (the only one), or which refs(<split_by>) file is read where a folder holds several."""
     min_image_side_px: PositiveInt
 
 

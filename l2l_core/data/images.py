@@ -94,21 +94,29 @@ def is_turned(path: str | Path) -> bool:
         return _is_turned(image)
 
 
-def _inspect(path: Path, min_side_px: int) -> ImageFile | str:
+def inspect_content(content: bytes, path: Path, min_side_px: int) -> ImageFile | str:
+    """As `inspect_images`, of one image by its bytes; path: the file that they are of, or will be."""
     name = project_path(path)
     try:
-        if path.exists() and not path.is_file():
-            return f"image {name}: not a regular file"
-        content = path.read_bytes()
         pixels, turned = _decode(io.BytesIO(content))
-    except FileNotFoundError:
-        return f"image {name}: not found"
     except Exception as error:
         return f"image {name}: {_reason(error)}"
     height, width = pixels.shape[:2]
     if min(height, width) < min_side_px:
         return f"image {name}: {width}x{height} px, expected sides >= {min_side_px} px (ingest.min_image_side_px)"
     return ImageFile(name, height, width, hashlib.sha256(content).hexdigest(), turned)
+
+
+def _inspect(path: Path, min_side_px: int) -> ImageFile | str:
+    try:
+        if path.exists() and not path.is_file():
+            return f"image {project_path(path)}: not a regular file"
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return f"image {project_path(path)}: not found"
+    except OSError as error:
+        return f"image {project_path(path)}: {_reason(error)}"
+    return inspect_content(content, path, min_side_px)
 
 
 def _decode(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint8], bool]:

@@ -106,6 +106,8 @@ def _look_at_data(
     with _collected(problems):
         data = inputs.read_data(params, scratch)
         say(f"data        {inputs.describe_data(params, data)}")
+        for warning in data.index.warnings:
+            say(f"warning     {warning}")
         inputs.check_masks(params, data)
         say(f"images      {inputs.describe_sizes(params, data)}")
         split = inputs.draw_split(params, data)
