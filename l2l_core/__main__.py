@@ -226,6 +226,33 @@ def check(
     run_checks(overridden_params(override or []), timing=timing, say=lambda line: print(line, flush=True))
 
 
+@app.command()
+def fetch(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", help="refcoco | refcoco+ | refcocog | images (photos of all three)"),
+    ],
+) -> None:
+    """Download published data sets.
+
+    Each goes to data/NAME, which DVC then tracks. What is there already is checked and stays; a broken download
+    continues where it ended.
+    """
+    from l2l_core.data.fetch import RECORD, fetch, track
+    from l2l_core.data.published import ARCHIVES
+
+    unknown = [name for name in names if name not in ARCHIVES]
+    if unknown:
+        raise InputError(f"fetch: got {unknown[0]!r}, expected some of {', '.join(ARCHIVES)}")
+    params, scratch = load_params().fetch, Path(".scratch") / "fetch"
+    for name in names:
+        target = Path("data") / name
+        done = fetch(ARCHIVES[name], target, scratch, params.mirror, params.sha256.get(ARCHIVES[name].name))
+        print(f"fetch: {done}", flush=True)
+        if (target / RECORD).is_file():
+            track(target)
+
+
 importers = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(importers, name="import", help="Annotations of other tools, as pairs that `dataset` takes.")
 

@@ -51,7 +51,7 @@ class RefShapesParams(Section):
 
 
 class FetchParams(Section):
-    """Published data sets (data/dvc.yaml)."""
+    """Published data sets (python -m l2l_core fetch)."""
 
     mirror: str | None
     """Folder, or address of one, that has <name>.zip; tried before the published addresses."""
