@@ -15,7 +15,7 @@ TORCH_INDEX_URL ?=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: setup demo test check clean vllm-cpu test-vllm
+.PHONY: setup repository demo test check clean vllm-cpu test-vllm
 
 setup: $(VENV)/.installed
 	@echo "installed in $(VENV); next: . $(BIN)/activate"
@@ -37,9 +37,15 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
 
-demo: setup
+demo: repository setup
 	@python -m l2l_core run
 	@python -m l2l_core show
+
+# Before the minutes of an installation: DVC does not run outside a repository.
+repository:
+	@git rev-parse --is-inside-work-tree >/dev/null 2>&1 || grep -qs 'no_scm *= *true' .dvc/config .dvc/config.local || { \
+		echo "error: $(CURDIR) is in no Git repository, which DVC needs: run git init here and try again" \
+			"(or, to work without Git: printf '[core]\n    no_scm = true\n' >> .dvc/config.local)"; exit 1; }
 
 check: setup
 	ruff format --check .

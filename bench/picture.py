@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from bench.default_run import CLONE, ROOT
 from l2l_core import overlays, records
-from l2l_core.data.dataset import read_image
+from l2l_core.data.images import read_image
 from l2l_core.evaluation import GOOD_IOU, read_history
 from l2l_core.masks import decode_rle
 

@@ -31,6 +31,7 @@ from sklearn.metrics import roc_auc_score
 from bench import docs, refshapes
 from l2l_core import grabcut, proposals, records
 from l2l_core.config import PriorsParams, load_params
+from l2l_core.data.images import read_image
 from l2l_core.data.index import Index
 from l2l_core.data.source import read_dataset
 from l2l_core.evaluation import cut_proposal
@@ -221,7 +222,7 @@ def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, float]]) -
     limits = known[["width", "height", "width", "height"]].to_numpy(np.float64)
     moved = np.clip(true + noise * np.tile(true[:, 2:] - true[:, :2], 2), 0, limits)
     sizes = known[["height", "width"]].to_numpy(np.int64)
-    images = [cv2.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) for path in known["file_name"]]
+    images = [np.ascontiguousarray(read_image(path)[..., ::-1]) for path in known["file_name"]]  # BGR
     found = []
     for renderer, changes in [("box", {}), ("grabcut", {}), *(("grabcut", change) for change in variants)]:
         row: Row = {"measure": "proposal", "data": data, "objects": len(known), "renderer": renderer} | changes

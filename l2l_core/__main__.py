@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import pandas as pd
 import typer
 
 from l2l_core.config import load_params
-from l2l_core.data.index import shorten
 from l2l_core.errors import ArtifactError, InputError, exit_code
 from l2l_core.newest import model_folder, newest_round
 from l2l_core.outputs import added_to
 from l2l_core.records import METRICS_PATH, REPORT_PATH
+
+if TYPE_CHECKING:
+    from l2l_core.data.importers.entries import Imported
 
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
 
@@ -111,6 +113,7 @@ def predict(
     Writes mask and overlay of every pair as PNG, and predictions.jsonl with the masks as run lengths.
     """
     from l2l_core import predictions
+    from l2l_core.data.index import turned_note
     from l2l_core.masks import rle_area_px_all
     from l2l_core.predictor import Predictor
 
@@ -120,7 +123,7 @@ def predict(
     asked = predictions.ask_file(pairs) if pairs else predictions.ask_about(words or [])
     turned = predictions.turned_images(asked)
     if turned:
-        print(f"note: an EXIF tag turns {shorten(turned)}; pixels are used as stored, so save them upright")
+        print(f"note: {turned_note(turned)}")
     with predictions.predictions_folder(out) as building:
         predictor = Predictor.from_run(folder)
         told = predictions.find_priors(asked, predictor.fitted(load_params())) if with_priors else None
@@ -231,11 +234,39 @@ def check(
     run_checks(overridden_params(override or []), timing=timing, say=lambda line: print(line, flush=True))
 
 
+@app.command()
+def fetch(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", help="refcoco | refcoco+ | refcocog | images (photos of all three)"),
+    ],
+) -> None:
+    """Download published data sets.
+
+    Each goes to data/NAME, which DVC then tracks. What is there already is checked and stays; a broken download
+    continues where it ended.
+    """
+    from l2l_core.data.fetch import RECORD, fetch, track
+    from l2l_core.data.published import ARCHIVES
+
+    unknown = [name for name in names if name not in ARCHIVES]
+    if unknown:
+        raise InputError(f"fetch: got {unknown[0]!r}, expected some of {', '.join(ARCHIVES)}")
+    params, scratch = load_params().fetch, Path(".scratch") / "fetch"
+    for name in names:
+        target = Path("data") / name
+        done = fetch(ARCHIVES[name], target, scratch, params.mirror, params.sha256.get(ARCHIVES[name].name))
+        print(f"fetch: {done}", flush=True)
+        if (target / RECORD).is_file():
+            track(target)
+
+
 importers = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(importers, name="import", help="Annotations of other tools, as pairs that `dataset` takes.")
 
 ImageFolder = Annotated[Path, typer.Option("--images", file_okay=False, help="folder of the images")]
 PairsFolder = Annotated[Path, typer.Option("--out", help="folder for pairs.jsonl; images stay where they are")]
+SkipUnknown = Annotated[bool, typer.Option("--skip-unknown", help="leave out shapes that have no mask, and count them")]
 
 
 @importers.command("coco")
@@ -256,24 +287,27 @@ def import_label_studio(
     export: Annotated[Path, typer.Argument(metavar="EXPORT.json", help="tasks, exported as JSON")],
     images: ImageFolder,
     out: PairsFolder,
+    skip_unknown: SkipUnknown = False,
 ) -> None:
     """Label Studio's JSON export, such as that of reviewed tasks of `export-review`."""
     from l2l_core.data.importers import label_studio
 
-    _write_pairs(label_studio.import_label_studio(export, images, out), out)
+    _write_pairs(label_studio.import_label_studio(export, images, out, skip_unknown=skip_unknown), out)
 
 
 @importers.command("labelme")
 def import_labelme(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of LabelMe's JSON files")], out: PairsFolder
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of LabelMe's JSON files")],
+    out: PairsFolder,
+    skip_unknown: SkipUnknown = False,
 ) -> None:
-    """LabelMe's JSON files beside their images."""
+    """JSON files of LabelMe, X-AnyLabeling or ReasonSeg beside their images."""
     from l2l_core.data.importers import labelme
 
-    _write_pairs(labelme.import_labelme(folder, out), out)
+    _write_pairs(labelme.import_labelme(folder, out, skip_unknown=skip_unknown), out)
 
 
-def _write_pairs(lines: str, out: Path) -> None:
+def _write_pairs(imported: Imported, out: Path) -> None:
     from l2l_core.data.importers.entries import FILE_NAME
 
     if (out / FILE_NAME).exists():
@@ -281,10 +315,15 @@ def _write_pairs(lines: str, out: Path) -> None:
             f"--out: {out / FILE_NAME} exists and may hold your own changes; name another folder or remove it"
         )
     with added_to(out) as folder:
-        (folder / FILE_NAME).write_text(lines, encoding="utf-8")
-    rows = [json.loads(line) for line in lines.splitlines()]
+        for name, photo in imported.photos.items():
+            (folder / name).write_bytes(photo)
+        (folder / FILE_NAME).write_text(imported.lines, encoding="utf-8")
+    for warning in imported.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    rows = [json.loads(line) for line in imported.lines.splitlines()]
     masks = sum("mask" in row for row in rows)
-    print(f"{len(rows)} pairs, {masks} of them with a mask: {out / FILE_NAME}")
+    photos = f", {len(imported.photos)} photos out of the files themselves" if imported.photos else ""
+    print(f"{len(rows)} pairs, {masks} of them with a mask{photos}: {out / FILE_NAME}")
     changes = f"-S dataset={out} -S priors.backend=none -S split.labeled_fraction=1.0"
     print(f"next, or with a backend that can be asked about these images: python -m l2l_core check {changes}")
 

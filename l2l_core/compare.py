@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import yaml
@@ -20,6 +20,9 @@ from l2l_core.errors import ArtifactError, InputError
 from l2l_core.evaluation import GOOD_IOU, PRIOR, SUPERVISED
 from l2l_core.metrics import iou_from_px, segmentation_scores
 from l2l_core.page import DIFFERENCE, PERCENT, SCORE_NAMES, Table, render_page
+
+if TYPE_CHECKING:
+    from dvc.api import DVCFileSystem
 
 PARAMS_PATH = Path("params.yaml")
 
@@ -146,12 +149,12 @@ def _files_of(name: str) -> Iterator[Path]:
     from dvc.exceptions import DvcException
 
     with TemporaryDirectory() as folder:
-        files = DVCFileSystem(rev=name)
+        files = DVCFileSystem(rev=name, subrepos=True)  # a project in a subfolder is a subrepo of the revision
         for path in NEEDED:
             target = Path(folder, path)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                files.get_file(f"/{path.as_posix()}", str(target))
+                files.get_file((Path("/") / _below_git_root(files) / path).as_posix(), str(target))
             except FileNotFoundError:  # not in Git, or not in DVC's cache
                 target.unlink(missing_ok=True)
             except DvcException:
@@ -160,6 +163,11 @@ def _files_of(name: str) -> Iterator[Path]:
                     "project in this folder (`dvc exp show` lists them)"
                 ) from None
         yield Path(folder)
+
+
+def _below_git_root(files: DVCFileSystem) -> Path:
+    """Where the project of the current folder lies in its Git repository: `.` where it is the repository."""
+    return Path.cwd().resolve().relative_to(Path(files.repo.scm.root_dir).resolve())
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

@@ -51,7 +51,7 @@ class RefShapesParams(Section):
 
 
 class FetchParams(Section):
-    """Published data sets (data/dvc.yaml)."""
+    """Published data sets (python -m l2l_core fetch)."""
 
     mirror: str | None
     """Folder, or address of one, that has <name>.zip; tried before the published addresses."""
@@ -64,8 +64,8 @@ class IngestParams(Section):
 
     images: str
     """`auto` (look below and beside the data set's folder) or a folder."""
-    split_by: Literal["auto", "unc", "umd", "google"]
-    """Which refs(<split_by>).p is read where a folder holds several."""
+    split_by: Annotated[str, Field(min_length=1)]
+    """`auto` (the only one), or which refs(<split_by>) file is read where a folder holds several."""
     min_image_side_px: PositiveInt
 
 

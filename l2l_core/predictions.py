@@ -20,8 +20,8 @@ from PIL import Image
 
 from l2l_core import overlays, records
 from l2l_core.config import LIVE_BACKENDS, Params
-from l2l_core.data.dataset import BatchMaker, Pairs, read_image, with_priors
-from l2l_core.data.images import ImageFile, inspect_images, is_turned
+from l2l_core.data.dataset import BatchMaker, Pairs, with_priors
+from l2l_core.data.images import ImageFile, inspect_images, is_turned, read_image, visible
 from l2l_core.data.index import is_utf8
 from l2l_core.data.jsonl import read_jsonl
 from l2l_core.engine.resume import scratch_folder
@@ -242,7 +242,7 @@ def _images_at(place: Path) -> list[Path]:
     """A path, or the images in a folder by name. Raises InputError where a folder has none."""
     if not place.is_dir():
         return [place]
-    found = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = [path for path in visible(place.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not found:
         raise InputError(f"{place}: no image in this folder, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from l2l_core.config import LIVE_BACKENDS, Params, TrainParams
 from l2l_core.data.augment import mirror
-from l2l_core.data.dataset import Batch, BatchMaker, Pairs, read_image
+from l2l_core.data.dataset import Batch, BatchMaker, Pairs
+from l2l_core.data.images import read_image
 from l2l_core.engine.loop import choose_device, move_batch, to_device
 from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.masks import BoolMask, decode_rle, encode_rle

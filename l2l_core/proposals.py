@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, assert_never
 
 import cv2
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from l2l_core import grabcut, records
 from l2l_core.config import ProposalsParams
+from l2l_core.data.images import read_image
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.geometry import FloatArray, clip_xyxy, iou_xyxy
 from l2l_core.progress import progress
@@ -137,7 +137,7 @@ def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, p
     """
     samples = _to_samples(priors, refs, images)
     files = images["file_name"].tolist()
-    read = lru_cache(maxsize=1)(lambda row: _read_image(files[row]))  # rows come sorted by image
+    read = lru_cache(maxsize=1)(lambda row: _read_bgr(files[row]))  # rows come sorted by image
     count, answers = samples.has_box.shape
     soft = np.empty((count, params.size_px, params.size_px), dtype=np.uint8)
     order = np.argsort(samples.image_row, kind="stable")
@@ -195,14 +195,12 @@ def _point_box(point_xy: FloatArray, image_hw: NDArray[np.int64]) -> FloatArray:
     return np.concatenate([point_xy - half, point_xy + half], axis=-1)
 
 
-def _read_image(path: str) -> Image:
-    # IGNORE_ORIENTATION: boxes are in the coordinates of the stored pixels.
-    image = cv2.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if Path(path).is_file() else None
-    if image is None:
-        raise InputError(
-            f"{path}: missing or not an image that can be decoded; GrabCut needs it, the box renderer does not"
-        )
-    return np.asarray(image, dtype=np.uint8)
+def _read_bgr(path: str) -> Image:
+    """The image in OpenCV's order of channels, in which GrabCut has always seen it."""
+    try:
+        return np.ascontiguousarray(read_image(path)[..., ::-1])
+    except InputError as error:
+        raise InputError(f"{error}; GrabCut needs it, the box renderer does not") from None
 
 
 def _to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> PriorSamples:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from l2l_core import overlays, records
 from l2l_core.config import LIVE_BACKENDS, Params
-from l2l_core.data.dataset import read_image
-from l2l_core.data.images import FORMATS
+from l2l_core.data.images import FORMATS, read_image
+from l2l_core.data.index import turned_note
 from l2l_core.errors import ConfigError, InputError, L2LError
 from l2l_core.masks import BoolMask, decode_rle
 from l2l_core.predictions import (
@@ -165,7 +165,7 @@ def _answers(told: Told) -> list[dict[str, Any]]:
 
 
 def _notes(asked: Asked) -> list[str]:
-    return ["note: an EXIF tag turns this photo; pixels are used as stored"] if turned_images(asked) else []
+    return [f"note: {turned_note(['this photo'])}"] if turned_images(asked) else []
 
 
 def _with_places(picture: overlays.Picture, answers: list[dict[str, Any]], asked: Asked) -> overlays.Picture:

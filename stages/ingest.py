@@ -6,7 +6,6 @@ import sys
 
 from l2l_core import records
 from l2l_core.config import load_params
-from l2l_core.data import published
 from l2l_core.data.index import summary
 from l2l_core.data.source import read_dataset
 from l2l_core.errors import exit_code
@@ -22,7 +21,7 @@ def main() -> None:
     records.write_table(index.refs, paths.refs, records.REFS)
     records.write_table(index.objects, paths.objects, records.OBJECTS)
     records.write_table(index.masks, paths.masks, records.MASKS)
-    for warning in published.warnings(params.dataset, ingest.split_by, index.refs):
+    for warning in index.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"ingest: {params.dataset}: {summary(index)}")
 

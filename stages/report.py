@@ -9,7 +9,7 @@ import pandas as pd
 
 from l2l_core import records
 from l2l_core.config import load_params
-from l2l_core.data.dataset import read_image
+from l2l_core.data.images import read_image
 from l2l_core.errors import ArtifactError, exit_code
 from l2l_core.evaluation import CURVES_FOLDER, read_history
 from l2l_core.gallery import Run

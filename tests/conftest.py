@@ -42,7 +42,7 @@ class TinyRefcoco:
     truth: dict[int, np.ndarray]  # ann_id -> [H, W] bool, drawn pixel by pixel
 
     def save(self, refs_name: str = "refs(unc).p") -> None:
-        for old in self.folder.glob("refs(*"):
+        for old in self.folder.glob("*refs(*"):
             old.unlink()
         content = pickle.dumps(self.refs, 2) if refs_name.endswith(".p") else json.dumps(self.refs).encode()
         (self.folder / refs_name).write_bytes(content)

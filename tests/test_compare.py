@@ -211,10 +211,12 @@ def test_too_few_or_unknown_runs_are_refused(
 
 
 @pytest.mark.pipeline
+@pytest.mark.parametrize("place", ["project", "repository/project"])
 def test_a_git_revision_and_an_experiment_give_what_their_folders_give(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    project = tmp_path / "project"
+    """The project is the Git repository, or a folder of it."""
+    project = tmp_path / place
     shutil.copytree(runs / "one", project)
     tables = [str(records.PER_SENTENCE_PATH), str(records.INDEX.refs)]
 
@@ -224,10 +226,10 @@ def test_a_git_revision_and_an_experiment_give_what_their_folders_give(
     def dvc(*words: str) -> None:
         run(sys.executable, "-m", "dvc", *words)
 
-    run("git", "init", "-q")
+    run("git", "init", "-q", str(tmp_path / Path(place).parts[0]))
     for name in ("user.name", "user.email"):
         run("git", "config", name, "me")
-    dvc("init", "-q")
+    dvc("init", "-q", *(["--subdir"] if "/" in place else []))
     dvc("add", "-q", *tables)
     run("git", "add", "-A")
     run("git", "commit", "-qm", "one")
@@ -243,7 +245,7 @@ def test_a_git_revision_and_an_experiment_give_what_their_folders_give(
 
     assert call(monkeypatch, "compare", "one", "two", "--out", "folders") == 0
     monkeypatch.chdir(project)
-    assert call(monkeypatch, "compare", "base", "later", "--out", "../revisions") == 0
+    assert call(monkeypatch, "compare", "base", "later", "--out", tmp_path / "revisions") == 0
     of_folders, of_revisions = (
         (tmp_path / name / "compare.html").read_text(encoding="utf-8") for name in ("folders", "revisions")
     )

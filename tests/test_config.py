@@ -60,7 +60,6 @@ def test_the_shipped_file_is_valid_and_says_what_it_means():
         ("train.lrr", 1, r"train\.lrr: unknown parameter"),
         ("trian", {}, "trian: unknown parameter"),
         ("ingest", 3, "ingest: got 3, expected a section"),
-        ("ingest.split_by", "umdd", r"ingest\.split_by: got 'umdd', expected one of 'auto', 'unc', 'umd', 'google'"),
         ("priors.backend", "vlm", r"priors\.backend: got 'vlm', expected one of 'simulated'"),
         ("priors.backend", "replay", r"priors\.replay_file: got null, expected a JSON-lines file"),
         (

@@ -265,7 +265,7 @@ def test_grabcut_needs_no_image_for_sentences_without_a_box() -> None:
 
 
 def test_a_missing_image_is_named() -> None:
-    with pytest.raises(InputError, match=r"gone\.png: missing or not an image"):
+    with pytest.raises(InputError, match=r"gone\.png: image not found; GrabCut needs it"):
         run(prior(1, bbox=[1, 2, 30, 40]), params=GRABCUT, image=Path("gone.png"))
 
 

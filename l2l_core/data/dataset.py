@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2l_core import records
-from l2l_core.errors import ArtifactError, InputError
+from l2l_core.data.images import read_image
+from l2l_core.errors import ArtifactError
 from l2l_core.masks import decode_rle, resize_mask
 
 PRIOR_COLUMNS = ("sent_id", "sample_index", "target", "attributes", "relation", "bbox")
@@ -186,21 +187,6 @@ class BatchMaker:
         size, hw = self.size_px, self.pairs.hw[rows].tolist()
         masks = [resize_mask(decode_rle(rle, h, w), size, size) for rle, (h, w) in zip(rles, hw, strict=True)]
         return np.stack(masks)
-
-
-def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """A JPEG or PNG -> [H, W, 3] uint8 RGB, alpha dropped, grey repeated. Raises InputError where it cannot be read."""
-    try:
-        data = np.fromfile(path, dtype=np.uint8)
-        # IGNORE_ORIENTATION: annotations are in the coordinates of the stored pixels.
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
-    except FileNotFoundError:
-        raise InputError(f"{path}: image not found") from None
-    except (OSError, cv2.error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if image is None:
-        raise InputError(f"{path}: not an image that can be decoded (expected JPEG or PNG)")
-    return np.ascontiguousarray(image[..., ::-1])
 
 
 def resize_image(image: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:

@@ -59,6 +59,23 @@ def fetch(archive: Archive, target: Path, scratch: Path, mirror: str | None, sha
     )
 
 
+def track(target: Path) -> None:
+    """Let DVC keep a folder, so that experiments which run in copies of the project find it.
+
+    Raises InputError where the project is no DVC repository.
+    """
+    # Imported here: DVC takes a second.
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
+    try:
+        with Repo() as repo:
+            repo.add(str(target))
+    except (DvcException, SCMError) as error:
+        raise InputError(f"{target}: is there, but DVC cannot track it: {error}") from None
+
+
 def _sources(archive: Archive, mirror: str | None) -> list[str]:
     return [*([f"{mirror.rstrip('/')}/{archive.name}.zip"] if mirror else []), *archive.urls]
 
@@ -71,7 +88,7 @@ def _keep(archive: Archive, target: Path, sha256: str | None) -> str:
         problems += [] if have == sha256 else [f"its archive's sha256 is {have}, fetch.sha256 says {sha256}"]
     if problems and not record.is_file() and sha256 is None:
         # Somebody's own part or edition, in the folder of that name: what is amiss in it ingest will say.
-        return f"{target}: there already, not fetched by this stage, nothing was changed; note: {'; '.join(problems)}"
+        return f"{target}: there already, not fetched by this command, nothing was changed; note: {'; '.join(problems)}"
     if problems:
         raise InputError(
             f"{target}: it exists and is not what was published, nothing was changed; give it another name to keep it, "

@@ -1,34 +1,72 @@
-"""Image files of a data set: found to be whole, measured and fingerprinted."""
+"""The one reader of image files, and their inspection: found to be whole, measured and fingerprinted.
+
+Every part of the project sees an image through `read_image`: ingest and check, the MLLM, training, predictions, pages.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from l2l_core.errors import InputError
 from l2l_core.progress import progress
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-"""What the pipeline decodes later; any other format is refused here."""
+"""What is read; any other format is refused. Of an animated or multi-page file, the first picture."""
+
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
+"""Of one image, Pillow's own bound (89 megapixels): a file of some kilobytes can claim gigabytes of pixels."""
+
+MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
+"""Pillow's modes of 8 bits a channel that convert to RGB without a guess. It reads 16-bit color with its high bytes."""
+
+DEEP_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+"""Grey of 16 bits; its high byte is taken, as of 16-bit color."""
 
 EXIF_ORIENTATION = 274
 UPRIGHT = 1
 
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # so that `Image.open` itself refuses the size
+
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that decodes from its first to its last byte; the size is the stored one, EXIF rotation is ignored."""
+    """An image that decodes from its first to its last byte."""
 
     file_name: str  # relative to the project's root where it lies below it, else absolute; forward slashes
-    height: int
+    height: int  # of the pixels as `read_image` gives them
     width: int
     sha256: str
+    turned: bool = False  # an EXIF tag says to show the image turned or mirrored
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """An image file -> [H, W, 3] uint8 RGB, as stored: EXIF orientation is ignored, alpha is dropped, grey is repeated.
+
+    Raises InputError, in one line, where the file is missing, damaged, of another format than FORMATS, of a mode that
+    has no plain RGB (32-bit, floating point, LAB), or larger than MAX_PIXELS.
+    """
+    try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe or a device never ends
+            raise InputError(f"{path}: not a regular file, expected an image")
+        return _decode(path)[0]
+    except FileNotFoundError:
+        raise InputError(f"{path}: image not found") from None
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise whatever they trip over first in a damaged file
+        raise InputError(f"{path}: {_reason(error)}") from None
 
 
 def inspect_images(paths: Sequence[Path], min_side_px: int) -> list[ImageFile | str]:
@@ -45,28 +83,70 @@ def project_path(path: Path) -> str:
     return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
 
 
-def _inspect(path: Path, min_side_px: int) -> ImageFile | str:
-    name = project_path(path)
-    try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
-            # The smallest scale a JPEG decodes to: every byte is still read, so a truncated file is found, in half
-            # the time. Other formats ignore it.
-            image.draft(None, (1, 1))
-            image.load()
-    except FileNotFoundError:
-        return f"image {name}: not found"
-    except UnidentifiedImageError:
-        return f"image {name}: corrupt, or not one of {', '.join(FORMATS)}"
-    except Exception as error:  # decoders raise whatever they trip over first in a damaged file
-        return f"image {name}: cannot be read: {error}"
-    if min(height, width) < min_side_px:
-        return f"image {name}: {width}x{height} px, expected sides >= {min_side_px} px (ingest.min_image_side_px)"
-    return ImageFile(name, height, width, hashlib.sha256(content).hexdigest())
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Paths of a folder's listing, sorted, without hidden files such as `._photo.jpg`, which a Mac puts beside each."""
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def is_turned(path: str | Path) -> bool:
     """Whether an EXIF tag says to show the image turned or mirrored; the pipeline takes the pixels as stored."""
-    with Image.open(path) as image:
-        return bool(image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT)
+    with Image.open(path, formats=FORMATS) as image:
+        return _is_turned(image)
+
+
+def inspect_content(content: bytes, path: Path, min_side_px: int) -> ImageFile | str:
+    """As `inspect_images`, of one image by its bytes; path: the file that they are of, or will be."""
+    name = project_path(path)
+    try:
+        pixels, turned = _decode(io.BytesIO(content))
+    except Exception as error:
+        return f"image {name}: {_reason(error)}"
+    height, width = pixels.shape[:2]
+    if min(height, width) < min_side_px:
+        return f"image {name}: {width}x{height} px, expected sides >= {min_side_px} px (ingest.min_image_side_px)"
+    return ImageFile(name, height, width, hashlib.sha256(content).hexdigest(), turned)
+
+
+def _inspect(path: Path, min_side_px: int) -> ImageFile | str:
+    try:
+        if path.exists() and not path.is_file():
+            return f"image {project_path(path)}: not a regular file"
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return f"image {project_path(path)}: not found"
+    except OSError as error:
+        return f"image {project_path(path)}: {_reason(error)}"
+    return inspect_content(content, path, min_side_px)
+
+
+def _decode(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint8], bool]:
+    """Pixels [H, W, 3] uint8 RGB, and whether an EXIF tag turns them. Raises whatever a decoder raises."""
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        if image.mode in DEEP_MODES:
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            pixels = np.repeat(grey[..., None], 3, axis=2)
+        elif image.mode in MODES:
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        else:
+            raise ValueError(
+                f"its pixels are of Pillow's mode {image.mode}, expected grey, palette, RGB or CMYK of 8 bits, "
+                "or grey or RGB of 16 bits"
+            )
+        return pixels, _is_turned(image)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    # Pillow itself turns a TIFF upright when it decodes it.
+    return image.format != "TIFF" and bool(image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with an image, in one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"corrupt, or not one of {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"too many pixels, expected at most {MAX_PIXELS // 10**6} megapixels; make it smaller"
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return f"cannot be read: {detail}"

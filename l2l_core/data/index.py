@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -63,6 +64,7 @@ class Index:
     refs: pa.Table
     objects: pa.Table
     masks: pa.Table
+    warnings: tuple[str, ...] = ()  # what is doubtful in it, in a line each
 
     @property
     def boxes_only(self) -> bool:
@@ -95,21 +97,98 @@ def sentence_problems(sentences: Sequence[Sentence]) -> list[str]:
     return problems
 
 
-def overlap_problems(sentences: Sequence[Sentence], names: Mapping[int, str], source: str) -> list[str]:
-    """One line if images are in the training split and in an evaluation split; names: image_id -> what to call it."""
-    train = {row.image_id for row in sentences if row.split == records.TRAIN}
-    shared = sorted(train & {row.image_id for row in sentences if row.split in records.EVAL_SPLITS})
+def overlap_problems(sentences: Sequence[Sentence], paths: Mapping[int, str], source: str) -> list[str]:
+    """One line if image files are in the training split and in an evaluation split; paths: image_id -> file.
+
+    One file is one image, whatever ids it has.
+    """
+    files = {image_id: os.path.realpath(path) for image_id, path in paths.items()}
+    names = {files[image_id]: path for image_id, path in paths.items()}
+    train, evaluated = ({files[image_id] for image_id in side} for side in _sides(sentences))
+    shared = sorted(names[file] for file in train & evaluated)
     if not shared:
         return []
     return [
-        f"{source}: {len(shared)} image(s) are in train and in an evaluation split: "
-        f"{shorten([names[image_id] for image_id in shared])}; "
+        f"{source}: {len(shared)} image(s) are in train and in an evaluation split: {shorten(shared)}; "
         "each image may be on one side only (RefCOCOg: the umd split keeps them apart, google does not)"
     ]
 
 
+def data_warnings(
+    files: Mapping[int, ImageFile], sentences: Sequence[Sentence], masks: Mapping[int, Mask], source: str
+) -> list[str]:
+    """What every reader and importer warns of, in a line each.
+
+    Photos of the same content in training and evaluation, sentences with two masks in one image, and turned photos.
+    """
+    return _copies(files, sentences, source) + _contradictions(files, sentences, masks, source) + _turns(files, source)
+
+
+def turned_note(names: Sequence[str]) -> str:
+    """What is said of photos that EXIF turns, wherever one comes in."""
+    return f"an EXIF tag turns {shorten(names)}; pixels are used as stored, so save them upright"
+
+
+def _turns(files: Mapping[int, ImageFile], source: str) -> list[str]:
+    turned = [file.file_name for file in files.values() if file.turned]
+    if not turned:
+        return []
+    return [f"{source}: {len(turned)} image(s): {turned_note(turned)}, and draw their masks on the upright photo"]
+
+
+def _copies(files: Mapping[int, ImageFile], sentences: Sequence[Sentence], source: str) -> list[str]:
+    by_content: dict[str, tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
+    for side, image_ids in enumerate(_sides(sentences)):
+        for image_id in image_ids & files.keys():
+            if files[image_id].sha256:  # "": the file is not there
+                by_content[files[image_id].sha256][side].add(image_id)
+    pairs = sorted(
+        (files[min(train)].file_name, files[min(evaluated)].file_name)
+        for train, evaluated in by_content.values()
+        if train and evaluated
+    )
+    if not pairs:
+        return []
+    shown = shorten([f"{first} = {second}" for first, second in pairs])
+    return [
+        f"{source}: {len(pairs)} image(s) of train are, byte for byte, images of an evaluation split: {shown}; "
+        "leave one of each out, or scores are too high"
+    ]
+
+
+def _contradictions(
+    files: Mapping[int, ImageFile], sentences: Sequence[Sentence], masks: Mapping[int, Mask], source: str
+) -> list[str]:
+    first: dict[tuple[str | int, str], Sentence] = {}
+    found: dict[tuple[str | int, str], str] = {}
+    for row in sentences:
+        if row.ann_id not in masks:
+            continue
+        content = files[row.image_id].sha256 if row.image_id in files else ""
+        key = content or row.image_id, " ".join(row.sentence.casefold().split())
+        earlier = first.setdefault(key, row)
+        if masks[earlier.ann_id] != masks[row.ann_id]:
+            found.setdefault(key, f"{earlier.where} and {row.where} ({row.sentence!r})")
+    if not found:
+        return []
+    return [
+        f"{source}: {len(found)} sentence(s) have two different masks in one image, of which at most one is right: "
+        f"{shorten(list(found.values()))}; say which object is meant, or unite its parts in one mask"
+    ]
+
+
+def _sides(sentences: Sequence[Sentence]) -> tuple[set[int], set[int]]:
+    """image_ids of the training split, and of the evaluation splits."""
+    train = {row.image_id for row in sentences if row.split == records.TRAIN}
+    return train, {row.image_id for row in sentences if row.split in records.EVAL_SPLITS}
+
+
 def build_index(
-    images: Mapping[int, ImageFile], sentences: Iterable[Sentence], objects: Iterable[Object], masks: Mapping[int, Mask]
+    images: Mapping[int, ImageFile],
+    sentences: Sequence[Sentence],
+    objects: Iterable[Object],
+    masks: Mapping[int, Mask],
+    warnings: Sequence[str],
 ) -> Index:
     """Checked rows -> tables; images by image_id, masks by ann_id."""
     by_image = sorted(images.items())
@@ -147,6 +226,7 @@ def build_index(
             },
             schema=records.MASKS,
         ),
+        warnings=tuple(warnings),
     )
 
 

@@ -20,6 +20,7 @@ from l2l_core.data.index import (
     Object,
     Sentence,
     build_index,
+    data_warnings,
     is_utf8,
     overlap_problems,
     sentence_problems,
@@ -106,7 +107,8 @@ def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> 
     names = {image_id: project_path(image) for image, image_id in image_ids.items()}
     problems += overlap_problems(sentences, names, project_path(path))
     raise_all(problems)
-    return build_index(files, sentences, objects.values(), masks)
+    warnings = data_warnings(files, sentences, masks, project_path(path))
+    return build_index(files, sentences, objects.values(), masks, warnings)
 
 
 def _read_pairs(path: Path, image_folder: Path, problems: list[str]) -> list[_Pair]:
@@ -179,7 +181,8 @@ def _mask_image(path: Path, height: int, width: int) -> np.ndarray[Any, np.dtype
     try:
         with Image.open(path, formats=("PNG",)) as image:
             mode, size = image.mode, image.size
-            values = np.asarray(image)
+            # Decoded only where it is of the image's size, which is within the bound of what is read.
+            values = np.asarray(image) if size == (width, height) else None
     except FileNotFoundError:
         raise ValueError(f"{name} not found") from None
     except Exception as error:  # decoders raise whatever they trip over first in a damaged file
@@ -188,4 +191,4 @@ def _mask_image(path: Path, height: int, width: int) -> np.ndarray[Any, np.dtype
         raise ValueError(f"{name} has mode {mode}, expected one channel in which 0 is background")
     if size != (width, height):
         raise ValueError(f"{name} is {size[0]}x{size[1]} px, expected {width}x{height} like the image")
-    return np.asarray(values != 0)
+    return np.asarray(values) != 0

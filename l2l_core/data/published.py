@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from l2l_core.config import PublishedName
-from l2l_core.data.images import project_path
-from l2l_core.data.refcoco import load_refs, refs_files
+from l2l_core.data.images import project_path, visible
+from l2l_core.data.refcoco import load_refs, refs_files, split_by_of
 from l2l_core.errors import InputError
 
 
@@ -75,7 +75,7 @@ class Archive:
         """What tells a folder from the published files, each in one line; none where nothing does."""
         files = folder / self.into
         found = []
-        if self.photos and (photos := len(list(files.glob("*.jpg")))) != self.photos:
+        if self.photos and (photos := len(visible(files.glob("*.jpg")))) != self.photos:
             found.append(f"{files.name} has {photos:,} photos, published are {self.photos:,}")
         if self.splits and not (files / INSTANCES).is_file():
             found.append(f"{INSTANCES} is missing")
@@ -121,15 +121,15 @@ def warnings(dataset: str | Path, split_by: str, refs: pa.Table) -> list[str]:
     part or a corrected edition under the old name is legitimate; the scores then do not compare with published ones.
     """
     folder = Path(dataset)
-    found = [path.name for path in refs_files(folder) if split_by == "auto" or path.stem == f"refs({split_by})"]
+    found = [path for path in refs_files(folder) if split_by in ("auto", split_by_of(path))]
     if len(found) != 1:
         return []
-    edition = (folder.name, found[0][len("refs(") : found[0].rindex(")")])
+    edition = (folder.name, split_by_of(found[0]))
     if edition not in SPLITS:
         return []
     counted = refs.group_by("split").aggregate([("ref_id", "count_distinct"), ("sent_id", "count")]).to_pylist()
     rows = {row["split"]: Rows(row["ref_id_count_distinct"], row["sent_id_count"]) for row in counted}
-    where = project_path(folder / found[0])
+    where = project_path(found[0])
     return [f"{line}; scores will not compare" for line in _differences(where, SPLITS[edition], rows)]
 
 

@@ -1,14 +1,21 @@
-"""Reader of the layout of lichengunc/refer: refs(<split_by>).p or .json, instances.json and a folder of images."""
+"""Reader of the layout of lichengunc/refer: refs(<split_by>).p or .json, instances.json and a folder of images.
+
+gRefCOCO has the same layout with grefs(<split_by>): a ref may name several annotations, whose masks are united, or
+none, which leaves it out.
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from l2l_core.data.images import ImageFile, inspect_images, project_path
+import numpy as np
+
+from l2l_core.data.images import ImageFile, inspect_images, project_path, visible
 from l2l_core.data.index import (
     Box,
     Index,
@@ -16,16 +23,21 @@ from l2l_core.data.index import (
     Object,
     Sentence,
     build_index,
+    data_warnings,
     is_utf8,
     overlap_problems,
     sentence_problems,
 )
 from l2l_core.errors import InputError, raise_all
-from l2l_core.masks import rle_area_px, segmentation_to_rle
+from l2l_core.masks import decode_rle, encode_rle, rle_area_px, segmentation_to_rle
 from l2l_core.progress import progress
 
 IMAGE_SUBFOLDERS = ("", "train2014", "mscoco/images/train2014")
 """Where the published layouts keep the photos below the image folder."""
+
+REFS_NAME = re.compile(r"g?refs\((.+)\)\.(?:p|json)")
+NO_TARGET = [-1]
+"""ann_id of gRefCOCO's refs that mean nothing in their image."""
 
 MAX_COORDINATE_PX = 1e6
 """Larger than any image; also refuses NaN and infinity, which compare false."""
@@ -46,11 +58,19 @@ class _Annotation(NamedTuple):
     category: str
     bbox: Box
     segmentation: object
+    parts: tuple[int, ...] = ()  # ann_ids of which this is the union
 
 
 def refs_files(folder: Path) -> list[Path]:
     """The files of referring expressions in a folder."""
-    return sorted(path for path in folder.glob("refs(*).*") if path.suffix in (".p", ".json"))
+    return [path for path in visible(folder.glob("*")) if REFS_NAME.fullmatch(path.name)]
+
+
+def split_by_of(path: Path) -> str:
+    """The <split_by> of refs(<split_by>).p and the like."""
+    found = REFS_NAME.fullmatch(path.name)
+    assert found is not None  # the path is one of `refs_files`
+    return found[1]
 
 
 def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min_image_side_px: int = 1) -> Index:
@@ -81,11 +101,12 @@ def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min
         lambda row, where: _annotation(row, where, categories, image_rows),
         problems,
     )
-    sentences = _sentences(refs, project_path(refs_path), annotations, problems)
+    source = project_path(refs_path)
+    sentences, without_target = _sentences(refs, source, annotations, problems)
     problems += sentence_problems(sentences)
+    if without_target and not sentences and not problems:
+        problems.append(f"{source}: no ref has a target")
     used = sorted({row.image_id for row in sentences})
-    names = {image_id: image_rows[image_id].file_name for image_id in used}
-    problems += overlap_problems(sentences, names, project_path(refs_path))
 
     files = _image_files(
         {image_id: image_rows[image_id] for image_id in used},
@@ -94,13 +115,20 @@ def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min
         optional=not segmented,
         problems=problems,
     )
+    names = {
+        image_id: files[image_id].file_name if image_id in files else image_rows[image_id].file_name
+        for image_id in used
+    }
+    problems += overlap_problems(sentences, names, source)
     referred = sorted({row.ann_id for row in sentences}) if segmented else []
     masks: dict[int, Mask] = {}
     for ann_id in progress(referred, "masks", "mask"):
         annotation = annotations[ann_id]
         row = image_rows[annotation.image_id]
         try:
-            counts = segmentation_to_rle(annotation.segmentation, row.height, row.width)
+            parts = [annotations[part] for part in annotation.parts] or [annotation]
+            drawn = [segmentation_to_rle(part.segmentation, row.height, row.width) for part in parts]
+            counts = drawn[0] if len(drawn) == 1 else _union(drawn, row.height, row.width)
             if not rle_area_px(counts, row.height, row.width):
                 raise ValueError("empty mask")
             masks[ann_id] = Mask(row.height, row.width, counts)
@@ -113,7 +141,14 @@ def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min
         for ann_id, annotation in annotations.items()
         if annotation.image_id in files
     ]
-    return build_index(files, sentences, objects, masks)
+    warnings = data_warnings(files, sentences, masks, source)
+    if without_target:
+        warnings.append(f"{source}: {without_target} sentence(s) without a target (no_target) are left out")
+    return build_index(files, sentences, objects, masks, warnings)
+
+
+def _union(drawn: list[bytes], height: int, width: int) -> bytes:
+    return encode_rle(np.logical_or.reduce([decode_rle(counts, height, width) for counts in drawn]))
 
 
 class _DataUnpickler(pickle.Unpickler):
@@ -127,12 +162,19 @@ class _DataUnpickler(pickle.Unpickler):
 
 def _refs_path(folder: Path, split_by: str) -> Path:
     found = refs_files(folder)
-    chosen = [path for path in found if split_by == "auto" or path.stem == f"refs({split_by})"]
+    chosen = [path for path in found if split_by in ("auto", split_by_of(path))]
     if len(chosen) == 1:
         return chosen[0]
-    names = ", ".join(path.name for path in found) or "none"
-    wanted = "one refs(<name>).p or .json" if split_by == "auto" else f"one refs({split_by}).p or .json"
-    raise InputError(f"{project_path(folder)}: found {names}, expected {wanted}; choose by ingest.split_by")
+    where, names = project_path(folder), ", ".join(path.name for path in found) or "none"
+    known = sorted({split_by_of(path) for path in found})
+    if not chosen:
+        wanted = "refs(<name>).p or .json" if split_by == "auto" else f"refs({split_by}).p or .json"
+        advice = f"; choose by ingest.split_by: {' or '.join(known)}" if known else ""
+        raise InputError(f"{where}: found {names}, expected {wanted}{advice}")
+    if len(known) > 1 and split_by == "auto":
+        raise InputError(f"{where}: found {names}, expected one; choose by ingest.split_by: {' or '.join(known)}")
+    twins = " and ".join(path.name for path in chosen)
+    raise InputError(f"{where}: {twins} are both of the split {split_by_of(chosen[0])}; remove one")
 
 
 def load_refs(path: Path) -> list[Any]:
@@ -238,9 +280,14 @@ def _box(bbox: object) -> Box:
 
 def _sentences(
     refs: list[Any], source: str, annotations: dict[int, _Annotation], problems: list[str]
-) -> list[Sentence]:
-    """Every usable sentence; each ref and each sentence that is not usable becomes a line in `problems`."""
+) -> tuple[list[Sentence], int]:
+    """Every usable sentence, and how many mean nothing; what is not usable becomes a line in `problems`.
+
+    The union of a ref's annotations is added to `annotations`.
+    """
     sentences: list[Sentence] = []
+    without_target = 0
+    unions: dict[tuple[int, ...], int] = {}
     seen: set[int] = set()
     for number, ref in enumerate(refs):
         where = f"{source}: ref {number}"
@@ -252,7 +299,12 @@ def _sentences(
             if ref_id in seen:
                 raise ValueError("ref_id is taken by an earlier ref")
             seen.add(ref_id)
-            ann_id, image_id, split = _get(ref, "ann_id", int), _get(ref, "image_id", int), _get(ref, "split", str)
+            image_id, split = _get(ref, "image_id", int), _get(ref, "split", str)
+            if ref.get("ann_id") == NO_TARGET or ref.get("no_target") is True:
+                without_target += len(_get(ref, "sentences", list))
+                continue
+            several = isinstance(ref.get("ann_id"), list)
+            ann_id = _united(ref["ann_id"], annotations, unions) if several else _get(ref, "ann_id", int)
             annotation = annotations.get(ann_id)
             if annotation is None:
                 raise ValueError(f"ann_id {ann_id}: no usable annotation of that id in instances.json")
@@ -284,7 +336,28 @@ def _sentences(
                 sentences.append(found)
             except ValueError as error:
                 problems.append(f"{here}: {error}")
-    return sentences
+    return sentences, without_target
+
+
+def _united(ann_ids: list[Any], annotations: dict[int, _Annotation], unions: dict[tuple[int, ...], int]) -> int:
+    """The ann_id of the only one of some annotations, or of their union, which is made where it is new."""
+    parts = tuple(dict.fromkeys(ann_ids)) if all(type(ann_id) is int for ann_id in ann_ids) else ()
+    if not parts or not set(parts) <= annotations.keys():
+        raise ValueError(f"ann_id: got {_short(ann_ids)}, expected ids of usable annotations of instances.json")
+    if len(parts) == 1:
+        return parts[0]
+    rows = [annotations[part] for part in parts]
+    images = {row.image_id for row in rows}
+    if len(images) > 1:
+        raise ValueError(f"ann_id: got {_short(ann_ids)}, which are of several images")
+    key = tuple(sorted(parts))
+    if key not in unions:
+        unions[key] = max(annotations) + 1
+        boxes = np.array([row.bbox for row in rows])
+        (x1, y1), (x2, y2) = boxes[:, :2].min(axis=0).tolist(), boxes[:, 2:].max(axis=0).tolist()
+        categories = ", ".join(dict.fromkeys(row.category for row in rows))
+        annotations[unions[key]] = _Annotation(rows[0].where, images.pop(), categories, (x1, y1, x2, y2), None, key)
+    return unions[key]
 
 
 def _image_folders(folder: Path, images: str) -> list[Path]:

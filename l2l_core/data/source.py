@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from l2l_core.data.images import project_path
+from l2l_core.data import published
+from l2l_core.data.images import project_path, visible
 from l2l_core.data.index import Index
 from l2l_core.data.jsonl import read_jsonl
 from l2l_core.data.refcoco import read_refcoco, refs_files
@@ -15,7 +17,8 @@ from l2l_core.errors import InputError
 def read_dataset(dataset: str | Path, images: str, split_by: str, min_image_side_px: int) -> Index:
     """Read and check the data set in a folder, or in one .jsonl file.
 
-    images: `auto` or a folder; split_by: `auto` or which refs(<split_by>) file. Raises InputError with every bad row.
+    images: `auto` or a folder; split_by: `auto` or which refs(<split_by>) file. What is doubtful and no error is in the
+    index's `warnings`. Raises InputError with every bad row.
     """
     path = Path(dataset)
     if images != "auto" and not Path(images).is_dir():
@@ -23,7 +26,9 @@ def read_dataset(dataset: str | Path, images: str, split_by: str, min_image_side
     layout, path = find_layout(path)
     match layout:
         case "refcoco":
-            return read_refcoco(path, images, split_by, min_image_side_px)
+            index = read_refcoco(path, images, split_by, min_image_side_px)
+            differences = published.warnings(path, split_by, index.refs)
+            return replace(index, warnings=(*index.warnings, *differences))
         case "jsonl":
             return read_jsonl(path, images, min_image_side_px)
 
@@ -33,8 +38,11 @@ def find_layout(path: Path) -> tuple[Literal["refcoco", "jsonl"], Path]:
     if path.is_file() and path.suffix == ".jsonl":
         return "jsonl", path
     if not path.is_dir():
-        raise InputError(f"dataset: got {str(path)!r}, expected a folder or a .jsonl file that exists")
-    refs, pairs = refs_files(path), sorted(path.glob("*.jsonl"))
+        hint = (
+            f"; to download it: python -m l2l_core fetch {path.name} images" if path.name in published.ARCHIVES else ""
+        )
+        raise InputError(f"dataset: got {str(path)!r}, expected a folder or a .jsonl file that exists{hint}")
+    refs, pairs = refs_files(path), visible(path.glob("*.jsonl"))
     if refs and not pairs:
         return "refcoco", path
     if len(pairs) == 1 and not refs:

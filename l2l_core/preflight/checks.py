@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from dvc.exceptions import InvalidArgumentError
+from dvc.exceptions import DvcException, InvalidArgumentError
+from dvc.repo import Repo
+from dvc.scm import SCMError
 from dvc.utils.hydra import apply_overrides
 
 from l2l_core.config import Params, load_params
@@ -24,6 +26,7 @@ from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
 
 Say = Callable[[str], None]
 PARAMS_FILE = "params.yaml"
+PIPELINE_FILE = "dvc.yaml"
 
 
 def overridden_params(overrides: Sequence[str]) -> Params:
@@ -73,6 +76,8 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
     temporary files, nothing is downloaded. Raises InputError that lists all problems at once.
     """
     problems: list[str] = []
+    with _collected(problems):
+        check_repository()
     with tempfile.TemporaryDirectory() as scratch:
         data, split = _look_at_data(params, Path(scratch), say, problems)
         with _collected(problems):
@@ -99,6 +104,21 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
     raise_all(problems, InputError)
 
 
+def check_repository() -> None:
+    """Raise InputError where the current folder is a project that DVC cannot run."""
+    if not Path(PIPELINE_FILE).is_file():  # a folder with nothing but data and params.yaml can be checked as well
+        return
+    try:
+        with Repo() as repo:
+            repo.scm  # noqa: B018  looks for the Git repository
+    except (DvcException, SCMError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{Path.cwd()}: DVC cannot run here: {reason}; run git init here (where .dvc is missing, dvc init --subdir "
+            "too), or, to work without Git, dvc config --local core.no_scm true"
+        ) from None
+
+
 def _look_at_data(
     params: Params, scratch: Path, say: Say, problems: list[str]
 ) -> tuple[inputs.Data | None, pa.Table | None]:
@@ -106,6 +126,8 @@ def _look_at_data(
     with _collected(problems):
         data = inputs.read_data(params, scratch)
         say(f"data        {inputs.describe_data(params, data)}")
+        for warning in data.index.warnings:
+            say(f"warning     {warning}")
         inputs.check_masks(params, data)
         say(f"images      {inputs.describe_sizes(params, data)}")
         split = inputs.draw_split(params, data)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from l2l_core import proposals, records
 from l2l_core.config import Params
-from l2l_core.data.dataset import BatchMaker, Pairs, Targets, load_pairs, load_targets, read_image
+from l2l_core.data.dataset import BatchMaker, Pairs, Targets, load_pairs, load_targets
+from l2l_core.data.images import read_image
 from l2l_core.engine.loop import Stream, train
 from l2l_core.engine.resume import CODE_ROOT
 from l2l_core.masks import BoolMask

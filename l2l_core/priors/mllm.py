@@ -15,7 +15,8 @@ from typing import Protocol
 from PIL import Image
 
 from l2l_core.config import PriorsParams
-from l2l_core.errors import L2LError
+from l2l_core.data.images import read_image
+from l2l_core.errors import InputError, L2LError
 from l2l_core.priors.backend import Answer, Question
 from l2l_core.priors.coords import resolve_coord_space, sent_hw
 from l2l_core.priors.prompt import Schema, answer_schema, keeps_to, prompt_sha256, prompt_text
@@ -92,11 +93,9 @@ class MllmBackend:
         """The image at the size in which it is sent, or what is wrong with it."""
         height, width = sent_hw(self._space, image_hw, self._params.max_image_px)
         try:
-            # Stored pixels, without turning them as a camera's orientation tag says: boxes refer to these.
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return type(error).__name__
+            image = Image.fromarray(read_image(path))
+        except InputError as error:
+            return str(error)
         if image.size != (image_hw[1], image_hw[0]):
             return "image of another size than the index says"
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)

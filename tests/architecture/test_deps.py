@@ -129,7 +129,6 @@ def test_learning_never_depends_on_the_truth_of_others(name):
 
 WITHOUT_EFFECT: dict[str, set[str]] = {
     "ask": {"priors.engine"},
-    "fetch": {"fetch.mirror"},  # another source gives the same archive
     # Read in other rounds than the stage's.
     "crossfit-0": {"retrain.labeled_share", "retrain.passes", "select.fold_update", "select.fold_update_steps"},
     # Part of every checkpoint's name, and of nothing that the stage writes.

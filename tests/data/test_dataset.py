@@ -5,7 +5,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from synthetic_run import write_run
 from toy_pairs import FLAT_PROB, rows_of, toy_batches, toy_pairs, toy_params
 
@@ -19,7 +18,6 @@ from l2l_core.data.dataset import (
     Targets,
     load_pairs,
     load_targets,
-    read_image,
     resize_image,
     with_priors,
 )
@@ -208,39 +206,6 @@ def test_an_unknown_sentence_is_refused(tmp_path, unknown):
 
 
 # --- pictures
-
-
-def test_pictures_are_read_as_rgb_whatever_they_are_stored_as(tmp_path):
-    rng = np.random.default_rng(0)
-    rgb = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    Image.fromarray(rgb).save(tmp_path / "rgb.png")
-    Image.fromarray(np.dstack([rgb, np.full((5, 7), 9, np.uint8)])).save(tmp_path / "alpha.png")
-    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "rgb.png"), rgb)
-    np.testing.assert_array_equal(read_image(tmp_path / "alpha.png"), rgb)
-    np.testing.assert_array_equal(read_image(tmp_path / "grey.png"), np.repeat(rgb[..., :1], 3, axis=2))
-
-
-def test_pixels_are_not_turned_by_what_the_camera_noted(tmp_path):
-    image = Image.fromarray(np.zeros((6, 10, 3), np.uint8))
-    note = image.getexif()
-    note[0x0112] = 6  # "turn by 90 degrees to view"
-    image.save(tmp_path / "turned.jpg", exif=note)
-    assert read_image(tmp_path / "turned.jpg").shape == (6, 10, 3)
-
-
-def test_a_picture_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_bytes(b"this is no picture")
-    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:30])
-    with pytest.raises(InputError, match=r"none\.jpg: image not found"):
-        read_image(tmp_path / "none.jpg")
-    for name in ("empty.jpg", "text.jpg", "cut.png"):
-        with pytest.raises(InputError, match=name):
-            read_image(tmp_path / name)
-    with pytest.raises(InputError, match=str(tmp_path)):
-        read_image(tmp_path)
 
 
 def test_pictures_shrink_by_averaging_and_keep_their_pixels_at_the_same_size():

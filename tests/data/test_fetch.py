@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import threading
 import zipfile
 from collections import namedtuple
@@ -18,12 +17,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from called import call
 
 from l2l_core.data import fetch as data_fetch
+from l2l_core.data import published
 from l2l_core.data.fetch import fetch
 from l2l_core.data.published import Archive, Rows
 from l2l_core.errors import InputError
-from stages import fetch as stage
 
 REFS = [
     {"ref_id": 0, "split": "train", "sentences": [{"sent": "left cup"}, {"sent": "a cup"}]},
@@ -377,14 +377,15 @@ def test_photos_go_to_a_folder_of_their_own_and_are_counted(server, tmp_path):
     assert found[f"train2014/{names[0]}"] == names[0].encode()
 
 
-def test_the_stage_writes_below_data(server, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_below_data(server, tmp_path, monkeypatch, capsys):
     root = Path(__file__).parents[2]
     params = (root / "params.yaml").read_text(encoding="utf-8").replace("mirror: null", f"mirror: {server.address}")
     (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
-    monkeypatch.setattr(stage, "ARCHIVES", {"refcoco+": Archive("refcoco+", (), "refcoco", "", SPLITS)})
+    monkeypatch.setattr(published, "ARCHIVES", {"refcoco+": Archive("refcoco+", (), "refcoco", "", SPLITS)})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["fetch", "refcoco+"])
     server.files["/refcoco+.zip"] = GOOD
-    stage.main()
-    assert capsys.readouterr().out.startswith(f"fetch: data/refcoco+: from {server.address}/refcoco+.zip, sha256 ")
+    assert call(monkeypatch, "fetch", "refcoco+") == 2  # the folder is there, but it is in no repository
+    said = capsys.readouterr()
+    assert said.out.startswith(f"fetch: data/refcoco+: from {server.address}/refcoco+.zip, sha256 ")
+    assert "error: data/refcoco+: is there, but DVC cannot track it: " in said.err
     assert contents(tmp_path / "data" / "refcoco+").keys() == {*FILES, "archive.json"}

@@ -1,5 +1,7 @@
 """Annotations of other tools, with masks whose pixels are counted by hand, read back as ingest reads them."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -334,9 +336,13 @@ WRONG_TASKS = {
     "not an object": (7, ["task 1: annotations: missing"]),
     "no data": ({"id": 5, "annotations": []}, ["task 5: got None, expected an object"]),
     "no sentence": (task("photos/a.png", ""), ["task 5: sentence: got '', expected a text"]),
-    "a rectangle": (
-        task("photos/a.png", "the cup", [{**FRAME, "type": "rectanglelabels", "value": {}}]),
-        ["task 5: type: got 'rectanglelabels', expected polygonlabels or brushlabels"],
+    "a key point": (
+        task("photos/a.png", "the cup", [{**FRAME, "type": "keypointlabels", "value": {"x": 1, "y": 2}}]),
+        ["task 5: type: got 'keypointlabels', expected polygon, rectangle, ellipse or brush; --skip-unknown leaves"],
+    ),
+    "a rectangle without sides": (
+        task("photos/a.png", "the cup", [{**FRAME, "type": "rectanglelabels", "value": {"x": 1, "y": 2}}]),
+        ["task 5: width: got None, expected a number"],
     ),
     "a turned image": (
         task("photos/a.png", "the cup", [{**QUARTERS, "image_rotation": 90}]),
@@ -371,6 +377,125 @@ def test_wrong_tasks_are_refused(folder, monkeypatch, capsys, case):
     wrong, words = WRONG_TASKS[case]
     write("export.json", [wrong])
     is_refused(monkeypatch, capsys, *LABEL_STUDIO, words=words)
+
+
+def rectangle(x: float, y: float, width: float, height: float, **more: object) -> dict:
+    value = {"x": x, "y": y, "width": width, "height": height, **more}
+    return {**FRAME, "type": "rectanglelabels", "value": value}
+
+
+def says(region: dict, *texts: str, kind: str = "textarea") -> dict:
+    """What Label Studio stores of a text that belongs to a region: the region's place, and the text."""
+    return {**region, "type": kind, "from_name": "said", "value": {**region["value"], "text": list(texts)}}
+
+
+def test_label_studio_rectangles_and_ellipses_are_masks(folder, monkeypatch):
+    write(
+        "export.json",
+        [
+            # 10 % and 40 % of 60 px: the columns 6 to 29; 25 % and 50 % of 40 px: the rows 10 to 29.
+            task("photos/a.png", "plain", [rectangle(10, 25, 40, 50)]),
+            # Turned clockwise by 90 degrees about its corner (30, 10) px: 24 px wide become 24 px down, 20 to the left.
+            task("photos/b.png", "askew", [rectangle(50, 25, 40, 50, rotation=90)]),
+            # A disc of radius 2 about the corner of pixels (30, 20).
+            task(
+                "photos/c.png",
+                "round",
+                [{**FRAME, "type": "ellipse", "value": {"x": 50, "y": 50, "radiusX": 10 / 3, "radiusY": 5}}],
+            ),
+        ],
+    )
+    assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "mine") == 0
+    rows = rows_by_sentence(imported())
+    np.testing.assert_array_equal(rows["plain"]["mask"], box_mask((6, 10, 30, 30)))
+    np.testing.assert_array_equal(rows["askew"]["mask"], box_mask((10, 10, 30, 34)))
+    np.testing.assert_array_equal(rows["round"]["mask"], box_mask((29, 18, 31, 22), (28, 19, 32, 21)))
+
+
+def test_results_that_are_no_shapes_are_passed_over(folder, monkeypatch):
+    """Relations, choices, ratings and names of regions; with the sentence of the task, remarks as well."""
+    one = {**QUARTERS, "id": "one"}
+    others = [
+        {"type": "relation", "from_id": "one", "to_id": "two", "direction": "right"},
+        {"type": "choices", "from_name": "quality", "to_name": "image", "value": {"choices": ["sharp"]}},
+        {**one, "type": "choices", "value": {**one["value"], "choices": ["easy"]}},
+        {**one, "type": "labels", "value": {**one["value"], "labels": ["object"]}},
+        {**one, "type": "rating", "value": {**one["value"], "rating": 3}},
+        says(one, "a remark"),
+    ]
+    for number, extra in enumerate(others):
+        write("export.json", [task("photos/a.png", "both boxes", [extra, one, {**CORNER, "id": "two"}])])
+        out = f"mine{number}"
+        assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", out) == 0
+        (line,) = Path(out, "pairs.jsonl").read_text().splitlines()
+        assert json.loads(line)["sentence"] == "both boxes"
+        (mask,) = read_jsonl(Path(out, "pairs.jsonl")).masks.to_pylist()
+        assert mask["area_px"] == 24 * 20 + 6 * 4
+
+
+def without_sentence(image: str, *results: list) -> dict:
+    one = task(image, "", *results)
+    del one["data"]["sentence"]
+    return one
+
+
+def test_texts_of_regions_are_sentences(folder, monkeypatch, capsys):
+    """Several sentences a photo: each text means its region; one text on two regions means both."""
+    one, two = {**QUARTERS, "id": "one"}, {**CORNER, "id": "two"}
+    result = [
+        one,
+        two,
+        says(one, "the cup", "the left one"),
+        says(two, "the spoon"),
+        says(two, "both"),
+        says(one, "both"),
+    ]
+    whole = {"type": "textarea", "from_name": "said", "to_name": "image", "value": {"text": ["all of it"]}, "id": "x"}
+    write(
+        "export.json",
+        [
+            without_sentence("photos/a.png", result),
+            without_sentence("photos/b.png", [one, two, whole]),
+            without_sentence("photos/c.png", []),
+        ],
+    )
+    assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "mine") == 0
+    assert "warning: export.json: 1 task(s) without a sentence left out" in capsys.readouterr().err
+    areas = {sentence: row["mask"].sum() for sentence, row in rows_by_sentence(imported()).items()}
+    big, small = 24 * 20, 6 * 4
+    assert areas == {
+        "the cup": big,
+        "the left one": big,
+        "the spoon": small,
+        "both": big + small,
+        "all of it": big + small,
+    }
+    write("export.json", [without_sentence("photos/a.png", [one, two, says(one, "the cup")])])
+    assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "other") == 2
+    assert "task 5: 1 region(s) without a text, expected `sentence`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "address", ["C:\\pictures\\photos\\a.png", "/data/local-files/?d=photos%5Ca.png", "photos\\a.png"]
+)
+def test_backslashes_of_windows_are_folders(folder, monkeypatch, address):
+    write("export.json", [task(address, "the cup", [QUARTERS])])
+    assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "mine") == 0
+    assert rows_by_sentence(imported())["the cup"]["image"] == "photos/a.png"
+
+
+def test_unknown_shapes_are_left_out_and_counted_where_one_says_so(folder, monkeypatch, capsys):
+    point = {**FRAME, "type": "keypointlabels", "value": {"x": 1, "y": 2, "width": 1}}
+    write("export.json", [task("photos/a.png", "the cup", [QUARTERS, point, point])])
+    assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "mine", "--skip-unknown") == 0
+    assert "export.json: 2 region(s) of an unknown kind left out: keypointlabels 2" in capsys.readouterr().err
+    assert rows_by_sentence(imported())["the cup"]["mask"].sum() == 24 * 20
+
+    line = {**TRIANGLE, "label": "wire", "shape_type": "linestrip"}
+    write("photos/a.json", labelme([TRIANGLE, line, {**line, "shape_type": "point"}, line]))
+    assert call(monkeypatch, "import", *LABELME, "--out", "other", "--skip-unknown") == 0
+    assert "photos: 3 shape(s) of an unknown kind left out: linestrip 2, point 1" in capsys.readouterr().err
+    assert [row["sentence"] for row in read_jsonl(Path("other/pairs.jsonl")).refs.to_pylist()] == ["cup"]
 
 
 def test_a_file_that_is_no_export_is_refused(folder, monkeypatch, capsys):
@@ -463,7 +588,7 @@ def test_a_mask_on_a_turned_photo_is_refused(folder, monkeypatch, capsys, orient
     write("photos/d.json", labelme([TRIANGLE], imagePath="d.jpg"))
     assert call(monkeypatch, "import", *LABELME, "--out", "mine") == code
     said = capsys.readouterr().err
-    assert ("d.json: shape 1: photos/d.jpg: an EXIF tag turns it" in said) == (code == 2)
+    assert ("d.json: shape 1: an EXIF tag turns photos/d.jpg; pixels are used as stored" in said) == (code == 2)
     assert Path("mine").exists() == (code == 0)
 
 
@@ -513,3 +638,147 @@ def test_a_folder_without_labelme_files_is_refused(folder, monkeypatch, capsys):
     is_refused(monkeypatch, capsys, *LABELME, words=["photos: got a folder without *.json"])
     Path("photos/a.json").write_text("{")
     is_refused(monkeypatch, capsys, *LABELME, words=["photos/a.json: not JSON"])
+
+
+def sentences_of(out: str = "mine") -> list[str]:
+    return [json.loads(line)["sentence"] for line in Path(out, "pairs.jsonl").read_text().splitlines()]
+
+
+def areas_of(out: str = "mine") -> list[int]:
+    masks = {row["ann_id"]: row["area_px"] for row in read_jsonl(Path(out, "pairs.jsonl")).masks.to_pylist()}
+    return [masks[row["ann_id"]] for row in read_jsonl(Path(out, "pairs.jsonl")).refs.to_pylist()]
+
+
+def test_reserved_labels_are_left_out_and_counted(folder, monkeypatch, capsys):
+    reserved = ["__ignore__", "_background_", "__ignore__", "ignore", "Background"]
+    shapes = [TRIANGLE, *({**RECTANGLE, "label": label, "description": "hard to see"} for label in reserved)]
+    write("photos/a.json", labelme(shapes))
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
+    expected = "photos: 5 shape(s) with a reserved label left out: __ignore__ 2, _background_ 1, ignore 1, Background 1"
+    assert expected in capsys.readouterr().err
+    assert sentences_of() == ["cup"]
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_reasonseg_files_give_their_text(folder, monkeypatch, capsys, stated):
+    """One object of all its targets, said in each of its sentences; the size is the image's where none is stated."""
+    shapes = [{**RECTANGLE, "label": "target"}, {**TRIANGLE, "label": "ignore"}]
+    shapes += [{**RECTANGLE, "label": "target", "points": [[40, 0], [44, 3]]}, {**TRIANGLE, "label": "flag"}]
+    document = labelme(shapes, text=["what one drinks from", "the thing for tea"], is_sentence=True)
+    if not stated:
+        document = {key: document[key] for key in ("shapes", "text")}
+    write("photos/a.json", document)
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
+    assert sentences_of() == ["what one drinks from", "the thing for tea"]
+    assert areas_of() == [15 * 20 + 4 * 3] * 2
+    assert "2 shape(s) with a reserved label left out: ignore 1, flag 1" in capsys.readouterr().err
+
+
+def test_reasonsegs_labels_are_no_sentences(folder, monkeypatch, capsys):
+    shapes = [{**RECTANGLE, "label": "target"}, {**TRIANGLE, "label": "ignore"}]
+    write("photos/a.json", labelme(shapes))
+    is_refused(monkeypatch, capsys, *LABELME, words=["a.json: text: got None, expected ReasonSeg's sentences"])
+    write("photos/a.json", labelme([{**RECTANGLE, "label": "target", "description": "the red target"}]))
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
+    assert sentences_of() == ["the red target"]
+
+
+def test_parts_of_one_object_stay_one_object(folder, monkeypatch):
+    """Shapes of one group and label, or description, are one mask, whichever of them has the description."""
+    other = {**RECTANGLE, "points": [[40, 0], [44, 3]]}
+    parts = [{**RECTANGLE, "label": "bus", "group_id": 1, "description": "the bus behind the pole"}]
+    parts += [{**other, "label": "bus", "group_id": 1, "description": ""}]
+    named = [{**RECTANGLE, "label": "front", "group_id": 2, "description": "the lorry"}]
+    named += [{**other, "label": "rear", "group_id": 2, "description": "the lorry"}]
+    twice = [{**RECTANGLE, "label": "cat", "group_id": 3, "description": "the cat"}]
+    twice += [{**other, "label": "cat", "group_id": 3, "description": "the striped one"}]
+    write("photos/a.json", labelme([*parts, *named, *twice]))
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
+    assert sentences_of() == ["the bus behind the pole", "the lorry", "the cat", "the striped one"]
+    assert areas_of() == [15 * 20 + 4 * 3] * 4
+
+
+def test_a_sentence_with_two_masks_is_warned_of(folder, monkeypatch, capsys):
+    other = {**RECTANGLE, "points": [[40, 0], [44, 3]]}
+    write("photos/a.json", labelme([RECTANGLE, other, {**other, "label": "Dog "}, TRIANGLE]))
+    write("photos/b.json", labelme([{**TRIANGLE, "label": "dog"}], "b"))
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
+    said = capsys.readouterr().err
+    assert "warning: photos: 1 sentence(s) have two different masks in one image, of which at most one is right" in said
+    assert "photos/a.json: shape 1 and photos/a.json: shape 2 ('dog')" in said
+
+
+def base64_of(array: np.ndarray, kind: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_masks_of_labelme_and_corners_of_x_anylabeling(folder, monkeypatch):
+    drawn = np.random.default_rng(0).random((5, 8)) > 0.5
+    mask = {**TRIANGLE, "shape_type": "mask", "points": [[10, 20], [17, 24]], "mask": base64_of(drawn)}
+    ones = {**mask, "label": "ones", "mask": base64_of(np.ones((5, 8), np.uint8))}
+    four = {**RECTANGLE, "points": [[5, 10], [20, 10], [20, 30], [5, 30]]}
+    # A square that stands on its corner, of diagonal 8: half of 8 x 8 pixels, give or take its edge.
+    askew = {**RECTANGLE, "label": "kite", "shape_type": "rotation", "points": [[30, 10], [34, 14], [30, 18], [26, 14]]}
+    write("photos/a.json", labelme([mask, ones, four, askew]))
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
+    rows = rows_by_sentence(imported())
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[20:25, 10:18] = drawn
+    np.testing.assert_array_equal(rows["cup"]["mask"], expected)
+    np.testing.assert_array_equal(rows["ones"]["mask"], box_mask((10, 20, 18, 25)))
+    np.testing.assert_array_equal(rows["dog"]["mask"], box_mask((5, 10, 20, 30)))
+    assert rows["kite"]["mask"].sum() == pytest.approx(32, abs=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"points": [[10, 20], [16, 24]]}, "mask: 8x5 px, expected 7x5 as its points say"),
+        ({"points": [[55, 20], [62, 24]]}, "points: got [[55, 20], [62, 24]], expected a box inside 60x40 px"),
+        ({"mask": None}, "mask: got None, expected a file in base64"),
+        ({"mask": "%%%"}, "mask: not a readable PNG"),
+        ({"points": [[10**400, 1], [2, 2]]}, "expected pairs of numbers x, y"),
+        ({"points": [[float("inf"), 1], [2, 2]]}, "expected finite numbers"),
+    ],
+)
+def test_wrong_masks_of_labelme_are_refused(folder, monkeypatch, capsys, change, words):
+    mask = {**TRIANGLE, "shape_type": "mask", "points": [[10, 20], [17, 24]], "mask": base64_of(np.ones((5, 8), bool))}
+    write("photos/a.json", labelme([{**mask, **change}]))
+    is_refused(monkeypatch, capsys, *LABELME, words=["photos/a.json: shape 1: ", words])
+
+
+def test_a_photo_in_the_file_itself_is_written_beside_the_pairs(folder, monkeypatch, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    write("photos/d.json", labelme([TRIANGLE], "..\\elsewhere\\d", imageData=base64_of(pixels)))
+    write("photos/a.json", labelme([RECTANGLE], imageData=base64_of(pixels)))  # photos/a.png is there
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
+    assert "2 pairs, 2 of them with a mask, 1 photos out of the files themselves" in capsys.readouterr().out
+    np.testing.assert_array_equal(np.asarray(Image.open("mine/d.png")), pixels)
+    rows = rows_by_sentence(imported())
+    assert (rows["cup"]["image"], rows["dog"]["image"]) == ("mine/d.png", "photos/a.png")
+    Path("mine/pairs.jsonl").unlink()
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 2  # it may be another photo of that name
+    assert "mine/d.png: exists, but photos/d.json: shape 1 holds its photo; remove it" in capsys.readouterr().err
+    Path("mine/d.png").unlink()
+    write("photos/d.json", labelme([TRIANGLE], "e", imageData=base64.b64encode(b"no photo").decode()))
+    is_refused(
+        monkeypatch, capsys, *LABELME, words=["photos/d.json: shape 1: image mine/d.png: corrupt, or not one of"]
+    )
+
+
+def test_hidden_files_beside_the_annotations_are_left_out(folder, monkeypatch):
+    write("photos/a.json", labelme([TRIANGLE]))
+    Path("photos/._a.json").write_bytes(b"\0\5\26\7\0")
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
+    assert sentences_of() == ["cup"]
+
+
+def test_a_turned_photo_without_a_mask_is_noted(folder, monkeypatch, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (WIDTH, HEIGHT), "gray").save("photos/d.jpg", exif=exif)
+    write("export.json", [task("photos/d.jpg", "the cup", [])])
+    assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "mine") == 0
+    assert "1 image(s): an EXIF tag turns photos/d.jpg; pixels are used as stored" in capsys.readouterr().err

@@ -136,7 +136,7 @@ B = {"image": "photos/b.jpg", "sentence": "dog"}
 BAD_LINES = {
     "truncated image": (pair(), r"line 2: image .*photos/a\.png: cannot be read"),
     "missing image": (B | {"image": "photos/z.png"}, r"line 2: image .*photos/z\.png: not found"),
-    "a folder": (B | {"image": "photos"}, r"line 2: image .*photos: cannot be read"),
+    "a folder": (B | {"image": "photos"}, r"line 2: image .*photos: not a regular file"),
     "no image": ({"sentence": "dog"}, r"line 2: image: missing, expected a text"),
     "no sentence": ({"image": "photos/b.jpg"}, r"line 2: sentence: missing, expected a text"),
     "no words": (B | {"sentence": "..."}, r"line 2: sentence '\.\.\.' has no words"),
@@ -175,6 +175,57 @@ def test_a_bad_line_is_named(folder, name):
 
     with pytest.raises(InputError, match=message):
         read_jsonl(write(folder, {"image": "photos/c.png", "sentence": "fine"}, row))
+
+
+def warnings_of(path: Path) -> list[str]:
+    return [warning.replace(f"{path.parent}/", "") for warning in read_jsonl(path).warnings]
+
+
+def test_a_photo_of_the_same_content_on_both_sides_is_warned_of(folder):
+    (folder / "photos" / "copy of a.png").write_bytes((folder / "photos" / "a.png").read_bytes())
+    other = pair(image="photos/copy of a.png", mask="masks/a.png")
+    assert warnings_of(write(folder, pair(mask="masks/a.png"), other)) == []  # on one side
+    assert warnings_of(write(folder, pair(mask="masks/a.png"), other | {"split": "val"})) == [
+        "pairs.jsonl: 1 image(s) of train are, byte for byte, images of an evaluation split: "
+        "photos/a.png = photos/copy of a.png; leave one of each out, or scores are too high"
+    ]
+
+
+def test_a_photo_under_two_names_of_one_file_is_on_one_side_only(folder):
+    (folder / "photos" / "link.png").symlink_to(folder / "photos" / "a.png")
+    with pytest.raises(InputError, match=r"1 image\(s\) are in train and in an evaluation split"):
+        read_jsonl(write(folder, pair(), pair(image="photos/link.png", mask="masks/a.png", split="val")))
+
+
+def test_a_sentence_with_two_masks_in_one_image_is_warned_of(folder):
+    elsewhere = {"polygon": [1, 1, 5, 1, 5, 4]}
+    same = pair(mask={"polygon": POLYGON}, sentence="The red  cup")  # the same pixels as the picture of the mask
+    two = pair(mask=elsewhere)
+    path = write(folder, pair(mask="masks/a.png"), same, pair(), pair(image="photos/b.jpg", mask=elsewhere))
+    assert warnings_of(path) == []
+    path = write(folder, pair(mask="masks/a.png"), same, two, two | {"sentence": "the RED cup"})
+    assert warnings_of(path) == [
+        "pairs.jsonl: 1 sentence(s) have two different masks in one image, of which at most one is right: "
+        "pairs.jsonl: line 1 and pairs.jsonl: line 3 ('the red cup'); say which object is meant, or unite its parts in "
+        "one mask"
+    ]
+
+
+def test_turned_photos_are_warned_of(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for number in range(7):
+        Image.new("RGB", (WIDTH, HEIGHT), (number, 0, 0)).save(folder / f"{number}.jpg", exif=exif)
+    rows = [pair(image=f"{number}.jpg", mask=POLYGON) for number in range(7)]
+    (said,) = warnings_of(write(folder, pair(), *rows))
+    assert said.startswith("pairs.jsonl: 7 image(s): an EXIF tag turns 0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 2 more; ")
+    assert said.endswith("pixels are used as stored, so save them upright, and draw their masks on the upright photo")
+
+
+def test_a_hidden_file_is_no_second_data_set(folder):
+    path = write(folder, pair())
+    (folder / "._pairs.jsonl").write_bytes(b"\0\5\26\7\0")
+    assert read_dataset(folder, "auto", "auto", 1).refs.equals(read_jsonl(path).refs)
 
 
 def test_all_bad_lines_are_reported_at_once(folder):

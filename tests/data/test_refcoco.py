@@ -137,8 +137,79 @@ def test_one_of_several_refs_files_must_be_chosen(tiny_refcoco):
     assert read_refcoco(tiny_refcoco.folder, split_by="unc").refs.num_rows == 12
     with pytest.raises(InputError, match=r"found refs\(google\)\.p, refs\(unc\)\.p, .*ingest\.split_by"):
         read_refcoco(tiny_refcoco.folder)
-    with pytest.raises(InputError, match=r"expected one refs\(umd\)\.p"):
+    with pytest.raises(
+        InputError, match=r"expected refs\(umd\)\.p or \.json; choose by ingest\.split_by: google or unc"
+    ):
         read_refcoco(tiny_refcoco.folder, split_by="umd")
+
+
+def test_any_name_of_a_split_can_be_chosen_and_twins_cannot(tiny_refcoco):
+    """As refclef.zip has refs(berkeley).p beside refs(unc).p; of two forms of one name, one is to go."""
+    tiny_refcoco.save("refs(berkeley).p")
+    shutil.copy(tiny_refcoco.folder / "refs(berkeley).p", tiny_refcoco.folder / "refs(unc).p")
+    with pytest.raises(InputError, match=r"choose by ingest\.split_by: berkeley or unc$"):
+        read_refcoco(tiny_refcoco.folder)
+    assert read_refcoco(tiny_refcoco.folder, split_by="berkeley").refs.num_rows == 12
+
+    (tiny_refcoco.folder / "refs(berkeley).p").unlink()
+    (tiny_refcoco.folder / "refs(unc).json").write_text(json.dumps(tiny_refcoco.refs))
+    for split_by in ("auto", "unc"):
+        with pytest.raises(InputError, match=r"refs\(unc\)\.json and refs\(unc\)\.p are both .* unc; remove one$"):
+            read_refcoco(tiny_refcoco.folder, split_by=split_by)
+
+
+def test_one_file_under_two_ids_is_one_image(tiny_refcoco):
+    """As after a merge of two COCO files: one photo, in train by one id and in val by the other."""
+    tiny_refcoco.instances["images"].append(tiny_refcoco.image(1) | {"id": 7})
+    tiny_refcoco.instances["annotations"].append(tiny_refcoco.annotation(100) | {"id": 700, "image_id": 7})
+    more = {"ref_id": 70, "ann_id": 700, "image_id": 7, "split": "val", "sentences": [{"sent_id": 7, "sent": "it"}]}
+    tiny_refcoco.refs.append(more)
+    tiny_refcoco.save()
+    with pytest.raises(InputError, match=r"1 image\(s\) are in train and in an evaluation split: \S+photo_1\.jpg;"):
+        read_refcoco(tiny_refcoco.folder)
+
+    shutil.copy(tiny_refcoco.image_path(1), tiny_refcoco.folder / "images" / "copy.jpg")
+    tiny_refcoco.image(7)["file_name"] = "copy.jpg"
+    tiny_refcoco.save()
+    (said,) = read_refcoco(tiny_refcoco.folder).warnings
+    assert "1 image(s) of train are, byte for byte, images of an evaluation split" in said
+    assert "photo_1.jpg = " in said
+
+
+def test_grefcoco_unites_several_targets_and_leaves_out_those_without(tiny_refcoco):
+    """Image 1 has two annotated objects, 100 and 999: both, twice, and one of them; and two sentences of nothing."""
+    tiny_refcoco.annotation(999)["segmentation"] = [[50, 30, 55, 30, 55, 36, 50, 36]]
+    tiny_refcoco.annotation(999)["bbox"] = [50, 30, 5, 6]
+    truth = tiny_refcoco.truth[100].copy()
+    truth[30:36, 50:55] = True
+    for row in tiny_refcoco.refs:
+        row["ann_id"] = [row["ann_id"]]
+    said = iter(range(1, 9))
+
+    def ref(ref_id: int, ann_id: list[int], **more: object) -> dict[str, object]:
+        sentences = [{"sent_id": next(said), "sent": "all of them"}]
+        return {"ref_id": ref_id, "ann_id": ann_id, "image_id": 1, "split": "train", "sentences": sentences, **more}
+
+    tiny_refcoco.refs += [ref(1, [100, 999]), ref(2, [999, 100]), ref(3, [-1], no_target=True), ref(4, [-1])]
+    tiny_refcoco.save("grefs(unc).json")
+    index = read_dataset(tiny_refcoco.folder, "auto", "unc", 1)
+    assert index.warnings == (
+        f"{tiny_refcoco.folder}/grefs(unc).json: 2 sentence(s) without a target (no_target) are left out",
+    )
+    rows = {row["sent_id"]: row for row in index.refs.to_pylist()}
+    assert len(rows) == 12 + 2
+    assert rows[1]["ann_id"] == rows[2]["ann_id"] == 1000  # after the largest that there is
+    assert rows[1]["bbox"] == [4, 5, 55, 36]
+    masks = {row["ann_id"]: row for row in index.masks.to_pylist()}
+    np.testing.assert_array_equal(decode_rle(masks[1000]["rle_counts"], 41, 59), truth)
+    assert masks[1000]["area_px"] == truth.sum()
+    np.testing.assert_array_equal(decode_rle(masks[100]["rle_counts"], 41, 59), tiny_refcoco.truth[100])
+
+    for wrong, message in (([100, 200], "which are of several images"), ([100, 5], "expected ids of usable")):
+        tiny_refcoco.refs[-1] = ref(4, wrong)
+        tiny_refcoco.save("grefs(unc).json")
+        with pytest.raises(InputError, match=rf"ref 9 \(ref_id 4\): ann_id: got \[100, \d+\], {message}"):
+            read_refcoco(tiny_refcoco.folder)
 
 
 # Each case breaks one thing; the message must name file, row and value. The parameter is called with the data set.
@@ -252,7 +323,7 @@ BROKEN = {
             "refs",
             {"ref_id": 11, "ann_id": 999, "image_id": 1, "split": "val", "sentences": [{"sent_id": 5, "sent": "it"}]},
         ),
-        r"1 image\(s\) are in train and in an evaluation split: photo_1\.jpg",
+        r"1 image\(s\) are in train and in an evaluation split: \S+/images/photo_1\.jpg",
     ),
     "row is a list": (_append("refs", [1]), r"ref 6: got \[1\], expected an object"),
     "annotation is a text": (_append("annotations", "x"), r"annotation 7: got 'x', expected an object"),

@@ -1,9 +1,10 @@
-"""`dvc repro data/dvc.yaml:fetch@<name>`: what is downloaded, what is checked, and what is never touched."""
+"""`python -m l2l_core fetch NAME`: what is downloaded, what is checked, and what is never touched."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiny_project import Project, executed, make_project
 
 from l2l_core.data.published import SPLITS
 
+FETCH = (sys.executable, "-m", "l2l_core", "fetch", "refcoco")
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("fetch")]
 
 
@@ -44,49 +46,58 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_named_data_set_is_fetched_once(project, mirror):
-    output = project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco")
-    assert executed(output) == ["fetch@refcoco"]  # not the photos, not the other sets
+    assert "data/refcoco: from " in project.run(*FETCH)
     found = contents(project.folder / "data" / "refcoco")
     assert found.keys() == {"refs(unc).p", "instances.json", "archive.json"}
     assert json.loads(found["archive.json"])["bytes"] == (mirror / "refcoco.zip").stat().st_size
-    assert project.out("git", "status", "--porcelain", "--untracked-files=all", "data").split() == [
-        "A",
-        "data/dvc.lock",
-    ]
+    assert not (project.folder / "data" / "images").exists()  # not the photos, not the other sets
+    listed = project.out("git", "status", "--porcelain", "--untracked-files=all", "data").split()
+    assert "data/refcoco.dvc" in listed
 
-    # Whatever makes the stage stale, what is there is checked and not fetched again.
+    # What is there is checked and not fetched again.
     sha256 = json.loads(found["archive.json"])["sha256"]
     project.change_params({"fetch": {"mirror": None, "sha256": {"refcoco": sha256}}})
-    assert "nothing was changed" in project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco")
+    assert "nothing was changed" in project.run(*FETCH)
     assert contents(project.folder / "data" / "refcoco") == found
 
     # In a copy, as experiments in the queue have it, it comes from the cache.
     project.commit()
     project.run("rm", "-rf", "data/refcoco")
-    project.run("dvc", "checkout", "data/refcoco")
+    project.run("dvc", "checkout", "data/refcoco.dvc")
     assert contents(project.folder / "data" / "refcoco") == found
 
 
 def test_a_folder_of_that_name_is_never_deleted(project):
-    """Somebody's own edition is used with a note; where a checksum is asked for, it is refused; it stays either way."""
+    """Somebody's own edition is used with a note; where a checksum is given, it is refused; it stays either way."""
     own = project.folder / "data" / "refcoco"
     own.mkdir(parents=True)
     (own / "refs(unc).p").write_bytes(pickle.dumps([{"split": "train", "sentences": []}]))
     before = contents(own)
     amiss = "refs(unc).p: train has 1 refs with 0 sentences, published are 42,404 with 120,624"
-    output = project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco")
-    assert "not fetched by this stage, nothing was changed; note: " in output
+    output = project.run(*FETCH)
+    assert "not fetched by this command, nothing was changed; note: " in output
     assert amiss in output
     assert contents(own) == before
+    assert not (project.folder / "data" / "refcoco.dvc").exists()
 
     project.change_params({"fetch": {"sha256": {"refcoco": "0" * 64}}})
-    output = project.run("dvc", "repro", "data/dvc.yaml:fetch@refcoco", code=None)
+    output = project.run(*FETCH, code=2)
     assert "error: data/refcoco: it exists and is not what was published" in output
     assert amiss in output
     assert contents(own) == before
 
 
-def test_a_data_set_that_is_asked_for_is_fetched_first(project):
-    project.change_params({"dataset": "data/refcoco"})
-    output = project.run("dvc", "repro", "--dry", "ingest", code=None)  # fails at ingest: dry, nothing was fetched
-    assert executed(output) == ["fetch@refcoco"]
+def test_no_stage_downloads(project):
+    """Neither everything that DVC knows, nor everything in the data folder, reaches a download."""
+    everything = project.run("dvc", "repro", "--dry", "--all-pipelines", code=None)  # fails at ingest: nothing is drawn
+    assert "refshapes" in executed(everything)
+    assert "fetch" not in everything + project.run("dvc", "stage", "list", "--all")
+    assert executed(project.run("sh", "-c", "cd data && dvc repro --dry")) == ["refshapes"]
+
+
+def test_a_name_that_is_not_published_is_refused(project):
+    output = project.run(*FETCH, "refcok", code=2)
+    assert output == "error: fetch: got 'refcok', expected some of refcoco, refcoco+, refcocog, images\n"
+    project.change_params({"dataset": "data/refcoco", "priors": {"backend": "none"}})
+    output = project.run(sys.executable, "-m", "l2l_core", "check", "--no-timing", code=2)
+    assert "to download it: python -m l2l_core fetch refcoco images" in output

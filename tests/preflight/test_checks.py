@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import socket
+import subprocess
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
@@ -352,3 +353,58 @@ def test_no_server(project, monkeypatch, capsys):
     ask_for("qwen2.5-vl", url)
     (found,) = problems(monkeypatch, capsys)
     assert f"{url}/models: no answer (ConnectionError); start a server" in found
+
+
+def test_a_project_outside_a_repository_is_named_first(project, monkeypatch, capsys):
+    """As an unpacked archive of the project is: DVC's folder comes along, Git's does not."""
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    Path(".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc" / "config", ".dvc/config")
+    expected = f"error: {project}: DVC cannot run here: "
+    assert call(monkeypatch, "check", "--no-timing") == 2
+    assert capsys.readouterr().err.startswith(expected)
+    Path("mine/pairs.jsonl").unlink()
+    assert call(monkeypatch, "check", "--no-timing") == 2
+    assert capsys.readouterr().err.splitlines()[1].strip().startswith(expected.removeprefix("error: "))
+
+
+@pytest.mark.parametrize("place", [".", "deep/below"])
+def test_a_project_in_a_repository_or_a_folder_of_it_is_fine(project, monkeypatch, capsys, place):
+    subprocess.run(["git", "init", "--quiet", "."], check=True)
+    below = project / place
+    below.mkdir(parents=True, exist_ok=True)
+    for name in ("mine", "answers.jsonl", "params.yaml"):
+        (project / name).rename(below / name)
+    shutil.copy(ROOT / "dvc.yaml", below / "dvc.yaml")
+    shutil.copytree(ROOT / ".dvc", below / ".dvc", ignore=lambda *_: ["cache", "tmp"])
+    monkeypatch.chdir(below)
+    assert call(monkeypatch, "check", "--no-timing") == 0
+
+
+def test_doubts_about_the_data_are_said(project, monkeypatch, capsys):
+    with Path("mine/pairs.jsonl").open("a") as file:
+        for polygon in ([1, 1, 50, 1, 50, 50], [60, 60, 99, 60, 99, 99]):
+            row = {"image": "images/01.jpg", "sentence": "an odd thing", "mask": {"polygon": polygon}}
+            file.write(json.dumps(row) + "\n")
+    change({"priors": {"backend": "none"}})
+    assert call(monkeypatch, "check", "--no-timing") == 0
+    assert (
+        "warning     mine/pairs.jsonl: 1 sentence(s) have two different masks in one image" in capsys.readouterr().out
+    )
+
+
+def test_make_demo_names_a_missing_repository_before_it_installs(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path / "Makefile")
+    (tmp_path / "requirements.txt").touch()
+    done = subprocess.run(["make", "repository"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"error: {tmp_path} is in no Git repository, which DVC needs: run git init here" in done.stdout
+    dry = subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True).stdout
+    assert dry.index("rev-parse") < dry.index("-m venv")
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
+    subprocess.run(["make", "repository"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "init", "--quiet", "."], cwd=tmp_path, check=True)
+    (tmp_path / ".dvc" / "config.local").unlink()
+    (tmp_path / "below").mkdir()
+    subprocess.run(["make", "-f", "../Makefile", "repository"], cwd=tmp_path / "below", check=True)

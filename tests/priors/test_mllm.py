@@ -170,7 +170,12 @@ def test_a_broken_image_concerns_its_sentences_alone(image: str, tmp_path: Path)
     asked.append(Question(8, 0, str(tmp_path / "gone.png"), (48, 64), "cup"))
     asked.append(Question(9, 0, image, (64, 48), "cup"))
     answers = backend(Scripted()).ask(asked)
-    reasons = ["", "UnidentifiedImageError", "FileNotFoundError", "image of another size than the index says"]
+    reasons = [
+        "",
+        f"{tmp_path}/broken.png: corrupt, or not one of JPEG, PNG, WEBP, BMP, TIFF",
+        f"{tmp_path}/gone.png: image not found",
+        "image of another size than the index says",
+    ]
     assert [answer.reason for answer in answers] == reasons
     assert [answer.unread for answer in answers] == [None, "error", "error", "error"]
 

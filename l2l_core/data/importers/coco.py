@@ -9,6 +9,7 @@ from typing import Any
 from l2l_core.data.images import project_path
 from l2l_core.data.importers.entries import (
     Entry,
+    Imported,
     image_size,
     mask_rle,
     read_json,
@@ -26,7 +27,7 @@ ANNOTATION_KEYS = ("annotation_id", "ann_id")
 SENTENCE_KEYS = ("sentence", "caption")
 
 
-def import_coco(instances: Path, sentences: Path, images: Path, out: Path) -> str:
+def import_coco(instances: Path, sentences: Path, images: Path, out: Path) -> Imported:
     """COCO's instances and sentences -> JSON lines for a file in the folder `out`.
 
     instances: `images` (id, file_name, height, width) and `annotations` (id, image_id, segmentation). sentences: JSON

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from l2l_core import records
-from l2l_core.data.images import inspect_images, is_turned, project_path
-from l2l_core.data.index import NO_MASK, Sentence, is_utf8, overlap_problems, sentence_problems
+from l2l_core.data.images import MAX_PIXELS, ImageFile, inspect_content, inspect_images, project_path
+from l2l_core.data.index import (
+    NO_MASK,
+    Mask,
+    Sentence,
+    data_warnings,
+    is_utf8,
+    overlap_problems,
+    sentence_problems,
+    turned_note,
+)
 from l2l_core.errors import InputError, raise_all
 from l2l_core.masks import BoolMask, encode_rle
 
 FILE_NAME = "pairs.jsonl"
-MAX_PIXELS = 2**30  # of a stated size; no format of the images that are read holds more
 SHOWN_CHARACTERS = 60  # of a wrong value in a message: a polygon would fill the screen
 
 
@@ -31,20 +40,50 @@ class Entry:
     rle: bytes | None  # COCO compressed run lengths at that size; None: no mask
     split: str = records.TRAIN
     id: int | None = None
+    photo: bytes | None = None  # of an image that the file itself holds; `image` is then where it is to be written
 
 
-def to_json_lines(entries: Sequence[Entry], out: Path, source: str, problems: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class Imported:
+    """What an importer makes of another tool's files."""
+
+    lines: str  # of FILE_NAME
+    photos: dict[str, bytes]  # name in the folder of FILE_NAME -> content, of images that the files themselves hold
+    warnings: list[str]  # what is doubtful, and what was left out, in a line each
+
+
+class UnknownShapeError(ValueError):
+    """A shape of a kind that has no mask; --skip-unknown leaves such shapes out."""
+
+    def __init__(self, kind: object, expected: str) -> None:
+        super().__init__(f"got {shown(kind)}, expected {expected}; --skip-unknown leaves such shapes out")
+        self.kind = kind if isinstance(kind, str) else shown(kind)
+
+
+def left_out(what: str, counts: Counter[str], source: str) -> list[str]:
+    """One line on what was left out and how often, by kind; none where nothing was."""
+    kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
+    return [f"{source}: {counts.total()} {what} left out: {kinds}"] if counts else []
+
+
+def to_json_lines(
+    entries: Sequence[Entry], out: Path, source: str, problems: Sequence[str], warnings: Sequence[str] = ()
+) -> Imported:
     """Entries -> lines of image (relative to the folder `out`), sentence, mask, split and, where they have one, id.
 
-    problems: what was wrong with entries that could not be read. Every image is decoded. Raises InputError that lists
-    these and all that ingest would refuse.
+    problems: what was wrong with entries that could not be read. warnings: what was left out of them. Every image is
+    decoded. Raises InputError that lists the problems and all that ingest would refuse.
     """
     found = list(problems)
     if not entries and not found:
         found.append(f"{source}: no pairs in it, expected at least one")
     paths = list(dict.fromkeys(entry.image for entry in entries))
     first_use = {entry.image: entry.where for entry in reversed(entries)}
-    files = dict(zip(paths, inspect_images(paths, 1), strict=True))
+    photos = {entry.image: entry.photo for entry in entries if entry.photo is not None}
+    stored = [path for path in paths if path not in photos]
+    files = dict(zip(stored, inspect_images(stored, 1), strict=True))
+    files |= {path: inspect_content(photo, path, 1) for path, photo in photos.items()}
+    found += [f"{path}: exists, but {first_use[path]} holds its photo; remove it" for path in photos if path.exists()]
     found += [f"{first_use[path]}: {file}" for path, file in files.items() if isinstance(file, str)]
     for entry in entries:
         file = files[entry.image]
@@ -53,11 +92,8 @@ def to_json_lines(entries: Sequence[Entry], out: Path, source: str, problems: Se
             found.append(
                 f"{entry.where}: size: got {width}x{height}, but {file.file_name} has {file.width}x{file.height} px"
             )
-        if not isinstance(file, str) and entry.rle is not None and is_turned(entry.image):
-            found.append(
-                f"{entry.where}: {file.file_name}: an EXIF tag turns it, so that its mask was drawn on other pixels "
-                "than are stored; save the image upright and draw the mask again"
-            )
+        if not isinstance(file, str) and entry.rle is not None and file.turned:
+            found.append(f"{entry.where}: {turned_note([file.file_name])}, and draw its mask again")
         if entry.rle is None and entry.split in records.EVAL_SPLITS:
             found.append(f"{entry.where}: mask: missing, expected one because split is {entry.split}")
     without_id = [entry.where for entry in entries if entry.id is None]
@@ -69,7 +105,7 @@ def to_json_lines(entries: Sequence[Entry], out: Path, source: str, problems: Se
             where=entry.where,
             sent_id=number if without_id or entry.id is None else entry.id,
             ref_id=number,
-            ann_id=NO_MASK,
+            ann_id=NO_MASK if entry.rle is None else number,
             image_id=image_ids[entry.image],
             category="",
             sentence=entry.sentence,
@@ -82,6 +118,13 @@ def to_json_lines(entries: Sequence[Entry], out: Path, source: str, problems: Se
     found += sentence_problems(sentences)
     found += overlap_problems(sentences, {number: project_path(path) for path, number in image_ids.items()}, source)
     raise_all(found)
+    masks = {
+        number: Mask(*entry.size_hw, entry.rle)
+        for number, entry in enumerate(entries)
+        if entry.rle is not None and entry.size_hw is not None
+    }
+    by_id = {image_ids[path]: file for path, file in files.items() if isinstance(file, ImageFile)}
+    doubts = [*warnings, *data_warnings(by_id, sentences, masks, source)]
     lines = []
     for entry in entries:
         line: dict[str, object] = {
@@ -94,7 +137,7 @@ def to_json_lines(entries: Sequence[Entry], out: Path, source: str, problems: Se
         if entry.id is not None:
             line["id"] = entry.id
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines)
+    return Imported("".join(lines), {path.name: photo for path, photo in photos.items()}, doubts)
 
 
 def read_json(path: Path) -> Any:
@@ -144,9 +187,19 @@ def points_of(row: Any, key: str = "points") -> list[tuple[float, float]]:
     points = rows_of(row, key)
     for point in points:
         # Exact types: a bool is no coordinate.
-        if not isinstance(point, list) or len(point) != 2 or not set(map(type, point)) <= {int, float}:
+        if not isinstance(point, list) or len(point) != 2 or not all(map(_is_number, point)):
             raise ValueError(f"{key}: got {shown(point)}, expected pairs of numbers x, y")
     return [(float(x), float(y)) for x, y in points]
+
+
+def number(row: Any, key: str, default: float | None = None) -> float:
+    """row[key] as a number. Raises ValueError where it is none; default: where it is missing."""
+    value = _value(row, key)
+    if value is None and default is not None:
+        return default
+    if not _is_number(value):
+        raise ValueError(f"{key}: got {shown(value)}, expected a number")
+    return float(value)
 
 
 def mask_rle(mask: BoolMask) -> bytes:
@@ -158,8 +211,16 @@ def mask_rle(mask: BoolMask) -> bytes:
 
 def shown(value: object) -> str:
     """A value as messages show it."""
-    whole = repr(value)
+    try:
+        whole = repr(value)
+    except ValueError:  # Python refuses to write a whole number of more than some thousand digits
+        whole = "a number of thousands of digits"
     return whole if len(whole) <= SHOWN_CHARACTERS else f"{whole[:SHOWN_CHARACTERS]}..."
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number of usual size: no bool, and no whole number that float cannot hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _value(row: Any, key: str) -> Any:
