@@ -29,7 +29,7 @@ from l2l_core.priors.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.priors.mllm import Engine, MllmBackend
 from l2l_core.priors.prompt import prompt_sha256
 from l2l_core.priors.replay import ReplayBackend, load_recorded
-from l2l_core.priors.simulated import SimulatedBackend, make_truth
+from l2l_core.priors.simulated import SimulatedBackend, make_truth, preset_coord_space
 from l2l_core.progress import LOG_INTERVAL_S
 
 FEWEST_FAILED = 8
@@ -48,7 +48,7 @@ def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBacken
             columns = ["sent_id", "image_id", "ann_id", "category", "bbox"]
             refs = records.to_frame(records.read_table(index.refs, records.REFS, columns))
             objects = records.to_frame(records.read_table(index.objects, records.OBJECTS))
-            space = resolve_coord_space(params.preset, params.coord_space)
+            space = preset_coord_space(params.preset, params.coord_space)
             return SimulatedBackend(params.preset, space, params.seed, make_truth(refs, objects))
         case "replay":
             refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))

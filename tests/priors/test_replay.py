@@ -95,7 +95,7 @@ def test_the_configured_space_holds_where_a_line_has_none(tmp_path: Path) -> Non
 
 
 def test_samples_are_recorded_one_by_one(tmp_path: Path) -> None:
-    line = {"sent_id": 10, "model": "llava"}
+    line = {"sent_id": 10, "model": "llava", "coord_space": "unit"}
     path = recorded(
         tmp_path,
         {**line, "sample_index": 1, "raw_text": "[0, 0, 0.5, 0.5]"},
