@@ -114,11 +114,14 @@ def predict(
     if turned:
         print(f"note: an EXIF tag turns {shorten(turned)}; pixels are used as stored, so save them upright")
     with predictions.predictions_folder(out) as building:
+        predictions.try_names(asked, building)
         predictor = Predictor.from_run(folder, params.train)
         told = predictions.find_priors(asked, params) if with_priors else None
         answered = predictions.answer(predictor, asked, told, params)
-        predictions.write_predictions(asked, answered, building, polygons=polygons)
+        trouble = predictions.write_predictions(asked, answered, building, polygons=polygons)
     empty = (rle_area_px_all(answered.rle, answered.pairs.hw) == 0).sum()
+    if trouble:
+        raise InputError(f"--out: {out}: {trouble}")
     print(f"masks by {folder}: {len(asked)}, of them with a prior {answered.with_prior.sum()}, empty {empty}: {out}")
 
 
