@@ -46,7 +46,7 @@ class TransformersEngine:
                 "priors.backend vllm with priors.engine.tensor_parallel GPUs for each model"
             ) from None
         crops = getattr(getattr(self._processor, "image_processor", None), "do_center_crop", False)
-        if crops and resolve_coord_space(name, params.coord_space) != "unit_square":
+        if crops and resolve_coord_space(str(name), params.coord_space) != "unit_square":
             raise ConfigError(
                 f"params.yaml: priors.coord_space: got {params.coord_space!r}, but the image processor of {name!r} "
                 "crops images to a square, so that its coordinates are not the image's; set it to unit_square, which "
@@ -138,7 +138,8 @@ def _tokens_at(probs: Tensor, shares: Tensor) -> Tensor:
     Sums in float32 over blocks of tokens and in float64 over the blocks: a whole vocabulary in float64 takes eight
     times as long. A token of probability 0 is never the one.
     """
-    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % DRAW_BLOCK)).unflatten(1, (-1, DRAW_BLOCK))
+    padded = torch.nn.functional.pad(probs, (0, -probs.shape[1] % DRAW_BLOCK))
+    blocks = padded.reshape(len(probs), -1, DRAW_BLOCK)
     block, within = _entry_at(blocks.sum(dim=2).double(), shares[:, None])
     token, _ = _entry_at(blocks[torch.arange(len(blocks)), block[:, 0]].double(), within)
     return block * DRAW_BLOCK + token
