@@ -125,11 +125,14 @@ def predict(
     if turned:
         print(f"note: {turned_note(turned)}")
     with predictions.predictions_folder(out) as building:
+        predictions.try_names(asked, building)
         predictor = Predictor.from_run(folder)
         told = predictions.find_priors(asked, predictor.fitted(load_params())) if with_priors else None
         answered = predictions.answer(predictor, asked, told, batch_size)
-        predictions.write_predictions(asked, answered, building, polygons=polygons)
+        trouble = predictions.write_predictions(asked, answered, building, polygons=polygons)
     empty = (rle_area_px_all(answered.rle, answered.pairs.hw) == 0).sum()
+    if trouble:
+        raise InputError(f"--out: {out}: {trouble}")
     print(f"masks by {folder}: {len(asked)}, of them with a prior {answered.with_prior.sum()}, empty {empty}: {out}")
 
 

@@ -126,7 +126,18 @@ class PriorsParams(Section):
     """Answers asked for per sentence."""
     replay_file: str | None
     """JSON lines with recorded answers, for the `replay` backend."""
-    coord_space: Literal["auto", "pixel", "resized_pixel", "norm1000", "percent", "unit"]
+    coord_space: Literal[
+        "auto",
+        "pixel",
+        "resized_pixel",
+        "norm1000",
+        "norm1000_yx",
+        "norm999",
+        "norm1024_yx",
+        "percent",
+        "unit",
+        "unit_square",
+    ]
     """How the model writes coordinates; `auto` looks the model's family up."""
     model: str | None
     """Hub id or folder (`transformers`, `vllm`), or the model's name at the server (`openai`)."""

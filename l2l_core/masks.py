@@ -70,6 +70,9 @@ def wrong_kept_px(
     return np.stack([rle_area_px_all(keep, sizes_hw), wrong], axis=1)
 
 
+_POLYGONS = "each polygon needs one flat list: x1, y1, x2, y2, x3, y3, ..."
+
+
 def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
     """A COCO `segmentation` (polygons, compressed or uncompressed RLE) -> compressed counts.
 
@@ -77,6 +80,9 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
     Raises ValueError that says what is wrong with it.
     """
     if isinstance(segmentation, dict):
+        if not {"size", "counts"} & set(segmentation):
+            keys = ", ".join(map(repr, segmentation)) or "none"
+            raise ValueError(f"segmentation: got an object with the keys {keys}, expected polygons or size and counts")
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [height, width]:
             raise ValueError(f"segmentation.size: got {size}, expected [{height}, {width}] (the image's height, width)")
@@ -86,6 +92,8 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
             return _runs_to_rle(_compressed_runs(counts), height, width)
         raise ValueError(f"segmentation.counts: got {type(counts).__name__}, expected a string or a list of runs")
     if isinstance(segmentation, list) and segmentation:
+        if all(isinstance(part, list) and len(part) == 2 for part in segmentation):
+            raise ValueError(f"segmentation: got points as [x, y]; {_POLYGONS}")
         for polygon in segmentation:
             _check_polygon(polygon, height, width)
         return bytes(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))["counts"])
@@ -117,8 +125,12 @@ def _common(first: Sequence[bytes], second: Sequence[bytes], sizes_hw: NDArray[n
 
 
 def _check_polygon(polygon: object, height: int, width: int) -> None:
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        raise ValueError("segmentation: each polygon needs x, y for at least 3 points")
+    if not isinstance(polygon, list):
+        raise ValueError(f"segmentation: got {type(polygon).__name__} for a polygon; {_POLYGONS}")
+    if any(isinstance(part, list | dict) for part in polygon):
+        raise ValueError(f"segmentation: got a polygon of lists or objects; {_POLYGONS}")
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError(f"segmentation: each polygon needs x, y for at least 3 points, got {len(polygon)} numbers")
     # Exact types: a bool is no coordinate, and numpy would read a string as one.
     if not set(map(type, polygon)) <= {int, float}:
         raise ValueError("segmentation: polygon coordinates must be numbers")
@@ -128,9 +140,15 @@ def _check_polygon(polygon: object, height: int, width: int) -> None:
     side = max(height, width)
     if not (-side <= low and high <= 2 * side and all(map(math.isfinite, polygon))):
         raise ValueError(
-            f"segmentation: polygon coordinates reach from {low} to {high}, expected numbers in or near "
-            f"an image of {width}x{height} pixels"
+            f"segmentation: polygon coordinates reach from {_short(low)} to {_short(high)}, expected numbers in or "
+            f"near an image of {width}x{height} pixels"
         )
+
+
+def _short(value: float) -> str:
+    """A number as messages show it: a whole one may have hundreds of digits."""
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:20]}... ({len(text)} characters)"
 
 
 def _listed_runs(counts: list[object]) -> NDArray[np.int64]:

@@ -40,8 +40,9 @@ INDEX_NAME = "predictions.jsonl"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 OVERLAY_PX = 800
 """Longer side of an overlay: a mask's outline, which is one pixel wide, shows on a screen."""
-NAME_LENGTH = 40
-"""Characters of image and sentence in a file's name; file systems allow 255 bytes."""
+NAME_BYTES = 40
+"""Of image and sentence each in a file's name, in UTF-8; file systems allow 255 bytes in all, encrypted ones 143."""
+PICTURES = ("mask", "overlay")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def ask_each(paths: Sequence[Path], sentence: str) -> Asked:
     if not is_utf8(sentence) or not any(character.isalnum() for character in sentence):
         raise InputError(f"sentence: got {sentence!r}, expected at least one word")
     found = inspect_images(paths, 1)
-    raise_all([file for file in found if isinstance(file, str)])
+    unnamed = [f"image {path!r}: its name is not UTF-8; rename it" for path in map(str, paths) if not is_utf8(path)]
+    raise_all([*unnamed, *(file for file in found if isinstance(file, str))])
     files = [file for file in found if isinstance(file, ImageFile)]
     return Asked(files, [sentence] * len(files))
 
@@ -208,34 +210,83 @@ def predictions_folder(out: Path) -> Iterator[Path]:
         (out / name).unlink(missing_ok=True)
 
 
+def try_names(asked: Asked, folder: Path) -> None:
+    """Create every file of `write_predictions` once, empty, and remove it: what a file system refuses is known before
+    anything is computed. Raises InputError that names the first name which it refuses.
+    """
+    for name in [INDEX_NAME, *(name for names in _picture_names(asked) for name in names.values())]:
+        try:
+            (folder / name).touch()
+            (folder / name).unlink()
+        except OSError as error:
+            raise InputError(
+                f"--out: no file {name!r} can be written there: {error.strerror}; name another folder"
+            ) from None
+
+
 def save_mask(mask: BoolMask, path: Path) -> None:
     """Write a mask [H, W] as a PNG of one channel, 255 is foreground."""
     Image.fromarray(mask.astype(np.uint8) * 255).save(path)
 
 
-def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygons: bool) -> None:
-    """Write for each pair a mask (PNG, 255 is foreground) and an overlay into a folder, and predictions.jsonl."""
-    rows = list(zip(asked.image, asked.sentence, answered.rle, answered.with_prior.tolist(), strict=True))
-    lines = []
-    for number, (file, sentence, rle, with_prior) in enumerate(progress(rows, "pictures", "pair")):
-        size = file.height, file.width
-        mask = decode_rle(rle, *size)
-        name = f"{number:04d}_{_slug(Path(file.file_name).stem)}_{_slug(sentence)}"
-        pictures = {"mask": f"{name}.mask.png", "overlay": f"{name}.overlay.png"}
-        save_mask(mask, folder / pictures["mask"])
-        overlay = overlays.with_mask(overlays.fit(read_image(file.file_name), OVERLAY_PX), mask)
-        Image.fromarray(overlay).save(folder / pictures["overlay"])
-        line = {
+def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygons: bool) -> str:
+    """Write for each pair a mask (PNG, 255 is foreground) and an overlay into a folder, and predictions.jsonl.
+
+    Where the pictures cannot be written, such as on a full disk, predictions.jsonl stays alone, without their names,
+    and holds every mask; what was wrong is returned, else "". Raises InputError where not even that can be written.
+    """
+    lines: list[dict[str, object]] = [
+        {
             "image": file.file_name,
             "sentence": sentence,
             "height": file.height,
             "width": file.width,
             "with_prior": with_prior,
-            "area_px": rle_area_px(rle, *size),
-            "segmentation": to_segmentation(rle, *size, polygons=polygons),
+            "area_px": rle_area_px(rle, file.height, file.width),
+            "segmentation": to_segmentation(rle, file.height, file.width, polygons=polygons),
         }
-        lines.append(json.dumps(line | pictures, ensure_ascii=False) + "\n")
-    (folder / INDEX_NAME).write_text("".join(lines), encoding="utf-8")
+        for file, sentence, rle, with_prior in zip(
+            asked.image, asked.sentence, answered.rle, answered.with_prior.tolist(), strict=True
+        )
+    ]
+    names = _picture_names(asked)
+    try:
+        _write_index(lines, folder)
+    except OSError as error:
+        raise InputError(f"--out: {INDEX_NAME} cannot be written: {error.strerror}; name another folder") from None
+    try:
+        rows = list(zip(asked.image, answered.rle, names, strict=True))
+        for file, rle, name in progress(rows, "pictures", "pair"):
+            mask = decode_rle(rle, file.height, file.width)
+            save_mask(mask, folder / name["mask"])
+            overlay = overlays.with_mask(overlays.fit(read_image(file.file_name), OVERLAY_PX), mask)
+            Image.fromarray(overlay).save(folder / name["overlay"])
+        _write_index([line | name for line, name in zip(lines, names, strict=True)], folder)
+    except OSError as error:
+        for picture in (folder / name[kind] for name in names for kind in PICTURES):
+            picture.unlink(missing_ok=True)
+        return f"the pictures cannot be written: {error.strerror or error}; {INDEX_NAME} holds every mask"
+    return ""
+
+
+def _write_index(lines: Sequence[dict[str, object]], folder: Path) -> None:
+    """Whole or not at all: what was there before stays where the disk is full."""
+    building = folder / f".{INDEX_NAME}.tmp"
+    try:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        building.write_text(text, encoding="utf-8")
+        building.replace(folder / INDEX_NAME)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def _picture_names(asked: Asked) -> list[dict[str, str]]:
+    """The files of each pair by kind."""
+    names = [
+        f"{number:04d}_{_slug(Path(file.file_name).stem)}_{_slug(sentence)}"
+        for number, (file, sentence) in enumerate(zip(asked.image, asked.sentence, strict=True))
+    ]
+    return [{kind: f"{name}.{kind}.png" for kind in PICTURES} for name in names]
 
 
 def _images_at(place: Path) -> list[Path]:
@@ -260,11 +311,14 @@ def _pictures_of(index: Path) -> set[str]:
         return set()
     try:
         rows: Iterable[dict[str, str]] = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
-        return {Path(row[key]).name for row in rows for key in ("mask", "overlay")}
+        return {
+            Path(row[kind]).name for row in rows if row["segmentation"] is not None for kind in PICTURES if kind in row
+        }
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{index}: not written by this command; name another folder with --out") from None
 
 
 def _slug(text: str) -> str:
     """A text as part of a file's name."""
-    return "-".join(re.findall(r"\w+", text))[:NAME_LENGTH]
+    name = "-".join(re.findall(r"\w+", text)).encode("utf-8", "ignore")
+    return name[:NAME_BYTES].decode("utf-8", "ignore")  # whole characters

@@ -245,6 +245,53 @@ def test_a_failure_on_the_way_leaves_the_folder_as_it_was(run, monkeypatch):
     assert {path.name: path.read_bytes() for path in (run / "predictions").iterdir()} == before
 
 
+CJK = "\u6f22\u5b57" * 40  # three bytes a character: 240 bytes, as long as a name may be
+
+
+def test_long_names_in_any_script_become_file_names(run, monkeypatch):
+    shutil.copy("images/000.png", f"{CJK}.png")
+    assert call(monkeypatch, "predict", f"{CJK}.png", "\u8d64\u3044\u7bb1\u306e\u5de6\u306e" * 8) == 0
+    (line,) = lines_of(run / "predictions")
+    assert line["image"] == f"{CJK}.png"
+    for kind in ("mask", "overlay"):
+        assert len(line[kind].encode()) <= 143
+        assert "\u6f22\u5b57" in line[kind]
+        assert (run / "predictions" / line[kind]).is_file()
+
+
+@pytest.mark.parametrize("text", [CJK, "e\u0301" * 99, "\U0001f436x" * 99, "a" * 99])
+def test_a_name_is_cut_between_characters(text):
+    name = predictions._slug(text)
+    assert 0 < len(name.encode()) <= predictions.NAME_BYTES
+    assert "".join(re.findall(r"\w", text)).startswith(name.replace("-", ""))
+
+
+def test_a_name_that_the_file_system_refuses_is_known_before_anything_is_computed(run, monkeypatch, capsys):
+    monkeypatch.setattr(predictions, "NAME_BYTES", 300)
+    monkeypatch.setattr(Predictor, "masks", lambda *_, **__: pytest.fail("computed"))
+    shutil.copy("images/000.png", f"{CJK}.png")
+    assert call(monkeypatch, "predict", f"{CJK}.png", "the dot") == 2
+    assert re.search(
+        r"^error: --out: no file '0000_.*' can be written there: File name too long", capsys.readouterr().err
+    )
+    assert not (run / "predictions").exists()
+
+
+def test_on_a_full_disk_the_masks_are_kept_without_pictures(run, monkeypatch, capsys):
+    expected = evaluated(with_prior=False)
+    image, sentence = next(iter(expected))
+    with monkeypatch.context() as full:
+        full.setattr(predictions, "save_mask", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert call(full, "predict", image, sentence) == 2
+    said = "error: --out: predictions: the pictures cannot be written: No space left on device; predictions.jsonl holds"
+    assert said in capsys.readouterr().err
+    (line,) = lines_of(run / "predictions")
+    assert segmentation_to_rle(line["segmentation"], 48, 64) == expected[image, sentence]
+    assert [path.name for path in (run / "predictions").iterdir()] == ["predictions.jsonl"]
+    assert call(monkeypatch, "predict", image, sentence) == 0  # with room again
+    assert len(list((run / "predictions").iterdir())) == 3
+
+
 # --- priors that are asked for now
 
 

@@ -25,12 +25,17 @@ from l2l_core.data.index import (
     overlap_problems,
     sentence_problems,
 )
+from l2l_core.data.json_lines import json_object, numbered_lines
 from l2l_core.errors import InputError, raise_all
 from l2l_core.masks import encode_rle, rle_area_px, rle_box_xyxy, segmentation_to_rle
 from l2l_core.progress import progress
 
 KEYS = ("image", "sentence", "mask", "split", "id")
 
+MASK_FORMS = (
+    "the path of a PNG, polygons as [[x1, y1, x2, y2, x3, y3, ...], ...], or run lengths as "
+    '{"size": [height, width], "counts": ...}'
+)
 MASK_MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes of one channel, where "not 0" is plain; the colours of a picture would need a guess."""
 
@@ -114,19 +119,15 @@ def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> 
 def _read_pairs(path: Path, image_folder: Path, problems: list[str]) -> list[_Pair]:
     source = project_path(path)
     try:
-        lines = path.read_bytes().splitlines()
+        lines = numbered_lines(path)
     except FileNotFoundError:
         raise InputError(f"{source}: not found") from None
     pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         where = f"{source}: line {number}"
         try:
-            pairs.append(_pair(json.loads(line), where, image_folder))
-        except json.JSONDecodeError as error:
-            problems.append(f"{where}: not JSON: {error.msg} at column {error.colno}; expected one object a line")
-        except (ValueError, RecursionError) as error:
+            pairs.append(_pair(json_object(line), where, image_folder))
+        except ValueError as error:
             problems.append(f"{where}: {error}")
     without = [pair.where for pair in pairs if pair.id is None]
     if 0 < len(without) < len(pairs):
@@ -136,9 +137,7 @@ def _read_pairs(path: Path, image_folder: Path, problems: list[str]) -> list[_Pa
     return pairs
 
 
-def _pair(row: Any, where: str, image_folder: Path) -> _Pair:
-    if not isinstance(row, dict):
-        raise ValueError(f"got {type(row).__name__}, expected an object")
+def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
     unknown = [key for key in row if key not in KEYS]
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}, expected some of {', '.join(KEYS)}")
@@ -148,7 +147,7 @@ def _pair(row: Any, where: str, image_folder: Path) -> _Pair:
     if not isinstance(row.get("split", records.TRAIN), str):
         raise ValueError(f"split: got {row['split']!r}, expected a text")
     if "id" in row and (type(row["id"]) is not int or not -(2**63) <= row["id"] < 2**63):
-        raise ValueError(f"id: got {row['id']!r}, expected a whole number")
+        raise ValueError(f"id: got {row['id']!r}, expected a whole number from {-(2**63)} to {2**63 - 1}")
     mask = row.get("mask")
     if not isinstance(mask, str | list | dict | None):
         raise ValueError(f"mask: got {mask!r}, expected a path, polygons or run lengths")
@@ -167,13 +166,23 @@ def _mask_rle(mask: object, folder: Path, height: int, width: int) -> bytes:
     if isinstance(mask, str):
         counts = encode_rle(_mask_image(folder / mask, height, width))
     else:
-        polygons = mask["polygon"] if isinstance(mask, dict) and set(mask) == {"polygon"} else mask
-        if isinstance(polygons, list) and polygons and not any(isinstance(part, list) for part in polygons):
-            polygons = [polygons]
-        counts = segmentation_to_rle(polygons, height, width)
+        counts = segmentation_to_rle(_segmentation(mask), height, width)
     if not rle_area_px(counts, height, width):
         raise ValueError("empty, expected at least one foreground pixel")
     return counts
+
+
+def _segmentation(mask: object) -> object:
+    """Polygons or run lengths as COCO writes them. Raises ValueError that names the form which was found instead."""
+    if isinstance(mask, dict) and {"size", "counts"} & set(mask):
+        return mask
+    if isinstance(mask, dict) and set(mask) != {"polygon"}:
+        raise ValueError(f"got an object with the keys {', '.join(map(repr, mask)) or 'none'}, expected {MASK_FORMS}")
+    polygons = mask["polygon"] if isinstance(mask, dict) else mask
+    if not isinstance(polygons, list):
+        raise ValueError(f"polygon: got {type(polygons).__name__}, expected {MASK_FORMS}")
+    is_one = bool(polygons) and not any(isinstance(part, list) for part in polygons)
+    return [polygons] if is_one else polygons
 
 
 def _mask_image(path: Path, height: int, width: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -29,7 +29,7 @@ from l2l_core.priors.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.priors.mllm import Engine, MllmBackend
 from l2l_core.priors.prompt import prompt_sha256
 from l2l_core.priors.replay import ReplayBackend, load_recorded
-from l2l_core.priors.simulated import SimulatedBackend, make_truth
+from l2l_core.priors.simulated import SimulatedBackend, make_truth, preset_coord_space
 from l2l_core.progress import LOG_INTERVAL_S
 
 FEWEST_FAILED = 8
@@ -48,7 +48,7 @@ def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBacken
             columns = ["sent_id", "image_id", "ann_id", "category", "bbox"]
             refs = records.to_frame(records.read_table(index.refs, records.REFS, columns))
             objects = records.to_frame(records.read_table(index.objects, records.OBJECTS))
-            space = resolve_coord_space(params.preset, params.coord_space)
+            space = preset_coord_space(params.preset, params.coord_space)
             return SimulatedBackend(params.preset, space, params.seed, make_truth(refs, objects))
         case "replay":
             refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
@@ -202,7 +202,7 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
     engine = params.engine
     if engine.data_parallel == 1:
         backend = make()
-        yield from (_ask_chunk(backend, chunk) for chunk in chunks)
+        yield from (_ask_chunk(backend, chunk, following) for chunk, following in _with_following(chunks, 1))
         return
     _refuse_too_few_gpus(params)
     # spawn: CUDA does not survive a fork.
@@ -212,7 +212,8 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
         ranks.put(rank)
     workers = min(engine.data_parallel, len(chunks))
     with ProcessPoolExecutor(workers, context, _start_worker, (make, ranks, engine.tensor_parallel)) as pool:
-        waiting = [pool.submit(_ask_in_worker, chunk) for chunk in chunks]
+        # Which worker gets which chunk is open; with chunks of like length, it is every `workers`-th.
+        waiting = [pool.submit(_ask_in_worker, *pair) for pair in _with_following(chunks, workers)]
         try:
             yield from (future.result() for future in as_completed(waiting))
         except BrokenProcessPool:
@@ -222,6 +223,12 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _with_following(chunks: Sequence[_Chunk], step: int) -> list[tuple[_Chunk, Sequence[Question]]]:
+    """Each chunk with the questions of the one that is asked after it by the same process."""
+    following = [*(chunk.questions for chunk in chunks[step:]), *[()] * step]
+    return list(zip(chunks, following, strict=False))
 
 
 def _refuse_too_few_gpus(params: PriorsParams) -> None:
@@ -239,8 +246,11 @@ def _refuse_too_few_gpus(params: PriorsParams) -> None:
         )
 
 
-def _ask_chunk(backend: PriorBackend, chunk: _Chunk) -> _Done:
-    answers = backend.ask(chunk.questions)
+def _ask_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Question]) -> _Done:
+    if isinstance(backend, MllmBackend):
+        answers = backend.ask(chunk.questions, following)
+    else:
+        answers = backend.ask(chunk.questions)
     failed = [answer.reason for answer in answers if answer.unread == "error"]
     if len(failed) == len(answers) >= FEWEST_FAILED:
         reason, _ = Counter(failed).most_common(1)[0]
@@ -277,11 +287,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _ask_in_worker(chunk: _Chunk) -> _Done:
+def _ask_in_worker(chunk: _Chunk, following: Sequence[Question]) -> _Done:
     global _backend
     if _backend is None:  # not in _start_worker: what is raised there does not reach the user
         _backend = _make()
-    return _ask_chunk(_backend, chunk)
+    return _ask_chunk(_backend, chunk, following)
 
 
 def _to_table(backend: str, questions: Sequence[Question], answers: Sequence[Answer]) -> pa.Table:

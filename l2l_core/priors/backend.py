@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -37,6 +38,12 @@ class Answer:
     completion_tokens: int = 0
 
 
+_DRAFT_TAG = re.compile(
+    r"<(?P<closes>/?)(?:think|thinking|thought|reasoning|reflection|scratchpad)>|◁(?P<ends>/?)think▷", re.IGNORECASE
+)
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+
+
 class PriorBackend(Protocol):
     """A source of priors. An answer depends on its question (and the seed) alone, not on what else is asked."""
 
@@ -53,3 +60,25 @@ class PriorBackend(Protocol):
 def clean_text(text: str) -> str:
     """The same text, with what UTF-8 cannot hold (lone surrogates) replaced, so that it can be stored."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def final_text(raw_text: str) -> str:
+    """What a model means as its answer: no draft in <think> tags, and of that what stands in the last <answer>.
+
+    A draft that is closed ends where its last tag closes, also where a chat template has opened it. A draft that is
+    never closed is all draft from its opening on. The time is linear in the text's length.
+    """
+    start, end, is_draft = 0, len(raw_text), False
+    for tag in _DRAFT_TAG.finditer(raw_text):
+        if tag["closes"] or tag["ends"]:
+            start, end, is_draft = tag.end(), len(raw_text), False
+        elif not is_draft:
+            end, is_draft = tag.start(), True
+    text = raw_text[start:end]
+    answer, opened = text, None
+    for tag in _ANSWER_TAG.finditer(text):
+        if not tag[1]:
+            opened = tag.end()
+        elif opened is not None:
+            answer, opened = text[opened : tag.start()], None
+    return text[opened:] if opened is not None and answer is text else answer

@@ -12,9 +12,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from l2l_core.config import PriorsParams
 from l2l_core.errors import ConfigError
+from l2l_core.priors.coords import resolve_coord_space
 from l2l_core.priors.mllm import Completion, Request
 from l2l_core.priors.prompt import Schema
 
+DRAW_BLOCK = 512
+"""Tokens whose probabilities are added up together when one is drawn."""
 Processor = Callable[[Tensor, Tensor], Tensor]  # token ids [B, L], logits [B, V] -> logits [B, V]
 
 
@@ -42,6 +45,13 @@ class TransformersEngine:
                 f"params.yaml: priors.model: {name!r} does not fit into the GPU's memory; take a smaller one, or "
                 "priors.backend vllm with priors.engine.tensor_parallel GPUs for each model"
             ) from None
+        crops = getattr(getattr(self._processor, "image_processor", None), "do_center_crop", False)
+        if crops and resolve_coord_space(str(name), params.coord_space) != "unit_square":
+            raise ConfigError(
+                f"params.yaml: priors.coord_space: got {params.coord_space!r}, but the image processor of {name!r} "
+                "crops images to a square, so that its coordinates are not the image's; set it to unit_square, which "
+                "pads images to squares first, or set do_center_crop to false in the model's folder"
+            )
         self._tokenizer = self._processor.tokenizer
         self._tokenizer.padding_side = "left"  # so that all answers of a batch begin at the same place
         own = self._model.generation_config
@@ -92,23 +102,59 @@ class TransformersEngine:
 
 
 class _SeededDraws:
-    """Makes the largest logit of a row a draw at the request's temperature, from the request's own seed.
+    """Leaves of a row the token that is drawn at the request's temperature, from the request's own seed.
 
-    By the Gumbel-max trick, since generate() itself draws a whole batch from one generator. Greedy rows stay.
+    A token costs one number from its request's generator: where it falls in the cumulated probabilities. generate()
+    itself would draw a whole batch from one generator. Greedy rows stay.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self._requests = requests
-        self._generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        self._rows = [row for row, request in enumerate(requests) if request.temperature > 0]
+        drawn = [requests[row] for row in self._rows]
+        self._temperatures = torch.tensor([[request.temperature] for request in drawn])  # [rows, 1]
+        self._numbers = [  # [max_tokens] in [0, 1)
+            torch.rand(request.max_tokens, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float64)
+            for request in drawn
+        ]
+        self._step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = scores.float()
-        for row, (request, generator) in enumerate(zip(self._requests, self._generators, strict=True)):
-            if request.temperature > 0:
-                uniform = torch.rand(scores.shape[1], generator=generator, dtype=torch.float64).clamp(min=1e-300)
-                noise = -torch.log(-torch.log(uniform))
-                drawn[row] = drawn[row] / request.temperature + noise.to(drawn)
+        if not self._rows:
+            return scores
+        device = torch.device("cpu") if scores.device.type == "mps" else scores.device  # MPS has no float64
+        logits = scores[self._rows].to(device, torch.float32) / self._temperatures.to(device)
+        # A row that is longer than its request may be is cut afterwards: any number will do.
+        numbers = [float(own[min(self._step, len(own) - 1)]) for own in self._numbers]
+        tokens = _tokens_at(torch.softmax(logits, dim=1), torch.tensor(numbers, dtype=torch.float64, device=device))
+        self._step += 1
+        drawn = scores.to(torch.float32, copy=True)
+        drawn[self._rows] = torch.full_like(logits, -torch.inf).scatter_(1, tokens, 0.0).to(drawn)
         return drawn
+
+
+def _tokens_at(probs: Tensor, shares: Tensor) -> Tensor:
+    """Where shares [B] in [0, 1) of the whole fall among probabilities [B, V] that are laid end to end -> [B, 1].
+
+    Sums in float32 over blocks of tokens and in float64 over the blocks: a whole vocabulary in float64 takes eight
+    times as long. A token of probability 0 is never the one.
+    """
+    padded = torch.nn.functional.pad(probs, (0, -probs.shape[1] % DRAW_BLOCK))
+    blocks = padded.reshape(len(probs), -1, DRAW_BLOCK)
+    block, within = _entry_at(blocks.sum(dim=2).double(), shares[:, None])
+    token, _ = _entry_at(blocks[torch.arange(len(blocks)), block[:, 0]].double(), within)
+    return block * DRAW_BLOCK + token
+
+
+def _entry_at(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [B, N] float64, shares [B, 1] of their sum -> the entries there, and how much of them lies before.
+
+    Both [B, 1]; the second is a share of the entry.
+    """
+    ends = weights.cumsum(dim=1)
+    whole = ends[:, -1:]
+    places = torch.minimum(shares * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    entries = torch.searchsorted(ends, places, right=True)  # the first that ends behind the place
+    return entries, (places - (ends - weights).gather(1, entries)) / weights.gather(1, entries)
 
 
 class _Grammars:

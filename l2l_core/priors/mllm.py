@@ -7,12 +7,12 @@ The model itself stands behind `Engine`: hf.py, openai_http.py and vllm.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Protocol
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from l2l_core.config import PriorsParams
 from l2l_core.data.images import read_image
@@ -20,6 +20,13 @@ from l2l_core.errors import InputError, L2LError
 from l2l_core.priors.backend import Answer, Question
 from l2l_core.priors.coords import resolve_coord_space, sent_hw
 from l2l_core.priors.prompt import Schema, answer_schema, keeps_to, prompt_sha256, prompt_text
+
+BORDER_RGB = (122, 116, 104)
+"""Around an image in a square: CLIP's mean color, which becomes 0 in the network, as LLaVA-1.5 was trained."""
+AHEAD_BYTES = 256 * 2**20
+"""Of images that are decoded before they are asked about."""
+DECODERS = 4
+"""Threads that decode images; reading and decoding release the interpreter's lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +76,22 @@ class MllmBackend:
         self._space = resolve_coord_space(self._model, params.coord_space)
         self._schema = answer_schema(params.prompt, self._space) if params.is_structured else None
         self._sha256 = prompt_sha256(params.prompt, self._space)
+        self._images = _Images(self._load)
 
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer a batch; a question whose image or request fails is answered with `error`."""
-        load = lru_cache(maxsize=None)(self._load)  # of one batch: its sentences share images
-        images = [load(question.image_path, question.image_hw) for question in questions]
+    def ask(self, questions: Sequence[Question], following: Sequence[Question] = ()) -> list[Answer]:
+        """Answer a batch; a question whose image or request fails is answered with `error`.
+
+        following: what is asked next; its images are decoded while the engine works.
+        """
+        images = self._images.decode(questions)
+        self._images.decode_ahead(following)
+        try:
+            return self._ask(questions, images)
+        except BaseException:
+            self._images.cancel()
+            raise
+
+    def _ask(self, questions: Sequence[Question], images: Sequence[Image.Image | str]) -> list[Answer]:
         answers = [self._unanswered(question) for question in questions]
         waiting = []
         for row, image in enumerate(images):
@@ -98,6 +116,8 @@ class MllmBackend:
             return str(error)
         if image.size != (image_hw[1], image_hw[0]):
             return "image of another size than the index says"
+        if self._space == "unit_square":
+            return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=BORDER_RGB)
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
     def _unanswered(self, question: Question) -> Answer:
@@ -127,6 +147,40 @@ class MllmBackend:
             return answer if answer.raw_text else replace(answer, reason=completion.failure)
         is_valid = keeps_to(self._params.prompt, completion.text)
         return replace(answer, raw_text=completion.text, is_valid=is_valid)
+
+
+class _Images:
+    """Images by path and size, as `load` makes them: each is decoded once for all questions that follow each other."""
+
+    def __init__(self, load: Callable[[str, tuple[int, int]], Image.Image | str]) -> None:
+        self._load = load
+        self._threads = ThreadPoolExecutor(DECODERS, "decode")
+        self._held: dict[tuple[str, tuple[int, int]], Future[Image.Image | str]] = {}
+
+    def decode(self, questions: Sequence[Question]) -> list[Image.Image | str]:
+        """The image of each question, in order. Only these are held from here on."""
+        keys = [(question.image_path, question.image_hw) for question in questions]
+        held = {key: self._held.pop(key, None) for key in dict.fromkeys(keys)}
+        self.cancel()
+        self._held = {key: future or self._threads.submit(self._load, *key) for key, future in held.items()}
+        return [self._held[key].result() for key in keys]
+
+    def decode_ahead(self, questions: Sequence[Question]) -> None:
+        """Begin with the images of the questions, up to AHEAD_BYTES, without waiting for them."""
+        room = AHEAD_BYTES
+        for key in dict.fromkeys((question.image_path, question.image_hw) for question in questions):
+            height, width = key[1]
+            room -= 3 * height * width
+            if room < 0:
+                return
+            if key not in self._held:
+                self._held[key] = self._threads.submit(self._load, *key)
+
+    def cancel(self) -> None:
+        """Hold no image any longer; what has not begun is not decoded."""
+        for future in self._held.values():
+            future.cancel()
+        self._held.clear()
 
 
 def request_seed(seed: int, sent_id: int, sample_index: int, attempt: int) -> int:

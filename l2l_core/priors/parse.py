@@ -1,34 +1,54 @@
-"""A multimodal LLM's answer, however it is written -> what it says is meant and where that is."""
+"""A multimodal LLM's answer, however it is written -> what it says is meant and where that is.
+
+All work is linear in the length of a text: answers come from outside, and a runaway has a megabyte.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Literal, TypeVar
 
-from l2l_core.priors.backend import clean_text
-from l2l_core.priors.coords import MIN_SIDE_PX, CoordSpace, pixels_per_unit
+from l2l_core.priors.backend import clean_text, final_text
+from l2l_core.priors.coords import MIN_SIDE_PX, CoordSpace, is_y_first, origin_px, pixels_per_unit
 
-MAX_TEXT_CHARS = 20_000
-"""An answer has a few hundred characters; what lies beyond this is a runaway and not read."""
-_MAX_OBJECTS = 64  # JSON objects tried in one answer, for the same reason
-
-_BOX_KEYS = ("bbox", "bbox_2d", "box", "bounding_box", "bboxes", "boxes")
+_BOX_KEYS = ("bbox", "bbox_2d", "box", "box_2d", "bounding_box", "bboxes", "boxes", "quad", "polygon")
 _POINT_KEYS = ("point", "point_2d", "points")
+_PLACE_KEYS = (*_BOX_KEYS, *_POINT_KEYS, "found")
 _TARGET_KEYS = ("target", "label", "object")
 _SCORE_KEYS = ("confidence", "score")
+_CORNER_NAMES = (
+    ("x1", "y1", "x2", "y2"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("x_min", "y_min", "x_max", "y_max"),
+    ("left", "top", "right", "bottom"),
+)
 _NO = (False, 0, None, "false", "no", "none", "null")
 _NOTHING = (None, "", "none", "null")
 
-_NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,30})?)\s*"
-_BARE_BOX = re.compile(rf"[\[(]{_NUMBER},{_NUMBER}(?:,|\)\s*,?\s*\(){_NUMBER},{_NUMBER}[\])]")
-"""[x1, y1, x2, y2], (x1, y1, x2, y2) or (x1, y1), (x2, y2) in any surroundings."""
-_FOUR_NUMBERS = re.compile(rf"{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}")
-_POINT_TAG = re.compile(r"<points?\s[^<>]{0,500}>")
+_MAX_FAILURES = 256
+"""Tries to read a JSON object that may fail; each reads at most the whole text. A text with more is a runaway."""
+_MAX_DEPTH = 4  # of lists under a box key: boxes > box > corners > numbers
+
+_OBJECT = re.compile(r"\{\s*+[\"}]")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_SEPARATORS = re.compile(r"[\s,;]*")
+_BETWEEN_NUMBERS = re.compile(r"[\s,;()\[\]]+")
+_TAG = re.compile(r"<[^<>]*>")
+_WORD = re.compile(r"\w")
+_GROUP = re.compile(r"(?:[\[(]|<(?P<tag>box|bbox|quad|point)>)(?P<inner>[^\[\]()<>]*+)(?:[\])]|</(?P=tag)>)")
+"""Innermost brackets, and tags that hold numbers alone: <box>x1 y1 x2 y2</box>, <point>x y</point>."""
+_POINT_TAG = re.compile(r"<points?\s[^<>]*>")
 _POINT_TAG_XY = re.compile(r"\bx1?\s*=\s*\"([^\"]{1,32})\"\s*y1?\s*=\s*\"([^\"]{1,32})\"")
+_POINT_TAG_COORDS = re.compile(r"\bcoords\s*=\s*\"[^\"]*?\b\d{1,4} (\d{3,4}) (\d{3,4})\b")
+_FLORENCE_RUN = re.compile(r"(?:<loc_\d{1,4}>)+")
+_PALIGEMMA_RUN = re.compile(r"(?:<loc\d{4}>)+")
+_KOSMOS_PAIR = re.compile(r"<patch_index_(\d{4})><patch_index_(\d{4})>")
+_KOSMOS_SIDE = 32  # patches along each side of the image
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
@@ -52,7 +72,23 @@ class _Frame:
     """The image that coordinates refer to."""
 
     scale_xy: Point  # original-image pixels per unit
+    origin_xy: Point  # original-image pixels at which 0, 0 lies
     size_wh: Point  # original image
+    is_y_first: bool  # of boxes and points that name no axes
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Numbers that stand together in a text outside of JSON objects."""
+
+    start: int
+    end: int
+    numbers: list[float]
+    tag: str | None  # of the tag that holds them, if any
+    is_corners: bool  # pairs in brackets of their own
+
+
+Item = TypeVar("Item")
 
 
 def parse_answer(
@@ -60,66 +96,123 @@ def parse_answer(
 ) -> ParsedPrior:
     """Read any text without raising.
 
-    Understood are JSON objects (in prose or code fences; keys bbox, bbox_2d, box, point, ...; numbers as strings;
-    several boxes, of which the first usable one counts, since the prompt asks for the most likely first), bare boxes in
-    brackets, and Molmo's <point x="" y=""> tags, which are in percent whatever `coord_space` says. Boxes are clipped to
-    the image. Inverted, non-finite and (after clipping) less than MIN_SIDE_PX wide ones are not used: the order of
-    corners is never guessed.
+    Only what `final_text` leaves is read. Understood are, in this order:
+
+    - JSON objects (in prose or code fences; keys bbox, bbox_2d, box_2d, box, point, ...; numbers as strings);
+    - tokens and tags of families, whose meaning no setting changes: Florence-2's <loc_12>, PaliGemma's <loc0012>,
+      Kosmos-2's <patch_index_0012>, Molmo's <point x="" y=""> and <points coords="">;
+    - numbers in brackets or in <box>, <quad> and <point> tags.
+
+    In a list the first usable place counts, since the prompt asks for the most likely first; of several lists with
+    words between them the last one, since what stands before is reasoning. Three and more corners are an outline, and
+    the box is its hull. Boxes are clipped to the image. Inverted, non-finite and (after clipping) less than MIN_SIDE_PX
+    wide ones are not used: the order of corners is never guessed. `coord_space` says whether y stands before x, except
+    where the axes are named.
 
     image_hw: original image. input_hw: image as the model saw it, needed for `resized_pixel` (ValueError without).
     """
-    text = raw_text[:MAX_TEXT_CHARS]
-    size_wh = (float(image_hw[1]), float(image_hw[0]))
-    frame = _Frame(_pair(pixels_per_unit(coord_space, image_hw, input_hw).tolist()), size_wh)
-    percent = _Frame(_pair(pixels_per_unit("percent", image_hw).tolist()), size_wh)
-
-    fallback: ParsedPrior | None = None
-    has_objects = False
-    for item in _json_objects(text):
-        has_objects = True
-        parsed = _read_object(item, frame)
-        if parsed is None:
-            continue
-        if parsed.status == "ok" or "found" in item:
-            return parsed
-        fallback = fallback or parsed
-    if fallback is not None:
-        return fallback
-    for tag in _POINT_TAG.findall(text):
-        match = _POINT_TAG_XY.search(tag)
-        point = _to_point(match.groups(), percent) if match else None
-        if point:
-            return ParsedPrior("ok", point=point)
-    if not has_objects:  # four numbers inside an object under some other key are no box
-        for match in _BARE_BOX.finditer(text):
-            box = _to_box(match.groups(), frame)
-            if box:
-                return ParsedPrior("ok", bbox=box)
-    return ParsedPrior("invalid")
+    text = final_text(raw_text)
+    frame = _frame(coord_space, image_hw, input_hw)
+    objects = _json_objects(text) or _json_objects(_with_double_quotes(text))
+    prior = _read_objects(text, objects, frame)
+    if prior is not None:
+        return prior
+    rest = _without(text, objects)  # four numbers inside an object under some other key are no box
+    prior = _read_tokens(rest, image_hw) or _read_shapes(rest, frame)
+    return prior or ParsedPrior("invalid")
 
 
-def _json_objects(text: str) -> Iterator[dict[str, object]]:
-    """Every JSON object in a text, outer ones before those within them; keys in lower case."""
-    decoder = json.JSONDecoder()
-    for match in list(re.finditer(r"\{", text))[:_MAX_OBJECTS]:
+def _frame(space: CoordSpace, image_hw: tuple[int, int], input_hw: tuple[int, int] | None = None) -> _Frame:
+    return _Frame(
+        scale_xy=_pair(pixels_per_unit(space, image_hw, input_hw).tolist()),
+        origin_xy=_pair(origin_px(space, image_hw).tolist()),
+        size_wh=(float(image_hw[1]), float(image_hw[0])),
+        is_y_first=is_y_first(space),
+    )
+
+
+# JSON objects
+
+Span = tuple[int, int, dict[str, object]]
+
+
+def _json_objects(text: str) -> list[Span]:
+    """Every outermost JSON object of a text, with where it begins and ends."""
+    decoder = json.JSONDecoder(parse_int=float)  # an integer of any length is a float, or infinite
+    found: list[Span] = []
+    failures, place = 0, 0
+    while failures < _MAX_FAILURES and (match := _OBJECT.search(text, place)):
         try:
-            value, _ = decoder.raw_decode(text, match.start())
+            value, place = decoder.raw_decode(text, match.start())
+            found.append((match.start(), place, value))
         except (ValueError, RecursionError):
+            failures, place = failures + 1, match.start() + 1
+    return found
+
+
+def _with_double_quotes(text: str) -> str:
+    """An object as Python prints it, as JSON of the same length."""
+    names = {"'": '"', "None": "null", "True": "true", "False": "false"}
+    return re.sub(r"'|\b(?:None|True|False)\b", lambda match: names[match[0]], text) if "'" in text else ""
+
+
+def _without(text: str, objects: Iterable[Span]) -> str:
+    """A text with a word in place of each object."""
+    ends = [0, *(end for _, end, _ in objects)]
+    starts = [*(start for start, _, _ in objects), len(text)]
+    return " _ ".join(text[end:start] for end, start in zip(ends, starts, strict=True))
+
+
+def _in_lists(text: str, items: Iterable[tuple[int, int, Item]]) -> list[list[Item]]:
+    """Items (start, end, item) in lists: the neighbors that no word divides; tags are no words."""
+    lists: list[list[Item]] = []
+    last = 0
+    for start, end, item in items:
+        if lists and not _WORD.search(_TAG.sub("", text[last:start])):
+            lists[-1].append(item)
+        else:
+            lists.append([item])
+        last = end
+    return lists
+
+
+def _read_objects(text: str, objects: Iterable[Span], frame: _Frame) -> ParsedPrior | None:
+    """What the last list of answers says; None where no object says anything of a place."""
+    unusable: ParsedPrior | None = None
+    for answers in reversed(_in_lists(text, objects)):
+        read = [_read_object(item, frame) for value in answers for item in _places(value)]
+        if not read:
             continue
-        yield {key.strip().lower(): item for key, item in value.items()}
+        best = next((prior for prior in read if prior.status == "ok"), read[0])
+        if best.status != "invalid":
+            return best
+        unusable = unusable or best
+    return unusable
 
 
-def _read_object(item: dict[str, object], frame: _Frame) -> ParsedPrior | None:
-    """An answer object; None where it says nothing of a place."""
+def _places(value: object) -> Iterator[dict[str, object]]:
+    """The outermost objects in a JSON value that say something of a place, in order; keys in lower case."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            keyed = {key.strip().lower(): entry for key, entry in item.items()}
+            if any(key in keyed for key in _PLACE_KEYS):
+                yield keyed
+            else:
+                waiting += reversed(keyed.values())
+        elif isinstance(item, list):
+            waiting += reversed(item)
+
+
+def _read_object(item: dict[str, object], frame: _Frame) -> ParsedPrior:
     box_value, point_value = _first(item, _BOX_KEYS), _first(item, _POINT_KEYS)
-    named = [key for key in (*_BOX_KEYS, *_POINT_KEYS, "found") if key in item]
-    if not named:
-        return None
+    named = [key for key in _PLACE_KEYS if key in item]
     found = item.get("found", True)
     if (found.strip().lower() if isinstance(found, str) else found) in _NO:
         return _with_words("empty", item)
-    box = next((box for four in _fours(box_value) if (box := _to_box(four, frame))), None)
-    point = next((point for two in _twos(point_value) if (point := _to_point(two, frame))), None)
+    box = next(_boxes(box_value, frame), None)
+    point = next(_points(point_value, frame), None)
     if box or point:
         return _with_words("ok", item, box, point)
     said = [value for value in (box_value, point_value) if not _is_nothing(value)]
@@ -155,32 +248,118 @@ def _is_nothing(value: object) -> bool:
     return (value.strip().lower() if isinstance(value, str) else value) in _NOTHING
 
 
-def _fours(value: object) -> Iterator[tuple[object, ...]]:
-    """Candidates for x1 y1 x2 y2 in what stands under a box key, in order."""
-    match value:
-        case str():
-            yield from (match.groups() for match in _FOUR_NUMBERS.finditer(value))
-        case {"x1": x1, "y1": y1, "x2": x2, "y2": y2}:
-            yield (x1, y1, x2, y2)
-        case [[x1, y1], [x2, y2]]:
-            yield (x1, y1, x2, y2)
-        case [list() | dict(), *_]:
+def _boxes(value: object, frame: _Frame, depth: int = _MAX_DEPTH) -> Iterator[Box]:
+    """The usable boxes in what stands under a box key, in order."""
+    if isinstance(value, str):
+        value = _numbers(_BETWEEN_NUMBERS.sub(" ", _TAG.sub(" ", value)))
+    if isinstance(value, dict):
+        four = next((four for names in _CORNER_NAMES if None not in (four := [value.get(name) for name in names])), [])
+        box = _to_box(four, replace(frame, is_y_first=False))
+        if box:
+            yield box
+    elif isinstance(value, list) and depth:
+        is_outline = len(value) > 1 and all(isinstance(corner, list) and len(corner) == 2 for corner in value)
+        if is_outline or not any(isinstance(entry, list | dict) for entry in value):
+            box = _to_box(list(chain(*value)) if is_outline else value, frame)
+            if box:
+                yield box
+        else:
             for entry in value:
-                match entry:
-                    case [x1, y1, x2, y2]:
-                        yield (x1, y1, x2, y2)
-                    case {"x1": x1, "y1": y1, "x2": x2, "y2": y2}:
-                        yield (x1, y1, x2, y2)
-        case [x1, y1, x2, y2]:
-            yield (x1, y1, x2, y2)
+                yield from _boxes(entry, frame, depth - 1)
 
 
-def _twos(value: object) -> Iterator[tuple[object, ...]]:
-    """Candidates for x y in what stands under a point key, in order."""
+def _points(value: object, frame: _Frame) -> Iterator[Point]:
+    """The usable points in what stands under a point key, in order."""
     for entry in value if isinstance(value, list) and value and isinstance(value[0], list | dict) else [value]:
         match entry:
-            case [x, y] | {"x": x, "y": y}:
-                yield (x, y)
+            case [first, second]:
+                point = _to_point([first, second], frame)
+            case {"x": x, "y": y}:
+                point = _to_point([x, y], replace(frame, is_y_first=False))
+            case _:
+                point = None
+        if point:
+            yield point
+
+
+# Tokens and tags of families
+
+
+def _read_tokens(text: str, image_hw: tuple[int, int]) -> ParsedPrior | None:
+    """The first usable place in a family's own notation: such models do not reason."""
+    thousandths = _frame("norm1000", image_hw)
+    for run in _FLORENCE_RUN.finditer(text):
+        bins = [float(number) + 0.5 for number in re.findall(r"\d+", run[0])]  # a bin's center
+        fours = [bins[place : place + 4] for place in range(0, len(bins), 4)]
+        boxes = [_to_box(four, thousandths) for four in fours]
+        # Several boxes of a phrase and an outline look alike; an outline turns back somewhere.
+        box = boxes[0] if all(boxes) else _to_box(bins, thousandths)
+        if box:
+            return ParsedPrior("ok", bbox=box)
+    for run in _PALIGEMMA_RUN.finditer(text):
+        numbers = [float(number) for number in re.findall(r"\d+", run[0])]
+        box = _to_box(numbers, _frame("norm1024_yx", image_hw)) if len(numbers) == 4 else None
+        if box:
+            return ParsedPrior("ok", bbox=box)
+    for pair in _KOSMOS_PAIR.finditer(text):
+        box = _patch_box(int(pair[1]), int(pair[2]), _frame("unit", image_hw))
+        if box:
+            return ParsedPrior("ok", bbox=box)
+    for tag in _POINT_TAG.findall(text):
+        match, coords = _POINT_TAG_XY.search(tag), _POINT_TAG_COORDS.search(tag)
+        point = _to_point(match.groups(), _frame("percent", image_hw)) if match else None
+        point = point or (_to_point(coords.groups(), thousandths) if coords else None)
+        if point:
+            return ParsedPrior("ok", point=point)
+    return None
+
+
+def _patch_box(first: int, last: int, frame: _Frame) -> Box | None:
+    """The box between two of Kosmos-2's patches, which are numbered row by row.
+
+    It reaches from center to center, and over whole patches where both stand in one row or column.
+    """
+    if max(first, last) >= _KOSMOS_SIDE**2:
+        return None
+    (y1, x1), (y2, x2) = divmod(first, _KOSMOS_SIDE), divmod(last, _KOSMOS_SIDE)
+    low, high = (0.0, 1.0) if x1 == x2 or y1 == y2 else (0.5, 0.5)
+    return _to_box([side / _KOSMOS_SIDE for side in (x1 + low, y1 + low, x2 + high, y2 + high)], frame)
+
+
+# Numbers in brackets and tags
+
+
+def _read_shapes(text: str, frame: _Frame) -> ParsedPrior | None:
+    shapes = [(shape.start, shape.end, shape) for shape in _shapes(text)]
+    for answers in reversed(_in_lists(text, shapes)):
+        for shape in answers:
+            if len(shape.numbers) > 2 and (box := _to_box(shape.numbers, frame)):
+                return ParsedPrior("ok", bbox=box)
+            if shape.tag == "point" and len(shape.numbers) == 2 and (point := _to_point(shape.numbers, frame)):
+                return ParsedPrior("ok", point=point)
+    return None
+
+
+def _shapes(text: str) -> list[_Shape]:
+    """Groups of numbers in order; pairs that only separators divide are the corners of one shape."""
+    found: list[_Shape] = []
+    for match in _GROUP.finditer(text):
+        numbers = _numbers(match["inner"])
+        if not numbers:
+            continue
+        is_corner = len(numbers) == 2 and match["tag"] is None
+        if is_corner and found and found[-1].is_corners and _SEPARATORS.fullmatch(text, found[-1].end, match.start()):
+            found[-1].numbers.extend(numbers)
+            found[-1] = replace(found[-1], end=match.end())
+        else:
+            found.append(_Shape(match.start(), match.end(), numbers, match["tag"], is_corner))
+    return found
+
+
+def _numbers(text: str) -> list[float] | None:
+    """The numbers of a text that holds nothing else but separators."""
+    words = re.findall(r"[^\s,;]+", text)
+    return [float(word) for word in words] if all(_NUMBER.fullmatch(word) for word in words) else None
 
 
 def _to_number(value: object) -> float | None:
@@ -194,22 +373,31 @@ def _to_number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _to_box(four: tuple[object, ...], frame: _Frame) -> Box | None:
-    numbers = [number for value in four if (number := _to_number(value)) is not None]
-    if len(numbers) != 4:
+def _to_box(values: Iterable[object], frame: _Frame) -> Box | None:
+    """Four numbers as x1 y1 x2 y2; six and more as corners x y, whose hull it is. None where they cannot be used."""
+    numbers = [_to_number(value) for value in values]
+    known = [number for number in numbers if number is not None]
+    if len(known) != len(numbers) or len(known) < 4 or len(known) % 2:
         return None
-    (scale_x, scale_y), (width, height) = frame.scale_xy, frame.size_wh
-    x1, x2 = (min(max(number * scale_x, 0.0), width) for number in numbers[::2])
-    y1, y2 = (min(max(number * scale_y, 0.0), height) for number in numbers[1::2])
+    xs, ys = (known[1::2], known[::2]) if frame.is_y_first else (known[::2], known[1::2])
+    if len(known) > 4:
+        xs, ys = [min(xs), max(xs)], [min(ys), max(ys)]
+    x1, x2 = (_clip(value * frame.scale_xy[0] + frame.origin_xy[0], frame.size_wh[0]) for value in xs)
+    y1, y2 = (_clip(value * frame.scale_xy[1] + frame.origin_xy[1], frame.size_wh[1]) for value in ys)
     return (x1, y1, x2, y2) if x2 - x1 >= MIN_SIDE_PX and y2 - y1 >= MIN_SIDE_PX else None
 
 
-def _to_point(two: tuple[object, ...], frame: _Frame) -> Point | None:
+def _clip(value: float, high: float) -> float:
+    return min(max(value, 0.0), high)
+
+
+def _to_point(values: Iterable[object], frame: _Frame) -> Point | None:
     """A point is used only where it lies in the image: unlike a box it has no part that could."""
-    x, y = (_to_number(value) for value in two)
-    if x is None or y is None:
+    first, second = (_to_number(value) for value in values)
+    if first is None or second is None:
         return None
-    x, y = x * frame.scale_xy[0], y * frame.scale_xy[1]
+    x, y = (second, first) if frame.is_y_first else (first, second)
+    x, y = x * frame.scale_xy[0] + frame.origin_xy[0], y * frame.scale_xy[1] + frame.origin_xy[1]
     return (x, y) if 0.0 <= x <= frame.size_wh[0] and 0.0 <= y <= frame.size_wh[1] else None
 
 

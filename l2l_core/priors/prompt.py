@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from l2l_core.priors.coords import CoordSpace
+from l2l_core.priors.backend import final_text
+from l2l_core.priors.coords import CoordSpace, is_y_first
 
 PromptName = Literal["box-1", "box-2", "point-1"]
 Schema = dict[str, object]
@@ -27,8 +28,12 @@ _COORDINATES: dict[CoordSpace, str] = {
     "pixel": "in pixels of the image",
     "resized_pixel": "in pixels of the image",
     "norm1000": "as numbers from 0 to 1000 relative to the image's width and height",
+    "norm1000_yx": "as numbers from 0 to 1000 relative to the image's width and height",
+    "norm999": "as numbers from 0 to 999 relative to the image's width and height",
+    "norm1024_yx": "as numbers from 0 to 1024 relative to the image's width and height",
     "percent": "in percent of the image's width and height",
     "unit": "as fractions from 0 to 1 of the image's width and height",
+    "unit_square": "as fractions from 0 to 1 of the image's width and height",  # the model sees the square alone
 }
 
 # Bounds keep constrained decoding from endless numbers, strings and lists. No model sees images of this many pixels.
@@ -36,8 +41,12 @@ _LARGEST: dict[CoordSpace, int] = {
     "pixel": 16384,
     "resized_pixel": 16384,
     "norm1000": 1000,
+    "norm1000_yx": 1000,
+    "norm999": 999,
+    "norm1024_yx": 1024,
     "percent": 100,
     "unit": 1,
+    "unit_square": 1,
 }
 _MAX_WORD_CHARS, _MAX_RELATION_CHARS, _MAX_ATTRIBUTES, _MAX_BOXES = 64, 160, 8, 4
 
@@ -53,7 +62,7 @@ def _number(space: CoordSpace) -> Schema:
 
 def _coordinate(space: CoordSpace) -> Schema:
     """Whole numbers where that is what models write: fewer tokens, and no endless decimals."""
-    return _number(space) if space in ("percent", "unit") else {**_number(space), "type": "integer"}
+    return _number(space) if space in ("percent", "unit", "unit_square") else {**_number(space), "type": "integer"}
 
 
 def _exactly(count: int, item: Schema) -> Schema:
@@ -88,7 +97,7 @@ _SEMANTICS = {
     "anchor": _Key('the other thing that the relation refers to, or "".', lambda _: _WORD),
 }
 _POINT = _Key(
-    "a point on the object as [x, y], {coordinates}; null if not found.",
+    "a point on the object as {point}, {coordinates}; null if not found.",
     lambda space: _or_null(_exactly(2, _coordinate(space))),
 )
 
@@ -111,7 +120,7 @@ _PROMPTS: dict[PromptName, _Prompt] = {
                 'the expression\'s words on where it is or how it relates to others, or "".', lambda _: _PHRASE
             ),
             "bbox": _Key(
-                "the object's bounding box as [x1, y1, x2, y2], {coordinates}; null if not found.",
+                "the object's bounding box as {corners}, {coordinates}; null if not found.",
                 lambda space: _or_null(_exactly(4, _number(space))),
             ),
             "confidence": _CONFIDENCE,
@@ -122,7 +131,7 @@ _PROMPTS: dict[PromptName, _Prompt] = {
         {
             **_SEMANTICS,  # words first: what is written of the object is read when its place is
             "boxes": _Key(
-                "list of bounding boxes as [x1, y1, x2, y2], {coordinates}: one, or if you cannot decide between "
+                "list of bounding boxes as {corners}, {coordinates}: one, or if you cannot decide between "
                 "objects theirs with the most likely first; [] if not found.",
                 lambda space: {"type": "array", "items": _exactly(4, _coordinate(space)), "maxItems": _MAX_BOXES},
             ),
@@ -139,7 +148,8 @@ def prompt_text(name: PromptName, sentence: str, coord_space: CoordSpace) -> str
     """The question about one sentence, to follow the image."""
     prompt = _PROMPTS[name]
     lines = [f'"{key}": {entry.meaning}' for key, entry in prompt.keys.items()]
-    keys = "\n".join(lines).format(coordinates=_COORDINATES[coord_space])
+    corners, point = ("[y1, x1, y2, x2]", "[y, x]") if is_y_first(coord_space) else ("[x1, y1, x2, y2]", "[x, y]")
+    keys = "\n".join(lines).format(coordinates=_COORDINATES[coord_space], corners=corners, point=point)
     return prompt.template.format(sentence=sentence, keys=keys)
 
 
@@ -157,12 +167,13 @@ def prompt_sha256(name: PromptName, coord_space: CoordSpace) -> str:
 
 def keeps_to(name: PromptName, raw_text: str) -> bool:
     """Whether an answer is worth keeping: a JSON object (in prose or not) with all of the prompt's keys that names a
-    place, or says that nothing is there. Other answers are asked for again.
+    place, or says that nothing is there. Draft text does not count. Other answers are asked for again.
 
     Not the parser, which reads much more: the parser may change without anything being asked again.
     """
+    text = final_text(raw_text)
     try:
-        answer, _ = json.JSONDecoder().raw_decode(raw_text, max(raw_text.find("{"), 0))
+        answer, _ = json.JSONDecoder().raw_decode(text, max(text.find("{"), 0))
     except (ValueError, RecursionError):
         return False
     if not isinstance(answer, dict) or not _PROMPTS[name].keys.keys() <= answer.keys():

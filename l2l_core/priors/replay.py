@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
+from l2l_core.data.json_lines import json_object, numbered_lines
 from l2l_core.errors import ConfigError, InputError, raise_all
 from l2l_core.priors.backend import Answer, Question
 from l2l_core.priors.coords import COORD_SPACES, CoordSpace, resolve_coord_space
@@ -57,16 +58,14 @@ def load_recorded(path: str | Path, refs: pd.DataFrame, images: pd.DataFrame, co
     line_of: dict[Key, int] = {}
     problems: list[str] = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = numbered_lines(path)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read: {error.strerror}; set priors.replay_file to a JSON-lines file"
         ) from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
-            row = _decode(line)
+            row = json_object(line)
             sent_id = _find_sentence(row, sentences)
             if sent_id is None:
                 continue
@@ -97,18 +96,6 @@ def _index_sentences(refs: pd.DataFrame, images: pd.DataFrame) -> _Sentences:
         of_ref.setdefault(ref_id, []).append((sent_id, _words(sentence)))
     words = {sent_id: said for named in of_ref.values() for sent_id, said in named}
     return _Sentences(image, of_ref, words)
-
-
-def _decode(line: bytes) -> dict[str, object]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON in UTF-8: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"got a JSON {type(row).__name__}, expected an object")
-    return row
 
 
 def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
@@ -189,12 +176,18 @@ def _box_text(box: object) -> str:
     if box is None:
         return ""
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        raise ValueError(f"pred_box_xyxy: got {box!r}, expected four finite numbers or null")
+        raise ValueError(f"pred_box_xyxy: got {_shown(box)}, expected four finite numbers or null")
     return json.dumps({"bbox": box})
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+    """Whether a value is a finite number; an integer that float cannot hold is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _integer(
@@ -202,9 +195,16 @@ def _integer(
 ) -> int:
     value = row.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        limits = f" from {low} to {high}" if low > -(2**63) else ""
-        raise ValueError(f"{key}: got {value!r}, expected an integer{limits}")
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        limits = f" from {low} to {high}" if is_whole or low > -(2**63) else ""
+        raise ValueError(f"{key}: got {_shown(value)}, expected an integer{limits}")
     return value
+
+
+def _shown(value: object) -> str:
+    """A value as messages show it: a number may have hundreds of digits."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _words(text: str) -> str:

@@ -18,11 +18,26 @@ from numpy.typing import NDArray
 from l2l_core.errors import InputError
 from l2l_core.geometry import FloatArray
 from l2l_core.priors.backend import Answer, Question, clean_text
-from l2l_core.priors.coords import CoordSpace, pixels_per_unit, qwen_input_hw
+from l2l_core.priors.coords import CoordSpace, qwen_input_hw, resolve_coord_space, write_boxes
 from l2l_core.priors.error_model import ERROR_MODELS, Scenes, draw_boxes, random_draws
 from l2l_core.priors.prompt import prompt_sha256
 
-DECIMALS: dict[CoordSpace, int] = {"pixel": 3, "resized_pixel": 3, "norm1000": 3, "percent": 4, "unit": 6}
+PRESET_COORD_SPACES: dict[str, CoordSpace] = {
+    "qwen2.5-vl-7b": "resized_pixel",
+    "internvl2.5-8b": "norm1000",
+    "llava-1.5-7b": "unit",  # of the image, not of a square: no image was padded, and published results hold
+}
+DECIMALS: dict[CoordSpace, int] = {
+    "pixel": 3,
+    "resized_pixel": 3,
+    "norm1000": 3,
+    "norm1000_yx": 3,
+    "norm999": 3,
+    "norm1024_yx": 3,
+    "percent": 4,
+    "unit": 6,
+    "unit_square": 6,
+}
 """More than real models write (most write whole numbers): in a 96 px image those cannot hold an IoU above 0.9."""
 
 _ARTICLE = re.compile("a|an|the|this|that|its|his|her|their")
@@ -99,8 +114,8 @@ class SimulatedBackend:
 
         is_resized = self._coord_space == "resized_pixel"
         input_hw = [qwen_input_hw(*hw) if is_resized else hw for hw in (question.image_hw for question in questions)]
-        scale = pixels_per_unit(self._coord_space, image_hw, np.array(input_hw).reshape(-1, 2))
-        written = np.round(drawn.xyxy / scale[:, [0, 1, 0, 1]], DECIMALS[self._coord_space]).tolist()
+        boxes = write_boxes(drawn.xyxy, self._coord_space, image_hw, np.array(input_hw).reshape(-1, 2))
+        written = np.round(boxes, DECIMALS[self._coord_space]).tolist()
         columns = (questions, input_hw, written, drawn.has_box.tolist(), np.round(drawn.confidence, 2).tolist())
         return [
             Answer(
@@ -131,6 +146,11 @@ class SimulatedBackend:
             other_xyxy=np.clip(truth.object_xyxy[other], 0, limits[other_row]),
             other_same_category=truth.object_category[other] == truth.category[rows][other_row],
         )
+
+
+def preset_coord_space(preset: str, configured: str) -> CoordSpace:
+    """The coordinate space in which a preset's answers are written: as configured, or by the preset for `auto`."""
+    return PRESET_COORD_SPACES[preset] if configured == "auto" else resolve_coord_space(preset, configured)
 
 
 def describe_sentence(sentence: str) -> tuple[str, list[str], str]:

@@ -149,7 +149,7 @@ BAD_LINES = {
     "split of no type": (B | {"split": 3}, r"line 2: split: got 3"),
     "evaluation without mask": (B | {"split": "val"}, r"line 2: mask: missing, expected one because split is val"),
     "text as id": (B | {"id": "7"}, r"line 2: id: got '7', expected a whole number"),
-    "a list": ([1, 2], r"line 2: got list, expected an object"),
+    "a list": ([1, 2], r"line 2: got a JSON list, expected an object"),
     "mask of no type": (B | {"mask": 5}, r"line 2: mask: got 5"),
     "missing mask": (B | {"mask": "masks/z.png"}, r"line 2: mask: .*masks/z\.png not found"),
     "empty mask": (B | {"mask": "masks/empty.png"}, r"line 2: mask: empty"),
@@ -160,7 +160,21 @@ BAD_LINES = {
     "bad polygon": (B | {"mask": [1, 2, 3]}, r"line 2: mask: segmentation: each polygon needs"),
     "polygon outside": (B | {"mask": [-5, -5, -2, -5, -2, -2]}, r"line 2: mask: empty"),
     "wrong runs": (B | {"mask": {"size": [HEIGHT, WIDTH], "counts": [1, 2]}}, r"line 2: mask: segmentation\.counts"),
-    "other object": (B | {"mask": {"box": [1, 2]}}, r"line 2: mask: segmentation\.size: got None"),
+    "other object": (
+        B | {"mask": {"box": [1, 2]}},
+        r"line 2: mask: got an object with the keys 'box', expected the path of a PNG, polygons as .*, or run lengths",
+    ),
+    "misspelled polygon": (
+        B | {"mask": {"polygons": [POLYGON]}},
+        r"mask: got an object with the keys 'polygons', exp",
+    ),
+    "points in lists": (
+        B | {"mask": {"polygon": [[10, 5], [30, 5], [30, 20]]}},
+        r"mask: segmentation: got points as \[x, y\]; each polygon needs one flat list: x1, y1, x2",
+    ),
+    "no polygon": (B | {"mask": {"polygon": "x"}}, r"line 2: mask: polygon: got str, expected the path of a PNG"),
+    "no runs": (B | {"mask": {"size": [HEIGHT, WIDTH]}}, r"line 2: mask: segmentation\.counts: got NoneType"),
+    "large id": (B | {"id": 2**63}, r"line 2: id: got 9223372036854775808, expected a whole number from -\d+ to 92"),
     "overlap": (
         {"image": "photos/../photos/c.png", "sentence": "dog", "split": "val", "mask": POLYGON},
         r"1 image\(s\) are in train and in an evaluation split: .*c\.png",

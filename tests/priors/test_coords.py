@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from l2l_core.errors import ConfigError
-from l2l_core.priors.coords import pixels_per_unit, qwen_input_hw, resolve_coord_space
+from l2l_core.priors.coords import is_y_first, origin_px, pixels_per_unit, qwen_input_hw, resolve_coord_space
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,10 @@ def test_qwen_input_size(height: int, width: int, expected: tuple[int, int]) -> 
         ("norm1000", 0.64, 0.8),
         ("percent", 6.4, 8.0),
         ("unit", 640.0, 800.0),
+        ("norm1000_yx", 0.64, 0.8),
+        ("norm999", 640 / 999, 800 / 999),
+        ("norm1024_yx", 0.625, 0.78125),
+        ("unit_square", 800.0, 800.0),
     ],
 )
 def test_one_unit_in_pixels(space: str, x: float, y: float) -> None:
@@ -44,9 +48,25 @@ def test_one_unit_in_pixels(space: str, x: float, y: float) -> None:
         ("qwen2.5-vl-7b", "resized_pixel"),
         ("Qwen/Qwen2-VL-7B-Instruct", "norm1000"),
         ("Qwen/Qwen3-VL-8B-Instruct", "norm1000"),
+        ("Qwen/Qwen3-VL-235B-A22B-Instruct", "norm1000"),
+        ("qwen2_5_vl", "resized_pixel"),
         ("OpenGVLab/InternVL2_5-8B", "norm1000"),
+        ("OpenGVLab/InternVL3_5-8B", "norm1000"),
+        ("openbmb/MiniCPM-V-4_5", "norm1000"),
+        ("openbmb/MiniCPM-o-2_6", "norm1000"),
+        ("microsoft/Florence-2-large", "norm1000"),
+        ("models/gemini-2.5-flash", "norm1000_yx"),
+        ("gemini-3-pro-preview", "norm1000_yx"),
+        ("google/paligemma-3b-mix-224", "norm1024_yx"),
+        ("google/paligemma2-3b-mix-448", "norm1024_yx"),
+        ("deepseek-ai/deepseek-vl2-tiny", "norm999"),
         ("allenai/Molmo-7B-D-0924", "percent"),
-        ("llava-hf/llava-1.5-7b-hf", "unit"),
+        ("allenai/MolmoE-1B-0924", "percent"),
+        ("allenai/Molmo2-8B", "norm1000"),
+        ("microsoft/kosmos-2-patch14-224", "unit"),
+        ("llava-hf/llava-1.5-7b-hf", "unit_square"),
+        ("liuhaotian/llava-v1.5-13b", "unit_square"),
+        ("C:\\models\\Qwen2.5-VL-7B", "resized_pixel"),
         ("vlm/refshapes-vlm", "percent"),
         ("llava/vlm/refshapes-vlm", "percent"),
     ],
@@ -54,6 +74,44 @@ def test_one_unit_in_pixels(space: str, x: float, y: float) -> None:
 def test_family_decides_the_space(model: str, space: str) -> None:
     assert resolve_coord_space(model, "auto") == space
     assert resolve_coord_space(model, "pixel") == "pixel"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "Qwen/Qwen4-VL-8B",
+        "Qwen/Qwen3.5-VL-8B",
+        "Qwen/Qwen2.5-Omni-7B",
+        "OpenGVLab/InternVL4-8B",
+        "allenai/Molmo3-8B",
+        "allenai/MolmoAct-7B-D-0812",
+        "llava-hf/llava-v1.6-mistral-7b-hf",
+        "llava",
+        "gemini-4-pro",
+        "google/paligemma3-3b",
+        "microsoft/kosmos-2.5",
+        "qwen2.5-vl/my-model",  # a folder above says nothing of the model in it
+        "qwen2.5-vl-to-internvl3",  # two families
+    ],
+)
+def test_a_successor_or_relative_of_a_known_family_asks_for_the_setting(model: str) -> None:
+    with pytest.raises(ConfigError, match=r"priors\.coord_space: .* is unknown; set it to pixel\|"):
+        resolve_coord_space(model, "auto")
+    assert resolve_coord_space(model, "norm1000_yx") == "norm1000_yx"
+
+
+def test_a_square_begins_in_the_border_around_the_image() -> None:
+    """400 x 100 pixels in a square of 400: 150 above and below."""
+    assert origin_px("unit_square", (100, 400)).tolist() == [0, -150]
+    assert origin_px("unit_square", (400, 100)).tolist() == [-150, 0]
+    assert origin_px("unit", (100, 400)).tolist() == [0, 0]
+
+
+def test_the_name_of_a_space_says_whether_y_stands_first() -> None:
+    assert [space for space in ("norm1000", "norm1000_yx", "norm1024_yx", "unit") if is_y_first(space)] == [
+        "norm1000_yx",
+        "norm1024_yx",
+    ]
 
 
 def test_an_unknown_family_names_the_remedy() -> None:

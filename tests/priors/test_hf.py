@@ -17,7 +17,7 @@ from tiny_llava import save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from l2l_core.errors import ConfigError
-from l2l_core.priors.hf import TransformersEngine
+from l2l_core.priors.hf import TransformersEngine, _SeededDraws, _tokens_at
 from l2l_core.priors.mllm import Request
 from l2l_core.priors.prompt import answer_schema, keeps_to
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine(folder: Path, **changes: object) -> TransformersEngine:
     settings: dict[str, Any] = {"backend": "transformers", "model": str(folder), "precision": "fp32"}
-    settings |= {"structured_output": False, "engine": {"batch_size": 3, "device": "cpu"}}
+    settings |= {"coord_space": "unit_square", "structured_output": False, "engine": {"batch_size": 3, "device": "cpu"}}
     return TransformersEngine(prior_params(**(settings | changes)))
 
 
@@ -102,6 +102,57 @@ def test_an_answer_ends_where_the_model_ends_it(plain: TransformersEngine) -> No
 def test_each_request_has_its_own_limit(plain: TransformersEngine) -> None:
     done = plain.generate([request("cup", max_tokens=4), request("dog", max_tokens=9)])
     assert [entry.completion_tokens for entry in done] == [4, 9]
+
+
+def test_a_draw_is_the_first_token_whose_sum_exceeds_the_requests_number() -> None:
+    """Probabilities 0.2, 0, 0.5 and 0.3 at temperature 2; numbers from the request's own generator."""
+    seeds = range(20)
+    logits = 2 * torch.log(torch.tensor([[0.2, 0.0, 0.5, 0.3]])).expand(len(seeds), -1)
+    draws = _SeededDraws([request("cup", seed, temperature=2.0, max_tokens=3) for seed in seeds])
+    chosen = [draws(torch.zeros(1), logits).argmax(dim=1).tolist() for _ in range(5)]
+    for seed in seeds:
+        numbers = torch.rand(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+        wanted = [0 if number < 0.2 else 2 if number < 0.7 else 3 for number in numbers]
+        assert [step[seed] for step in chosen[:3]] == wanted
+
+
+def test_tokens_lie_where_numpy_finds_them_and_never_where_nothing_is() -> None:
+    rng = np.random.default_rng(0)
+    probs = rng.random((50, 3000)) ** 8 * (rng.random((50, 3000)) < 0.2)
+    probs /= probs.sum(axis=1, keepdims=True)
+    shares = np.concatenate([rng.random(48), [0.0, np.nextafter(1.0, 0.0)]])
+    tokens = _tokens_at(torch.tensor(probs, dtype=torch.float32), torch.tensor(shares))[:, 0].numpy()
+    assert (probs[np.arange(50), tokens] > 0).all()
+    ends = np.cumsum(probs, axis=1)
+    rows = np.arange(50)
+    assert (ends[rows, tokens] >= shares - 1e-6).all()
+    assert (ends[rows, tokens] - probs[rows, tokens] <= shares + 1e-6).all()
+
+
+def test_greedy_rows_are_left_as_they_are() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]])
+    draws = _SeededDraws([request("cup"), request("cup", 1, temperature=0.7)])
+    first, second = draws(torch.zeros(1), scores)
+    assert first.tolist() == [1.0, 3.0, 2.0]
+    assert sorted(second.tolist()) == [-torch.inf, -torch.inf, 0.0]
+    assert _SeededDraws([request("cup")])(torch.zeros(1), scores[:1]) is not None
+
+
+def test_a_token_costs_one_random_number_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **kw: drawn.append(size) or rand(*size, **kw))
+    draws = _SeededDraws([request("cup", 1, temperature=0.7, max_tokens=6)] * 2)
+    for _ in range(6):
+        draws(torch.zeros(1), torch.zeros(2, 50_000))
+    assert drawn == [(6,), (6,)]
+
+
+def test_a_processor_that_crops_is_refused_unless_images_are_padded_to_squares(tmp_path: Path) -> None:
+    folder = save_tiny_llava(tmp_path / "llava-1.5-tiny")
+    with pytest.raises(ConfigError, match=r"priors\.coord_space: got 'unit', .* crops images .* set it to unit_square"):
+        engine(folder, coord_space="unit")
+    engine(folder, coord_space="auto")  # by its family
 
 
 @needs_xgrammar

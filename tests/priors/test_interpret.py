@@ -52,7 +52,7 @@ def answers(*changes: dict[str, object]) -> pa.Table:
         ("Qwen/Qwen2-VL-7B-Instruct", (476, 644), "<|box_start|>(100,100),(500,500)<|box_end|>"),
         ("Qwen/Qwen3-VL-8B-Instruct", (480, 640), '[{"bbox_2d": [100, 100, 500, 500], "label": "cup"}]'),
         ("OpenGVLab/InternVL3-8B", (448, 448), "<ref>cup</ref><box>[[100, 100, 500, 500]]</box>"),
-        ("llava-hf/llava-1.5-7b-hf", (336, 336), "[0.1, 0.1, 0.5, 0.5]"),
+        ("llava-hf/llava-1.5-7b-hf", (640, 640), "[0.1, 0.2, 0.5, 0.5]"),
     ],
 )
 def test_boxes_of_each_family(model: str, input_hw: tuple[int, int], raw_text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from prior_tables import BOX_2, prior_params
+from transformers import CLIPImageProcessorPil
 
 from l2l_core.errors import InputError
+from l2l_core.priors import mllm
 from l2l_core.priors.backend import Question
 from l2l_core.priors.coords import CoordSpace, sent_hw
 from l2l_core.priors.mllm import Completion, MllmBackend, Request, request_seed
+from l2l_core.priors.parse import parse_answer
 from l2l_core.priors.prompt import answer_schema, prompt_sha256
 
 GOOD = json.dumps(BOX_2)
@@ -185,6 +190,131 @@ def test_an_image_is_opened_once_for_all_its_sentences(image: str) -> None:
     backend(engine).ask(ask_about(image, "a", "b", "c"))
     first, *others = [request.image for request in engine.batches[0]]
     assert all(other is first for other in others)
+
+
+# --- decoding ahead
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of images in the order in which they are loaded."""
+    paths: list[str] = []
+    load = MllmBackend._load
+
+    def noted(self: MllmBackend, path: str, image_hw: tuple[int, int]) -> Image.Image | str:
+        paths.append(Path(path).name)
+        return load(self, path, image_hw)
+
+    monkeypatch.setattr(MllmBackend, "_load", noted)
+    return paths
+
+
+def about_images(folder: Path, *numbers: int) -> list[Question]:
+    for number in set(numbers):
+        if not (folder / f"{number}.png").exists():
+            Image.new("RGB", (64, 48), (number, 0, 0)).save(folder / f"{number}.png")
+    return [Question(row, 0, str(folder / f"{number}.png"), (48, 64), "cup") for row, number in enumerate(numbers)]
+
+
+def test_the_next_images_are_decoded_while_the_engine_works(tmp_path: Path, decoded: list[str]) -> None:
+    first, second = about_images(tmp_path, 0, 0, 1), about_images(tmp_path, 1, 1, 2, 2, 3)
+    came = threading.Event()
+
+    class Waiting(Scripted):
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            if not self.batches:
+                came.set()
+                limit = time.monotonic() + 60
+                while len(decoded) < 4 and time.monotonic() < limit:
+                    time.sleep(0.001)
+            return super().generate(requests)
+
+    engine = Waiting()
+    asked = backend(engine)
+    asked.ask(first, second)
+    assert came.is_set()
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # before the first batch is answered
+    asked.ask(second)
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # none a second time, across the border too
+    assert [request.image.getpixel((0, 0))[0] for request in engine.batches[1]] == [1, 1, 2, 2, 3]
+
+
+def test_answers_are_the_same_with_and_without_a_look_ahead(tmp_path: Path) -> None:
+    chunks = [about_images(tmp_path, *numbers) for numbers in ((0, 1), (1, 2), (5, 2), (0, 0))]
+
+    def write(request: Request) -> str:
+        return json.dumps(BOX_2 | {"target": str(request.image.getpixel((0, 0)))})
+
+    plain, ahead = backend(Scripted(write)), backend(Scripted(write))
+    wanted = [plain.ask(chunk) for chunk in chunks]
+    following = [*chunks[2:], [], []]  # also a wrong guess does no harm
+    assert [ahead.ask(chunk, after) for chunk, after in zip(chunks, following, strict=True)] == wanted
+
+
+def test_no_more_is_decoded_ahead_than_memory_is_set_aside_for(
+    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mllm, "AHEAD_BYTES", 2 * 3 * 48 * 64)
+    asked = backend(Scripted())
+    asked.ask(about_images(tmp_path, 0), about_images(tmp_path, 1, 2, 3, 4))
+    asked._images._threads.shutdown(wait=True)
+    assert sorted(decoded) == ["0.png", "1.png", "2.png"]
+
+
+def test_nothing_is_held_after_a_failure(tmp_path: Path) -> None:
+    class Gone(Scripted):
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            raise KeyboardInterrupt
+
+    asked = backend(Gone())
+    with pytest.raises(KeyboardInterrupt):
+        asked.ask(about_images(tmp_path, 0), about_images(tmp_path, *range(1, 9)))
+    assert not asked._images._held
+
+
+# --- squares
+
+
+@pytest.mark.parametrize("size", [(120, 60), (60, 120), (90, 90), (301, 77)])
+@pytest.mark.parametrize("max_px", [1003520, 3600])
+def test_a_cropping_processor_sees_the_whole_image_and_its_answer_is_in_the_images_pixels(
+    tmp_path: Path, size: tuple[int, int], max_px: int
+) -> None:
+    """LLaVA-1.5's processor: shortest side to 56 px, middle 56 x 56 px. The engine finds the bright object in what the
+    processor leaves, and answers in fractions of that."""
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    width, height = size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    x1, y1, x2, y2 = 0, height // 4, width // 5, height // 2  # at the left edge, which a crop would cut off
+    pixels[y1:y2, x1:x2] = 255
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+
+    def write(request: Request) -> str:
+        seen = np.asarray(processor(request.image, return_tensors="np")["pixel_values"])[0]
+        rows, columns = np.nonzero(seen.mean(axis=0) > 0.7)  # between the border's 0 and white's 2
+        box = [columns.min() / 56, rows.min() / 56, (columns.max() + 1) / 56, (rows.max() + 1) / 56]
+        return json.dumps(BOX_2 | {"boxes": [[float(value) for value in box]]})
+
+    params = prior_params(backend="vllm", model="llava-hf/llava-1.5-7b-hf", max_image_px=max_px)
+    (answer,) = MllmBackend(Scripted(write), params).ask(
+        [Question(0, 0, str(tmp_path / "photo.png"), (height, width), "cup")]
+    )
+    assert answer.coord_space == "unit_square"
+    assert answer.input_hw[0] == answer.input_hw[1] == min(max(size), int(max_px**0.5))
+    prior = parse_answer(answer.raw_text, answer.coord_space, (height, width), answer.input_hw)
+    pixel = max(size) / 56  # of the original image, that one of the processor's holds
+    assert prior.bbox == pytest.approx((x1, y1, x2, y2), abs=1.01 * pixel)
+
+
+def test_refshapes_vlm_gets_images_as_they_are(tmp_path: Path) -> None:
+    """It is a LLaVA whose processor crops nothing, and its images are squares."""
+    path = tmp_path / "scene.png"
+    Image.fromarray(np.arange(96 * 96 * 3, dtype=np.uint8).reshape(96, 96, 3)).save(path)
+    engine = Scripted()
+    asked = MllmBackend(engine, prior_params(backend="transformers", model="vlm/refshapes-vlm"))
+    (answer,) = asked.ask([Question(0, 0, str(path), (96, 96), "red circle")])
+    assert np.array_equal(np.asarray(engine.batches[0][0].image), np.asarray(Image.open(path)))
+    assert (answer.coord_space, answer.input_hw) == ("percent", (96, 96))
 
 
 def test_a_failed_second_attempt_keeps_the_first_answer(image: str) -> None:

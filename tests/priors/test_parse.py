@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +32,10 @@ def box_text(*values: object) -> str:
         ("norm1000", (100, 100, 500, 500), None),
         ("percent", (10, 10, 50, 50), None),
         ("unit", (0.1, 0.1, 0.5, 0.5), None),
+        ("norm1000_yx", (100, 100, 500, 500), None),
+        ("norm999", (99.9, 99.9, 499.5, 499.5), None),
+        ("norm1024_yx", (102.4, 102.4, 512, 512), None),
+        ("unit_square", (0.1, 0.2, 0.5, 0.5), None),  # of 640 x 640 with 80 rows above the image
     ],
 )
 def test_spaces(space: CoordSpace, values: tuple[float, ...], input_hw: tuple[int, int] | None) -> None:
@@ -52,8 +57,17 @@ def test_resized_pixels_need_the_input_size() -> None:
 )
 def test_every_space_gives_back_the_box(space: CoordSpace, where: tuple[float, ...], hw: tuple[int, int]) -> None:
     (left, right), (top, bottom) = sorted(where[:2]), sorted(where[2:])
-    span = {"pixel": (hw[1], hw[0]), "norm1000": (1000, 1000), "percent": (100, 100), "unit": (1, 1)}[space]
-    text = box_text(left * span[0], top * span[1], right * span[0], bottom * span[1])
+    if space == "unit_square":
+        side = max(hw)
+        above, beside = (side - hw[0]) / 2, (side - hw[1]) / 2
+        xs = [(beside + x * hw[1]) / side for x in (left, right)]
+        ys = [(above + y * hw[0]) / side for y in (top, bottom)]
+    else:
+        spans = {"norm1000": 1000, "norm1000_yx": 1000, "norm999": 999, "norm1024_yx": 1024, "percent": 100, "unit": 1}
+        wide, high = (hw[1], hw[0]) if space == "pixel" else (spans[space], spans[space])
+        xs, ys = [left * wide, right * wide], [top * high, bottom * high]
+    pairs = zip(ys, xs, strict=True) if space.endswith("_yx") else zip(xs, ys, strict=True)
+    text = box_text(*(value for pair in pairs for value in pair))
     true_box = (left * hw[1], top * hw[0], right * hw[1], bottom * hw[0])
     prior = parse_answer(text, space, hw)
     if true_box[2] - true_box[0] > 1.001 and true_box[3] - true_box[1] > 1.001:
@@ -93,6 +107,13 @@ HERE = (10.0, 20.0, 30.0, 40.0)
         "<|box_start|>(10,20),(30,40)<|box_end|>",
         "<ref>cup</ref><box>[[10, 20, 30, 40]]</box>",
         "[1, 2, 3] and [10, 20, 30, 40.0]",
+        "<box>10 20 30 40</box>",
+        '{"box_2d": [10, 20, 30, 40]}',
+        '{"bbox": {"xmin": 10, "ymin": 20, "xmax": 30, "ymax": 40}}',
+        '{"objects": [{"x_min": 1}, {"bbox": {"y_max": 40, "x_max": 30, "y_min": 20, "x_min": 10}}]}',
+        "{'bbox': [10, 20, 30, 40], 'found': True}",
+        '{"bbox": "<box>10 20 30 40</box>"}',
+        '{"bbox": ["10, 20"]} [10, 20, 30, 40] {"bbox": [10, 20, 30, 40]}',
     ],
 )
 def test_a_box_is_found(text: str) -> None:
@@ -124,6 +145,14 @@ def test_a_box_is_found(text: str) -> None:
         '{"point": [700, 20]}',
         '<point x="101" y="20">',
         '<point x="ten" y="20">',
+        '<points coords="1 1 1305 412"/>',
+        "(10, 20)",
+        "top left (10, 20), bottom right (30, 40)",  # words between: corners of what?
+        '{"bbox": [10, 20, 30, 40, 0.9]}',
+        '{"bbox": "10 to 20, 30, 40"}',
+        "<loc_10><loc_20><loc_30>",
+        "<loc0010><loc0020>",
+        "<patch_index_1024><patch_index_1030>",
         "[" * 5000,
         '{"a":' * 5000,
     ],
@@ -196,6 +225,131 @@ def test_lone_surrogates_become_storable() -> None:
     assert read('{"bbox": [10, 20, 30, 40], "target": "cup \\ud800"}').target == "cup ?"
 
 
+# --- draft text ---
+
+DRAFTS = [
+    "<think>The cat is at [{cat}], so the dog must be the other one.</think>\n[{dog}]",
+    '<think>First guess {{"bbox_2d": [{cat}]}}, no, that is the cat.</think>{{"bbox_2d": [{dog}]}}',
+    "<think>[{cat}] is the cat</think><answer>{{'bbox': [{dog}], 'points_1': [150, 250]}}</answer>",
+    "The cat is [{cat}]. </think> [{dog}]",  # a chat template has opened it
+    "<think>[{cat}]</think><think>[{cat}]</think>[{dog}]",
+    "<Thinking>[{cat}]</Thinking> so it is [{dog}]",
+    "◁think▷[{cat}]◁/think▷[{dog}]",
+    "I put [{cat}] aside. <answer>[{dog}]</answer> The cat stays at [{cat}].",
+    "<answer>[{cat}]</answer> or rather <answer>[{dog}]</answer>",
+    "<answer>[{cat}]</answer> or rather <answer>[{dog}]</answer> or <answer>[5, 5",
+    "<answer>[{dog}]",
+    "The cat is at [{cat}], so the dog is at [{dog}].",
+    'Maybe {{"bbox": [{cat}]}}? No: {{"bbox": [{dog}]}}',
+    "The cat is at ({cat}), the dog at ({dog}), the third at (5, 5, 90",
+    "<think>" + "The cat is at [{cat}]. " * 2000 + "</think>[{dog}]",  # longer than any answer
+]
+
+
+@pytest.mark.parametrize("text", DRAFTS)
+def test_a_place_in_draft_text_is_no_answer(text: str) -> None:
+    prior = parse_answer(text.format(cat="500, 500, 600, 600", dog="100, 200, 300, 400"), "norm1000", (1000, 1000))
+    assert prior.bbox == (100, 200, 300, 400)
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>It is at [10, 20, 30, 40], or", "<think>[10, 20, 30, 40]</think>", "[10, 20, 30, 40]</think> no"]
+)
+def test_an_answer_that_is_all_draft_is_invalid(text: str) -> None:
+    assert read(text).status == "invalid"
+
+
+# --- outlines ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<quad>(100,200),(310,220),(300,400),(90,380)</quad>",
+        "<quad>100 200 310 220 300 400 90 380</quad>",
+        "Outline: (100, 200), (310, 220), (300, 400), (90, 380).",
+        "[[100, 200], [310, 220], [300, 400], [90, 380]]",
+        '{"bbox": "100,200,310,220,300,400,90,380"}',
+        '{"bbox": [100, 200, 310, 220, 300, 400, 90, 380]}',
+        '{"quad": [[100, 200], [310, 220], [300, 400], [90, 380]]}',
+        '{"polygon": [[[100, 200], [310, 220], [300, 400], [90, 380]]]}',
+    ],
+)
+def test_of_an_outline_the_hull_is_the_box(text: str) -> None:
+    assert parse_answer(text, "norm1000", (1000, 1000)).bbox == (90, 200, 310, 400)
+    assert parse_answer(text, "norm1000_yx", (1000, 1000)).bbox == (200, 90, 400, 310)
+
+
+# --- families: their own notation of the box 64 48 320 240 and of the point 32 48, as their model cards describe it ---
+
+
+def test_gemini_writes_y_before_x() -> None:
+    answer = '```json\n[\n  {"box_2d": [100, 200, 500, 600], "label": "cup"}\n]\n```'
+    assert read(answer, "norm1000_yx").bbox == (128, 48, 384, 240)
+    assert read('[{"point": [100, 50], "label": "cup"}]', "norm1000_yx").point == pytest.approx((32, 48))
+    assert read('{"bbox": {"x1": 200, "y1": 100, "x2": 600, "y2": 500}}', "norm1000_yx").bbox == (128, 48, 384, 240)
+
+
+def test_minicpm_separates_by_blanks() -> None:
+    assert read("<ref>cup</ref><box>100 100 500 500</box>", "norm1000").bbox == (64, 48, 320, 240)
+    assert read("<point>50 100</point>", "norm1000").point == pytest.approx((32, 48))
+
+
+def test_deepseek_counts_to_999() -> None:
+    prior = read("<|ref|>cup<|/ref|><|det|>[[0, 0, 999, 999], [1, 2, 3, 4]]<|/det|>", "norm999")
+    assert prior.bbox == pytest.approx((0, 0, 640, 480))
+
+
+@pytest.mark.parametrize("space", ["norm1000", "pixel", "norm1000_yx"])
+def test_paligemma_writes_1024ths_y_before_x_in_every_setting(space: CoordSpace) -> None:
+    assert read("<loc0102><loc0205><loc0512><loc0614> cup", space).bbox == pytest.approx(
+        (205 / 1024 * 640, 102 / 1024 * 480, 614 / 1024 * 640, 512 / 1024 * 480)
+    )
+    assert read("<loc0102><loc0205><loc0512><loc0614><seg012><seg034> cup ; <loc0001><loc0002><loc0003><loc0004> cup")
+
+
+@settings(deadline=None)
+@given(st.tuples(*[st.integers(0, 999)] * 4), st.sampled_from(["norm1000", "unit"]))
+def test_florence_tokens_are_the_centers_of_its_own_bins(bins: tuple[int, ...], space: CoordSpace) -> None:
+    """Against the post-processor that transformers ships."""
+    florence = pytest.importorskip("transformers.models.florence2.processing_florence2")
+    quantizer = florence.Florence2PostProcessor.__new__(florence.Florence2PostProcessor)
+    quantizer.quantize_bins = (1000, 1000)
+    wanted = quantizer.dequantize(torch.tensor([bins]), size=(640, 480))[0].tolist()
+    prior = read("a cup" + "".join(f"<loc_{number}>" for number in bins), space)
+    if wanted[2] - wanted[0] >= 3 and wanted[3] - wanted[1] >= 3:  # they are cut to whole pixels
+        assert prior.bbox == pytest.approx(wanted, abs=1)
+    elif wanted[2] - wanted[0] < 0 or wanted[3] - wanted[1] < 0:
+        assert prior.status == "invalid"
+
+
+def test_florence_lists_boxes_and_outlines() -> None:
+    boxes = "cup<loc_100><loc_100><loc_500><loc_500><loc_600><loc_600><loc_700><loc_700>"
+    assert read(boxes).bbox == pytest.approx((64.32, 48.24, 320.32, 240.24))
+    outline = "<poly><loc_100><loc_200><loc_310><loc_220><loc_300><loc_400><loc_90><loc_380></poly>"
+    assert parse_answer(outline, "pixel", (1000, 1000)).bbox == (90.5, 200.5, 310.5, 400.5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1023), st.integers(0, 1023))
+def test_kosmos_patches_are_the_boxes_of_its_own_processor(first: int, last: int) -> None:
+    """Against the function that transformers ships."""
+    kosmos = pytest.importorskip("transformers.models.kosmos2.processing_kosmos2")
+    x1, y1, x2, y2 = kosmos.patch_index_to_coordinate(first, last, 32)
+    text = f"<phrase>a cup</phrase><object><patch_index_{first:04d}><patch_index_{last:04d}></object>"
+    prior = read(text)
+    if x2 > x1 and y2 > y1:
+        assert prior.bbox == pytest.approx((x1 * 640, y1 * 480, x2 * 640, y2 * 480))
+    else:
+        assert prior.status == "invalid"
+
+
+@pytest.mark.parametrize("space", ["percent", "norm1000", "pixel"])
+def test_molmo2_writes_number_x_y_in_thousandths_in_every_setting(space: CoordSpace) -> None:
+    text = '<points coords="1 1 050 100 2 700 800">cup</points>'
+    assert read(text, space).point == pytest.approx((32, 48))
+
+
 # --- any text ---
 
 JSON = st.recursive(
@@ -219,6 +373,36 @@ JSON = st.recursive(
 )
 
 
+NOTATIONS = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<loc_12>",
+    "<loc_1><loc_2><loc_30><loc_40>",
+    "<loc0012>",
+    "<loc0001><loc0002><loc0300><loc0400>",
+    "<patch_index_0044><patch_index_0863>",
+    "<box>1 2 30 40</box>",
+    "<quad>",
+    "<point>",
+    "</point>",
+    '<points coords="1 1 050 100">',
+    '<point x="5" y="10">',
+    "[1, 2, 30, 40]",
+    "'bbox': [1, 2, 30, 40]",
+    "None",
+    "9" * 400,
+    " ; cup ",
+]
+"""Pieces of what the families write."""
+
+
+@st.composite
+def notations(draw: st.DrawFn) -> str:
+    return "".join(draw(st.lists(st.sampled_from(NOTATIONS) | st.text(max_size=3), max_size=8)))
+
+
 @st.composite
 def mangled_json(draw: st.DrawFn) -> str:
     """JSON with up to three cuts, doublings or foreign pieces."""
@@ -227,14 +411,16 @@ def mangled_json(draw: st.DrawFn) -> str:
         start = draw(st.integers(0, len(text)))
         stop = draw(st.integers(start, min(len(text), start + 6)))
         piece = draw(
-            st.sampled_from(["", "[", "]", "{", "}", '"', ",", "\\ud800", "1e999", "<point x=", "(1,2),(30,40)"])
+            st.sampled_from(
+                ["", "[", "]", "{", "}", '"', ",", "\\ud800", "1e999", "<point x=", "(1,2),(30,40)", *NOTATIONS]
+            )
         )
         text = text[:start] + piece + text[stop:]
     return text
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.text() | st.text(st.characters(codec=None)) | mangled_json(), st.sampled_from(COORD_SPACES))
+@given(st.text() | st.text(st.characters(codec=None)) | mangled_json() | notations(), st.sampled_from(COORD_SPACES))
 def test_no_text_raises_and_every_result_can_be_used(text: str, space: CoordSpace) -> None:
     prior = parse_answer(text, space, (48, 64), (84, 112))
     assert prior.status in ("ok", "empty", "invalid")
@@ -249,3 +435,69 @@ def test_no_text_raises_and_every_result_can_be_used(text: str, space: CoordSpac
     assert prior.score is None or 0 <= prior.score <= 1
     for word in (prior.target, prior.relation, *prior.attributes):
         word.encode("utf-8")
+
+
+MEGABYTE = 1_000_000
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        " ",
+        "{",
+        "[",
+        "(",
+        "<",
+        "1",
+        "1,",
+        "1 ",
+        "(1,",
+        "(1,2),",
+        "[1,2,3,4]",
+        '{"a":',
+        '{"a":[',
+        '{"',
+        "'",
+        "{'a':",
+        '{"a": 1} ',
+        '{"bbox": 1} ',
+        "<think>",
+        "</think>",
+        "<answer>",
+        "<answer></answer>",
+        "<loc_1>",
+        "<loc0001>",
+        "<patch_index_0001>",
+        "<point ",
+        '<points coords="1 ',
+        'x="1" ',
+        "<box>1 ",
+        '{"bbox": "',
+    ],
+)
+def test_a_megabyte_of_anything_is_read(piece: str) -> None:
+    """Whatever takes time that grows with the square of the length would take hours here."""
+    assert read(piece * (MEGABYTE // len(piece))).status in ("ok", "empty", "invalid")
+
+
+@pytest.mark.parametrize("piece", [" ", "1,", "(1,", "<", "[1,2,3,4]"])
+@pytest.mark.parametrize("frame", ['{{"bbox": "{}"}}', '<point {} x="1">', '{{"bbox": [[{}]]}}'])
+def test_a_megabyte_within_an_answer_is_read(piece: str, frame: str) -> None:
+    assert read(frame.format(piece * (MEGABYTE // len(piece)))).status in ("ok", "empty", "invalid")
+
+
+@pytest.mark.parametrize("piece", ['{"a":', "{", '{"a": [1, ', '{"', "{'"])
+def test_a_runaway_costs_a_bounded_number_of_tries(monkeypatch: pytest.MonkeyPatch, piece: str) -> None:
+    """The decoder is the only part whose failures cost more than the characters that they pass."""
+    tries = []
+    decode = json.JSONDecoder.raw_decode
+
+    def counted(self: json.JSONDecoder, text: str, start: int) -> object:
+        tries.append(start)
+        return decode(self, text, start)
+
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", counted)
+    for repeats in (10_000, 100_000):
+        tries.clear()
+        read(piece * repeats + "[10, 20, 30, 40]")
+        assert len(tries) <= 512

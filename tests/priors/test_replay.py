@@ -95,7 +95,7 @@ def test_the_configured_space_holds_where_a_line_has_none(tmp_path: Path) -> Non
 
 
 def test_samples_are_recorded_one_by_one(tmp_path: Path) -> None:
-    line = {"sent_id": 10, "model": "llava"}
+    line = {"sent_id": 10, "model": "llava", "coord_space": "unit"}
     path = recorded(
         tmp_path,
         {**line, "sample_index": 1, "raw_text": "[0, 0, 0.5, 0.5]"},
@@ -107,7 +107,18 @@ def test_samples_are_recorded_one_by_one(tmp_path: Path) -> None:
     assert table.loc[(10, 1), "bbox"].tolist() == [0, 0, 320, 240]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_answers_are_read_in_the_encodings_in_which_pairs_are(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "recorded.jsonl"
+    line = json.dumps({"sent_id": 10, "raw_text": "[1, 2, 30, 40]", "coord_space": "pixel"})
+    path.write_bytes(f"{line}\n".encode(encoding))
+    table = priors(load(path), tmp_path)
+    assert table.loc[(10, 0), "bbox"].tolist() == [1, 2, 30, 40]
+
+
 BAD_LINES: list[tuple[object, str]] = [
+    ({"ref_id": 200, "pred_box_xyxy": [10**400, 1, 2, 3]}, "pred_box_xyxy: got [1000"),
+    ({"sent_id": 10**400, "raw_text": "x"}, "000..., expected an integer from -9223372036854775808 to"),
     (
         {"sent_id": 10, "expression": "another sentence", "raw_text": "x"},
         "expression: got 'another sentence', but sentence 10 of the data set is",

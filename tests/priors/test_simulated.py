@@ -12,11 +12,10 @@ from pycocotools import mask as coco_mask
 
 from l2l_core.errors import InputError
 from l2l_core.priors.backend import Answer, Question
-from l2l_core.priors.coords import resolve_coord_space
 from l2l_core.priors.error_model import ERROR_MODELS
 from l2l_core.priors.parse import ParsedPrior, parse_answer
 from l2l_core.priors.prompt import answer_schema
-from l2l_core.priors.simulated import SimulatedBackend, describe_sentence, make_truth
+from l2l_core.priors.simulated import SimulatedBackend, describe_sentence, make_truth, preset_coord_space
 
 EDGES = (0.0, 0.05, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95)
 # As measured on real answers: share without a box, share with IoU >= 0.5, shares by IoU bin. Wrong objects: measured
@@ -29,7 +28,7 @@ MEASURED = {
 
 
 def backend(preset: str, index: Index, seed: int = 0) -> SimulatedBackend:
-    return SimulatedBackend(preset, resolve_coord_space(preset, "auto"), seed, make_truth(index.refs, index.objects))
+    return SimulatedBackend(preset, preset_coord_space(preset, "auto"), seed, make_truth(index.refs, index.objects))
 
 
 def questions(index: Index, samples: int = 1) -> list[Question]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from l2l_core.data.importers.entries import (
     to_json_lines,
     whole_number,
 )
+from l2l_core.data.json_lines import json_object, numbered_lines
 from l2l_core.errors import InputError
 from l2l_core.masks import decode_rle, segmentation_to_rle
 from l2l_core.records import TRAIN
@@ -74,17 +74,16 @@ def _sentence_rows(path: Path) -> list[tuple[str, Any]]:
             raise InputError(f"{source}: got {shown(document)}, expected a list, or an object with `annotations`")
         return [(f"{source}: entry {number}", row) for number, row in enumerate(rows, start=1)]
     try:
-        lines = path.read_bytes().splitlines()
+        lines = numbered_lines(path)
     except OSError as error:
         raise InputError(f"{source}: cannot be read: {error.strerror}; expected a file of sentences") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{source}: line {number}"
-            try:
-                found.append((where, json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not JSON: {error}") from None
+    found: list[tuple[str, Any]] = []
+    for number, line in lines:
+        where = f"{source}: line {number}"
+        try:
+            found.append((where, json_object(line)))
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
     return found
 
 

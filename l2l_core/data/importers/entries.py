@@ -151,10 +151,11 @@ def read_json(path: Path) -> Any:
 
 
 def whole_number(row: Any, key: str, low: int = 0) -> int:
-    """row[key]. Raises ValueError where it is no whole number >= low."""
+    """row[key]. Raises ValueError where it is no whole number from low to 2**63 - 1."""
     value = _value(row, key)
     if type(value) is not int or not low <= value < 2**63:
-        raise ValueError(f"{key}: got {shown(value)}, expected a whole number >= {low}")
+        limits = f">= {low}" if type(value) is not int or value < low else f"< {2**63}"
+        raise ValueError(f"{key}: got {shown(value)}, expected a whole number {limits}")
     return value
 
 
