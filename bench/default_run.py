@@ -47,7 +47,7 @@ class Repro:
 def repro() -> Repro:
     """Run it and watch what it prints."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PATH": path}
     started, starts, policy = time.monotonic(), [], 0.0
     with subprocess.Popen(["dvc", "repro"], cwd=CLONE, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
 import typer
 
-from l2l_core.config import load_params
-from l2l_core.data.index import shorten
 from l2l_core.errors import ArtifactError, InputError, exit_code
 from l2l_core.newest import model_folder, newest_round
 from l2l_core.outputs import added_to
 from l2l_core.records import METRICS_PATH, REPORT_PATH
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
 
+# Commands import what they need when they run: `--help` needs none of it, and torch alone takes seconds.
 app = typer.Typer(
     help=__doc__, no_args_is_help=False, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
@@ -30,6 +31,8 @@ Run = Annotated[Path | None, typer.Option(help="folder of a round or of its mode
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:
     """metrics/evaluate.json -> a row a split and method: mIoU of all, the other scores of the final model."""
+    import pandas as pd
+
     rows = []
     for split in (key.removeprefix("n_") for key in metrics if key.startswith("n_")):
         beside = ["prior", "supervised"] + [f"round_{k}" for k in range(8) if f"{split}_round_{k}_miou" in metrics]
@@ -52,9 +55,6 @@ def show() -> None:
     print(score_table(metrics).to_string(index=False, na_rep=""))
     print("percent; ground truth at original resolution, every sentence counted, probability > 0.5")
     print(f"report: {REPORT_PATH}")
-
-
-# The commands below import what they need when they run: torch alone takes seconds, which `show` has no use for.
 
 
 @app.command()
@@ -100,6 +100,8 @@ def predict(
     Writes mask and overlay of every pair as PNG, and predictions.jsonl with the masks as run lengths.
     """
     from l2l_core import predictions
+    from l2l_core.config import load_params
+    from l2l_core.data.index import shorten
     from l2l_core.masks import rle_area_px_all
     from l2l_core.predictor import Predictor
 
@@ -135,6 +137,7 @@ def serve(
 
     Shows prior, proposal and mask of an uploaded image and a sentence. Needs requirements-serve.txt.
     """
+    from l2l_core.config import load_params
     from l2l_core.serve import Desk, open_page, require_gradio
 
     require_gradio()
@@ -197,6 +200,7 @@ def export_model(
 
     Needs requirements-export.txt. The model's own folder holds safetensors and all that is needed to load them.
     """
+    from l2l_core.config import load_params
     from l2l_core.export.onnx import write_onnx
     from l2l_core.model.segmenter import Segmenter
 

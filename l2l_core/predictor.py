@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from torch.nn import functional as F
 
 from l2l_core.config import Params, TrainParams, load_params
 from l2l_core.data.augment import mirror
-from l2l_core.data.dataset import Batch, BatchMaker, Pairs, read_image
-from l2l_core.engine.loop import choose_device, move_batch, to_device
+from l2l_core.data.dataset import Batch, BatchMaker, Pairs, move_batch, read_image
+from l2l_core.device import Precision, autocast, choose_device, resolve_precision, to_device
 from l2l_core.masks import BoolMask, decode_rle, encode_rle
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.progress import progress
@@ -29,14 +28,14 @@ class Predictor:
 
     network: Segmenter
     device: torch.device
-    precision: str
+    precision: Precision
 
     @classmethod
     def of(cls, network: Segmenter, params: TrainParams) -> Predictor:
         """Put a network in evaluation mode on the configured device."""
         device = choose_device(params.device)
         network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        return cls(network, device, params.precision)
+        return cls(network, device, resolve_precision(params.precision, device))
 
     @classmethod
     def from_run(cls, folder: str | Path, params: TrainParams | None = None) -> Predictor:
@@ -63,8 +62,7 @@ class Predictor:
     def logits(self, batch: Batch) -> Tensor:
         """Mask logits [B, 1, S, S] float32 on the CPU, after as many passes as the network was made for."""
         tokens = to_device(self.network.tokenize(batch), self.device)
-        cast = torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
-        with cast:
+        with autocast(self.device, self.precision):
             logits = self.network.ask(move_batch(batch, self.device), tokens)
         return logits.float().cpu()
 

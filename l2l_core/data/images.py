@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from l2l_core.progress import progress
+from l2l_core.threads import thread_count
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What the pipeline decodes later; any other format is refused here."""
@@ -33,7 +34,7 @@ class ImageFile:
 
 def inspect_images(paths: Sequence[Path], min_side_px: int) -> list[ImageFile | str]:
     """Read and decode every image; what was found, or in one line what is wrong with it, in the order of `paths`."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding and hashing release the interpreter lock
+    with ThreadPoolExecutor(thread_count()) as pool:  # decoding and hashing release the interpreter lock
         found = pool.map(lambda path: _inspect(path, min_side_px), paths)
         return list(progress(found, "images", "image", total=len(paths)))
 

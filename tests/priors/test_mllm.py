@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ class Scripted:
 
     write: Callable[[Request], str] = lambda _: GOOD
     batches: list[list[Request]] = field(default_factory=list)
+    precision: Literal["bf16", "fp32"] | None = None
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         self.batches.append(list(requests))
