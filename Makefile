@@ -13,7 +13,6 @@ TORCH_INDEX_URL ?=
 
 # Stages are run as `python -m stages.x`: that must be the environment's Python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: setup repository demo test check clean vllm-cpu test-vllm
 

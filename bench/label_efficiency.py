@@ -284,7 +284,7 @@ class Workers:
 
     def _call(self, clone: Path, *command: str, log: Path | None = None) -> None:
         """Run a command in a clone, in a process group of its own."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         with (log or Path(os.devnull)).open("wb") as out:
             process = subprocess.Popen(command, cwd=clone, env=environment, stdout=out, stderr=out, process_group=0)

@@ -7,20 +7,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
 import typer
 
-from l2l_core.config import load_params
 from l2l_core.errors import ArtifactError, InputError, exit_code
 from l2l_core.newest import model_folder, newest_round
 from l2l_core.outputs import added_to
 from l2l_core.records import METRICS_PATH, REPORT_PATH
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from l2l_core.data.importers.entries import Imported
 
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
 
+# Commands import what they need when they run: `--help` needs none of it, and torch alone takes seconds.
 app = typer.Typer(
     help=__doc__, no_args_is_help=False, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
@@ -32,6 +33,8 @@ Run = Annotated[Path | None, typer.Option(help="folder of a round or of its mode
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:
     """metrics/evaluate.json -> a row a split and method: mIoU of all, the other scores of the final model."""
+    import pandas as pd
+
     rows = []
     for split in (key.removeprefix("n_") for key in metrics if key.startswith("n_")):
         beside = ["prior", "supervised"] + [f"round_{k}" for k in range(8) if f"{split}_round_{k}_miou" in metrics]
@@ -113,6 +116,7 @@ def predict(
     Writes mask and overlay of every pair as PNG, and predictions.jsonl with the masks as run lengths.
     """
     from l2l_core import predictions
+    from l2l_core.config import load_params
     from l2l_core.data.index import turned_note
     from l2l_core.masks import rle_area_px_all
     from l2l_core.predictor import Predictor
@@ -149,6 +153,7 @@ def serve(
 
     Shows prior, proposal and mask of an uploaded image and a sentence. Needs requirements-serve.txt.
     """
+    from l2l_core.config import load_params
     from l2l_core.serve import Desk, open_page, require_gradio
 
     require_gradio()
@@ -249,6 +254,7 @@ def fetch(
     Each goes to data/NAME, which DVC then tracks. What is there already is checked and stays; a broken download
     continues where it ended.
     """
+    from l2l_core.config import load_params
     from l2l_core.data.fetch import RECORD, fetch, track
     from l2l_core.data.published import ARCHIVES
 

@@ -29,6 +29,10 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublishedName = Literal["refcoco", "refcoco+", "refcocog", "images"]
 
 
+PrecisionSetting = Literal["auto", "bf16", "fp32"]
+"""auto: bf16 where the device computes it natively, else fp32 (device.py)."""
+DeviceSetting = Literal["auto", "cpu", "cuda", "mps"]
+"""auto: CUDA if there is a GPU, else the CPU."""
 Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union"]
 """Ways to construct a label: see selection/construct.py."""
 
@@ -83,7 +87,7 @@ class PriorEngineParams(Section):
 
     python: str | None
     """Interpreter that runs the stage `ask`, where packages that a backend needs lie in an environment of their own."""
-    device: Literal["auto", "cpu", "cuda"]
+    device: DeviceSetting
     """Of the `transformers` backend."""
     batch_size: PositiveInt
     """Requests that the `transformers` backend computes at once."""
@@ -146,7 +150,8 @@ class PriorsParams(Section):
     structured_output: Literal[True, False, "auto"]
     """Let nothing be written but the prompt's JSON. `transformers` needs xgrammar for it, `openai` a server that can;
     auto: by `vllm` and `openai`."""
-    precision: Literal["bf16", "fp32"]
+    precision: PrecisionSetting
+    """Of the `transformers` and `vllm` backends."""
     max_image_px: Annotated[int, Field(ge=56 * 56)]
     """Area to which larger images are shrunk."""
     max_tokens: PositiveInt
@@ -230,8 +235,8 @@ class TrainParams(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
     prior_dropout: Fraction
     """Share of the samples that are trained without their prior."""
-    precision: Literal["fp32", "bf16"]
-    device: Literal["auto", "cpu", "cuda"]
+    precision: PrecisionSetting
+    device: DeviceSetting
     checkpoint_every: PositiveInt
     """Steps between two checkpoints from which a killed stage goes on."""
     log_every: PositiveInt

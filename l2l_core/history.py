@@ -10,6 +10,7 @@ import pyarrow as pa
 from l2l_core import records
 from l2l_core.config import Params
 from l2l_core.data.inputs import batches_of, pairs_of
+from l2l_core.device import print_device
 from l2l_core.engine.curves import read_curve, read_rows, write_rows
 from l2l_core.engine.resume import whole_folder
 from l2l_core.predictor import Predictor
@@ -53,6 +54,7 @@ def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) 
     """Masks of all evaluated sentences by one model (records.PREDICTIONS), for each entry of `with_prior`."""
     pairs = pairs_of(params, "eval", with_priors=any(with_prior))
     predictor = Predictor.from_run(model, params.train)
+    print_device(predictor.device, predictor.precision)
     masks = predictor.masks(batches_of(params, pairs), params.evaluate.batch_size, with_prior, name)
     count = len(pairs)
     columns = {

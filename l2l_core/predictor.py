@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from torch.nn import functional as F
 
 from l2l_core.config import LIVE_BACKENDS, Params, TrainParams
 from l2l_core.data.augment import mirror
-from l2l_core.data.dataset import Batch, BatchMaker, Pairs
+from l2l_core.data.dataset import Batch, BatchMaker, Pairs, move_batch
 from l2l_core.data.images import read_image
-from l2l_core.engine.loop import choose_device, move_batch, to_device
+from l2l_core.device import Precision, autocast, choose_device, resolve_precision, to_device
 from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.masks import BoolMask, decode_rle, encode_rle
 from l2l_core.model.segmenter import Pyramid, Segmenter
@@ -34,14 +33,14 @@ class Predictor:
 
     network: Segmenter
     device: torch.device
-    precision: str
+    precision: Precision
 
     @classmethod
     def of(cls, network: Segmenter, params: TrainParams) -> Predictor:
         """Put a network in evaluation mode on the configured device."""
         device = choose_device(params.device)
         network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        return cls(network, device, params.precision)
+        return cls(network, device, resolve_precision(params.precision, device))
 
     @classmethod
     def from_run(cls, folder: str | Path, params: TrainParams | None = None) -> Predictor:
@@ -59,7 +58,7 @@ class Predictor:
             raise ArtifactError(f"{folder}: {error}") from None
         device = choose_device("auto")
         network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        return cls(network, device, network.precision or "fp32")
+        return cls(network, device, resolve_precision(network.precision_setting, device))
 
     def predict(self, image: str | Path, sentence: str) -> BoolMask:
         """Mask [H, W] of what a sentence means in an image (JPEG, PNG, ...), at the image's own size; without a prior.
@@ -91,7 +90,7 @@ class Predictor:
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Pyramid:
         """Images [B, 3, S, S] uint8 -> their pyramid, on the device."""
-        with self._cast():
+        with autocast(self.device, self.precision):
             return self.network.encode_image(image.to(self.device))
 
     @torch.inference_mode()
@@ -102,7 +101,7 @@ class Predictor:
         """
         pyramid = self.encode(batch.image) if pyramid is None else pyramid
         tokens = to_device(self.network.tokenize(batch), self.device)
-        with self._cast():
+        with autocast(self.device, self.precision):
             logits = self.network.ask(pyramid, move_batch(batch, self.device), tokens)
         return logits.float().cpu()
 
@@ -154,9 +153,6 @@ class Predictor:
                 words=words[rows],
             )
             yield rows, views
-
-    def _cast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _images(self, pixels: Tensor, *, mirrored: bool) -> _Images:
         return _Images(pixels, self.encode(pixels), self.encode(pixels.flip(-1)) if mirrored else None)

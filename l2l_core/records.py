@@ -10,12 +10,15 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from l2l_core.errors import ArtifactError
+
+if TYPE_CHECKING:  # some stages, and `--help`, have no use for it
+    import pandas as pd
 
 TRAIN = "train"
 EVAL_SPLITS = ("val", "test", "testA", "testB")
@@ -78,6 +81,7 @@ ANSWERS = pa.schema(  # one row a sentence and sample: what the multimodal LLM w
         ("input_width", pa.int32()),
         ("prompt_tokens", pa.int32()),  # of all attempts
         ("completion_tokens", pa.int32()),
+        ("precision", pa.string()),  # bf16 or fp32, in which the model was computed; null where that is not known
     ]
 )
 PRIORS = pa.schema(

@@ -22,6 +22,13 @@ def dataset_version(dataset: Path) -> str | None:
     return str(info["version"]) if "version" in info else None
 
 
+def trained_precision(model: Path) -> dict[str, str]:
+    """`precision`: bf16 or fp32, in which a model was trained; no key where its folder does not say so."""
+    config = model / "config.json"
+    precision = json.loads(config.read_text(encoding="utf-8")).get("precision") if config.is_file() else None
+    return {} if precision is None else {"precision": precision}
+
+
 def main() -> None:
     """Parse, load, evaluate, save."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -45,7 +52,8 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         curve.to_csv(path, index=False)
     records.METRICS_PATH.parent.mkdir(parents=True, exist_ok=True)
-    records.METRICS_PATH.write_text(json.dumps(result.metrics, indent=2) + "\n", encoding="utf-8")
+    metrics = result.metrics | trained_precision(records.round_folder(number) / "model")
+    records.METRICS_PATH.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@ import json
 from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.priors.interpret import interpret, summarize
+from l2l_core.priors.interpret import interpret, precision_of, summarize
 
 
 def main() -> None:
     """data/priors/answers.parquet -> data/priors/priors.parquet and metrics/priors.json; asks nobody."""
     params = load_params()
-    priors = interpret(records.read_table(records.ANSWERS_PATH, records.ANSWERS))
+    answers = records.read_table(records.ANSWERS_PATH, records.ANSWERS)
+    priors = interpret(answers)
     records.write_table(priors, records.PRIORS_PATH, records.PRIORS)
-    summary = summarize(priors, params.priors.prices)
+    summary = summarize(priors, params.priors.prices) | precision_of(answers)
     records.PRIORS_METRICS_PATH.parent.mkdir(parents=True, exist_ok=True)
     records.PRIORS_METRICS_PATH.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print("priors: " + ", ".join(f"{count} {name}" for name, count in summary.items()))

@@ -7,6 +7,7 @@ import time
 
 from l2l_core import records
 from l2l_core.config import load_params
+from l2l_core.device import print_device
 from l2l_core.engine.curves import write_rows
 from l2l_core.engine.labeling import judge_out_of_fold, judge_unlabeled, label_unlabeled, pseudo_label_table
 from l2l_core.engine.loop import derive_seed
@@ -24,6 +25,7 @@ def main() -> None:
     params = load_params()
     folder, previous = records.round_folder(number), records.round_folder(number - 1)
     teacher = Predictor.from_run(previous / "model", params.train)
+    print_device(teacher.device, teacher.precision)
     labels, seen = label_unlabeled(params, teacher)
     policy, outcome, curve = None, None, []
     match params.select.policy:

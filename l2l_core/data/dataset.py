@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,13 @@ class Batch:
     proposal_score: Tensor  # [B] float32
     label: Tensor | None = None  # [B, 1, S, S] float32, 0 or 1
     keep: Tensor | None = None  # [B, 1, S, S] float32, 0..1: how much a pixel teaches
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all its tensors on a device."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)
 
 
 class ImageStore:

@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from l2l_core.errors import InputError
 from l2l_core.progress import progress
+from l2l_core.threads import thread_count
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What is read; any other format is refused. Of an animated or multi-page file, the first picture."""
@@ -71,7 +72,7 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
 
 def inspect_images(paths: Sequence[Path], min_side_px: int) -> list[ImageFile | str]:
     """Read and decode every image; what was found, or in one line what is wrong with it, in the order of `paths`."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding and hashing release the interpreter lock
+    with ThreadPoolExecutor(thread_count()) as pool:  # decoding and hashing release the interpreter lock
         found = pool.map(lambda path: _inspect(path, min_side_px), paths)
         return list(progress(found, "images", "image", total=len(paths)))
 

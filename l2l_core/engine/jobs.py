@@ -12,6 +12,7 @@ from l2l_core import records
 from l2l_core.config import Params
 from l2l_core.data.dataset import Pairs, Targets
 from l2l_core.data.inputs import batches_of, corpus, labeled_targets, pairs_of
+from l2l_core.device import choose_device, print_device, resolve_precision
 from l2l_core.engine.curves import live_curve
 from l2l_core.engine.loop import OnlineStream, Stream, derive_seed, train
 from l2l_core.engine.resume import fingerprint, scratch_folder, whole_folder
@@ -102,7 +103,10 @@ def run_training(
 ) -> None:
     """Train, resuming where a killed run of the same inputs stopped, and write the teacher (and its curve)."""
     shares = [stream.share for stream in streams]
-    settings = f"{params.seed} {steps} {params.model!r} {params.train!r} {params.proposals!r} {shares}"
+    device = choose_device(params.train.device)
+    precision = resolve_precision(params.train.precision, device)  # another machine may choose another one
+    print_device(device, precision)
+    settings = f"{params.seed} {steps} {params.model!r} {params.train!r} {precision} {params.proposals!r} {shares}"
     settings += f" {params.select.folds}"  # what a fold teacher sees depends on their number
     seed = derive_seed(params.seed, purpose)
     with scratch_folder(purpose, fingerprint(purpose, settings, inputs)) as scratch:
@@ -113,5 +117,5 @@ def run_training(
             with live_curve(curves_out) as log:
                 trained = train(network, streams, steps, params.train, seed, purpose, checkpoint, log)
         with whole_folder(model_out) as folder:
-            trained.teacher.proposals, trained.teacher.precision = params.proposals, params.train.precision
+            trained.teacher.proposals = params.proposals
             trained.teacher.save(folder)

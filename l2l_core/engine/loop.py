@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from numpy.typing import NDArray
 from torch import Tensor
 
 from l2l_core.config import TrainParams
 from l2l_core.data.augment import strong_view
-from l2l_core.data.dataset import Batch, BatchMaker, Targets
+from l2l_core.data.dataset import Batch, BatchMaker, Targets, move_batch
+from l2l_core.device import autocast, choose_device, resolve_precision, to_device
 from l2l_core.engine.ema import update_ema
 from l2l_core.engine.resume import load_checkpoint, save_checkpoint
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import samples_that_teach, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
 from l2l_core.progress import progress
+
+if TYPE_CHECKING:  # it takes seconds to import, and what only predicts has no use for it
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,6 @@ def derive_seed(seed: int, purpose: str) -> int:
     return int(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]).generate_state(1)[0])
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError where `cuda` is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("params.yaml: train.device: got 'cuda', but torch sees no CUDA device; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def train(
     network: Segmenter,
     streams: Sequence[Stream | OnlineStream],
@@ -93,12 +89,9 @@ def train(
         if not len(stream.batches.pairs):
             raise InputError(f"{what}: nothing to learn from (no pair in one of its streams); check the label budget")
     device = choose_device(params.device)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="bf16" if params.precision == "bf16" else "no",
-        # A pretrained text encoder brings a pooling layer that is not asked.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    precision = resolve_precision(params.precision, device)
+    network.precision, network.precision_setting = precision, params.precision
+    accelerator = _accelerator(device)
     parts = batch_parts(params.batch_size, params.micro_batch_size, accelerator.num_processes)
     mine = parts[accelerator.process_index :: accelerator.num_processes]
     if params.gradient_checkpointing:
@@ -126,7 +119,7 @@ def train(
 
     def ask_teacher(batch: Batch) -> Tensor:
         tokens = to_device(network.tokenize(batch), accelerator.device)
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), autocast(device, precision):
             return teacher(move_batch(batch, accelerator.device), tokens).mask_logits.float().sigmoid().cpu()
 
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
@@ -146,7 +139,9 @@ def train(
             batch = move_batch(batch, accelerator.device)
             assert batch.label is not None  # every stream has targets or is given them online
             with nullcontext() if number == len(batches) else accelerator.no_sync(student):
-                loss = segmentation_loss(student(batch, tokens), batch.label, _keep(batch), count)
+                with autocast(device, precision):
+                    output = student(batch, tokens)
+                loss = segmentation_loss(output, batch.label, _keep(batch), count)
                 with attention_kernels(accelerator.device):
                     accelerator.backward(loss.total * accelerator.num_processes)  # which divides by that number
             losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
@@ -177,6 +172,23 @@ def train(
                 },
             )
     return Trained(teacher, curve)
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    """What moves the training to its device and shares it between launched processes. Precision is not its concern."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if "WORLD_SIZE" not in os.environ:
+        # It keeps the first training's device for the whole process; launched processes share one kind of device.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",  # by `autocast` instead: the accelerator would keep the first training's precision too
+        # A pretrained text encoder brings a pooling layer that is not asked.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
 
 
 def schedule(step: int, steps: int, warmup_fraction: float, decay: Literal["cosine", "poly"]) -> float:
@@ -210,18 +222,6 @@ def sum_of(accelerator: Accelerator, values: Sequence[Tensor]) -> Tensor:
     """The sum of equally shaped tensors over all of them and all processes, on the training's device."""
     summed: Tensor = accelerator.reduce(torch.stack(list(values)).sum(0).to(accelerator.device), "sum")
     return summed
-
-
-def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all its tensors on a device."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(batch, **moved)
-
-
-def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors on a device."""
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def epoch_rows(count: int, batch: int, seed: int, step: int) -> NDArray[np.int64]:

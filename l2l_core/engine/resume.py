@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from l2l_core.errors import ArtifactError
 from l2l_core.progress import is_first_process
 
@@ -64,6 +62,8 @@ def scratch_folder(stage: str, key: str) -> Iterator[Path]:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write atomically: after a kill there is the old checkpoint or the whole new one."""
+    import torch  # not at the top: `ask`, which has its own checkpoints, may need no torch
+
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -71,6 +71,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """The checkpoint, or None where there is none yet."""
+    import torch
+
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -7,20 +7,24 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    MODEL_FOR_BACKBONE_MAPPING,
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    ResNetConfig,
-)
 
 from l2l_core.errors import ConfigError
+from l2l_core.optional import hidden
+
+# For what is not used here: spreading a model over devices, losses of detectors, and drafts by a second model.
+with hidden("accelerate", "scipy", "sklearn"):
+    from transformers import (
+        MODEL_FOR_BACKBONE_MAPPING,
+        AutoBackbone,
+        AutoConfig,
+        AutoModel,
+        AutoTokenizer,
+        BertConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+        ResNetConfig,
+    )
 
 TINY = "tiny"
 ENCODER_FOLDERS = ("image_encoder", "text_encoder")
@@ -122,6 +126,11 @@ def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
         sep_token="[SEP]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """What `save_pretrained` of a tokenizer wrote."""
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _cannot_load(key: str, name: str, what: str, error: Exception) -> str:

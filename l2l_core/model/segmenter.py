@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from l2l_core.config import ModelParams, ProposalsParams
 from l2l_core.data.dataset import Batch
@@ -23,12 +23,16 @@ from l2l_core.model.decoder import Decoder
 from l2l_core.model.encoders import (
     TINY,
     blank_encoders,
+    load_tokenizer,
     make_image_encoder,
     make_text_encoder,
     make_tokenizer,
     save_encoder_configs,
 )
 from l2l_core.model.guidance import Guidance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -73,14 +77,15 @@ class Segmenter(nn.Module):
     """Encoders, guidance and decoder, with the tokenizer that belongs to them.
 
     passes: how often a pair is looked at when the network is asked; see `ask`. Training looks once.
-    proposals, precision: what it was trained with, where that is known; `save` stores them, so that a folder is enough
-    to use the network.
+    proposals, precision, precision_setting: what it was trained with, and `train.precision` then; not set before that.
+    `save` stores them, so that a folder is enough to use the network.
     """
 
     memory_format = torch.channels_last  # faster on CPUs and GPUs; see bench/training.py
     passes = 1
     proposals: ProposalsParams | None = None
     precision: str | None = None
+    precision_setting = "auto"
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -124,9 +129,10 @@ class Segmenter(nn.Module):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             passes = int(config.pop("passes", cls.passes))
             proposals, precision = config.pop("proposals", None), config.pop("precision", None)
+            precision_setting = config.pop("precision_setting", cls.precision_setting)
             params = ModelParams.model_validate(config)
-            network = cls(params, AutoTokenizer.from_pretrained(folder / "tokenizer"), *blank_encoders(folder))
-            network.passes, network.precision = passes, precision
+            network = cls(params, load_tokenizer(folder / "tokenizer"), *blank_encoders(folder))
+            network.passes, network.precision, network.precision_setting = passes, precision, precision_setting
             network.proposals = None if proposals is None else ProposalsParams.model_validate(proposals)
             network.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -140,8 +146,9 @@ class Segmenter(nn.Module):
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
         config = self.params.model_dump() | {"passes": self.passes}
+        config |= {"precision": self.precision, "precision_setting": self.precision_setting}
         if self.proposals is not None:
-            config |= {"proposals": self.proposals.model_dump(), "precision": self.precision}
+            config["proposals"] = self.proposals.model_dump()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         save_encoder_configs(folder, self.image_encoder, self.text_encoder)

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 import requests as http
-import torch
 from transformers.utils import cached_file
 
 from l2l_core import records
 from l2l_core.config import ModelParams, Params, PriorsParams
 from l2l_core.data.index import shorten
-from l2l_core.engine.loop import choose_device
+from l2l_core.device import choose_device, resolve_precision
+from l2l_core.device import describe_device as describe
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.preflight.inputs import Data
@@ -34,8 +34,8 @@ REMEDIES = {
 def describe_device(params: Params) -> str:
     """Where the network is trained, in one line. Raises ConfigError where torch does not see what is asked for."""
     device = choose_device(params.train.device)
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return f"{device.type} ({kind}), {params.train.precision}"
+    precision = resolve_precision(params.train.precision, device)
+    return f"{describe(device, precision)} (train.precision: {params.train.precision})"
 
 
 def describe_encoders(model: ModelParams) -> str:
@@ -64,7 +64,7 @@ def describe_priors(params: Params, data: Data | None) -> str:
             if priors.backend == "openai":
                 return f"openai: {_ask_server(priors)}"
             _check_packages(priors)
-            return f"{priors.backend}: {_where('priors.model', str(priors.model))}"
+            return f"{priors.backend}: {_where('priors.model', str(priors.model))}; {_priors_device(priors)}"
         case "none":
             return "none: nothing is asked, every sentence takes the path without prior"
         case "simulated" | "replay":
@@ -114,10 +114,16 @@ def _check_packages(priors: PriorsParams) -> None:
                 f"params.yaml: priors.backend: got {priors.backend!r}, which needs {package}: "
                 f"{REMEDIES[priors.backend]}"
             )
-    asks_here = priors.engine.python is None  # another environment's torch is another one
-    wants_cuda = priors.backend == "transformers" and priors.engine.device == "cuda"
-    if asks_here and wants_cuda and not torch.cuda.is_available():
-        raise ConfigError("params.yaml: priors.engine.device: got 'cuda', but torch sees no CUDA device")
+
+
+def _priors_device(priors: PriorsParams) -> str:
+    """Where the multimodal LLM is computed and how. Raises ConfigError where torch does not see the named device."""
+    if priors.engine.python is not None:  # another environment's torch is another one
+        return f"precision {priors.precision}, decided by {priors.engine.python}"
+    name = priors.engine.device if priors.backend == "transformers" else "auto"  # vLLM chooses by itself
+    device = choose_device(name, "priors.engine.device")
+    precision = resolve_precision(priors.precision, device, "priors.precision")
+    return f"{describe(device, precision)} (priors.precision: {priors.precision})"
 
 
 def _where(key: str, name: str) -> str:

@@ -312,5 +312,6 @@ def _to_table(backend: str, questions: Sequence[Question], answers: Sequence[Ans
         "input_width": [answer.input_hw[1] for answer in answers],
         "prompt_tokens": [answer.prompt_tokens for answer in answers],
         "completion_tokens": [answer.completion_tokens for answer in answers],
+        "precision": [answer.precision for answer in answers],
     }
     return pa.Table.from_pydict(columns, schema=records.ANSWERS)

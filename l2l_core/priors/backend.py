@@ -36,6 +36,7 @@ class Answer:
     is_valid: bool = True  # the last answer kept to the prompt
     prompt_tokens: int = 0  # of all attempts; 0 where the backend has none
     completion_tokens: int = 0
+    precision: Literal["bf16", "fp32"] | None = None  # in which the model was computed; None: not known
 
 
 _DRAFT_TAG = re.compile(

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessorList
 
 from l2l_core.config import PriorsParams
+from l2l_core.device import choose_device, print_device, resolve_precision
 from l2l_core.errors import ConfigError
+from l2l_core.optional import hidden
 from l2l_core.priors.coords import resolve_coord_space
 from l2l_core.priors.mllm import Completion, Request
 from l2l_core.priors.prompt import Schema
+
+with hidden("scipy", "sklearn"):  # for losses of detectors, and drafts by a second model
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessorList
 
 DRAW_BLOCK = 512
 """Tokens whose probabilities are added up together when one is drawn."""
@@ -26,11 +30,10 @@ class TransformersEngine:
 
     def __init__(self, params: PriorsParams) -> None:
         name = params.model
-        wanted, best = params.engine.device, "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" != best:
-            raise ConfigError("params.yaml: priors.engine.device: got 'cuda', but torch sees no CUDA device")
-        self._device = torch.device(best if wanted == "auto" else wanted)
-        dtype = torch.bfloat16 if params.precision == "bf16" else torch.float32
+        self._device = choose_device(params.engine.device, "priors.engine.device")
+        self.precision = resolve_precision(params.precision, self._device, "priors.precision")
+        print_device(self._device, self.precision)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         try:
             self._processor = AutoProcessor.from_pretrained(name)
             self._model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(self._device).eval()

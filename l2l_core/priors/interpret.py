@@ -9,7 +9,7 @@ from l2l_core import records
 from l2l_core.config import PricesParams
 from l2l_core.priors.parse import ParsedPrior, parse_answer
 
-Summary = dict[str, int | float]
+Summary = dict[str, int | float | str]
 
 
 def interpret(answers: pa.Table) -> pa.Table:
@@ -33,6 +33,12 @@ def interpret(answers: pa.Table) -> pa.Table:
     }
     values = {name: said[name] if name in said else answers[name].combine_chunks() for name in records.PRIORS.names}
     return pa.Table.from_pydict(values, schema=records.PRIORS)
+
+
+def precision_of(answers: pa.Table) -> Summary:
+    """`precision`: bf16 or fp32, in which the multimodal LLM was computed; no key where no answer says so."""
+    found = sorted(set(answers["precision"].to_pylist()) - {None})
+    return {"precision": ", ".join(found)} if found else {}
 
 
 def summarize(priors: pa.Table, prices: PricesParams) -> Summary:

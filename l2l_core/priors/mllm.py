@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from PIL import Image, ImageOps
 
@@ -54,6 +54,11 @@ class Completion:
 class Engine(Protocol):
     """A model that can be asked. What it writes to a request depends on that request alone."""
 
+    @property
+    def precision(self) -> Literal["bf16", "fp32"] | None:
+        """In which the model is computed; None where the engine does not know it."""
+        ...
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in order.
 
@@ -71,6 +76,7 @@ class MllmBackend:
     def __init__(self, engine: Engine, params: PriorsParams) -> None:
         self.name: str = params.backend
         self._engine = engine
+        self._precision = engine.precision
         self._params = params
         self._model = str(params.model)
         self._space = resolve_coord_space(self._model, params.coord_space)
@@ -122,7 +128,9 @@ class MllmBackend:
 
     def _unanswered(self, question: Question) -> Answer:
         size = sent_hw(self._space, question.image_hw, self._params.max_image_px)
-        return Answer("", self._model, self._space, size, self._sha256, attempts=0, is_valid=False)
+        return Answer(
+            "", self._model, self._space, size, self._sha256, attempts=0, is_valid=False, precision=self._precision
+        )
 
     def _request(self, question: Question, image: Image.Image, attempt: int) -> Request:
         is_greedy = question.sample_index == 0 and attempt == 0

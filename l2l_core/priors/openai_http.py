@@ -29,6 +29,8 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 class OpenAIEngine:
     """A model at `priors.engine.server_url`; the key, where one is needed, comes from the variable OPENAI_API_KEY."""
 
+    precision = None  # the server's own affair
+
     def __init__(self, params: PriorsParams) -> None:
         engine = params.engine
         self._model = params.model

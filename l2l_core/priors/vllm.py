@@ -9,7 +9,10 @@ from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+
 from l2l_core.config import PriorsParams
+from l2l_core.device import computes_bf16, precision_where
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.priors.mllm import Completion, Request
 
@@ -44,13 +47,18 @@ class VllmEngine:
                 f"priors.engine.python to the Python of an environment that has it; `make vllm-cpu` builds "
                 f".venv-vllm, and requirements-vllm.txt is for GPUs ({error})"
             ) from None
+        # vLLM chooses its device by itself, and asks the driver: torch.cuda must not start before vLLM's own processes.
+        kind = "cpu" if current_platform.is_cpu() else "gpu"
+        native = computes_bf16(torch.device("cpu")) if kind == "cpu" else current_platform.has_device_capability(80)
+        self.precision = precision_where(native, params.precision, kind, "priors.precision")
+        print(f"device: {kind} (vLLM), {self.precision}", flush=True)
         self._sampling: Any = vllm.SamplingParams
         self._structured: Any = StructuredOutputsParams
         engine = params.engine
         try:
             self._llm: Any = vllm.LLM(
                 model=params.model,
-                dtype=DTYPES[params.precision],
+                dtype=DTYPES[self.precision],
                 tensor_parallel_size=engine.tensor_parallel,
                 gpu_memory_utilization=engine.memory_share,
                 max_model_len=engine.context_tokens,

@@ -13,8 +13,11 @@ LEVELS = {
     "geometry": 0,
     "grabcut": 0,
     "masks": 0,
+    "optional": 0,
     "progress": 0,
+    "threads": 0,
     "config": 1,
+    "device": 1,
     "outputs": 1,
     "page": 1,
     "records": 1,
@@ -49,6 +52,12 @@ APART = ("priors", "model", "selection")
 
 HEAVY = ("vllm", "ray", "gradio")
 """Optional, heavy dependencies: one file each, so that everything else works without them."""
+
+POLICY = {
+    "l2l_core": ["from l2l_core.threads import set_thread_policy", "set_thread_policy()"],
+    "stages": ["import l2l_core as l2l_core"],
+}
+"""What two packages run, before any library starts threads."""
 
 PACKAGES = {name for name, path in FILES.items() if path.name == "__init__.py"}
 LIBRARY = sorted(name for name in FILES if name.startswith("l2l_core."))
@@ -87,10 +96,11 @@ def test_nobody_imports_a_stage(module):
 
 @pytest.mark.parametrize("module", sorted(PACKAGES))
 def test_packages_run_no_code(module):
-    """Hence no stage has to depend on a package because a module lies in it."""
+    """Hence no stage has to depend on a package because a module lies in it. The root only sets how threads behave."""
     docstring, *rest = parse(module).body
     assert isinstance(docstring, ast.Expr)
-    assert all(isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) for node in rest)
+    others = [node for node in rest if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant))]
+    assert [ast.unparse(node) for node in others] == POLICY.get(module, [])
 
 
 @pytest.mark.parametrize("module", sorted(FILES))

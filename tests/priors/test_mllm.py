@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ class Scripted:
 
     write: Callable[[Request], str] = lambda _: GOOD
     batches: list[list[Request]] = field(default_factory=list)
+    precision: Literal["bf16", "fp32"] | None = None
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         self.batches.append(list(requests))

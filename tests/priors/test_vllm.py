@@ -34,7 +34,7 @@ class LLM:
 
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = SimpleNamespace(is_cpu=lambda: False)
+    gpu = SimpleNamespace(is_cpu=lambda: False, has_device_capability=lambda capability: capability <= 80)
     for name, contents in (
         ("vllm", {"LLM": LLM, "SamplingParams": SimpleNamespace}),
         ("vllm.platforms", {"current_platform": gpu}),

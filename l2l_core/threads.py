@@ -1,0 +1,69 @@
+"""How many threads the project uses and how they wait; `l2l_core/__init__.py` sets it before any library is loaded.
+
+OpenMP (PyTorch, MKL), OpenBLAS (NumPy) and Arrow take their number of threads from OMP_NUM_THREADS, OpenCV from
+OPENCV_FOR_THREADS_NUM. OpenMP reads its variables once, when its library is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+
+def set_thread_policy() -> None:
+    """Let waiting threads sleep, and start as many threads as there are usable cores. OMP variables that are set stay.
+
+    OpenMP's default is to spin while a thread waits. Beside another busy process, spinning takes the time that the
+    other threads need (bench/waiting.py). OpenCV gets at most as many threads as OpenMP, also where a parent process
+    with a larger share has set its variable. Child processes inherit all of them.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    opencv = os.environ.get("OPENCV_FOR_THREADS_NUM", "")
+    if not opencv.isdecimal() or int(opencv) > thread_count():
+        os.environ["OPENCV_FOR_THREADS_NUM"] = str(thread_count())
+
+
+def thread_count() -> int:
+    """Threads that this process may keep busy: OMP_NUM_THREADS, or `usable_cores` where it is not a number."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list gives one number a nesting level
+    return int(first) if first.isdecimal() and int(first) else usable_cores()
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Physical cores that this process may use, at least 1: by its CPU affinity and the CPU quota of its cgroups.
+
+    root: folder that contains proc and sys. Where Python cannot read the affinity (not Linux): all logical cores.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = os.sched_getaffinity(0)
+    # Hyperthreads of one core share its arithmetic units: one thread a core is fastest, and what MKL chooses too.
+    cores = {_read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
+    return max(1, int(min([len(cores), *_quotas(root)])))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """Every CPU limit of this process's cgroups and their parents, in CPUs; cgroup versions 1 and 2."""
+    mount = root / "sys/fs/cgroup"
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        number, controllers, path = line.split(":", 2)
+        inside = PurePosixPath(path.lstrip("/"))
+        for folder in (inside, *inside.parents):  # a container may see its own cgroup at the root instead
+            if number == "0" and not controllers:
+                quota, _, period = (_read(mount / folder / "cpu.max") or "").partition(" ")
+            elif "cpu" in controllers.split(","):
+                here = mount / controllers / folder if (mount / controllers).is_dir() else mount / "cpu" / folder
+                quota, period = (_read(here / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+            else:
+                break
+            if quota.isdecimal() and period.isdecimal() and int(period):  # else `max`, -1 or no such file: no limit
+                yield int(quota) / int(period)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
