@@ -29,6 +29,7 @@ from bench import docs, refshapes
 from bench.priors import PARAMS, answer, join, judge, rates, save_index
 from l2l_core import records
 from l2l_core.data.source import read_dataset
+from l2l_core.device import resolve_precision
 from l2l_core.metrics import auroc
 from l2l_core.priors.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
 
@@ -41,7 +42,7 @@ COMPARED = "llava-1.5-7b"
 MODEL: dict[str, Any] = {
     "backend": "transformers",
     "model": "vlm/refshapes-vlm",
-    "precision": "bf16",
+    "precision": "auto",
     "structured_output": "auto",
 }
 """What asks the model, as params.yaml ships it."""
@@ -67,6 +68,7 @@ def measure() -> list[Row]:
         "commit": commit,
         "seconds": seconds,
         "asked": len(judged),
+        "precision": resolve_precision(MODEL["precision"], torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "device": f"cpu, {os.cpu_count()} cores, {platform.machine()}",
     }
@@ -121,9 +123,10 @@ def confidence_table(rows: list[Row]) -> str:
 
 def time_text(rows: list[Row]) -> str:
     row = rows[0]
+    threads, precision = f"{row['threads']} thread{'s' * (row['threads'] > 1)}", row.get("precision", "bf16")
     return (
         f"All {row['asked']:,} sentences of the data set were answered in {row['seconds']:.0f} s "
-        f"({row['threads']} thread{'s' * (row['threads'] > 1)}, {row['device']}, `transformers`, bf16)."
+        f"({threads}, {row['device']}, `transformers`, {precision})."
     )
 
 

@@ -17,6 +17,7 @@ from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from bench import (
     default_run,
     docs,
+    imports,
     label_efficiency,
     label_efficiency_page,
     priors,
@@ -24,6 +25,7 @@ from bench import (
     refshapes,
     rewards,
     vlm,
+    waiting,
 )
 from l2l_core.config import load_params
 
@@ -86,7 +88,7 @@ def test_the_readme_names_overrides_and_commands() -> None:
     assert ABSOLUTE.search("see /" + "home/me/x")
 
 
-@pytest.mark.parametrize("name", ["refshapes", "answers", "proposals", "engines", "rewards"])
+@pytest.mark.parametrize("name", ["refshapes", "answers", "proposals", "engines", "rewards", "waiting", "imports"])
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
     """What stands in the document is what its bench makes of bench/results."""
     bench = {
@@ -95,6 +97,8 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
         "proposals": priors,
         "engines": priors_engines,
         "rewards": rewards,
+        "waiting": waiting,
+        "imports": imports,
     }[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
@@ -103,9 +107,9 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
         case "rewards":
             document, text = rewards.DOCUMENT, rewards.table(pd.read_json(rewards.RESULTS, lines=True))
-        case "engines":
-            rows = [json.loads(line) for line in priors_engines.RESULTS.read_text(encoding="utf-8").splitlines()]
-            document, text = priors_engines.DOCUMENT, priors_engines.table(rows)
+        case "engines" | "waiting" | "imports":
+            rows = [json.loads(line) for line in bench.RESULTS.read_text(encoding="utf-8").splitlines()]
+            document, text = bench.DOCUMENT, bench.table(rows)
         case _:
             rows = [json.loads(line) for line in priors.RESULTS.read_text(encoding="utf-8").splitlines()]
             make = priors.answers_table if name == "answers" else priors.proposals_table

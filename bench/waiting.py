@@ -1,0 +1,183 @@
+"""What waiting threads and emulated bf16 cost: a training step and a request of `ask`, quiet and beside a busy process.
+
+    python -m bench.waiting [--turns 5] [--threads 2]
+
+Default network and RefShapes-VLM as params.yaml has them, on the CPU. Each turn runs every setting once in a fresh
+process: threads that spin while they wait (OMP_WAIT_POLICY=ACTIVE) or sleep (PASSIVE), alone or beside one process that
+keeps a core busy, in fp32; and in bf16, alone and asleep. Writes bench/results/waiting.jsonl, a row a setting: medians
+over the turns of wall and CPU milliseconds an image or a request; and from it a table of docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import docs
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "waiting.jsonl"
+DOCUMENT, MARK = ROOT / "docs" / "results.md", "waiting"
+BUSY = [sys.executable, "-c", "while True: pass"]
+ANSWER_TOKENS = 48
+"""An answer to the prompt has about so many."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to do the work."""
+
+    work: str  # training, ask
+    wait: str  # active, passive
+    neighbor: str  # none, busy
+    precision: str
+
+
+SETTINGS = [
+    *(
+        Setting(work, wait, near, "fp32")
+        for work in ("training", "ask")
+        for near in ("none", "busy")
+        for wait in ("active", "passive")
+    ),
+    *(Setting(work, "passive", "none", "bf16") for work in ("training", "ask")),
+]
+
+
+def training(precision: str) -> tuple[Callable[[], None], int]:
+    """One step of the default network, and its images."""
+    import torch
+
+    from bench.training import SENTENCE, random_batch
+    from l2l_core.config import load_params
+    from l2l_core.device import autocast
+    from l2l_core.model.losses import segmentation_loss
+    from l2l_core.model.segmenter import Segmenter
+
+    params = load_params()
+    torch.manual_seed(0)
+    batch = random_batch(params.train.batch_size, params.model.image_size_px, params.proposals.size_px)
+    network = Segmenter.create(params.model, [SENTENCE], seed=0).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), params.train.lr)
+    tokens = network.tokenize(batch)
+
+    def step() -> None:
+        with autocast(torch.device("cpu"), precision):
+            output = network(batch, tokens)
+        optimizer.zero_grad()
+        segmentation_loss(output, batch.label, batch.keep).total.backward()
+        optimizer.step()
+
+    return step, params.train.batch_size
+
+
+def ask(precision: str) -> tuple[Callable[[], None], int]:
+    """One batch of requests to RefShapes-VLM, and their number."""
+    import numpy as np
+    from PIL import Image
+
+    from l2l_core.config import load_params
+    from l2l_core.priors.hf import TransformersEngine
+    from l2l_core.priors.mllm import Request
+    from l2l_core.priors.prompt import prompt_text
+
+    priors = load_params().priors
+    engine = priors.engine.model_copy(update={"device": "cpu"})
+    model = TransformersEngine(priors.model_copy(update={"precision": precision, "engine": engine}))
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    text = prompt_text(priors.prompt, "the small red circle on the left", "percent")
+    requests = [Request(Image.fromarray(pixels), text, None, 0.0, 0, ANSWER_TOKENS)] * engine.batch_size
+    return lambda: model.generate(requests) and None, len(requests)
+
+
+WORKS = {"training": training, "ask": ask}
+
+
+def work(setting: Setting, times: int) -> None:
+    """In a process of its own: print wall and CPU milliseconds an image or request."""
+    step, count = WORKS[setting.work](setting.precision)
+    step()  # pays for what is made once
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        step()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    print(json.dumps([1000 * seconds / (times * count) for seconds in (wall, cpu)]))
+
+
+def measure(setting: Setting, threads: int, times: int) -> tuple[float, float]:
+    """Wall and CPU milliseconds an image or request, in a fresh process."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": setting.wait.upper()}
+    environment = {
+        name: value for name, value in environment.items() if name not in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    }
+    command = [sys.executable, "-m", "bench.waiting", "--work", json.dumps([vars(setting), times])]
+    with subprocess.Popen(BUSY) if setting.neighbor == "busy" else nullcontext() as neighbor:
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, check=True)
+        finally:
+            if neighbor is not None:
+                neighbor.kill()
+    wall, cpu = json.loads(done.stdout.splitlines()[-1])
+    return wall, cpu
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: every setting, and the machine."""
+    shown: list[list[object]] = [
+        [row["work"], row["precision"], row["wait"], row["neighbor"], f"{row['wall_ms']:.1f}", f"{row['cpu_ms']:.1f}"]
+        for row in rows
+    ]
+    head = ["work", "precision", "waiting", "neighbor", "wall ms", "CPU ms"]
+    first = rows[0]
+    return (
+        f"{docs.markdown(head, shown)}\n\nPer image (training) or request (ask), {first['threads']} threads, median of "
+        f"{first['turns']} turns; {first['device']}, commit {first['commit']}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--times", type=int, default=3, help="steps or batches that a turn measures")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        setting, times = json.loads(arguments.work)
+        work(Setting(**setting), times)
+        return
+    from bench.capabilities import capabilities
+
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    found: dict[Setting, list[tuple[float, float]]] = {setting: [] for setting in SETTINGS}
+    for _ in range(arguments.turns):
+        for setting, measured in found.items():
+            measured.append(measure(setting, arguments.threads, arguments.times))
+            print(setting, *(f"{value:.1f} ms" for value in measured[-1]), flush=True)
+    common = {"threads": arguments.threads, "turns": arguments.turns, "commit": commit} | capabilities()
+    rows = [
+        {"bench": "waiting", **vars(setting)}
+        | {
+            name: round(statistics.median(values), 2)
+            for name, values in zip(("wall_ms", "cpu_ms"), zip(*measured, strict=True), strict=True)
+        }
+        | common
+        for setting, measured in found.items()
+    ]
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    docs.put(DOCUMENT, MARK, table(rows))
+    print(RESULTS.read_text(encoding="utf-8"), end="")
+
+
+if __name__ == "__main__":
+    main()

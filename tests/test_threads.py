@@ -1,0 +1,225 @@
+"""How many threads a process gets, and that they are set before any library starts threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l2l_core import threads
+from l2l_core.threads import set_thread_policy, thread_count, usable_cores
+
+ROOT = Path(__file__).parents[1]
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
+VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    """As if nobody had set a variable; what a test sets is undone."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def siblings(*cores: str) -> dict[str, str]:
+    """Files of logical CPUs 0..N-1, each with the list of those that share its core."""
+    return {f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{c}\n" for n, c in enumerate(cores)}
+
+
+V1 = "5:devices:/\n4:memory:/\n3:cpu,cpuacct:/jobs/mine\n"
+CASES = {
+    "no cgroups": ({}, 8),
+    "version 2 without limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+    "version 2": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3),
+    "version 2, part of a core": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+    "version 2, two and a half": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 2),
+    "version 2, more than there are": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "6400000 100000\n"}, 8),
+    "version 2, limit of a parent": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+        },
+        2,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": V1,
+            "sys/fs/cgroup/cpu,cpuacct/jobs/mine/cpu.cfs_quota_us": "400000\n",
+            "sys/fs/cgroup/cpu,cpuacct/jobs/mine/cpu.cfs_period_us": "100000\n",
+        },
+        4,
+    ),
+    "version 1 in a container, whose own cgroup lies at the root": (
+        {
+            "proc/self/cgroup": V1,
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "50000\n",
+        },
+        2,
+    ),
+    "version 1 without limit": (
+        {
+            "proc/self/cgroup": V1,
+            "sys/fs/cgroup/cpu/jobs/mine/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/jobs/mine/cpu.cfs_period_us": "100000\n",
+        },
+        8,
+    ),
+    "two hyperthreads a core": (siblings("0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"), 4),
+    "unreadable": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "many of them\n"}, 8),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_usable_cores_are_bounded_by_cgroups_and_hyperthreads(tmp_path, monkeypatch, case):
+    files, cores = CASES[case]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert usable_cores(machine(tmp_path, files)) == cores
+
+
+def test_usable_cores_are_bounded_by_the_affinity(tmp_path, monkeypatch):
+    """CPUs 0 and 4 are one core."""
+    files = siblings("0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 5}, raising=False)
+    assert usable_cores(machine(tmp_path, files)) == 2
+
+
+def test_all_cores_are_usable_where_python_cannot_read_the_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert usable_cores() == 5
+
+
+def test_the_policy_sets_what_nobody_has_set(unset):
+    unset.setattr(threads, "usable_cores", lambda: 3)
+    set_thread_policy()
+    assert [os.environ[name] for name in VARIABLES] == ["PASSIVE", "3", "3"]
+
+
+def test_the_policy_keeps_what_is_set(unset):
+    unset.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    unset.setenv("OMP_NUM_THREADS", "7")
+    unset.setenv("OPENCV_FOR_THREADS_NUM", "2")
+    set_thread_policy()
+    assert [os.environ[name] for name in VARIABLES] == ["ACTIVE", "7", "2"]
+
+
+def test_opencv_of_a_child_with_a_share_of_the_threads_keeps_to_the_share(unset):
+    unset.setenv("OPENCV_FOR_THREADS_NUM", "8")  # of the parent
+    unset.setenv("OMP_NUM_THREADS", "2")
+    set_thread_policy()
+    assert os.environ["OPENCV_FOR_THREADS_NUM"] == "2"
+
+
+@pytest.mark.parametrize(("value", "count"), [("4", 4), ("2,1", 2), (" 3 ", 3), ("", 6), ("0", 6), ("many", 6)])
+def test_the_thread_count_is_read_as_openmp_reads_it(unset, value, count):
+    unset.setattr(threads, "usable_cores", lambda: 6)
+    unset.setenv("OMP_NUM_THREADS", value)
+    assert thread_count() == count
+
+
+def test_libraries_use_the_threads_that_are_set():
+    code = (
+        "import l2l_core, cv2, pyarrow, torch; print(torch.get_num_threads(), cv2.getNumThreads(), pyarrow.cpu_count())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["1", "1", "1"]
+
+
+# --- imports of every stage, in a fresh process
+
+HEAVY = ("torch", "transformers", "accelerate", "dvclive", "sklearn", "scipy", "matplotlib")
+NETWORK = ("torch", "transformers")
+NEEDED = dict.fromkeys(("warmup", "crossfit", "retrain", "select", "predict"), NETWORK) | {
+    "report": ("torch", "matplotlib")
+}
+"""Heavy packages that importing a stage may load; others are loaded where they are used, or never."""
+
+WATCH = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "numpy", "cv2", "pyarrow") and not os.environ.get("OMP_WAIT_POLICY"):
+            print(f"{name} before the policy")
+sys.meta_path.insert(0, Watch())
+import importlib
+importlib.import_module(sys.argv[1])
+print(*[name for name in sys.argv[2:] if name in sys.modules])
+print(os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"])
+"""
+
+
+def imported(module: str) -> list[str]:
+    """What a fresh process says that imports a module with none of the variables set."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    command = [sys.executable, "-c", WATCH, module, *HEAVY]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_sets_the_policy_first_and_imports_only_what_it_needs(stage):
+    loaded, policy = imported(f"stages.{stage}")
+    assert policy == f"PASSIVE {usable_cores()}"
+    assert set(loaded.split()) <= set(NEEDED.get(stage, ()))
+
+
+@pytest.mark.parametrize("module", ["l2l_core.__main__", "bench.training", "vlm.losses"])
+def test_commands_benches_and_the_training_of_the_mllm_set_the_policy_first(module):
+    loaded, policy = imported(module)
+    assert policy == f"PASSIVE {usable_cores()}"
+    if module == "l2l_core.__main__":
+        assert loaded == ""
+
+
+def test_help_loads_no_tables_and_no_parameters():
+    """`python -m l2l_core --help` takes 0.2 CPU-seconds: what it must not load takes that again each."""
+    code = """
+import runpy, sys
+sys.argv = ["l2l_core", "--help"]
+try:
+    runpy.run_module("l2l_core", run_name="__main__")
+except SystemExit:
+    print([name for name in ("pandas", "pydantic", "cv2", "dvc", "torch") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert "Usage:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_asking_a_network_loads_neither_accelerate_nor_sklearn(tmp_path):
+    code = """
+import sys
+from toy_pairs import toy_batches, toy_network, toy_pairs, TRAIN
+from l2l_core.predictor import Predictor
+from pathlib import Path
+pairs, _ = toy_pairs(Path(sys.argv[1]))
+masks = list(Predictor.of(toy_network(pairs), TRAIN).masks(toy_batches(pairs), 4, with_prior=True, what="test"))
+print(len(masks), [name for name in ("accelerate", "dvclive", "sklearn", "scipy") if name in sys.modules])
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.split(maxsplit=1) == ["4", "[]\n"]
