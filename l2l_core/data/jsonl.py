@@ -147,7 +147,7 @@ def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
     if not isinstance(row.get("split", records.TRAIN), str):
         raise ValueError(f"split: got {row['split']!r}, expected a text")
     if "id" in row and (type(row["id"]) is not int or not -(2**63) <= row["id"] < 2**63):
-        raise ValueError(f"id: got {row['id']!r}, expected a whole number from {-(2**63)} to {2**63 - 1}")
+        raise ValueError(f"id: got {repr(row['id'])[:60]}, expected a whole number from {-(2**63)} to {2**63 - 1}")
     mask = row.get("mask")
     if not isinstance(mask, str | list | dict | None):
         raise ValueError(f"mask: got {mask!r}, expected a path, polygons or run lengths")

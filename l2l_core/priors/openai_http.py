@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import os
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import requests as http
@@ -57,12 +58,13 @@ class OpenAIEngine:
 
         Raises InputError where no server listens, and ConfigError where it knows no such model or key.
         """
+        urls = _DataUrls(keep=2 * self._concurrency)
         with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(pool.map(self._ask, requests))
+            return list(pool.map(lambda request: self._ask(request, urls.of(request.image)), requests))
 
-    def _ask(self, request: Request) -> Completion:
+    def _ask(self, request: Request, image_url: str) -> Completion:
         try:
-            response = self._session.post(self._url, json=self._body(request), timeout=self._timeout_s)
+            response = self._session.post(self._url, json=self._body(request, image_url), timeout=self._timeout_s)
         except http.ConnectionError as error:
             reason = getattr(error.args[0], "reason", None) if error.args else None
             if isinstance(reason, NewConnectionError):
@@ -82,9 +84,9 @@ class OpenAIEngine:
             return Completion("", failure=f"HTTP {response.status_code}")
         return _read(response)
 
-    def _body(self, request: Request) -> dict[str, Any]:
+    def _body(self, request: Request, image_url: str) -> dict[str, Any]:
         content = [
-            {"type": "image_url", "image_url": {"url": _data_url(request.image)}},
+            {"type": "image_url", "image_url": {"url": image_url}},
             {"type": "text", "text": request.text},
         ]
         body: dict[str, Any] = {
@@ -112,6 +114,32 @@ def _read(response: http.Response) -> Completion:
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return Completion("", failure="not a chat completion")
+
+
+class _DataUrls:
+    """Data URLs of images, each encoded once for the requests about it, which follow each other.
+
+    Images must live as long as this does: they are known by their identity. The last `keep` are held.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._urls: dict[int, Future[str]] = {}
+
+    def of(self, image: Image.Image) -> str:
+        """Encoded by the first thread that asks; others wait for it."""
+        with self._lock:
+            known = self._urls.get(id(image))
+            url = known or self._urls.setdefault(id(image), Future())
+            if len(self._urls) > self._keep:
+                del self._urls[next(iter(self._urls))]
+        if known is None:
+            try:
+                url.set_result(_data_url(image))
+            except BaseException as error:
+                url.set_exception(error)
+        return url.result()
 
 
 def _data_url(image: Image.Image) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,18 @@ def test_what_is_sent(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, _, data = image["image_url"]["url"].partition(",")
     assert kind == "data:image/png;base64"
     assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) == PIXELS).all()
+
+
+def test_an_image_is_encoded_once_for_all_its_sentences(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    encode = openai_http._data_url
+    monkeypatch.setattr(openai_http, "_data_url", lambda image: encoded.append(image.getpixel((0, 0))) or encode(image))
+    images = [Image.new("RGB", (6, 4), (number, 0, 0)) for number in range(6)]
+    plain = request("red cup")
+    engine(stub.url).generate([replace(plain, image=image) for image in images for _ in range(7)])
+    assert sorted(encoded) == [(number, 0, 0) for number in range(6)]
+    sent = sorted(body["messages"][0]["content"][0]["image_url"]["url"] for body in stub.bodies)
+    assert sent == sorted(encode(image) for image in images for _ in range(7))
 
 
 def test_without_schema_and_key(stub: Stub) -> None:
