@@ -178,6 +178,7 @@ def test_predict_takes_a_folder_a_file_of_pairs_and_priors(run, monkeypatch):
     for name, source in (("b.PNG", "000.png"), ("a.png", "001.png")):
         shutil.copy(run / "images" / source, run / "photos" / name)
     (run / "photos" / "notes.txt").write_text("not an image")
+    (run / "photos" / "._a.png").write_bytes(b"\0\5\26\7\0")  # what a Mac puts beside a.png
     assert call(monkeypatch, "predict", "photos", "images/002.png", "the dot", "--out", "other") == 0
     assert [line["image"] for line in lines_of(run / "other")] == ["photos/a.png", "photos/b.PNG", "images/002.png"]
 
