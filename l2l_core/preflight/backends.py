@@ -33,7 +33,7 @@ REMEDIES = {
 
 def describe_device(params: Params) -> str:
     """Where the network is trained, in one line. Raises ConfigError where torch does not see what is asked for."""
-    device = choose_device(params.train.device)
+    device = choose_device(params.train.engine.device)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return f"{device.type} ({kind}), {params.train.precision}"
 

@@ -14,6 +14,7 @@ LEVELS = {
     "grabcut": 0,
     "masks": 0,
     "progress": 0,
+    "seeds": 0,
     "config": 1,
     "outputs": 1,
     "page": 1,
