@@ -51,9 +51,9 @@ from l2l_core.data.dataset import load_targets
 from l2l_core.data.inputs import batches_of, pairs_of
 from l2l_core.engine.jobs import fold_of_images, labeled_stream, part_of
 from l2l_core.engine.labeling import judge_labeled, judge_out_of_fold
-from l2l_core.engine.loop import derive_seed
 from l2l_core.metrics import auroc
 from l2l_core.predictor import Predictor
+from l2l_core.seeds import derive_seed
 from l2l_core.selection.decide import decide
 from l2l_core.selection.features import Candidates, Outcome
 from l2l_core.selection.reinforce import train_policy

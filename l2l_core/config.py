@@ -22,6 +22,12 @@ EMBEDDED_MODEL = "refshapes-vlm"
 MAX_ROUND = 5
 """Rounds that stages/dvc.yaml defines; a larger `round` needs a longer `chain` there."""
 
+MOVED_KEYS = {
+    f"train.{key}": f"train.engine.{key}"
+    for key in ("device", "micro_batch_size", "gradient_checkpointing", "checkpoint_every")
+}
+"""Keys of earlier versions, and what they are called now."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -214,15 +220,28 @@ class ModelParams(Section):
         return self
 
 
+class TrainEngineParams(Section):
+    """How training runs. Nothing here is tracked by DVC or part of a checkpoint's fingerprint.
+
+    Results are equal up to the order of float sums; `micro_batch_size` also changes which samples share a dropout draw.
+    """
+
+    device: DeviceSetting
+    micro_batch_size: PositiveInt | None
+    """Samples that a process computes at once; null: all of its share."""
+    gradient_checkpointing: bool
+    """Encoders compute activations twice instead of keeping them: slower, in less memory."""
+    side_by_side: bool
+    """Independent trainings run as processes beside each other where threads or GPUs, and memory, allow it."""
+    checkpoint_every: PositiveInt
+    """Steps between two checkpoints from which a killed stage resumes."""
+
+
 class TrainParams(Section):
     """What warm-up and retraining share."""
 
     batch_size: PositiveInt
     """Samples of a step, over all processes."""
-    micro_batch_size: PositiveInt | None
-    """Samples that a process computes at once; null: all of its share."""
-    gradient_checkpointing: bool
-    """Encoders compute activations twice instead of keeping them: slower, in less memory."""
     lr: Annotated[float, Field(gt=0.0, le=1.0)]
     encoder_lr_scale: Annotated[float, Field(ge=0.0, le=1.0)]
     """Learning rate of pretrained encoders relative to `lr`; tiny encoders always use `lr`."""
@@ -235,11 +254,11 @@ class TrainParams(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
     prior_dropout: Fraction
     """Share of the samples that are trained without their prior."""
+    flip: bool
+    """Mirror half of the training samples, and swap left and right in their sentences."""
     precision: PrecisionSetting
-    device: DeviceSetting
-    checkpoint_every: PositiveInt
-    """Steps between two checkpoints from which a killed stage goes on."""
     log_every: PositiveInt
+    engine: TrainEngineParams
 
 
 class WarmupParams(Section):
@@ -417,6 +436,8 @@ def _explain(detail: Any) -> str:
     match kind:
         case "missing":
             return f"{key}: missing, add it (see the comments in params.yaml)"
+        case "extra_forbidden" if key in MOVED_KEYS:
+            return f"{key}: moved, use {MOVED_KEYS[key]} (see params.yaml)"
         case "extra_forbidden":
             return f"{key}: unknown parameter, expected one of those in params.yaml; check the spelling"
         case "literal_error":

@@ -19,7 +19,7 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Instructions that multiply bf16 numbers, as PyTorch names them: two of x86, two of ARM."""
 
 
-def choose_device(name: str, key: str = "train.device") -> torch.device:
+def choose_device(name: str, key: str = "train.engine.device") -> torch.device:
     """The device that a parameter names; `auto` is CUDA if there is a GPU, else the CPU.
 
     Apple's GPUs (`mps`) are used only by name: PyTorch lacks some operations there. Raises ConfigError where PyTorch

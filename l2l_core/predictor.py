@@ -38,7 +38,7 @@ class Predictor:
     @classmethod
     def of(cls, network: Segmenter, params: TrainParams) -> Predictor:
         """Put a network in evaluation mode on the configured device."""
-        device = choose_device(params.device)
+        device = choose_device(params.engine.device)
         network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         return cls(network, device, resolve_precision(params.precision, device))
 

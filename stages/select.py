@@ -10,9 +10,9 @@ from l2l_core.config import load_params
 from l2l_core.device import print_device
 from l2l_core.engine.curves import write_rows
 from l2l_core.engine.labeling import judge_out_of_fold, judge_unlabeled, label_unlabeled, pseudo_label_table
-from l2l_core.engine.loop import derive_seed
 from l2l_core.errors import exit_code
 from l2l_core.predictor import Predictor
+from l2l_core.seeds import derive_seed
 from l2l_core.selection.decide import decide
 from l2l_core.selection.reinforce import CURVE_COLUMNS, train_policy
 

@@ -57,6 +57,8 @@ def test_the_shipped_file_is_valid_and_says_what_it_means():
         ("split.list_file", 3, r"split\.list_file: got 3, expected a valid string"),
         ("train.weight_decay", float("inf"), r"train\.weight_decay: got inf, expected a finite number"),
         ("train.lr", "fast", r"train\.lr: got 'fast', expected a valid number"),
+        ("train.device", "cpu", r"train\.device: moved, use train\.engine\.device"),
+        ("train.micro_batch_size", 8, r"train\.micro_batch_size: moved, use train\.engine\.micro_batch_size"),
         ("train.lrr", 1, r"train\.lrr: unknown parameter"),
         ("trian", {}, "trian: unknown parameter"),
         ("ingest", 3, "ingest: got 3, expected a section"),

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from l2l_core.config import ModelParams, Params, TrainParams, load_params
+from l2l_core.config import ModelParams, Params, TrainEngineParams, TrainParams, load_params
 from l2l_core.data.dataset import BatchMaker, Pairs, Targets
 from l2l_core.masks import encode_rle
 from l2l_core.model.segmenter import Segmenter
@@ -25,8 +25,6 @@ MODEL = ModelParams(
 )
 TRAIN = TrainParams(
     batch_size=4,
-    micro_batch_size=None,
-    gradient_checkpointing=False,
     lr=2e-3,
     encoder_lr_scale=0.1,
     weight_decay=0.05,
@@ -36,9 +34,11 @@ TRAIN = TrainParams(
     ema_decay=0.9,
     prior_dropout=0.25,
     precision="fp32",
-    device="cpu",
-    checkpoint_every=2,
+    flip=True,
     log_every=1,
+    engine=TrainEngineParams(
+        device="cpu", micro_batch_size=None, gradient_checkpointing=False, side_by_side=False, checkpoint_every=2
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,15 +22,29 @@ MAX_CONTRAST = 0.25
 MAX_NOISE = 0.04
 """Standard deviation of the strongest pixel noise, in units of the full range."""
 
-_MIRRORED = {"left": "right", "right": "left"}
-_SIDE_WORD = re.compile(r"\b(left|right)(?=(?:most|hand|side|ward|wards|er|s)?\b|-)", re.IGNORECASE)
+_PAIRS = (("left", "right"), ("lft", "rt"), ("lhs", "rhs"), ("l", "r"))
+_MIRRORED = {**dict(_PAIRS), **{right: left for left, right in _PAIRS}}
+_SIDE_WORD = re.compile(
+    r"\b(?:left|right)(?=(?:most|hand|side|ward|wards|er|s)?\b|-)"
+    r"|\b(?:lft|rt|lhs|rhs)\b"
+    # A letter alone, but for those of "l-shaped", "L shape", "h&r", "r.i.p" and "they'r".
+    r"|(?<![\w'’&.-])[lr](?![\w'’&-]|\.\w|\s+shape|\s*&)"
+    r"|(?<![\w:.,])(?:1[0-2]|[1-9])(?=\s?o\s?['’`]?\s?clock)",
+    re.IGNORECASE,
+)
 
 
 def mirror_sentence(sentence: str) -> str:
-    """Swap left and right, also in compounds such as "leftmost" and "right-hand"; case is kept."""
+    """Swap the sides that an English sentence names; case is kept.
+
+    left and right, also in compounds such as "leftmost" and "right-hand"; the short forms lft, rt, lhs, rhs, l and r;
+    positions on the clock: "3 o'clock" becomes "9 o'clock".
+    """
 
     def swap(match: re.Match[str]) -> str:
         word = match.group(0)
+        if word.isdigit():
+            return str(12 - int(word) % 12)
         other = _MIRRORED[word.lower()]
         return other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
 
@@ -57,23 +72,18 @@ def mirror(batch: Batch, which: Tensor | None = None) -> Batch:
     )
 
 
-def strong_view(batch: Batch, generator: torch.Generator, part: tuple[int, Tensor] | None = None) -> Batch:
-    """Mirror half of the samples, zoom and shift a little, change light and add noise; targets follow.
+def strong_view(batch: Batch, seeds: Sequence[int], *, flip: bool = True) -> Batch:
+    """Mirror half of the samples (if `flip`), zoom and shift a little, change light and add noise; targets follow.
 
-    Pixels that come from outside the image are black and never teach. part: (count, places) where the batch holds only
-    the samples at some places [B] of one of `count` samples: each is seen as it would be there.
+    seeds: one for each of the B samples, which alone decides what happens to it: a sample looks the same in any batch.
+    Pixels that come from outside the image are black and never teach.
     """
-    count, places = (len(batch.sentence), None) if part is None else part
-
-    def rand(*shape: int) -> Tensor:
-        drawn = torch.rand(count, *shape, generator=generator)
-        return drawn if places is None else drawn[places]
-
-    def uniform(limit: float, *shape: int) -> Tensor:
-        return (2 * rand(*shape) - 1) * limit
-
-    batch = mirror(batch, rand() < 0.5)
-    zoom, shift = 1 + uniform(MAX_SCALE), 2 * uniform(MAX_SHIFT, 2)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = torch.stack([torch.rand(7, generator=generator) for generator in generators])
+    flipped, strength = drawn[:, 0] < 0.5, drawn[:, 1]
+    zoom_by, shift_x, shift_y, contrast, brightness = (2 * drawn[:, 2:] - 1).unbind(1)
+    batch = mirror(batch, flipped) if flip else batch
+    zoom, shift = 1 + zoom_by * MAX_SCALE, 2 * MAX_SHIFT * torch.stack([shift_x, shift_y], dim=1)
     # affine_grid maps output to input coordinates (both -1..1): input = output / zoom - shift / zoom.
     theta = torch.zeros(len(batch.sentence), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom
@@ -84,11 +94,10 @@ def strong_view(batch: Batch, generator: torch.Generator, part: tuple[int, Tenso
         return F.grid_sample(maps, grid, mode=mode, padding_mode=padding, align_corners=False)
 
     image = warp(batch.image.float() / 255, "bilinear")
-    image = (image - 0.5) * (1 + uniform(MAX_CONTRAST))[:, None, None, None] + 0.5
-    image = image + uniform(MAX_BRIGHTNESS)[:, None, None, None]
-    noise_std = rand()[:, None, None, None] * MAX_NOISE
-    noise = torch.randn((count, *image.shape[1:]), generator=generator)
-    image = image + noise_std * (noise if places is None else noise[places])
+    image = (image - 0.5) * (1 + contrast * MAX_CONTRAST)[:, None, None, None] + 0.5
+    image = image + (brightness * MAX_BRIGHTNESS)[:, None, None, None]
+    noise = torch.stack([torch.randn(image.shape[1:], generator=generator) for generator in generators])
+    image = image + (strength * MAX_NOISE)[:, None, None, None] * noise
     offset = torch.cat([shift, shift], dim=1)
     box = (((2 * batch.box - 1) * zoom[:, None] + offset + 1) / 2).clamp(0, 1)
     label = None if batch.label is None else warp(batch.label, "nearest")

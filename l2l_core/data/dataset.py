@@ -120,11 +120,11 @@ def move_batch(batch: Batch, device: torch.device) -> Batch:
 class ImageStore:
     """Images by row, resized to the square that the network reads; keeps decoded ones while memory allows."""
 
-    def __init__(self, paths: Sequence[str], size_px: int) -> None:
+    def __init__(self, paths: Sequence[str], size_px: int, cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
         self._paths = paths
         self._size_px = size_px
         self._cache: dict[int, NDArray[np.uint8]] = {}
-        self._room = IMAGE_CACHE_BYTES // (3 * size_px * size_px)
+        self._room = cache_bytes // (3 * size_px * size_px)
 
     def __getitem__(self, row: int) -> NDArray[np.uint8]:
         """[S, S, 3] uint8 RGB."""
@@ -143,11 +143,12 @@ class BatchMaker:
     pairs: Pairs
     size_px: int
     flat_prob: float  # value of the proposal where there is no prior
+    cache_bytes: int = IMAGE_CACHE_BYTES  # of decoded images
 
     @cached_property
     def images(self) -> ImageStore:
         """The images, decoded when first asked for."""
-        return ImageStore(self.pairs.image_path, self.size_px)
+        return ImageStore(self.pairs.image_path, self.size_px, self.cache_bytes)
 
     def pixels(self, image_rows: NDArray[np.int64]) -> Tensor:
         """Images by row [B] -> [B, 3, S, S] uint8 RGB. Raises InputError where one cannot be read."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from l2l_core import records
-from l2l_core.config import Params
+from l2l_core.config import Params, TrainParams
 from l2l_core.data.dataset import Pairs, Targets
 from l2l_core.data.inputs import batches_of, corpus, labeled_targets, pairs_of
 from l2l_core.device import choose_device, print_device, resolve_precision
 from l2l_core.engine.curves import live_curve
-from l2l_core.engine.loop import OnlineStream, Stream, derive_seed, train
+from l2l_core.engine.loop import OnlineStream, Stream, train
 from l2l_core.engine.resume import fingerprint, scratch_folder, whole_folder
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.progress import is_first_process
+from l2l_core.seeds import derive_seed, generator
 
 LABEL_INPUTS = (records.SPLIT_PATH, records.LABELED_MASKS_PATH, records.INDEX.refs, records.INDEX.images)
 PRIOR_INPUTS = (records.PRIORS_PATH, records.PROPOSALS_PATH)
@@ -70,8 +72,7 @@ def policy_of(pseudo_labels: Path) -> str | None:
 def part_of(stream: Stream, rows: NDArray[np.int64]) -> Stream:
     """The stream reduced to some of its pairs."""
     pairs: Pairs = stream.batches.pairs.take(rows)
-    batches = type(stream.batches)(pairs, stream.batches.size_px, stream.batches.flat_prob)
-    return Stream(batches, stream.targets.take(rows), stream.share)
+    return Stream(replace(stream.batches, pairs=pairs), stream.targets.take(rows), stream.share)
 
 
 def without_images(stream: Stream, image_row: NDArray[np.int64]) -> Stream | None:
@@ -87,8 +88,20 @@ def fold_of_images(image_row: NDArray[np.int64], folds: int, seed: int) -> NDArr
         raise InputError(
             f"select.folds: got {folds}, but only {len(images)} images are labelled; lower it or label more"
         )
-    fold = np.random.default_rng([seed, folds]).permutation(len(images)) % folds
+    fold = generator("folds", seed, folds).permutation(len(images)) % folds
     return np.asarray(fold[place])
+
+
+def training_settings(params: Params) -> str:
+    """The parameters on which a training's result depends, for fingerprints; not how it runs (`train.engine`)."""
+    # Another machine may choose another precision. What a fold teacher sees depends on the number of folds.
+    precision = resolve_precision(params.train.precision, choose_device(params.train.engine.device))
+    train = f"{_tracked(params.train)} {precision}"
+    return f"{params.seed} {params.model!r} {train} {params.proposals!r} {params.select.folds}"
+
+
+def _tracked(train: TrainParams) -> dict[str, object]:
+    return train.model_dump(exclude={"engine"})
 
 
 def run_training(
@@ -102,12 +115,9 @@ def run_training(
     curves_out: Path | None,
 ) -> None:
     """Train, resuming where a killed run of the same inputs stopped, and write the teacher (and its curve)."""
-    shares = [stream.share for stream in streams]
-    device = choose_device(params.train.device)
-    precision = resolve_precision(params.train.precision, device)  # another machine may choose another one
-    print_device(device, precision)
-    settings = f"{params.seed} {steps} {params.model!r} {params.train!r} {precision} {params.proposals!r} {shares}"
-    settings += f" {params.select.folds}"  # what a fold teacher sees depends on their number
+    device = choose_device(params.train.engine.device)
+    print_device(device, resolve_precision(params.train.precision, device))
+    settings = f"{training_settings(params)} {steps} {[stream.share for stream in streams]}"
     seed = derive_seed(params.seed, purpose)
     with scratch_folder(purpose, fingerprint(purpose, settings, inputs)) as scratch:
         checkpoint = scratch / "checkpoint.pt"
@@ -116,6 +126,7 @@ def run_training(
         else:
             with live_curve(curves_out) as log:
                 trained = train(network, streams, steps, params.train, seed, purpose, checkpoint, log)
-        with whole_folder(model_out) as folder:
-            trained.teacher.proposals = params.proposals
-            trained.teacher.save(folder)
+        if is_first_process():
+            with whole_folder(model_out) as folder:
+                trained.teacher.proposals = params.proposals
+                trained.teacher.save(folder)

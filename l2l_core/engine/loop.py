@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from l2l_core.config import TrainParams
 from l2l_core.data.augment import strong_view
-from l2l_core.data.dataset import Batch, BatchMaker, Targets, move_batch
+from l2l_core.data.dataset import IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets, move_batch
 from l2l_core.device import autocast, choose_device, resolve_precision, to_device
 from l2l_core.engine.ema import update_ema
 from l2l_core.engine.resume import load_checkpoint, save_checkpoint
@@ -28,6 +28,7 @@ from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import samples_that_teach, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
 from l2l_core.progress import progress
+from l2l_core.seeds import generator, seed_of
 
 if TYPE_CHECKING:  # it takes seconds to import, and what only predicts has no use for it
     from accelerate import Accelerator
@@ -59,9 +60,15 @@ class Trained:
     curve: list[dict[str, float]]  # rows of step, loss, bce, dice, lr
 
 
-def derive_seed(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose, so that no two parts of the pipeline draw the same numbers."""
-    return int(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]).generate_state(1)[0])
+def use_share_of_cores() -> None:
+    """Give a process that torchrun launched its share of the machine's cores.
+
+    torchrun sets OMP_NUM_THREADS=1 for each process unless the variable is set.
+    """
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if beside > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // beside))
 
 
 def train(
@@ -88,13 +95,15 @@ def train(
     for stream in streams:
         if not len(stream.batches.pairs):
             raise InputError(f"{what}: nothing to learn from (no pair in one of its streams); check the label budget")
-    device = choose_device(params.device)
+    use_share_of_cores()
+    device = choose_device(params.engine.device)
     precision = resolve_precision(params.precision, device)
     network.precision, network.precision_setting = precision, params.precision
     accelerator = _accelerator(device)
-    parts = batch_parts(params.batch_size, params.micro_batch_size, accelerator.num_processes)
+    parts = batch_parts(params.batch_size, params.engine.micro_batch_size, accelerator.num_processes)
     mine = parts[accelerator.process_index :: accelerator.num_processes]
-    if params.gradient_checkpointing:
+    streams = share_image_cache(streams)
+    if params.engine.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if accelerator.num_processes > 1 and device.type == "cuda":
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
@@ -123,12 +132,12 @@ def train(
             return teacher(move_batch(batch, accelerator.device), tokens).mask_logits.float().sigmoid().cpu()
 
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
-        torch.manual_seed(_mix(seed, step) + 1 + accelerator.process_index)  # dropout
+        torch.manual_seed(seed_of("dropout", seed, step, accelerator.process_index))
         batches = []
         for part in mine:
-            generator = torch.Generator().manual_seed(_mix(seed, step))
             drawn = _draw(streams, params, seed, step, ask_teacher, part)
-            batches.append(strong_view(drawn, generator, (params.batch_size, torch.from_numpy(part))))
+            seeds = [seed_of("view", seed, step, place) for place in part.tolist()]
+            batches.append(strong_view(drawn, seeds, flip=params.flip))
         count = sum_of(accelerator, [samples_that_teach(_keep(batch)).sum() for batch in batches])
         for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
             group["lr"] = peak * schedule(step, steps, params.warmup_fraction, params.lr_decay)
@@ -159,7 +168,7 @@ def train(
                 raise ConfigError(
                     f"{what}: the loss is {row['loss']} at step {done}; lower train.lr or use precision fp32"
                 )
-        due = done % params.checkpoint_every == 0 and done < steps
+        due = done % params.engine.checkpoint_every == 0 and done < steps
         if checkpoint and due and accelerator.is_main_process:
             save_checkpoint(
                 checkpoint,
@@ -229,10 +238,22 @@ def epoch_rows(count: int, batch: int, seed: int, step: int) -> NDArray[np.int64
     positions = np.arange(step * batch, (step + 1) * batch)
     rows = np.empty(batch, dtype=np.int64)
     for epoch in np.unique(positions // count):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(count)
         here = positions // count == epoch
-        rows[here] = order[positions[here] % count]
+        rows[here] = _epoch_order(count, seed, int(epoch))[positions[here] % count]
     return rows
+
+
+@lru_cache(maxsize=8)  # the current epochs of a training's streams: an order lasts for many steps
+def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    order = generator("epoch", seed, epoch).permutation(count)
+    order.flags.writeable = False
+    return order
+
+
+def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:
+    """The streams with their shares of IMAGE_CACHE_BYTES, which all streams of all processes of a machine share."""
+    room = IMAGE_CACHE_BYTES // (len(streams) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return [replace(stream, batches=replace(stream.batches, cache_bytes=room)) for stream in streams]
 
 
 def stream_sizes(streams: Sequence[Stream | OnlineStream], batch_size: int) -> list[int]:
@@ -271,8 +292,8 @@ def _draw(
     """The step's batch, or the samples at some of its places, in ascending order."""
     parts, first = [], 0
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
-        rows = epoch_rows(len(stream.batches.pairs), size, seed + number, step)
-        no_prior = np.random.default_rng([seed, step, number]).random(size) < params.prior_dropout
+        rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, number), step)
+        no_prior = generator("prior dropout", seed, step, number).random(size) < params.prior_dropout
         if places is not None:
             here = places[(places >= first) & (places < first + size)] - first
             rows, no_prior = rows[here], no_prior[here]
@@ -299,9 +320,3 @@ def _concatenate(parts: list[Batch]) -> Batch:
         values = [getattr(part, field.name) for part in parts]
         joined[field.name] = torch.cat(values) if isinstance(values[0], Tensor) else list(chain.from_iterable(values))
     return Batch(**joined)
-
-
-def _mix(seed: int, step: int) -> int:
-    """One 63-bit seed from two numbers; SeedSequence spreads neighbouring ones apart."""
-    low, high = np.random.SeedSequence([seed, step]).generate_state(2).tolist()
-    return int(low) | (int(high) & 0x3FFFFFFF) << 32

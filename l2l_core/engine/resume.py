@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +31,14 @@ def fingerprint(stage: str, settings: str, inputs: Iterable[Path]) -> str:
     for name, file in sorted((str(file), file) for file in files) + sorted(
         (str(file.relative_to(CODE_ROOT)), file) for file in code
     ):
-        digest.update(f"{name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{name}\n{file_sha256(file)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, which is read in blocks: it may be larger than the memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -83,12 +88,8 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that becomes `target` when the block ends well, and leaves nothing when it does not.
 
-    Only the first of several processes writes it; what the others put there is dropped.
+    Of several processes that were launched together, only the first may call it.
     """
-    if not is_first_process():
-        with tempfile.TemporaryDirectory() as dropped:
-            yield Path(dropped)
-        return
     building = target.with_name(f".{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)

@@ -227,7 +227,7 @@ class Segmenter(nn.Module):
                 encoder.config.use_cache = False  # of text generators; it would need what is not kept
             except ValueError:
                 raise ConfigError(
-                    f"params.yaml: train.gradient_checkpointing: got true, but model.{name} "
+                    f"params.yaml: train.engine.gradient_checkpointing: got true, but model.{name} "
                     f"({type(encoder).__name__}) cannot do so; use false or another encoder"
                 ) from None
 

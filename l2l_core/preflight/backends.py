@@ -33,7 +33,7 @@ REMEDIES = {
 
 def describe_device(params: Params) -> str:
     """Where the network is trained, in one line. Raises ConfigError where torch does not see what is asked for."""
-    device = choose_device(params.train.device)
+    device = choose_device(params.train.engine.device)
     precision = resolve_precision(params.train.precision, device)
     return f"{describe(device, precision)} (train.precision: {params.train.precision})"
 

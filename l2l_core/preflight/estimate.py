@@ -99,6 +99,8 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             return costs.start_s + counts.sentences * costs.proposal_s
         case "supervised" | "warmup":
             return start + params.warmup.steps * step_s
+        case "crossfit-0" if not learns:  # a fixed rule does not use the teachers
+            return costs.start_s
         case "crossfit-0":
             return start + select.folds * select.fold_steps * step_s
         case "crossfit":
@@ -138,6 +140,8 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
             return counts.sentences * params.proposals.size_px**2
         case "supervised" | "warmup" | "retrain":
             return sizes.model
+        case "crossfit-0" | "crossfit" if params.select.policy != "reinforce":
+            return 0
         case "crossfit-0" | "crossfit":
             return None if sizes.model is None else params.select.folds * sizes.model
         case "select":

@@ -111,7 +111,8 @@ def asking_key(params: PriorsParams, index: records.IndexPaths) -> str:
     files += [index.objects] if params.backend == "simulated" else []
     files += [Path(str(params.replay_file))] if params.backend == "replay" else []
     for path in filter(Path.is_file, files):  # the backend says what is missing
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        with path.open("rb") as file:  # read in blocks
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     model = Path(str(params.model))
     if params.backend in LIVE_BACKENDS and model.is_dir():
         for path in sorted(model.iterdir()):  # gigabytes: whether it changed is told by its files' times

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from source_tree import FILES, ROOT, closure, parse
 
-from l2l_core.config import SelectParams
+from l2l_core.config import SelectParams, TrainParams
 
 LEARNERS = ("supervised", "warmup", "crossfit-0", "crossfit", "select", "retrain")
 """Stages from which the truth of unlabelled and evaluated sentences is kept away. (select's `oracle` opens the masks by
@@ -129,8 +129,12 @@ def test_learning_never_depends_on_the_truth_of_others(name):
 
 WITHOUT_EFFECT: dict[str, set[str]] = {
     "ask": {"priors.engine"},
-    # Read in other rounds than the stage's.
-    "crossfit-0": {"retrain.labeled_share", "retrain.passes", "select.fold_update", "select.fold_update_steps"},
+    # How training runs; and what is read in other rounds than the stage's.
+    "crossfit-0": {
+        *("retrain.labeled_share", "retrain.passes", "select.fold_update", "select.fold_update_steps"),
+        "train.engine",
+    },
+    "crossfit": {"select.policy", "train.engine"},
     # Part of every checkpoint's name, and of nothing that the stage writes.
     **{name: {"select.folds"} for name in ("supervised", "warmup", "retrain")},
 }
@@ -220,6 +224,13 @@ def test_select_tracks_all_of_its_section_but_what_only_crossfit_reads():
     (select,) = (stage for stage in STAGES if stage.name == "select")
     tracked = {path.removeprefix("select.") for path in select.body["params"] if path.startswith("select.")}
     assert SelectParams.model_fields.keys() - tracked == {"fold_steps", "fold_update", "fold_update_steps"}
+
+
+@pytest.mark.parametrize("name", [name for name in LEARNERS if name != "select"])
+def test_training_tracks_all_of_its_section_but_how_it_runs(name):
+    for stage in (stage for stage in STAGES if stage.name == name):
+        tracked = {path.removeprefix("train.") for path in stage.body["params"] if path.startswith("train")}
+        assert TrainParams.model_fields.keys() - tracked == {"engine"}
 
 
 def test_reads_are_found():

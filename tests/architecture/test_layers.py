@@ -16,6 +16,7 @@ LEVELS = {
     "optional": 0,
     "progress": 0,
     "threads": 0,
+    "seeds": 0,
     "config": 1,
     "device": 1,
     "outputs": 1,

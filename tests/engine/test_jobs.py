@@ -11,7 +11,7 @@ from synthetic_run import write_run
 from toy_pairs import rows_of, toy_batches, toy_network, toy_pairs, toy_params
 
 from l2l_core import records
-from l2l_core.engine import jobs, loop
+from l2l_core.engine import folds, jobs, loop
 from l2l_core.engine.curves import read_curve
 from l2l_core.engine.jobs import (
     fold_of_images,
@@ -188,9 +188,9 @@ def test_no_fold_teacher_learns_from_a_left_out_image_by_another_sentence(run, m
     def note(params, purpose, network, streams, *rest):
         taught[purpose] = [int(sent_id) for stream in streams for sent_id in stream.batches.pairs.sent_id]
 
-    monkeypatch.setattr(crossfit, "run_training", note)
+    monkeypatch.setattr(folds, "run_training", note)
     monkeypatch.setattr(crossfit, "load_params", lambda: PARAMS)
-    monkeypatch.setattr(crossfit.Segmenter, "load", lambda folder: SimpleNamespace())
+    monkeypatch.setattr(folds.Segmenter, "load", lambda folder: SimpleNamespace())
     monkeypatch.setattr("sys.argv", ["crossfit", "--round", "1"])
     crossfit.main()
     assert sorted(taught.values()) == [[0, 1, 4, 5], [2, 3, 4, 5]]

@@ -1,6 +1,5 @@
 """Parts of a batch: in several steps and in several processes the training is that of whole batches."""
 
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from transformers.models.swin.modeling_swin import SwinLayer
 from l2l_core.config import ModelParams
 from l2l_core.data.dataset import Targets
 from l2l_core.engine.loop import Stream, batch_parts, train
-from l2l_core.engine.resume import save_checkpoint, scratch_folder, whole_folder
+from l2l_core.engine.resume import save_checkpoint, scratch_folder
 from l2l_core.errors import ConfigError
 from l2l_core.masks import encode_rle
 from l2l_core.model.segmenter import Segmenter
@@ -84,7 +83,8 @@ def trained(folder: Path, **changes: object) -> tuple[list[dict[str, float]], di
     everything = [encode_rle(np.ones((height, width), bool)) for height, width in pairs.hw.tolist()]
     kept = Targets(targets.label, [nothing[0], *everything[1:5], nothing[5]])
     network = Segmenter.create(encoders(folder / "encoders"), pairs.sentence, 0)
-    params = TRAIN.model_copy(update={"batch_size": 8, "lr": 1e-3, "encoder_lr_scale": 1.0, **changes})
+    engine = TRAIN.engine.model_copy(update=changes)
+    params = TRAIN.model_copy(update={"batch_size": 8, "lr": 1e-3, "encoder_lr_scale": 1.0, "engine": engine})
     streams = [Stream(toy_batches(pairs), targets, 0.25), Stream(toy_batches(pairs), kept, 0.75)]
     checkpoint = folder / f"checkpoint-{os.environ.get('RANK', 'alone')}.pt"
     checkpoint.unlink(missing_ok=True)
@@ -145,27 +145,21 @@ def test_two_processes_train_like_one(whole):
         torch.testing.assert_close(value, second[1][name], rtol=0, atol=0)  # no process drifts away
     assert first[2]
     assert not second[2]  # one process writes checkpoints
-    assert json.loads((folder / "model/note.json").read_text()) == {"rank": "0"}
 
 
-def test_only_the_first_process_leaves_files(tmp_path, monkeypatch):
+def test_the_first_process_alone_owns_the_scratch_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     with scratch_folder("warmup", "key") as first:
         save_checkpoint(first / "checkpoint.pt", {"step": 3})
         monkeypatch.setenv("RANK", "1")
         with scratch_folder("warmup", "key") as second:
             assert (second / "checkpoint.pt").exists()  # what the first one wrote is read
-        with whole_folder(tmp_path / "model") as building:
-            (building / "x").write_text("1")
         assert (first / "checkpoint.pt").exists()
         monkeypatch.delenv("RANK")
-    assert not (tmp_path / "model").exists()
     assert not first.exists()
 
 
 if __name__ == "__main__":  # one of the processes of test_two_processes_train_like_one
     out = Path(sys.argv[1])
     result = trained(out, micro_batch_size=2)
-    with whole_folder(out / "model") as target:
-        (target / "note.json").write_text(json.dumps({"rank": os.environ["RANK"]}))
     torch.save(result, out / f"rank-{os.environ['RANK']}.pt")

@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {
     "split": {"labeled_fraction": 0.2},
     "priors": {"backend": "simulated"},
     "model": {"image_size_px": 64, "dim": 16},
-    "train": {"batch_size": 4, "checkpoint_every": 2, "log_every": 2, "device": "cpu"},
+    "train": {"batch_size": 4, "log_every": 2, "engine": {"checkpoint_every": 2, "device": "cpu"}},
     "warmup": {"steps": 40},
     "select": {"fold_steps": 4, "fold_update_steps": 4, "policy_steps": 10, "grid": 8},
     "retrain": {"steps": 40},

@@ -195,9 +195,9 @@ def test_what_cannot_work_is_refused(project, monkeypatch, capsys, case):
 
 def test_a_device_that_is_not_there_is_refused(project, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    change({"train": {"device": "cuda"}})
+    change({"train": {"engine": {"device": "cuda"}}})
     (found,) = problems(monkeypatch, capsys)
-    assert "train.device: got 'cuda', but torch sees no CUDA device" in found
+    assert "train.engine.device: got 'cuda', but torch sees no CUDA device" in found
 
 
 def test_nothing_to_select_from_is_refused(project, monkeypatch, capsys):
@@ -234,9 +234,9 @@ def test_problems_of_all_parts_are_named_at_once(project, monkeypatch, capsys):
     edit_pairs('"the red cup"', '"?"')
     change({"model": {"image_encoder": "./weights/swin"}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    change({"train": {"device": "cuda"}})
+    change({"train": {"engine": {"device": "cuda"}}})
     found = problems(monkeypatch, capsys)
-    for number, word in enumerate(("02.jpg", "no words", "train.device", "model.image_encoder")):
+    for number, word in enumerate(("02.jpg", "no words", "train.engine.device", "model.image_encoder")):
         assert word in found[number]
     assert len(found) == 4
 

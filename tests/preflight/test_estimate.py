@@ -77,6 +77,7 @@ def test_times_by_hand():
 
 def test_fixed_rules_neither_ask_fold_teachers_nor_train_a_policy():
     found = seconds(select=SELECT | {"policy": "topk"})
+    assert found["crossfit-0"] == 1
     assert found["select@1"] == pytest.approx(5 + 800 * (3 * 0.002 + 0.02 + 1 * 0.001))
     assert found["crossfit@1"] == 1
 

@@ -1,0 +1,185 @@
+"""Independent trainings as processes beside each other, each with its share of the threads or with a GPU of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from l2l_core.config import Params
+from l2l_core.device import choose_device
+from l2l_core.errors import L2LError
+from l2l_core.model.encoders import TINY
+
+POLL_S = 0.1
+PROCESS_BYTES = 3 << 28
+"""Of a training's process before its first step: Python, PyTorch, tables and the image cache of a small data set."""
+PIXEL_BYTES = {True: 3_000, False: 40_000}
+"""Of a training step, per pixel of the images that are computed at once; with the tiny image encoder, with others."""
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where a container's own limits stand."""
+ERROR = b"error: "
+"""What `errors.exit_code` writes before the message of an L2LError."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """How some independent trainings run."""
+
+    at_once: int  # 1: in turn
+    threads: int  # of each, whether they run beside each other or in turn
+    gpus: tuple[str, ...] = ()  # one for each that runs at once; none: the CPU, or the only GPU
+
+
+def find_places(params: Params, count: int) -> Places:
+    """How `count` independent trainings run on this machine.
+
+    On a CPU each gets the same share of the threads, and they run beside each other if there are two threads and enough
+    memory. The share depends only on the number of threads and trainings: a training's bytes depend on its threads, and
+    must not depend on how much memory is free. On several GPUs each training gets one; on one GPU they run in turn.
+    Trainings that a launcher spreads over several processes (torchrun) run in turn.
+    """
+    threads = torch.get_num_threads()
+    if is_launched():
+        return Places(1, threads)
+    device, wanted = choose_device(params.train.engine.device), params.train.engine.side_by_side
+    if device.type == "cuda":
+        gpus = visible_gpus()[:count] if wanted else ()
+        return Places(len(gpus), max(1, threads // len(gpus)), gpus) if len(gpus) > 1 else Places(1, threads)
+    if device.type != "cpu":
+        return Places(1, threads)
+    share = max(1, threads // count)
+    fitting = available_bytes() // training_bytes(params)
+    at_once = min(count, threads, fitting) if wanted else 1
+    return Places(max(1, at_once), share)
+
+
+def is_launched() -> bool:
+    """Whether torchrun or accelerate launch started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
+
+
+def training_bytes(params: Params) -> int:
+    """About the memory of one training on a CPU, rounded up; `check` measures it."""
+    engine, size = params.train.engine, params.model.image_size_px
+    pixels = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size) * size * size
+    return PROCESS_BYTES + pixels * PIXEL_BYTES[params.model.image_encoder == TINY]
+
+
+def available_bytes() -> int:
+    """Memory that this process can still use: of the machine, or of its control group if that has less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((CONTROL_GROUP / "memory.max").read_text())  # "max" where there is none
+        used = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())["anon"]
+    except (OSError, ValueError, KeyError):
+        return available
+    return max(0, min(available, limit - int(used)))
+
+
+def run_beside(commands: Mapping[str, Sequence[str]], places: Places) -> None:
+    """Run named commands of this Python (`-m stages.crossfit ...`), `places.at_once` at a time.
+
+    They end with this process (see `end_with_parent`). What they write to stderr is passed on as it comes.
+    Raises L2LError with the message of the first one that fails, after the others were ended.
+    """
+    waiting, free = list(commands.items()), list(range(places.at_once))
+    running: dict[int, _Child] = {}
+    try:
+        while waiting or running:
+            while waiting and free:
+                slot = free.pop(0)
+                running[slot] = _Child(*waiting.pop(0), _environment(places, slot))
+            for slot, child in list(running.items()):
+                if not child.is_running():
+                    del running[slot]
+                    free.append(slot)
+                    child.finish()
+            time.sleep(POLL_S)
+    finally:
+        for child in running.values():
+            child.end()
+
+
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it by `run_beside` ends, however it does."""
+
+    def watch() -> None:
+        os.read(0, 1)  # returns when the other end of the pipe is closed: nothing is ever written
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _environment(places: Places, slot: int) -> dict[str, str]:
+    threads = {"OMP_NUM_THREADS": str(places.threads), "MKL_NUM_THREADS": str(places.threads)}
+    gpu = {"CUDA_VISIBLE_DEVICES": places.gpus[slot]} if places.gpus else {}
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **threads, **gpu}
+
+
+class _Child:
+    """A command that runs; its stderr goes through a file, so that one error is told from another."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        self._name, self._read, self._error = name, 0, b""
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_close`)
+        self._process = subprocess.Popen(
+            [sys.executable, *command], env=environment, stdin=subprocess.PIPE, stderr=self._stderr
+        )
+
+    def is_running(self) -> bool:
+        """Whether it still runs; what it wrote is passed on."""
+        self._pass_on(to_the_end=False)
+        return self._process.poll() is None
+
+    def finish(self) -> None:
+        """After its end. Raises L2LError where it failed."""
+        code = self._process.wait()
+        self._pass_on(to_the_end=True)
+        self._close()
+        if self._error:
+            raise L2LError(self._error.removeprefix(ERROR).decode(errors="replace").strip())
+        if code:
+            ended = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            hint = "; if memory was short, set train.engine.side_by_side to false" if code < 0 else ", see above"
+            raise L2LError(f"{self._name}: {ended}{hint}")
+
+    def end(self) -> None:
+        """Kill it: what it had done since its last checkpoint is done again."""
+        self._process.kill()
+        self._process.wait()
+        self._pass_on(to_the_end=True)
+        self._close()
+
+    def _pass_on(self, *, to_the_end: bool) -> None:
+        # pread: the position of the file belongs to the child, which shares it.
+        text = os.pread(self._stderr.fileno(), 1 << 20, self._read)
+        lines = text[: len(text) if to_the_end else text.rfind(b"\n") + 1]
+        self._read += len(lines)
+        if self._error:
+            self._error += lines
+            return
+        start = 0 if lines.startswith(ERROR) else lines.find(b"\n" + ERROR) + 1 or len(lines)
+        sys.stderr.write(lines[:start].decode(errors="replace"))
+        sys.stderr.flush()
+        self._error = lines[start:]
+
+    def _close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._stderr.close()

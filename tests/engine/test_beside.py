@@ -1,0 +1,245 @@
+"""Processes beside each other: their errors, their environment and their end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+import yaml
+from synthetic_run import write_run
+from toy_pairs import PARAMS_FILE, TRAIN, toy_params
+
+from l2l_core import records
+from l2l_core.engine import beside
+from l2l_core.engine.beside import Places, find_places, run_beside
+from l2l_core.engine.loop import use_share_of_cores
+from l2l_core.engine.resume import CODE_ROOT
+from l2l_core.errors import L2LError
+
+PATIENCE_S = 60
+GIB = 1 << 30
+
+
+def params(*, side_by_side: bool = True, device: str = "cpu"):
+    engine = TRAIN.engine.model_copy(update={"side_by_side": side_by_side, "device": device})
+    return toy_params(train={"engine": engine})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that sets threads, free memory and GPUs."""
+
+    def make(threads: int, free: int = 64 * GIB, gpus: int = 0) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(beside, "available_bytes", lambda: free)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    return make
+
+
+def test_each_training_has_its_share_of_the_threads(machine):
+    machine(2)
+    assert find_places(params(), 2) == Places(2, 1)
+    machine(9)
+    assert find_places(params(), 2) == Places(2, 4)
+    machine(2)
+    assert find_places(params(), 5) == Places(2, 1)
+
+
+def test_one_thread_trains_in_turn(machine):
+    machine(1)
+    assert find_places(params(), 2) == Places(1, 1)
+
+
+def test_threads_do_not_depend_on_whether_trainings_run_beside_each_other(machine):
+    """Else their bytes would depend on the memory that happens to be free."""
+    machine(4)
+    wanted = find_places(params(), 2)
+    machine(4, free=1)
+    short = find_places(params(), 2)
+    machine(4)
+    unwanted = find_places(params(side_by_side=False), 2)
+    assert (wanted.at_once, short.at_once, unwanted.at_once) == (2, 1, 1)
+    assert wanted.threads == short.threads == unwanted.threads == 2
+
+
+def test_a_gpu_each_where_there_are_several(machine, monkeypatch):
+    machine(8, gpus=4)
+    assert find_places(params(device="auto"), 2) == Places(2, 4, ("0", "1"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert find_places(params(device="auto"), 3) == Places(2, 4, ("5", "7"))
+    machine(8, gpus=1)
+    assert find_places(params(device="auto"), 2) == Places(1, 8)
+
+
+def test_processes_that_were_launched_together_train_in_turn(machine, monkeypatch):
+    machine(8, gpus=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_places(params(device="auto"), 2) == Places(1, 8)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("1", 3), ("2", None)])
+def test_torchruns_single_thread_becomes_a_share_of_the_cores(monkeypatch, given, expected):
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    use_share_of_cores()
+    assert found == ([] if expected is None else [expected])
+
+
+def test_memory_of_the_control_group_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * GIB))
+    monkeypatch.setattr(beside, "CONTROL_GROUP", tmp_path)
+    assert beside.available_bytes() == 5 * GIB
+    (tmp_path / "memory.stat").write_text(f"anon {GIB}\nfile {3 * GIB}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert beside.available_bytes() == 5 * GIB
+    (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
+    assert beside.available_bytes() == 3 * GIB
+
+
+def code(text: str) -> list[str]:
+    return ["-c", text]
+
+
+def test_commands_get_their_threads_and_gpus(tmp_path):
+    text = """if True:
+        import os, pathlib, sys
+        pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'] + os.environ['CUDA_VISIBLE_DEVICES'])
+    """
+    run_beside({name: [*code(text), str(tmp_path / name)] for name in "ab"}, Places(2, 3, ("5", "7")))
+    assert {(tmp_path / name).read_text() for name in "ab"} == {"35", "37"}
+
+
+def test_more_commands_than_places_run_one_after_another(tmp_path):
+    text = """if True:
+        import pathlib, sys, time
+        now = pathlib.Path(sys.argv[1]) / "now"
+        now.mkdir()  # fails where another one is at work
+        time.sleep(0.2)
+        now.rmdir()
+    """
+    run_beside({str(number): [*code(text), str(tmp_path)] for number in range(3)}, Places(1, 1))
+
+
+def test_progress_is_passed_on_and_an_error_is_raised_once(capsys):
+    failing = r"import sys; sys.stderr.write('a: 1 of 2\nerror: 2 problems:\n  x\n  y\n'); sys.exit(2)"
+    with pytest.raises(L2LError) as caught:
+        run_beside({"a": code(failing), "b": code(failing)}, Places(2, 1))
+    assert str(caught.value) == "2 problems:\n  x\n  y"
+    shown = capsys.readouterr().err
+    assert "a: 1 of 2\n" in shown
+    assert "error:" not in shown
+
+
+def test_what_was_killed_is_named():
+    with pytest.raises(
+        L2LError, match=r"b: ended by signal 9; if memory was short, set train.engine.side_by_side to false"
+    ):
+        run_beside({"b": code("import os; os.kill(os.getpid(), 9)")}, Places(1, 1))
+
+
+def test_a_failure_ends_the_others(tmp_path):
+    pid = tmp_path / "pid"
+    slow = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    fails = f"import pathlib\nwhile not (p := pathlib.Path({str(pid)!r})).exists() or not p.read_text(): pass\nexit(3)"
+    with pytest.raises(L2LError, match="fails: ended with exit code 3"):
+        run_beside({"slow": code(slow), "fails": code(fails)}, Places(2, 1))
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
+PARENT = '''
+from l2l_core.engine.beside import Places, run_beside
+child = """if True:
+    import os, time
+    from l2l_core.engine.beside import end_with_parent
+    end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
+run_beside({"a": ["-c", child], "b": ["-c", child]}, Places(2, 1))
+'''
+
+
+def test_a_killed_parent_leaves_no_child():
+    environment = os.environ | {"PYTHONPATH": str(CODE_ROOT)}
+    with subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        children = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        deadline = time.monotonic() + PATIENCE_S
+        while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def crossfit(folder, *, threads: int, side_by_side: bool):
+    """Train the fold teachers of round 0 by the stage's own command: the process, which runs."""
+    project = yaml.safe_load(PARAMS_FILE.read_text())
+    project["model"] |= {"image_size_px": 32, "dim": 16, "heads": 2, "guidance_tokens": 2}
+    project["proposals"]["size_px"] = 24
+    project["train"] |= {"batch_size": 2, "precision": "fp32"}
+    project["train"]["engine"] |= {"device": "cpu", "side_by_side": side_by_side, "checkpoint_every": 1}
+    project["select"]["fold_steps"] = 40
+    (folder / "params.yaml").write_text(yaml.safe_dump(project))
+    environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
+    environment |= {"PYTHONPATH": str(CODE_ROOT), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "stages.crossfit", "--round", "0"]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def labeled_run(folder):
+    """A made-up run in which one sentence of each of two images is labelled."""
+    folder.mkdir()
+    write_run(folder, rounds=0, images_per_split=4)
+    split = folder / records.SPLIT_PATH
+    rows = records.read_table(split, records.SPLIT).to_pylist()
+    for row in rows:
+        row["role"] = "labeled" if row["sent_id"] in (0, 2) else "unlabeled"
+    records.write_table(records.make_table(rows, records.SPLIT), split, records.SPLIT)
+    masks = records.read_table(folder / records.INDEX.masks, records.MASKS)
+    records.write_table(masks, folder / records.LABELED_MASKS_PATH, records.MASKS)
+    return folder
+
+
+def teachers(folder) -> dict[str, bytes]:
+    folds = folder / "data/rounds/0/folds"
+    return {str(path.relative_to(folds)): path.read_bytes() for path in folds.rglob("*") if path.is_file()}
+
+
+def test_fold_teachers_are_the_same_in_turn_and_beside_each_other_and_after_a_kill(tmp_path):
+    """With two threads each has one; beside each other they are killed with their parent, and resumed."""
+    folder = labeled_run(tmp_path / "run")
+    with crossfit(folder, threads=2, side_by_side=False) as in_turn:
+        assert in_turn.wait() == 0
+    expected = teachers(folder)
+    assert {"0/model.safetensors", "1/model.safetensors"} <= expected.keys()
+    shutil.rmtree(folder / "data/rounds/0/folds")
+
+    with crossfit(folder, threads=2, side_by_side=True) as killed:
+        while len(list(folder.glob(".scratch/crossfit-0-?-*/checkpoint.pt"))) < 2:
+            assert killed.poll() is None
+            time.sleep(0.005)
+        children = psutil.Process(killed.pid).children()
+        assert len(children) == 2
+        killed.kill()
+    psutil.wait_procs(children, PATIENCE_S)
+    assert not teachers(folder)
+
+    with crossfit(folder, threads=2, side_by_side=True) as resumed:
+        output = resumed.stdout.read()
+    assert resumed.returncode == 0
+    assert "resuming at step" in output
+    assert teachers(folder) == expected
+    assert list((folder / ".scratch").iterdir()) == []
