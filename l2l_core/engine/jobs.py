@@ -128,5 +128,4 @@ def run_training(
                 trained = train(network, streams, steps, params.train, seed, purpose, checkpoint, log)
         if is_first_process():
             with whole_folder(model_out) as folder:
-                trained.teacher.proposals = params.proposals
-                trained.teacher.save(folder)
+                trained.teacher.save(folder, params.proposals)

@@ -139,7 +139,7 @@ class Segmenter(nn.Module):
             raise ArtifactError(f"{folder}: no usable model: {' '.join(str(error).split())[:300]}") from None
         return network
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, proposals: ProposalsParams | None = None) -> None:
         """Write model.safetensors, config.json, tokenizer/ and the encoders' configurations into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +147,8 @@ class Segmenter(nn.Module):
         save_file(state, folder / "model.safetensors")
         config = self.params.model_dump() | {"passes": self.passes}
         config |= {"precision": self.precision, "precision_setting": self.precision_setting}
-        if self.proposals is not None:
-            config["proposals"] = self.proposals.model_dump()
+        if (known := proposals or self.proposals) is not None:
+            config["proposals"] = known.model_dump()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         save_encoder_configs(folder, self.image_encoder, self.text_encoder)
