@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -155,13 +156,17 @@ class Segmenter(nn.Module):
             )
         return self.proposals
 
-    def tokenize(self, batch: Batch) -> dict[str, Tensor]:
-        """Sentence and prior text as one pair of segments, padded to a fixed length so that shapes never vary."""
+    def tokenize(self, batch: Batch, padding: Literal["max_length", "longest"] = "max_length") -> dict[str, Tensor]:
+        """Sentence and prior text as one pair of segments [B, L] int64.
+
+        Padded to `max_text_tokens`, so that what is said of a pair does not depend on the others' length to the last
+        bit; or to the longest of the batch, which trains faster.
+        """
         limit = self.params.max_text_tokens
         encoded = self.tokenizer(
             batch.sentence,
             batch.prior_text,
-            padding="max_length",
+            padding=padding,
             truncation="longest_first",
             max_length=limit,
             return_tensors="pt",
