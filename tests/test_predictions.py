@@ -23,15 +23,15 @@ from l2l_core.data.images import EXIF_ORIENTATION, inspect_images
 from l2l_core.data.jsonl import read_jsonl
 from l2l_core.errors import InputError
 from l2l_core.history import extend_history
-from l2l_core.masks import decode_rle, segmentation_to_rle
+from l2l_core.masks import decode_rle, encode_rle, segmentation_to_rle
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.predictor import Predictor
 from l2l_core.priors.ask import ask_table, make_backend, make_questions
 from l2l_core.priors.interpret import interpret
 from l2l_core.proposals import make_proposals
 
-# As in params.yaml's defaults: bf16 and batches of a power of two.
-PARAMS = toy_params(proposals={"size_px": 24}, evaluate={"batch_size": 16}, train={"precision": "bf16"})
+# grabcut reads the images; batches of a power of two, as in params.yaml.
+PARAMS = toy_params(proposals={"size_px": 24, "renderer": "grabcut"}, evaluate={"batch_size": 16})
 MODEL_FOLDER = records.round_folder(0) / "model"
 
 
@@ -42,7 +42,13 @@ def lively_network(seed: int) -> Segmenter:
     torch.manual_seed(seed)
     nn.init.normal_(last.weight, std=3.0)
     nn.init.zeros_(last.bias)
+    network.proposals, network.precision = PARAMS.proposals, PARAMS.train.precision
     return network
+
+
+def alike(first: bytes, second: bytes, height: int = 48, width: int = 64) -> bool:
+    """The same mask, but for pixels whose logit is about 0: a batch of another size sums in another order."""
+    return bool((decode_rle(first, height, width) != decode_rle(second, height, width)).mean() < 2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,7 @@ def lines_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-# --- the very same masks
+# --- the evaluated masks
 
 
 def test_the_three_lines_of_python_give_the_evaluated_mask(run):
@@ -105,25 +111,25 @@ def test_the_three_lines_of_python_give_the_evaluated_mask(run):
     for (image, sentence), rle in evaluated(with_prior=False).items():
         mask = predictor.predict(image, sentence)
         assert mask.dtype == bool
-        np.testing.assert_array_equal(mask, decode_rle(rle, 48, 64))
+        assert alike(encode_rle(mask), rle)
 
 
 @pytest.mark.parametrize("with_prior", [True, False])
 def test_each_pair_alone_and_all_at_once_have_the_evaluated_mask(run, with_prior):
     expected = evaluated(with_prior)
-    predictor = Predictor.from_run(MODEL_FOLDER, PARAMS.train)
+    predictor = Predictor.from_run(MODEL_FOLDER)
 
     def masks(keys):
         files = inspect_images([run / image for image, _ in keys], 1)
         asked = predictions.Asked(files, [sentence for _, sentence in keys])
         told = predictions.find_priors(asked, PARAMS) if with_prior else None
-        return predictions.answer(predictor, asked, told, PARAMS)
+        return predictions.answer(predictor, asked, told, 32)
 
     together = masks(list(expected))
-    assert together.rle == list(expected.values())
+    assert all(map(alike, together.rle, expected.values()))
     assert together.with_prior.any() == with_prior
     for key in list(expected)[:4]:
-        assert masks([key]).rle == [expected[key]]
+        assert alike(masks([key]).rle[0], expected[key])
 
 
 def test_a_prior_is_found_by_the_images_bytes_and_the_words(run):
@@ -137,8 +143,8 @@ def test_a_prior_is_found_by_the_images_bytes_and_the_words(run):
     asked = predictions.Asked(files, [sentence, sentence, sentence + " there"])
     told = predictions.recorded_priors(asked)
     assert np.isin(told.sent_id, told.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
-    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told, PARAMS)
-    assert answered.rle[0] == rle
+    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
+    assert alike(answered.rle[0], rle)
     assert answered.with_prior.tolist() == [True, False, False]
 
 
@@ -152,10 +158,11 @@ def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
     assert "masks by data/rounds/0/model: 1, of them with a prior 0, empty 0: " in capsys.readouterr().out
     (line,) = lines_of(run / "predictions")
     mask = np.asarray(Image.open(run / "predictions" / line["mask"]))
-    np.testing.assert_array_equal(mask, 255 * decode_rle(expected[image, sentence], 48, 64).astype(np.uint8))
+    assert np.isin(mask, (0, 255)).all()
+    assert alike(encode_rle(mask > 0), expected[image, sentence])
     assert (line["image"], line["sentence"], line["with_prior"]) == (image, sentence, False)
     assert (line["height"], line["width"], line["area_px"]) == (48, 64, (mask > 0).sum())
-    assert segmentation_to_rle(line["segmentation"], 48, 64) == expected[image, sentence]
+    assert segmentation_to_rle(line["segmentation"], 48, 64) == encode_rle(mask > 0)
     with Image.open(run / "predictions" / line["overlay"]) as overlay:
         assert max(overlay.size) == predictions.OVERLAY_PX
         assert overlay.width / overlay.height == pytest.approx(64 / 48, rel=0.01)
@@ -170,7 +177,7 @@ def test_predict_takes_a_folder_a_file_of_pairs_and_priors(run, monkeypatch):
     lines = lines_of(run / "predictions")
     assert [(line["image"], line["sentence"]) for line in lines] == list(expected)
     for line, rle in zip(lines, expected.values(), strict=True):
-        assert not line["segmentation"] or segmentation_to_rle(line["segmentation"], 48, 64) == rle
+        assert not line["segmentation"] or alike(segmentation_to_rle(line["segmentation"], 48, 64), rle)
         assert (np.asarray(Image.open(run / "predictions" / line["mask"])) > 0).sum() == line["area_px"]
     assert any(line["with_prior"] for line in lines)
 
@@ -336,8 +343,7 @@ def live_params(run, **changes):
     """Write and return the parameters with the `openai` backend."""
     update = {"backend": "openai", "model": "qwen3-vl", "samples": 2, "retries": 1} | changes
     priors = PARAMS.priors.model_copy(update=update)
-    proposals = PARAMS.proposals.model_copy(update={"renderer": "grabcut"})  # which reads the images
-    params = PARAMS.model_copy(update={"priors": priors, "proposals": proposals})
+    params = PARAMS.model_copy(update={"priors": priors})
     (run / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
     return params
 
@@ -356,7 +362,7 @@ def through_the_pipeline(params, folder):
     records.write_table(proposals, folder / "proposals.parquet", records.PROPOSALS)
     pairs = load_pairs(paths, None, folder / "priors.parquet", folder / "proposals.parquet", 24, 0.1)
     batches = BatchMaker(pairs, MODEL.image_size_px, params.proposals.flat_prob)
-    return pairs, list(Predictor.from_run(MODEL_FOLDER).masks(batches, 16, with_prior=True, what="test"))
+    return pairs, Predictor.from_run(MODEL_FOLDER).masks(batches, 16, [True], "test")[0]
 
 
 def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, run, monkeypatch, capsys):
@@ -367,14 +373,15 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
     lines = lines_of(run / "predictions")
     assert [line["with_prior"] for line in lines] == [True, True, True, False, False, False]
     rles = [segmentation_to_rle(line["segmentation"], line["height"], line["width"]) for line in lines]
-    assert rles == masks
+    sizes = [(line["height"], line["width"]) for line in lines]
+    assert all(alike(*both, *size) for *both, size in zip(rles, masks, sizes, strict=True))
     assert len(set(masks)) > 3  # something to compare
 
     asked = predictions.ask_file(run / "own/pairs.jsonl")
     backend = make_backend(params.priors, records.INDEX)
     told = predictions.live_priors(asked, params, lambda questions: ask_table(backend, questions))
-    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told, params)
-    assert answered.rle == masks
+    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
+    assert all(alike(*both, *size) for *both, size in zip(answered.rle, masks, sizes, strict=True))
     assert answered.pairs.sentence == pairs.sentence
     assert answered.pairs.prior_text == pairs.prior_text
     assert answered.pairs.prior_text[1] == "dot dark"
@@ -382,8 +389,8 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
         np.testing.assert_array_equal(getattr(answered.pairs, name), getattr(pairs, name), err_msg=name)
     assert np.isin(answered.pairs.proposal_score > 0, [True, False]).all()
 
-    without = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, None, params)
-    assert [rle == bare for rle, bare in zip(masks, without.rle, strict=True)] == [
+    without = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, None)
+    assert [alike(*both, *size) for *both, size in zip(masks, without.rle, sizes, strict=True)] == [
         False,
         False,
         False,

@@ -1,19 +1,25 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_pairs import SIZE_PX, TRAIN, rows_of, toy_batches, toy_network, toy_pairs
+from toy_pairs import MODEL, SIZE_PX, TRAIN, rows_of, toy_batches, toy_network, toy_pairs, toy_params
 
 from l2l_core.data.augment import mirror_sentence
-from l2l_core.data.dataset import Batch
-from l2l_core.errors import ArtifactError
+from l2l_core.data.dataset import Batch, BatchMaker, Pairs
+from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.masks import decode_rle
 from l2l_core.model.segmenter import Output, Pyramid, Segmenter
 from l2l_core.predictor import Predictor, at_size, batched_rows
 
+ROOT = Path(__file__).resolve().parents[1]
+PROPOSALS = toy_params().proposals
 FP32, BF16 = TRAIN, TRAIN.model_copy(update={"precision": "bf16"})
 
 
@@ -181,6 +187,130 @@ def test_a_run_on_disk_answers_as_it_did_before(pairs, tmp_path):
     assert torch.equal(loaded.logits(batch), Predictor.of(network, FP32).logits(batch))
     with pytest.raises(ArtifactError, match="nowhere: not found"):
         Predictor.from_run(tmp_path / "nowhere", FP32)
+
+
+# --- an image is encoded once
+
+
+def shared_images(pairs: Pairs) -> Pairs:
+    """40 pairs about 5 images, in an order that goes from image to image."""
+    rows = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 8))
+    words = [f"{pairs.sentence[row]} {'small ' * (place % 3)}" for place, row in enumerate(rows)]
+    return replace(pairs.take(rows), sentence=words, sent_id=np.arange(40) * 3 + 1)
+
+
+def stirred(pairs: Pairs) -> Segmenter:
+    """A network whose masks have some structure, and whose gates heed the proposal."""
+    network = toy_network(pairs).eval()
+    torch.manual_seed(0)
+    for parameter in network.decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+@pytest.mark.parametrize("with_prior", [[True], [True, False]])
+def test_an_image_is_encoded_once_whatever_is_asked_of_it(pairs, with_prior, monkeypatch):
+    monkeypatch.setattr("l2l_core.predictor.IMAGES_AT_ONCE", 2)
+    stub, batches = Stub(), toy_batches(shared_images(pairs))
+    predictor(stub).masks(batches, 4, with_prior, "test", fill=False)
+    encoded = torch.cat(stub.encoded)
+    assert torch.equal(encoded, batches.pixels(np.arange(5)))
+    assert sum(len(batch.sentence) for batch in stub.asked) == 40 * len(with_prior)
+
+
+def test_views_encode_an_image_and_its_mirror_once(pairs, monkeypatch):
+    monkeypatch.setattr("l2l_core.predictor.IMAGES_AT_ONCE", 2)
+    stub, batches = Stub(), toy_batches(shared_images(pairs))
+    rows = np.concatenate([rows for rows, _ in predictor(stub).views(batches, 4, "test")])
+    assert sorted(rows) == list(range(40))
+    image = batches.pixels(np.array([0, 1, 2, 3, 4, 4]))  # the last two are computed together, one is a repeat
+    expected = [part for two in image.split(2) for part in (two, two.flip(-1))]
+    assert all(torch.equal(*both) for both in zip(stub.encoded, expected, strict=True))
+    assert sum(len(batch.sentence) for batch in stub.asked) == 3 * 40
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_the_bytes_of_a_filled_answer_depend_on_its_own_pair_alone(pairs, passes):
+    """Asked with 39 others about 5 images, or alone: the same mask, and the same probability in every view."""
+    shared, network = shared_images(pairs), stirred(pairs)
+    network.passes = passes
+    asked = Predictor.of(network, FP32)
+    together = asked.masks(toy_batches(shared), 16, [True, False], "test")
+    views = {
+        int(row): (view, place)
+        for rows, view in asked.views(toy_batches(shared), 16, "test")
+        for place, row in enumerate(rows)
+    }
+    assert len(set(together[0])) > 5  # something to compare
+    for row in (0, 7, 39):
+        alone = toy_batches(shared.take(rows_of(row)))
+        assert asked.masks(alone, 16, [True, False], "test") == [[masks[row]] for masks in together]
+        ((_, single),) = asked.views(alone, 16, "test")
+        view, place = views[row]
+        for name in ("sent_id", "image", "prob", "prob_flipped", "prob_no_prior", "proposal", "words"):
+            np.testing.assert_array_equal(getattr(single, name)[0], getattr(view, name)[place], err_msg=name)
+
+
+def test_a_pair_alone_without_filler_is_answered_alike_but_for_rounding(pairs):
+    shared, network = shared_images(pairs), stirred(pairs)
+    batch = toy_batches(shared)(np.arange(40))
+    asked = Predictor.of(network, FP32)
+    together = asked.logits(batch)
+    alone = torch.cat([asked.logits(toy_batches(shared)(rows_of(row))) for row in range(40)])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5 * together.abs().max().item())
+
+
+def test_a_single_call_computes_one_pair_and_one_image(pairs):
+    stub = Stub()
+    stub.known_proposals = lambda: PROPOSALS
+    stub.params = MODEL
+    mask = predictor(stub).predict(pairs.image_path[0], pairs.sentence[0])
+    assert mask.shape == tuple(pairs.hw[0])
+    assert [len(image) for image in stub.encoded] == [1]
+    assert [len(batch.sentence) for batch in stub.asked] == [1]
+    assert not stub.asked[0].has_box.any()
+
+
+# --- a model's folder is enough
+
+
+def test_a_folder_is_enough_to_use_a_model_from_anywhere(pairs, tmp_path):
+    """In a process of its own, in a folder without params.yaml, with two proposal settings that differ from today's."""
+    network = stirred(pairs)
+    network.proposals, network.precision = PROPOSALS.model_copy(update={"flat_prob": 0.3, "size_px": 16}), "fp32"
+    network.save(tmp_path / "model")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = (
+        "import sys, numpy as np; from l2l_core.predictor import Predictor; "
+        "np.save('mask.npy', Predictor.from_run(sys.argv[1]).predict(sys.argv[2], sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "model", pairs.image_path[1], pairs.sentence[1]]
+    subprocess.run(command, cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    alone = BatchMaker(pairs.take(rows_of(1)), SIZE_PX, 0.3)
+    (mask,) = masks_of(Predictor.of(network, FP32), alone, 1, with_prior=False)
+    found = np.load(elsewhere / "mask.npy")
+    assert 0.02 < found.mean() < 0.98
+    assert (found != decode_rle(mask, *found.shape)).mean() < 1e-3
+
+
+def test_a_folder_that_does_not_say_how_it_was_trained_is_refused_with_what_to_do(pairs, tmp_path):
+    toy_network(pairs).save(tmp_path / "model")
+    with pytest.raises(
+        ArtifactError, match=r"model: config.json of the model lacks `proposals`.*train again"
+    ) as caught:
+        Predictor.from_run(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    Predictor.from_run(tmp_path / "model", FP32)  # stages say what they use
+
+
+def test_todays_settings_do_not_change_what_an_old_model_is_shown(pairs):
+    network = toy_network(pairs)
+    network.proposals = PROPOSALS.model_copy(update={"falloff": 0.3})
+    live = toy_params(priors={"backend": "openai"})
+    assert Predictor.of(network, FP32).fitted(live).proposals == network.proposals
+    with pytest.raises(ConfigError, match=r"proposals.falloff: got 0.15, but the model was trained with 0.3"):
+        Predictor.of(network, FP32).fitted(toy_params())  # whose recorded proposals were rendered with 0.15
 
 
 # --- views

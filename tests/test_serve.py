@@ -71,8 +71,8 @@ def expected_mask(image: str, sentence: str, *, with_priors: bool) -> np.ndarray
     """What `predict` writes."""
     asked = predictions.ask_each([Path(image)], sentence)
     told = predictions.find_priors(asked, PARAMS) if with_priors else None
-    predictor = Predictor.from_run(records.round_folder(0) / "model", PARAMS.train)
-    (rle,) = predictions.answer(predictor, asked, told, PARAMS).rle
+    predictor = Predictor.from_run(records.round_folder(0) / "model")
+    (rle,) = predictions.answer(predictor, asked, told).rle
     mask = decode_rle(rle, asked.image[0].height, asked.image[0].width)
     assert 0 < mask.mean() < 1
     return mask

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -140,7 +140,10 @@ class Segmenter(nn.Module):
         return network
 
     def save(self, folder: str | Path, proposals: ProposalsParams | None = None) -> None:
-        """Write model.safetensors, config.json, tokenizer/ and the encoders' configurations into a folder."""
+        """Write model.safetensors, config.json, tokenizer/ and the encoders' configurations into a folder.
+
+        proposals: those it was trained with, where the network does not know them yet.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
@@ -162,13 +165,17 @@ class Segmenter(nn.Module):
             )
         return self.proposals
 
-    def tokenize(self, batch: Batch) -> dict[str, Tensor]:
-        """Sentence and prior text as one pair of segments, padded to a fixed length so that shapes never vary."""
+    def tokenize(self, batch: Batch, padding: Literal["max_length", "longest"] = "max_length") -> dict[str, Tensor]:
+        """Sentence and prior text as one pair of segments [B, L] int64.
+
+        Padded to `max_text_tokens`, so that what is said of a pair does not depend on the others' length to the last
+        bit; or to the longest of the batch, which trains faster.
+        """
         limit = self.params.max_text_tokens
         encoded = self.tokenizer(
             batch.sentence,
             batch.prior_text,
-            padding="max_length",
+            padding=padding,
             truncation="longest_first",
             max_length=limit,
             return_tensors="pt",

@@ -35,7 +35,8 @@ def test_it_says_the_same_as_torch(tmp_path: Path, encoder: str) -> None:
     name = save_swin(tmp_path / "swin") if encoder == "swin" else encoder
     network = Segmenter.create(MODEL.model_copy(update={"image_encoder": name}), pairs.sentence, 0).eval()
     batches = toy_batches(pairs)
-    onnx.write_onnx(network, tmp_path / "model.onnx", PROPOSALS)
+    network.proposals = PROPOSALS
+    onnx.write_onnx(network, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_modelmeta().custom_metadata_map == {
         "image_size_px": "32",
@@ -63,7 +64,9 @@ def test_it_says_the_same_as_torch(tmp_path: Path, encoder: str) -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with parameters and a model as the current one."""
     pairs, _ = toy_pairs(tmp_path / "images", 2)
-    toy_network(pairs).save(tmp_path / "model")
+    network = toy_network(pairs)
+    network.proposals, network.precision = PROPOSALS, "fp32"
+    network.save(tmp_path / "model")
     (tmp_path / "params.yaml").write_bytes(PARAMS_FILE.read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
