@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import chain
@@ -150,7 +150,7 @@ def train(
             tokens = to_device(network.tokenize(batch, padding="longest"), accelerator.device)
             batch = move_batch(batch, accelerator.device)
             assert batch.label is not None  # every stream has targets or is given them online
-            with nullcontext() if number == len(batches) else accelerator.no_sync(student):
+            with nullcontext() if number == len(batches) else accelerator.no_sync(student), enough_samples():
                 with autocast(device, precision):
                     output = student(batch, tokens)
                 loss = segmentation_loss(output, batch.label, _keep(batch), count)
@@ -228,6 +228,20 @@ def batch_parts(batch_size: int, micro_batch_size: int | None, processes: int) -
     count = processes * math.ceil(share / (micro_batch_size or share))
     # Every n-th place, so that each part has its share of every stream.
     return [np.arange(first, batch_size, count) for first in range(count)]
+
+
+@contextmanager
+def enough_samples() -> Iterator[None]:
+    """Raises ConfigError where batch norm sees one value per channel: one sample whose map has one pixel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            "params.yaml: train.batch_size, train.engine.micro_batch_size: a process computes one sample at once, but "
+            "the image encoder's batch norm needs at least two; raise them, use fewer processes, or another encoder"
+        ) from None
 
 
 def sum_of(accelerator: Accelerator, values: Sequence[Tensor]) -> Tensor:

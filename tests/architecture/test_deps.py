@@ -136,7 +136,7 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     },
     "crossfit": {"select.policy", "train.engine"},
     # Part of every checkpoint's name, and of nothing that the stage writes.
-    **{name: {"select.folds"} for name in ("supervised", "warmup", "retrain")},
+    **{name: {"select.folds", "train.engine"} for name in ("supervised", "warmup", "retrain")},
 }
 """What a stage's functions read without an effect on its outputs."""
 

@@ -191,7 +191,7 @@ def crossfit(folder, *, threads: int, side_by_side: bool):
     project["proposals"]["size_px"] = 24
     project["train"] |= {"batch_size": 2, "precision": "fp32"}
     project["train"]["engine"] |= {"device": "cpu", "side_by_side": side_by_side, "checkpoint_every": 1}
-    project["select"]["fold_steps"] = 40
+    project["select"]["fold_steps"] = 8
     (folder / "params.yaml").write_text(yaml.safe_dump(project))
     environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
     environment |= {"PYTHONPATH": str(CODE_ROOT), "OMP_NUM_THREADS": str(threads)}

@@ -86,6 +86,14 @@ def test_a_batch_without_room_for_every_stream_is_refused(toy):
     assert stream_sizes(streams_of(toy), 1) == [1]
 
 
+def test_one_sample_is_too_few_for_batch_norm(toy):
+    """The tiny encoder's last map of these pictures is one pixel."""
+    with pytest.raises(
+        ConfigError, match=r"train\.batch_size, .*: a process computes one sample at once, but the image"
+    ):
+        train(toy_network(toy[0]), streams_of(toy), 1, with_(batch_size=1), 0, "test")
+
+
 class Recorder:
     """A stream's batch maker that notes what is asked of it."""
 
