@@ -22,14 +22,16 @@ def sample(tmp_path, monkeypatch):
 
 
 def slow_network(sample: Sample, seconds: float) -> tuple[object, list[bool]]:
-    """A network whose every forward pass lasts, and for each of them whether it was in training."""
+    """A network whose every decoding lasts, and for each of them whether it was in training."""
     network, passes = toy_network(sample.pairs), []
+    decode = network.decode
 
-    def wait(module, *_):
-        passes.append(module.training)
+    def wait(*args):
+        passes.append(network.training)
         time.sleep(seconds)
+        return decode(*args)
 
-    network.register_forward_pre_hook(wait)
+    network.decode = wait
     return network, passes
 
 
