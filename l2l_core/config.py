@@ -99,8 +99,8 @@ class PriorEngineParams(Section):
     """Requests that the `transformers` backend computes at once."""
     chunk_size: PositiveInt
     """Requests stored at once: what a kill costs at most, times data_parallel."""
-    data_parallel: PositiveInt
-    """Processes, each with the model (and, where there are GPUs, tensor_parallel of them) of its own."""
+    data_parallel: Literal["auto"] | PositiveInt
+    """Processes, each with its own copy of the model and tensor_parallel GPUs; auto: see `ask.worker_count`."""
     tensor_parallel: PositiveInt
     """GPUs that one model of the `vllm` backend is spread over."""
     memory_share: Annotated[float, Field(gt=0.0, le=1.0)]

@@ -31,9 +31,13 @@ from l2l_core.priors.prompt import prompt_sha256
 from l2l_core.priors.replay import ReplayBackend, load_recorded
 from l2l_core.priors.simulated import SimulatedBackend, make_truth, preset_coord_space
 from l2l_core.progress import LOG_INTERVAL_S
+from l2l_core.threads import thread_count
 
 FEWEST_FAILED = 8
 """Where a chunk of at least so many requests fails as a whole, the fault is not in the requests."""
+
+SMALL_BYTES = 1 << 28
+"""Of a model's folder: a copy in each process is no burden for the memory."""
 
 MakeBackend = Callable[[], PriorBackend]
 
@@ -200,8 +204,8 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
     """Ask and store; in any order, since a chunk's answers do not depend on the others."""
     if not chunks:
         return
-    engine = params.engine
-    if engine.data_parallel == 1:
+    workers = min(worker_count(params), len(chunks))
+    if workers == 1:
         backend = make()
         yield from (_ask_chunk(backend, chunk, following) for chunk, following in _with_following(chunks, 1))
         return
@@ -209,10 +213,12 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
     # spawn: CUDA does not survive a fork.
     context = get_context("spawn")
     ranks = context.Queue()
-    for rank in range(engine.data_parallel):
+    for rank in range(workers):
         ranks.put(rank)
-    workers = min(engine.data_parallel, len(chunks))
-    with ProcessPoolExecutor(workers, context, _start_worker, (make, ranks, engine.tensor_parallel)) as pool:
+    threads = max(1, thread_count() // workers)
+    with ProcessPoolExecutor(
+        workers, context, _start_worker, (make, ranks, params.engine.tensor_parallel, threads)
+    ) as pool:
         # Which worker gets which chunk is open; with chunks of like length, it is every `workers`-th.
         waiting = [pool.submit(_ask_in_worker, *pair) for pair in _with_following(chunks, workers)]
         try:
@@ -232,10 +238,30 @@ def _with_following(chunks: Sequence[_Chunk], step: int) -> list[tuple[_Chunk, S
     return list(zip(chunks, following, strict=False))
 
 
+def worker_count(params: PriorsParams) -> int:
+    """`engine.data_parallel`, decided. `auto` is 1, but for a small model on a CPU one process a core.
+
+    There a process of one thread has a higher share of the throughput than a thread of a larger process. Only the
+    `transformers` backend computes in its processes; a model counts as small if its folder has at most SMALL_BYTES.
+    """
+    wanted = params.engine.data_parallel
+    if wanted != "auto":
+        return wanted
+    model = Path(str(params.model))
+    if params.backend != "transformers" or not model.is_dir():
+        return 1
+    size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
+    if thread_count() == 1 or size > SMALL_BYTES:
+        return 1
+    from l2l_core.device import choose_device  # not at the top: recorded and simulated answers do without torch
+
+    return thread_count() if choose_device(params.engine.device).type == "cpu" else 1
+
+
 def _refuse_too_few_gpus(params: PriorsParams) -> None:
     """Processes without a GPU would compute on the CPU, beside the others and unnoticed."""
     engine = params.engine
-    if params.backend not in ("transformers", "vllm") or engine.device == "cpu":
+    if params.backend not in ("transformers", "vllm") or engine.device == "cpu" or engine.data_parallel == "auto":
         return
     import torch  # not at the top: recorded and simulated answers have no use for it
 
@@ -269,9 +295,10 @@ _backend: PriorBackend | None = None
 """Of a worker process, which serves one backend for all its life."""
 
 
-def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int) -> None:
+def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int, threads: int) -> None:
     global _make
     _make = make
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # PyTorch is loaded later, and reads it then
     rank = ranks.get()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     first, last = rank * tensor_parallel, (rank + 1) * tensor_parallel

@@ -20,7 +20,16 @@ from prior_tables import ROOT, Index, collect_priors, image_row, prior_params, r
 from l2l_core import records
 from l2l_core.config import PriorsParams
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.priors.ask import FEWEST_FAILED, ask_all, ask_table, asking_key, make_backend, make_questions
+from l2l_core.priors.ask import (
+    FEWEST_FAILED,
+    SMALL_BYTES,
+    ask_all,
+    ask_table,
+    asking_key,
+    make_backend,
+    make_questions,
+    worker_count,
+)
 from l2l_core.priors.backend import Answer, Question
 from l2l_core.priors.interpret import interpret
 
@@ -264,6 +273,33 @@ def test_more_processes_give_the_same_bytes(tmp_path: Path, workers: int) -> Non
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert len(files[0]) == 10  # nine chunks and the whole
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "weights", "threads", "expected"),
+    [
+        ("transformers", "cpu", 1000, "4", 4),
+        ("transformers", "cpu", 1000, "1", 1),
+        ("transformers", "cpu", SMALL_BYTES + 1, "4", 1),  # each process would hold a copy
+        ("transformers", "cuda", 1000, "4", 1),
+        ("openai", "cpu", 1000, "4", 1),  # the server computes
+    ],
+)
+def test_auto_asks_a_small_model_by_one_process_a_core_on_a_cpu_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    device: str,
+    weights: int,
+    threads: str,
+    expected: int,
+) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(weights)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    params = prior_params(backend=backend, model=str(tmp_path), engine={"data_parallel": "auto", "device": "auto"})
+    assert worker_count(params) == expected
 
 
 def test_what_a_worker_cannot_do_is_said_in_one_line(tmp_path: Path) -> None:
