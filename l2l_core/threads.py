@@ -10,6 +10,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+DEFAULT_VARIABLE = "L2L_DEFAULT_THREADS"
+"""Beside OMP_NUM_THREADS, of the same value, where this module has set it: child processes see that no user did."""
+
 
 def set_thread_policy() -> None:
     """Let waiting threads sleep, and start as many threads as there are usable cores. OMP variables that are set stay.
@@ -19,7 +22,8 @@ def set_thread_policy() -> None:
     with a larger share has set its variable. Child processes inherit all of them.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = os.environ[DEFAULT_VARIABLE] = str(usable_cores())
     opencv = os.environ.get("OPENCV_FOR_THREADS_NUM", "")
     if not opencv.isdecimal() or int(opencv) > thread_count():
         os.environ["OPENCV_FOR_THREADS_NUM"] = str(thread_count())
@@ -29,6 +33,22 @@ def thread_count() -> int:
     """Threads that this process may keep busy: OMP_NUM_THREADS, or `usable_cores` where it is not a number."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list gives one number a nesting level
     return int(first) if first.isdecimal() and int(first) else usable_cores()
+
+
+def share_of_launched(root: Path = Path("/")) -> int | None:
+    """Threads of a process that torchrun or accelerate launch started beside others: its share of the usable cores.
+
+    None: the process is alone on its machine, or the user has set OMP_NUM_THREADS. Both launchers set it to 1 where it
+    is missing. The environment with which the launcher itself was started (/proc/PID/environ) tells their 1 from a
+    user's. Where it cannot be read (not Linux), 1 counts as the launcher's. root: folder that contains proc and sys.
+    """
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if beside < 2:
+        return None
+    threads, given = os.environ.get("OMP_NUM_THREADS"), _environment(os.getppid(), root)
+    by_launcher = threads == "1" and "OMP_NUM_THREADS" not in given
+    by_default = threads is None or threads == given.get("OMP_NUM_THREADS") == given.get(DEFAULT_VARIABLE)
+    return max(1, usable_cores(root) // beside) if by_launcher or by_default else None
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -60,6 +80,16 @@ def _quotas(root: Path) -> Iterator[float]:
                 break
             if quota.isdecimal() and period.isdecimal() and int(period):  # else `max`, -1 or no such file: no limit
                 yield int(quota) / int(period)
+
+
+def _environment(process: int, root: Path) -> dict[str, str]:
+    """Variables with which a process was started; what it sets later is not among them. Empty if unreadable."""
+    try:
+        text = (root / f"proc/{process}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    pairs = (entry.partition("=") for entry in text.split("\0"))
+    return {name: value for name, _, value in pairs}
 
 
 def _read(path: Path) -> str | None:

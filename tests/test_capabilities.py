@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +12,10 @@ from bench import capabilities as subject
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A CPU with eight cores, AVX2 and no GPU."""
-    monkeypatch.setattr(subject, "CGROUP", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(subject, "usable_cores", lambda: 8)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -49,29 +47,3 @@ def test_a_gpu_is_named_with_its_memory(machine: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
     machine.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     assert subject.capabilities()["device"] == "NVIDIA H100, 80 GiB"
-
-
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({"cpu.max": "max 100000\n"}, 8),
-        ({"cpu.max": "250000 100000\n"}, 2),
-        ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "3200000 100000\n"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
-    ],
-)
-def test_a_quota_of_the_control_group_limits_the_cores(
-    machine: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], cores: int
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert subject.usable_cores() == cores
-
-
-def test_without_affinity_all_cores_count(machine: pytest.MonkeyPatch) -> None:
-    machine.delattr(os, "sched_getaffinity")
-    machine.setattr(os, "cpu_count", lambda: 12)
-    assert subject.usable_cores() == 12

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from l2l_core import threads
-from l2l_core.threads import set_thread_policy, thread_count, usable_cores
+from l2l_core.threads import DEFAULT_VARIABLE, set_thread_policy, share_of_launched, thread_count, usable_cores
 
 ROOT = Path(__file__).parents[1]
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
+VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM", DEFAULT_VARIABLE)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_all_cores_are_usable_where_python_cannot_read_the_affinity(monkeypatch)
 def test_the_policy_sets_what_nobody_has_set(unset):
     unset.setattr(threads, "usable_cores", lambda: 3)
     set_thread_policy()
-    assert [os.environ[name] for name in VARIABLES] == ["PASSIVE", "3", "3"]
+    assert [os.environ[name] for name in VARIABLES] == ["PASSIVE", "3", "3", "3"]
 
 
 def test_the_policy_keeps_what_is_set(unset):
@@ -114,7 +114,7 @@ def test_the_policy_keeps_what_is_set(unset):
     unset.setenv("OMP_NUM_THREADS", "7")
     unset.setenv("OPENCV_FOR_THREADS_NUM", "2")
     set_thread_policy()
-    assert [os.environ[name] for name in VARIABLES] == ["ACTIVE", "7", "2"]
+    assert [os.environ.get(name) for name in VARIABLES] == ["ACTIVE", "7", "2", None]
 
 
 def test_opencv_of_a_child_with_a_share_of_the_threads_keeps_to_the_share(unset):
@@ -129,6 +129,60 @@ def test_the_thread_count_is_read_as_openmp_reads_it(unset, value, count):
     unset.setattr(threads, "usable_cores", lambda: 6)
     unset.setenv("OMP_NUM_THREADS", value)
     assert thread_count() == count
+
+
+LAUNCHED = {
+    "torchrun's own value": ("1", {}, 3),
+    "a user's value of 1": ("1", {"OMP_NUM_THREADS": "1"}, None),
+    "a user's value of 2": ("2", {"OMP_NUM_THREADS": "2"}, None),
+    "an option of accelerate launch": ("2", {}, None),
+    "a default of this project, handed down": ("7", {"OMP_NUM_THREADS": "7", DEFAULT_VARIABLE: "7"}, 3),
+    "a user's value below such a default": ("1", {"OMP_NUM_THREADS": "1", DEFAULT_VARIABLE: "7"}, None),
+    "a launcher whose environment is unreadable": ("1", None, 3),
+}
+"""OMP_NUM_THREADS of one of two processes on 7 cores, the environment that their launcher was started with, threads."""
+
+
+@pytest.mark.parametrize("case", LAUNCHED)
+def test_launched_processes_share_the_cores_unless_the_user_has_set_a_number(tmp_path, unset, case):
+    value, launcher, expected = LAUNCHED[case]
+    unset.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    unset.setattr(os, "getppid", lambda: 41)
+    unset.setenv("LOCAL_WORLD_SIZE", "2")
+    unset.setenv("OMP_NUM_THREADS", value)
+    text = "".join(f"{name}={entry}\0" for name, entry in {"HOME": "/", **(launcher or {})}.items())
+    root = tmp_path if launcher is None else machine(tmp_path, {"proc/41/environ": text})
+    assert share_of_launched(root) == expected
+
+
+def test_a_share_of_launched_processes_follows_the_cpu_quota(tmp_path, unset):
+    unset.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    unset.setenv("LOCAL_WORLD_SIZE", "2")
+    unset.setenv("OMP_NUM_THREADS", "1")
+    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "800000 100000\n"}
+    assert share_of_launched(machine(tmp_path, files)) == 4
+
+
+def test_a_process_alone_has_no_share(unset):
+    unset.setenv("OMP_NUM_THREADS", "1")
+    unset.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert share_of_launched() is None
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, usable_cores() // 2 or 1), ({"OMP_NUM_THREADS": "1"}, None)])
+def test_a_child_sees_with_which_threads_its_launcher_was_started(given, expected):
+    """The launcher sets the variable as torchrun does, once it runs."""
+    child = "from l2l_core.threads import share_of_launched; print(share_of_launched())"
+    launcher = f"""
+import os, subprocess, sys
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+subprocess.run([sys.executable, "-c", {child!r}], check=True)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | given
+    command = [sys.executable, "-c", launcher]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+    assert done.stdout.split() == [str(expected)]
 
 
 def test_libraries_use_the_threads_that_are_set():

@@ -29,6 +29,7 @@ from l2l_core.model.losses import samples_that_teach, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
 from l2l_core.progress import progress
 from l2l_core.seeds import generator, seed_of
+from l2l_core.threads import share_of_launched
 
 if TYPE_CHECKING:  # it takes seconds to import, and what only predicts has no use for it
     from accelerate import Accelerator
@@ -61,14 +62,13 @@ class Trained:
 
 
 def use_share_of_cores() -> None:
-    """Give a process that torchrun launched its share of the machine's cores.
+    """Give a process that was launched beside others its share of the cores; a user's OMP_NUM_THREADS stays.
 
-    torchrun sets OMP_NUM_THREADS=1 for each process unless the variable is set.
+    `threads.share_of_launched` says how a user's value is told from torchrun's default of 1.
     """
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if beside > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // beside))
+    share = share_of_launched()
+    if share is not None:
+        torch.set_num_threads(share)
 
 
 def train(

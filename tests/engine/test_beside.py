@@ -16,9 +16,8 @@ from synthetic_run import write_run
 from toy_pairs import PARAMS_FILE, TRAIN, toy_params
 
 from l2l_core import records
-from l2l_core.engine import beside
+from l2l_core.engine import beside, loop
 from l2l_core.engine.beside import Places, find_places, run_beside
-from l2l_core.engine.loop import use_share_of_cores
 from l2l_core.engine.resume import CODE_ROOT
 from l2l_core.errors import L2LError
 
@@ -87,15 +86,13 @@ def test_processes_that_were_launched_together_train_in_turn(machine, monkeypatc
     assert find_places(params(device="auto"), 2) == Places(1, 8)
 
 
-@pytest.mark.parametrize(("given", "expected"), [("1", 3), ("2", None)])
-def test_torchruns_single_thread_becomes_a_share_of_the_cores(monkeypatch, given, expected):
+@pytest.mark.parametrize(("share", "expected"), [(3, [3]), (None, [])])
+def test_a_launched_process_computes_with_its_share_of_the_cores(monkeypatch, share, expected):
     found = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", given)
-    use_share_of_cores()
-    assert found == ([] if expected is None else [expected])
+    monkeypatch.setattr(loop, "share_of_launched", lambda: share)
+    loop.use_share_of_cores()
+    assert found == expected
 
 
 def test_memory_of_the_control_group_counts(monkeypatch, tmp_path):
