@@ -22,9 +22,16 @@ from l2l_core.model.encoders import TINY
 
 POLL_S = 0.1
 PROCESS_BYTES = 3 << 28
-"""Of a training's process before its first step: Python, PyTorch, tables and the image cache of a small data set."""
-PIXEL_BYTES = {True: 3_000, False: 40_000}
-"""Of a training step, per pixel of the images that are computed at once; with the tiny image encoder, with others."""
+"""Of a training's process without its network: 0.5 GB with all imports; the rest is for tables and decoded images."""
+NETWORK_BYTES = {True: 1 << 26, False: 1 << 32}
+"""Of weights, gradients, two moments and the teacher's weights: of tiny encoders (five times 5 MB), and of others (five
+times 0.8 GB, as of Swin-B with BERT-base)."""
+PIXEL_BYTES = {True: 2_000, False: 15_000}
+"""Of a training step beside that, per pixel of the images that are computed at once; with tiny encoders, with others.
+
+Measured in fp32 by `preflight.memory.peak_of` around two steps of `train` with random weights, less NETWORK_BYTES of
+their weights: tiny 1,000 (8 images of 224 px) and 1,200 (32 of 96 px), ResNet-50 3,300, Swin-T 3,500, Swin-B with
+windows of 12 12,000 (4 images of 224 px each)."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where a container's own limits stand."""
 ERROR = b"error: "
@@ -75,10 +82,14 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def training_bytes(params: Params) -> int:
-    """About the memory of one training on a CPU, rounded up; `check` measures it."""
-    engine, size = params.train.engine, params.model.image_size_px
-    pixels = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size) * size * size
-    return PROCESS_BYTES + pixels * PIXEL_BYTES[params.model.image_encoder == TINY]
+    """Memory of one training on a CPU in bytes, rounded up; it must be known before encoders are loaded.
+
+    `check` measures a step of the configured network and lists the memory of each stage.
+    """
+    engine, model = params.train.engine, params.model
+    at_once = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size)
+    tiny = model.image_encoder == model.text_encoder == TINY
+    return PROCESS_BYTES + NETWORK_BYTES[tiny] + at_once * model.image_size_px**2 * PIXEL_BYTES[tiny]
 
 
 def available_bytes() -> int:

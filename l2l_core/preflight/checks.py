@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -18,15 +17,25 @@ from dvc.scm import SCMError
 from dvc.utils.hydra import apply_overrides
 
 from l2l_core.config import Params, load_params
+from l2l_core.device import choose_device
+from l2l_core.engine.beside import available_bytes, find_places
 from l2l_core.errors import ConfigError, InputError, L2LError, raise_all
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight import backends, inputs
-from l2l_core.preflight.estimate import Costs, Counts, Sizes, Stage, checkpoint_bytes, plan
+from l2l_core.preflight.estimate import Costs, Sizes, Stage, checkpoint_bytes, plan
 from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
+from l2l_core.preflight.memory import free_gpu_bytes
 
 Say = Callable[[str], None]
 PARAMS_FILE = "params.yaml"
 PIPELINE_FILE = "dvc.yaml"
+TRAINING_REMEDY = "train.engine.micro_batch_size (or set train.engine.gradient_checkpointing)"
+REMEDIES = dict.fromkeys(("supervised", "warmup", "crossfit-0", "crossfit", "retrain"), TRAINING_REMEDY) | {
+    "proposals": "proposals.size_px",
+    "select": "evaluate.batch_size or select.grid",
+    "predict": "evaluate.batch_size",
+}
+"""What to lower where the memory is short."""
 
 
 def overridden_params(overrides: Sequence[str]) -> Params:
@@ -76,6 +85,7 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
     temporary files, nothing is downloaded. Raises InputError that lists all problems at once.
     """
     problems: list[str] = []
+    available = available_bytes()  # before anything is loaded that the run's stages do not hold
     with _collected(problems):
         check_repository()
     with tempfile.TemporaryDirectory() as scratch:
@@ -84,7 +94,7 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
             say(f"priors      {backends.describe_priors(params, data)}")
         with _collected(problems):
             say(f"device      {backends.describe_device(params)}")
-        network = costs = None
+        network = costs = needs = None
         with _collected(problems):
             say(f"encoders    {backends.describe_encoders(params.model)}")
             model = backends.local_model(params.model)
@@ -97,9 +107,19 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
                     say("times       not measured: an encoder is not on this machine")
                 elif timing and network is not None:
                     sample = take_sample(params, data.paths, inputs.sample_sentences(params, data, split))
-                    costs = measure(params, network, sample, data.read_s)
-                stages = plan(params, _counts(split), costs, sizes, draws_refshapes=params.is_embedded)
+                    costs, needs = measure(params, network, sample, data.read_s, data.read_bytes)
+                stages = plan(
+                    params,
+                    inputs.count_roles(data, split),
+                    costs,
+                    sizes,
+                    draws_refshapes=params.is_embedded,
+                    needs=needs,
+                    at_once=find_places(params, params.select.folds).at_once,
+                )
                 _say_plan(stages, costs, say)
+                if needs is not None:
+                    _say_memory(stages, available, free_gpu_bytes(choose_device(params.train.engine.device)), say)
                 say(_disk(stages, sizes))
     raise_all(problems, InputError)
 
@@ -150,11 +170,6 @@ def _collected(problems: list[str]) -> Iterator[None]:
         problems += [line.strip() for line in rest] or [first]
 
 
-def _counts(split: pa.Table) -> Counts:
-    roles = Counter(split["role"].to_pylist())
-    return Counts(split.num_rows, roles["labeled"], roles["unlabeled"], roles["eval"])
-
-
 def _sizes(data: inputs.Data, network: Segmenter | None) -> Sizes:
     tables = (data.paths.images, data.paths.refs, data.paths.objects, data.paths.masks)
     counts = data.index.masks["rle_counts"].to_pylist()
@@ -166,16 +181,43 @@ def _sizes(data: inputs.Data, network: Segmenter | None) -> Sizes:
 
 
 def _say_plan(stages: Sequence[Stage], costs: Costs | None, say: Say) -> None:
+    knows_memory, on_gpu = (any(getattr(stage, name) for stage in stages) for name in ("ram_bytes", "gpu_bytes"))
+
+    def say_row(name: str, time: str, size: str, ram: str, gpu: str) -> None:
+        row = (
+            f"{name:12}{time:>10}{size:>10}" + (f"{ram:>10}" if knows_memory else "") + (f"{gpu:>10}" if on_gpu else "")
+        )
+        say(row)
+
     say("")
-    say(f"{'stage':12}{'time':>10}{'size':>10}")
+    say_row("stage", "time", "disk", "memory", "GPU")
     for stage in stages:
-        say(f"{stage.name:12}{_duration(stage.seconds):>10}{_size(stage.size_bytes):>10}")
+        sizes = map(_size, (stage.size_bytes, stage.ram_bytes, stage.gpu_bytes))
+        say_row(stage.name, _duration(stage.seconds), *sizes)
     known = None if costs is None else sum(stage.seconds or 0 for stage in stages)
-    say(f"{'together':12}{_duration(known):>10}{_size(sum(stage.size_bytes or 0 for stage in stages)):>10}")
+    say_row("together", _duration(known), _size(sum(stage.size_bytes or 0 for stage in stages)), "", "")
     if costs is not None:
         steps = f"{TRAINING_STEPS} training steps of {costs.step_s:.2g} s"
         say(f"Estimated from {steps} and a batch of labels, on this machine as busy as it is now.")
     say("-: not known. What DVC has in its cache takes no time. Formulas: docs/check.md")
+
+
+def _say_memory(stages: Sequence[Stage], available: int, gpu_available: int | None, say: Say) -> None:
+    """The stage that needs most memory, and a warning for each kind of stage that does not fit."""
+    for word, name, free in (("memory", "ram_bytes", available), ("GPU memory", "gpu_bytes", gpu_available)):
+        needed = {stage.name: getattr(stage, name) or 0 for stage in stages}
+        largest = max(needed, key=needed.__getitem__)
+        if free is None or not needed[largest]:
+            continue
+        where = "on the GPU" if name == "gpu_bytes" else "here"
+        say(f"memory      about {_size(needed[largest])} at most ({largest}), {_size(free)} are available {where}")
+        short: dict[str, list[str]] = {}
+        for stage, bytes_ in needed.items():
+            if bytes_ > free:
+                short.setdefault(REMEDIES.get(stage.partition("@")[0], "the size of the data set"), []).append(stage)
+        for remedy, names in short.items():
+            most = _size(max(needed[stage] for stage in names))
+            say(f"warning     {', '.join(names)}: about {most} of {word}, {_size(free)} are available; lower {remedy}")
 
 
 def _disk(stages: Sequence[Stage], sizes: Sizes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from l2l_core.config import Params
+from l2l_core.data.dataset import IMAGE_CACHE_BYTES
 
 VIEWS = 3
 """Ways in which a teacher is asked about a sentence that it labels: with prior, mirrored, without prior."""
@@ -12,18 +13,25 @@ ANSWER_BYTES = 500
 """Of an answer, as it came and as it was read: the prompt's JSON is some 300 characters, and zstd shrinks it."""
 ROW_BYTES = 50
 """Of a row of a table beside its masks: a dozen numbers."""
+MAP_COPIES = 4
+"""Of all proposals, while a stage reads them: the table, its rows, those in the stage's order, and their array."""
+TEXT_BYTES = 1_000
+"""Of a sentence in memory, with its answer and ids: a dozen Python objects."""
 CHECKPOINT_MODELS = 4
 """A checkpoint holds student and teacher, and two moments of each weight."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sentences of the data set, and of each role."""
+    """Sentences of the data set and of each role, and images of each role."""
 
     sentences: int
     labeled: int
     unlabeled: int
     evaluated: int
+    labeled_images: int
+    unlabeled_images: int
+    evaluated_images: int
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,10 @@ class Costs:
     start_s: float  # of a stage that does not use the network, until its work begins
     network_start_s: float  # of one that does
     read_s: float  # the whole data set
+    decode_s: float  # an image, read and resized for the network
     proposal_s: float  # a sentence
-    step_s: float  # of training
-    ask_s: float  # a sentence, one way of asking, one pass
+    step_s: float  # of training, on decoded images
+    ask_s: float  # a sentence about a decoded image, one way of asking, one pass
     label_s: float  # a sentence: its candidates and what a policy sees of them
     mask_s: float  # a mask at its image's size, as run lengths
     policy_step_s: float
@@ -51,12 +60,28 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """Bytes of memory, measured on a sample."""
+
+    start: int  # a process that does not use the network, before its work begins
+    network_start: int  # one that does
+    read: int  # reading the whole data set
+    train: int  # a training, beside the network's weights
+    ask: int  # labeling a batch, beside the network's weights
+    state: float  # what a policy sees of a sentence
+    train_gpu: int | None  # all on the GPU; None: the network is computed on the CPU
+    ask_gpu: int | None
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a run."""
 
     name: str  # as DVC calls it
     seconds: float | None  # None: not known
     size_bytes: float | None  # of its outputs; None: not known
+    ram_bytes: float | None  # of all its processes; None: not known
+    gpu_bytes: float | None  # of one GPU; None: not known, or it uses none
 
 
 def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
@@ -69,12 +94,25 @@ def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
     return [*names, "evaluate", "report"]
 
 
-def plan(params: Params, counts: Counts, costs: Costs | None, sizes: Sizes, *, draws_refshapes: bool) -> list[Stage]:
-    """Time and size of every stage; costs None: no times."""
+def plan(
+    params: Params,
+    counts: Counts,
+    costs: Costs | None,
+    sizes: Sizes,
+    *,
+    draws_refshapes: bool,
+    needs: Needs | None = None,
+    at_once: int = 1,
+) -> list[Stage]:
+    """Time, size and memory of every stage; costs None: no times; needs None: no memory.
+
+    at_once: fold teachers that train beside each other.
+    """
     stages = []
     for name in stage_names(params, draws_refshapes=draws_refshapes):
         seconds = None if costs is None else _seconds(name, params, counts, costs)
-        stages.append(Stage(name, seconds, _bytes(name, params, counts, sizes)))
+        ram, gpu = (None, None) if needs is None else _memory(name, params, counts, sizes, needs, at_once)
+        stages.append(Stage(name, seconds, _bytes(name, params, counts, sizes), ram, gpu))
     return stages
 
 
@@ -88,6 +126,7 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
     select, learns = params.select, params.select.policy == "reinforce"
     start, step_s = costs.network_start_s, costs.step_s
     passes = params.retrain.passes if number else 1
+    decode_s, folds = costs.decode_s, select.folds
     match kind:
         case "check" | "split" | "priors":
             return costs.start_s
@@ -96,34 +135,103 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
         case "ask":  # a model's speed is not measured here
             return costs.start_s if params.priors.backend in ("simulated", "replay", "none") else None
         case "proposals":
-            return costs.start_s + counts.sentences * costs.proposal_s
+            images = counts.labeled_images + counts.unlabeled_images + counts.evaluated_images
+            read = images * decode_s if params.proposals.renderer == "grabcut" else 0.0
+            return costs.start_s + counts.sentences * costs.proposal_s + read
         case "supervised" | "warmup":
-            return start + params.warmup.steps * step_s
+            steps = params.warmup.steps
+            return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=False)
         case "crossfit-0" if not learns:  # a fixed rule does not use the teachers
             return costs.start_s
         case "crossfit-0":
-            return start + select.folds * select.fold_steps * step_s
+            steps = select.fold_steps
+            return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=False))
         case "crossfit":
             if not learns or select.fold_update == "kept":
                 return costs.start_s
             steps = select.fold_update_steps if select.fold_update == "further" else select.fold_steps
-            return start + select.folds * steps * step_s
+            return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True))
         case "select":
             passes = params.retrain.passes if number > 1 else 1  # of the teacher, the round before
             each = VIEWS * passes * costs.ask_s + costs.label_s + len(select.constructed) * costs.mask_s
             judged = counts.labeled if learns else 0
             policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
-            return start + (counts.unlabeled + judged) * each + policy_s
+            images = counts.unlabeled_images + (counts.labeled_images if learns else 0)
+            return start + (counts.unlabeled + judged) * each + images * decode_s + policy_s
         case "retrain":
             if select.policy == "mean_teacher":  # the teacher labels its share of every batch
                 step_s += (1 - params.retrain.labeled_share) * params.train.batch_size * costs.ask_s
-            return start + params.retrain.steps * step_s
+            steps = params.retrain.steps
+            return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True)
         case "predict":
             ways = 2 if number else 3  # with and without prior; round 0 also the supervised model
             filled = -(-counts.evaluated // params.evaluate.batch_size) * params.evaluate.batch_size
-            return start + ways * (filled * passes * costs.ask_s + counts.evaluated * costs.mask_s)
+            models = 1 if number else 2
+            read = models * counts.evaluated_images * decode_s
+            return start + ways * (filled * passes * costs.ask_s + counts.evaluated * costs.mask_s) + read
         case _:
             return None  # drawing, evaluating, reporting: not measured
+
+
+def _decoded(params: Params, counts: Counts, steps: int, *, rounds: bool) -> float:
+    """Images that a training decodes: each once where they fit into the cache, else also the others at every draw."""
+    number, draws = 0.0, steps * params.train.batch_size
+    for images, share, room in _streams(params, counts, rounds=rounds):
+        kept = min(1.0, room / max(1, images))
+        number += (1 - kept) * share * draws + kept * min(images, share * draws)
+    return number
+
+
+def _streams(params: Params, counts: Counts, *, rounds: bool) -> list[tuple[int, float, int]]:
+    """Images, share of a batch and images that the cache holds, of each stream of a training."""
+    room = IMAGE_CACHE_BYTES // (3 * params.model.image_size_px**2)
+    if not rounds:
+        return [(counts.labeled_images, 1.0, room)]
+    share = params.retrain.labeled_share
+    return [(counts.labeled_images, share, room // 2), (counts.unlabeled_images, 1 - share, room // 2)]
+
+
+def _memory(
+    name: str, params: Params, counts: Counts, sizes: Sizes, needs: Needs, at_once: int
+) -> tuple[float | None, float | None]:
+    """RAM of all processes of a stage, and memory of one GPU."""
+    kind, number = _parse(name)
+    select, image_bytes = params.select, 3 * params.model.image_size_px**2
+    tables = counts.sentences * (MAP_COPIES * params.proposals.size_px**2 + TEXT_BYTES)
+    network = needs.network_start + tables + (sizes.model or 0)
+    learns = select.policy == "reinforce"
+
+    def training(*, rounds: bool) -> float:
+        kept = sum(min(images, room) for images, _, room in _streams(params, counts, rounds=rounds))
+        return network + needs.train + kept * image_bytes
+
+    def asking(images: int) -> float:
+        return network + needs.ask + min(images * image_bytes, IMAGE_CACHE_BYTES)
+
+    match kind:
+        case "ask" if params.priors.backend not in ("simulated", "replay", "none"):
+            return None, None
+        case "ingest" | "split" | "ask" | "priors":
+            return needs.start + needs.read, None
+        case "proposals":
+            return needs.start + tables, None
+        case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "kept"):
+            return needs.start, None
+        case "supervised" | "warmup":
+            return training(rounds=False), needs.train_gpu
+        case "crossfit-0":
+            return at_once * training(rounds=False), needs.train_gpu
+        case "crossfit":
+            return at_once * training(rounds=True), needs.train_gpu
+        case "retrain":
+            return training(rounds=True), needs.train_gpu
+        case "select":  # the batches' states, and all of them in one array
+            states = 2 * needs.state * (counts.unlabeled + (counts.labeled if learns else 0))
+            return asking(counts.unlabeled_images) + states, needs.ask_gpu
+        case "predict":
+            return asking(counts.evaluated_images), needs.ask_gpu
+        case _:
+            return None, None  # drawing, evaluating, reporting: not measured
 
 
 def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | None:

@@ -19,6 +19,8 @@ from l2l_core.data.source import read_dataset
 from l2l_core.engine.jobs import fold_of_images
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.evaluation import evaluated_sentences
+from l2l_core.preflight.estimate import Counts
+from l2l_core.preflight.memory import peak_of
 
 SAMPLE_IMAGES = {"train_images": 64, "val_images": 8, "test_images": 8}
 """Drawn where the embedded data set is not there yet: about a second, and more than a batch of sentences."""
@@ -32,6 +34,7 @@ class Data:
     paths: records.IndexPaths  # its tables
     refs: pa.Table  # of the whole: all columns of records.REFS, or those that a split is drawn from
     read_s: float  # seconds of reading and checking the whole
+    read_bytes: int  # memory that this took
     share: float  # of the whole that `index` holds
 
     @property
@@ -51,13 +54,14 @@ def read_data(params: Params, folder: Path) -> Data:
         refs = _refs_to_come(params.refshapes)
     started = time.monotonic()
     ingest = params.ingest
-    index = read_dataset(dataset, ingest.images, ingest.split_by, ingest.min_image_side_px)
+    with peak_of() as peak:
+        index = read_dataset(dataset, ingest.images, ingest.split_by, ingest.min_image_side_px)
     read_s = (time.monotonic() - started) / share
     names = ("images", "refs", "objects", "masks")
     paths = records.IndexPaths(**{name: folder / f"{name}.parquet" for name in names})
     for name in names:
         records.write_table(getattr(index, name), getattr(paths, name), getattr(records, name.upper()))
-    return Data(index, paths, index.refs if refs is None else refs, read_s, share)
+    return Data(index, paths, index.refs if refs is None else refs, read_s, round(peak.ram_bytes / share), share)
 
 
 def describe_data(params: Params, data: Data) -> str:
@@ -98,6 +102,13 @@ def describe_split(data: Data, split: pa.Table) -> str:
     return "; ".join(
         f"{role}: {rows['image_id'].nunique()} images, {len(rows)} sentences" for role, rows in groups.items()
     )
+
+
+def count_roles(data: Data, split: pa.Table) -> Counts:
+    """Sentences and images of each role."""
+    frame = _with_roles(data, split)
+    groups = [frame[frame["role"] == role] for role in ("labeled", "unlabeled", "eval")]
+    return Counts(len(frame), *map(len, groups), *(rows["image_id"].nunique() for rows in groups))
 
 
 def check_masks(params: Params, data: Data) -> None:

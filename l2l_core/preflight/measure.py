@@ -1,28 +1,33 @@
-"""How long a training step and the labelling of a sentence take, measured on a few pairs of the data set."""
+"""How long a training step and the labelling of a sentence take, and in how much memory, measured on a few pairs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from l2l_core import proposals, records
 from l2l_core.config import Params
 from l2l_core.data.dataset import BatchMaker, Pairs, Targets, load_pairs, load_targets
 from l2l_core.data.images import read_image
-from l2l_core.engine.loop import Stream, train
+from l2l_core.device import choose_device
+from l2l_core.engine.jobs import part_of
+from l2l_core.engine.loop import Stream, stream_sizes, train
 from l2l_core.engine.resume import CODE_ROOT
+from l2l_core.errors import ConfigError
 from l2l_core.masks import BoolMask
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.predictor import Predictor
-from l2l_core.preflight.estimate import VIEWS, Costs
+from l2l_core.preflight.estimate import VIEWS, Costs, Needs
+from l2l_core.preflight.memory import peak_of
 from l2l_core.selection.construct import construct
 from l2l_core.selection.features import Candidates, Views, describe, judge
 from l2l_core.selection.reinforce import train_policy
@@ -69,21 +74,31 @@ def take_sample(params: Params, index: records.IndexPaths, sent_ids: list[int]) 
     return Sample(pairs, load_targets(index.masks, index, pairs), box)
 
 
-def measure(params: Params, network: Segmenter, sample: Sample, read_s: float) -> Costs:
-    """Train and label a little. Raises ConfigError where the loss is not finite or a batch is too small."""
-    step_s = _training_step_s(params, network, sample)
-    predictor = Predictor.of(network, params.train)
+def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, read_bytes: int) -> tuple[Costs, Needs]:
+    """Train and label a little.
+
+    read_s, read_bytes: of reading the data set. Raises ConfigError where the loss is not finite, a batch is too small,
+    or the GPU's memory is.
+    """
+    device = choose_device(params.train.engine.device)
+    with peak_of(device) as training, _fitting("train.engine.micro_batch_size"):
+        step_s = _training_step_s(params, network, sample)
+    network.zero_grad(set_to_none=True)
     # Asking takes about a third of a training step, which also goes back through the network.
     fits = int(BUDGET_S * params.train.batch_size / max(step_s, 1e-6))
     count = max(1, min(len(sample.pairs), params.evaluate.batch_size, fits))
     rows = np.arange(count)
     batches = _batches(params, sample.pairs.take(rows))
-    (_, views), view_s = _timed(lambda: next(predictor.views(batches, count, "check")))
-    ask_s = view_s / VIEWS / count
-    # An untrained network's masks are noise, which GrabCut takes another time for than for an object.
-    seen = replace(views, prob=views.proposal, prob_flipped=views.proposal)
-    (masks, candidates), label_s = _timed(lambda: _label(params, seen))
-    _, masks_s = _timed(lambda: predictor.masks(batches, count, [True], "check"))
+    images = np.unique(batches.pairs.image_row)
+    decode_s = _timed(lambda: batches.pixels(images))[1] / len(images)  # from now on they are in memory
+    with peak_of(device) as asking, _fitting("evaluate.batch_size"):
+        predictor = Predictor.of(network, params.train)
+        (_, views), view_s = _timed(lambda: next(predictor.views(batches, count, "check")))
+        ask_s = view_s / VIEWS / count
+        # An untrained network's masks are noise, which GrabCut takes another time for than for an object.
+        seen = replace(views, prob=views.proposal, prob_flipped=views.proposal)
+        (masks, candidates), label_s = _timed(lambda: _label(params, seen))
+        _, masks_s = _timed(lambda: predictor.masks(batches, count, [True], "check"))
     policy_s = 0.0
     if params.select.policy == "reinforce":
         truth = batches.square_masks(sample.targets.take(rows).label, rows)
@@ -91,10 +106,12 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float) -
         # A step does the same again to unlabelled sentences, unless nothing is known of how far to trust them.
         select = params.select.model_copy(update={"policy_steps": POLICY_STEPS, "unlabeled_weight": 0.0})
         _, policy_s = _timed(lambda: train_policy(candidates, outcome, candidates, select, params.seed))
-    return Costs(
-        start_s=_start_s(LIGHT_MODULE),
-        network_start_s=_start_s(NETWORK_MODULE),
+    (start_s, start), (network_start_s, network_start) = _start(LIGHT_MODULE), _start(NETWORK_MODULE)
+    costs = Costs(
+        start_s=start_s,
+        network_start_s=network_start_s,
         read_s=read_s,
+        decode_s=decode_s,
         proposal_s=_proposal_s(params, sample),
         step_s=step_s,
         ask_s=ask_s,
@@ -102,6 +119,27 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float) -
         mask_s=max(0.0, masks_s / count - ask_s),
         policy_step_s=2 * policy_s / POLICY_STEPS,
     )
+    whole = params.evaluate.batch_size / count  # a batch in a stage is filled up
+    needs = Needs(
+        start=start,
+        network_start=network_start,
+        read=read_bytes,
+        train=training.ram_bytes,
+        ask=round(whole * asking.ram_bytes),
+        state=sum(getattr(candidates, field.name).nbytes for field in fields(candidates)) / count,
+        train_gpu=training.gpu_bytes,
+        ask_gpu=None if asking.gpu_bytes is None else round(whole * asking.gpu_bytes),
+    )
+    return costs, needs
+
+
+@contextmanager
+def _fitting(key: str) -> Iterator[None]:
+    """Raises ConfigError that names a parameter where the GPU's memory is not enough."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ConfigError(f"params.yaml: {key}: the GPU's memory is not enough for a batch; lower it") from None
 
 
 class _EnoughError(Exception):
@@ -110,8 +148,11 @@ class _EnoughError(Exception):
 
 def _training_step_s(params: Params, network: Segmenter, sample: Sample) -> float:
     share = params.retrain.labeled_share if params.round else 1.0
-    labeled = Stream(_batches(params, sample.pairs), sample.targets, share)
-    streams = [labeled, replace(labeled, share=1 - share)] if params.round else [labeled]
+    everything = Stream(_batches(params, sample.pairs), sample.targets, share)
+    streams = [everything, replace(everything, share=1 - share)] if params.round else [everything]
+    # So few pairs that the first step, which does not count, decodes all images.
+    sizes = [min(size, len(sample.pairs)) for size in stream_sizes(streams, params.train.batch_size)]
+    streams = [part_of(stream, np.arange(size)) for stream, size in zip(streams, sizes, strict=True)]
     stamps = [time.monotonic()]
 
     def log(_: dict[str, float]) -> None:
@@ -150,9 +191,12 @@ def _proposal_s(params: Params, sample: Sample) -> float:
     return _timed(render)[1] / len(rows) * params.priors.samples
 
 
-def _start_s(module: str) -> float:
-    """Until a fresh Python has imported a module."""
-    return _timed(lambda: subprocess.run([sys.executable, "-c", f"import {module}"], cwd=CODE_ROOT, check=True))[1]
+def _start(module: str) -> tuple[float, int]:
+    """Seconds until a fresh Python has imported a module, and the bytes that it then holds."""
+    code = f"import {module}, psutil; print(psutil.Process().memory_info().rss)"
+    command = [sys.executable, "-c", code]
+    done, seconds = _timed(lambda: subprocess.run(command, cwd=CODE_ROOT, check=True, stdout=subprocess.PIPE))
+    return seconds, int(done.stdout.split()[-1])
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:

@@ -19,12 +19,14 @@ import yaml
 from called import call
 
 from l2l_core.config import load_params
+from l2l_core.preflight import checks
 from l2l_core.preflight.checks import overridden_params
+from l2l_core.preflight.estimate import Stage
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "model": {"image_size_px": 32, "dim": 16, "heads": 2},
-    "train": {"device": "cpu", "precision": "fp32", "batch_size": 4},
+    "train": {"engine": {"device": "cpu"}, "precision": "fp32", "batch_size": 4},
 }
 REPLAY = {"backend": "replay", "replay_file": "answers.jsonl"}
 
@@ -42,9 +44,14 @@ def project(tmp_path, monkeypatch):
 
 def change(sections: dict[str, Any]) -> None:
     params = yaml.safe_load(Path("params.yaml").read_text())
-    for name, values in sections.items():
-        params[name] = params[name] | values if isinstance(values, dict) else values
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("params.yaml").write_text(yaml.safe_dump(merged(params, sections)))
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old values with the new ones in place, section by section; a new key stays."""
+    return old | {
+        name: merged(old.get(name, {}), value) if isinstance(value, dict) else value for name, value in new.items()
+    }
 
 
 def contents() -> dict[str, bytes]:
@@ -91,6 +98,47 @@ def test_the_plan_with_times(project, monkeypatch, capsys):
     assert rows["report"].split()[0] == "-"
     assert "select@2" not in rows
     assert " free here" in rows["disk"]
+    # PyTorch alone takes more than 100 MB; a process without it takes less than one with it.
+    size = {name: memory_of(rows[name]) for name in ("ingest", "warmup", "crossfit-0", "select@1", "predict")}
+    assert 20e6 < size["ingest"] < size["warmup"]
+    assert min(size["warmup"], size["select@1"], size["predict"]) > 100e6
+    assert size["warmup"] < 2e9
+    assert " are available here" in rows["memory"]
+    assert "warning" not in rows
+
+
+def memory_of(row: str) -> float:
+    """Bytes in the last column: `8 s  1.1 MB  420.0 MB`."""
+    value, unit = row.split()[-2:]
+    return float(value) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+
+def test_stages_that_do_not_fit_into_the_memory_get_one_warning_a_remedy(project, monkeypatch, capsys):
+    monkeypatch.setattr(checks, "available_bytes", lambda: 250_000_000)
+    said = checked(monkeypatch, capsys, "-S", "round=1", "-S", "select.policy=topk")
+    (memory,) = (line for line in said.splitlines() if line.startswith("memory "))
+    assert "250.0 MB are available here" in memory
+    warnings = [line.removeprefix("warning").strip() for line in said.splitlines() if line.startswith("warning")]
+    training, *others = (line for line in warnings if "train.engine.micro_batch_size" in line)
+    assert training.startswith("supervised, warmup, retrain@1: about ")
+    assert not others
+    assert any(line.startswith("select@1: about ") and "evaluate.batch_size" in line for line in warnings)
+    assert any(line.startswith("predict, predict@1: about ") for line in warnings)
+
+
+def test_the_memory_of_a_gpu_is_compared_with_what_is_free_on_it(capsys):
+    stages = [
+        Stage("warmup", None, None, 3e9, 20e9),
+        Stage("select@1", None, None, 4e9, 5e9),
+        Stage("report", None, None, None, None),
+    ]
+    checks._say_memory(stages, 10_000_000_000, 16_000_000_000, print)
+    first, second, warning = capsys.readouterr().out.splitlines()
+    assert first == "memory      about 4.0 GB at most (select@1), 10.0 GB are available here"
+    assert second == "memory      about 20.0 GB at most (warmup), 16.0 GB are available on the GPU"
+    assert warning.startswith(
+        "warning     warmup: about 20.0 GB of GPU memory, 16.0 GB are available; lower train.engine"
+    )
 
 
 def test_without_timing_there_are_sizes(project, monkeypatch, capsys):
@@ -279,7 +327,7 @@ def test_a_model_for_priors_may_be_a_folder_or_a_hub_id(project, monkeypatch, ca
     assert "transformers: Qwen/Qwen3-VL-8B-Instruct (hub id, not on this machine" in said
     Path("qwen3-vl").mkdir()
     change({"priors": {"model": "qwen3-vl"}})
-    assert "transformers: qwen3-vl\n" in checked(monkeypatch, capsys, "--no-timing")
+    assert "transformers: qwen3-vl; cpu (" in checked(monkeypatch, capsys, "--no-timing")
 
 
 # --- a server

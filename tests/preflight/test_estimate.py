@@ -8,13 +8,17 @@ import yaml
 from dvc.repo import Repo
 from toy_pairs import toy_params
 
-from l2l_core.preflight.estimate import Costs, Counts, Sizes, checkpoint_bytes, plan, stage_names
+from l2l_core.preflight import estimate
+from l2l_core.preflight.estimate import Costs, Counts, Needs, Sizes, checkpoint_bytes, plan, stage_names
 
 ROOT = Path(__file__).parents[2]
-COUNTS = Counts(sentences=1000, labeled=50, unlabeled=800, evaluated=100)
+COUNTS = Counts(
+    sentences=1000, labeled=50, unlabeled=800, evaluated=100,
+    labeled_images=20, unlabeled_images=400, evaluated_images=40,
+)  # fmt: skip
 COSTS = Costs(
-    start_s=1, network_start_s=5, read_s=2, proposal_s=0.01, step_s=0.1, ask_s=0.002, label_s=0.02, mask_s=0.001,
-    policy_step_s=0.03,
+    start_s=1, network_start_s=5, read_s=2, decode_s=0.5, proposal_s=0.01, step_s=0.1, ask_s=0.002, label_s=0.02,
+    mask_s=0.001, policy_step_s=0.03,
 )  # fmt: skip
 SIZES = Sizes(index=7000, mask=150.0, model=1_000_000)
 
@@ -61,35 +65,105 @@ def test_times_by_hand():
     assert found["ingest"] == 1 + 2
     assert found["split"] == found["ask"] == found["priors"] == 1
     assert found["proposals"] == pytest.approx(1 + 1000 * 0.01)
-    assert found["supervised"] == found["warmup"] == pytest.approx(5 + 40)
-    assert found["crossfit-0"] == pytest.approx(5 + 2 * 30)
-    assert found["crossfit@1"] == pytest.approx(5 + 2 * 15)
+    # All images fit into the cache: each is decoded once, in 0.5 s.
+    assert found["supervised"] == found["warmup"] == pytest.approx(5 + 40 + 20 * 0.5)
+    assert found["crossfit-0"] == pytest.approx(5 + 2 * (30 + 20 * 0.5))
+    assert found["crossfit@1"] == pytest.approx(5 + 2 * (15 + 420 * 0.5))
     # Each of 850 sentences: three ways of asking in one pass, the candidates, two masks. Then the policy.
-    assert found["select@1"] == pytest.approx(5 + 850 * (3 * 0.002 + 0.02 + 2 * 0.001) + 400 * 0.03)
-    assert found["select@2"] == pytest.approx(5 + 850 * (6 * 0.002 + 0.02 + 2 * 0.001) + 400 * 0.03)
-    assert found["retrain@1"] == found["retrain@2"] == pytest.approx(5 + 80)
+    assert found["select@1"] == pytest.approx(5 + 850 * (3 * 0.002 + 0.02 + 2 * 0.001) + 400 * 0.03 + 420 * 0.5)
+    assert found["select@2"] == pytest.approx(5 + 850 * (6 * 0.002 + 0.02 + 2 * 0.001) + 400 * 0.03 + 420 * 0.5)
+    assert found["retrain@1"] == found["retrain@2"] == pytest.approx(5 + 80 + 420 * 0.5)
     # 100 sentences fill two batches of 64.
-    assert found["predict"] == pytest.approx(5 + 3 * (128 * 0.002 + 100 * 0.001))
-    assert found["predict@1"] == found["predict@2"] == pytest.approx(5 + 2 * (128 * 2 * 0.002 + 100 * 0.001))
+    assert found["predict"] == pytest.approx(5 + 3 * (128 * 0.002 + 100 * 0.001) + 2 * 40 * 0.5)
+    later = pytest.approx(5 + 2 * (128 * 2 * 0.002 + 100 * 0.001) + 40 * 0.5)
+    assert found["predict@1"] == found["predict@2"] == later
     assert found["refshapes"] is found["evaluate"] is found["report"] is None
     assert "crossfit@2" not in found
+
+
+def test_images_beyond_the_cache_are_decoded_at_every_draw(monkeypatch):
+    """A cache of 10 images, or of 5 for each of two streams."""
+    size_px = toy_params().model.image_size_px
+    monkeypatch.setattr(estimate, "IMAGE_CACHE_BYTES", 10 * 3 * size_px**2)
+    found = seconds(select=SELECT)
+    # Half of the labelled images are kept and decoded once; every other draw of 400 x 32 is of another one.
+    assert found["warmup"] == pytest.approx(5 + 40 + 0.5 * (10 + 400 * 32 / 2))
+    labeled, unlabeled = 800 * 8, 800 * 24
+    decoded = 5 + labeled * 15 / 20 + 5 + unlabeled * 395 / 400
+    assert found["retrain@1"] == pytest.approx(5 + 80 + 0.5 * decoded)
+
+
+def test_a_training_of_few_steps_decodes_what_it_draws():
+    assert seconds(warmup={"steps": 1}, train={"batch_size": 7})["warmup"] == pytest.approx(5 + 0.1 + 7 * 0.5)
+
+
+def test_grabcut_reads_every_image():
+    assert seconds(proposals={"renderer": "grabcut"})["proposals"] == pytest.approx(1 + 1000 * 0.01 + 460 * 0.5)
+
+
+NEEDS = Needs(
+    start=100, network_start=500, read=70, train=10_000, ask=4_000, state=6.0, train_gpu=90_000, ask_gpu=40_000
+)  # fmt: skip
+
+
+def memory(at_once: int = 1, needs: Needs = NEEDS, **sections: dict[str, object]) -> dict[str, tuple]:
+    params = toy_params(**({"proposals": {"size_px": 10}, "select": SELECT} | sections)).model_copy(update={"round": 2})
+    stages = plan(params, COUNTS, None, SIZES, draws_refshapes=True, needs=needs, at_once=at_once)
+    return {stage.name: (stage.ram_bytes, stage.gpu_bytes) for stage in stages}
+
+
+def test_memory_by_hand():
+    found = memory(at_once=2)
+    tables = 1000 * (4 * 10**2 + 1000)
+    network = 500 + tables + 1_000_000  # a process, what it reads, the weights
+    image = 3 * 32 * 32
+    assert found["ingest"] == found["split"] == found["ask"] == found["priors"] == (100 + 70, None)
+    assert found["proposals"] == (100 + tables, None)
+    assert found["supervised"] == found["warmup"] == (network + 10_000 + 20 * image, 90_000)
+    assert found["crossfit-0"] == (2 * (network + 10_000 + 20 * image), 90_000)
+    assert found["crossfit@1"] == (2 * (network + 10_000 + 420 * image), 90_000)
+    assert found["retrain@1"] == found["retrain@2"] == (network + 10_000 + 420 * image, 90_000)
+    assert found["select@1"] == found["select@2"] == (network + 4_000 + 400 * image + 2 * 6 * 850, 40_000)
+    assert found["predict"] == found["predict@2"] == (network + 4_000 + 40 * image, 40_000)
+    assert found["report"] == found["evaluate"] == found["refshapes"] == (None, None)
+
+
+def test_decoded_images_take_no_more_than_the_cache(monkeypatch):
+    """A cache of 30 images, of which each of two streams has a half."""
+    monkeypatch.setattr(estimate, "IMAGE_CACHE_BYTES", 30 * 3 * 32 * 32)
+    found, network = memory(), 500 + 1000 * 1400 + 1_000_000
+    image = 3 * 32 * 32
+    assert found["warmup"][0] == network + 10_000 + 20 * image
+    assert found["retrain@1"][0] == network + 10_000 + 2 * 15 * image  # the labelled images are 20
+    assert found["predict"][0] == network + 4_000 + 30 * image
+
+
+def test_fixed_rules_hold_no_fold_teachers_and_judge_no_labels():
+    found = memory(select=SELECT | {"policy": "topk"})
+    assert found["crossfit-0"] == found["crossfit@1"] == (100, None)
+    ruled = 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 800
+    assert found["select@1"] == (ruled, 40_000)
+
+
+def test_the_memory_of_a_multimodal_model_is_not_known():
+    assert memory(priors={"backend": "vllm", "model": "x"})["ask"] == (None, None)
 
 
 def test_fixed_rules_neither_ask_fold_teachers_nor_train_a_policy():
     found = seconds(select=SELECT | {"policy": "topk"})
     assert found["crossfit-0"] == 1
-    assert found["select@1"] == pytest.approx(5 + 800 * (3 * 0.002 + 0.02 + 1 * 0.001))
+    assert found["select@1"] == pytest.approx(5 + 800 * (3 * 0.002 + 0.02 + 1 * 0.001) + 400 * 0.5)
     assert found["crossfit@1"] == 1
 
 
 def test_fold_teachers_kept_or_fresh():
     assert seconds(select=SELECT | {"fold_update": "kept"})["crossfit@1"] == 1
-    assert seconds(select=SELECT | {"fold_update": "fresh"})["crossfit@1"] == pytest.approx(5 + 2 * 30)
+    assert seconds(select=SELECT | {"fold_update": "fresh"})["crossfit@1"] == pytest.approx(5 + 2 * (30 + 210))
 
 
 def test_an_online_teacher_labels_its_share_of_every_batch():
     found = seconds(select=SELECT | {"policy": "mean_teacher"})
-    assert found["retrain@1"] == pytest.approx(5 + 800 * (0.1 + 24 * 0.002))
+    assert found["retrain@1"] == pytest.approx(5 + 800 * (0.1 + 24 * 0.002) + 420 * 0.5)
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("replay", 1), ("none", 1), ("openai", None), ("vllm", None)])

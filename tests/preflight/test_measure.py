@@ -1,21 +1,27 @@
-"""What is measured, against a network and a labelling that last a known time at least."""
+"""What is measured, against a network and a labelling that last a known time and hold known memory at least."""
 
 import time
 
 import numpy as np
 import pytest
+import torch
 from toy_pairs import toy_network, toy_pairs, toy_params
 
+from l2l_core.data import dataset
+from l2l_core.errors import ConfigError
 from l2l_core.preflight import measure as measuring
 from l2l_core.preflight.measure import TRAINING_STEPS, Sample, measure
 
 PAIRS = 4
+MIB = 1 << 20
 
 
 @pytest.fixture
 def sample(tmp_path, monkeypatch):
     """Four pairs; starting a Python is left out."""
-    monkeypatch.setattr(measuring, "_start_s", lambda module: 1.5 if module == measuring.LIGHT_MODULE else 7.0)
+    monkeypatch.setattr(
+        measuring, "_start", {measuring.LIGHT_MODULE: (1.5, 10), measuring.NETWORK_MODULE: (7.0, 20)}.get
+    )
     pairs, targets = toy_pairs(tmp_path, PAIRS)
     box = pairs.box * np.tile(pairs.hw[:, ::-1], 2)
     return Sample(pairs, targets, box.astype(np.float64))
@@ -41,7 +47,7 @@ def test_each_part_is_measured_by_itself(sample, monkeypatch, number):
     monkeypatch.setattr(measuring, "construct", lambda *args: (time.sleep(0.4), construct(*args))[1])
     network, passes = slow_network(sample, 0.2)
     params = toy_params(proposals={"size_px": 16}, select={"policy": "topk"}, evaluate={"batch_size": PAIRS})
-    costs = measure(params.model_copy(update={"round": number}), network, sample, read_s=3.25)
+    costs, needs = measure(params.model_copy(update={"round": number}), network, sample, 3.25, 30)
     assert passes.count(True) == 1 + TRAINING_STEPS
     assert passes.count(False) == 3 + 1  # the three views, and masks
     assert 0.2 <= costs.step_s < 2
@@ -50,11 +56,56 @@ def test_each_part_is_measured_by_itself(sample, monkeypatch, number):
     assert 0 <= costs.mask_s < 2 / PAIRS
     assert (costs.start_s, costs.network_start_s, costs.read_s) == (1.5, 7.0, 3.25)
     assert costs.policy_step_s == costs.proposal_s == 0
+    assert (needs.start, needs.network_start, needs.read) == (10, 20, 30)
+    assert needs.train_gpu is needs.ask_gpu is None
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_decoding_is_measured_apart_from_steps_and_asking(sample, monkeypatch, number):
+    """Reading an image lasts 0.1 s: four images in a step or in asking would take 0.4 s."""
+    read, calls = dataset.read_image, []
+    monkeypatch.setattr(dataset, "read_image", lambda path: (time.sleep(0.1), calls.append(path), read(path))[2])
+    params = toy_params(proposals={"size_px": 16}, select={"policy": "topk"}, evaluate={"batch_size": PAIRS})
+    costs, _ = measure(params.model_copy(update={"round": number}), toy_network(sample.pairs), sample, 0, 0)
+    assert 0.1 <= costs.decode_s < 0.4
+    trained = PAIRS if number == 0 else 1 + 3  # of two streams, of which each has its share of a batch
+    assert len(calls) == trained + PAIRS  # the first step decodes, and the measuring of decoding itself
+
+
+def test_memory_of_training_and_of_asking_is_measured_apart(sample):
+    """Every decoding fills 200 MiB in training and 100 MiB in asking, of a batch half as large as a stage's."""
+    network = toy_network(sample.pairs)
+    decode = network.decode
+
+    def fill(*args):
+        held = torch.ones((200 if network.training else 100) * MIB, dtype=torch.uint8)
+        time.sleep(0.1)
+        assert held[-1] == 1
+        return decode(*args)
+
+    network.decode = fill
+    params = toy_params(proposals={"size_px": 16}, select={"policy": "topk"}, evaluate={"batch_size": 2 * PAIRS})
+    _, needs = measure(params.model_copy(update={"round": 0}), network, sample, 0, 0)
+    assert 190 * MIB <= needs.train < 400 * MIB
+    assert 2 * 90 * MIB <= needs.ask < 2 * 200 * MIB
+    grid, cell_bytes = params.select.grid, 2  # half precision
+    assert needs.state > grid * grid * cell_bytes
+
+
+def test_a_gpu_that_is_too_small_names_the_parameter_to_lower(sample):
+    network = toy_network(sample.pairs)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network.decode = fail
+    with pytest.raises(ConfigError, match=r"train\.engine\.micro_batch_size: the GPU's memory is not enough"):
+        measure(toy_params(proposals={"size_px": 16}).model_copy(update={"round": 0}), network, sample, 0, 0)
 
 
 def test_the_policy_and_grabcut_are_measured_where_they_run(sample):
     params = toy_params(proposals={"size_px": 16, "renderer": "grabcut"}, select={"policy": "reinforce"})
-    costs = measure(params, toy_network(sample.pairs), sample, read_s=0)
+    costs, _ = measure(params, toy_network(sample.pairs), sample, 0, 0)
     assert 0 < costs.policy_step_s < 2
     assert 0 < costs.proposal_s < 2
 
@@ -64,7 +115,7 @@ def test_a_slow_network_is_cut_short(sample, monkeypatch):
     monkeypatch.setattr(measuring, "BUDGET_S", 0.7)
     network, passes = slow_network(sample, 0.5)
     params = toy_params(select={"policy": "topk"}, proposals={"size_px": 16}, train={"batch_size": 2})
-    costs = measure(params.model_copy(update={"round": 0}), network, sample, read_s=0)
+    costs, _ = measure(params.model_copy(update={"round": 0}), network, sample, 0, 0)
     assert passes.count(True) <= 2
     assert costs.step_s >= 0.5
     assert costs.ask_s >= 0.5 / 2
