@@ -24,7 +24,7 @@ from l2l_core.preflight.checks import overridden_params
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "model": {"image_size_px": 32, "dim": 16, "heads": 2},
-    "train": {"device": "cpu", "precision": "fp32", "batch_size": 4},
+    "train": {"precision": "fp32", "batch_size": 4, "engine": {"device": "cpu"}},
 }
 REPLAY = {"backend": "replay", "replay_file": "answers.jsonl"}
 
@@ -42,9 +42,11 @@ def project(tmp_path, monkeypatch):
 
 def change(sections: dict[str, Any]) -> None:
     params = yaml.safe_load(Path("params.yaml").read_text())
-    for name, values in sections.items():
-        params[name] = params[name] | values if isinstance(values, dict) else values
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("params.yaml").write_text(yaml.safe_dump(merged(params, sections)))
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    return old | {key: merged(old[key], value) if isinstance(value, dict) else value for key, value in new.items()}
 
 
 def contents() -> dict[str, bytes]:
