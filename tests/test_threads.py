@@ -270,7 +270,7 @@ from toy_pairs import toy_batches, toy_network, toy_pairs, TRAIN
 from l2l_core.predictor import Predictor
 from pathlib import Path
 pairs, _ = toy_pairs(Path(sys.argv[1]))
-masks = list(Predictor.of(toy_network(pairs), TRAIN).masks(toy_batches(pairs), 4, with_prior=True, what="test"))
+(masks,) = Predictor.of(toy_network(pairs), TRAIN).masks(toy_batches(pairs), 4, [True], "test")
 print(len(masks), [name for name in ("accelerate", "dvclive", "sklearn", "scipy") if name in sys.modules])
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}

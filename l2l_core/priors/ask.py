@@ -204,12 +204,12 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
     """Ask and store; in any order, since a chunk's answers do not depend on the others."""
     if not chunks:
         return
+    _refuse_too_few_gpus(params)
     workers = min(worker_count(params), len(chunks))
     if workers == 1:
         backend = make()
         yield from (_ask_chunk(backend, chunk, following) for chunk, following in _with_following(chunks, 1))
         return
-    _refuse_too_few_gpus(params)
     # spawn: CUDA does not survive a fork.
     context = get_context("spawn")
     ranks = context.Queue()
@@ -261,14 +261,20 @@ def worker_count(params: PriorsParams) -> int:
 def _refuse_too_few_gpus(params: PriorsParams) -> None:
     """Processes without a GPU would compute on the CPU, beside the others and unnoticed."""
     engine = params.engine
-    if params.backend not in ("transformers", "vllm") or engine.device == "cpu" or engine.data_parallel == "auto":
+    processes = engine.data_parallel
+    if (
+        params.backend not in ("transformers", "vllm")
+        or engine.device == "cpu"
+        or processes == "auto"
+        or processes == 1
+    ):
         return
     import torch  # not at the top: recorded and simulated answers have no use for it
 
-    here, wanted = torch.cuda.device_count(), engine.data_parallel * engine.tensor_parallel
+    here, wanted = torch.cuda.device_count(), processes * engine.tensor_parallel
     if 0 < here < wanted:
         raise ConfigError(
-            f"params.yaml: priors.engine: data_parallel {engine.data_parallel} x tensor_parallel "
+            f"params.yaml: priors.engine: data_parallel {processes} x tensor_parallel "
             f"{engine.tensor_parallel} wants {wanted} GPUs, torch sees {here}; lower one of them"
         )
 

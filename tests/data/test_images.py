@@ -44,6 +44,8 @@ def of_mode(mode: str) -> Image.Image:
 class Recorder:
     """An engine that keeps what it is sent."""
 
+    precision = None
+
     def __init__(self) -> None:
         self.images: list[Image.Image] = []
 

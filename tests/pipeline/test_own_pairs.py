@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("own_pairs")]
 
 SMALLER = {
     "model": {"image_size_px": 64, "dim": 16},
-    "train": {"batch_size": 4, "device": "cpu", "log_every": 2},
+    "train": {"batch_size": 4, "log_every": 2, "engine": {"device": "cpu"}},
     "select": {"policy": "all", "fold_update_steps": 2},  # in so few steps `reinforce` learns to trust no label
     "evaluate": {"batch_size": 8},
     "report": {"cases": 2},

@@ -17,7 +17,7 @@ from bench.real_photos import PARAMS, ROLES, add_photos, score_prior, set_params
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("photos")]
 
 FEW_STEPS = {
-    "train": {"batch_size": 4, "log_every": 2, "device": "cpu"},
+    "train": {"batch_size": 4, "log_every": 2, "engine": {"device": "cpu"}},
     "warmup": {"steps": 4},
     "select": {"fold_steps": 2, "policy": "all"},  # in so few steps `reinforce` learns to trust no label
     "retrain": {"steps": 4},

@@ -26,7 +26,7 @@ from l2l_core.preflight.estimate import Stage
 ROOT = Path(__file__).parents[2]
 SMALL = {
     "model": {"image_size_px": 32, "dim": 16, "heads": 2},
-    "train": {"engine": {"device": "cpu"}, "precision": "fp32", "batch_size": 4},
+    "train": {"precision": "fp32", "batch_size": 4, "engine": {"device": "cpu"}},
 }
 REPLAY = {"backend": "replay", "replay_file": "answers.jsonl"}
 
@@ -48,10 +48,7 @@ def change(sections: dict[str, Any]) -> None:
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The old values with the new ones in place, section by section; a new key stays."""
-    return old | {
-        name: merged(old.get(name, {}), value) if isinstance(value, dict) else value for name, value in new.items()
-    }
+    return old | {key: merged(old[key], value) if isinstance(value, dict) else value for key, value in new.items()}
 
 
 def contents() -> dict[str, bytes]:
