@@ -79,10 +79,10 @@ def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def run_checks(params: Params, *, timing: bool, say: Say) -> None:
-    """Look at data, label budget, priors, encoders, device and disk, and estimate every stage's time and size.
+    """Look at data, label budget, priors, encoders, device and disk, and estimate every stage's time, size and memory.
 
-    timing: train and label a little, for the times. say: gets each line as soon as it is known. Nothing is written but
-    temporary files, nothing is downloaded. Raises InputError that lists all problems at once.
+    timing: train and label a little, for times and memory. say: gets each line as soon as it is known. Nothing is
+    written but temporary files, nothing is downloaded. Raises InputError that lists all problems at once.
     """
     problems: list[str] = []
     available = available_bytes()  # before anything is loaded that the run's stages do not hold
@@ -184,10 +184,8 @@ def _say_plan(stages: Sequence[Stage], costs: Costs | None, say: Say) -> None:
     knows_memory, on_gpu = (any(getattr(stage, name) for stage in stages) for name in ("ram_bytes", "gpu_bytes"))
 
     def say_row(name: str, time: str, size: str, ram: str, gpu: str) -> None:
-        row = (
-            f"{name:12}{time:>10}{size:>10}" + (f"{ram:>10}" if knows_memory else "") + (f"{gpu:>10}" if on_gpu else "")
-        )
-        say(row)
+        shown = [time, size, *([ram] if knows_memory else []), *([gpu] if on_gpu else [])]
+        say((f"{name:12}" + "".join(f"{value:>10}" for value in shown)).rstrip())
 
     say("")
     say_row("stage", "time", "disk", "memory", "GPU")

@@ -13,13 +13,17 @@ import pytest
 import torch
 import yaml
 from synthetic_run import write_run
-from toy_pairs import PARAMS_FILE, TRAIN, toy_params
+from toy_pairs import PARAMS_FILE, TRAIN, toy_pairs, toy_params
 
 from l2l_core import records
+from l2l_core.data.dataset import BatchMaker
 from l2l_core.engine import beside, loop
 from l2l_core.engine.beside import Places, find_places, run_beside
+from l2l_core.engine.loop import Stream, train
 from l2l_core.engine.resume import CODE_ROOT
 from l2l_core.errors import L2LError
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.preflight.memory import peak_of
 
 PATIENCE_S = 60
 GIB = 1 << 30
@@ -93,6 +97,31 @@ def test_a_launched_process_computes_with_its_share_of_the_cores(monkeypatch, sh
     monkeypatch.setattr(loop, "share_of_launched", lambda: share)
     loop.use_share_of_cores()
     assert found == expected
+
+
+def test_large_networks_run_beside_each_other_only_where_the_memory_holds_both(machine):
+    """Of a network like Swin-B with BERT-base, weights, gradients, moments and teacher are 5 x 0.8 GB."""
+    large = params()
+    model = large.model.model_copy(update={"image_encoder": "swin", "text_encoder": "bert", "image_size_px": 224})
+    large = large.model_copy(update={"model": model})
+    machine(2, free=8 * GIB)
+    assert find_places(large, 2).at_once == 1
+    assert find_places(params(), 2).at_once == 2
+    machine(2, free=16 * GIB)
+    assert find_places(large, 2).at_once == 2
+
+
+def test_the_memory_that_a_training_is_said_to_need_covers_what_it_takes(tmp_path):
+    """Beside its process, which this one is already."""
+    size, batch = 96, 8
+    pairs, targets = toy_pairs(tmp_path, batch)
+    settings = toy_params(train={"batch_size": batch})
+    wide = settings.model.model_copy(update={"image_size_px": size, "dim": 64, "heads": 4})
+    settings = settings.model_copy(update={"model": wide})
+    network = Segmenter.create(wide, pairs.sentence, 0)
+    with peak_of() as peak:
+        train(network, [Stream(BatchMaker(pairs, size, 0.1), targets, 1.0)], 2, settings.train, 0, "test")
+    assert 0 < peak.ram_bytes < beside.training_bytes(settings) - beside.PROCESS_BYTES
 
 
 def test_memory_of_the_control_group_counts(monkeypatch, tmp_path):
