@@ -84,29 +84,33 @@ def strong_view(batch: Batch, seeds: Sequence[int], *, flip: bool = True) -> Bat
     zoom_by, shift_x, shift_y, contrast, brightness = (2 * drawn[:, 2:] - 1).unbind(1)
     batch = mirror(batch, flipped) if flip else batch
     zoom, shift = 1 + zoom_by * MAX_SCALE, 2 * MAX_SHIFT * torch.stack([shift_x, shift_y], dim=1)
-    # affine_grid maps output to input coordinates (both -1..1): input = output / zoom - shift / zoom.
-    theta = torch.zeros(len(batch.sentence), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom
-    theta[:, :, 2] = -shift / zoom[:, None]
 
-    def warp(maps: Tensor, mode: str, padding: str = "zeros") -> Tensor:
-        grid = F.affine_grid(theta, list(maps.shape), align_corners=False)
+    def sources(height: int, width: int) -> Tensor:
+        """[B, h, w, 2] where each pixel of the view comes from, x and y in -1..1: (place - shift) / zoom."""
+        x, y = (
+            (((2 * torch.arange(side) + 1) / side - 1) - by[:, None]) / zoom[:, None]
+            for side, by in ((width, shift[:, 0]), (height, shift[:, 1]))
+        )
+        return torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+
+    def warp(maps: Tensor, grid: Tensor, mode: str, padding: str = "zeros") -> Tensor:
         return F.grid_sample(maps, grid, mode=mode, padding_mode=padding, align_corners=False)
 
-    image = warp(batch.image.float() / 255, "bilinear")
+    grid = sources(*batch.image.shape[-2:])  # of image, label and keep alike
+    image = warp(batch.image.float() / 255, grid, "bilinear")
     image = (image - 0.5) * (1 + contrast * MAX_CONTRAST)[:, None, None, None] + 0.5
     image = image + (brightness * MAX_BRIGHTNESS)[:, None, None, None]
     noise = torch.stack([torch.randn(image.shape[1:], generator=generator) for generator in generators])
     image = image + (strength * MAX_NOISE)[:, None, None, None] * noise
     offset = torch.cat([shift, shift], dim=1)
     box = (((2 * batch.box - 1) * zoom[:, None] + offset + 1) / 2).clamp(0, 1)
-    label = None if batch.label is None else warp(batch.label, "nearest")
-    keep = None if batch.keep is None else warp(batch.keep, "nearest")
+    label = None if batch.label is None else warp(batch.label, grid, "nearest")
+    keep = None if batch.keep is None else warp(batch.keep, grid, "nearest")
     return replace(
         batch,
         image=(image.clamp(0, 1) * 255).round().to(torch.uint8),
         box=torch.where(batch.has_box[:, None], box, batch.box),
-        proposal=warp(batch.proposal, "bilinear", padding="border"),
+        proposal=warp(batch.proposal, sources(*batch.proposal.shape[-2:]), "bilinear", padding="border"),
         label=label,
         keep=keep,
     )

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Iterator
+from itertools import chain
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-@torch.no_grad()
-def update_ema(teacher: nn.Module, student: nn.Module, step: int, decay: float) -> None:
-    """teacher <- d * teacher + (1 - d) * student with d = min(decay, 1 - 1 / (step + 1)), step counted from 1.
+class MovingAverage:
+    """Keeps a teacher's weights as the moving average of a student's; both are looked through once."""
 
-    The ramp makes the teacher the plain mean of the first students instead of a trace of the random start.
-    """
-    rate = min(decay, 1 - 1 / (step + 1))
-    for mean, value in zip(teacher.parameters(), student.parameters(), strict=True):
-        mean.lerp_(value, 1 - rate)
-    for kept, source in zip(teacher.buffers(), student.buffers(), strict=True):
-        if kept.is_floating_point():  # running statistics must belong to the averaged weights
-            kept.lerp_(source, 1 - rate)
-        else:
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        """Two networks of one architecture, whose tensors stay the same objects from here on."""
+        self._means: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._counts: list[tuple[Tensor, Tensor]] = []
+        for mean, value in zip(_tensors(teacher), _tensors(student), strict=True):
+            if mean.is_floating_point():  # running statistics too: they must belong to the averaged weights
+                self._means.append(mean)
+                self._values.append(value)
+            else:
+                self._counts.append((mean, value))
+
+    def update(self, step: int, decay: float) -> None:
+        """teacher <- d * teacher + (1 - d) * student with d = min(decay, 1 - 1 / (step + 1)), step counted from 1.
+
+        The ramp makes the teacher the plain mean of the first students instead of a trace of the random start.
+        """
+        move = get_ema_multi_avg_fn(min(decay, 1 - 1 / (step + 1)))  # type: ignore[no-untyped-call]
+        move(self._means, self._values, step)
+        for kept, source in self._counts:
             kept.copy_(source)
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    return chain(network.parameters(), network.buffers())

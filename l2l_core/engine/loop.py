@@ -22,7 +22,7 @@ from l2l_core.config import TrainParams
 from l2l_core.data.augment import strong_view
 from l2l_core.data.dataset import IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets, move_batch
 from l2l_core.device import autocast, choose_device, resolve_precision, to_device
-from l2l_core.engine.ema import update_ema
+from l2l_core.engine.ema import MovingAverage
 from l2l_core.engine.resume import load_checkpoint, save_checkpoint
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import samples_that_teach, segmentation_loss
@@ -128,6 +128,8 @@ def train(
             log(row)
     student, stepper = accelerator.prepare(network, optimizer)
     student.train()
+    learning = list(network.parameters())
+    average = MovingAverage(teacher, network)
 
     def ask_teacher(batch: Batch) -> Tensor:
         tokens = to_device(network.tokenize(batch), accelerator.device)
@@ -157,9 +159,9 @@ def train(
                 with attention_kernels(accelerator.device):
                     accelerator.backward(loss.total * accelerator.num_processes)  # which divides by that number
             losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
-        accelerator.clip_grad_norm_(student.parameters(), params.grad_clip)
+        torch.nn.utils.clip_grad_norm_(learning, params.grad_clip)  # not the accelerator's: it looks for them each time
         stepper.step()
-        update_ema(teacher, network, step + 1, params.ema_decay)
+        average.update(step + 1, params.ema_decay)
         done = step + 1
         if done % params.log_every == 0 or done == steps:
             values = sum_of(accelerator, losses).tolist()

@@ -178,9 +178,9 @@ class Segmenter(nn.Module):
             padding=padding,
             truncation="longest_first",
             max_length=limit,
-            return_tensors="pt",
         )
-        return dict(encoded)
+        # Not by `return_tensors`, which flattens every list in Python first.
+        return {name: torch.tensor(rows) for name, rows in encoded.items()}
 
     def ask(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Tensor:
         """Mask logits [B, 1, S, S] of the last of `passes` passes; after each, its mask takes the proposal's place.

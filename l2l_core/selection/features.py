@@ -113,7 +113,8 @@ def describe(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -
     Cells are area-weighted means, so that any map side M works with any grid. Memory is a few maps of the batch.
     """
     masks = [label.astype(np.float32) for label in labels.swapaxes(0, 1)]
-    described = [_describe(views, mask, grid) for mask in masks]
+    shared = _share(views, grid)
+    described = [_describe(views, shared, mask, grid) for mask in masks]
     for row, (name, (_, sentence)) in enumerate(zip(names, described, strict=True)):
         sentence |= {f"is_{name}": np.ones(len(views.sent_id))}
         sentence |= {f"with_{other}_iou": soft_iou(masks[row], mask) for other, mask in zip(names, masks, strict=True)}
@@ -129,26 +130,54 @@ def describe(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -
     )
 
 
-def _describe(views: Views, label: FloatArray, grid: int) -> tuple[NDArray[np.float16], dict[str, NDArray[Any]]]:
+@dataclass(frozen=True)
+class _Shared:
+    """What is described alike for all candidates of B sentences."""
+
+    votes: FloatArray  # [B, M, M] share of the other opinions that say foreground
+    cells: dict[str, FloatArray]  # [B, G, G] each
+    sentence: dict[str, NDArray[Any]]  # [B] each
+
+
+def _share(views: Views, grid: int) -> _Shared:
+    """Computed once, whatever the number of candidates."""
+    prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
+    votes = np.stack([opinion > LABEL_THRESHOLD for opinion in (flipped, no_prior, proposal)]).mean(0, dtype=np.float32)
+    cells = {
+        "prob": to_cells(prob, grid),
+        "proposal": to_cells(proposal, grid),
+        "disagreement": to_cells(np.abs(prob - proposal), grid),
+        "entropy": to_cells(_entropy_bits(prob), grid),
+        "flip_change": to_cells(np.abs(prob - flipped), grid),
+        "prior_change": to_cells(np.abs(prob - no_prior), grid),
+        "votes": to_cells(votes, grid),
+    }
+    sentence = {
+        "flip_iou": soft_iou(prob, flipped),
+        "no_prior_iou": soft_iou(prob, no_prior),
+        "no_prior_proposal_iou": soft_iou(no_prior, proposal),
+        "proposal_score": views.proposal_score,
+        "has_prior": (views.proposal_score > 0).astype(np.float32),
+        "words": np.log1p(views.words),
+    }
+    return _Shared(votes, cells, sentence)
+
+
+def _describe(
+    views: Views, shared: _Shared, label: FloatArray, grid: int
+) -> tuple[NDArray[np.float16], dict[str, NDArray[Any]]]:
     """One candidate [B, M, M] (0 or 1) of each sentence: its cells [B, G, G, C] and its sentence features, each [B]."""
     prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
-    other_opinions = (flipped, no_prior, proposal)
-    votes = np.stack([opinion > LABEL_THRESHOLD for opinion in other_opinions]).mean(0, dtype=np.float32)
-    has_prior = (views.proposal_score > 0).astype(np.float32)
-
     side = label.shape[-1]
     nearby = label_and_surroundings(label)
     area = label.mean((1, 2))
     bordered = np.pad(label, ((0, 0), (1, 1), (1, 1)))
     perimeter = (np.abs(np.diff(bordered, axis=1)).sum((1, 2)) + np.abs(np.diff(bordered, axis=2)).sum((1, 2))) / side
-    sentence = {
+    sentence = shared.sentence | {
         "confidence": np.where(area > 0, _mean_inside(np.maximum(prob, 1 - prob), nearby), 0.5),
-        "prior_iou": has_prior * soft_iou(label, (proposal > LABEL_THRESHOLD).astype(np.float32)),
+        "prior_iou": shared.sentence["has_prior"] * soft_iou(label, (proposal > LABEL_THRESHOLD).astype(np.float32)),
         "prob_iou": soft_iou(label, prob),
-        "flip_iou": soft_iou(prob, flipped),
-        "no_prior_iou": soft_iou(prob, no_prior),
-        "no_prior_proposal_iou": soft_iou(no_prior, proposal),
-        "agreement_iou": soft_iou(label, votes),
+        "agreement_iou": soft_iou(label, shared.votes),
         "label_prob": _mean_inside(prob, label),
         "label_flipped": _mean_inside(flipped, label),
         "label_no_prior": _mean_inside(no_prior, label),
@@ -157,21 +186,11 @@ def _describe(views: Views, label: FloatArray, grid: int) -> tuple[NDArray[np.fl
         "outside_no_prior": _mean_inside(1 - label, no_prior),
         "size": np.sqrt(area),
         "compactness": 4 * np.sqrt(area) / np.maximum(perimeter, EPSILON),
-        "proposal_score": views.proposal_score,
-        "has_prior": has_prior,
-        "words": np.log1p(views.words),
     }
 
-    cells = {
-        "prob": to_cells(prob, grid),
+    cells = shared.cells | {
         "label": to_cells(label, grid),
-        "proposal": to_cells(proposal, grid),
-        "disagreement": to_cells(np.abs(prob - proposal), grid),
-        "entropy": to_cells(_entropy_bits(prob), grid),
-        "flip_change": to_cells(np.abs(prob - flipped), grid),
-        "prior_change": to_cells(np.abs(prob - no_prior), grid),
-        "votes": to_cells(votes, grid),
-        "label_votes": to_cells(label * votes, grid),
+        "label_votes": to_cells(label * shared.votes, grid),
     }
     cells["distance"] = _distance_in_radii(cells["label"]) / FAR_RADII
     return np.stack([cells[name] for name in CELL_FEATURES], axis=-1).astype(np.float16), sentence

@@ -17,7 +17,7 @@ from l2l_core.config import SelectParams
 from l2l_core.progress import progress
 from l2l_core.selection.features import Candidates, Outcome, agreement
 from l2l_core.selection.policy import Policy, act, one_thread
-from l2l_core.selection.reward import RIGHT_IOU, agreement_reliability, utility
+from l2l_core.selection.reward import RIGHT_IOU, agreement_reliability, utility, utility_of_sums
 
 SENTENCES_PER_STEP = 64
 """Labelled sentences in a step, and as many unlabelled ones; bounds the memory of a step whatever the label budget."""
@@ -89,10 +89,10 @@ def policy_gradient_loss(
     actions: the candidate that is taken, K where none is, and 1 where a cell of it is kept, else 0; advantage [S, B].
     Where none is taken, the cells are no part of the action: they cannot change the reward.
     """
-    kinds = take_logit.shape[1]
-    of_taken = keep_logit[torch.arange(len(keep_logit)), take.clamp(max=kinds - 1)]
-    cells = (keep * of_taken - functional.softplus(of_taken)).sum((-2, -1))
-    log_prob = _with_none(take_logit).log_softmax(1)[torch.arange(len(take_logit)), take] + (take < kinds) * cells
+    # Products of matrices over the cells: maps of every drawn action would cost many times as much.
+    kept = torch.einsum("sbij,bkij->sbk", keep, keep_logit)
+    of_cells = _of_taken(kept - functional.softplus(keep_logit).sum((-2, -1)), take)
+    log_prob = _with_none(take_logit).log_softmax(1)[torch.arange(len(take_logit)), take] + of_cells
     return -(advantage * log_prob).mean()
 
 
@@ -154,14 +154,14 @@ def _explore(
     varies = policy.sentence_std > SMALLEST_STD
     noise = FEATURE_NOISE * varies * torch.randn(sentence.shape, generator=generator)
     take_logit, keep_logit = policy(cells, sentence + noise)
-    kinds = take_logit.shape[1]
     prob = _with_none(take_logit.detach()).softmax(1)
     take = torch.multinomial(prob, params.group_size, replacement=True, generator=generator).T
-    of_taken = torch.arange(len(rows)), take.clamp(max=kinds - 1)
-    keep_prob = torch.sigmoid(keep_logit.detach())[of_taken]
+    taken = take.clamp(max=take_logit.shape[1] - 1)
+    keep_prob = torch.sigmoid(keep_logit.detach())[torch.arange(len(rows)), taken]
     keep = (torch.rand(keep_prob.shape, generator=generator) < keep_prob).float()
-    worth = utility(torch.from_numpy(shares)[of_taken], keep, params.wrong_cost)
-    reward = (take < kinds) * worth
+    scored = torch.from_numpy(shares)
+    kept = torch.einsum("sbij,bkijc->sbkc", keep, scored)
+    reward = _of_taken(utility_of_sums(kept, scored.sum((2, 3)), params.wrong_cost), take)
     advantage = group_advantage(reward)
     entropy = _entropy(take_logit, keep_logit)
     loss = policy_gradient_loss(take_logit, keep_logit, take, keep, advantage)
@@ -173,6 +173,11 @@ def _explore(
         "entropy": float(entropy.detach()),
         "advantage_std": float(advantage.std()),
     }
+
+
+def _of_taken(values: Tensor, take: Tensor) -> Tensor:
+    """Values of drawn actions: values [S, B, K] of each candidate, take [S, B] -> [S, B], 0 where none is taken."""
+    return functional.pad(values, (0, 1)).gather(2, take[..., None])[..., 0]
 
 
 def _with_none(take_logit: Tensor) -> Tensor:

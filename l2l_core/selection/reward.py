@@ -25,12 +25,16 @@ def utility(cells: Tensor, keep: Tensor, wrong_cost: float) -> Tensor:
 
     cells: [..., G, G, 4] as in Outcome; keep: [..., G, G] in [0, 1], leading axes broadcast; returns [...].
     """
-    right_foreground, wrong_foreground, right_background, wrong_background = cells.unbind(-1)
-    wrong = wrong_foreground + wrong_background
-    union = _total(right_foreground + wrong).clamp_min(SMALLEST_SHARE)
-    r = _total(right_foreground * keep) / union
-    w = _total(wrong * keep) / union
-    b = _total(right_background * keep) / _total(right_background).clamp_min(SMALLEST_SHARE)
+    return utility_of_sums(_total(cells * keep[..., None]), _total(cells), wrong_cost)
+
+
+def utility_of_sums(kept: Tensor, whole: Tensor, wrong_cost: float) -> Tensor:
+    """`utility`, from a label's cells [..., 4] summed over those that are kept and over all; returns [...]."""
+    right_foreground, wrong_foreground, right_background, wrong_background = whole.unbind(-1)
+    union = (right_foreground + wrong_foreground + wrong_background).clamp_min(SMALLEST_SHARE)
+    r = kept[..., 0] / union
+    w = (kept[..., 1] + kept[..., 3]) / union
+    b = kept[..., 2] / right_background.clamp_min(SMALLEST_SHARE)
     return r * (1 + b) / 2 - wrong_cost * w
 
 
@@ -44,5 +48,5 @@ def agreement_reliability(agreement_utility: FloatArray, iou: FloatArray) -> flo
 
 
 def _total(cells: Tensor) -> Tensor:
-    """Sum over both sides of the grid."""
-    return cells.sum((-2, -1))
+    """Sum over both sides of the grid: [..., G, G, 4] -> [..., 4]."""
+    return cells.sum((-3, -2))

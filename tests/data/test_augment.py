@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from l2l_core.data import augment
 from l2l_core.data.augment import mirror, mirror_sentence, strong_view
@@ -189,6 +190,20 @@ def test_image_label_proposal_and_box_stay_together_in_the_strong_view():
 
 
 @pytest.mark.usefixtures("wide_limits")
+def test_zoom_and_shift_are_the_affine_map_of_the_box():
+    """Maps move as by `affine_grid` with the zoom and shift that the view gives a box."""
+    batch = squares(6)
+    whole = torch.tensor([[0.3, 0.3, 0.7, 0.7]]).expand(6, 4)
+    view = strong_view(replace(batch, box=whole), seeds_of(batch, 3), flip=False)
+    zoom = (view.box[:, 2:] - view.box[:, :2]) / 0.4
+    shift = view.box[:, :2] + view.box[:, 2:] - 1
+    theta = torch.zeros(6, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = 1 / zoom[:, 0], 1 / zoom[:, 1], -shift / zoom
+    grid = functional.affine_grid(theta, [6, 1, SIDE, SIDE], align_corners=False)
+    expected = functional.grid_sample(batch.proposal, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(view.proposal, expected, rtol=0, atol=1e-3)
+
+
 def test_what_comes_from_outside_the_image_is_dark_and_does_not_teach():
     batch = squares(30)
     batch = replace(batch, image=torch.full_like(batch.image, 255))
