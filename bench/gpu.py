@@ -59,7 +59,6 @@ PATIENCE_S = 300
 NETWORKS = ("tiny", "swin-b")
 DATA_STAGES = ("refshapes", "ingest", "split", "ask", "priors", "proposals")
 NETWORK_STAGES = (
-    "warmup --without-priors",
     "warmup",
     "predict --round 0",
     "crossfit --round 0",
@@ -162,9 +161,7 @@ def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
         "model": {"image_size_px": sizes.image_size_px, **encoders, **({"dim": 256, "heads": 8} if pretrained else {})},
         "train": {
             "batch_size": sizes.batch_size,
-            "device": sizes.device,
             "precision": sizes.precision,
-            "checkpoint_every": max(2, sizes.short_steps // 3),
             **({"lr": 5e-5, "encoder_lr_scale": 1.0} if pretrained else {}),
         },
         "warmup": {"steps": sizes.stage_steps},
@@ -172,6 +169,7 @@ def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
         "evaluate": {"batch_size": sizes.batch_size},
     }
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")) | {"round": 0}
+    params["train"]["engine"] |= {"device": sizes.device, "checkpoint_every": max(2, sizes.short_steps // 3)}
     return {key: value | changes[key] if key in changes else value for key, value in params.items()}
 
 

@@ -62,7 +62,7 @@ class Stage:
 def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
     """The stages that `dvc repro` runs from scratch, in an order in which it may run them."""
     names = ["check", *(["refshapes"] if draws_refshapes else []), "ingest", "split", "ask", "priors", "proposals"]
-    names += ["supervised", "warmup", "predict"]
+    names += ["warmup", "predict"]
     for number in range(1, params.round + 1):
         names += ["crossfit-0" if number == 1 else f"crossfit@{number - 1}"]
         names += [f"select@{number}", f"retrain@{number}", f"predict@{number}"]
@@ -97,8 +97,8 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             return costs.start_s if params.priors.backend in ("simulated", "replay", "none") else None
         case "proposals":
             return costs.start_s + counts.sentences * costs.proposal_s
-        case "supervised" | "warmup":
-            return start + params.warmup.steps * step_s
+        case "warmup":  # with priors and without
+            return start + 2 * params.warmup.steps * step_s
         case "crossfit-0" if not learns:  # a fixed rule does not use the teachers
             return costs.start_s
         case "crossfit-0":
@@ -138,7 +138,9 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
             return counts.sentences * params.priors.samples * ANSWER_BYTES
         case "proposals":
             return counts.sentences * params.proposals.size_px**2
-        case "supervised" | "warmup" | "retrain":
+        case "warmup":
+            return None if sizes.model is None else 2 * sizes.model
+        case "retrain":
             return sizes.model
         case "crossfit-0" | "crossfit" if params.select.policy != "reinforce":
             return 0
