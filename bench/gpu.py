@@ -59,7 +59,6 @@ PATIENCE_S = 300
 NETWORKS = ("tiny", "swin-b")
 DATA_STAGES = ("refshapes", "ingest", "split", "ask", "priors", "proposals")
 NETWORK_STAGES = (
-    "warmup --without-priors",
     "warmup",
     "predict --round 0",
     "crossfit --round 0",
@@ -166,7 +165,8 @@ def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
             **({"lr": 5e-5, "encoder_lr_scale": 1.0} if pretrained else {}),
         },
         "warmup": {"steps": sizes.stage_steps},
-        "select": {"fold_steps": sizes.stage_steps, "policy_steps": sizes.stage_steps},
+        # GrabCut, which fits the other candidates to the image, runs on the CPU and would take most of the ten minutes.
+        "select": {"fold_steps": sizes.stage_steps, "policy_steps": sizes.stage_steps, "candidates": ["teacher"]},
         "evaluate": {"batch_size": sizes.batch_size},
     }
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")) | {"round": 0}

@@ -44,7 +44,7 @@ give the scale."""
 EMBEDDED_ASK_S, EVALUATE_S, REPORT_S = 0.02, 2.7, 7.2
 """The same for stages that `check` does not estimate; the first is a sentence of the embedded model."""
 
-TRAININGS = ("supervised", "warmup", "crossfit-0", "crossfit", "retrain")
+TRAININGS = ("warmup", "crossfit-0", "crossfit", "retrain")
 COMPUTES = ("ask", "training", "predict", "select")
 """Kinds of stages whose speed is that of the device."""
 

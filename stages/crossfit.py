@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from l2l_core import records
 from l2l_core.config import Params, load_params
-from l2l_core.engine.beside import end_with_parent, find_places, run_beside
+from l2l_core.engine.beside import Training, end_with_parent, train_all
 from l2l_core.engine.folds import folds_key, learn_nothing_new, train_teacher
-from l2l_core.engine.resume import scratch_folder, whole_folder
+from l2l_core.engine.resume import copy_whole, scratch_folder
 from l2l_core.errors import exit_code
-from l2l_core.progress import is_first_process
 
 
 def main() -> None:
@@ -35,41 +32,25 @@ def main() -> None:
         train_teacher(params, number, given.fold, given.into)
     elif learn_nothing_new(params, number):
         previous = records.round_folder(number - 1) / "folds" if number else None
-        write(previous, records.round_folder(number) / "folds")
+        copy_whole(previous, records.round_folder(number) / "folds")
     else:
         # Teachers that are done outlive a kill, as the checkpoints of those under way do.
         with scratch_folder(f"crossfit-{number}", folds_key(params, number)) as done:
-            train_missing(params, number, done)
-            write(done, records.round_folder(number) / "folds")
+            train_all(params, trainings_of(params, number, done))
+            copy_whole(done, records.round_folder(number) / "folds")
 
 
-def train_missing(params: Params, number: int, done: Path) -> None:
-    """Train the teachers that are not there, beside each other or in turn."""
-    missing = {fold: done / str(fold) for fold in range(params.select.folds) if not (done / str(fold)).exists()}
-    for fold in set(range(params.select.folds)) - set(missing):
-        print(f"crossfit-{number}-{fold}: done before", flush=True)
-    places = find_places(params, params.select.folds)
-    if places.at_once == 1:
-        torch.set_num_threads(places.threads)
-        for fold, folder in missing.items():
-            train_teacher(params, number, fold, folder)
-        return
+def trainings_of(params: Params, number: int, into: Path) -> dict[str, Training]:
+    """The teachers of a round, one for each fold, each in a folder of its own."""
     command = ["-m", "stages.crossfit", "--round", str(number)]
-    run_beside(
-        {
-            f"crossfit-{number}-{fold}": [*command, "--fold", str(fold), "--into", str(folder)]
-            for fold, folder in missing.items()
-        },
-        places,
-    )
-
-
-def write(source: Path | None, target: Path) -> None:
-    """Copy a folder, once where several processes were launched together; None: write an empty one."""
-    if is_first_process():
-        with whole_folder(target) as folder:
-            if source:
-                shutil.copytree(source, folder, dirs_exist_ok=True)
+    return {
+        f"crossfit-{number}-{fold}": Training(
+            folder := into / str(fold),
+            partial(train_teacher, params, number, fold, folder),
+            [*command, "--fold", str(fold), "--into", str(folder)],
+        )
+        for fold in range(params.select.folds)
+    }
 
 
 if __name__ == "__main__":

@@ -1,32 +1,75 @@
-"""Supervised training on the labelled pairs: round 0, or the supervised-only baseline with --without-priors."""
+"""Supervised training on the labelled pairs: round 0 with priors and the baseline without, beside each other."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from pathlib import Path
 
 from l2l_core import records
-from l2l_core.config import load_params
-from l2l_core.engine.jobs import LABEL_INPUTS, PRIOR_INPUTS, labeled_stream, new_network, run_training
+from l2l_core.config import Params, load_params
+from l2l_core.engine.beside import Training, end_with_parent, train_all
+from l2l_core.engine.jobs import (
+    LABEL_INPUTS,
+    PRIOR_INPUTS,
+    labeled_stream,
+    new_network,
+    run_training,
+    training_settings,
+)
+from l2l_core.engine.resume import copy_whole, fingerprint, scratch_folder
 from l2l_core.errors import exit_code
+
+WARMUP, SUPERVISED = "warmup", "supervised"
+FOLDERS = {SUPERVISED: records.SUPERVISED_FOLDER, WARMUP: records.round_folder(0)}
+"""Where the model and the curves of each training go."""
 
 
 def main() -> None:
-    """Train on labels only and write model/ and curves/."""
+    """Train both networks on labels only; write model/ and curves/ of each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--without-priors", action="store_true", help="never show the network a prior")
-    with_priors = not parser.parse_args().without_priors
-    params = load_params()
-    purpose = "warmup" if with_priors else "supervised"
-    folder = records.round_folder(0) if with_priors else records.SUPERVISED_FOLDER
+    parser.add_argument(
+        "--only", choices=FOLDERS, help="train this network alone; the process that waits for both starts it so"
+    )
+    parser.add_argument("--into", type=Path, help="folder of the network of --only")
+    given, params = parser.parse_args(), load_params()
+    if given.only is not None:
+        end_with_parent()
+        train_network(params, given.only, given.into)
+        return
+    # A network that is done outlives a kill, as the checkpoint of the other one does.
+    key = fingerprint("round-0", f"{training_settings(params)} {params.warmup.steps}", [*LABEL_INPUTS, *PRIOR_INPUTS])
+    with scratch_folder("round-0", key) as done:
+        train_all(params, trainings_of(params, done))
+        for name, folder in FOLDERS.items():
+            for part in ("model", "curves"):
+                copy_whole(done / name / part, folder / part)
+
+
+def trainings_of(params: Params, into: Path) -> dict[str, Training]:
+    """Both trainings, each in a folder of its own."""
+    return {
+        name: Training(
+            into / name / "model",
+            partial(train_network, params, name, into / name),
+            ["-m", "stages.warmup", "--only", name, "--into", str(into / name)],
+        )
+        for name in FOLDERS
+    }
+
+
+def train_network(params: Params, name: str, into: Path) -> None:
+    """Train on all labelled pairs: `warmup` with priors, `supervised` without."""
+    with_priors = name == WARMUP
     run_training(
         params,
-        purpose,
-        new_network(params, purpose, with_priors=with_priors),
+        name,
+        new_network(params, name, with_priors=with_priors),
         [labeled_stream(params, 1.0, with_priors=with_priors)],
         params.warmup.steps,
         [*LABEL_INPUTS, *(PRIOR_INPUTS if with_priors else ())],
-        folder / "model",
-        folder / "curves",
+        into / "model",
+        into / "curves",
     )
 
 

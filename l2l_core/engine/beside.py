@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,30 @@ class Places:
     at_once: int  # 1: in turn
     threads: int  # of each, whether they run beside each other or in turn
     gpus: tuple[str, ...] = ()  # one for each that runs at once; none: the CPU, or the only GPU
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of some independent trainings, and the two ways to start it."""
+
+    output: Path  # a file or folder that it writes whole, as its last act
+    train: Callable[[], None]  # in this process
+    command: Sequence[str]  # in a process of its own: arguments of this Python (`-m stages.crossfit ...`)
+
+
+def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
+    """Run named independent trainings, beside each other or in turn; those whose output exists are done already."""
+    missing = {name: training for name, training in trainings.items() if not training.output.exists()}
+    for name in trainings:
+        if name not in missing:
+            print(f"{name}: done before", flush=True)
+    places = find_places(params, len(trainings))
+    if places.at_once > 1:
+        run_beside({name: training.command for name, training in missing.items()}, places)
+        return
+    torch.set_num_threads(places.threads)
+    for training in missing.values():
+        training.train()
 
 
 def find_places(params: Params, count: int) -> Places:

@@ -99,3 +99,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
         os.replace(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def copy_whole(source: Path | None, target: Path) -> None:
+    """Copy a folder by `whole_folder`, once where several processes were launched together; None: an empty one."""
+    if is_first_process():
+        with whole_folder(target) as folder:
+            if source:
+                shutil.copytree(source, folder, dirs_exist_ok=True)

@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 PARAMS_FILE = "params.yaml"
 PIPELINE_FILE = "dvc.yaml"
 TRAINING_REMEDY = "train.engine.micro_batch_size (or set train.engine.gradient_checkpointing)"
-REMEDIES = dict.fromkeys(("supervised", "warmup", "crossfit-0", "crossfit", "retrain"), TRAINING_REMEDY) | {
+REMEDIES = dict.fromkeys(("warmup", "crossfit-0", "crossfit", "retrain"), TRAINING_REMEDY) | {
     "proposals": "proposals.size_px",
     "select": "evaluate.batch_size or select.grid",
     "predict": "evaluate.batch_size",

@@ -87,7 +87,7 @@ class Stage:
 def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
     """The stages that `dvc repro` runs from scratch, in an order in which it may run them."""
     names = ["check", *(["refshapes"] if draws_refshapes else []), "ingest", "split", "ask", "priors", "proposals"]
-    names += ["supervised", "warmup", "predict"]
+    names += ["warmup", "predict"]
     for number in range(1, params.round + 1):
         names += ["crossfit-0" if number == 1 else f"crossfit@{number - 1}"]
         names += [f"select@{number}", f"retrain@{number}", f"predict@{number}"]
@@ -138,9 +138,9 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             images = counts.labeled_images + counts.unlabeled_images + counts.evaluated_images
             read = images * decode_s if params.proposals.renderer == "grabcut" else 0.0
             return costs.start_s + counts.sentences * costs.proposal_s + read
-        case "supervised" | "warmup":
+        case "warmup":  # with priors and without
             steps = params.warmup.steps
-            return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=False)
+            return start + 2 * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=False))
         case "crossfit-0" if not learns:  # a fixed rule does not use the teachers
             return costs.start_s
         case "crossfit-0":
@@ -217,8 +217,8 @@ def _memory(
             return needs.start + tables, None
         case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "kept"):
             return needs.start, None
-        case "supervised" | "warmup":
-            return training(rounds=False), needs.train_gpu
+        case "warmup":  # with priors and without
+            return min(2, at_once) * training(rounds=False), needs.train_gpu
         case "crossfit-0":
             return at_once * training(rounds=False), needs.train_gpu
         case "crossfit":
@@ -246,7 +246,9 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
             return counts.sentences * params.priors.samples * ANSWER_BYTES
         case "proposals":
             return counts.sentences * params.proposals.size_px**2
-        case "supervised" | "warmup" | "retrain":
+        case "warmup":
+            return None if sizes.model is None else 2 * sizes.model
+        case "retrain":
             return sizes.model
         case "crossfit-0" | "crossfit" if params.select.policy != "reinforce":
             return 0

@@ -14,7 +14,7 @@ from source_tree import FILES, ROOT, closure, parse
 
 from l2l_core.config import SelectParams, TrainParams
 
-LEARNERS = ("supervised", "warmup", "crossfit-0", "crossfit", "select", "retrain")
+LEARNERS = ("warmup", "crossfit-0", "crossfit", "select", "retrain")
 """Stages from which the truth of unlabelled and evaluated sentences is kept away. (select's `oracle` opens the masks by
 itself: a policy for comparison, whose result does not depend on when that table was written.)"""
 
@@ -136,7 +136,7 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     },
     "crossfit": {"select.policy", "train.engine"},
     # Part of every checkpoint's name, and of nothing that the stage writes.
-    **{name: {"select.folds", "train.engine"} for name in ("supervised", "warmup", "retrain")},
+    **{name: {"select.folds", "train.engine"} for name in ("warmup", "retrain")},
 }
 """What a stage's functions read without an effect on its outputs."""
 

@@ -210,19 +210,19 @@ def test_a_killed_parent_leaves_no_child():
             time.sleep(0.01)
 
 
-def crossfit(folder, *, threads: int, side_by_side: bool):
-    """Train the fold teachers of round 0 by the stage's own command: the process, which runs."""
+def stage(folder, *command: str, threads: int, side_by_side: bool):
+    """A training stage by its own command: the process, which runs."""
     project = yaml.safe_load(PARAMS_FILE.read_text())
     project["model"] |= {"image_size_px": 32, "dim": 16, "heads": 2, "guidance_tokens": 2}
     project["proposals"]["size_px"] = 24
     project["train"] |= {"batch_size": 2, "precision": "fp32"}
     project["train"]["engine"] |= {"device": "cpu", "side_by_side": side_by_side, "checkpoint_every": 1}
-    project["select"]["fold_steps"] = 8
+    project["select"]["fold_steps"] = project["warmup"]["steps"] = 8
     (folder / "params.yaml").write_text(yaml.safe_dump(project))
     environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
     environment |= {"PYTHONPATH": str(CODE_ROOT), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "stages.crossfit", "--round", "0"]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    full = [sys.executable, "-m", *command]
+    return subprocess.Popen(full, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def labeled_run(folder):
@@ -239,33 +239,64 @@ def labeled_run(folder):
     return folder
 
 
-def teachers(folder) -> dict[str, bytes]:
-    folds = folder / "data/rounds/0/folds"
-    return {str(path.relative_to(folds)): path.read_bytes() for path in folds.rglob("*") if path.is_file()}
+def written(folder) -> dict[str, bytes]:
+    roots = (folder / "data/rounds", folder / records.SUPERVISED_FOLDER)
+    files = [path for root in roots for path in root.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_fold_teachers_are_the_same_in_turn_and_beside_each_other_and_after_a_kill(tmp_path):
+TRAINING_STAGES = {
+    ("stages.crossfit", "--round", "0"): {
+        "crossfit-0-0": "data/rounds/0/folds/0",
+        "crossfit-0-1": "data/rounds/0/folds/1",
+    },
+    ("stages.warmup",): {"supervised": "data/supervised/model", "warmup": "data/rounds/0/model"},
+}
+"""Commands, and where each of their independent trainings leaves its weights."""
+
+
+@pytest.mark.parametrize(("command", "trainings"), TRAINING_STAGES.items())
+def test_independent_trainings_write_the_same_bytes_in_turn_and_beside_each_other_and_after_a_kill(
+    tmp_path, command, trainings
+):
     """With two threads each has one; beside each other they are killed with their parent, and resumed."""
     folder = labeled_run(tmp_path / "run")
-    with crossfit(folder, threads=2, side_by_side=False) as in_turn:
+    for output in ("data/rounds", "data/supervised"):
+        shutil.rmtree(folder / output, ignore_errors=True)
+    with stage(folder, *command, threads=2, side_by_side=False) as in_turn:
         assert in_turn.wait() == 0
-    expected = teachers(folder)
-    assert {"0/model.safetensors", "1/model.safetensors"} <= expected.keys()
-    shutil.rmtree(folder / "data/rounds/0/folds")
+    expected = written(folder)
+    assert {f"{place}/model.safetensors" for place in trainings.values()} <= expected.keys()
+    for output in ("data/rounds", "data/supervised"):
+        shutil.rmtree(folder / output, ignore_errors=True)
 
-    with crossfit(folder, threads=2, side_by_side=True) as killed:
-        while len(list(folder.glob(".scratch/crossfit-0-?-*/checkpoint.pt"))) < 2:
+    with stage(folder, *command, threads=2, side_by_side=True) as killed:
+        while not all(list(folder.glob(f".scratch/{name}-*/checkpoint.pt")) for name in trainings):
             assert killed.poll() is None
             time.sleep(0.005)
         children = psutil.Process(killed.pid).children()
         assert len(children) == 2
         killed.kill()
     psutil.wait_procs(children, PATIENCE_S)
-    assert not teachers(folder)
+    assert not written(folder)
 
-    with crossfit(folder, threads=2, side_by_side=True) as resumed:
+    with stage(folder, *command, threads=2, side_by_side=True) as resumed:
         output = resumed.stdout.read()
     assert resumed.returncode == 0
     assert "resuming at step" in output
-    assert teachers(folder) == expected
+    assert written(folder) == expected
     assert list((folder / ".scratch").iterdir()) == []
+
+
+def test_a_baseline_that_is_done_is_not_trained_again_after_a_kill(tmp_path):
+    folder = labeled_run(tmp_path / "run")
+    with stage(folder, "stages.warmup", threads=1, side_by_side=False) as killed:  # in turn, the baseline first
+        while not list(folder.glob(".scratch/warmup-*/checkpoint.pt")):
+            assert killed.poll() is None
+            time.sleep(0.005)
+        killed.kill()
+    with stage(folder, "stages.warmup", threads=1, side_by_side=False) as resumed:
+        output = resumed.stdout.read()
+    assert resumed.returncode == 0
+    assert "supervised: done before" in output
+    assert "warmup: resuming at step" in output

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 BEFORE_ROUNDS = [
     *("check", "refshapes", "ingest", "split", "ask", "priors", "proposals"),
-    *("supervised", "warmup", "predict"),
+    *("warmup", "predict"),
 ]
 LAST = ["evaluate", "report"]
 
@@ -64,8 +64,33 @@ def test_one_more_round_computes_that_round_and_one_less_comes_from_the_cache(pr
     assert project.read("metrics/evaluate.json") == metrics
 
 
-def test_another_policy_starts_at_the_selection(threshold):
-    assert sorted(threshold[0]) == sorted(["select@1", "retrain@1", "predict@1", *LAST])
+def test_a_fixed_rule_starts_at_the_selection_and_leaves_the_fold_teachers_out(threshold):
+    assert sorted(threshold[0]) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", *LAST])
+
+
+def test_the_empty_folder_of_a_fixed_rule_is_cached_and_restored_and_a_learned_rule_fills_it(first_run, tmp_path):
+    project = first_run.project.copy(tmp_path / "project")
+    folds, target = project.folder / "data/rounds/0/folds", "stages/dvc.yaml:crossfit-0"
+    trained = project.read("data/rounds/0/folds/0/model.safetensors")
+    project.change_params({"select": {"policy": "threshold"}})
+    assert project.stages_run("dvc", "repro", target) == ["crossfit-0"]
+    assert list(folds.iterdir()) == []
+
+    folds.rmdir()
+    project.run("dvc", "checkout", target)
+    assert list(folds.iterdir()) == []
+    folds.rmdir()
+    assert project.stages_run("dvc", "repro", target) == []
+    assert list(folds.iterdir()) == []
+
+    project.change_params({"select": {"policy": "reinforce"}})
+    assert project.stages_run("dvc", "repro", target) == []  # from the cache
+    assert project.read("data/rounds/0/folds/0/model.safetensors") == trained
+    project.change_params({"select": {"policy": "threshold", "fold_steps": 3}})
+    assert project.stages_run("dvc", "repro", target) == ["crossfit-0"]
+    project.change_params({"select": {"policy": "reinforce"}})
+    assert project.stages_run("dvc", "repro", target) == ["crossfit-0"]
+    assert project.read("data/rounds/0/folds/0/model.safetensors") != trained
 
 
 def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
@@ -80,7 +105,7 @@ def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
 
 def test_another_label_budget_keeps_data_and_priors(project):
     ran = project.stages_run("dvc", "exp", "run", "-S", "split.labeled_fraction=0.4", "-S", "round=0")
-    assert sorted(ran) == sorted(["check", "split", "supervised", "warmup", "predict", *LAST])
+    assert sorted(ran) == sorted(["check", "split", "warmup", "predict", *LAST])
 
 
 def test_reading_answers_anew_asks_nobody(project):
@@ -96,7 +121,7 @@ def test_another_question_is_asked(project):
 
 def test_an_experiment_in_a_copy_leaves_the_workspace_alone(project):
     ran = project.stages_run("dvc", "exp", "run", "--temp", "--name", "without-labels", "-S", "select.policy=none")
-    assert sorted(ran) == sorted(["select@1", "retrain@1", "predict@1", *LAST])
+    assert sorted(ran) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", *LAST])
     assert project.out("git", "status", "--porcelain") == ""
     assert project.stages_run("dvc", "repro") == []
     shown = csv.DictReader(io.StringIO(project.out("dvc", "exp", "show", "--csv")))

@@ -101,7 +101,7 @@ def queue(project: Project, outputs: Outputs) -> None:
     assert all(name in status for name in (*RATES, *POLICIES, *SEEDS, "round"))
     assert queued(project) == set()
     # policy-1 is the first run again and comes from the cache.
-    assert sorted(executed(run)) == sorted(["select@1", "retrain@1", "predict@1", "evaluate", "report"])
+    assert sorted(executed(run)) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", "evaluate", "report"])
     done = set(project.out("dvc", "exp", "list", "--name-only").split())
     assert {"policy-1", "policy-3"} <= done
     assert not done & {*RATES, *SEEDS, *NOT_RUN}

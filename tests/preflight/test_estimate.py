@@ -66,7 +66,7 @@ def test_times_by_hand():
     assert found["split"] == found["ask"] == found["priors"] == 1
     assert found["proposals"] == pytest.approx(1 + 1000 * 0.01)
     # All images fit into the cache: each is decoded once, in 0.5 s.
-    assert found["supervised"] == found["warmup"] == pytest.approx(5 + 40 + 20 * 0.5)
+    assert found["warmup"] == pytest.approx(5 + 2 * (40 + 20 * 0.5))
     assert found["crossfit-0"] == pytest.approx(5 + 2 * (30 + 20 * 0.5))
     assert found["crossfit@1"] == pytest.approx(5 + 2 * (15 + 420 * 0.5))
     # Each of 850 sentences: three ways of asking in one pass, the candidates, two masks. Then the policy.
@@ -119,8 +119,7 @@ def test_memory_by_hand():
     image = 3 * 32 * 32
     assert found["ingest"] == found["split"] == found["ask"] == found["priors"] == (100 + 70, None)
     assert found["proposals"] == (100 + tables, None)
-    assert found["supervised"] == found["warmup"] == (network + 10_000 + 20 * image, 90_000)
-    assert found["crossfit-0"] == (2 * (network + 10_000 + 20 * image), 90_000)
+    assert found["warmup"] == found["crossfit-0"] == (2 * (network + 10_000 + 20 * image), 90_000)
     assert found["crossfit@1"] == (2 * (network + 10_000 + 420 * image), 90_000)
     assert found["retrain@1"] == found["retrain@2"] == (network + 10_000 + 420 * image, 90_000)
     assert found["select@1"] == found["select@2"] == (network + 4_000 + 400 * image + 2 * 6 * 850, 40_000)
@@ -181,8 +180,8 @@ def test_sizes_by_hand():
     assert size["split"] == 50 * 200
     assert size["ask"] == size["priors"] == 3000 * 500
     assert size["proposals"] == 1000 * 100
-    assert size["supervised"] == size["warmup"] == size["retrain@2"] == 1_000_000
-    assert size["crossfit-0"] == size["crossfit@1"] == 2_000_000
+    assert size["retrain@2"] == 1_000_000
+    assert size["warmup"] == size["crossfit-0"] == size["crossfit@1"] == 2_000_000
     assert size["select@1"] == 800 * 350
     # Supervised once; each round's model with and without prior; the labels of the rounds so far.
     assert size["predict"] == 100 * 3 * 200
