@@ -118,7 +118,7 @@ def test_memory_by_hand():
     network = 500 + tables + 1_000_000  # a process, what it reads, the weights
     image = 3 * 32 * 32
     assert found["ingest"] == found["split"] == found["ask"] == found["priors"] == (100 + 70, None)
-    assert found["proposals"] == (100 + tables, None)
+    assert found["proposals"] == (100 + tables + 24 * 1000 * 10**2, None)
     assert found["supervised"] == found["warmup"] == (network + 10_000 + 20 * image, 90_000)
     assert found["crossfit-0"] == (2 * (network + 10_000 + 20 * image), 90_000)
     assert found["crossfit@1"] == (2 * (network + 10_000 + 420 * image), 90_000)
@@ -126,6 +126,11 @@ def test_memory_by_hand():
     assert found["select@1"] == found["select@2"] == (network + 4_000 + 400 * image + 2 * 6 * 850, 40_000)
     assert found["predict"] == found["predict@2"] == (network + 4_000 + 40 * image, 40_000)
     assert found["report"] == found["evaluate"] == found["refshapes"] == (None, None)
+
+
+def test_proposals_are_rendered_in_chunks():
+    tables = 1000 * (4 * 200**2 + 1000)
+    assert memory(proposals={"size_px": 200})["proposals"][0] == 100 + tables + 24 * 2**23
 
 
 def test_decoded_images_take_no_more_than_the_cache(monkeypatch):
