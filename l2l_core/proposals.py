@@ -38,7 +38,7 @@ GRABCUT_WEIGHT = 0.7
 """Share of the cut in the blend with the box. Above 0.5, so that the cut decides where the two disagree."""
 
 _GRABCUT_CHUNK = 64  # sentences between two steps of the progress bar
-_CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary array
+CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary array
 _BINARY_CHUNK_BYTES = 2**30
 
 
@@ -141,7 +141,7 @@ def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, p
     count, answers = samples.has_box.shape
     soft = np.empty((count, params.size_px, params.size_px), dtype=np.uint8)
     order = np.argsort(samples.image_row, kind="stable")
-    step = max(1, _CHUNK_CELLS // (params.size_px**2 * answers)) if params.renderer == "box" else _GRABCUT_CHUNK
+    step = max(1, CHUNK_CELLS // (params.size_px**2 * answers)) if params.renderer == "box" else _GRABCUT_CHUNK
     for start in progress(range(0, count, step), f"proposals ({params.renderer})", "batch"):
         rows = order[start : start + step]
         soft[rows] = np.rint(_mean_maps(samples.take(rows), params, read) * 255).astype(np.uint8)

@@ -32,7 +32,7 @@ REFERENCE = Costs(
     start_s=1.0,
     network_start_s=6.0,
     read_s=1.0,
-    decode_s=0.0,
+    decode_s=0.0,  # a part of the steps and of asking
     proposal_s=0.0003,
     step_s=0.175,
     ask_s=0.002,
@@ -89,10 +89,7 @@ def reference_seconds() -> dict[str, float | None]:
         roles = Counter(records.read_table(records.SPLIT_PATH, records.SPLIT, ["role"])["role"].to_pylist())
     except L2LError:  # DVC's own stages say what is wrong
         return {}
-    no_images = dict.fromkeys(
-        ("labeled_images", "unlabeled_images", "evaluated_images"), 0
-    )  # decoding is not in the costs
-    counts = Counts(roles.total(), roles["labeled"], roles["unlabeled"], roles["eval"], **no_images)
+    counts = Counts(roles.total(), roles["labeled"], roles["unlabeled"], roles["eval"], 0, 0, 0)
     stages = plan(params, counts, REFERENCE, Sizes(0, 0, None), draws_refshapes=params.is_embedded)
     found = {stage.name: stage.seconds for stage in stages}
     return found | _not_estimated(params, counts)

@@ -188,7 +188,7 @@ def test_rows_in_any_order_and_number(found: list[tuple[Any, Any]], samples: int
 def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [prior(k, bbox=[k, k, 200 + k, 100 + k]) for k in range(7)]
     maps, scores = run(*rows)
-    monkeypatch.setattr(proposals, "_CHUNK_CELLS", 2 * 48 * 48)
+    monkeypatch.setattr(proposals, "CHUNK_CELLS", 2 * 48 * 48)
     monkeypatch.setattr(proposals, "_BINARY_CHUNK_BYTES", 3 * 48 * 48)
     again, scores_again = run(*rows)
     np.testing.assert_array_equal(maps, again)

@@ -208,7 +208,7 @@ def _say_memory(stages: Sequence[Stage], available: int, gpu_available: int | No
         if free is None or not needed[largest]:
             continue
         where = "on the GPU" if name == "gpu_bytes" else "here"
-        say(f"memory      about {_size(needed[largest])} at most ({largest}), {_size(free)} are available {where}")
+        say(f"memory      about {_size(needed[largest])} ({largest}), {_size(free)} are available {where}")
         short: dict[str, list[str]] = {}
         for stage, bytes_ in needed.items():
             if bytes_ > free:

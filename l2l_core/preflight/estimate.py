@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from l2l_core.config import Params
 from l2l_core.data.dataset import IMAGE_CACHE_BYTES
+from l2l_core.proposals import CHUNK_CELLS
 
 VIEWS = 3
 """Ways in which a teacher is asked about a sentence that it labels: with prior, mirrored, without prior."""
@@ -15,6 +16,8 @@ ROW_BYTES = 50
 """Of a row of a table beside its masks: a dozen numbers."""
 MAP_COPIES = 4
 """Of all proposals, while a stage reads them: the table, its rows, those in the stage's order, and their array."""
+RENDERED_BYTES = 24
+"""Of a cell of the maps that are rendered at once: three numbers of 8 bytes."""
 TEXT_BYTES = 1_000
 """Of a sentence in memory, with its answer and ids: a dozen Python objects."""
 CHECKPOINT_MODELS = 4
@@ -214,7 +217,8 @@ def _memory(
         case "ingest" | "split" | "ask" | "priors":
             return needs.start + needs.read, None
         case "proposals":
-            return needs.start + tables, None
+            cells = counts.sentences * params.priors.samples * params.proposals.size_px**2
+            return needs.start + tables + RENDERED_BYTES * min(cells, CHUNK_CELLS), None
         case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "kept"):
             return needs.start, None
         case "warmup":  # with priors and without

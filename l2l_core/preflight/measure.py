@@ -40,7 +40,7 @@ BUDGET_S = 12.0
 RENDERED = 4
 """Images that are fitted by GrabCut: each takes tens of milliseconds."""
 
-LIGHT_MODULE, NETWORK_MODULE = "l2l_core.data.source", "l2l_core.engine.labeling"
+LIGHT_MODULE, NETWORK_MODULE = "l2l_core.priors.ask", "l2l_core.engine.labeling"
 """What stages import that do without the network, and with it."""
 
 

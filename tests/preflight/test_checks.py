@@ -131,8 +131,8 @@ def test_the_memory_of_a_gpu_is_compared_with_what_is_free_on_it(capsys):
     ]
     checks._say_memory(stages, 10_000_000_000, 16_000_000_000, print)
     first, second, warning = capsys.readouterr().out.splitlines()
-    assert first == "memory      about 4.0 GB at most (select@1), 10.0 GB are available here"
-    assert second == "memory      about 20.0 GB at most (warmup), 16.0 GB are available on the GPU"
+    assert first == "memory      about 4.0 GB (select@1), 10.0 GB are available here"
+    assert second == "memory      about 20.0 GB (warmup), 16.0 GB are available on the GPU"
     assert warning.startswith(
         "warning     warmup: about 20.0 GB of GPU memory, 16.0 GB are available; lower train.engine"
     )

@@ -87,14 +87,14 @@ def test_images_beyond_the_cache_are_decoded_at_every_draw(monkeypatch):
     monkeypatch.setattr(estimate, "IMAGE_CACHE_BYTES", 10 * 3 * size_px**2)
     found = seconds(select=SELECT)
     # Half of the labelled images are kept and decoded once; every other draw of 400 x 32 is of another one.
-    assert found["warmup"] == pytest.approx(5 + 40 + 0.5 * (10 + 400 * 32 / 2))
+    assert found["warmup"] == pytest.approx(5 + 2 * (40 + 0.5 * (10 + 400 * 32 / 2)))
     labeled, unlabeled = 800 * 8, 800 * 24
     decoded = 5 + labeled * 15 / 20 + 5 + unlabeled * 395 / 400
     assert found["retrain@1"] == pytest.approx(5 + 80 + 0.5 * decoded)
 
 
 def test_a_training_of_few_steps_decodes_what_it_draws():
-    assert seconds(warmup={"steps": 1}, train={"batch_size": 7})["warmup"] == pytest.approx(5 + 0.1 + 7 * 0.5)
+    assert seconds(warmup={"steps": 1}, train={"batch_size": 7})["warmup"] == pytest.approx(5 + 2 * (0.1 + 7 * 0.5))
 
 
 def test_grabcut_reads_every_image():
@@ -118,13 +118,18 @@ def test_memory_by_hand():
     network = 500 + tables + 1_000_000  # a process, what it reads, the weights
     image = 3 * 32 * 32
     assert found["ingest"] == found["split"] == found["ask"] == found["priors"] == (100 + 70, None)
-    assert found["proposals"] == (100 + tables, None)
+    assert found["proposals"] == (100 + tables + 24 * 1000 * 10**2, None)
     assert found["warmup"] == found["crossfit-0"] == (2 * (network + 10_000 + 20 * image), 90_000)
     assert found["crossfit@1"] == (2 * (network + 10_000 + 420 * image), 90_000)
     assert found["retrain@1"] == found["retrain@2"] == (network + 10_000 + 420 * image, 90_000)
     assert found["select@1"] == found["select@2"] == (network + 4_000 + 400 * image + 2 * 6 * 850, 40_000)
     assert found["predict"] == found["predict@2"] == (network + 4_000 + 40 * image, 40_000)
     assert found["report"] == found["evaluate"] == found["refshapes"] == (None, None)
+
+
+def test_proposals_are_rendered_in_chunks():
+    tables = 1000 * (4 * 200**2 + 1000)
+    assert memory(proposals={"size_px": 200})["proposals"][0] == 100 + tables + 24 * 2**23
 
 
 def test_decoded_images_take_no_more_than_the_cache(monkeypatch):
