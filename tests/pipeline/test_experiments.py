@@ -72,7 +72,7 @@ def test_the_empty_folder_of_a_fixed_rule_is_cached_and_restored_and_a_learned_r
     project = first_run.project.copy(tmp_path / "project")
     folds, target = project.folder / "data/rounds/0/folds", "stages/dvc.yaml:crossfit-0"
     trained = project.read("data/rounds/0/folds/0/model.safetensors")
-    project.change_params({"select": {"policy": "threshold"}})
+    project.change_params({"select": {"policy": "threshold", "fold_steps": 3}})  # not in the cache
     assert project.stages_run("dvc", "repro", target) == ["crossfit-0"]
     assert list(folds.iterdir()) == []
 
@@ -84,13 +84,11 @@ def test_the_empty_folder_of_a_fixed_rule_is_cached_and_restored_and_a_learned_r
     assert list(folds.iterdir()) == []
 
     project.change_params({"select": {"policy": "reinforce"}})
-    assert project.stages_run("dvc", "repro", target) == []  # from the cache
-    assert project.read("data/rounds/0/folds/0/model.safetensors") == trained
-    project.change_params({"select": {"policy": "threshold", "fold_steps": 3}})
-    assert project.stages_run("dvc", "repro", target) == ["crossfit-0"]
-    project.change_params({"select": {"policy": "reinforce"}})
     assert project.stages_run("dvc", "repro", target) == ["crossfit-0"]
     assert project.read("data/rounds/0/folds/0/model.safetensors") != trained
+    project.change_params({"select": {"fold_steps": 4}})
+    assert project.stages_run("dvc", "repro", target) == []  # from the cache
+    assert project.read("data/rounds/0/folds/0/model.safetensors") == trained
 
 
 def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
