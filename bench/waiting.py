@@ -3,8 +3,8 @@
     python -m bench.waiting [--turns 5] [--threads 2]
 
 Default network and RefShapes-VLM as params.yaml has them, on the CPU. Each turn runs every setting once in a fresh
-process: threads that spin while they wait (OMP_WAIT_POLICY=ACTIVE) or sleep (PASSIVE), alone or beside one process that
-keeps a core busy, in fp32; and in bf16, alone and asleep. Writes bench/results/waiting.jsonl, a row a setting: medians
+process: threads that spin while they wait (active), sleep at once (passive) or after a short spin (brief, the default of
+l2l_core/threads.py), alone or beside one process that keeps a core busy, in fp32; and in bf16, alone. Writes bench/results/waiting.jsonl, a row a setting: medians
 over the turns of wall and CPU milliseconds an image or a request; and from it a table of docs/results.md.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import docs
+from l2l_core.threads import SPIN_COUNT
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "waiting.jsonl"
@@ -33,24 +34,26 @@ ANSWER_TOKENS = 48
 """An answer to the prompt has about so many."""
 
 
+WAITS = {
+    "active": {"OMP_WAIT_POLICY": "ACTIVE"},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+    "brief": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": str(SPIN_COUNT)},
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """One way to do the work."""
 
     work: str  # training, ask
-    wait: str  # active, passive
+    wait: str  # one of WAITS
     neighbor: str  # none, busy
     precision: str
 
 
 SETTINGS = [
-    *(
-        Setting(work, wait, near, "fp32")
-        for work in ("training", "ask")
-        for near in ("none", "busy")
-        for wait in ("active", "passive")
-    ),
-    *(Setting(work, "passive", "none", "bf16") for work in ("training", "ask")),
+    *(Setting(work, wait, near, "fp32") for work in ("training", "ask") for near in ("none", "busy") for wait in WAITS),
+    *(Setting(work, "brief", "none", "bf16") for work in ("training", "ask")),
 ]
 
 
@@ -116,10 +119,8 @@ def work(setting: Setting, times: int) -> None:
 
 def measure(setting: Setting, threads: int, times: int) -> tuple[float, float]:
     """Wall and CPU milliseconds an image or request, in a fresh process."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": setting.wait.upper()}
-    environment = {
-        name: value for name, value in environment.items() if name not in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    }
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")}
+    environment = others | WAITS[setting.wait] | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "bench.waiting", "--work", json.dumps([vars(setting), times])]
     with subprocess.Popen(BUSY) if setting.neighbor == "busy" else nullcontext() as neighbor:
         try:

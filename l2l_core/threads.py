@@ -14,14 +14,21 @@ DEFAULT_VARIABLE = "L2L_DEFAULT_THREADS"
 """Beside OMP_NUM_THREADS, of the same value, where this module has set it: child processes see that no user did."""
 
 
+SPIN_COUNT = 1000
+"""Rounds for which a waiting thread of GNU's OpenMP spins before it sleeps: long enough for the gap between two layers of
+a network, too short to take time from another process (bench/waiting.py)."""
+
+
 def set_thread_policy() -> None:
-    """Let waiting threads sleep, and start as many threads as there are usable cores. OMP variables that are set stay.
+    """Let waiting threads sleep soon, and start as many threads as there are usable cores. OMP variables that are set stay.
 
     OpenMP's default is to spin while a thread waits. Beside another busy process, spinning takes the time that the
     other threads need (bench/waiting.py). OpenCV gets at most as many threads as OpenMP, also where a parent process
     with a larger share has set its variable. Child processes inherit all of them.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = os.environ[DEFAULT_VARIABLE] = str(usable_cores())
     opencv = os.environ.get("OPENCV_FOR_THREADS_NUM", "")

@@ -14,7 +14,7 @@ from l2l_core.threads import DEFAULT_VARIABLE, set_thread_policy, share_of_launc
 
 ROOT = Path(__file__).parents[1]
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
-VARIABLES = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM", DEFAULT_VARIABLE)
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OPENCV_FOR_THREADS_NUM", DEFAULT_VARIABLE)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_all_cores_are_usable_where_python_cannot_read_the_affinity(monkeypatch)
 def test_the_policy_sets_what_nobody_has_set(unset):
     unset.setattr(threads, "usable_cores", lambda: 3)
     set_thread_policy()
-    assert [os.environ[name] for name in VARIABLES] == ["PASSIVE", "3", "3", "3"]
+    assert [os.environ[name] for name in VARIABLES] == ["PASSIVE", "1000", "3", "3", "3"]
 
 
 def test_the_policy_keeps_what_is_set(unset):
@@ -114,7 +114,7 @@ def test_the_policy_keeps_what_is_set(unset):
     unset.setenv("OMP_NUM_THREADS", "7")
     unset.setenv("OPENCV_FOR_THREADS_NUM", "2")
     set_thread_policy()
-    assert [os.environ.get(name) for name in VARIABLES] == ["ACTIVE", "7", "2", None]
+    assert [os.environ.get(name) for name in VARIABLES] == ["ACTIVE", None, "7", "2", None]
 
 
 def test_opencv_of_a_child_with_a_share_of_the_threads_keeps_to_the_share(unset):

@@ -139,8 +139,12 @@ def _decode(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint8], bool]:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    # Pillow itself turns a TIFF upright when it decodes it.
-    return image.format != "TIFF" and bool(image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT)
+    if image.format == "TIFF":  # Pillow itself turns it upright when it decodes it
+        return False
+    try:
+        return bool(image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT)
+    except Exception:  # a broken EXIF block says nothing, and the pixels are whole
+        return False
 
 
 def _reason(error: Exception) -> str:

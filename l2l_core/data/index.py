@@ -126,7 +126,7 @@ def data_warnings(
 
 def turned_note(names: Sequence[str]) -> str:
     """What is said of photos that EXIF turns, wherever one comes in."""
-    return f"an EXIF tag turns {shorten(names)}; pixels are used as stored, so save them upright"
+    return f"an EXIF tag turns {shorten(names)}; pixels are used as stored, so save the photo upright"
 
 
 def _turns(files: Mapping[int, ImageFile], source: str) -> list[str]:

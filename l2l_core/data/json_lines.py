@@ -24,7 +24,9 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: begins like {encoding}, but byte {error.start} is none; save it as UTF-8") from None
+        raise InputError(
+            f"{path}: begins like {encoding}, but byte {error.start} does not fit; save it as UTF-8"
+        ) from None
     lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
     return [(number, line.strip(BOM)) for number, line in lines if line.strip(BOM).strip()]
 
@@ -35,7 +37,9 @@ def json_object(line: str) -> dict[str, Any]:
         line.encode("utf-8")
         row = json.loads(line)
     except UnicodeEncodeError as error:
-        raise ValueError(f"not JSON in UTF-8: character {error.start + 1} is no text; save the file as UTF-8") from None
+        raise ValueError(
+            f"not JSON in UTF-8: character {error.start + 1} cannot be decoded; save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}; expected one object a line") from None
     except RecursionError:

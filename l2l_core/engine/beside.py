@@ -164,7 +164,7 @@ def end_with_parent() -> None:
 def _environment(places: Places, slot: int) -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": str(places.threads), "MKL_NUM_THREADS": str(places.threads)}
     gpu = {"CUDA_VISIBLE_DEVICES": places.gpus[slot]} if places.gpus else {}
-    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **threads, **gpu}
+    return {**os.environ, **threads, **gpu}
 
 
 class _Child:

@@ -225,8 +225,8 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
             yield from (future.result() for future in as_completed(waiting))
         except BrokenProcessPool:
             raise InputError(
-                "a process that asks was killed, mostly for want of memory (lower priors.engine.data_parallel or "
-                "batch_size); what was answered is kept: run again to go on"
+                "a process that asks was killed, most often because memory ran out (set priors.engine.data_parallel or "
+                "batch_size to a smaller number); what was answered is kept: run again to go on"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -307,9 +307,10 @@ def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int, th
     os.environ["OMP_NUM_THREADS"] = str(threads)  # PyTorch is loaded later, and reads it then
     rank = ranks.get()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first, last = rank * tensor_parallel, (rank + 1) * tensor_parallel
-    own = listed.split(",")[first:last] if listed else [str(gpu) for gpu in range(first, last)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    if listed != "":  # which hides all GPUs
+        first, last = rank * tensor_parallel, (rank + 1) * tensor_parallel
+        own = listed.split(",")[first:last] if listed else [str(gpu) for gpu in range(first, last)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -45,8 +45,9 @@ class TransformersEngine:
             ) from None
         except torch.OutOfMemoryError:
             raise ConfigError(
-                f"params.yaml: priors.model: {name!r} does not fit into the GPU's memory; take a smaller one, or "
-                "priors.backend vllm with priors.engine.tensor_parallel GPUs for each model"
+                f"params.yaml: priors.model: {name!r} does not fit into the GPU's memory in {self.precision}; take a "
+                "smaller one, priors.precision bf16 (half the memory of fp32), or priors.backend vllm with "
+                "priors.engine.tensor_parallel GPUs for each model"
             ) from None
         crops = getattr(getattr(self._processor, "image_processor", None), "do_center_crop", False)
         if crops and resolve_coord_space(str(name), params.coord_space) != "unit_square":

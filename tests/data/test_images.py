@@ -193,6 +193,14 @@ def test_pixels_are_as_stored_and_the_turn_is_noticed(tmp_path, orientation, suf
     assert read_image(path).shape == (found.height, found.width, 3) == (40, 50, 3)
 
 
+def test_a_broken_exif_block_does_not_hide_whole_pixels(tmp_path):
+    path = saved(Image.fromarray(RGB), tmp_path / "photo.png", exif=b"Exif\0\0garbage that is no TIFF header")
+    (found,) = inspect_images([path], 1)
+    assert isinstance(found, ImageFile)
+    assert not found.turned
+    assert np.array_equal(read_image(path), RGB)
+
+
 def test_hidden_files_are_not_listed(tmp_path):
     for name in ("b.jpg", "a.jpg", "._a.jpg", ".DS_Store"):
         (tmp_path / name).touch()

@@ -44,14 +44,16 @@ def test_only_the_line_with_foreign_bytes_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n{"a": 3}')
     (_, first), (number, second), (_, third) = numbered_lines(path)
     assert (json_object(first), number, json_object(third)) == ({"a": 1}, 2, {"a": 3})
-    with pytest.raises(ValueError, match=r"^not JSON in UTF-8: character 8 is no text; save the file as UTF-8$"):
+    with pytest.raises(ValueError, match=r"^not JSON in UTF-8: character 8 cannot be decoded; save the file as UTF-8$"):
         json_object(second)
 
 
 def test_broken_utf_16_is_said_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"a": 1}'.encode("utf-16") + b"\x00")
-    with pytest.raises(InputError, match=r"rows\.jsonl: begins like utf-16, but byte 18 is none; save it as UTF-8"):
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl: begins like utf-16, but byte 18 does not fit; save it as UTF-8"
+    ):
         numbered_lines(path)
 
 

@@ -233,7 +233,9 @@ def test_turned_photos_are_warned_of(folder):
     rows = [pair(image=f"{number}.jpg", mask=POLYGON) for number in range(7)]
     (said,) = warnings_of(write(folder, pair(), *rows))
     assert said.startswith("pairs.jsonl: 7 image(s): an EXIF tag turns 0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 2 more; ")
-    assert said.endswith("pixels are used as stored, so save them upright, and draw their masks on the upright photo")
+    assert said.endswith(
+        "pixels are used as stored, so save the photo upright, and draw their masks on the upright photo"
+    )
 
 
 def test_a_hidden_file_is_no_second_data_set(folder):

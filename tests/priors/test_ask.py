@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from l2l_core.errors import ConfigError, InputError
 from l2l_core.priors.ask import (
     FEWEST_FAILED,
     SMALL_BYTES,
+    _start_worker,
     ask_all,
     ask_table,
     asking_key,
@@ -307,6 +309,27 @@ def test_what_a_worker_cannot_do_is_said_in_one_line(tmp_path: Path) -> None:
     params = prior_params(backend="replay", replay_file="nowhere.jsonl", engine={"chunk_size": 1, "data_parallel": 2})
     with pytest.raises(InputError, match=r"^nowhere\.jsonl: cannot be read"):
         ask_all(partial(make_backend, params, index), make_questions(index, 1), tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [("", [""] * 2), ("4,6", ["4", "6"]), (None, ["0", "1"])], ids=["hidden", "listed", "all"]
+)
+def test_each_worker_sees_its_own_gpu_and_no_hidden_one(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, expected: list[str]
+) -> None:
+    seen = []
+    for rank in range(2):
+        ranks: SimpleQueue[int] = SimpleQueue()
+        ranks.put(rank)
+        with monkeypatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
+            if listed is None:
+                patch.delenv("CUDA_VISIBLE_DEVICES")
+            _start_worker(Echo, ranks, 1, 1)  # type: ignore[arg-type]
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+    assert seen == expected
 
 
 class Killed(Echo):
