@@ -4,8 +4,9 @@
 
 Default network and RefShapes-VLM as params.yaml has them, on the CPU. Each turn runs every setting once in a fresh
 process: threads that spin while they wait (active), sleep at once (passive) or after a short spin (brief, the default of
-l2l_core/threads.py), alone or beside one process that keeps a core busy, in fp32; and in bf16, alone. Writes bench/results/waiting.jsonl, a row a setting: medians
-over the turns of wall and CPU milliseconds an image or a request; and from it a table of docs/results.md.
+l2l_core/threads.py), alone or beside one process that keeps a core busy, in fp32; and in bf16, alone. Writes
+bench/results/waiting.jsonl, a row a setting: medians over the turns of wall and CPU milliseconds an image or a request;
+and from it a table of docs/results.md.
 """
 
 from __future__ import annotations

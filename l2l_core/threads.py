@@ -15,14 +15,14 @@ DEFAULT_VARIABLE = "L2L_DEFAULT_THREADS"
 
 
 SPIN_COUNT = 1000
-"""Rounds for which a waiting thread of GNU's OpenMP spins before it sleeps: long enough for the gap between two layers of
-a network, too short to take time from another process (bench/waiting.py)."""
+"""Rounds for which a waiting thread of GNU's OpenMP spins before it sleeps: long enough for the gap between two layers,
+too short to take time from another process (bench/waiting.py)."""
 
 
 def set_thread_policy() -> None:
-    """Let waiting threads sleep soon, and start as many threads as there are usable cores. OMP variables that are set stay.
+    """Let waiting threads sleep soon, and start as many threads as there are usable cores.
 
-    OpenMP's default is to spin while a thread waits. Beside another busy process, spinning takes the time that the
+    OMP variables that are set stay. OpenMP's default is to spin while a thread waits. Beside another busy process, spinning takes the time that the
     other threads need (bench/waiting.py). OpenCV gets at most as many threads as OpenMP, also where a parent process
     with a larger share has set its variable. Child processes inherit all of them.
     """
