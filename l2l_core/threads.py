@@ -22,9 +22,9 @@ too short to take time from another process (bench/waiting.py)."""
 def set_thread_policy() -> None:
     """Let waiting threads sleep soon, and start as many threads as there are usable cores.
 
-    OMP variables that are set stay. OpenMP's default is to spin while a thread waits. Beside another busy process, spinning takes the time that the
-    other threads need (bench/waiting.py). OpenCV gets at most as many threads as OpenMP, also where a parent process
-    with a larger share has set its variable. Child processes inherit all of them.
+    OMP variables that are set stay. OpenMP's default is to spin while a thread waits. Beside another busy process,
+    spinning takes the time that the other threads need (bench/waiting.py). OpenCV gets at most as many threads as
+    OpenMP, also where a parent process with a larger share has set its variable. Child processes inherit all of them.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -10,8 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from l2l_core.data.refshapes_scene import SHAPES, Scene, draw_scene, has_rivals
 from l2l_core.data.refshapes_solver import World, measure, solve
 from l2l_core.masks import encode_rle
 from l2l_core.progress import progress
+from l2l_core.threads import thread_count
 
 REFSHAPES_VERSION = "1"
 
@@ -31,6 +36,8 @@ SPLIT_STREAMS = {"train": 0, "val": 1, "test": 2, "extra": 3}
 """Number that keeps a split's random stream apart; `extra` is for scenes beyond the written data set."""
 
 TRIES_PER_OBJECT = 12  # draws of a sentence before another object is tried; a style suits an object soon or never
+IMAGES_PER_PROCESS = 200
+"""Fewest images for which another process pays: drawing them takes some seconds, its start about one."""
 SAME_OBJECT_SHARE = 0.4  # of an image's further sentences, those that name an object named before
 
 
@@ -102,6 +109,24 @@ def _unambiguous(target: int, scene: Scene, world: World, style: str, rng: np.ra
     return None
 
 
+def _scenes(
+    wanted: Sequence[tuple[str, int]], params: RefShapesParams
+) -> Iterator[tuple[Scene, tuple[Expression, ...]]]:
+    """`make_scene` of every (split, index), in order; many of them by one process a core."""
+    splits, indices = zip(*wanted, strict=True)
+    make = partial(_make, params)
+    workers = min(thread_count(), len(wanted) // IMAGES_PER_PROCESS)
+    if workers < 2:
+        yield from map(make, splits, indices)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(make, splits, indices, chunksize=IMAGES_PER_PROCESS // 8)
+
+
+def _make(params: RefShapesParams, split: str, index: int) -> tuple[Scene, tuple[Expression, ...]]:
+    return make_scene(params.seed, split, index, params.image_size_px, params.sentences_per_image)
+
+
 def _fill(folder: Path, params: RefShapesParams) -> None:
     side_px = params.image_size_px
     counts = {"train": params.train_images, "val": params.val_images, "test": params.test_images}
@@ -110,8 +135,8 @@ def _fill(folder: Path, params: RefShapesParams) -> None:
     annotations: list[dict[str, Any]] = []
     refs: list[dict[str, Any]] = []
     sent_id = 0
-    for image_id, (split, index) in enumerate(progress(wanted, "refshapes", "image")):
-        scene, expressions = make_scene(params.seed, split, index, side_px, params.sentences_per_image)
+    scenes = progress(_scenes(wanted, params), "refshapes", "image", total=len(wanted))
+    for image_id, ((split, index), (scene, expressions)) in enumerate(zip(wanted, scenes, strict=True)):
         file_name = f"{split}_{index:06d}.png"
         Image.fromarray(scene.image).save(folder / "images" / file_name)
         images.append({"id": image_id, "file_name": file_name, "height": side_px, "width": side_px})

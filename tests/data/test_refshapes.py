@@ -54,6 +54,13 @@ def digest(folder: Path) -> dict[str, str]:
 # --- files ---
 
 
+def test_several_processes_draw_the_same_bytes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(refshapes, "IMAGES_PER_PROCESS", 8)
+    monkeypatch.setattr(refshapes, "thread_count", lambda: 2)
+    write_refshapes(tmp_path / "again", PARAMS)
+    assert digest(tmp_path / "again") == digest(folder)
+
+
 def test_same_parameters_give_the_same_bytes_and_another_seed_gives_others(folder, tmp_path):
     write_refshapes(tmp_path / "again", PARAMS)
     write_refshapes(tmp_path / "other", PARAMS.model_copy(update={"seed": 8}))
