@@ -100,20 +100,16 @@ def test_every_stage_after_the_split_has_an_estimate(tmp_path: Path, monkeypatch
 def dvc_project(folder: Path, stages: dict[str, object]) -> Path:
     (folder / "dvc.yaml").write_text(json.dumps({"stages": stages}))
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    subprocess.run(["dvc", "init", "-q"], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
     return folder
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`l2l_core run` in a process group of its own."""
+    """`l2l_core run` in a session of its own, without `dvc` on PATH."""
     return subprocess.Popen(
         [sys.executable, "-m", "l2l_core", "run", *arguments],
         cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        },
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.defpath},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -143,15 +139,53 @@ def test_output_and_exit_code_are_those_of_dvc(tmp_path: Path) -> None:
 
 
 @pytest.mark.pipeline
-def test_an_interrupt_ends_the_stage_and_dvc(tmp_path: Path) -> None:
-    process = start(dvc_project(tmp_path, {"long": {"cmd": "echo $$ > pid && exec sleep 600", "outs": ["never"]}}))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_ends_dvc_and_the_processes_of_its_stage(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    stages = {"long": {"cmd": "sh -c 'echo $$ > pid && exec sleep 600'; true", "outs": ["never"]}}
+    process = start(dvc_project(tmp_path, stages))
     assert process.stdout is not None
     assert any(line == "[0/1 stages] long\n" for line in process.stdout)
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.send_signal(number)
+    try:
+        process.communicate(timeout=60)  # until no process has its stderr open, which the stage inherits
+    except subprocess.TimeoutExpired:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        raise
     assert process.returncode not in (0, None)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.pipeline
+def test_tracked_data_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = dvc_project(tmp_path, {"one": {"cmd": "cp mine one", "deps": ["mine"], "outs": ["one"]}})
+    (folder / "mine").write_text("data")
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "mine"], cwd=folder, check=True)
+    monkeypatch.chdir(folder)
+    assert planned_stages([]) == ["one"]
+    assert planned_stages(["-P"]) == ["one"]
+    assert planned_stages(["mine.dvc"]) == []
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(("option", "code"), [("--no-such-option", 254), ("-h", 0)])
+def test_usage_of_dvc_is_printed_once(tmp_path: Path, option: str, code: int) -> None:
+    process = start(dvc_project(tmp_path, {}), option)
+    out, err = process.communicate()
+    assert (out + err).count("usage: dvc repro") == 1
+    assert (out + err).count("unrecognized arguments: --no-such-option") == (code != 0)
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("option", ["-i", "--interactive", "--inter", "-fi"])
+def test_interactive_is_refused_in_one_line(tmp_path: Path, option: str) -> None:
+    process = start(tmp_path, option)
+    out, err = process.communicate()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "--interactive" in err
+    assert process.returncode == 2
