@@ -7,6 +7,9 @@ the device's. Before that, and while a stage without an estimate is left, no tim
 
 from __future__ import annotations
 
+import argparse
+import io
+import logging
 import os
 import re
 import signal
@@ -15,6 +18,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 
 from dvc.cli import DvcParserError
@@ -25,7 +29,7 @@ from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
 from l2l_core import records
 from l2l_core.config import Params, load_params
-from l2l_core.errors import L2LError
+from l2l_core.errors import InputError, L2LError
 from l2l_core.preflight.estimate import Costs, Counts, Sizes, plan
 
 REFERENCE = Costs(
@@ -150,28 +154,65 @@ def _about(seconds: float) -> str:
     return f"about {minutes} min" if minutes else "less than a minute"
 
 
-def planned_stages(arguments: Sequence[str]) -> list[str]:
-    """Names of the stages that `dvc repro` with these arguments looks at, in its order; none where it would refuse."""
+def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """Options of `dvc repro`; None where it only prints its help or refuses them, without a word from here."""
+    logging.disable()  # DVC's log keeps the stderr that it found when it was imported
     try:
-        parsed = get_main_parser().parse_args(["repro", *arguments])
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return get_main_parser().parse_args(["repro", *arguments])
+    except (DvcParserError, SystemExit):
+        return None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def planned_stages(arguments: Sequence[str]) -> list[str]:
+    """Names of the stages that `dvc repro` with these arguments looks at, in its order; none where it would refuse.
+
+    Data files that DVC tracks (`.dvc`) have no command to run and are left out.
+    """
+    parsed = _parse(arguments)
+    if parsed is None:
+        return []
+    try:
         with Repo() as repo:
             graph = get_active_graph(repo.index.graph)
             targets = parsed.targets or ["dvc.yaml"]
             stages = None if parsed.all_pipelines else collect_stages(repo, targets, parsed.recursive, parsed.glob)
             if not parsed.single_item:
                 stages = plan_repro(graph, stages, pipeline=parsed.pipeline, downstream=parsed.downstream)
-            return [stage.addressing.rpartition(":")[2] for stage in stages or []]
-    except (DvcException, DvcParserError):  # which `dvc repro` itself reports
+            return [stage.addressing.rpartition(":")[2] for stage in stages or [] if stage.cmd]
+    except DvcException:  # which `dvc repro` itself reports
         return []
 
 
 def reproduce(arguments: Sequence[str]) -> int:
-    """Run `dvc repro`, pass its output on unchanged with a line before each stage, and return its exit code."""
+    """Run `dvc repro`, pass its output on unchanged with a line before each stage, and return its exit code.
+
+    DVC and its stages form a process group of their own. Ctrl-C, SIGTERM and SIGHUP go to all of it, so that no stage
+    is left running; the last lines and the exit code still count.
+
+    Raises InputError for `--interactive`.
+    """
+    parsed = _parse(arguments)
+    if parsed and parsed.interactive:
+        raise InputError("run: --interactive: DVC cannot ask here; leave it out, or use dvc repro --interactive")
+    command = [sys.executable, "-m", "dvc", "repro", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # stages write into a pipe: their lines must not wait
-    with subprocess.Popen(["dvc", "repro", *arguments], env=environment, stdout=subprocess.PIPE) as process:
-        # Ctrl-C reaches DVC as well, which ends its stage and then itself; its last lines and exit code still count.
-        signal.signal(signal.SIGINT, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,  # a group in the background is stopped if it reads from the terminal
+        stdout=subprocess.PIPE,
+        process_group=0,
+    ) as process:
+
+        def forward(number: int, _: object) -> None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, forward)
         progress = Progress(planned_stages(arguments))  # while DVC itself starts
         assert process.stdout is not None
         for line in process.stdout:

@@ -15,8 +15,9 @@ import pytest
 from synthetic_run import write_run
 
 from l2l_core.config import load_params
+from l2l_core.errors import InputError
 from l2l_core.preflight.estimate import stage_names
-from l2l_core.repro import Progress, planned_stages, reference_seconds, seconds_left
+from l2l_core.repro import Progress, planned_stages, reference_seconds, reproduce, seconds_left
 
 ROOT = Path(__file__).parents[1]
 STAGES = ["ask", "warmup", "retrain@1", "select@1", "report"]
@@ -100,20 +101,16 @@ def test_every_stage_after_the_split_has_an_estimate(tmp_path: Path, monkeypatch
 def dvc_project(folder: Path, stages: dict[str, object]) -> Path:
     (folder / "dvc.yaml").write_text(json.dumps({"stages": stages}))
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    subprocess.run(["dvc", "init", "-q"], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
     return folder
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`l2l_core run` in a process group of its own."""
+    """`l2l_core run` in a session of its own, without `dvc` on PATH."""
     return subprocess.Popen(
         [sys.executable, "-m", "l2l_core", "run", *arguments],
         cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        },
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.defpath},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -143,15 +140,56 @@ def test_output_and_exit_code_are_those_of_dvc(tmp_path: Path) -> None:
 
 
 @pytest.mark.pipeline
-def test_an_interrupt_ends_the_stage_and_dvc(tmp_path: Path) -> None:
-    process = start(dvc_project(tmp_path, {"long": {"cmd": "echo $$ > pid && exec sleep 600", "outs": ["never"]}}))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_ends_dvc_and_the_processes_of_its_stage(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    stages = {"long": {"cmd": "sh -c 'echo $$ > pid && exec sleep 600'; true", "outs": ["never"]}}
+    process = start(dvc_project(tmp_path, stages))
     assert process.stdout is not None
     assert any(line == "[0/1 stages] long\n" for line in process.stdout)
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.send_signal(number)
+    try:
+        process.communicate(timeout=60)  # until no process has its stderr open, which the stage inherits
+    except subprocess.TimeoutExpired:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        raise
     assert process.returncode not in (0, None)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.pipeline
+def test_tracked_data_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = dvc_project(tmp_path, {"one": {"cmd": "cp mine one", "deps": ["mine"], "outs": ["one"]}})
+    (folder / "mine").write_text("data")
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "mine"], cwd=folder, check=True)
+    monkeypatch.chdir(folder)
+    assert planned_stages([]) == ["one"]
+    assert planned_stages(["-P"]) == ["one"]
+    assert planned_stages(["mine.dvc"]) == []
+
+
+@pytest.mark.pipeline
+def test_a_wrong_option_prints_the_usage_of_dvc_once(tmp_path: Path) -> None:
+    process = start(dvc_project(tmp_path, {}), "--no-such-option")
+    out, err = process.communicate()
+    assert (out + err).count("usage: dvc repro") == 1
+    assert (out + err).count("unrecognized arguments: --no-such-option") == 1
+    assert process.returncode == 254
+
+
+@pytest.mark.parametrize("option", ["-h", "--no-such-option", "--fo"])
+def test_options_that_dvc_answers_itself_plan_no_stages_and_print_nothing(
+    option: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert planned_stages([option]) == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("option", ["-i", "--interactive", "--inter", "-fi"])
+def test_interactive_is_refused_in_one_line(option: str) -> None:
+    with pytest.raises(InputError, match=r"\Arun: --interactive: .+\Z"):
+        reproduce([option])
