@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,10 @@ their weights: tiny 1,000 (8 images of 224 px) and 1,200 (32 of 96 px), ResNet-5
 windows of 12 12,000 (4 images of 224 px each)."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where a container's own limits stand."""
-ERROR = b"error: "
-"""What `errors.exit_code` writes before the message of an L2LError."""
+ERROR = re.compile(rb"(?:\A|(?<=[\r\n]))error: ")
+"""What `errors.exit_code` writes before the message of an L2LError, at the start of a line or over a progress bar."""
+ERROR_CODE = 2
+"""What `errors.exit_code` returns for an L2LError."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,14 @@ def _environment(places: Places, slot: int) -> dict[str, str]:
 
 
 class _Child:
-    """A command that runs; its stderr goes through a file, so that one error is told from another."""
+    """A command that runs; its stderr goes through a file, so that one error is told from another.
+
+    A line `error: ...` may be the message of an L2LError, or a warning of a library. It is held back, with what follows
+    at once, until more text comes or the process ends.
+    """
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
-        self._name, self._read, self._error = name, 0, b""
+        self._name, self._read, self._held = name, 0, b""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_close`)
         self._process = subprocess.Popen(
             [sys.executable, *command], env=environment, stdin=subprocess.PIPE, stderr=self._stderr
@@ -187,15 +194,16 @@ class _Child:
         code = self._process.wait()
         self._pass_on(to_the_end=True)
         self._close()
-        if self._error:
-            raise L2LError(self._error.removeprefix(ERROR).decode(errors="replace").strip())
+        if code == ERROR_CODE and self._held:
+            raise L2LError(ERROR.sub(b"", self._held, count=1).decode(errors="replace").strip())
+        _show(self._held)
         if code:
             ended = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             hint = "; if memory was short, set train.engine.side_by_side to false" if code < 0 else ", see above"
             raise L2LError(f"{self._name}: {ended}{hint}")
 
     def end(self) -> None:
-        """Kill it: what it had done since its last checkpoint is done again."""
+        """Kill it: what it had done since its last checkpoint is done again. An error that is held is not shown."""
         self._process.kill()
         self._process.wait()
         self._pass_on(to_the_end=True)
@@ -203,18 +211,24 @@ class _Child:
 
     def _pass_on(self, *, to_the_end: bool) -> None:
         # pread: the position of the file belongs to the child, which shares it.
-        text = os.pread(self._stderr.fileno(), 1 << 20, self._read)
+        file = self._stderr.fileno()
+        text = os.pread(file, os.fstat(file).st_size - self._read, self._read)
         lines = text[: len(text) if to_the_end else text.rfind(b"\n") + 1]
-        self._read += len(lines)
-        if self._error:
-            self._error += lines
+        if not lines:
             return
-        start = 0 if lines.startswith(ERROR) else lines.find(b"\n" + ERROR) + 1 or len(lines)
-        sys.stderr.write(lines[:start].decode(errors="replace"))
-        sys.stderr.flush()
-        self._error = lines[start:]
+        self._read += len(lines)
+        searched = 0 if to_the_end else len(self._held)  # of a running process, what was held is no last word
+        lines = self._held + lines
+        start = max((match.start() for match in ERROR.finditer(lines, searched)), default=len(lines))
+        _show(lines[:start])
+        self._held = lines[start:]
 
     def _close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._stderr.close()
+
+
+def _show(text: bytes) -> None:
+    sys.stderr.write(text.decode(errors="replace"))
+    sys.stderr.flush()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import psutil
@@ -21,7 +22,7 @@ from l2l_core.engine import beside, loop
 from l2l_core.engine.beside import Places, find_places, run_beside
 from l2l_core.engine.loop import Stream, train
 from l2l_core.engine.resume import CODE_ROOT
-from l2l_core.errors import L2LError
+from l2l_core.errors import L2LError, exit_code
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.memory import peak_of
 
@@ -167,6 +168,53 @@ def test_progress_is_passed_on_and_an_error_is_raised_once(capsys):
     shown = capsys.readouterr().err
     assert "a: 1 of 2\n" in shown
     assert "error:" not in shown
+
+
+def test_a_command_that_succeeds_after_an_error_line_is_no_failure_and_all_its_text_is_shown(capsys):
+    """Also where the lines after it come later, and where nothing comes after it."""
+    writes = "import sys, time\nfor text in {}:\n    sys.stderr.write(text); sys.stderr.flush(); time.sleep(0.3)"
+    parts = ["error: no plugin\n", "a: 1 of 2\n", "a: 2 of 2\nerror: no cache\n  of fonts"]
+    run_beside({"a": code(writes.format(parts))}, Places(1, 1))
+    assert capsys.readouterr().err == "".join(parts)
+
+
+def test_text_after_an_error_line_is_shown_while_the_command_runs(tmp_path):
+    """The command waits until it was shown."""
+    shown = tmp_path / "shown"
+    waits = f"""if True:
+        import pathlib, sys, time
+        sys.stderr.write("error: no plugin\\n"); sys.stderr.flush()
+        time.sleep(0.3)
+        sys.stderr.write("a: 1 of 2\\n"); sys.stderr.flush()
+        deadline = time.monotonic() + {PATIENCE_S}
+        while "1 of 2" not in pathlib.Path({str(shown)!r}).read_text():
+            if time.monotonic() > deadline: sys.exit(1)
+            time.sleep(0.01)
+    """
+    with shown.open("w") as file, redirect_stderr(file):
+        run_beside({"a": code(waits)}, Places(1, 1))
+
+
+@pytest.mark.parametrize("before", ["", "a: 1 of 2\n", "Loading: 50%\r", "error: no plugin\n"])
+def test_the_message_of_exit_code_2_is_raised_and_what_stands_before_is_shown(capsys, before):
+    failing = f"import sys; sys.stderr.write({before + 'error: real'!r}); sys.exit(2)"
+    with pytest.raises(L2LError, match=r"\Areal\Z"):
+        run_beside({"a": code(failing)}, Places(1, 1))
+    assert capsys.readouterr().err == before
+
+
+def test_the_last_lines_of_another_failure_are_shown_whatever_they_begin_with(capsys):
+    failing = "import sys; sys.stderr.write('error: no plugin\\n' + 'x' * 3_000_000 + '\\nTraceback'); sys.exit(1)"
+    with pytest.raises(L2LError, match="a: ended with exit code 1, see above"):
+        run_beside({"a": code(failing)}, Places(1, 1))
+    assert capsys.readouterr().err == "error: no plugin\n" + "x" * 3_000_000 + "\nTraceback"
+
+
+def test_the_exit_code_of_an_error_is_the_one_of_the_command_line():
+    def fail() -> None:
+        raise L2LError("x")
+
+    assert exit_code(fail) == beside.ERROR_CODE
 
 
 def test_what_was_killed_is_named():
