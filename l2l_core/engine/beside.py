@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import torch
 
+from l2l_core import records
 from l2l_core.config import Params
+from l2l_core.data.dataset import BESIDE_VARIABLE, IMAGE_CACHE_BYTES
 from l2l_core.device import choose_device
 from l2l_core.errors import L2LError
 from l2l_core.model.encoders import TINY
 
 POLL_S = 0.1
 PROCESS_BYTES = 3 << 28
-"""Of a training's process without its network: 0.5 GB with all imports; the rest is for tables and decoded images."""
+"""Of a training's process without its network and images: 0.5 GB with all imports; the rest is for tables."""
 NETWORK_BYTES = {True: 1 << 26, False: 1 << 32}
 """Of weights, gradients, two moments and the teacher's weights: of tiny encoders (five times 5 MB), and of others (five
 times 0.8 GB, as of Swin-B with BERT-base)."""
@@ -65,7 +68,8 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
     for name in trainings:
         if name not in missing:
             print(f"{name}: done before", flush=True)
-    places = find_places(params, len(trainings))
+    images = pq.read_metadata(records.INDEX.images).num_rows
+    places = find_places(params, len(trainings), images)
     if places.at_once > 1:
         run_beside({name: training.command for name, training in missing.items()}, places)
         return
@@ -74,8 +78,8 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
         training.train()
 
 
-def find_places(params: Params, count: int) -> Places:
-    """How `count` independent trainings run on this machine.
+def find_places(params: Params, count: int, images: int) -> Places:
+    """How `count` independent trainings on a data set of so many images run on this machine.
 
     On a CPU each gets the same share of the threads, and they run beside each other if there are two threads and enough
     memory. The share depends only on the number of threads and trainings: a training's bytes depend on its threads, and
@@ -92,9 +96,9 @@ def find_places(params: Params, count: int) -> Places:
     if device.type != "cpu":
         return Places(1, threads)
     share = max(1, threads // count)
-    fitting = available_bytes() // training_bytes(params)
-    at_once = min(count, threads, fitting) if wanted else 1
-    return Places(max(1, at_once), share)
+    most, available = min(count, threads) if wanted else 1, available_bytes()
+    fitting = (number for number in range(most, 1, -1) if number * training_bytes(params, images, number) <= available)
+    return Places(next(fitting, 1), share)
 
 
 def is_launched() -> bool:
@@ -108,15 +112,19 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
 
 
-def training_bytes(params: Params) -> int:
+def training_bytes(params: Params, images: int, at_once: int) -> int:
     """Memory of one training on a CPU in bytes, rounded up; it must be known before encoders are loaded.
 
+    images: of the data set, which a training keeps decoded within its share of the cache. at_once: trainings that share
+    the cache.
     `check` measures a step of the configured network and lists the memory of each stage.
     """
     engine, model = params.train.engine, params.model
-    at_once = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size)
+    computed = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size)
     tiny = model.image_encoder == model.text_encoder == TINY
-    return PROCESS_BYTES + NETWORK_BYTES[tiny] + at_once * model.image_size_px**2 * PIXEL_BYTES[tiny]
+    step = computed * model.image_size_px**2 * PIXEL_BYTES[tiny]
+    decoded = min(images * 3 * model.image_size_px**2, IMAGE_CACHE_BYTES // at_once)
+    return PROCESS_BYTES + NETWORK_BYTES[tiny] + step + decoded
 
 
 def available_bytes() -> int:
@@ -167,7 +175,7 @@ def end_with_parent() -> None:
 def _environment(places: Places, slot: int) -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": str(places.threads), "MKL_NUM_THREADS": str(places.threads)}
     gpu = {"CUDA_VISIBLE_DEVICES": places.gpus[slot]} if places.gpus else {}
-    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **threads, **gpu}
+    return {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", BESIDE_VARIABLE: str(places.at_once), **threads, **gpu}
 
 
 class _Child:
