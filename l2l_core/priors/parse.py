@@ -110,9 +110,9 @@ def parse_answer(
     In a list the first usable place counts, since the prompt asks for the most likely first; `and` and `or` are
     separators in it. Of several lists with other words between them the last one counts, since what stands before is
     reasoning; but a remark with keys of its own does not replace an answer with the prompt's keys. Three and more
-    corners are an outline, and the box is its hull. Boxes are clipped to the image. Inverted, non-finite and (after clipping) less than MIN_SIDE_PX
-    wide ones are not used: the order of corners is never guessed. `coord_space` says whether y stands before x, except
-    where the axes are named.
+    corners are an outline, and the box is its hull. Boxes are clipped to the image. Inverted, non-finite and (after
+    clipping) less than MIN_SIDE_PX wide ones are not used: the order of corners is never guessed. `coord_space` says
+    whether y stands before x, except where the axes are named.
 
     image_hw: original image. input_hw: image as the model saw it, needed for `resized_pixel` (ValueError without).
     """
