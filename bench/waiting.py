@@ -3,8 +3,8 @@
     python -m bench.waiting [--turns 5] [--threads 2]
 
 Default network and RefShapes-VLM as params.yaml has them, on the CPU. Each turn runs every setting once in a fresh
-process: threads that spin while they wait (active), sleep at once (passive) or after a short spin (brief, the default in
-l2l_core/threads), alone or beside one process that keeps a core busy, in fp32; and in bf16, alone. Writes
+process: threads that spin while they wait (active), sleep at once (passive) or after a short spin (brief, the default),
+alone or beside one process that keeps a core busy, in fp32; and in bf16, alone. Writes
 bench/results/waiting.jsonl, a row a setting: medians over the turns of wall and CPU milliseconds an image or a request;
 and from it a table of docs/results.md.
 """

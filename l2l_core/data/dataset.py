@@ -30,6 +30,8 @@ PRIOR_COLUMNS = ("sent_id", "sample_index", "target", "attributes", "relation", 
 """What the network is shown of an answer, and whose it is."""
 IMAGE_CACHE_BYTES = 2 << 30
 """Decoded images are kept in memory up to this size: all of a small data set, none of the cost for a large one."""
+BESIDE_VARIABLE = "L2L_TRAININGS_BESIDE"
+"""Number of trainings that run on this machine at once, this one included, and share IMAGE_CACHE_BYTES; missing: 1."""
 
 
 @dataclass(frozen=True)

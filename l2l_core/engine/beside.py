@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import torch
 
+from l2l_core import records
 from l2l_core.config import Params
+from l2l_core.data.dataset import BESIDE_VARIABLE, IMAGE_CACHE_BYTES
 from l2l_core.device import choose_device
 from l2l_core.errors import L2LError
 from l2l_core.model.encoders import TINY
 
 POLL_S = 0.1
 PROCESS_BYTES = 3 << 28
-"""Of a training's process without its network: 0.5 GB with all imports; the rest is for tables and decoded images."""
+"""Of a training's process without its network and images: 0.5 GB with all imports; the rest is for tables."""
 NETWORK_BYTES = {True: 1 << 26, False: 1 << 32}
 """Of weights, gradients, two moments and the teacher's weights: of tiny encoders (five times 5 MB), and of others (five
 times 0.8 GB, as of Swin-B with BERT-base)."""
@@ -34,8 +38,10 @@ their weights: tiny 1,000 (8 images of 224 px) and 1,200 (32 of 96 px), ResNet-5
 windows of 12 12,000 (4 images of 224 px each)."""
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where a container's own limits stand."""
-ERROR = b"error: "
-"""What `errors.exit_code` writes before the message of an L2LError."""
+ERROR = re.compile(rb"(?:\A|(?<=[\r\n]))error: ")
+"""What `errors.exit_code` writes before the message of an L2LError, at the start of a line or over a progress bar."""
+ERROR_CODE = 2
+"""What `errors.exit_code` returns for an L2LError."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
     for name in trainings:
         if name not in missing:
             print(f"{name}: done before", flush=True)
-    places = find_places(params, len(trainings))
+    images = pq.read_metadata(records.INDEX.images).num_rows
+    places = find_places(params, len(trainings), images)
     if places.at_once > 1:
         run_beside({name: training.command for name, training in missing.items()}, places)
         return
@@ -71,8 +78,8 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
         training.train()
 
 
-def find_places(params: Params, count: int) -> Places:
-    """How `count` independent trainings run on this machine.
+def find_places(params: Params, count: int, images: int) -> Places:
+    """How `count` independent trainings on a data set of so many images run on this machine.
 
     On a CPU each gets the same share of the threads, and they run beside each other if there are two threads and enough
     memory. The share depends only on the number of threads and trainings: a training's bytes depend on its threads, and
@@ -89,9 +96,9 @@ def find_places(params: Params, count: int) -> Places:
     if device.type != "cpu":
         return Places(1, threads)
     share = max(1, threads // count)
-    fitting = available_bytes() // training_bytes(params)
-    at_once = min(count, threads, fitting) if wanted else 1
-    return Places(max(1, at_once), share)
+    most, available = min(count, threads) if wanted else 1, available_bytes()
+    fitting = (number for number in range(most, 1, -1) if number * training_bytes(params, images, number) <= available)
+    return Places(next(fitting, 1), share)
 
 
 def is_launched() -> bool:
@@ -105,15 +112,19 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
 
 
-def training_bytes(params: Params) -> int:
+def training_bytes(params: Params, images: int, at_once: int) -> int:
     """Memory of one training on a CPU in bytes, rounded up; it must be known before encoders are loaded.
 
+    images: of the data set, which a training keeps decoded within its share of the cache. at_once: trainings that share
+    the cache.
     `check` measures a step of the configured network and lists the memory of each stage.
     """
     engine, model = params.train.engine, params.model
-    at_once = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size)
+    computed = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size)
     tiny = model.image_encoder == model.text_encoder == TINY
-    return PROCESS_BYTES + NETWORK_BYTES[tiny] + at_once * model.image_size_px**2 * PIXEL_BYTES[tiny]
+    step = computed * model.image_size_px**2 * PIXEL_BYTES[tiny]
+    decoded = min(images * 3 * model.image_size_px**2, IMAGE_CACHE_BYTES // at_once)
+    return PROCESS_BYTES + NETWORK_BYTES[tiny] + step + decoded
 
 
 def available_bytes() -> int:
@@ -164,14 +175,18 @@ def end_with_parent() -> None:
 def _environment(places: Places, slot: int) -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": str(places.threads), "MKL_NUM_THREADS": str(places.threads)}
     gpu = {"CUDA_VISIBLE_DEVICES": places.gpus[slot]} if places.gpus else {}
-    return {**os.environ, **threads, **gpu}
+    return {**os.environ, BESIDE_VARIABLE: str(places.at_once), **threads, **gpu}
 
 
 class _Child:
-    """A command that runs; its stderr goes through a file, so that one error is told from another."""
+    """A command that runs; its stderr goes through a file, so that one error is told from another.
+
+    A line `error: ...` may be the message of an L2LError, or a warning of a library. It is held back, with what follows
+    at once, until more text comes or the process ends.
+    """
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
-        self._name, self._read, self._error = name, 0, b""
+        self._name, self._read, self._held = name, 0, b""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_close`)
         self._process = subprocess.Popen(
             [sys.executable, *command], env=environment, stdin=subprocess.PIPE, stderr=self._stderr
@@ -187,15 +202,16 @@ class _Child:
         code = self._process.wait()
         self._pass_on(to_the_end=True)
         self._close()
-        if self._error:
-            raise L2LError(self._error.removeprefix(ERROR).decode(errors="replace").strip())
+        if code == ERROR_CODE and self._held:
+            raise L2LError(ERROR.sub(b"", self._held, count=1).decode(errors="replace").strip())
+        _show(self._held)
         if code:
             ended = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
             hint = "; if memory was short, set train.engine.side_by_side to false" if code < 0 else ", see above"
             raise L2LError(f"{self._name}: {ended}{hint}")
 
     def end(self) -> None:
-        """Kill it: what it had done since its last checkpoint is done again."""
+        """Kill it: what it had done since its last checkpoint is done again. An error that is held is not shown."""
         self._process.kill()
         self._process.wait()
         self._pass_on(to_the_end=True)
@@ -203,18 +219,24 @@ class _Child:
 
     def _pass_on(self, *, to_the_end: bool) -> None:
         # pread: the position of the file belongs to the child, which shares it.
-        text = os.pread(self._stderr.fileno(), 1 << 20, self._read)
+        file = self._stderr.fileno()
+        text = os.pread(file, os.fstat(file).st_size - self._read, self._read)
         lines = text[: len(text) if to_the_end else text.rfind(b"\n") + 1]
-        self._read += len(lines)
-        if self._error:
-            self._error += lines
+        if not lines:
             return
-        start = 0 if lines.startswith(ERROR) else lines.find(b"\n" + ERROR) + 1 or len(lines)
-        sys.stderr.write(lines[:start].decode(errors="replace"))
-        sys.stderr.flush()
-        self._error = lines[start:]
+        self._read += len(lines)
+        searched = 0 if to_the_end else len(self._held)  # of a running process, what was held is no last word
+        lines = self._held + lines
+        start = max((match.start() for match in ERROR.finditer(lines, searched)), default=len(lines))
+        _show(lines[:start])
+        self._held = lines[start:]
 
     def _close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._stderr.close()
+
+
+def _show(text: bytes) -> None:
+    sys.stderr.write(text.decode(errors="replace"))
+    sys.stderr.flush()

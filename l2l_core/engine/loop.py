@@ -20,7 +20,7 @@ from torch import Tensor
 
 from l2l_core.config import TrainParams
 from l2l_core.data.augment import strong_view
-from l2l_core.data.dataset import IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets, move_batch
+from l2l_core.data.dataset import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets, move_batch
 from l2l_core.device import autocast, choose_device, resolve_precision, to_device
 from l2l_core.engine.ema import MovingAverage
 from l2l_core.engine.resume import load_checkpoint, save_checkpoint
@@ -270,8 +270,12 @@ def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:
-    """The streams with their shares of IMAGE_CACHE_BYTES, which all streams of all processes of a machine share."""
-    room = IMAGE_CACHE_BYTES // (len(streams) * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """The streams with their shares of IMAGE_CACHE_BYTES, which all streams of all processes of a machine share.
+
+    Processes are those that a launcher started (torchrun), and trainings beside this one.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(BESIDE_VARIABLE, "1"))
+    room = IMAGE_CACHE_BYTES // (len(streams) * processes)
     return [replace(stream, batches=replace(stream.batches, cache_bytes=room)) for stream in streams]
 
 

@@ -115,7 +115,7 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
                     sizes,
                     draws_refshapes=params.is_embedded,
                     needs=needs,
-                    at_once=find_places(params, params.select.folds).at_once,
+                    at_once=find_places(params, params.select.folds, data.index.images.num_rows).at_once,
                 )
                 _say_plan(stages, costs, say)
                 if needs is not None:

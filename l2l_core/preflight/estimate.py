@@ -204,9 +204,9 @@ def _memory(
     network = needs.network_start + tables + (sizes.model or 0)
     learns = select.policy == "reinforce"
 
-    def training(*, rounds: bool) -> float:
-        kept = sum(min(images, room) for images, _, room in _streams(params, counts, rounds=rounds))
-        return network + needs.train + kept * image_bytes
+    def training(beside: int, *, rounds: bool) -> float:
+        kept = sum(min(images, room // beside) for images, _, room in _streams(params, counts, rounds=rounds))
+        return beside * (network + needs.train + kept * image_bytes)
 
     def asking(images: int) -> float:
         return network + needs.ask + min(images * image_bytes, IMAGE_CACHE_BYTES)
@@ -222,13 +222,13 @@ def _memory(
         case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "kept"):
             return needs.start, None
         case "warmup":  # with priors and without
-            return min(2, at_once) * training(rounds=False), needs.train_gpu
+            return training(min(2, at_once), rounds=False), needs.train_gpu
         case "crossfit-0":
-            return at_once * training(rounds=False), needs.train_gpu
+            return training(at_once, rounds=False), needs.train_gpu
         case "crossfit":
-            return at_once * training(rounds=True), needs.train_gpu
+            return training(at_once, rounds=True), needs.train_gpu
         case "retrain":
-            return training(rounds=True), needs.train_gpu
+            return training(1, rounds=True), needs.train_gpu
         case "select":  # the batches' states, and all of them in one array
             states = 2 * needs.state * (counts.unlabeled + (counts.labeled if learns else 0))
             return asking(counts.unlabeled_images) + states, needs.ask_gpu

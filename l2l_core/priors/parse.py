@@ -21,6 +21,10 @@ _POINT_KEYS = ("point", "point_2d", "points")
 _PLACE_KEYS = (*_BOX_KEYS, *_POINT_KEYS, "found")
 _TARGET_KEYS = ("target", "label", "object")
 _SCORE_KEYS = ("confidence", "score")
+_FORM_KEYS = ("found", "target")
+"""Keys of every prompt that other notations lack."""
+_PROMPT_KEYS = {*_FORM_KEYS, "attributes", "relation", "anchor", "confidence", *_PLACE_KEYS}
+"""All that an answer in a prompt's form may hold, and other names of the place."""
 _CORNER_NAMES = (
     ("x1", "y1", "x2", "y2"),
     ("xmin", "ymin", "xmax", "ymax"),
@@ -39,7 +43,7 @@ _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _SEPARATORS = re.compile(r"[\s,;]*")
 _BETWEEN_NUMBERS = re.compile(r"[\s,;()\[\]]+")
 _TAG = re.compile(r"<[^<>]*>")
-_WORD = re.compile(r"\w")
+_DIVIDING_WORD = re.compile(r"\b(?!(?:and|or)\b)\w", re.IGNORECASE)
 _GROUP = re.compile(r"(?:[\[(]|<(?P<tag>box|bbox|quad|point)>)(?P<inner>[^\[\]()<>]*+)(?:[\])]|</(?P=tag)>)")
 """Innermost brackets, and tags that hold numbers alone: <box>x1 y1 x2 y2</box>, <point>x y</point>."""
 _POINT_TAG = re.compile(r"<points?\s[^<>]*>")
@@ -103,11 +107,12 @@ def parse_answer(
       Kosmos-2's <patch_index_0012>, Molmo's <point x="" y=""> and <points coords="">;
     - numbers in brackets or in <box>, <quad> and <point> tags.
 
-    In a list the first usable place counts, since the prompt asks for the most likely first; of several lists with
-    words between them the last one, since what stands before is reasoning. Three and more corners are an outline, and
-    the box is its hull. Boxes are clipped to the image. Inverted, non-finite and (after clipping) less than MIN_SIDE_PX
-    wide ones are not used: the order of corners is never guessed. `coord_space` says whether y stands before x, except
-    where the axes are named.
+    In a list the first usable place counts, since the prompt asks for the most likely first; `and` and `or` are
+    separators in it. Of several lists with other words between them the last one counts, since what stands before is
+    reasoning; but a remark with keys of its own does not replace an answer with the prompt's keys. Three and more
+    corners are an outline, and the box is its hull. Boxes are clipped to the image. Inverted, non-finite and (after
+    clipping) less than MIN_SIDE_PX wide ones are not used: the order of corners is never guessed. `coord_space` says
+    whether y stands before x, except where the axes are named.
 
     image_hw: original image. input_hw: image as the model saw it, needed for `resized_pixel` (ValueError without).
     """
@@ -164,11 +169,11 @@ def _without(text: str, objects: Iterable[Span]) -> str:
 
 
 def _in_lists(text: str, items: Iterable[tuple[int, int, Item]]) -> list[list[Item]]:
-    """Items (start, end, item) in lists: the neighbors that no word divides; tags are no words."""
+    """Items (start, end, item) in lists: the neighbors that no word but `and` and `or` divides; tags are no words."""
     lists: list[list[Item]] = []
     last = 0
     for start, end, item in items:
-        if lists and not _WORD.search(_TAG.sub("", text[last:start])):
+        if lists and not _DIVIDING_WORD.search(_TAG.sub("", text[last:start])):
             lists[-1].append(item)
         else:
             lists.append([item])
@@ -177,17 +182,29 @@ def _in_lists(text: str, items: Iterable[tuple[int, int, Item]]) -> list[list[It
 
 
 def _read_objects(text: str, objects: Iterable[Span], frame: _Frame) -> ParsedPrior | None:
-    """What the last list of answers says; None where no object says anything of a place."""
+    """What the last list of answers says; None where no object says anything of a place.
+
+    Beside an answer in a prompt's form, objects with keys of their own are remarks, which count if nothing else does.
+    """
     unusable: ParsedPrior | None = None
-    for answers in reversed(_in_lists(text, objects)):
-        read = [_read_object(item, frame) for value in answers for item in _places(value)]
-        if not read:
-            continue
+    lists = [[item for value in values for item in _places(value)] for values in _in_lists(text, objects)]
+    answers = [items for items in reversed(lists) if items]
+    if any(key in item for items in answers for item in items for key in _FORM_KEYS):
+        answers.sort(key=_are_remarks)
+    for items in answers:
+        read = [_read_object(item, frame) for item in items]
         best = next((prior for prior in read if prior.status == "ok"), read[0])
         if best.status != "invalid":
             return best
         unusable = unusable or best
     return unusable
+
+
+def _are_remarks(items: list[dict[str, object]]) -> bool:
+    """Whether no object is in a prompt's form, and each has keys that no prompt has."""
+    return not any(key in item for item in items for key in _FORM_KEYS) and all(
+        not item.keys() <= _PROMPT_KEYS for item in items
+    )
 
 
 def _places(value: object) -> Iterator[dict[str, object]]:

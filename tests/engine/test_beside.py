@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import psutil
@@ -16,17 +17,18 @@ from synthetic_run import write_run
 from toy_pairs import PARAMS_FILE, TRAIN, toy_pairs, toy_params
 
 from l2l_core import records
-from l2l_core.data.dataset import BatchMaker
+from l2l_core.data.dataset import BESIDE_VARIABLE, BatchMaker
 from l2l_core.engine import beside, loop
 from l2l_core.engine.beside import Places, find_places, run_beside
 from l2l_core.engine.loop import Stream, train
 from l2l_core.engine.resume import CODE_ROOT
-from l2l_core.errors import L2LError
+from l2l_core.errors import L2LError, exit_code
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.memory import peak_of
 
 PATIENCE_S = 60
 GIB = 1 << 30
+IMAGES = 100
 
 
 def params(*, side_by_side: bool = True, device: str = "cpu"):
@@ -51,43 +53,43 @@ def machine(monkeypatch):
 
 def test_each_training_has_its_share_of_the_threads(machine):
     machine(2)
-    assert find_places(params(), 2) == Places(2, 1)
+    assert find_places(params(), 2, IMAGES) == Places(2, 1)
     machine(9)
-    assert find_places(params(), 2) == Places(2, 4)
+    assert find_places(params(), 2, IMAGES) == Places(2, 4)
     machine(2)
-    assert find_places(params(), 5) == Places(2, 1)
+    assert find_places(params(), 5, IMAGES) == Places(2, 1)
 
 
 def test_one_thread_trains_in_turn(machine):
     machine(1)
-    assert find_places(params(), 2) == Places(1, 1)
+    assert find_places(params(), 2, IMAGES) == Places(1, 1)
 
 
 def test_threads_do_not_depend_on_whether_trainings_run_beside_each_other(machine):
     """Else their bytes would depend on the memory that happens to be free."""
     machine(4)
-    wanted = find_places(params(), 2)
+    wanted = find_places(params(), 2, IMAGES)
     machine(4, free=1)
-    short = find_places(params(), 2)
+    short = find_places(params(), 2, IMAGES)
     machine(4)
-    unwanted = find_places(params(side_by_side=False), 2)
+    unwanted = find_places(params(side_by_side=False), 2, IMAGES)
     assert (wanted.at_once, short.at_once, unwanted.at_once) == (2, 1, 1)
     assert wanted.threads == short.threads == unwanted.threads == 2
 
 
 def test_a_gpu_each_where_there_are_several(machine, monkeypatch):
     machine(8, gpus=4)
-    assert find_places(params(device="auto"), 2) == Places(2, 4, ("0", "1"))
+    assert find_places(params(device="auto"), 2, IMAGES) == Places(2, 4, ("0", "1"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert find_places(params(device="auto"), 3) == Places(2, 4, ("5", "7"))
+    assert find_places(params(device="auto"), 3, IMAGES) == Places(2, 4, ("5", "7"))
     machine(8, gpus=1)
-    assert find_places(params(device="auto"), 2) == Places(1, 8)
+    assert find_places(params(device="auto"), 2, IMAGES) == Places(1, 8)
 
 
 def test_processes_that_were_launched_together_train_in_turn(machine, monkeypatch):
     machine(8, gpus=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert find_places(params(device="auto"), 2) == Places(1, 8)
+    assert find_places(params(device="auto"), 2, IMAGES) == Places(1, 8)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(3, [3]), (None, [])])
@@ -105,10 +107,10 @@ def test_large_networks_run_beside_each_other_only_where_the_memory_holds_both(m
     model = large.model.model_copy(update={"image_encoder": "swin", "text_encoder": "bert", "image_size_px": 224})
     large = large.model_copy(update={"model": model})
     machine(2, free=8 * GIB)
-    assert find_places(large, 2).at_once == 1
-    assert find_places(params(), 2).at_once == 2
+    assert find_places(large, 2, IMAGES).at_once == 1
+    assert find_places(params(), 2, IMAGES).at_once == 2
     machine(2, free=16 * GIB)
-    assert find_places(large, 2).at_once == 2
+    assert find_places(large, 2, IMAGES).at_once == 2
 
 
 def test_the_memory_that_a_training_is_said_to_need_covers_what_it_takes(tmp_path):
@@ -121,7 +123,24 @@ def test_the_memory_that_a_training_is_said_to_need_covers_what_it_takes(tmp_pat
     network = Segmenter.create(wide, pairs.sentence, 0)
     with peak_of() as peak:
         train(network, [Stream(BatchMaker(pairs, size, 0.1), targets, 1.0)], 2, settings.train, 0, "test")
-    assert 0 < peak.ram_bytes < beside.training_bytes(settings) - beside.PROCESS_BYTES
+    assert 0 < peak.ram_bytes < beside.training_bytes(settings, batch, 2) - beside.PROCESS_BYTES
+
+
+def test_decoded_images_count_and_trainings_beside_each_other_share_the_room_for_them():
+    small, image = params(), 3 * params().model.image_size_px ** 2
+    without = beside.training_bytes(small, 0, 1)
+    assert beside.training_bytes(small, 100, 1) - without == 100 * image
+    assert beside.training_bytes(small, 10**9, 1) - without == 2 * GIB
+    assert beside.training_bytes(small, 10**9, 4) - without == GIB / 2
+
+
+def test_trainings_run_beside_each_other_where_the_memory_holds_their_decoded_images_too(machine):
+    """Two processes of 0.8 GB, and 2 GiB of images, whether one or two trainings keep them."""
+    machine(2, free=3 * GIB)
+    assert find_places(params(), 2, IMAGES).at_once == 2
+    assert find_places(params(), 2, 10**9).at_once == 1
+    machine(2, free=4 * GIB)
+    assert find_places(params(), 2, 10**9).at_once == 2
 
 
 def test_memory_of_the_control_group_counts(monkeypatch, tmp_path):
@@ -148,6 +167,12 @@ def test_commands_get_their_threads_and_gpus(tmp_path):
     assert {(tmp_path / name).read_text() for name in "ab"} == {"35", "37"}
 
 
+def test_commands_know_how_many_run_at_once(tmp_path):
+    text = f"import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['{BESIDE_VARIABLE}'])"
+    run_beside({name: [*code(text), str(tmp_path / name)] for name in "abc"}, Places(2, 1))
+    assert {(tmp_path / name).read_text() for name in "abc"} == {"2"}
+
+
 def test_more_commands_than_places_run_one_after_another(tmp_path):
     text = """if True:
         import pathlib, sys, time
@@ -167,6 +192,53 @@ def test_progress_is_passed_on_and_an_error_is_raised_once(capsys):
     shown = capsys.readouterr().err
     assert "a: 1 of 2\n" in shown
     assert "error:" not in shown
+
+
+def test_a_command_that_succeeds_after_an_error_line_is_no_failure_and_all_its_text_is_shown(capsys):
+    """Also where the lines after it come later, and where nothing comes after it."""
+    writes = "import sys, time\nfor text in {}:\n    sys.stderr.write(text); sys.stderr.flush(); time.sleep(0.3)"
+    parts = ["error: no plugin\n", "a: 1 of 2\n", "a: 2 of 2\nerror: no cache\n  of fonts"]
+    run_beside({"a": code(writes.format(parts))}, Places(1, 1))
+    assert capsys.readouterr().err == "".join(parts)
+
+
+def test_text_after_an_error_line_is_shown_while_the_command_runs(tmp_path):
+    """The command waits until it was shown."""
+    shown = tmp_path / "shown"
+    waits = f"""if True:
+        import pathlib, sys, time
+        sys.stderr.write("error: no plugin\\n"); sys.stderr.flush()
+        time.sleep(0.3)
+        sys.stderr.write("a: 1 of 2\\n"); sys.stderr.flush()
+        deadline = time.monotonic() + {PATIENCE_S}
+        while "1 of 2" not in pathlib.Path({str(shown)!r}).read_text():
+            if time.monotonic() > deadline: sys.exit(1)
+            time.sleep(0.01)
+    """
+    with shown.open("w") as file, redirect_stderr(file):
+        run_beside({"a": code(waits)}, Places(1, 1))
+
+
+@pytest.mark.parametrize("before", ["", "a: 1 of 2\n", "Loading: 50%\r", "error: no plugin\n"])
+def test_the_message_of_exit_code_2_is_raised_and_what_stands_before_is_shown(capsys, before):
+    failing = f"import sys; sys.stderr.write({before + 'error: real'!r}); sys.exit(2)"
+    with pytest.raises(L2LError, match=r"\Areal\Z"):
+        run_beside({"a": code(failing)}, Places(1, 1))
+    assert capsys.readouterr().err == before
+
+
+def test_the_last_lines_of_another_failure_are_shown_whatever_they_begin_with(capsys):
+    failing = "import sys; sys.stderr.write('error: no plugin\\n' + 'x' * 3_000_000 + '\\nTraceback'); sys.exit(1)"
+    with pytest.raises(L2LError, match="a: ended with exit code 1, see above"):
+        run_beside({"a": code(failing)}, Places(1, 1))
+    assert capsys.readouterr().err == "error: no plugin\n" + "x" * 3_000_000 + "\nTraceback"
+
+
+def test_the_exit_code_of_an_error_is_the_one_of_the_command_line():
+    def fail() -> None:
+        raise L2LError("x")
+
+    assert exit_code(fail) == beside.ERROR_CODE
 
 
 def test_what_was_killed_is_named():

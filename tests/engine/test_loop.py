@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toy_pairs import TRAIN, toy_batches, toy_network, toy_pairs
 
 from l2l_core.config import TrainParams
-from l2l_core.data.dataset import Batch, Pairs, Targets
+from l2l_core.data.dataset import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, Pairs, Targets
 from l2l_core.engine import loop
 from l2l_core.engine.loop import (
     OnlineStream,
@@ -20,6 +20,7 @@ from l2l_core.engine.loop import (
     epoch_rows,
     label_online,
     schedule,
+    share_image_cache,
     stream_sizes,
     train,
 )
@@ -356,3 +357,25 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(toy, tmp_path):
 def test_rows_of_the_curve_come_as_often_as_asked_and_at_the_end(toy):
     curve = train(toy_network(toy[0]), streams_of(toy), 5, with_(log_every=2), 0, "test").curve
     assert [row["step"] for row in curve] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("launched", "beside", "parts"), [(None, None, 2), ("3", None, 6), (None, "2", 4), ("3", "2", 12)]
+)
+def test_streams_processes_and_trainings_of_a_machine_share_one_image_cache(toy, monkeypatch, launched, beside, parts):
+    for name, value in (("LOCAL_WORLD_SIZE", launched), (BESIDE_VARIABLE, beside)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    shared = share_image_cache(streams_of(toy, 0.5, 0.5))
+    assert [stream.batches.cache_bytes for stream in shared] == 2 * [IMAGE_CACHE_BYTES // parts]
+
+
+def test_a_training_gives_the_same_weights_however_many_share_the_image_cache(toy, monkeypatch):
+    """The whole cache, and a share in which no image has room."""
+    found = []
+    for beside in ("1", str(IMAGE_CACHE_BYTES)):
+        monkeypatch.setenv(BESIDE_VARIABLE, beside)
+        trained = train(toy_network(toy[0]), streams_of(toy), 3, TRAIN, 5, "test")
+        found.append(trained.teacher.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -140,6 +140,9 @@ def test_decoded_images_take_no_more_than_the_cache(monkeypatch):
     assert found["warmup"][0] == network + 10_000 + 20 * image
     assert found["retrain@1"][0] == network + 10_000 + 2 * 15 * image  # the labelled images are 20
     assert found["predict"][0] == network + 4_000 + 30 * image
+    beside = memory(at_once=2)  # the fold teachers share the cache as well
+    assert beside["crossfit-0"][0] == 2 * (network + 10_000 + 15 * image)
+    assert beside["crossfit@1"][0] == 2 * (network + 10_000 + 2 * 7 * image)
 
 
 def test_fixed_rules_hold_no_fold_teachers_and_judge_no_labels():

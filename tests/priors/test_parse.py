@@ -125,6 +125,48 @@ def test_a_box_is_found(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        '{"bbox": [10, 20, 30, 40]} or {"bbox": [50, 60, 70, 80]}',
+        'Here: {"bbox": [10, 20, 30, 40]}, {"bbox": [50, 60, 70, 80]}, and {"bbox": [1, 2, 3, 4]}.',
+        "The boxes are [10, 20, 30, 40] and [50, 60, 70, 80].",
+        "[10, 20, 30, 40] OR [50, 60, 70, 80]",
+        "<box>10 20 30 40</box> and/or <box>50 60 70 80</box>",
+        "First [1, 2, 3, 4], no: [10, 20, 30, 40] or [50, 60, 70, 80]",
+        "[50, 60, 70, 80] and the other one at [10, 20, 30, 40]",  # other words divide
+        "[50, 60, 70, 80] android [10, 20, 30, 40]",
+    ],
+)
+def test_and_and_or_stand_within_a_list_whose_first_box_counts(text: str) -> None:
+    assert read(text).bbox == HERE
+
+
+ANSWER = '{"target": "cat", "bbox": [10, 20, 30, 40]}'
+DOG = '{"label": "dog", "bbox": [1, 2, 3, 4]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{ANSWER} Note: there is another {DOG} nearby",
+        f"There is a dog, {DOG}, but the answer is {ANSWER}. Also a {DOG} and a {DOG}.",
+        f'{{"found": true, "bbox": [10, 20, 30, 40]}} Beside it: {DOG}',
+        f'{{"answer": {ANSWER}}} Beside it: {{"others": [{DOG}]}}',
+        '{"target": "cup", "bbox": [50, 60, 70, 80]} No, rather: {"bbox": [10, 20, 30, 40]}',  # no other keys
+        '{"target": "cup", "bbox": [50, 60, 70, 80]} No, rather: {"target": "cup", "bbox": [10, 20, 30, 40]}',
+        '{"target": "cup", "bbox": [5]} It is {"label": "cup", "bbox": [10, 20, 30, 40]}',  # the only usable one
+        '{"label": "dog", "bbox": [1, 2, 3, 4]} is a dog, the cat is {"label": "cat", "bbox": [10, 20, 30, 40]}',
+    ],
+)
+def test_a_remark_with_keys_of_its_own_does_not_replace_an_answer_with_the_keys_of_the_prompt(text: str) -> None:
+    assert read(text).bbox == HERE
+
+
+def test_an_answer_that_nothing_is_there_outlives_a_remark() -> None:
+    assert read(f'{{"found": false, "bbox": null}} Note: there is {DOG}').status == "empty"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "",
         "I cannot see a cup.",
         '{"target": "cup"}',
