@@ -28,6 +28,14 @@ def positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.cat([grid, fourier(grid, POSITION_FREQUENCIES)], dim=1)
 
 
+def reads_as_before(sizes: list[int]) -> bool:
+    """Whether the same levels read the sentence as in models without a `format`: there, those of at most 256 pixels.
+
+    sizes: pixels of each level.
+    """
+    return sum(size <= 256 for size in sizes) == min(READING_LEVELS, len(sizes))
+
+
 class Gate(nn.Module):
     """The proposal as a spatial gate: features are scaled by 1 + g(proposal, score), per channel and place."""
 
