@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import torch
 
@@ -22,6 +21,7 @@ from l2l_core.config import Params
 from l2l_core.data.dataset import BESIDE_VARIABLE, IMAGE_CACHE_BYTES
 from l2l_core.device import choose_device
 from l2l_core.errors import L2LError
+from l2l_core.memory import available_bytes
 from l2l_core.model.encoders import TINY
 
 POLL_S = 0.1
@@ -36,8 +36,6 @@ PIXEL_BYTES = {True: 2_000, False: 15_000}
 Measured in fp32 by `preflight.memory.peak_of` around two steps of `train` with random weights, less NETWORK_BYTES of
 their weights: tiny 1,000 (8 images of 224 px) and 1,200 (32 of 96 px), ResNet-50 3,300, Swin-T 3,500, Swin-B with
 windows of 12 12,000 (4 images of 224 px each)."""
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where a container's own limits stand."""
 ERROR = re.compile(rb"(?:\A|(?<=[\r\n]))error: ")
 """What `errors.exit_code` writes before the message of an L2LError, at the start of a line or over a progress bar."""
 ERROR_CODE = 2
@@ -125,17 +123,6 @@ def training_bytes(params: Params, images: int, at_once: int) -> int:
     step = computed * model.image_size_px**2 * PIXEL_BYTES[tiny]
     decoded = min(images * 3 * model.image_size_px**2, IMAGE_CACHE_BYTES // at_once)
     return PROCESS_BYTES + NETWORK_BYTES[tiny] + step + decoded
-
-
-def available_bytes() -> int:
-    """Memory that this process can still use: of the machine, or of its control group if that has less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = int((CONTROL_GROUP / "memory.max").read_text())  # "max" where there is none
-        used = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())["anon"]
-    except (OSError, ValueError, KeyError):
-        return available
-    return max(0, min(available, limit - int(used)))
 
 
 def run_beside(commands: Mapping[str, Sequence[str]], places: Places) -> None:

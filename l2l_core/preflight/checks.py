@@ -18,8 +18,9 @@ from dvc.utils.hydra import apply_overrides
 
 from l2l_core.config import Params, load_params
 from l2l_core.device import choose_device
-from l2l_core.engine.beside import available_bytes, find_places
+from l2l_core.engine.beside import find_places
 from l2l_core.errors import ConfigError, InputError, L2LError, raise_all
+from l2l_core.memory import available_bytes
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight import backends, inputs
 from l2l_core.preflight.estimate import Costs, Sizes, Stage, checkpoint_bytes, plan

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from l2l_core import records
 from l2l_core.config import LIVE_BACKENDS, PriorsParams
 from l2l_core.errors import ConfigError, InputError
+from l2l_core.memory import available_bytes
 from l2l_core.priors.backend import Answer, PriorBackend, Question, clean_text
 from l2l_core.priors.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.priors.mllm import Engine, MllmBackend
@@ -38,6 +39,8 @@ FEWEST_FAILED = 8
 
 SMALL_BYTES = 1 << 28
 """Of a model's folder: a copy in each process is no burden for the memory."""
+WORKER_BYTES = 1 << 30
+"""Of a process with a small model, rounded up: Python and PyTorch, a chunk's images and those decoded ahead."""
 
 MakeBackend = Callable[[], PriorBackend]
 
@@ -255,7 +258,9 @@ def worker_count(params: PriorsParams) -> int:
         return 1
     from l2l_core.device import choose_device  # not at the top: recorded and simulated answers do without torch
 
-    return thread_count() if choose_device(params.engine.device).type == "cpu" else 1
+    if choose_device(params.engine.device).type != "cpu":
+        return 1
+    return max(1, min(thread_count(), available_bytes() // WORKER_BYTES))
 
 
 def _refuse_too_few_gpus(params: PriorsParams) -> None:

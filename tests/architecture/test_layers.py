@@ -13,6 +13,7 @@ LEVELS = {
     "geometry": 0,
     "grabcut": 0,
     "masks": 0,
+    "memory": 0,
     "optional": 0,
     "progress": 0,
     "threads": 0,

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -141,17 +140,6 @@ def test_trainings_run_beside_each_other_where_the_memory_holds_their_decoded_im
     assert find_places(params(), 2, 10**9).at_once == 1
     machine(2, free=4 * GIB)
     assert find_places(params(), 2, 10**9).at_once == 2
-
-
-def test_memory_of_the_control_group_counts(monkeypatch, tmp_path):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * GIB))
-    monkeypatch.setattr(beside, "CONTROL_GROUP", tmp_path)
-    assert beside.available_bytes() == 5 * GIB
-    (tmp_path / "memory.stat").write_text(f"anon {GIB}\nfile {3 * GIB}\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert beside.available_bytes() == 5 * GIB
-    (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
-    assert beside.available_bytes() == 3 * GIB
 
 
 def code(text: str) -> list[str]:
