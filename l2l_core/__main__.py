@@ -124,13 +124,14 @@ def predict(
     if pairs and words:
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
     folder = model_folder(run)
+    device = load_params().train.engine.device if Path("params.yaml").is_file() else "auto"
     asked = predictions.ask_file(pairs) if pairs else predictions.ask_about(words or [])
     turned = predictions.turned_images(asked)
     if turned:
         print(f"note: {turned_note(turned)}")
     with predictions.predictions_folder(out) as building:
         predictions.try_names(asked, building)
-        predictor = Predictor.from_run(folder)
+        predictor = Predictor.from_run(folder, device=device)
         told = predictions.find_priors(asked, predictor.fitted(load_params())) if with_priors else None
         answered = predictions.answer(predictor, asked, told, batch_size)
         trouble = predictions.write_predictions(asked, answered, building, polygons=polygons)

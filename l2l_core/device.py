@@ -48,18 +48,20 @@ def computes_bf16(device: torch.device) -> bool:
             return has_kernels and any(known.get(name, False) for name in CPU_BF16)
 
 
-def resolve_precision(setting: str, device: torch.device, key: str = "train.precision") -> Precision:
+def resolve_precision(
+    setting: str, device: torch.device, key: str = "train.precision", file: str = "params.yaml"
+) -> Precision:
     """`auto` is bf16 where the device computes it natively, else fp32; `bf16` and `fp32` stay.
 
-    key: the parameter that an explicit bf16 comes from; where the device emulates bf16, one warning names it.
+    key, file: where an explicit bf16 comes from; where the device emulates bf16, one warning names them.
     """
-    return "fp32" if setting == "fp32" else precision_where(computes_bf16(device), setting, device.type, key)
+    return "fp32" if setting == "fp32" else precision_where(computes_bf16(device), setting, device.type, key, file)
 
 
-def precision_where(native: bool, setting: str, kind: str, key: str) -> Precision:
+def precision_where(native: bool, setting: str, kind: str, key: str, file: str = "params.yaml") -> Precision:
     """`resolve_precision` for a device of which only this is known: whether it computes bf16 natively, and its kind."""
     if setting == "bf16" and not native:
-        _warn_of_emulation(key, kind)
+        _warn_of_emulation(file, key, kind)
     return "bf16" if setting == "bf16" or (native and setting == "auto") else "fp32"
 
 
@@ -87,10 +89,10 @@ def print_device(device: torch.device, precision: Precision) -> None:
 
 
 @cache
-def _warn_of_emulation(key: str, kind: str) -> None:
+def _warn_of_emulation(file: str, key: str, kind: str) -> None:
     if is_first_process():
         print(
-            f"warning: params.yaml: {key}: got 'bf16', which this {kind} emulates, many times slower than fp32; "
+            f"warning: {file}: {key}: got 'bf16', which this {kind} emulates, many times slower than fp32; "
             "use auto or fp32",
             file=sys.stderr,
             flush=True,

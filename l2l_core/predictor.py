@@ -24,7 +24,7 @@ from l2l_core.progress import progress
 from l2l_core.selection.features import Views
 
 IMAGES_AT_ONCE = 16
-"""Images that are encoded together: enough to keep a GPU busy, and few to hold beside a batch of pairs."""
+"""Most images that are encoded together, and at most `batch_size`: enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class Predictor:
         return cls(network, device, resolve_precision(params.precision, device))
 
     @classmethod
-    def from_run(cls, folder: str | Path, params: TrainParams | None = None) -> Predictor:
+    def from_run(cls, folder: str | Path, params: TrainParams | None = None, *, device: str = "auto") -> Predictor:
         """Load a model folder, for example data/rounds/2/model, which is enough to use the model.
 
-        params: device and precision; without them the device is chosen, and the precision that of the training. Raises
-        ArtifactError where the folder holds no usable model, or, without `params`, does not say how it was trained.
+        params: device and precision; without them the device is `device` (auto, cpu, cuda, mps), and the precision that
+        of the training. Raises ArtifactError where the folder holds no usable model, or, without `params`, does not
+        say how it was trained; ConfigError where PyTorch does not see the device.
         """
         network = Segmenter.load(folder)
         if params is not None:
@@ -56,9 +57,10 @@ class Predictor:
             network.known_proposals()
         except ArtifactError as error:
             raise ArtifactError(f"{folder}: {error}") from None
-        device = choose_device("auto")
-        network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        return cls(network, device, resolve_precision(network.precision_setting, device))
+        chosen = choose_device(device)
+        network = network.to(chosen, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        config = str(Path(folder) / "config.json")
+        return cls(network, chosen, resolve_precision(network.precision_setting, chosen, "precision_setting", config))
 
     def predict(self, image: str | Path, sentence: str) -> BoolMask:
         """Mask [H, W] of what a sentence means in an image (JPEG, PNG, ...), at the image's own size; without a prior.
@@ -163,19 +165,21 @@ class Predictor:
         """All pairs by image, `batch_size` at a time; each image is encoded once, and once mirrored where wanted.
 
         fill: always so many images and pairs are computed at once, the last ones filled up with repeats: kernels for
-        other sizes sum in another order.
+        other sizes sum in another order. Images are encoded min(IMAGES_AT_ONCE, batch_size) at a time, so that a
+        smaller `batch_size` needs less memory for them too.
         """
+        at_once = min(IMAGES_AT_ONCE, batch_size)
         order = np.argsort(batches.pairs.image_row, kind="stable")
         image_rows, rank = np.unique(batches.pairs.image_row[order], return_inverse=True)
         held: dict[int, _Images] = {}
         for places in batched_rows(len(order), batch_size, what):
             full = _filled(places, batch_size) if fill else places
-            group, place = np.divmod(rank[full], IMAGES_AT_ONCE)
+            group, place = np.divmod(rank[full], at_once)
             encoded, held = held, {}
             for number in np.unique(group).tolist():
                 if number not in encoded:
-                    some = image_rows[number * IMAGES_AT_ONCE : (number + 1) * IMAGES_AT_ONCE]
-                    pixels = batches.pixels(_filled(some, IMAGES_AT_ONCE) if fill else some)
+                    some = image_rows[number * at_once : (number + 1) * at_once]
+                    pixels = batches.pixels(_filled(some, at_once) if fill else some)
                     encoded[number] = self._images(pixels, mirrored=mirrored)
                 held[number] = encoded[number]
             # Groups rise from place to place, so that their parts stand in the order of the places.

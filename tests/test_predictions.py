@@ -168,6 +168,18 @@ def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
         assert overlay.width / overlay.height == pytest.approx(64 / 48, rel=0.01)
 
 
+def test_predict_computes_on_the_device_of_params_yaml_and_needs_no_params_yaml(run, monkeypatch, capsys):
+    image, sentence = next(iter(evaluated(with_prior=False)))
+    params = PARAMS.model_dump()
+    params["train"]["engine"]["device"] = "mps"
+    (run / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert call(monkeypatch, "predict", image, sentence) == 2
+    assert "params.yaml: train.engine.device: got 'mps', but torch sees no Apple GPU" in capsys.readouterr().err
+    (run / "params.yaml").unlink()
+    assert call(monkeypatch, "predict", image, sentence) == 0
+
+
 def test_predict_takes_a_folder_a_file_of_pairs_and_priors(run, monkeypatch):
     expected = evaluated(with_prior=True)
     rows = [{"image": f"../{image}", "sentence": sentence} for image, sentence in expected]

@@ -218,6 +218,15 @@ def test_an_image_is_encoded_once_whatever_is_asked_of_it(pairs, with_prior, mon
     assert sum(len(batch.sentence) for batch in stub.asked) == 40 * len(with_prior)
 
 
+@pytest.mark.parametrize(("batch_size", "at_once"), [(1, 1), (3, 3), (16, 16), (64, 16)])
+def test_no_more_images_are_encoded_at_once_than_pairs_are_computed(pairs, batch_size, at_once):
+    stub, batches = Stub(), toy_batches(shared_images(pairs))
+    masks_of(predictor(stub), batches, batch_size)
+    list(predictor(stub).views(batches, batch_size, "test"))
+    assert {len(image) for image in stub.encoded} == {at_once}
+    assert {len(batch.sentence) for batch in stub.asked} == {batch_size}
+
+
 def test_views_encode_an_image_and_its_mirror_once(pairs, monkeypatch):
     monkeypatch.setattr("l2l_core.predictor.IMAGES_AT_ONCE", 2)
     stub, batches = Stub(), toy_batches(shared_images(pairs))
@@ -302,6 +311,28 @@ def test_a_folder_that_does_not_say_how_it_was_trained_is_refused_with_what_to_d
         Predictor.from_run(tmp_path / "model")
     assert "\n" not in str(caught.value)
     Predictor.from_run(tmp_path / "model", FP32)  # stages say what they use
+
+
+def test_a_folder_is_used_on_the_device_that_is_named(pairs, tmp_path, monkeypatch):
+    """`auto` is a GPU here, which the folder alone would be put on."""
+    network = toy_network(pairs)
+    network.proposals = PROPOSALS
+    network.save(tmp_path / "model")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Predictor.from_run(tmp_path / "model", device="cpu").device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="got 'cuda', but torch sees no CUDA device"):
+        Predictor.from_run(tmp_path / "model", device="cuda")
+
+
+def test_a_warning_of_an_emulated_precision_names_the_models_config(pairs, tmp_path, monkeypatch, capsys):
+    network = toy_network(pairs)
+    network.proposals, network.precision_setting = PROPOSALS, "bf16"
+    network.save(tmp_path / "model")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    Predictor.from_run(tmp_path / "model", device="cpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'model/config.json'}: precision_setting: got 'bf16', which this cpu")
 
 
 def test_todays_settings_do_not_change_what_an_old_model_is_shown(pairs):
