@@ -79,7 +79,7 @@ def problems(monkeypatch, capsys, *words: str) -> list[str]:
 
 
 def test_the_plan_with_times(project, monkeypatch, capsys):
-    """Warm-up trains two networks: with half the steps it takes as long. Every stage whose work is known has a time."""
+    """Warm-up trains two networks: with half the steps it takes as long. Stages of known work have a time."""
     change({"round": 1, "warmup": {"steps": 10_000_000}, "retrain": {"steps": 20_000_000}})
     said = checked(monkeypatch, capsys)
     assert "mine: 12 images, 27 sentences (train 20, val 7), 16 masks" in said
