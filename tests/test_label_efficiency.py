@@ -149,7 +149,7 @@ def test_every_round_of_a_run_gives_rows(evaluated: Path) -> None:
         assert found["miou"] == metrics[f"{split}_round_{number}_miou"]
         assert found["label_miou_all"] == metrics[f"pseudo_round_{number}_miou_all"]
         assert found["foreground_error_kept"] == metrics[f"pseudo_round_{number}_foreground_error_kept"]
-        # By default a round continues from the last model, which has had the warm-up's steps and those of earlier rounds.
+        # By default a round continues from the last model: its steps and the warm-up's count as well.
         assert found["steps"] == DEFAULTS["warmup"]["steps"] + number * DEFAULTS["retrain"]["steps"]
         assert found["dataset"] == "refshapes-7"
     assert rows[2, "val"]["no_prior_miou"] == metrics["val_no_prior_miou"]
