@@ -9,7 +9,6 @@ from synthetic_run import write_run
 from toy_pairs import FLAT_PROB, rows_of, toy_batches, toy_pairs, toy_params
 
 from l2l_core import records
-from l2l_core.data import dataset
 from l2l_core.data.dataset import (
     Batch,
     BatchMaker,
@@ -218,10 +217,9 @@ def test_pictures_shrink_by_averaging_and_keep_their_pixels_at_the_same_size():
 
 
 @pytest.mark.parametrize("room", [0, 3 * 32 * 32, 1 << 20])
-def test_pictures_are_the_same_with_and_without_memory_to_keep_them(tmp_path, monkeypatch, room):
+def test_pictures_are_the_same_with_and_without_memory_to_keep_them(tmp_path, room):
     pairs, _ = toy_pairs(tmp_path)
-    monkeypatch.setattr(dataset, "IMAGE_CACHE_BYTES", room)
-    store = ImageStore(pairs.image_path, 32)
+    store = ImageStore(pairs.image_path, 32, room)
     for _ in range(2):
         for row in (2, 0, 1):
             expected = cv2.imread(pairs.image_path[row])[..., ::-1]
