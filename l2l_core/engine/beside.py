@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 
 from l2l_core import records
@@ -66,7 +65,7 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
     for name in trainings:
         if name not in missing:
             print(f"{name}: done before", flush=True)
-    images = pq.read_metadata(records.INDEX.images).num_rows
+    images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id"]).num_rows
     places = find_places(params, len(trainings), images)
     if places.at_once > 1:
         run_beside({name: training.command for name, training in missing.items()}, places)
