@@ -8,6 +8,7 @@ from pathlib import Path
 
 from l2l_core import records
 from l2l_core.config import Params, load_params
+from l2l_core.data.inputs import sentences_of
 from l2l_core.engine.beside import Training, end_with_parent, train_all
 from l2l_core.engine.jobs import (
     LABEL_INPUTS,
@@ -37,6 +38,7 @@ def main() -> None:
         end_with_parent()
         train_network(params, given.only, given.into)
         return
+    sentences_of("labeled")  # a missing split is named before a scratch folder is made
     # A network that is done outlives a kill, as the checkpoint of the other one does.
     key = fingerprint("round-0", f"{training_settings(params)} {params.warmup.steps}", [*LABEL_INPUTS, *PRIOR_INPUTS])
     with scratch_folder("round-0", key) as done:
