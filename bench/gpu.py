@@ -174,7 +174,7 @@ def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
     return {key: value | changes[key] if key in changes else value for key, value in params.items()}
 
 
-# --- what runs in a process of its own, in the project's folder
+# --- what runs in a separate process, in the project's folder
 
 
 def run_stages(stages: Sequence[str]) -> Row:
@@ -235,7 +235,7 @@ class Project:
         (folder / "vlm").symlink_to(ROOT / "vlm")
 
     def start(self, what: str, *arguments: object) -> subprocess.Popen[bytes]:
-        """Run one of CHILDREN in a process of its own, which writes what it returns into result.json."""
+        """Run one of CHILDREN in a separate process, which writes what it returns into result.json."""
         (self.folder / "result.json").unlink(missing_ok=True)
         command = [sys.executable, "-m", "bench.gpu", "--child", json.dumps([what, *arguments])]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

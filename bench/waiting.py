@@ -108,7 +108,7 @@ WORKS = {"training": training, "ask": ask}
 
 
 def work(setting: Setting, times: int) -> None:
-    """In a process of its own: print wall and CPU milliseconds an image or request."""
+    """In a separate process: print wall and CPU milliseconds an image or request."""
     step, count = WORKS[setting.work](setting.precision)
     step()  # pays for what is made once
     wall, cpu = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""Independent trainings as processes beside each other, each with its share of the threads or with a GPU of its own."""
+"""Run independent trainings as parallel processes, each with its share of the threads or its own GPU."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Training:
 
     output: Path  # a file or folder that it writes whole, as its last act
     train: Callable[[], None]  # in this process
-    command: Sequence[str]  # in a process of its own: arguments of this Python (`-m stages.crossfit ...`)
+    command: Sequence[str]  # arguments of this Python in a separate process (`-m stages.crossfit ...`)
 
 
 def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
