@@ -45,6 +45,7 @@ from transformers import AutoBackbone, BertConfig, BertModel, BertTokenizerFast,
 
 from bench import default_run
 from bench.capabilities import capabilities
+from bench.params import merged
 from l2l_core.config import load_params
 from l2l_core.engine.jobs import labeled_stream, new_network
 from l2l_core.engine.loop import train
@@ -150,7 +151,8 @@ def save_encoders(folder: Path, sizes: Sizes) -> dict[str, str]:
 def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
     """params.yaml for one of the networks."""
     pretrained = bool(encoders)
-    changes: dict[str, dict[str, Any]] = {
+    changes: dict[str, Any] = {
+        "round": 0,
         "refshapes": {
             "train_images": sizes.train_images,
             "val_images": sizes.eval_images,
@@ -162,6 +164,7 @@ def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
         "train": {
             "batch_size": sizes.batch_size,
             "precision": sizes.precision,
+            "engine": {"device": sizes.device, "checkpoint_every": max(2, sizes.short_steps // 3)},
             **({"lr": 5e-5, "encoder_lr_scale": 1.0} if pretrained else {}),
         },
         "warmup": {"steps": sizes.stage_steps},
@@ -169,9 +172,8 @@ def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
         "select": {"fold_steps": sizes.stage_steps, "policy_steps": sizes.stage_steps, "candidates": ["teacher"]},
         "evaluate": {"batch_size": sizes.batch_size},
     }
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")) | {"round": 0}
-    params["train"]["engine"] |= {"device": sizes.device, "checkpoint_every": max(2, sizes.short_steps // 3)}
-    return {key: value | changes[key] if key in changes else value for key, value in params.items()}
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    return merged(params, changes)
 
 
 # --- what runs in a separate process, in the project's folder

@@ -54,6 +54,7 @@ import yaml
 
 from bench import label_efficiency_page
 from bench.label_efficiency_page import FULLY_SUPERVISED, ROUND_0, WARMUP
+from bench.params import merged
 from bench.vlm import MODEL
 from l2l_core import records
 from l2l_core.config import PriorsParams
@@ -146,7 +147,7 @@ class Run:
 
     def params(self, defaults: dict[str, Any]) -> dict[str, Any]:
         """The content of params.yaml, made from the revision's own."""
-        defaults = changed(defaults, BENCHMARK)
+        defaults = merged(defaults, BENCHMARK)
         steps = defaults["warmup" if self.method in (WARMUP, *SELECTION) else "retrain"]["steps"]
         common = {
             "seed": self.seed,
@@ -157,14 +158,7 @@ class Run:
             else {"backend": "simulated", "preset": self.preset, "seed": self.seed},
             "warmup": {"steps": steps},
         }
-        return changed(changed(defaults, common), SELECTION.get(self.method, {}))
-
-
-def changed(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Parameters with some sections changed in part."""
-    return params | {
-        key: {**params[key], **value} if isinstance(value, dict) else value for key, value in changes.items()
-    }
+        return merged(merged(defaults, common), SELECTION.get(self.method, {}))
 
 
 def planned(

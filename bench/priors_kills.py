@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from bench.params import merged
 from bench.stub_server import Reply, Stub, completion, sentence_of, serve, some_box
 from l2l_core import records
 
@@ -66,9 +67,9 @@ def make_folder(folder: Path, url: str, **engine: object) -> Path:
         ([], records.INDEX.objects, records.OBJECTS),
     ):
         records.write_table(records.make_table(rows, schema), folder / path, schema)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["priors"] |= {"backend": "openai", "model": "qwen3-vl"}
-    params["priors"]["engine"] |= {"server_url": url, "chunk_size": CHUNK, "concurrency": 2} | engine
+    engine = {"server_url": url, "chunk_size": CHUNK, "concurrency": 2} | engine
+    changes = {"priors": {"backend": "openai", "model": "qwen3-vl", "engine": engine}}
+    params = merged(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")), changes)
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     return folder
 

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from bench.params import merged
 from l2l_core import records
 from l2l_core.evaluation import cut_proposal, method_scores
 from l2l_core.masks import intersection_union_px
@@ -70,9 +71,7 @@ def add_photos(project: Path, real: Path) -> None:
 def set_params(project: Path, changes: dict[str, Any]) -> None:
     """Change values of a project's params.yaml."""
     path = project / "params.yaml"
-    params = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for section, values in changes.items():
-        params[section] = params[section] | values if isinstance(values, dict) else values
+    params = merged(yaml.safe_load(path.read_text(encoding="utf-8")), changes)
     path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 

@@ -43,8 +43,9 @@ import torch
 import yaml
 
 from bench.docs import markdown, put
-from bench.label_efficiency import BENCHMARK, ROOT, changed
+from bench.label_efficiency import BENCHMARK, ROOT
 from bench.label_efficiency import WORK as SHARED
+from bench.params import merged
 from l2l_core import records
 from l2l_core.config import Params, load_params
 from l2l_core.data.dataset import load_targets
@@ -144,10 +145,10 @@ def measure(seed: int) -> list[Row]:
     call("git", "reset", "-q", "--hard", commit)
     call("dvc", "config", "--local", "cache.dir", str(SHARED / "cache"))
     raw = yaml.safe_load((clone / "params.yaml").read_text(encoding="utf-8"))
-    raw = changed(raw, BENCHMARK | {"seed": seed, "priors": {"backend": "simulated", "seed": seed}})
+    raw = merged(raw, BENCHMARK | {"seed": seed, "priors": {"backend": "simulated", "seed": seed}})
 
     def repro(select: dict[str, Any]) -> None:
-        text = yaml.safe_dump(changed(raw, {"select": select}), sort_keys=False)
+        text = yaml.safe_dump(merged(raw, {"select": select}), sort_keys=False)
         (clone / "params.yaml").write_text(text, encoding="utf-8")
         call("dvc", "repro", "-q", "stages/dvc.yaml:retrain@1", "stages/dvc.yaml:crossfit@1")
 

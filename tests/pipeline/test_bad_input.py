@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_project import ROOT, environment, merge
+from tiny_project import ROOT, environment
 
+from bench.params import merged
 from l2l_core.errors import exit_code
 
 STAGES = {
@@ -38,7 +39,7 @@ def folder(tmp_path, tiny_refcoco):
 
 def write_params(project: Path, changes: dict[str, Any]) -> None:
     source = project / "params.yaml" if (project / "params.yaml").exists() else ROOT / "params.yaml"
-    params = merge(yaml.safe_load(source.read_text(encoding="utf-8")), changes)
+    params = merged(yaml.safe_load(source.read_text(encoding="utf-8")), changes)
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 
 

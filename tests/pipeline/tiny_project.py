@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from bench.params import merged
+
 ROOT = Path(__file__).parents[2]
 
 NEEDED = (
@@ -54,10 +56,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    return old | {key: merge(old[key], value) if isinstance(value, dict) else value for key, value in new.items()}
-
-
 @dataclass(frozen=True)
 class Project:
     """A Git and DVC repository of the project's files."""
@@ -90,7 +88,7 @@ class Project:
 
     def change_params(self, changes: dict[str, Any]) -> None:
         path = self.folder / "params.yaml"
-        path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), changes), sort_keys=False))
+        path.write_text(yaml.safe_dump(merged(yaml.safe_load(path.read_text()), changes), sort_keys=False))
 
     def commit(self) -> None:
         self.run("git", "add", "--all")

@@ -18,6 +18,7 @@ import torch
 import yaml
 from called import call
 
+from bench.params import merged
 from l2l_core.config import load_params
 from l2l_core.preflight import checks
 from l2l_core.preflight.checks import overridden_params
@@ -45,10 +46,6 @@ def project(tmp_path, monkeypatch):
 def change(sections: dict[str, Any]) -> None:
     params = yaml.safe_load(Path("params.yaml").read_text())
     Path("params.yaml").write_text(yaml.safe_dump(merged(params, sections)))
-
-
-def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    return old | {key: merged(old[key], value) if isinstance(value, dict) else value for key, value in new.items()}
 
 
 def contents() -> dict[str, bytes]:
