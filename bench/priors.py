@@ -54,6 +54,7 @@ MOVED_SIDES = 0.08  # normal spread of the edges of moved boxes, in sides
 GRABCUT_VARIANTS = [  # one constant changed at a time
     *({"GRABCUT_SIDE_PX": side_px} for side_px in (128, 192, 320)),
     *({"GRABCUT_ITERATIONS": count} for count in (3, 5)),
+    *({"GRABCUT_MARGIN": share} for share in (0.25, 1.0, 100.0)),
     {"GRABCUT_RING": 0.0},
 ]
 
