@@ -44,6 +44,16 @@ def test_a_rough_mask_is_fitted_to_its_object(scene):
         assert iou(fitted, red) > 0.95
 
 
+def test_background_inside_a_box_is_cut_away_where_nothing_is_sure(scene):
+    """The box of the red disc with a border of four pixels: the disc is 45 % of it."""
+    image, red, _ = scene
+    box = np.zeros((SIDE, SIDE), bool)
+    box[22:59, 12:49] = True
+    assert iou(box, red) < 0.5
+    assert iou(sharpen(image, box, core=None), red) > 0.95
+    assert iou(sharpen(image, box), red) < 0.6  # with a core most of the box is sure
+
+
 def test_it_stays_near_the_mask_it_was_given(scene):
     """The other object, far away, is never taken in."""
     image, _, blue = scene
