@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: setup repository demo test check clean vllm-cpu test-vllm
 
 setup: $(VENV)/.installed
-	@echo "installed in $(VENV); next: . $(BIN)/activate"
+	@$(if $(filter demo test check,$(MAKECMDGOALS)),:,echo "installed in $(VENV); next: . $(BIN)/activate")
 
 # PyTorch first: without a GPU its CPU build is taken where one is on offer, and the rest then finds it installed.
 $(VENV)/.installed: requirements.txt
@@ -30,8 +30,11 @@ $(VENV)/.installed: requirements.txt
 		echo "pip install torch==$(TORCH)"; \
 		$(BIN)/pip install --quiet torch==$(TORCH); \
 	else \
-		echo "no GPU found: pip install torch==$(TORCH)+cpu, or torch==$(TORCH) where that is not on offer"; \
-		$(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || $(BIN)/pip install --quiet torch==$(TORCH); \
+		echo "no GPU found: pip install torch==$(TORCH)+cpu"; \
+		$(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || { \
+			echo "your package index has no CPU build of PyTorch: pip install torch==$(TORCH), which can be a CUDA build of" \
+				"several GB; PyTorch's own index has CPU builds (pytorch.org, Get Started): make TORCH_INDEX_URL=..."; \
+			$(BIN)/pip install --quiet torch==$(TORCH); }; \
 	fi
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
@@ -39,6 +42,8 @@ $(VENV)/.installed: requirements.txt
 demo: repository setup
 	@python -m l2l_core run
 	@python -m l2l_core show
+	@echo "next: . $(BIN)/activate; commit this run, to compare later ones with it:" \
+		"git add params.yaml '*.lock' metrics && git commit -m baseline"
 
 # Before the minutes of an installation: DVC does not run outside a repository.
 repository:

@@ -11,7 +11,7 @@ import typer
 
 from l2l_core.errors import ArtifactError, InputError, exit_code
 from l2l_core.newest import model_folder, newest_round
-from l2l_core.outputs import added_to
+from l2l_core.outputs import added_to, end_on_sigterm
 from l2l_core.records import METRICS_PATH, REPORT_PATH
 
 if TYPE_CHECKING:
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
     from l2l_core.data.importers.entries import Imported
 
+WARMUP = "warmup (round 0)"
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
 
 # Commands import what they need when they run: `--help` needs none of it, and torch alone takes seconds.
 app = typer.Typer(
-    help=__doc__, no_args_is_help=False, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
 Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the last run's newest)")]
@@ -39,11 +40,12 @@ def score_table(metrics: dict[str, float]) -> pd.DataFrame:
     for split in (key.removeprefix("n_") for key in metrics if key.startswith("n_")):
         beside = ["prior", "supervised"] + [f"round_{k}" for k in range(8) if f"{split}_round_{k}_miou" in metrics]
         for method in beside:
-            row = {"split": split, "method": method.replace("_", " "), "mIoU": metrics[f"{split}_{method}_miou"]}
+            name = WARMUP if method == "round_0" else method.replace("_", " ")
+            row = {"split": split, "method": name, "mIoU": metrics[f"{split}_{method}_miou"]}
             if method == beside[-1]:
                 row |= {title: metrics[f"{split}_{key}"] for key, title in SCORES.items()}
             rows.append(row)
-        rows.append({"split": split, "method": "no prior given", "mIoU": metrics[f"{split}_no_prior_miou"]})
+        rows.append({"split": split, "method": f"{name}, no prior", "mIoU": metrics[f"{split}_no_prior_miou"]})
     return pd.DataFrame(rows)
 
 
@@ -64,9 +66,10 @@ def show() -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context) -> None:
-    """Run the pipeline, with the stages that are done and the time that is left.
+    """Run the pipeline and show its progress.
 
-    Passes all arguments to `dvc repro` and returns its exit code.
+    Says how many stages are done and about how long the others take. Passes all arguments to `dvc repro` and returns
+    its exit code.
     """
     from l2l_core.repro import reproduce
 
@@ -138,7 +141,7 @@ def predict(
     empty = (rle_area_px_all(answered.rle, answered.pairs.hw) == 0).sum()
     if trouble:
         raise InputError(f"--out: {out}: {trouble}")
-    print(f"masks by {folder}: {len(asked)}, of them with a prior {answered.with_prior.sum()}, empty {empty}: {out}")
+    print(f"{out}: {len(asked)} pairs by {folder}, {answered.with_prior.sum()} with a prior, {empty} empty masks")
 
 
 @app.command()
@@ -344,4 +347,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     sys.exit(exit_code(main))

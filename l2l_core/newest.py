@@ -8,14 +8,19 @@ from l2l_core import records
 from l2l_core.errors import ArtifactError, InputError
 
 
+def rounds_with(part: str) -> list[int]:
+    """The rounds that have `part` ("model", "pseudo_labels.parquet"), in ascending order."""
+    rounds = records.round_folder(0).parent
+    return sorted(int(path.parent.name) for path in rounds.glob(f"*/{part}") if path.parent.name.isdecimal())
+
+
 def newest_round(part: str) -> int:
     """The highest round of the last run that left `part` ("model", "pseudo_labels.parquet").
 
     Later rounds are of a run before it, perhaps of another data set: DVC leaves what it does not need. Raises
     ArtifactError where there is none.
     """
-    rounds = records.round_folder(0).parent
-    numbers = [int(path.parent.name) for path in rounds.glob(f"*/{part}") if path.parent.name.isdecimal()]
+    rounds, numbers = records.round_folder(0).parent, rounds_with(part)
     if not numbers:
         raise ArtifactError(f"{rounds}: no round has {part}; run the pipeline first (dvc repro) in the project's root")
     last = int(records.ROUND_PATH.read_text(encoding="utf-8")) if records.ROUND_PATH.is_file() else max(numbers)

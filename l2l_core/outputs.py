@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from l2l_core.errors import InputError
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process by an exception, so that nothing half-written stays; with the shell's exit code."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
 
 
 @contextmanager

@@ -260,7 +260,8 @@ def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygon
             mask = decode_rle(rle, file.height, file.width)
             save_mask(mask, folder / name["mask"])
             overlay = overlays.with_mask(overlays.fit(read_image(file.file_name), OVERLAY_PX), mask)
-            Image.fromarray(overlay).save(folder / name["overlay"])
+            # Compressing it at the usual level 6 takes longer than computing the mask.
+            Image.fromarray(overlay).save(folder / name["overlay"], compress_level=1)
         _write_index([line | name for line, name in zip(lines, names, strict=True)], folder)
     except OSError as error:
         for picture in (folder / name[kind] for name in names for kind in PICTURES):

@@ -1,3 +1,9 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from l2l_core.errors import ArtifactError, InputError
@@ -28,6 +34,27 @@ def test_nothing_is_left_of_what_fails(tmp_path):
         fail()
     assert not list(tmp_path.rglob("*half*"))
     assert not (tmp_path / "deep" / "out").exists()
+
+
+def test_nothing_is_left_of_a_command_that_sigterm_ends(tmp_path):
+    script = """if True:
+        import time
+        from pathlib import Path
+        from l2l_core.outputs import added_to, end_on_sigterm
+        end_on_sigterm()
+        with added_to(Path("out")) as folder:
+            (folder / "half").write_text("half")
+            print("writing", flush=True)
+            time.sleep(60)
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_no_folder(tmp_path):

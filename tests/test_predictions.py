@@ -155,7 +155,7 @@ def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
     expected = evaluated(with_prior=False)
     image, sentence = next(iter(expected))
     assert call(monkeypatch, "predict", image, sentence, "--run", "data/rounds/0") == 0
-    assert "masks by data/rounds/0/model: 1, of them with a prior 0, empty 0: " in capsys.readouterr().out
+    assert "predictions: 1 pairs by data/rounds/0/model, 0 with a prior, 0 empty masks" in capsys.readouterr().out
     (line,) = lines_of(run / "predictions")
     mask = np.asarray(Image.open(run / "predictions" / line["mask"]))
     assert np.isin(mask, (0, 255)).all()
@@ -381,7 +381,7 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
     params = load_params()
     pairs, masks = through_the_pipeline(params, run / "ingested")
     assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
-    assert "masks by data/rounds/0/model: 6, of them with a prior 3, empty 0: " in capsys.readouterr().out
+    assert "predictions: 6 pairs by data/rounds/0/model, 3 with a prior, 0 empty masks" in capsys.readouterr().out
     lines = lines_of(run / "predictions")
     assert [line["with_prior"] for line in lines] == [True, True, True, False, False, False]
     rles = [segmentation_to_rle(line["segmentation"], line["height"], line["width"]) for line in lines]

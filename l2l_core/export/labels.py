@@ -14,6 +14,7 @@ from l2l_core import records
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.export.outlines import to_segmentation
 from l2l_core.masks import rle_area_px, rle_area_px_all, rle_box_xyxy
+from l2l_core.newest import rounds_with
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
 """The only one: a pseudo-label says where, and the index's own categories are part of the truth."""
@@ -27,9 +28,15 @@ LABEL_COLUMNS = (
 def read_labels(number: int) -> pd.DataFrame:
     """A round's pseudo-labels, one row an unlabelled sentence, by sent_id.
 
-    Columns LABEL_COLUMNS, image_id, sentence, file_name and area_px; truth is not among what is read.
+    Columns LABEL_COLUMNS, image_id, sentence, file_name and area_px; truth is not among what is read. Raises InputError
+    where only other rounds have pseudo-labels, ArtifactError where none has.
     """
     path = records.round_folder(number) / "pseudo_labels.parquet"
+    if not path.is_file() and (rounds := rounds_with(path.name)):
+        raise InputError(
+            f"--round: got {number}, expected one of those with pseudo-labels ({', '.join(map(str, rounds))}); "
+            f"dvc exp run -S round={number} makes more"
+        )
     labels = records.to_frame(records.read_table(path, records.PSEUDO_LABELS, LABEL_COLUMNS))
     refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id", "file_name", "height", "width"])

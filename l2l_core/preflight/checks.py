@@ -195,6 +195,9 @@ def _say_plan(stages: Sequence[Stage], costs: Costs | None, say: Say) -> None:
         say_row(stage.name, _duration(stage.seconds), *sizes)
     known = None if costs is None else sum(stage.seconds or 0 for stage in stages)
     say_row("together", _duration(known), _size(sum(stage.size_bytes or 0 for stage in stages)), "", "")
+    unknown = [stage.name for stage in stages if stage.seconds is None]
+    if unknown and known is not None:
+        say(f"The time together leaves out {', '.join(unknown)}.")
     if costs is not None:
         steps = f"{TRAINING_STEPS} training steps of {costs.step_s:.2g} s"
         say(f"Estimated from {steps} and a batch of labels, on this machine as busy as it is now.")

@@ -200,7 +200,8 @@ class _Rates:
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-3)
         valid = 100 * self._valid / max(self._answers, 1)
-        return f"{self._answers / seconds:.1f} requests/s, {self._tokens / seconds:.0f} tokens/s, {valid:.1f} % valid"
+        tokens = f"{self._tokens / seconds:.0f} tokens/s, " if self._tokens else ""  # recorded answers have none
+        return f"{self._answers / seconds:.1f} requests/s, {tokens}{valid:.1f} % valid"
 
 
 def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParams) -> Iterable[_Done]:

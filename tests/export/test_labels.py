@@ -137,7 +137,7 @@ def test_nothing_to_export_is_one_message_and_no_file(run, monkeypatch, capsys):
     assert call(monkeypatch, "export-coco") == 2
     assert capsys.readouterr().err == "error: no pseudo-label to export: of 10 none is accepted and not empty\n"
     assert call(monkeypatch, "export-coco", "--round", 4) == 2
-    assert "data/rounds/4/pseudo_labels.parquet: not found" in capsys.readouterr().err
+    assert "--round: got 4, expected one of those with pseudo-labels (1, 2)" in capsys.readouterr().err
     assert not (run / "export").exists()
 
 

@@ -205,7 +205,7 @@ def test_chunks_are_stored_and_not_asked_again(tmp_path: Path, capsys: pytest.Ca
     table = ask_all(lambda: second, questions(10), tmp_path, params)
     assert second.asked == [[6, 7, 8], [9]]
     assert re.fullmatch(
-        r"ask: 10 answers, 6 of them stored before; 4 asked: [\d.]+ requests/s, 0 tokens/s, 100\.0 % valid\n",
+        r"ask: 10 answers, 6 of them stored before; 4 asked: [\d.]+ requests/s, 100\.0 % valid\n",
         capsys.readouterr().out,
     )
     assert table == ask_table(Echo(), questions(10))
