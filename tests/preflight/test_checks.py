@@ -146,10 +146,10 @@ def test_without_timing_there_are_sizes(project, monkeypatch, capsys):
 
 def test_the_embedded_data_set_is_sampled_before_it_is_drawn(project, monkeypatch, capsys):
     change({"dataset": "data/refshapes", "split": {"labeled_fraction": 0.05}, "priors": {"backend": "simulated"}})
-    change({"refshapes": {"image_size_px": 64}})
+    change({"refshapes": {"image_size_px": 64, "train_images": 1500, "val_images": 250, "test_images": 250}})
     said = checked(monkeypatch, capsys, "--no-timing")
     assert "data/refshapes: not drawn yet" in said
-    assert "1350 images, 2700 sentences; checked on 80 of its images" in said
+    assert "2000 images, 4000 sentences; checked on 80 of its images" in said
     # floor(0.05 x 1500) images of two sentences
     assert "labeled: 75 images, 150 sentences; unlabeled: 1425 images, 2850 sentences; eval: 500 images" in said
     assert "simulated: llava-1.5-7b" in said
