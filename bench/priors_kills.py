@@ -75,7 +75,7 @@ def make_folder(folder: Path, url: str, **engine: object) -> Path:
 
 
 def start(folder: Path, stage: str) -> subprocess.Popen[str]:
-    """A stage in a session of its own, its output in a pipe."""
+    """Start a stage in a new process session, with its output in a pipe."""
     return subprocess.Popen(
         [sys.executable, "-m", f"stages.{stage}"],
         cwd=folder,

@@ -106,7 +106,7 @@ def dvc_project(folder: Path, stages: dict[str, object]) -> Path:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`l2l_core run` in a session of its own, without `dvc` on PATH."""
+    """Start `l2l_core run` in a new process session, without `dvc` on PATH."""
     return subprocess.Popen(
         [sys.executable, "-m", "l2l_core", "run", *arguments],
         cwd=folder,

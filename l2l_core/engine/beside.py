@@ -165,7 +165,7 @@ def _environment(places: Places, slot: int) -> dict[str, str]:
 
 
 class _Child:
-    """A command that runs; its stderr goes through a file, so that one error is told from another.
+    """A running command. Its stderr goes to a separate file, so that errors of different commands do not mix.
 
     A line `error: ...` may be the message of an L2LError, or a warning of a library. It is held back, with what follows
     at once, until more text comes or the process ends.

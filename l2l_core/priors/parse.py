@@ -107,12 +107,12 @@ def parse_answer(
       Kosmos-2's <patch_index_0012>, Molmo's <point x="" y=""> and <points coords="">;
     - numbers in brackets or in <box>, <quad> and <point> tags.
 
-    In a list the first usable place counts, since the prompt asks for the most likely first; `and` and `or` are
-    separators in it. Of several lists with other words between them the last one counts, since what stands before is
-    reasoning; but a remark with keys of its own does not replace an answer with the prompt's keys. Three and more
-    corners are an outline, and the box is its hull. Boxes are clipped to the image. Inverted, non-finite and (after
-    clipping) less than MIN_SIDE_PX wide ones are not used: the order of corners is never guessed. `coord_space` says
-    whether y stands before x, except where the axes are named.
+    The first usable place of a list counts, since the prompt asks for the most likely one first. `and` and `or`
+    separate places of one list. If other words separate several lists, the last list counts, since earlier ones are
+    reasoning. An object with keys that no prompt has is a remark: it does not replace an answer in a prompt's form.
+    Three or more corners are an outline, and the box is its hull. Boxes are clipped to the image. Inverted and
+    non-finite boxes are not used, nor those narrower than MIN_SIDE_PX after clipping: the order of corners is never
+    guessed. `coord_space` says whether y comes before x, except where the axes are named.
 
     image_hw: original image. input_hw: image as the model saw it, needed for `resized_pixel` (ValueError without).
     """
@@ -184,7 +184,8 @@ def _in_lists(text: str, items: Iterable[tuple[int, int, Item]]) -> list[list[It
 def _read_objects(text: str, objects: Iterable[Span], frame: _Frame) -> ParsedPrior | None:
     """What the last list of answers says; None where no object says anything of a place.
 
-    Beside an answer in a prompt's form, objects with keys of their own are remarks, which count if nothing else does.
+    Where one answer is in a prompt's form, objects with keys that no prompt has are remarks: they count only if nothing
+    else does.
     """
     unusable: ParsedPrior | None = None
     lists = [[item for value in values for item in _places(value)] for values in _in_lists(text, objects)]

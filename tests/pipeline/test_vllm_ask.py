@@ -26,7 +26,7 @@ IMAGES = {"image_size_px": 64, "train_images": 6, "val_images": 2, "test_images"
 
 
 def start(project: Project, *command: str, **more: str) -> subprocess.Popen[str]:
-    """A command in the pipeline's own environment and a session of its own, its output in a pipe."""
+    """Start a command in the pipeline's environment and a new process session, with its output in a pipe."""
     env = environment() | {"PATH": f"{OWN.parent}{os.pathsep}{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
