@@ -3,8 +3,8 @@
     python -m bench.refshapes              (about a minute)
     python -m bench.refshapes --table      (the table of the stored results again)
 
-Draws the default data set below bench/work and writes bench/results/refshapes.jsonl, one JSON object a measure, and
-their table into docs/data.md. `seconds` is CPU time of one process; shares are of sentences.
+Draws the data set of bench/benchmark.yaml below bench/work. Writes bench/results/refshapes.jsonl, one JSON object a
+measure, and their table into docs/data.md. `seconds` is CPU time of one process; shares are of sentences.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 import pandas as pd
 
 from bench import docs
-from l2l_core.config import load_params
+from bench.label_efficiency import BENCHMARK
+from l2l_core.config import RefShapesParams
 from l2l_core.data.refshapes import write_refshapes
 from l2l_core.data.refshapes_solver import COLOUR_WORDS, SHAPE_WORDS
 
@@ -36,9 +37,9 @@ ATTRIBUTES: dict[str, Words] = {"colour": COLOUR_WORDS, "shape": SHAPE_WORDS}
 
 
 def draw() -> float:
-    """Draw the default data set anew; CPU seconds."""
+    """Draw the benchmark's data set anew; CPU seconds."""
     started = time.process_time()
-    write_refshapes(FOLDER, load_params(ROOT / "params.yaml").refshapes)
+    write_refshapes(FOLDER, RefShapesParams.model_validate(BENCHMARK["refshapes"]))
     return time.process_time() - started
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from l2l_core.data.importers.entries import Imported
 
-WARMUP = "warmup (round 0)"
+WARMUP = "round 0 (warm-up)"
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
 
 # Commands import what they need when they run: `--help` needs none of it, and torch alone takes seconds.

@@ -15,7 +15,12 @@ from l2l_core.errors import InputError
 
 def end_on_sigterm() -> None:
     """Let SIGTERM end this process by an exception, so that nothing half-written stays; with the shell's exit code."""
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextmanager

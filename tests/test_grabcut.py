@@ -38,8 +38,8 @@ def test_a_disk_is_cut_out_of_its_box_anywhere_in_the_image(center_yx):
 def test_pixels_far_away_change_nothing():
     disk, trimap = disk_and_trimap((30, 30))
     image = noisy(np.where(disk[..., None], [200, 60, 40], [60, 120, 180]))
-    other = image.copy()
-    other[70:, 70:] = (200, 60, 40)  # of the disk's own color
+    far = ((Y >= 70) | (X >= 70))[..., None]
+    other = np.where(far, noisy(np.full((SIDE, SIDE, 3), (200, 60, 40))), image)  # of the disk's own color
     first, second = grabcut(image, trimap), grabcut(other, trimap)
     assert first is not None
     assert second is not None

@@ -25,7 +25,7 @@ METRICS = {
 
 def test_a_row_a_method_and_the_other_scores_for_the_final_model_alone():
     table = score_table(METRICS)
-    assert list(table["method"]) == ["prior", "supervised", "warmup (round 0)", "round 1", "round 1, no prior"]
+    assert list(table["method"]) == ["prior", "supervised", "round 0 (warm-up)", "round 1", "round 1, no prior"]
     assert list(table["mIoU"]) == [33.1, 22.2, 40.0, 44.4, 30.3]
     final = table[table["method"] == "round 1"].iloc[0]
     assert (final["oIoU"], final["Pr@0.5"], final["Pr@0.7"], final["Pr@0.9"]) == (41.0, 48.0, 37.0, 5.5)

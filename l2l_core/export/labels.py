@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from l2l_core import records
+from l2l_core.config import MAX_ROUND
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.export.outlines import to_segmentation
 from l2l_core.masks import rle_area_px, rle_area_px_all, rle_box_xyxy
@@ -33,9 +34,9 @@ def read_labels(number: int) -> pd.DataFrame:
     """
     path = records.round_folder(number) / "pseudo_labels.parquet"
     if not path.is_file() and (rounds := rounds_with(path.name)):
+        more = f"; dvc exp run -S round={number} makes more" if number <= MAX_ROUND else ""
         raise InputError(
-            f"--round: got {number}, expected one of those with pseudo-labels ({', '.join(map(str, rounds))}); "
-            f"dvc exp run -S round={number} makes more"
+            f"--round: got {number}, expected one of those with pseudo-labels ({', '.join(map(str, rounds))}){more}"
         )
     labels = records.to_frame(records.read_table(path, records.PSEUDO_LABELS, LABEL_COLUMNS))
     refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])

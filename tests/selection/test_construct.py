@@ -52,6 +52,9 @@ def test_background_inside_a_box_is_cut_away_where_nothing_is_sure(scene):
     assert iou(box, red) < 0.5
     assert iou(sharpen(image, box, core=None), red) > 0.95
     assert iou(sharpen(image, box), red) < 0.6  # with a core most of the box is sure
+    nothing = np.zeros((SIDE, SIDE))
+    (prior,) = construct(views_of(image, nothing, nothing, nothing, 0.9 * box), ["prior"])[0]
+    assert iou(prior, red) > 0.95
 
 
 def test_it_stays_near_the_mask_it_was_given(scene):
