@@ -23,7 +23,7 @@ bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, 
                                     `label_quality` in l2l_core/evaluation.py (miou_* is called label_miou_* here)
     steps                           that trained the model
     seconds                         wall time of the run's last call, in which the cache answered what was known
-    dataset, device, commit
+    edition, dataset, device, commit  see EDITION; missing in the first
 
 and bench/results/label_efficiency_curves.jsonl the curves of each round: how many of the most trusted labels are good
 (coverage, precision), how often accept_prob comes true (prob, share, count), in percent.
@@ -54,7 +54,7 @@ import yaml
 
 from bench import label_efficiency_page
 from bench.label_efficiency_page import FULLY_SUPERVISED, ROUND_0, WARMUP
-from bench.params import merged
+from bench.params import BENCHMARK, merged
 from bench.vlm import MODEL
 from l2l_core import records
 from l2l_core.config import PriorsParams
@@ -65,8 +65,9 @@ WORK = ROOT / "bench" / "work" / "label_efficiency"
 RESULTS = ROOT / "bench" / "results" / "label_efficiency.jsonl"
 CURVES = ROOT / "bench" / "results" / "label_efficiency_curves.jsonl"
 
-BENCHMARK: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "bench" / "benchmark.yaml").read_text(encoding="utf-8"))
-"""Sections that replace those of params.yaml key by key, so that results do not depend on its training settings."""
+EDITION = 2
+"""Of the method: results of different editions never stand in one table. The second one fits GrabCut to the labeled
+masks, starts the network at its proposal, and has a critic."""
 
 RATES = (0.01, 0.05, 0.1)
 """The label shares of the field's tables."""
@@ -176,8 +177,8 @@ def planned(
 
 
 def missing(runs: Iterable[Run], rows: Iterable[Row]) -> list[Run]:
-    """The runs of which a row is not stored."""
-    stored = {(r["method"], r["round"], r["labeled_fraction"], r["prior"], r["seed"]) for r in rows}
+    """The runs of which no row of this EDITION is stored."""
+    stored = {(r["method"], r["round"], r["labeled_fraction"], r["prior"], r["seed"]) for r in rows if is_comparable(r)}
     return [
         run
         for run in runs
@@ -190,13 +191,18 @@ def stored(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def is_comparable(row: Row) -> bool:
+    """Whether a row can stand beside those that are measured now. The first edition's rows do not name theirs."""
+    return bool(row.get("edition", 1) == EDITION)
+
+
 STORE = Lock()
 
 
 def store(path: Path, new: Sequence[Row]) -> None:
-    """Put rows into a results file in place of older ones of the same key, in one step."""
+    """Put rows into a results file in place of older ones of the same key and of all earlier editions, in one step."""
     with STORE:
-        rows = {_key(row): row for row in [*stored(path), *new]}
+        rows = {_key(row): row for row in [*filter(is_comparable, stored(path)), *new]}
         whole = path.with_suffix(".new")
         whole.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)), encoding="utf-8")
         whole.replace(path)
@@ -262,6 +268,7 @@ class Workers:
             if run.method == WARMUP and not ran and not missing([run], stored(RESULTS)):
                 return "known"  # the others start from it: only made sure that it is there
             common = {
+                "edition": EDITION,
                 "seconds": seconds,
                 "device": f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {platform.machine()}",
                 "commit": self.commit[:7],
@@ -343,7 +350,7 @@ def read_curves(folder: Path, run: Run) -> list[Row]:
                 for kind in ("coverage", "reliability")
             )
             columns = coverage.to_dict("list") | reliability.to_dict("list")
-            rows.append({"method": method, "round": number} | _place(run) | columns)
+            rows.append({"method": method, "round": number, "edition": EDITION} | _place(run) | columns)
     return rows
 
 

@@ -1,8 +1,16 @@
-"""Parameters of a project, changed in part."""
+"""Parameters of a project, changed in part, and those of the benchmark."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+BENCHMARK: dict[str, dict[str, Any]] = yaml.safe_load(
+    Path(__file__).with_name("benchmark.yaml").read_text(encoding="utf-8")
+)
+"""Sections that replace those of params.yaml key by key, so that results do not depend on its training settings."""
 
 
 def merged(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -51,11 +51,13 @@ PARAMS = load_params(ROOT / "params.yaml")
 RECORDED = {"qwen2.5-vl-7b": "qwen25vl", "internvl2.5-8b": "internvl"}  # preset -> name of its file
 REFSHAPES_OBJECTS = 300  # enough for a standard error of one point
 MOVED_SIDES = 0.08  # normal spread of the edges of moved boxes, in sides
-GRABCUT_VARIANTS = [  # one constant changed at a time
+GRABCUT = PARAMS.proposals.model_copy(update={"renderer": "grabcut", "ring": 0.1, "core": 0.0})
+GRABCUT_VARIANTS: list[dict[str, float]] = [  # one constant or parameter changed at a time
     *({"GRABCUT_SIDE_PX": side_px} for side_px in (128, 192, 320)),
     *({"GRABCUT_ITERATIONS": count} for count in (3, 5)),
     *({"GRABCUT_MARGIN": share} for share in (0.25, 1.0, 100.0)),
-    {"GRABCUT_RING": 0.0},
+    *({"ring": ring} for ring in (0.0, 0.25, 0.5)),
+    *({"core": core} for core in (0.2, 0.35)),
 ]
 
 Row = dict[str, Any]
@@ -228,15 +230,16 @@ def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, float]]) -
     for renderer, changes in [("box", {}), ("grabcut", {}), *(("grabcut", change) for change in variants)]:
         row: Row = {"measure": "proposal", "data": data, "objects": len(known), "renderer": renderer} | changes
         started = time.process_time()
-        home = grabcut if changes.keys() <= vars(grabcut).keys() else proposals
-        with patch.multiple(home, **changes) if changes else nullcontext():
+        constants = {name: value for name, value in changes.items() if name.isupper()}
+        params = GRABCUT.model_copy(update={name: value for name, value in changes.items() if name.islower()})
+        with patch.multiple(grabcut, **constants) if constants else nullcontext():
             for name, given in (("true", true), ("moved", moved)):
                 cuts = []
                 for image, box, size in zip(images, given, sizes.tolist(), strict=True):
                     if renderer == "box":
-                        soft = proposals.render_box(box, size, PARAMS.proposals)
+                        soft = proposals.render_box(box, size, params)
                     else:
-                        soft = proposals.render_grabcut(image, box, PARAMS.proposals)
+                        soft = proposals.render_grabcut(image, box, params)
                     cuts.append(cut_proposal(np.rint(soft * 255).astype(np.uint8), *size))
                 both = intersection_union_px(cuts, known["rle_counts"].tolist(), sizes)
                 row[f"miou_{name}_boxes"] = round(float((both[:, 0] / both[:, 1]).mean()), 3)
@@ -284,7 +287,7 @@ def proposals_table(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         if row["measure"] == "proposal":
-            changed = [f"{key} = {row[key]}" for key in row if key.startswith("GRABCUT")]
+            changed = [f"{key} = {row[key]}" for key in row if key.startswith(("GRABCUT", "ring", "core"))]
             name = ", ".join([row["renderer"], *changed])
             ious = [row["miou_true_boxes"], row["miou_moved_boxes"]]
             lines.append([f"{row['objects']}, {row['data']}", name, *ious, f"{row['ms']:.1f}"])

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench import docs
-from bench.label_efficiency import BENCHMARK
+from bench.params import BENCHMARK
 from l2l_core.config import RefShapesParams
 from l2l_core.data.refshapes import write_refshapes
 from l2l_core.data.refshapes_solver import COLOUR_WORDS, SHAPE_WORDS

@@ -43,9 +43,9 @@ import torch
 import yaml
 
 from bench.docs import markdown, put
-from bench.label_efficiency import BENCHMARK, ROOT
+from bench.label_efficiency import ROOT
 from bench.label_efficiency import WORK as SHARED
-from bench.params import merged
+from bench.params import BENCHMARK, merged
 from l2l_core import records
 from l2l_core.config import Params, load_params
 from l2l_core.data.dataset import load_targets

@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from l2l_core.geometry import FloatArray, clip_xyxy
+
 Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
@@ -43,6 +45,23 @@ def grabcut(image_bgr: Image, trimap: NDArray[np.uint8]) -> Mask | None:
     cv2.grabCut(image_bgr, trimap, whole, background, foreground, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK)
     cut[around] = np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
     return cut if cut.sum() >= MIN_SHARE * first_px else None
+
+
+def box_trimap(height: int, width: int, box_xyxy: FloatArray, ring: float, core: float) -> NDArray[np.uint8]:
+    """Trimap [height, width] of cv2.GC_* from a box in pixels.
+
+    The box is probable foreground and a ring around it, `ring` of its sides wide, probable background. The center of
+    the box, with `core` of its sides, is sure foreground; all beyond the ring is sure background.
+    """
+    sides = np.tile(box_xyxy[2:] - box_xyxy[:2], 2)
+    trimap = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)
+    for grown, value in ((ring, cv2.GC_PR_BGD), (0.0, cv2.GC_PR_FGD), ((core - 1) / 2, cv2.GC_FGD)):
+        if value == cv2.GC_FGD and core == 0:
+            continue
+        moved = clip_xyxy(box_xyxy + grown * sides * [-1, -1, 1, 1], height, width)
+        x1, y1, x2, y2 = (int(edge) for edge in np.rint(moved))
+        trimap[y1:y2, x1:x2] = value
+    return trimap
 
 
 def _neighborhood(trimap: NDArray[np.uint8]) -> tuple[slice, slice]:

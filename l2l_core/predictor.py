@@ -81,11 +81,13 @@ class Predictor:
         Raises ConfigError where proposals that are recorded already were rendered in another way.
         """
         mine = self.network.known_proposals()
-        if params.proposals != mine and params.priors.backend not in LIVE_BACKENDS:
-            name = next(key for key, value in mine if getattr(params.proposals, key) != value)
+        # Where values are fitted, a training finds its own, and the renderer may have become `box`.
+        fitted = {"renderer", "ring", "core"} if "fit" in (params.proposals.ring, params.proposals.core) else set()
+        other = [key for key, value in mine if key not in fitted and getattr(params.proposals, key) != value]
+        if other and params.priors.backend not in LIVE_BACKENDS:
             raise ConfigError(
-                f"params.yaml: proposals.{name}: got {getattr(params.proposals, name)}, but the model was trained with "
-                f"{getattr(mine, name)}; recorded priors are of use to a model of the same proposals only"
+                f"params.yaml: proposals.{other[0]}: got {getattr(params.proposals, other[0])}, but the model was "
+                f"trained with {getattr(mine, other[0])}; recorded priors need a model of the same proposals"
             )
         return params.model_copy(update={"proposals": mine})
 

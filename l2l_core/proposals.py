@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, assert_never
 
 import cv2
@@ -18,8 +18,9 @@ from l2l_core import grabcut, records
 from l2l_core.config import ProposalsParams
 from l2l_core.data.images import read_image
 from l2l_core.errors import ArtifactError, InputError
-from l2l_core.geometry import FloatArray, clip_xyxy, iou_xyxy
+from l2l_core.geometry import FloatArray, iou_xyxy
 from l2l_core.progress import progress
+from l2l_core.threads import thread_count
 
 Map = NDArray[np.float32]
 Image = NDArray[np.uint8]
@@ -29,13 +30,6 @@ POINT_SIDE = 0.4
 over RefCOCO's val, testA and testB objects is 0.39 of it."""
 MIN_CONFIDENCE = 0.01
 """Keeps a proposal's score above 0, which means `no prior`, where a model says that its confidence is 0."""
-
-# GrabCut's constants were compared on 23 referred objects in 16 real photos, with their true boxes and with boxes whose
-# edges were moved by 8 % of a side; see docs/priors.md.
-GRABCUT_RING = 0.1
-"""GrabCut may go beyond the box by this share of its sides: 2 points better from moved boxes, 1 from true ones."""
-GRABCUT_WEIGHT = 0.7
-"""Share of the cut in the blend with the box. Above 0.5, so that the cut decides where the two disagree."""
 
 _GRABCUT_CHUNK = 64  # sentences between two steps of the progress bar
 CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary array
@@ -93,24 +87,27 @@ def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsPara
 
 
 def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, params: ProposalsParams) -> Map:
-    """A box [4] sharpened by the image [H, W, 3] (BGR, as OpenCV reads it) -> map [S, S].
+    """The object that GrabCut finds in a box [4] of an image [H, W, 3] (BGR, as OpenCV reads it) -> map [S, S].
 
-    GrabCut's mask (`_trimap` says what it starts from) is blended with the box's own map. Where it finds next to
-    nothing the map is the box's.
+    A cell's value is inside_prob where GrabCut's mask covers it, 1 - inside_prob where it does not, and between them at
+    the mask's border. Where GrabCut finds next to nothing, the map is the box's. Raises ValueError where ring or core
+    of `params` are still to be fitted.
     """
+    if params.ring == "fit" or params.core == "fit":
+        raise ValueError("proposals.ring and proposals.core must be numbers here; see l2l_core/proposal_fit.py")
     height, width = image_bgr.shape[:2]
     scale = min(1.0, grabcut.GRABCUT_SIDE_PX / max(height, width))
     size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     box = np.asarray(box_xyxy, dtype=np.float64)
-    by_box = render_box(box, (height, width), params)
-    cut = grabcut.grabcut(small, _trimap(size_wh[1], size_wh[0], box * np.tile(np.array(size_wh) / (width, height), 2)))
+    scaled = box * np.tile(np.array(size_wh) / (width, height), 2)
+    cut = grabcut.grabcut(small, grabcut.box_trimap(size_wh[1], size_wh[0], scaled, params.ring, params.core))
     if cut is None:
-        return by_box
+        return render_box(box, (height, width), params)
     share = np.asarray(
         cv2.resize(cut.astype(np.float32), (params.size_px, params.size_px), interpolation=cv2.INTER_AREA), np.float32
     )
-    return np.asarray(GRABCUT_WEIGHT * _to_prob(share, params) + (1 - GRABCUT_WEIGHT) * by_box, dtype=np.float32)
+    return _to_prob(share, params)
 
 
 def prior_score(samples: PriorSamples) -> FloatArray:
@@ -135,20 +132,19 @@ def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, p
     refs: sent_id, image_id. images: image_id, file_name, height, width. The maps of a sentence's answers are averaged;
     an answer without a place counts as a flat map at flat_prob. Images are read for GrabCut alone.
     """
-    samples = _to_samples(priors, refs, images)
+    samples = to_samples(priors, refs, images)
     files = images["file_name"].tolist()
-    read = lru_cache(maxsize=1)(lambda row: _read_bgr(files[row]))  # rows come sorted by image
     count, answers = samples.has_box.shape
     soft = np.empty((count, params.size_px, params.size_px), dtype=np.uint8)
     order = np.argsort(samples.image_row, kind="stable")
     step = max(1, CHUNK_CELLS // (params.size_px**2 * answers)) if params.renderer == "box" else _GRABCUT_CHUNK
     for start in progress(range(0, count, step), f"proposals ({params.renderer})", "batch"):
         rows = order[start : start + step]
-        soft[rows] = np.rint(_mean_maps(samples.take(rows), params, read) * 255).astype(np.uint8)
+        soft[rows] = np.rint(_mean_maps(samples.take(rows), params, files) * 255).astype(np.uint8)
     return _to_table(samples.sent_id, soft, prior_score(samples))
 
 
-def _mean_maps(samples: PriorSamples, params: ProposalsParams, read: Callable[[int], Image]) -> Map:
+def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[str]) -> Map:
     """[N, S, S]: each sentence's maps, averaged over its answers."""
     maps = np.full((*samples.has_box.shape, params.size_px, params.size_px), params.flat_prob, dtype=np.float32)
     row, answer = np.nonzero(samples.has_point)
@@ -158,9 +154,17 @@ def _mean_maps(samples: PriorSamples, params: ProposalsParams, read: Callable[[i
         case "box":
             maps[row, answer] = render_box(samples.box_xyxy[row, answer], samples.image_hw[row], params)
         case "grabcut":
-            for place in zip(row.tolist(), answer.tolist(), strict=True):
-                image = read(int(samples.image_row[place[0]]))
-                maps[place] = render_grabcut(image, samples.box_xyxy[place], params)
+            # OpenCV works outside Python's lock, so that threads share the work. Each reads an image once.
+            image_row = samples.image_row[row]
+
+            def cut(image: int) -> None:
+                pixels = read_bgr(files[image])
+                for place in (image_row == image).nonzero()[0].tolist():
+                    here = row[place], answer[place]
+                    maps[here] = render_grabcut(pixels, samples.box_xyxy[here], params)
+
+            with ThreadPoolExecutor(thread_count()) as pool:
+                list(pool.map(cut, np.unique(image_row).tolist()))
         case _:
             assert_never(params.renderer)
     return np.asarray(maps.mean(axis=1))
@@ -178,32 +182,22 @@ def _to_prob(inside: NDArray[np.floating[Any]], params: ProposalsParams) -> Map:
     return np.asarray(low + (params.inside_prob - low) * inside, dtype=np.float32)
 
 
-def _trimap(height: int, width: int, box_xyxy: FloatArray) -> Image:
-    """[H, W] of cv2.GC_*: the box is probable foreground, a ring around it probable and the rest sure background."""
-    ring = GRABCUT_RING * np.tile(box_xyxy[2:] - box_xyxy[:2], 2) * [-1, -1, 1, 1]
-    x1, y1, x2, y2 = (int(edge) for edge in np.rint(clip_xyxy(box_xyxy, height, width)))
-    u1, v1, u2, v2 = (int(edge) for edge in np.rint(clip_xyxy(box_xyxy + ring, height, width)))
-    trimap = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)
-    trimap[v1:v2, u1:u2] = cv2.GC_PR_BGD
-    trimap[y1:y2, x1:x2] = cv2.GC_PR_FGD
-    return trimap
-
-
 def _point_box(point_xy: FloatArray, image_hw: NDArray[np.int64]) -> FloatArray:
     """[N, K, 2] points -> [N, K, 4] squares of the size that a point is taken to mark."""
     half = POINT_SIDE / 2 * np.sqrt(image_hw[:, 0] * image_hw[:, 1])[:, None, None]
     return np.concatenate([point_xy - half, point_xy + half], axis=-1)
 
 
-def _read_bgr(path: str) -> Image:
-    """The image in OpenCV's order of channels, in which GrabCut has always seen it."""
+def read_bgr(path: str) -> Image:
+    """The image [H, W, 3] in OpenCV's order of channels, in which GrabCut sees it. Raises InputError."""
     try:
         return np.ascontiguousarray(read_image(path)[..., ::-1])
     except InputError as error:
         raise InputError(f"{error}; GrabCut needs it, the box renderer does not") from None
 
 
-def _to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> PriorSamples:
+def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> PriorSamples:
+    """The answers of all sentences; tables as in `make_proposals`. Raises ArtifactError where they do not fit."""
     priors = priors.sort_by([("sent_id", "ascending"), ("sample_index", "ascending")])
     sent_id = priors["sent_id"].to_numpy()
     answers = int(pc.max(priors["sample_index"]).as_py() or 0) + 1

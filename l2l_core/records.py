@@ -179,6 +179,7 @@ ANSWERS_PATH = Path("data/priors/answers.parquet")
 PRIORS_METRICS_PATH = Path("metrics/priors.json")
 PRIORS_PATH = Path("data/priors/priors.parquet")
 PROPOSALS_PATH = Path("data/proposals/proposals.parquet")
+RENDERING_PATH = Path("data/proposals/rendering.json")
 SUPERVISED_FOLDER = Path("data/supervised")
 PER_SENTENCE_PATH = Path("data/evaluation/per_sentence.parquet")
 

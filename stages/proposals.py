@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import json
+
 from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
+from l2l_core.proposal_fit import fit_proposals
 from l2l_core.proposals import make_proposals
 
 
 def main() -> None:
-    """data/priors -> data/proposals/proposals.parquet, one row a sentence."""
+    """data/priors -> data/proposals: proposals.parquet, one row a sentence, and how they were rendered."""
     params = load_params()
     columns = ["sent_id", "sample_index", "bbox", "point", "score"]
     priors = records.read_table(records.PRIORS_PATH, records.PRIORS, columns)
-    refs = records.to_frame(records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id"]))
+    refs = records.to_frame(records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "ann_id"]))
     sizes = ["image_id", "file_name", "height", "width"]
     images = records.to_frame(records.read_table(records.INDEX.images, records.IMAGES, sizes))
-    records.write_table(
-        make_proposals(priors, refs, images, params.proposals), records.PROPOSALS_PATH, records.PROPOSALS
-    )
+    split = records.to_frame(records.read_table(records.SPLIT_PATH, records.SPLIT))
+    masks = records.to_frame(records.read_table(records.LABELED_MASKS_PATH, records.MASKS, ["ann_id", "rle_counts"]))
+    labeled = split[split["role"] == "labeled"].merge(refs, on="sent_id").merge(masks, on="ann_id")
+    truth = dict(zip(labeled["sent_id"], labeled["rle_counts"], strict=True))
+    fit = fit_proposals(priors, refs, images, truth, params.proposals)
+    if fit.sentences:
+        found = f"{fit.params.renderer}, ring {fit.params.ring}, core {fit.params.core}"
+        print(
+            f"proposals: {found} fits best: mIoU {fit.miou:.1f} of {fit.sentences} labeled, the box {fit.box_miou:.1f}"
+        )
+    records.write_table(make_proposals(priors, refs, images, fit.params), records.PROPOSALS_PATH, records.PROPOSALS)
+    scores = {"sentences": fit.sentences, "box_miou": round(fit.box_miou, 2), "miou": round(fit.miou, 2)}
+    text = json.dumps({"proposals": fit.params.model_dump(), "fit": scores}, indent=2)
+    records.RENDERING_PATH.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A small made-up run on disk: everything that evaluation and the report read, without training anything."""
 
+import json
 from pathlib import Path
 
 import cv2
@@ -62,6 +63,8 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
     records.write_table(
         records.make_table(proposals, records.PROPOSALS), root / records.PROPOSALS_PATH, records.PROPOSALS
     )
+    rendered = {"renderer": "box", "size_px": 24, "falloff": 0.15, "inside_prob": 0.9, "flat_prob": 0.1}
+    (root / records.RENDERING_PATH).write_text(json.dumps({"proposals": rendered}))
     roles = {row["sent_id"]: row["role"] for row in split}
     folder = root / records.round_folder(rounds) / "history"
     folder.mkdir(parents=True, exist_ok=True)

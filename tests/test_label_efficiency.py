@@ -15,6 +15,7 @@ from synthetic_run import write_run
 from bench import label_efficiency_page as page
 from bench.label_efficiency import (
     BENCHMARK,
+    EDITION,
     METHODS,
     Run,
     lost_points,
@@ -43,6 +44,7 @@ def row(
     split: str = "val",
     **more: Any,
 ) -> dict[str, Any]:
+    more = {"edition": EDITION} | more
     place = {"method": method, "round": number, "split": split, "labeled_fraction": rate, "prior": prior, "seed": seed}
     return place | {"miou": miou, "commit": "abc1234"} | more
 
@@ -111,6 +113,17 @@ def test_the_benchmark_leaves_open_how_a_training_runs() -> None:
 def test_the_embedded_model_is_asked_as_it_is_shipped() -> None:
     (run,) = planned(["reinforce"], [0.1], ["refshapes-vlm"], [3], rounds=2)
     assert run.params(DEFAULTS)["priors"] == DEFAULTS["priors"]
+
+
+def test_rows_of_earlier_editions_are_measured_again_and_dropped(tmp_path: Path) -> None:
+    """The first edition's rows do not name theirs."""
+    file = tmp_path / "rows.jsonl"
+    old = row("all", 1, 0, 40.0)
+    del old["edition"]
+    file.write_text(json.dumps(old) + "\n")
+    assert missing([Run("all", 0.05, LLAVA, 0, 1)], stored(file)) == [Run("all", 0.05, LLAVA, 0, 1)]
+    store(file, [row("none", 1, 0, 30.0)])
+    assert [(r["method"], r["edition"]) for r in stored(file)] == [("none", EDITION)]
 
 
 def test_stored_rows_are_replaced_by_key(tmp_path: Path) -> None:

@@ -91,11 +91,12 @@ def toy_network(pairs: Pairs, seed: int = 0) -> Segmenter:
 
 
 def toy_params(**sections: dict[str, object]) -> Params:
-    """The project's parameters with the tiny network and simulated priors, and some values changed:
+    """The project's parameters with the tiny network, simulated priors, proposals as boxes, and some values changed:
     `select={"folds": 3}`."""
     params = load_params(PARAMS_FILE)
     priors = params.priors.model_copy(update={"backend": "simulated"})
-    params = params.model_copy(update={"model": MODEL, "train": TRAIN, "priors": priors})
+    proposals = params.proposals.model_copy(update={"renderer": "box", "ring": 0.1, "core": 0.0})
+    params = params.model_copy(update={"model": MODEL, "train": TRAIN, "priors": priors, "proposals": proposals})
     changed = {name: getattr(params, name).model_copy(update=values) for name, values in sections.items()}
     return params.model_copy(update=changed)
 

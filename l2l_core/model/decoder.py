@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from l2l_core.model.guidance import fourier
 
 POSITION_FREQUENCIES = 3
-RARE_LOGIT = -2.5
-"""Where the logits start: a referred object covers about a twelfth of an image (sigmoid(-2.5) = 0.08)."""
+CERTAIN = 0.02
+"""Proposals are cut at this probability and at 1 minus it before their logit is taken: none is beyond correction."""
 READING_LEVELS = 3
 """The coarsest levels, on which pixels read the sentence, whatever the size of the image; finer ones sharpen."""
 MAX_COMPARED_PIXELS = 256
@@ -28,12 +28,9 @@ def positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.cat([grid, fourier(grid, POSITION_FREQUENCIES)], dim=1)
 
 
-def reads_as_before(sizes: list[int]) -> bool:
-    """Whether the same levels read the sentence as in models without a `format`: there, those of at most 256 pixels.
-
-    sizes: pixels of each level.
-    """
-    return sum(size <= 256 for size in sizes) == min(READING_LEVELS, len(sizes))
+def resized(maps: Tensor, like: Tensor) -> Tensor:
+    """Maps [B, 1, h, w] at the height and width of `like`, bilinear."""
+    return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class Gate(nn.Module):
@@ -48,7 +45,7 @@ class Gate(nn.Module):
 
     def forward(self, features: Tensor, proposal: Tensor, score: Tensor) -> Tensor:
         """features [B, D, h, w]; proposal [B, 1, P, P] in 0..1; score [B] in 0..1 -> [B, D, h, w]."""
-        soft = F.interpolate(proposal, features.shape[-2:], mode="bilinear", align_corners=False)
+        soft = resized(proposal, features)
         trust = score[:, None, None, None].expand_as(soft)
         gated: Tensor = features * (1 + self.net(torch.cat([soft, trust], dim=1)))
         return gated
@@ -118,8 +115,9 @@ class Decoder(nn.Module):
         self.refine = nn.Conv2d(dim, 1, 1)
         # Four sub-pixels a place: the mask is twice as fine as the finest level, at the cost of one 1x1 convolution.
         last = nn.Conv2d(dim, 4, 1)
-        nn.init.constant_(last.bias, RARE_LOGIT)  # type: ignore[arg-type]
-        nn.init.constant_(self.refine.bias, RARE_LOGIT)  # type: ignore[arg-type]
+        for start in (self.refine, last):  # an untrained network corrects nothing: it returns its proposal
+            nn.init.zeros_(start.weight)
+            nn.init.zeros_(start.bias)  # type: ignore[arg-type]
         self.head = nn.Sequential(nn.GroupNorm(1, dim), last, nn.PixelShuffle(2))
 
     def forward(
@@ -127,12 +125,14 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(mask_logits [B, 1, 2 * h0, 2 * w0], refined_logits [B, 1, hf, wf]).
 
+        The mask's are those of the given proposal plus a correction, which is zero before training.
         pyramid: as `join` returns it; told [B, D] what sentence and guidance say as a whole; memory [B, M, D] their
         tokens, without those that are `gone` [B, M]; proposal [B, 1, P, P] and its score [B] in 0..1.
         Objects are compared with each other (ordinals, relations) by self-attention over the pixels of the finest
         level that is small enough, or of the coarsest one made smaller; there the proposal is refined, and the finer
         levels are gated by the refined proposal instead of the given one.
         """
+        given = proposal.float().clamp(CERTAIN, 1 - CERTAIN).logit()
         coarse_first = pyramid[::-1]
         sizes = [features.shape[-2] * features.shape[-1] for features in coarse_first]
         fuse_at = max((row for row, size in enumerate(sizes) if size <= MAX_COMPARED_PIXELS), default=0)
@@ -146,7 +146,8 @@ class Decoder(nn.Module):
                 refined = refined_logits.float().sigmoid().to(x.dtype)
                 # From here on the gate holds the network's own belief, which exists without a prior too.
                 score = torch.ones_like(score)
-        return self.head(x), refined_logits
+        correction = self.head(x)
+        return correction + resized(given, correction), refined_logits
 
     def join(self, features: list[Tensor]) -> list[Tensor]:
         """A backbone's levels [B, C, h, w], finest first -> [B, D, h, w] each: all that is read of an image."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from l2l_core.config import ModelParams, ProposalsParams
 from l2l_core.data.dataset import Batch
 from l2l_core.errors import ArtifactError, ConfigError
-from l2l_core.model.decoder import Decoder, reads_as_before
+from l2l_core.model.decoder import Decoder
 from l2l_core.model.encoders import (
     TINY,
     blank_encoders,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 """ImageNet's channel statistics, which the backbones of the hub were trained with."""
-FORMAT = 1
+FORMAT = 2
 """Of a model's folder: changes when the same weights mean another function. Earlier versions stored none."""
 
 
@@ -133,9 +132,10 @@ class Segmenter(nn.Module):
             found, passes = config.pop("format", None), int(config.pop("passes", cls.passes))
             proposals, precision = config.pop("proposals", None), config.pop("precision", None)
             precision_setting = config.pop("precision_setting", cls.precision_setting)
+            if found != FORMAT:
+                raise ValueError(f"config.json: format: got {found!r}, expected {FORMAT}; train it again")
             params = ModelParams.model_validate(config)
             network = cls(params, load_tokenizer(folder / "tokenizer"), *blank_encoders(folder))
-            network._check_format(found)
             network.passes, network.precision, network.precision_setting = passes, precision, precision_setting
             network.proposals = None if proposals is None else ProposalsParams.model_validate(proposals)
             network.load_state_dict(load_file(folder / "model.safetensors"))
@@ -159,20 +159,6 @@ class Segmenter(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         save_encoder_configs(folder, self.image_encoder, self.text_encoder)
-
-    def _check_format(self, found: object) -> None:
-        """Raise ValueError where weights stored with that format (None: without one) would compute something else."""
-        if found not in (None, FORMAT):
-            raise ValueError(f"config.json: format: got {found!r}, expected {FORMAT}; use the version that wrote it")
-        if found is None:
-            size_px = self.params.image_size_px
-            with torch.no_grad():
-                levels = deepcopy(self.image_encoder).eval()(torch.zeros(1, 3, size_px, size_px)).feature_maps
-            if not reads_as_before([level.shape[-2] * level.shape[-1] for level in levels]):
-                raise ValueError(
-                    f"config.json: format: missing, so it was trained by an earlier version, in which other levels "
-                    f"read the sentence at image_size_px {size_px}; train it again"
-                )
 
     def known_proposals(self) -> ProposalsParams:
         """The proposals that it was trained with. Raises ArtifactError where they are not known."""

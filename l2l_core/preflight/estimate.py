@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from l2l_core.config import Params
 from l2l_core.data.dataset import IMAGE_CACHE_BYTES
+from l2l_core.proposal_fit import renderings_of_fit
 from l2l_core.proposals import CHUNK_CELLS
 
 VIEWS = 3
@@ -139,8 +140,10 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             return costs.start_s if params.priors.backend in ("simulated", "replay", "none") else None
         case "proposals":
             images = counts.labeled_images + counts.unlabeled_images + counts.evaluated_images
-            read = images * decode_s if params.proposals.renderer == "grabcut" else 0.0
-            return costs.start_s + counts.sentences * costs.proposal_s + read
+            if params.proposals.renderer == "box":
+                return costs.start_s + counts.sentences * costs.proposal_s
+            rendered = counts.sentences + renderings_of_fit(params.proposals, counts.labeled)
+            return costs.start_s + rendered * costs.proposal_s + images * decode_s
         case "warmup":  # with priors and without
             steps = params.warmup.steps
             return start + 2 * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=False))

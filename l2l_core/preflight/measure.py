@@ -28,6 +28,7 @@ from l2l_core.model.segmenter import Segmenter
 from l2l_core.predictor import Predictor
 from l2l_core.preflight.estimate import VIEWS, Costs, Needs
 from l2l_core.preflight.memory import peak_of
+from l2l_core.proposal_fit import unfitted
 from l2l_core.selection.construct import construct
 from l2l_core.selection.features import Candidates, Views, describe, judge
 from l2l_core.selection.reinforce import train_policy
@@ -182,11 +183,12 @@ def _proposal_s(params: Params, sample: Sample) -> float:
     if params.proposals.renderer == "box":
         return 0.0
     paths, rows = sample.pairs.image_path, range(min(RENDERED, len(sample.pairs)))
+    settings = unfitted(params.proposals)
     images = [read_image(paths[sample.pairs.image_row[row]])[..., ::-1] for row in rows]
 
     def render() -> None:
         for row, image in zip(rows, images, strict=True):
-            proposals.render_grabcut(np.ascontiguousarray(image), sample.box_xyxy[row], params.proposals)
+            proposals.render_grabcut(np.ascontiguousarray(image), sample.box_xyxy[row], settings)
 
     return _timed(render)[1] / len(rows) * params.priors.samples
 

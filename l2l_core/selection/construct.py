@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 
 import cv2
 import numpy as np
@@ -29,8 +28,7 @@ def construct(views: Views, names: Sequence[str]) -> BoolArray:
     teacher: probability above 0.5, as evaluation cuts it.
     ensemble: mean of the teacher's three views (with prior, mirrored, without prior) above 0.5.
     sharpened: mean of the two views with the prior above 0.5, fitted to the image's colours (`sharpen`).
-    prior: the proposal above 0.5, fitted likewise but without a core. Where the teacher follows neither, this can still
-    be right.
+    prior: the proposal above 0.5. Where the teacher follows neither, this can still be right.
     overlap, union: of sharpened and prior.
     """
     made: dict[str, BoolArray] = {}
@@ -41,7 +39,7 @@ def construct(views: Views, names: Sequence[str]) -> BoolArray:
     if not {"sharpened", "overlap", "union"}.isdisjoint(names):
         made["sharpened"] = _sharpen_all(views.image, (views.prob + views.prob_flipped) / 2 > LABEL_THRESHOLD)
     if not {"prior", "overlap", "union"}.isdisjoint(names):
-        made["prior"] = _sharpen_all(views.image, views.proposal > LABEL_THRESHOLD, core=None)  # a box holds background
+        made["prior"] = views.proposal > LABEL_THRESHOLD
     if "overlap" in names:
         made["overlap"] = made["sharpened"] & made["prior"]
     if "union" in names:
@@ -49,11 +47,11 @@ def construct(views: Views, names: Sequence[str]) -> BoolArray:
     return np.stack([made[name] for name in names], axis=1)
 
 
-def sharpen(image: NDArray[np.uint8], mask: BoolArray, core: float | None = CORE) -> BoolArray:
+def sharpen(image: NDArray[np.uint8], mask: BoolArray) -> BoolArray:
     """Fit a mask [M, M] to the colors of its image [M, M, 3] (RGB) by GrabCut.
 
-    What lies deeper inside the mask than `core`, a share of the image side, stays; with None nothing is sure to stay.
-    The rest of the mask and a ring around it are decided. Where GrabCut fails the mask is returned as it is.
+    What lies deeper inside the mask than CORE stays. The rest of the mask and a ring around it are decided. Where
+    GrabCut fails the mask is returned as it is.
     """
     side = mask.shape[0]
     work = min(side, GRABCUT_SIDE_PX)
@@ -63,16 +61,15 @@ def sharpen(image: NDArray[np.uint8], mask: BoolArray, core: float | None = CORE
     rough = small.astype(np.uint8)
     trimap = np.where(cv2.dilate(rough, _square(REACH * work)) > 0, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
     trimap[small] = cv2.GC_PR_FGD
-    if core is not None:
-        trimap[cv2.erode(rough, _square(core * work)) > 0] = cv2.GC_FGD
+    trimap[cv2.erode(rough, _square(CORE * work)) > 0] = cv2.GC_FGD
     cut = grabcut(np.ascontiguousarray(image[..., ::-1]), trimap)
     return mask if cut is None else _resized(cut, side)
 
 
-def _sharpen_all(images: NDArray[np.uint8], masks: BoolArray, core: float | None = CORE) -> BoolArray:
+def _sharpen_all(images: NDArray[np.uint8], masks: BoolArray) -> BoolArray:
     """`sharpen` for B pairs; OpenCV works outside Python's lock, so that threads share the work."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return np.stack(list(pool.map(sharpen, images, masks, repeat(core))))
+        return np.stack(list(pool.map(sharpen, images, masks)))
 
 
 def _resized(mask: BoolArray, side: int) -> BoolArray:

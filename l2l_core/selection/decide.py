@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from l2l_core.config import SelectParams
 from l2l_core.selection.baselines import best_fraction, mean_rank, rank_sum
 from l2l_core.selection.features import BoolArray, Candidates, FloatArray, Outcome, agreement
-from l2l_core.selection.policy import ROWS_AT_ONCE, Policy, act, one_thread
+from l2l_core.selection.policy import ROWS_AT_ONCE, Policy, one_thread
 from l2l_core.selection.reward import RIGHT_IOU, utility
 
 
@@ -65,7 +65,7 @@ def decide(
         case "reinforce":
             if policy is None:
                 raise ValueError("reinforce needs a policy")
-            action = act(policy, candidates)
+            action = policy.act(candidates)
             choice, score, accepted = action.choice, action.accept_prob, action.accepted
             keep = action.keep_prob > 0.5
         case _ as unknown:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2l_core.config import Candidate
+from l2l_core.selection.evidence import EVIDENCE, image_evidence
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
@@ -54,6 +55,8 @@ SENTENCE_FEATURES = (
     "words",  # log(1 + words in the sentence)
     *(f"is_{name}" for name in CANDIDATES),  # 1 or 0: how the label was constructed
     *(f"with_{name}_iou" for name in CANDIDATES),  # IoU with the sentence's label of that kind; 0 where there is none
+    *EVIDENCE,  # what the image says of the label: see evidence.py
+    "estimate",  # the critic's estimate of the label's IoU with the truth; 0 before the critic has judged it
 )
 """Columns of `Candidates.sentence`; all in [0, 1] but `words`, which is >= 0. 0 where a label is empty."""
 
@@ -93,6 +96,10 @@ class Candidates:
     confidence: FloatArray  # [N] mean of max(p, 1 - p) over the label's foreground and its surroundings, in [0.5, 1]
     prior_iou: FloatArray  # [N] IoU of the label with the proposal cut at 0.5; 0 where there is no prior
 
+    def take(self, rows: NDArray[np.int64]) -> Candidates:
+        """The sentences of some rows, in that order."""
+        return _taken(self, rows)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -102,6 +109,10 @@ class Outcome:
     # [N, K, G, G, 4] shares of a cell's pixels: foreground right, foreground wrong, background right, background wrong
     cells: FloatArray
     iou: FloatArray  # [N, K] IoU of the label with the true mask
+
+    def take(self, rows: NDArray[np.int64]) -> Outcome:
+        """The sentences of some rows, in that order."""
+        return _taken(self, rows)
 
 
 Rows = TypeVar("Rows", Candidates, Outcome)
@@ -118,6 +129,9 @@ def describe(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -
     for row, (name, (_, sentence)) in enumerate(zip(names, described, strict=True)):
         sentence |= {f"is_{name}": np.ones(len(views.sent_id))}
         sentence |= {f"with_{other}_iou": soft_iou(masks[row], mask) for other, mask in zip(names, masks, strict=True)}
+    evidence = image_evidence(views.image, labels)
+    for row, (_, sentence) in enumerate(described):
+        sentence |= dict(zip(EVIDENCE, evidence[:, row].T, strict=True))
     nothing = np.zeros(len(views.sent_id))
     columns = [[sentence.get(name, nothing) for name in SENTENCE_FEATURES] for _, sentence in described]
     first = described[0][1]
@@ -227,6 +241,10 @@ def concatenate(parts: Sequence[Rows], places: Sequence[NDArray[np.int64]] | Non
     return type(first)(
         **{field.name: np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(first)}
     )
+
+
+def _taken(table: Rows, rows: NDArray[np.int64]) -> Rows:
+    return type(table)(**{field.name: getattr(table, field.name)[rows] for field in fields(table)})
 
 
 def confident_pixels(prob: NDArray[np.floating[Any]], threshold: float) -> BoolArray:

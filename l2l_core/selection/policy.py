@@ -1,9 +1,9 @@
-"""The policy network: how much it wants each candidate label of a sentence, and how likely it keeps each cell."""
+"""The policy: a critic's estimates, and actors that say how much each candidate is wanted and which cells are kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from l2l_core.selection.critic import Critic
 from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, BoolArray, Candidates, FloatArray
 
 HIDDEN = 16
-"""Width of the hidden layers: about 1,600 weights, since a few hundred labelled sentences must not be learnt by
+"""Width of the hidden layers: about 1,900 weights, since a few hundred labelled sentences must not be learnt by
 heart."""
 
 KEEP_BIAS = 3.0
@@ -30,8 +31,8 @@ ROWS_AT_ONCE = 512
 """Sentences per forward pass outside training: a few tens of MB."""
 
 
-class Policy(nn.Module):
-    """Two heads over the standardised features of one candidate: how much it is wanted, and which cells to keep.
+class Actor(nn.Module):
+    """Two heads over the standardized features of one candidate: how much it is wanted, and which cells to keep.
 
     One of a sentence's candidates is taken, or none: the softmax of their logits and of 0 for "none". The cell head
     sees a cell, the mean of its 3 x 3 neighbourhood and the sentence, so that mirrored input gives mirrored decisions.
@@ -42,7 +43,6 @@ class Policy(nn.Module):
     sentence_std: Tensor
     cell_mean: Tensor
     cell_std: Tensor
-    slope: Tensor
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         """Random hidden layers from the generator (zeros where there is none: to be loaded), identity scaling."""
@@ -65,9 +65,8 @@ class Policy(nn.Module):
         self.register_buffer("sentence_std", torch.ones(sentences))
         self.register_buffer("cell_mean", torch.zeros(cells))
         self.register_buffer("cell_std", torch.ones(cells))
-        self.register_buffer("slope", torch.ones(()))
 
-    def standardise(self, cells: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
+    def standardize(self, cells: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
         """Features in standard deviations from their mean, within MAX_DEVIATIONS; shapes stay, float32."""
         return (
             ((cells.float() - self.cell_mean) / self.cell_std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS),
@@ -101,11 +100,12 @@ class Action:
     keep_prob: FloatArray  # [N, G, G] of its cells
 
 
-def act(policy: Policy, candidates: Candidates) -> Action:
-    """The policy's choice for every sentence; accept_prob exceeds 0.5 exactly where its own probability does.
+def act(actors: Sequence[Actor], candidates: Candidates, slope: float = 1.0) -> Action:
+    """What the mean of the actors' logits chooses for every sentence.
 
-    A candidate without a kept foreground cell would teach "there is nothing", which is never what a sentence means: it
-    is not accepted, and chosen only where the sentence has no other.
+    slope: calibrates accept_prob, which exceeds 0.5 exactly where the actors' own probability does. A candidate without
+    a kept foreground cell would teach "there is nothing", which is never what a sentence means: it is not accepted, and
+    chosen only where the sentence has no other.
     """
     count, _, grid = candidates.cells.shape[:3]
     choice = np.empty(count, dtype=np.int64)
@@ -116,7 +116,8 @@ def act(policy: Policy, candidates: Candidates) -> Action:
         for start in range(0, count, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             cells, sentence = torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
-            wanted, keep_logit = policy(*policy.standardise(cells, sentence))
+            said = [actor(*actor.standardize(cells, sentence)) for actor in actors]
+            wanted, keep_logit = (torch.stack(logits).mean(0) for logits in zip(*said, strict=True))
             teaches = ((keep_logit > 0) & (cells[..., CELL_FEATURES.index("label")] > 0)).any(-1).any(-1)
             possible = teaches | ~teaches.any(1, keepdim=True)
             wanted = wanted.masked_fill(~possible, -math.inf)
@@ -126,8 +127,21 @@ def act(policy: Policy, candidates: Candidates) -> Action:
             accept_logit[rows] = any_of_them.numpy()
             accepted[rows] = ((any_of_them > 0) & teaches[here]).numpy()
             keep_prob[rows] = torch.sigmoid(keep_logit[here]).numpy()
-        accept_prob = torch.sigmoid(policy.slope * torch.from_numpy(accept_logit)).numpy()
+        accept_prob = torch.sigmoid(slope * torch.from_numpy(accept_logit)).numpy()
     return Action(choice, accept_logit, accept_prob, accepted, keep_prob)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A trained critic with the actors that improve on it."""
+
+    critic: Critic
+    actors: tuple[Actor, ...]
+    slope: float  # see `act`
+
+    def act(self, candidates: Candidates) -> Action:
+        """What is chosen of every sentence's candidates, which the critic judges first."""
+        return act(self.actors, self.critic.judge(candidates), self.slope)
 
 
 @contextmanager
@@ -142,7 +156,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _weights(outputs: int, inputs: int, generator: torch.Generator | None = None) -> nn.Parameter:
-    """[outputs, inputs] normal weights that keep the variance of standardised input, or zeros without a generator."""
+    """[outputs, inputs] normal weights that keep the variance of standardized input, or zeros without a generator."""
     if generator is None:
         return nn.Parameter(torch.zeros(outputs, inputs))
     return nn.Parameter(torch.randn(outputs, inputs, generator=generator) / math.sqrt(inputs))

@@ -1,10 +1,13 @@
-"""Training of the policy: REINFORCE with the group's mean reward as baseline.
+"""Training of the policy: actors that start from the critic's estimates and improve on them by REINFORCE.
 
-Plain policy gradients: no ratio clipping, no reference policy, advantages are not divided by their spread.
+The baseline of a drawn action is the mean reward of the others of its group. A KL term holds an actor near the critic,
+so that a candidate that has become unlikely keeps being explored. The actors of an ensemble are averaged. There is no
+ratio clipping, and advantages are not divided by their spread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +18,31 @@ from torch.nn import functional
 
 from l2l_core.config import SelectParams
 from l2l_core.progress import progress
+from l2l_core.selection.critic import ESTIMATE, train_critic
 from l2l_core.selection.features import Candidates, Outcome, agreement
-from l2l_core.selection.policy import Policy, act, one_thread
+from l2l_core.selection.policy import Actor, Policy, act, one_thread
 from l2l_core.selection.reward import RIGHT_IOU, agreement_reliability, utility, utility_of_sums
 
 SENTENCES_PER_STEP = 64
 """Labelled sentences in a step, and as many unlabelled ones; bounds the memory of a step whatever the label budget."""
 
-FEATURE_NOISE = 2.0
-"""Normal noise on standardised sentence features in training, against learning a few sentences by heart; chosen on the
-synthetic teacher of the tests, where it helped most with few labelled sentences."""
+ACTORS = 3
+"""Actors that are trained and averaged: the seed of one no longer decides."""
+
+NOISES = (0.5, 2.0, 0.0)
+"""Deviations tried for the normal noise on standardized sentence features, against learning a few sentences by heart.
+The critic's estimate gets none. The one of the highest out-of-fold reward is taken; of equal ones the first."""
+NOISE_FOLDS = 2
+NOISE_STEPS = 4
+"""The noise is chosen by actors of one in NOISE_STEPS steps, on labeled sentences that they did not learn from."""
+FEWEST_FOR_NOISE = 20
+"""Labeled sentences; with fewer, the first noise is taken."""
+
+CRITIC_SHARPNESS = 8.0
+"""Logit of taking a candidate, per unit of the utility that the critic's estimate promises: where an actor starts."""
+
+CRITIC_WEIGHT = 0.1
+"""Weight of the KL divergence between an actor's choice and the critic's."""
 
 WEIGHT_DECAY = 0.01
 """AdamW's usual value."""
@@ -48,7 +66,7 @@ SLOPES = np.logspace(-2, 1, 301)
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A policy and its curve: one dict each CURVE_EVERY steps.
+    """A policy and the curve of its first actor: one dict each CURVE_EVERY steps.
 
     step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probabilities of
     taking any candidate, keeping a cell. entropy: of the choice plus the mean of the cells', in nats.
@@ -72,12 +90,18 @@ def train_policy(
     if not len(labeled.sent_id) or not np.array_equal(labeled.sent_id, outcome.sent_id):
         raise ValueError("labeled and outcome must be rows of the same sentences, at least one")
     with one_thread():
-        generator = torch.Generator().manual_seed(seed)
-        policy = Policy(generator)
-        _fit_scaling(policy, labeled, unlabeled)
-        curve = _improve(policy, labeled, outcome, unlabeled, params, generator)
-        _calibrate(policy, labeled, outcome)
-    return TrainedPolicy(policy, curve)
+        critic, judged = train_critic(labeled, outcome, seed)
+        unlabeled = critic.judge(unlabeled)
+        scaling = _scaling(judged, unlabeled)
+        noise = _choose_noise(scaling, judged, outcome, unlabeled, params, seed)
+        actors, curves = [], []
+        for number in range(ACTORS):
+            generator = torch.Generator().manual_seed(seed + number)
+            actor = _new_actor(scaling, params, generator)
+            curves.append(_improve(actor, judged, outcome, unlabeled, params, params.policy_steps, noise, generator))
+            actors.append(actor)
+        slope = _calibrate(actors, judged, outcome)
+    return TrainedPolicy(Policy(critic, tuple(actors), slope), curves[0])
 
 
 def policy_gradient_loss(
@@ -102,26 +126,77 @@ def group_advantage(reward: Tensor) -> Tensor:
     return (reward - reward.mean(0)) * (size / (size - 1))
 
 
-def _improve(
-    policy: Policy,
+def _choose_noise(
+    scaling: Mapping[str, Tensor],
     labeled: Candidates,
     outcome: Outcome,
     unlabeled: Candidates,
     params: SelectParams,
+    seed: int,
+) -> float:
+    """The noise of NOISES whose actors earn most on labeled sentences that they did not learn from."""
+    count, steps = len(labeled.sent_id), params.policy_steps // NOISE_STEPS
+    if count < FEWEST_FOR_NOISE or not steps:
+        return NOISES[0]
+    fold = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy() % NOISE_FOLDS
+    rewards = []
+    for noise in NOISES:
+        earned = 0.0
+        for number in range(NOISE_FOLDS):
+            learned, left_out = (fold != number).nonzero()[0], (fold == number).nonzero()[0]
+            generator = torch.Generator().manual_seed(seed + number)
+            actor = _new_actor(scaling, params, generator)
+            known = outcome.take(learned)
+            _improve(actor, labeled.take(learned), known, unlabeled, params, steps, noise, generator)
+            earned += _expected_reward(actor, labeled.take(left_out), outcome.take(left_out), params)
+        rewards.append(earned)
+    return NOISES[int(np.argmax(rewards))]
+
+
+def _expected_reward(actor: Actor, candidates: Candidates, outcome: Outcome, params: SelectParams) -> float:
+    """Summed over the sentences: what is earned by drawing the candidate and keeping the likely cells of it."""
+    with torch.no_grad():
+        take_logit, keep_logit = actor(
+            *actor.standardize(torch.from_numpy(candidates.cells), torch.from_numpy(candidates.sentence))
+        )
+        worth = utility(torch.from_numpy(outcome.cells), (keep_logit > 0).float(), params.wrong_cost)
+        return float((_with_none(take_logit).softmax(1)[:, :-1] * worth).sum())
+
+
+def _new_actor(scaling: Mapping[str, Tensor], params: SelectParams, generator: torch.Generator) -> Actor:
+    """An actor that chooses as the critic does: its logit is CRITIC_SHARPNESS times the utility that is promised."""
+    actor = Actor(generator)
+    for name, values in scaling.items():
+        getattr(actor, name).copy_(values)
+    slope, offset = CRITIC_SHARPNESS * (1 + params.wrong_cost), -CRITIC_SHARPNESS * params.wrong_cost
+    with torch.no_grad():
+        actor.accept_direct[0, ESTIMATE] = slope * actor.sentence_std[ESTIMATE]
+        actor.accept_bias.fill_(offset + slope * float(actor.sentence_mean[ESTIMATE]))
+    return actor
+
+
+def _improve(
+    policy: Actor,
+    labeled: Candidates,
+    outcome: Outcome,
+    unlabeled: Candidates,
+    params: SelectParams,
+    steps_to_do: int,
+    noise: float,
     generator: torch.Generator,
 ) -> list[dict[str, float]]:
     """Train in place; returns the curve."""
     weight = params.unlabeled_weight * _reliability(labeled, outcome, params)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, params.policy_steps)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps_to_do))
     steps = []
-    for _ in progress(range(params.policy_steps), "policy", "step"):
+    for _ in progress(range(steps_to_do), "policy", "step"):
         rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
-        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, generator)
+        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, noise, generator)
         if len(unlabeled.sent_id) and weight > 0:
             rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
             shares = agreement(unlabeled.cells[rows])
-            loss = loss + weight * _explore(policy, unlabeled, rows, shares, params, generator)[0]
+            loss = loss + weight * _explore(policy, unlabeled, rows, shares, params, noise, generator)[0]
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -140,19 +215,21 @@ def _improve(
 
 
 def _explore(
-    policy: Policy,
+    policy: Actor,
     candidates: Candidates,
     rows: NDArray[np.int64],
     shares: NDArray[np.float32],
     params: SelectParams,
+    feature_noise: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
     """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values."""
-    cells, sentence = policy.standardise(
+    cells, sentence = policy.standardize(
         torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
     )
     varies = policy.sentence_std > SMALLEST_STD
-    noise = FEATURE_NOISE * varies * torch.randn(sentence.shape, generator=generator)
+    varies[ESTIMATE] = False
+    noise = feature_noise * varies * torch.randn(sentence.shape, generator=generator)
     take_logit, keep_logit = policy(cells, sentence + noise)
     prob = _with_none(take_logit.detach()).softmax(1)
     take = torch.multinomial(prob, params.group_size, replacement=True, generator=generator).T
@@ -165,7 +242,9 @@ def _explore(
     advantage = group_advantage(reward)
     entropy = _entropy(take_logit, keep_logit)
     loss = policy_gradient_loss(take_logit, keep_logit, take, keep, advantage)
-    loss = loss - params.entropy_bonus * entropy
+    estimate = torch.from_numpy(candidates.sentence[rows][..., ESTIMATE])
+    critic_logit = CRITIC_SHARPNESS * ((1 + params.wrong_cost) * estimate - params.wrong_cost)
+    loss = loss + CRITIC_WEIGHT * _divergence(take_logit, critic_logit) - params.entropy_bonus * entropy
     return loss, {
         "reward": float(reward.mean()),
         "accept_rate": float(1 - prob[:, -1].mean()),
@@ -183,6 +262,12 @@ def _of_taken(values: Tensor, take: Tensor) -> Tensor:
 def _with_none(take_logit: Tensor) -> Tensor:
     """Logits of the candidates and, last, of taking none: [..., K] -> [..., K + 1]."""
     return functional.pad(take_logit, (0, 1))
+
+
+def _divergence(take_logit: Tensor, critic_logit: Tensor) -> Tensor:
+    """Mean KL(actor || critic) of the choice among the candidates and none, in nats; [B, K] x 2."""
+    actor, critic = (_with_none(logit).log_softmax(1) for logit in (take_logit, critic_logit))
+    return (actor.exp() * (actor - critic)).sum(1).mean()
 
 
 def _entropy(take_logit: Tensor, keep_logit: Tensor) -> Tensor:
@@ -203,27 +288,32 @@ def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) ->
     return agreement_reliability(by_agreement.ravel(), outcome.iou.ravel())
 
 
-def _fit_scaling(policy: Policy, labeled: Candidates, unlabeled: Candidates) -> None:
-    """Set the policy's means and deviations from labelled and evenly picked unlabelled sentences."""
+def _scaling(labeled: Candidates, unlabeled: Candidates) -> dict[str, Tensor]:
+    """Means and deviations of the features, by their names in an actor, from labeled and evenly picked unlabeled
+    sentences."""
     stride = max(1, len(unlabeled.sent_id) // SCALING_SENTENCES)
     sentence = np.concatenate([labeled.sentence, unlabeled.sentence[::stride]]).astype(np.float64)
     cells = np.concatenate([labeled.cells, unlabeled.cells[::stride]]).astype(np.float32)
-    policy.sentence_mean.copy_(torch.from_numpy(sentence.mean((0, 1))))
-    policy.sentence_std.copy_(torch.from_numpy(sentence.std((0, 1)).clip(SMALLEST_STD)))
-    policy.cell_mean.copy_(torch.from_numpy(cells.mean((0, 1, 2, 3), dtype=np.float64)))
-    policy.cell_std.copy_(torch.from_numpy(cells.std((0, 1, 2, 3), dtype=np.float64).clip(SMALLEST_STD)))
+    found = {
+        "sentence_mean": sentence.mean((0, 1)),
+        "sentence_std": sentence.std((0, 1)).clip(SMALLEST_STD),
+        "cell_mean": cells.mean((0, 1, 2, 3), dtype=np.float64),
+        "cell_std": cells.std((0, 1, 2, 3), dtype=np.float64).clip(SMALLEST_STD),
+    }
+    return {name: torch.from_numpy(values).float() for name, values in found.items()}
 
 
-def _calibrate(policy: Policy, labeled: Candidates, outcome: Outcome) -> None:
-    """Scale accept logits so that the chosen label's probability is that of being right, by least log loss.
+def _calibrate(actors: Sequence[Actor], labeled: Candidates, outcome: Outcome) -> float:
+    """The slope by which the chosen label's probability is that of being right, by least log loss.
 
-    Of the labelled sentences. A slope without offset leaves every decision as it is. Targets are Platt's (1999), drawn
-    in from 0 and 1 by the count of their class, so that few sentences never make the policy certain.
+    Of the labeled sentences, with their honest estimates. A slope without offset leaves every decision as it is.
+    Targets are Platt's (1999), drawn in from 0 and 1 by the count of their class, so that few sentences never make the
+    policy certain.
     """
-    action = act(policy, labeled)
+    action = act(actors, labeled)
     logit = action.accept_logit.astype(np.float64)
     right = outcome.iou[np.arange(len(logit)), action.choice] > RIGHT_IOU
     target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
     scaled = SLOPES[:, None] * logit
     log_loss = (np.logaddexp(0, scaled) - target * scaled).mean(1)
-    policy.slope.fill_(float(SLOPES[log_loss.argmin()]))
+    return float(SLOPES[log_loss.argmin()])

@@ -27,6 +27,7 @@ LEVELS = {
     "data": 2,
     "newest": 2,
     "proposals": 2,
+    "proposal_fit": 2,
     "priors": 3,
     "model": 3,
     "selection": 3,

@@ -98,7 +98,15 @@ def test_a_training_of_few_steps_decodes_what_it_draws():
 
 
 def test_grabcut_reads_every_image():
-    assert seconds(proposals={"renderer": "grabcut"})["proposals"] == pytest.approx(1 + 1000 * 0.01 + 460 * 0.5)
+    fixed = {"renderer": "grabcut", "ring": 0.1, "core": 0.0}
+    assert seconds(proposals=fixed)["proposals"] == pytest.approx(1 + 1000 * 0.01 + 460 * 0.5)
+
+
+def test_a_fit_renders_the_labeled_sentences_for_every_value_it_tries():
+    """The box, the first cut, five more rings and three more cores, of all labeled sentences but at most 200."""
+    fixed = {"renderer": "grabcut", "ring": "fit", "core": "fit"}
+    labeled = min(200, COUNTS.labeled)
+    assert seconds(proposals=fixed)["proposals"] == pytest.approx(1 + (1000 + labeled * 10) * 0.01 + 460 * 0.5)
 
 
 NEEDS = Needs(

@@ -11,9 +11,10 @@ from simulated_views import described, judged, simulated_views
 
 from l2l_core.config import SelectParams, load_params
 from l2l_core.selection.baselines import best_fraction, mean_rank
+from l2l_core.selection.critic import Critic
 from l2l_core.selection.decide import decide
 from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, Outcome
-from l2l_core.selection.policy import Policy
+from l2l_core.selection.policy import Actor, Policy
 
 RULES = get_args(SelectParams.model_fields["policy"].annotation)
 
@@ -87,14 +88,19 @@ def test_rules_without_what_they_need_are_refused(five):
         decide(params_of("oracle"), seen, None, replace(outcome, sent_id=outcome.sent_id[::-1]))
 
 
+class Silent(Critic):
+    def judge(self, candidates):
+        return candidates
+
+
 def eager_policy(accept_bias):
     """Random, but sure to accept (bias 50) or to reject (-50) every sentence."""
     generator = torch.Generator().manual_seed(3)
-    policy = Policy(generator)
-    torch.nn.init.normal_(policy.keep, generator=generator)
-    torch.nn.init.normal_(policy.accept, generator=generator)
-    torch.nn.init.constant_(policy.accept_bias, accept_bias)
-    return policy
+    actor = Actor(generator)
+    torch.nn.init.normal_(actor.keep, generator=generator)
+    torch.nn.init.normal_(actor.accept, generator=generator)
+    torch.nn.init.constant_(actor.accept_bias, accept_bias)
+    return Policy(Silent(()), (actor,), 1.0)
 
 
 def test_reinforce_never_accepts_a_label_without_kept_foreground(five):
@@ -103,9 +109,9 @@ def test_reinforce_never_accepts_a_label_without_kept_foreground(five):
     cells[:2, ..., CELL_FEATURES.index("label")] = 0
     seen = replace(seen, cells=cells)
     policy = eager_policy(50.0)
-    torch.nn.init.constant_(policy.keep_bias, 100.0)
+    torch.nn.init.constant_(policy.actors[0].keep_bias, 100.0)
     np.testing.assert_array_equal(decide(params_of("reinforce"), seen, policy).accepted, [0, 0, 1, 1, 1])
-    torch.nn.init.constant_(policy.keep_bias, -100.0)
+    torch.nn.init.constant_(policy.actors[0].keep_bias, -100.0)
     assert not decide(params_of("reinforce"), seen, policy).accepted.any()
 
 

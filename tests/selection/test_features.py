@@ -8,6 +8,7 @@ import pytest
 from simulated_views import described as described_views
 from simulated_views import judged, simulated_views
 
+from l2l_core.selection.evidence import EVIDENCE
 from l2l_core.selection.features import (
     CANDIDATES,
     CELL_FEATURES,
@@ -108,7 +109,8 @@ def test_sentence_features_by_hand(described):
         **{f"with_{name}_iou": float(name == "teacher") for name in CANDIDATES},
         **{f"is_{name}": float(name == "teacher") for name in CANDIDATES},
     }
-    assert set(expected) == set(SENTENCE_FEATURES)
+    assert {*expected, *EVIDENCE, "estimate"} == set(SENTENCE_FEATURES)
+    assert sentence_of(described, "estimate") == 0  # the critic has not judged it
     for name, value in expected.items():
         assert sentence_of(described, name) == pytest.approx(value, abs=1e-5), name
     assert described.confidence[0] == pytest.approx(expected["confidence"], abs=1e-6)

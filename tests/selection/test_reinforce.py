@@ -10,9 +10,10 @@ from simulated_views import described, judged, simulated_views
 from sklearn.metrics import log_loss, roc_auc_score
 
 from l2l_core.config import load_params
+from l2l_core.selection import reinforce
 from l2l_core.selection.decide import decide
 from l2l_core.selection.features import CELL_FEATURES, SENTENCE_FEATURES, Outcome, agreement
-from l2l_core.selection.policy import Policy, act
+from l2l_core.selection.policy import Actor
 from l2l_core.selection.reinforce import (
     CURVE_COLUMNS,
     _reliability,
@@ -185,9 +186,8 @@ def test_calibration_is_honest_on_new_sentences(trained, held_out):
     decisions stay."""
     seen, outcome = held_out
     right = outcome.iou[:, 0] > 0.5
-    accept_prob = act(trained.policy, seen).accept_prob
-    standardised = trained.policy.standardise(torch.from_numpy(seen.cells), torch.from_numpy(seen.sentence))
-    own = torch.sigmoid(trained.policy(*standardised)[0].detach().double()).numpy()[:, 0]
+    accept_prob = trained.policy.act(seen).accept_prob
+    own = 1 / (1 + np.exp(-trained.policy.act(seen).accept_logit.astype(np.float64)))
     calibrated = log_loss(right, accept_prob)
     assert calibrated < log_loss(right, own)
     assert calibrated < log_loss(right, np.full(len(right), right.mean()))
@@ -208,19 +208,18 @@ def test_same_seed_same_bits_whatever_the_threads(labeled, unlabeled):
     assert torch.equal(torch.get_rng_state(), state)
     other = train_policy(*labeled, unlabeled, params, seed=4)
     assert first.curve == second.curve
-    for name, value in first.policy.state_dict().items():
-        assert torch.equal(value, second.policy.state_dict()[name]), name
-    assert not torch.equal(first.policy.accept, other.policy.accept)
+    for one, two in zip(first.policy.actors, second.policy.actors, strict=True):
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, two.state_dict()[name]), name
+    assert first.policy.slope == second.policy.slope
+    assert not torch.equal(first.policy.actors[0].accept, other.policy.actors[0].accept)
 
 
 def test_curve_rises(trained):
     assert [row["step"] for row in trained.curve] == list(range(10, 201, 10))
     assert tuple(trained.curve[0]) == CURVE_COLUMNS
-    assert trained.curve[-1]["reward"] > trained.curve[0]["reward"] + 0.1
+    assert trained.curve[-1]["reward"] > trained.curve[0]["reward"] + 0.05
     assert trained.curve[-1]["entropy"] < trained.curve[0]["entropy"]
-    # It starts undecided about labels and keeps cells with a probability of sigmoid(3) = 0.953.
-    start = np.log(2) - 0.953 * np.log(0.953) - 0.047 * np.log(0.047)
-    assert trained.curve[0]["entropy"] == pytest.approx(start, abs=0.1)
 
 
 def test_entropy_bonus_keeps_the_policy_exploring(labeled, unlabeled):
@@ -256,7 +255,7 @@ def test_training_runs_on_one_thread(labeled, unlabeled, monkeypatch):
         train_policy(*labeled, unlabeled, PARAMS.model_copy(update={"policy_steps": 1}), seed=0)
     finally:
         torch.set_num_threads(threads)
-    assert seen == [1]
+    assert set(seen) == {1}
 
 
 def test_labels_that_are_all_wrong_teach_to_keep_nothing(labeled, unlabeled):
@@ -283,7 +282,7 @@ def test_a_handful_of_labelled_sentences_works(labeled, unlabeled, count):
     seen, outcome = labeled
     params = PARAMS.model_copy(update={"policy_steps": 30})
     policy = train_policy(taken(slice(0, count), seen), taken(slice(0, count), outcome), unlabeled, params, 0).policy
-    action = act(policy, unlabeled)
+    action = policy.act(unlabeled)
     assert np.isfinite(action.accept_prob).all()
     assert np.isfinite(action.keep_prob).all()
 
@@ -344,13 +343,14 @@ def test_features_that_never_vary_get_no_noise(labeled, unlabeled, monkeypatch):
         return replace(candidates, sentence=sentence)
 
     inputs = []
-    forward = Policy.forward
+    forward = Actor.forward
 
     def watched(self, cells, sentence):
         inputs.append(sentence.detach().numpy())
         return forward(self, cells, sentence)
 
-    monkeypatch.setattr(Policy, "forward", watched)
+    monkeypatch.setattr(Actor, "forward", watched)
+    monkeypatch.setattr("l2l_core.selection.reinforce.NOISES", (2.0,))
     train_policy(fixed(seen), outcome, fixed(unlabeled), PARAMS.model_copy(update={"policy_steps": 1}), seed=0)
     training = inputs[0]  # [B, K, D]; what follows is calibration, without noise
     np.testing.assert_array_equal(training[..., words], 0)
@@ -395,3 +395,41 @@ def test_of_right_candidates_the_better_one_is_chosen(labeled):
     labels = share[:, 0].any((1, 2))
     assert decision.accepted[labels].mean() > 0.95
     assert better[np.arange(len(better)), decision.choice][labels].mean() > 0.95
+
+
+def test_it_starts_as_the_critic_chooses(labeled, unlabeled):
+    """Without a step, a label is accepted exactly where the critic promises a positive utility: an IoU above 0.5."""
+    trained = train_policy(*labeled, unlabeled, PARAMS.model_copy(update={"policy_steps": 0}), seed=0)
+    judged = trained.policy.critic.judge(unlabeled)
+    estimate = judged.sentence[..., SENTENCE_FEATURES.index("estimate")]
+    clear = np.abs(estimate[:, 0] - 0.5) > 0.01
+    has_label = (unlabeled.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
+    accepted = trained.policy.act(unlabeled).accepted
+    np.testing.assert_array_equal(accepted[clear & has_label], estimate[clear & has_label, 0] > 0.5)
+    assert 0.1 < accepted.mean() < 0.9
+
+
+def test_its_own_seed_hardly_matters(labeled, unlabeled, held_out):
+    """The same data, other draws: the accepted labels are nearly the same ones."""
+    seen, _ = held_out
+    params = PARAMS.model_copy(update={"policy_steps": 60})
+    first, second = (train_policy(*labeled, unlabeled, params, seed).policy.act(seen).accepted for seed in (0, 1))
+    assert (first == second).mean() > 0.93
+
+
+def test_the_noise_is_the_one_of_the_highest_out_of_fold_reward(labeled, unlabeled, monkeypatch):
+    """Rewards that are told for each noise; with few labeled sentences nothing is compared."""
+    seen, outcome = labeled
+    used, earned = [], {0.5: 1.0, 2.0: 3.0, 0.0: 2.0}
+
+    def improve(actor, candidates, *rest):
+        used.append(rest[-2])
+        return []
+
+    monkeypatch.setattr(reinforce, "_improve", improve)
+    monkeypatch.setattr(reinforce, "_expected_reward", lambda *_: earned[used[-1]])
+    train_policy(seen, outcome, unlabeled, PARAMS, seed=0)
+    assert used == [0.5, 0.5, 2.0, 2.0, 0.0, 0.0, 2.0, 2.0, 2.0]
+    used.clear()
+    train_policy(taken(slice(0, 12), seen), taken(slice(0, 12), outcome), unlabeled, PARAMS, seed=0)
+    assert used == [0.5, 0.5, 0.5]

@@ -1,0 +1,72 @@
+"""The critic: how good each candidate label is, estimated from what the policy sees of it and of its rivals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR
+
+from l2l_core.selection.features import SENTENCE_FEATURES, Candidates, FloatArray, Outcome
+
+ESTIMATE = SENTENCE_FEATURES.index("estimate")
+FOLDS = 5
+"""Parts of the labeled sentences; each is left out by one member of the ensemble."""
+PENALTY, WIDTH, TOLERANCE = 0.3, 0.5, 0.05
+"""C, gamma times the number of features, and epsilon of the support vector regression. A small C keeps the estimates
+smooth: there are few labeled sentences."""
+
+
+@dataclass(frozen=True)
+class Critic:
+    """An ensemble of support vector regressions, one for each fold that it left out."""
+
+    members: tuple[Pipeline, ...]
+
+    def judge(self, candidates: Candidates) -> Candidates:
+        """The candidates with the feature `estimate`: the expected IoU with the truth, in [0, 1]."""
+        if not len(candidates.sent_id):
+            return candidates
+        features = _features(candidates)
+        estimates = [member.predict(features) for member in self.members]
+        return _with_estimate(candidates, np.mean(estimates, axis=0))
+
+
+def train_critic(labeled: Candidates, outcome: Outcome, seed: int) -> tuple[Critic, Candidates]:
+    """Learn each candidate's IoU: the critic, and the labeled candidates with honest estimates.
+
+    The estimate of a labeled sentence comes from the member that did not learn from that sentence. A single sentence is
+    estimated by a member that knows it.
+    """
+    count, kinds = labeled.sentence.shape[:2]
+    folds = min(FOLDS, count)
+    fold = (np.random.default_rng(seed).permutation(count) % folds).repeat(kinds)
+    features, iou = _features(labeled), outcome.iou.ravel()
+    honest = np.empty(len(iou), dtype=np.float64)
+    members = []
+    for number in range(folds):
+        left_out = fold == number
+        known = ~left_out if folds > 1 else left_out
+        regression = SVR(C=PENALTY, gamma=WIDTH / features.shape[1], epsilon=TOLERANCE)
+        member = make_pipeline(StandardScaler(), regression).fit(features[known], iou[known])
+        honest[left_out] = member.predict(features[left_out])
+        members.append(member)
+    return Critic(tuple(members)), _with_estimate(labeled, honest)
+
+
+def _features(candidates: Candidates) -> FloatArray:
+    """[N * K, 2 D]: a candidate's features, and how they differ from the mean of the sentence's candidates."""
+    features = candidates.sentence.copy()
+    features[..., ESTIMATE] = 0
+    relative = features - features.mean(axis=1, keepdims=True)
+    return np.concatenate([features, relative], axis=-1).reshape(-1, 2 * features.shape[-1])
+
+
+def _with_estimate(candidates: Candidates, estimate: NDArray[np.float64]) -> Candidates:
+    """estimate: [N * K]."""
+    sentence = candidates.sentence.copy()
+    sentence[..., ESTIMATE] = estimate.clip(0, 1).reshape(sentence.shape[:2])
+    return replace(candidates, sentence=sentence)
