@@ -103,7 +103,7 @@ def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
 
 def test_another_label_budget_keeps_data_and_priors(project):
     ran = project.stages_run("dvc", "exp", "run", "-S", "split.labeled_fraction=0.4", "-S", "round=0")
-    assert sorted(ran) == sorted(["check", "split", "warmup", "predict", *LAST])
+    assert sorted(ran) == sorted(["check", "split", "proposals", "warmup", "predict", *LAST])
 
 
 def test_reading_answers_anew_asks_nobody(project):
