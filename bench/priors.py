@@ -239,7 +239,7 @@ def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, float]]) -
                     if renderer == "box":
                         soft = proposals.render_box(box, size, params)
                     else:
-                        soft = proposals.render_grabcut(image, box, params)
+                        soft = proposals.render_grabcut(proposals.shrink(image), box, size, params)
                     cuts.append(cut_proposal(np.rint(soft * 255).astype(np.uint8), *size))
                 both = intersection_union_px(cuts, known["rle_counts"].tolist(), sizes)
                 row[f"miou_{name}_boxes"] = round(float((both[:, 0] / both[:, 1]).mean()), 3)

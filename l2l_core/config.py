@@ -192,10 +192,10 @@ class ProposalsParams(Section):
     """How a prior becomes a soft map."""
 
     renderer: Literal["box", "grabcut"]
-    ring: Annotated[float, Field(ge=0.0, le=4.0)] | Literal["fit"] = 0.1
+    ring: Annotated[float, Field(ge=0.0, le=4.0)] | Literal["fit"]
     """Of `grabcut`: how far the object may reach beyond the box, as a share of the box's sides; fit: what suits the
-    labeled masks. The default is that of models that do not store it."""
-    core: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["fit"] = 0.0
+    labeled masks."""
+    core: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["fit"]
     """Of `grabcut`: side of the box's center that surely belongs to the object, as a share of the box's; or fit."""
     size_px: Annotated[int, Field(ge=8, le=256)]
     """Side of the square map; it covers the whole image."""

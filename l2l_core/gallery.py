@@ -13,6 +13,7 @@ import pandas as pd
 
 from l2l_core import overlays
 from l2l_core.breakdown import OUTCOMES, outcomes, size_limits, sizes
+from l2l_core.config import ProposalsParams
 from l2l_core.masks import BoolMask, decode_rle, intersection_union_px
 from l2l_core.metrics import iou_from_px
 
@@ -38,6 +39,7 @@ class Run:
     split: pd.DataFrame
     priors: pd.DataFrame
     proposals: pd.DataFrame
+    rendering: ProposalsParams
     predictions: pd.DataFrame
     pseudo_labels: pd.DataFrame
     per_sentence: pd.DataFrame

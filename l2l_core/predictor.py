@@ -21,6 +21,7 @@ from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.masks import BoolMask, decode_rle, encode_rle
 from l2l_core.model.segmenter import Pyramid, Segmenter
 from l2l_core.progress import progress
+from l2l_core.records import RENDERING_PATH, read_rendering
 from l2l_core.selection.features import Views
 
 IMAGES_AT_ONCE = 16
@@ -78,17 +79,19 @@ class Predictor:
     def fitted(self, params: Params) -> Params:
         """A project's parameters, with proposals rendered as the network knows them.
 
-        Raises ConfigError where proposals that are recorded already were rendered in another way.
+        Raises ConfigError where the project's priors are recorded, and its proposals were rendered in another way.
         """
         mine = self.network.known_proposals()
-        # Where values are fitted, a training finds its own, and the renderer may have become `box`.
-        fitted = {"renderer", "ring", "core"} if "fit" in (params.proposals.ring, params.proposals.core) else set()
-        other = [key for key, value in mine if key not in fitted and getattr(params.proposals, key) != value]
-        if other and params.priors.backend not in LIVE_BACKENDS:
-            raise ConfigError(
-                f"params.yaml: proposals.{other[0]}: got {getattr(params.proposals, other[0])}, but the model was "
-                f"trained with {getattr(mine, other[0])}; recorded priors need a model of the same proposals"
-            )
+        if params.priors.backend not in LIVE_BACKENDS:
+            recorded = read_rendering()
+            unread = {"ring", "core"} if recorded.renderer == mine.renderer == "box" else set()
+            for name in type(mine).model_fields.keys() - unread:
+                got, expected = getattr(recorded, name), getattr(mine, name)
+                if got != expected:
+                    raise ConfigError(
+                        f"{RENDERING_PATH}: proposals.{name}: got {got}, but the model was trained with {expected}; "
+                        f"recorded priors are of use to a model of the same proposals only"
+                    )
         return params.model_copy(update={"proposals": mine})
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from l2l_core.config import ProposalsParams
 from l2l_core.masks import decode_rle, resize_prob
-from l2l_core.proposals import read_bgr, render_box, render_grabcut, to_samples
+from l2l_core.proposals import read_bgr, render_box, render_grabcut, shrink, to_samples
 from l2l_core.threads import thread_count
 
 RINGS = (0.1, 0.0, 0.25, 0.5, 0.75, 1.0)
@@ -64,14 +64,14 @@ def fit_proposals(
         return Fit(settled, 0, 0.0, 0.0)
     compared = samples.take(rows[np.linspace(0, len(rows) - 1, min(MOST, len(rows))).astype(np.int64)])
     files = images["file_name"].tolist()
-    photos = {row: read_bgr(files[row]) for row in np.unique(compared.image_row).tolist()}
+    photos = {row: shrink(read_bgr(files[row])) for row in np.unique(compared.image_row).tolist()}
 
     def iou(row: int, tried: ProposalsParams) -> float:
         height, width = compared.image_hw[row].tolist()
         mask = decode_rle(truth[int(compared.sent_id[row])], height, width)
         photo, box = photos[int(compared.image_row[row])], compared.box_xyxy[row, 0]
         by_box = tried.renderer == "box"
-        soft = render_box(box, (height, width), tried) if by_box else render_grabcut(photo, box, tried)
+        soft = render_box(box, (height, width), tried) if by_box else render_grabcut(photo, box, (height, width), tried)
         found = resize_prob(soft, height, width) > 0.5
         return float((found & mask).sum() / max(1, (found | mask).sum()))
 

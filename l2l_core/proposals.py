@@ -86,24 +86,30 @@ def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsPara
     return _to_prob(np.exp2(-distance2), params)
 
 
-def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, params: ProposalsParams) -> Map:
-    """The object that GrabCut finds in a box [4] of an image [H, W, 3] (BGR, as OpenCV reads it) -> map [S, S].
+def shrink(image_bgr: Image) -> Image:
+    """An image [H, W, 3] at the size that GrabCut works on: its longer side has at most GRABCUT_SIDE_PX pixels."""
+    height, width = image_bgr.shape[:2]
+    scale = min(1.0, grabcut.GRABCUT_SIDE_PX / max(height, width))
+    size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
+
+def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, image_hw: tuple[int, int], params: ProposalsParams) -> Map:
+    """The object that GrabCut finds in a box [4] of an image -> map [S, S].
+
+    image_bgr: as `shrink` returns it (BGR, as OpenCV reads it). box_xyxy: in pixels of the image of size image_hw.
     A cell's value is inside_prob where GrabCut's mask covers it, 1 - inside_prob where it does not, and between them at
     the mask's border. Where GrabCut finds next to nothing, the map is the box's. Raises ValueError where ring or core
     of `params` are still to be fitted.
     """
     if params.ring == "fit" or params.core == "fit":
         raise ValueError("proposals.ring and proposals.core must be numbers here; see l2l_core/proposal_fit.py")
-    height, width = image_bgr.shape[:2]
-    scale = min(1.0, grabcut.GRABCUT_SIDE_PX / max(height, width))
-    size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = np.asarray(cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    (height, width), (small_height, small_width) = image_hw, image_bgr.shape[:2]
     box = np.asarray(box_xyxy, dtype=np.float64)
-    scaled = box * np.tile(np.array(size_wh) / (width, height), 2)
-    cut = grabcut.grabcut(small, grabcut.box_trimap(size_wh[1], size_wh[0], scaled, params.ring, params.core))
+    scaled = box * np.tile(np.array((small_width, small_height)) / (width, height), 2)
+    cut = grabcut.grabcut(image_bgr, grabcut.box_trimap(small_height, small_width, scaled, params.ring, params.core))
     if cut is None:
-        return render_box(box, (height, width), params)
+        return render_box(box, image_hw, params)
     share = np.asarray(
         cv2.resize(cut.astype(np.float32), (params.size_px, params.size_px), interpolation=cv2.INTER_AREA), np.float32
     )
@@ -158,10 +164,11 @@ def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[s
             image_row = samples.image_row[row]
 
             def cut(image: int) -> None:
-                pixels = read_bgr(files[image])
+                pixels = shrink(read_bgr(files[image]))
                 for place in (image_row == image).nonzero()[0].tolist():
                     here = row[place], answer[place]
-                    maps[here] = render_grabcut(pixels, samples.box_xyxy[here], params)
+                    height, width = samples.image_hw[row[place]].tolist()
+                    maps[here] = render_grabcut(pixels, samples.box_xyxy[here], (height, width), params)
 
             with ThreadPoolExecutor(thread_count()) as pool:
                 list(pool.map(cut, np.unique(image_row).tolist()))

@@ -6,6 +6,7 @@ Masks are COCO compressed run lengths at the image's own height and width unless
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from l2l_core.config import ProposalsParams
 from l2l_core.errors import ArtifactError
 
 if TYPE_CHECKING:  # some stages, and `--help`, have no use for it
@@ -187,6 +189,16 @@ PER_SENTENCE_PATH = Path("data/evaluation/per_sentence.parquet")
 def round_folder(number: int) -> Path:
     """Folder of everything that a round leaves: model/, curves/, folds/, pseudo_labels.parquet, history/."""
     return Path(f"data/rounds/{number}")
+
+
+def read_rendering() -> ProposalsParams:
+    """How the proposals were rendered, with the values that were fitted. Raises ArtifactError where that is unknown."""
+    try:
+        return ProposalsParams.model_validate(json.loads(RENDERING_PATH.read_bytes())["proposals"])
+    except FileNotFoundError:
+        raise ArtifactError(f"{RENDERING_PATH}: not found, run the stage that writes it: dvc repro") from None
+    except (ValueError, TypeError, KeyError):
+        raise ArtifactError(f"{RENDERING_PATH}: not a file of this project; run dvc repro") from None
 
 
 def make_table(rows: Iterable[dict[str, object]], schema: pa.Schema) -> pa.Table:

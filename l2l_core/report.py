@@ -14,7 +14,7 @@ import pandas as pd
 
 from l2l_core import overlays
 from l2l_core.breakdown import CHANGED_IOU, OUTCOMES, SIZES, changes, outcomes, sizes
-from l2l_core.config import Params
+from l2l_core.config import Params, ProposalsParams
 from l2l_core.evaluation import GOOD_IOU, PRIOR, SUPERVISED, method_scores
 from l2l_core.figures import draw_figures
 from l2l_core.gallery import UNKNOWN, Gallery, Run, area_share, evaluated_size_limits, make_galleries
@@ -81,6 +81,10 @@ def _method_name(method: str) -> str:
     return name + (", no prior" if method.endswith("no_prior") else "")
 
 
+def _rendering_name(rendering: ProposalsParams) -> str:
+    return "box" if rendering.renderer == "box" else f"grabcut, ring {rendering.ring}, core {rendering.core}"
+
+
 def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
     roles = run.split.merge(run.refs[["sent_id", "image_id"]], on="sent_id").groupby("role")
     counts = {role: (rows["image_id"].nunique(), len(rows)) for role, rows in roles}
@@ -101,7 +105,7 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
         "labels": f"{budget}: {labeled[0]:,} images, {labeled[1]:,} sentences",
         "without labels": f"{unlabeled[0]:,} images, {unlabeled[1]:,} sentences",
         "priors": f"{prior}, usable for {100 * answered:.1f} % of the sentences",
-        "proposals": params.proposals.renderer,
+        "proposals": _rendering_name(run.rendering),
         "selection": params.select.policy,
         "rounds": str(run.last_round),
         "seed": str(params.seed),

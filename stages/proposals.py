@@ -24,6 +24,12 @@ def main() -> None:
     labeled = split[split["role"] == "labeled"].merge(refs, on="sent_id").merge(masks, on="ann_id")
     truth = dict(zip(labeled["sent_id"], labeled["rle_counts"], strict=True))
     fit = fit_proposals(priors, refs, images, truth, params.proposals)
+    if (
+        not fit.sentences
+        and "fit" in (params.proposals.ring, params.proposals.core)
+        and params.proposals.renderer != "box"
+    ):
+        print(f"proposals: too few labeled boxes to fit; ring {fit.params.ring}, core {fit.params.core}")
     if fit.sentences:
         found = f"{fit.params.renderer}, ring {fit.params.ring}, core {fit.params.core}"
         print(

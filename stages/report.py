@@ -33,6 +33,7 @@ def main() -> None:
         split=frame(read(records.SPLIT_PATH, records.SPLIT)),
         priors=frame(read(records.PRIORS_PATH, records.PRIORS)),
         proposals=frame(read(records.PROPOSALS_PATH, records.PROPOSALS)),
+        rendering=records.read_rendering(),
         predictions=frame(history.predictions),
         pseudo_labels=frame(history.pseudo_labels),
         per_sentence=frame(read(records.PER_SENTENCE_PATH, records.PER_SENTENCE)),

@@ -9,7 +9,13 @@ from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.device import print_device
 from l2l_core.engine.curves import write_rows
-from l2l_core.engine.labeling import judge_out_of_fold, judge_unlabeled, label_unlabeled, pseudo_label_table
+from l2l_core.engine.labeling import (
+    images_of,
+    judge_out_of_fold,
+    judge_unlabeled,
+    label_unlabeled,
+    pseudo_label_table,
+)
 from l2l_core.errors import exit_code
 from l2l_core.predictor import Predictor
 from l2l_core.seeds import derive_seed
@@ -33,7 +39,8 @@ def main() -> None:
             labeled, truth = judge_out_of_fold(params, previous / "folds")
             seed = derive_seed(params.seed, f"select-{number}")
             started = time.monotonic()
-            trained = train_policy(labeled, truth, seen, params.select, seed)
+            image = images_of(params, labeled.sent_id)
+            trained = train_policy(labeled, truth, seen, params.select, seed, image)
             policy, curve = trained.policy, trained.curve
             print(f"round {number}: policy trained in {time.monotonic() - started:.1f} s")
         case "oracle":

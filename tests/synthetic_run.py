@@ -63,7 +63,15 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
     records.write_table(
         records.make_table(proposals, records.PROPOSALS), root / records.PROPOSALS_PATH, records.PROPOSALS
     )
-    rendered = {"renderer": "box", "size_px": 24, "falloff": 0.15, "inside_prob": 0.9, "flat_prob": 0.1}
+    rendered = {
+        "renderer": "box",
+        "ring": 0.1,
+        "core": 0.0,
+        "size_px": 24,
+        "falloff": 0.15,
+        "inside_prob": 0.9,
+        "flat_prob": 0.1,
+    }
     (root / records.RENDERING_PATH).write_text(json.dumps({"proposals": rendered}))
     roles = {row["sent_id"]: row["role"] for row in split}
     folder = root / records.round_folder(rounds) / "history"

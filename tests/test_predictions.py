@@ -63,6 +63,7 @@ def whole_run(tmp_path_factory):
             row["sha256"] = file.sha256
         records.write_table(records.make_table(images, records.IMAGES), records.INDEX.images, records.IMAGES)
         (root / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
+        records.RENDERING_PATH.write_text(json.dumps({"proposals": PARAMS.proposals.model_dump()}))
         for number, folder in enumerate((records.SUPERVISED_FOLDER, records.round_folder(0))):
             lively_network(number).save(folder / "model")
         patch.setattr("l2l_core.history.training_rows", lambda curves, model: [])

@@ -1,6 +1,8 @@
+import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_pairs import MODEL, SIZE_PX, TRAIN, rows_of, toy_batches, toy_network, toy_pairs, toy_params
 
+from l2l_core import records
 from l2l_core.data.augment import mirror_sentence
 from l2l_core.data.dataset import Batch, BatchMaker, Pairs
 from l2l_core.errors import ArtifactError, ConfigError
@@ -173,11 +176,11 @@ def test_asking_changes_nothing_and_repeats_itself(pairs):
 
 
 def test_half_precision_says_nearly_the_same(pairs):
-    network, batch = toy_network(pairs), toy_batches(pairs)(np.arange(5))
+    network, batch = stirred(pairs), toy_batches(pairs)(np.arange(5))
     full, half = Predictor.of(network, FP32).logits(batch), Predictor.of(network, BF16).logits(batch)
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
-    assert (full - half).abs().mean() < 0.05
+    assert (full - half).abs().mean() < 0.05 * full.abs().mean()
 
 
 def test_a_run_on_disk_answers_as_it_did_before(pairs, tmp_path):
@@ -238,7 +241,7 @@ def test_views_encode_an_image_and_its_mirror_once(pairs, monkeypatch):
     assert sum(len(batch.sentence) for batch in stub.asked) == 3 * 40
 
 
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("passes", [1, 2])
 def test_the_bytes_of_a_filled_answer_depend_on_its_own_pair_alone(pairs, passes):
     """Asked with 39 others about 5 images, or alone: the same mask, and the same probability in every view."""
     shared, network = shared_images(pairs), stirred(pairs)
@@ -286,7 +289,7 @@ def test_a_single_call_computes_one_pair_and_one_image(pairs):
 def test_a_folder_is_enough_to_use_a_model_from_anywhere(pairs, tmp_path):
     """In a process of its own, in a folder without params.yaml, with two proposal settings that differ from today's."""
     network = stirred(pairs)
-    network.proposals, network.precision = PROPOSALS.model_copy(update={"flat_prob": 0.3, "size_px": 16}), "fp32"
+    network.proposals, network.precision = PROPOSALS.model_copy(update={"flat_prob": 0.48, "size_px": 16}), "fp32"
     network.save(tmp_path / "model")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -296,7 +299,7 @@ def test_a_folder_is_enough_to_use_a_model_from_anywhere(pairs, tmp_path):
     )
     command = [sys.executable, "-c", code, tmp_path / "model", pairs.image_path[1], pairs.sentence[1]]
     subprocess.run(command, cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-    alone = BatchMaker(pairs.take(rows_of(1)), SIZE_PX, 0.3)
+    alone = BatchMaker(pairs.take(rows_of(1)), SIZE_PX, 0.48)
     (mask,) = masks_of(Predictor.of(network, FP32), alone, 1, with_prior=False)
     found = np.load(elsewhere / "mask.npy")
     assert 0.02 < found.mean() < 0.98
@@ -335,13 +338,38 @@ def test_a_warning_of_an_emulated_precision_names_the_models_config(pairs, tmp_p
     assert line.startswith(f"warning: {tmp_path / 'model/config.json'}: precision_setting: got 'bf16', which this cpu")
 
 
-def test_todays_settings_do_not_change_what_an_old_model_is_shown(pairs):
+CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
+
+
+@pytest.mark.parametrize(
+    ("mine", "recorded", "named"),
+    [
+        ({}, {}, None),
+        ({"falloff": 0.3}, {}, "falloff: got 0.15, but the model was trained with 0.3"),
+        (CUT, CUT, None),
+        (CUT, CUT | {"core": 0.0}, "core: got 0.0, but the model was trained with 0.35"),
+        (CUT, CUT | {"renderer": "box"}, "renderer: got box, but the model was trained with grabcut"),
+        ({"ring": 0.5}, {"ring": 0.1}, None),  # of boxes nothing is cut
+    ],
+)
+def test_recorded_proposals_must_be_rendered_as_the_models_were(pairs, tmp_path, monkeypatch, mine, recorded, named):
+    monkeypatch.chdir(tmp_path)
     network = toy_network(pairs)
-    network.proposals = PROPOSALS.model_copy(update={"falloff": 0.3})
-    live = toy_params(priors={"backend": "openai"})
+    network.proposals = PROPOSALS.model_copy(update=mine)
+    records.RENDERING_PATH.parent.mkdir(parents=True)
+    rendered = PROPOSALS.model_copy(update=recorded)
+    records.RENDERING_PATH.write_text(json.dumps({"proposals": rendered.model_dump()}))
+    match = rf"rendering\.json: proposals\.{named}"
+    with nullcontext() if named is None else pytest.raises(ConfigError, match=match):
+        found = Predictor.of(network, FP32).fitted(toy_params(proposals={"ring": "fit", "core": "fit"}))
+        assert found.proposals == network.proposals
+
+
+def test_priors_that_are_asked_now_are_rendered_as_the_models_were(pairs):
+    network = toy_network(pairs)
+    network.proposals = PROPOSALS.model_copy(update=CUT)
+    live = toy_params(priors={"backend": "openai"}, proposals={"renderer": "box"})
     assert Predictor.of(network, FP32).fitted(live).proposals == network.proposals
-    with pytest.raises(ConfigError, match=r"proposals.falloff: got 0.15, but the model was trained with 0.3"):
-        Predictor.of(network, FP32).fitted(toy_params())  # whose recorded proposals were rendered with 0.15
 
 
 # --- views

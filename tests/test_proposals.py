@@ -16,9 +16,9 @@ from l2l_core import proposals, records
 from l2l_core.config import ProposalsParams
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.masks import decode_rle, segmentation_to_rle
-from l2l_core.proposals import make_proposals, render_box, render_grabcut, render_point
+from l2l_core.proposals import make_proposals, render_box, render_grabcut, render_point, shrink
 
-PARAMS = ProposalsParams(renderer="box", size_px=48, falloff=0.15, inside_prob=0.9, flat_prob=0.1)
+PARAMS = ProposalsParams(renderer="box", ring=0.1, core=0.0, size_px=48, falloff=0.15, inside_prob=0.9, flat_prob=0.1)
 GRABCUT = PARAMS.model_copy(update={"renderer": "grabcut"})
 HW = (240, 480)
 # A box in shares of the image, at least 3 cells of the map wide.
@@ -250,13 +250,13 @@ def test_grabcut_falls_back_to_the_box(disc: tuple[Path, np.ndarray]) -> None:
     whole = (0.0, 0.0, 480.0, 240.0)  # leaves no background
     tiny = (100.0, 100.0, 102.0, 102.0)
     for box in (whole, tiny):
-        np.testing.assert_array_equal(render_grabcut(image, box, GRABCUT), render_box(box, HW, GRABCUT))
+        np.testing.assert_array_equal(render_grabcut(shrink(image), box, HW, GRABCUT), render_box(box, HW, GRABCUT))
     box = (100.0, 50.0, 200.0, 150.0)
     plain = np.full((*HW, 3), 128, dtype=np.uint8)  # nothing to tell apart
     dotted = plain.copy()
     dotted[95:105, 145:155] = (0, 0, 255)  # 1 % of the box
     for image in (plain, dotted):
-        np.testing.assert_array_equal(render_grabcut(image, box, GRABCUT), render_box(box, HW, GRABCUT))
+        np.testing.assert_array_equal(render_grabcut(shrink(image), box, HW, GRABCUT), render_box(box, HW, GRABCUT))
 
 
 def test_grabcut_needs_no_image_for_sentences_without_a_box() -> None:
@@ -283,7 +283,7 @@ def test_grabcut_improves_on_boxes_of_real_photos(real_data: Path) -> None:
         image = cv2.imread(str(folder / "images/train2014" / photo["file_name"]))
         soft = (
             render_box((x, y, x + w, y + h), (height, width), PARAMS),
-            render_grabcut(image, (x, y, x + w, y + h), GRABCUT),
+            render_grabcut(shrink(image), (x, y, x + w, y + h), (height, width), GRABCUT),
         )
         cuts = [cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) > 0.5 for one in soft]
         scores.append([(cut & mask).sum() / (cut | mask).sum() for cut in cuts])

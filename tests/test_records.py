@@ -115,3 +115,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
 def test_what_training_may_see_of_the_refs_holds_no_truth():
     assert set(records.SENTENCE_COLUMNS) < set(records.REFS.names)
     assert not {"bbox", "ann_id", "category"} & set(records.SENTENCE_COLUMNS)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"proposals": {"renderer": "circle"}}'])
+def test_a_rendering_that_cannot_be_read_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        records.RENDERING_PATH.parent.mkdir(parents=True)
+        records.RENDERING_PATH.write_text(content)
+    with pytest.raises(ArtifactError, match=r"data/proposals/rendering\.json: not .*dvc repro"):
+        records.read_rendering()

@@ -48,6 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             row["sha256"] = file.sha256
         records.write_table(records.make_table(images, records.IMAGES), records.INDEX.images, records.IMAGES)
         (root / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
+        records.RENDERING_PATH.write_text(json.dumps({"proposals": PARAMS.proposals.model_dump()}))
         lively_network(0).save(records.round_folder(0) / "model")
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8)).save("own.png")
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (800, 800, 3), np.uint8)).save("large.png")  # 1.9 MB

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 from numpy.typing import NDArray
 
 from l2l_core import records
-from l2l_core.config import Params, ProposalsParams
+from l2l_core.config import Params
 from l2l_core.data.dataset import BatchMaker, Pairs, Targets, load_pairs, load_targets
-from l2l_core.errors import ArtifactError
 
 
 def sentences_of(role: str) -> NDArray[np.int64]:
@@ -29,16 +26,6 @@ def pairs_of(params: Params, role: str, *, with_priors: bool = True) -> Pairs:
         params.proposals.size_px,
         params.proposals.flat_prob,
     )
-
-
-def rendering() -> ProposalsParams:
-    """How the proposals were rendered, with the values that were fitted. Raises ArtifactError where that is unknown."""
-    try:
-        return ProposalsParams.model_validate(json.loads(records.RENDERING_PATH.read_bytes())["proposals"])
-    except FileNotFoundError:
-        raise ArtifactError(f"{records.RENDERING_PATH}: not found, run the stage that writes it: dvc repro") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{records.RENDERING_PATH}: not written by this project ({error}); run dvc repro") from None
 
 
 def batches_of(params: Params, pairs: Pairs) -> BatchMaker:

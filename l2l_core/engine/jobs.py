@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from l2l_core import records
 from l2l_core.config import Params, TrainParams
 from l2l_core.data.dataset import Pairs, Targets
-from l2l_core.data.inputs import batches_of, corpus, labeled_targets, pairs_of, rendering
+from l2l_core.data.inputs import batches_of, corpus, labeled_targets, pairs_of
 from l2l_core.device import choose_device, print_device, resolve_precision
 from l2l_core.engine.curves import live_curve
 from l2l_core.engine.loop import OnlineStream, Stream, train
@@ -115,7 +115,7 @@ def run_training(
     curves_out: Path | None,
 ) -> None:
     """Train, resuming where a killed run of the same inputs stopped, and write the teacher (and its curve)."""
-    device, proposals = choose_device(params.train.engine.device), rendering()
+    device, proposals = choose_device(params.train.engine.device), records.read_rendering()
     print_device(device, resolve_precision(params.train.precision, device))
     settings = f"{training_settings(params)} {steps} {[stream.share for stream in streams]}"
     seed = derive_seed(params.seed, purpose)

@@ -92,6 +92,11 @@ def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]
     return concatenate(candidates), concatenate(outcomes)
 
 
+def images_of(params: Params, sent_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[N] labeled sentences -> the row of each one's image."""
+    return pairs_of(params, "labeled").with_sent_ids(sent_ids).image_row
+
+
 def judge_labeled(
     params: Params, teacher: Predictor, batches: BatchMaker, targets: Targets, what: str
 ) -> tuple[Candidates, Outcome]:

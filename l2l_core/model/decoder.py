@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from l2l_core.model.guidance import fourier
 
 POSITION_FREQUENCIES = 3
+TRUST = 1.5
+"""How much more a proposal of score 1 counts than one of score 0: its logit is multiplied by 1 + TRUST * score. Then it
+says nearly as much as the loss asks for, and the correction is left to where it is wrong. The mask stays the same."""
 CERTAIN = 0.02
 """Proposals are cut at this probability and at 1 minus it before their logit is taken: none is beyond correction."""
 READING_LEVELS = 3
@@ -132,7 +135,8 @@ class Decoder(nn.Module):
         level that is small enough, or of the coarsest one made smaller; there the proposal is refined, and the finer
         levels are gated by the refined proposal instead of the given one.
         """
-        given = proposal.float().clamp(CERTAIN, 1 - CERTAIN).logit()
+        trust = 1 + TRUST * score.float()[:, None, None, None]
+        given = trust * proposal.float().clamp(CERTAIN, 1 - CERTAIN).logit()
         coarse_first = pyramid[::-1]
         sizes = [features.shape[-2] * features.shape[-1] for features in coarse_first]
         fuse_at = max((row for row, size in enumerate(sizes) if size <= MAX_COMPARED_PIXELS), default=0)

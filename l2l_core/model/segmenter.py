@@ -164,8 +164,7 @@ class Segmenter(nn.Module):
         """The proposals that it was trained with. Raises ArtifactError where they are not known."""
         if self.proposals is None:
             raise ArtifactError(
-                "config.json of the model lacks `proposals` and `precision`, as models of earlier versions do; "
-                "add the section `proposals` and `train.precision` of the params.yaml of its training, or train again"
+                "config.json of the model lacks `proposals`, which every training saves with its model; train again"
             )
         return self.proposals
 

@@ -184,11 +184,12 @@ def _proposal_s(params: Params, sample: Sample) -> float:
         return 0.0
     paths, rows = sample.pairs.image_path, range(min(RENDERED, len(sample.pairs)))
     settings = unfitted(params.proposals)
-    images = [read_image(paths[sample.pairs.image_row[row]])[..., ::-1] for row in rows]
+    images = [np.ascontiguousarray(read_image(paths[sample.pairs.image_row[row]])[..., ::-1]) for row in rows]
 
     def render() -> None:
         for row, image in zip(rows, images, strict=True):
-            proposals.render_grabcut(np.ascontiguousarray(image), sample.box_xyxy[row], settings)
+            small, size = proposals.shrink(image), (image.shape[0], image.shape[1])
+            proposals.render_grabcut(small, sample.box_xyxy[row], size, settings)
 
     return _timed(render)[1] / len(rows) * params.priors.samples
 

@@ -14,7 +14,9 @@ from l2l_core.selection.features import SENTENCE_FEATURES, Candidates, FloatArra
 
 ESTIMATE = SENTENCE_FEATURES.index("estimate")
 FOLDS = 5
-"""Parts of the labeled sentences; each is left out by one member of the ensemble."""
+"""Parts of the labeled images; each is left out by one member of the ensemble."""
+MOST = 500
+"""Labeled sentences that a member learns from, evenly picked: its time grows with their number."""
 PENALTY, WIDTH, TOLERANCE = 0.3, 0.5, 0.05
 """C, gamma times the number of features, and epsilon of the support vector regression. A small C keeps the estimates
 smooth: there are few labeled sentences."""
@@ -35,24 +37,30 @@ class Critic:
         return _with_estimate(candidates, np.mean(estimates, axis=0))
 
 
-def train_critic(labeled: Candidates, outcome: Outcome, seed: int) -> tuple[Critic, Candidates]:
+def train_critic(
+    labeled: Candidates, outcome: Outcome, image: NDArray[np.int64], seed: int
+) -> tuple[Critic, Candidates]:
     """Learn each candidate's IoU: the critic, and the labeled candidates with honest estimates.
 
-    The estimate of a labeled sentence comes from the member that did not learn from that sentence. A single sentence is
-    estimated by a member that knows it.
+    image: [N] whose sentence it is. Sentences of one image often mean the same object, so that whole images are left
+    out: the estimate of a labeled sentence comes from the member that saw no sentence of its image. With a single image
+    there is nothing to leave out, and the member knows it.
     """
-    count, kinds = labeled.sentence.shape[:2]
-    folds = min(FOLDS, count)
-    fold = (np.random.default_rng(seed).permutation(count) % folds).repeat(kinds)
-    features, iou = _features(labeled), outcome.iou.ravel()
-    honest = np.empty(len(iou), dtype=np.float64)
+    kinds = labeled.sentence.shape[1]
+    images, place = np.unique(image, return_inverse=True)
+    folds = min(FOLDS, len(images))
+    fold = (np.random.default_rng(seed).permutation(len(images)) % folds)[place]
+    features, iou = _features(labeled).reshape(len(fold), kinds, -1), outcome.iou
+    honest = np.empty(iou.shape, dtype=np.float64)
     members = []
     for number in range(folds):
-        left_out = fold == number
-        known = ~left_out if folds > 1 else left_out
-        regression = SVR(C=PENALTY, gamma=WIDTH / features.shape[1], epsilon=TOLERANCE)
-        member = make_pipeline(StandardScaler(), regression).fit(features[known], iou[known])
-        honest[left_out] = member.predict(features[left_out])
+        left_out = (fold == number).nonzero()[0]
+        known = (fold != number).nonzero()[0] if folds > 1 else left_out
+        known = known[np.linspace(0, len(known) - 1, min(MOST, len(known))).astype(np.int64)]
+        regression = SVR(C=PENALTY, gamma=WIDTH / features.shape[-1], epsilon=TOLERANCE)
+        member = make_pipeline(StandardScaler(), regression)
+        member.fit(features[known].reshape(-1, features.shape[-1]), iou[known].ravel())
+        honest[left_out] = member.predict(features[left_out].reshape(-1, features.shape[-1])).reshape(-1, kinds)
         members.append(member)
     return Critic(tuple(members)), _with_estimate(labeled, honest)
 

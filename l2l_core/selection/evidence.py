@@ -14,9 +14,15 @@ EVIDENCE = (
     "spread_outside",  # deviation of the colors in its surroundings
     "largest_part",  # share of the label's area in its largest connected part
     "box_fill",  # share of its bounding box that the label covers
-    "at_image_edge",  # share of the label's border that lies on the image's edge
+    "at_image_edge",  # share of the label's outermost pixels that lie on the image's edge
 )
-"""Columns of `image_evidence`. Colors are Lab, each channel in [0, 1]. 0 where a label is empty."""
+"""Columns of `image_evidence`, 0 where a label is empty. Colors are Lab, each channel in [0, 1]. Distances and
+gradients are divided by their largest value: all columns lie in [0, 1]."""
+
+LARGEST_DISTANCE = 3**0.5
+"""Between two colors of three channels in [0, 1]."""
+LARGEST_GRADIENT = 4 * 6**0.5
+"""Of OpenCV's 3 x 3 Sobel filters: at most 4 in each of three channels and two directions."""
 
 RIM = 1 / 32
 """Width of the rim inside a label and of the surroundings outside, as a share of the image side."""
@@ -52,17 +58,19 @@ def _of_label(
     inner = colors[rim] if rim.any() else colors[mask]
     parts = cv2.connectedComponentsWithStats(label, connectivity=8)[2][1:, cv2.CC_STAT_AREA]
     _, _, width, height = cv2.boundingRect(label)
-    edge = sum(int(side.sum()) for side in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    outermost = mask & ~(cv2.erode(label, thin, borderValue=0) > 0)
+    inside_image = np.zeros_like(mask)
+    inside_image[1:-1, 1:-1] = True
     return np.array(
         [
-            np.linalg.norm(inner.mean(0) - around.mean(0)),
-            gradient[border].mean(),
+            np.linalg.norm(inner.mean(0) - around.mean(0)) / LARGEST_DISTANCE,
+            gradient[border].mean() / LARGEST_GRADIENT,
             strong[border].mean(),
             colors[mask].std(0).mean(),
             around.std(0).mean(),
             parts.max() / area,
             area / (width * height),
-            min(1.0, edge / border.sum()),
+            (outermost & ~inside_image).sum() / outermost.sum(),
         ],
         dtype=np.float32,
     )

@@ -44,8 +44,8 @@ class Actor(nn.Module):
     cell_mean: Tensor
     cell_std: Tensor
 
-    def __init__(self, generator: torch.Generator | None = None) -> None:
-        """Random hidden layers from the generator (zeros where there is none: to be loaded), identity scaling."""
+    def __init__(self, generator: torch.Generator) -> None:
+        """Random hidden layers from the generator, identity scaling."""
         super().__init__()
         sentences, cells = len(SENTENCE_FEATURES), len(CELL_FEATURES)
         self.sentence_hidden = _weights(HIDDEN, sentences, generator)

@@ -29,7 +29,7 @@ SENTENCES_PER_STEP = 64
 ACTORS = 3
 """Actors that are trained and averaged: the seed of one no longer decides."""
 
-NOISES = (0.5, 2.0, 0.0)
+NOISES = (0.5, 0.0)
 """Deviations tried for the normal noise on standardized sentence features, against learning a few sentences by heart.
 The critic's estimate gets none. The one of the highest out-of-fold reward is taken; of equal ones the first."""
 NOISE_FOLDS = 2
@@ -47,8 +47,8 @@ CRITIC_WEIGHT = 0.1
 WEIGHT_DECAY = 0.01
 """AdamW's usual value."""
 
-SCALING_SENTENCES = 2000
-"""Unlabelled sentences from which means and deviations of the features are taken, besides the labelled ones."""
+UNLABELED_SENTENCES = 2000
+"""Evenly picked unlabeled sentences that the training reads: for the scaling of the features and for agreement."""
 
 SMALLEST_STD = 1e-3
 """A feature that varies less counts as constant (proposal_score when every score is 1): it stays near 0 and gets no
@@ -78,22 +78,31 @@ class TrainedPolicy:
 
 
 def train_policy(
-    labeled: Candidates, outcome: Outcome, unlabeled: Candidates, params: SelectParams, seed: int
+    labeled: Candidates,
+    outcome: Outcome,
+    unlabeled: Candidates,
+    params: SelectParams,
+    seed: int,
+    image: NDArray[np.int64] | None = None,
 ) -> TrainedPolicy:
     """Learn which candidates to accept and which cells to keep, on one CPU thread; the same bits for the same input.
 
     labeled, outcome: rows of the same labelled sentences, labelled by teachers that never saw their images.
-    unlabeled: may be empty. With few labelled sentences, or labels that are all right or all wrong, it does the same:
-    labels that are all wrong teach it to keep nothing, labels that are all right to keep nearly everything.
+    unlabeled: may be empty; of many, UNLABELED_SENTENCES are read. image: [N] whose labeled sentence it is; None: each
+    has an image of its own. Labels that are all wrong teach to keep nothing, labels that are all right to keep nearly
+    everything. With fewer than FEWEST_FOR_NOISE labeled sentences the noise is not chosen but the first.
     Raises ValueError where there is no labelled sentence or the rows do not match.
     """
     if not len(labeled.sent_id) or not np.array_equal(labeled.sent_id, outcome.sent_id):
         raise ValueError("labeled and outcome must be rows of the same sentences, at least one")
+    image = np.arange(len(labeled.sent_id)) if image is None else image
     with one_thread():
-        critic, judged = train_critic(labeled, outcome, seed)
-        unlabeled = critic.judge(unlabeled)
+        critic, judged = train_critic(labeled, outcome, image, seed)
+        count = len(unlabeled.sent_id)
+        picked = np.linspace(0, count - 1, min(UNLABELED_SENTENCES, count)).astype(np.int64)
+        unlabeled = critic.judge(unlabeled.take(picked))
         scaling = _scaling(judged, unlabeled)
-        noise = _choose_noise(scaling, judged, outcome, unlabeled, params, seed)
+        noise = _choose_noise(scaling, judged, outcome, image, unlabeled, params, seed)
         actors, curves = [], []
         for number in range(ACTORS):
             generator = torch.Generator().manual_seed(seed + number)
@@ -130,15 +139,17 @@ def _choose_noise(
     scaling: Mapping[str, Tensor],
     labeled: Candidates,
     outcome: Outcome,
+    image: NDArray[np.int64],
     unlabeled: Candidates,
     params: SelectParams,
     seed: int,
 ) -> float:
-    """The noise of NOISES whose actors earn most on labeled sentences that they did not learn from."""
-    count, steps = len(labeled.sent_id), params.policy_steps // NOISE_STEPS
-    if count < FEWEST_FOR_NOISE or not steps:
+    """The noise of NOISES whose actors earn most on labeled images that they did not learn from."""
+    steps = params.policy_steps // NOISE_STEPS
+    images, place = np.unique(image, return_inverse=True)
+    if len(image) < FEWEST_FOR_NOISE or len(images) < NOISE_FOLDS or not steps:
         return NOISES[0]
-    fold = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy() % NOISE_FOLDS
+    fold = (np.random.default_rng(seed).permutation(len(images)) % NOISE_FOLDS)[place]
     rewards = []
     for noise in NOISES:
         earned = 0.0
@@ -289,11 +300,9 @@ def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) ->
 
 
 def _scaling(labeled: Candidates, unlabeled: Candidates) -> dict[str, Tensor]:
-    """Means and deviations of the features, by their names in an actor, from labeled and evenly picked unlabeled
-    sentences."""
-    stride = max(1, len(unlabeled.sent_id) // SCALING_SENTENCES)
-    sentence = np.concatenate([labeled.sentence, unlabeled.sentence[::stride]]).astype(np.float64)
-    cells = np.concatenate([labeled.cells, unlabeled.cells[::stride]]).astype(np.float32)
+    """Means and deviations of the features, by their names in an actor."""
+    sentence = np.concatenate([labeled.sentence, unlabeled.sentence]).astype(np.float64)
+    cells = np.concatenate([labeled.cells, unlabeled.cells]).astype(np.float32)
     found = {
         "sentence_mean": sentence.mean((0, 1)),
         "sentence_std": sentence.std((0, 1)).clip(SMALLEST_STD),

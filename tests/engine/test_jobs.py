@@ -28,6 +28,7 @@ from l2l_core.engine.jobs import (
 from l2l_core.engine.loop import OnlineStream, Stream
 from l2l_core.errors import InputError
 from l2l_core.masks import decode_rle, encode_rle
+from l2l_core.model.segmenter import Segmenter
 from stages import crossfit, retrain
 
 PARAMS = toy_params(proposals={"size_px": 24})
@@ -264,6 +265,9 @@ def test_a_new_network_knows_the_words_of_training_and_no_others(run):
 # --- a whole training, killed and resumed
 
 
+RENDERED = PARAMS.proposals.model_copy(update={"renderer": "grabcut", "ring": 0.75, "core": 0.35})
+
+
 class Killed(Exception):
     """Stands for kill -9."""
 
@@ -286,7 +290,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT", raising=False)
     (tmp_path / "input").write_text("some input")
     records.RENDERING_PATH.parent.mkdir(parents=True)
-    records.RENDERING_PATH.write_text(json.dumps({"proposals": PARAMS.proposals.model_dump()}))
+    records.RENDERING_PATH.write_text(json.dumps({"proposals": RENDERED.model_dump()}))
     return toy_pairs(tmp_path / "images")
 
 
@@ -311,6 +315,7 @@ def kill(monkeypatch):
 
 def test_a_killed_job_leaves_no_model_and_ends_with_the_same_files(toy, tmp_path, kill):
     do(tmp_path / "whole", toy)
+    assert Segmenter.load(tmp_path / "whole/model").proposals == RENDERED  # with the fitted values
     assert list((tmp_path / ".scratch").iterdir()) == []
     kill(lambda: do(tmp_path / "killed", toy))
     assert not (tmp_path / "killed/model").exists()

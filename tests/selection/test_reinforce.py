@@ -24,7 +24,9 @@ from l2l_core.selection.reinforce import (
 from l2l_core.selection.reward import utility
 
 GRID = 8
-PARAMS = load_params().select.model_copy(update={"policy": "reinforce", "policy_steps": 200, "wrong_cost": 1.0})
+PARAMS = load_params().select.model_copy(
+    update={"policy": "reinforce", "policy_steps": 200, "group_size": 64, "wrong_cost": 1.0}
+)
 
 
 def seen_and_judged(count, seed):
@@ -308,13 +310,13 @@ def test_unlabelled_agreement_is_only_heard_where_it_is_reliable(labeled, unlabe
     seen, outcome = labeled
     constant = replace(seen, cells=np.repeat(seen.cells[:1], len(seen.sent_id), axis=0))
     turned = taken(slice(None, None, -1), unlabeled)  # other draws, the same set and so the same scaling
-    params = PARAMS.model_copy(update={"policy_steps": 10})
+    params = PARAMS.model_copy(update={"policy_steps": 30, "unlabeled_weight": 5.0})
 
     def curve(candidates, teaching):
         return [row["reward"] for row in train_policy(candidates, outcome, teaching, params, seed=0).curve]
 
-    np.testing.assert_allclose(curve(constant, unlabeled), curve(constant, turned), rtol=1e-4)
-    assert not np.allclose(curve(seen, unlabeled), curve(seen, turned), rtol=1e-4)
+    np.testing.assert_allclose(curve(constant, unlabeled), curve(constant, turned), rtol=1e-5)
+    assert not np.allclose(curve(seen, unlabeled), curve(seen, turned), rtol=1e-5)
 
 
 def test_agreement_is_weighed_where_kinds_compete(labeled):
@@ -420,7 +422,7 @@ def test_its_own_seed_hardly_matters(labeled, unlabeled, held_out):
 def test_the_noise_is_the_one_of_the_highest_out_of_fold_reward(labeled, unlabeled, monkeypatch):
     """Rewards that are told for each noise; with few labeled sentences nothing is compared."""
     seen, outcome = labeled
-    used, earned = [], {0.5: 1.0, 2.0: 3.0, 0.0: 2.0}
+    used, earned = [], {0.5: 1.0, 0.0: 2.0}
 
     def improve(actor, candidates, *rest):
         used.append(rest[-2])
@@ -429,7 +431,7 @@ def test_the_noise_is_the_one_of_the_highest_out_of_fold_reward(labeled, unlabel
     monkeypatch.setattr(reinforce, "_improve", improve)
     monkeypatch.setattr(reinforce, "_expected_reward", lambda *_: earned[used[-1]])
     train_policy(seen, outcome, unlabeled, PARAMS, seed=0)
-    assert used == [0.5, 0.5, 2.0, 2.0, 0.0, 0.0, 2.0, 2.0, 2.0]
+    assert used == [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
     used.clear()
     train_policy(taken(slice(0, 12), seen), taken(slice(0, 12), outcome), unlabeled, PARAMS, seed=0)
     assert used == [0.5, 0.5, 0.5]
