@@ -54,7 +54,7 @@ import yaml
 
 from bench import label_efficiency_page
 from bench.label_efficiency_page import FULLY_SUPERVISED, ROUND_0, WARMUP
-from bench.params import BENCHMARK, merged
+from bench.params import BENCHMARK, EDITION, merged
 from bench.vlm import MODEL
 from l2l_core import records
 from l2l_core.config import PriorsParams
@@ -64,10 +64,6 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "label_efficiency"
 RESULTS = ROOT / "bench" / "results" / "label_efficiency.jsonl"
 CURVES = ROOT / "bench" / "results" / "label_efficiency_curves.jsonl"
-
-EDITION = 2
-"""Of the method: results of different editions never stand in one table. The second one fits GrabCut to the labeled
-masks, starts the network at its proposal, and has a critic."""
 
 RATES = (0.01, 0.05, 0.1)
 """The label shares of the field's tables."""

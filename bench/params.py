@@ -12,6 +12,10 @@ BENCHMARK: dict[str, dict[str, Any]] = yaml.safe_load(
 )
 """Sections that replace those of params.yaml key by key, so that results do not depend on its training settings."""
 
+EDITION = 2
+"""Of the method: results of different editions never stand in one table. The second one fits GrabCut to the labeled
+masks, starts the network at its proposal, and has a critic."""
+
 
 def merged(params: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """params with changes, section by section; what changes does not name stays. Raises KeyError for a new section."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -402,6 +403,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's floats: `1e-05`, which `dvc exp run -S` writes, is a number and not a text as in YAML 1.1."""
 
 
+_TYPE_OF_SEVERAL = re.compile(r"constrained-\w+|literal\[.*\]")
+"""Last part of a place in pydantic's errors that names a type, not a key."""
+
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -417,7 +421,7 @@ def parse_params(raw: object, source: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise_all([f"{source}: {_explain(detail)}" for detail in error.errors()], ConfigError)
+        raise_all([f"{source}: {problem}" for problem in _problems(error.errors())], ConfigError)
         raise  # unreachable: a ValidationError always carries at least one detail
 
 
@@ -433,6 +437,17 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     return parse_params(raw, str(path))
 
 
+def _problems(details: Iterable[Any]) -> Iterator[str]:
+    """One line a key: of a key that takes values of several types, pydantic reports each type by itself."""
+    by_key: dict[tuple[object, ...], list[str]] = {}
+    for detail in details:
+        *place, last = detail["loc"] or ("",)
+        key = tuple(place) if _TYPE_OF_SEVERAL.fullmatch(str(last)) else detail["loc"]
+        by_key.setdefault(key, []).append(_explain(dict(detail) | {"loc": key}))
+    for first, *others in by_key.values():
+        yield " or ".join([first, *(other.partition("expected ")[2] for other in others)])
+
+
 def _explain(detail: Any) -> str:
     """One pydantic problem as `key: got VALUE, expected WHAT`."""
     key = ".".join(str(part) for part in detail["loc"])
@@ -446,7 +461,8 @@ def _explain(detail: Any) -> str:
         case "extra_forbidden":
             return f"{key}: unknown parameter, expected one of those in params.yaml; check the spelling"
         case "literal_error":
-            return f"{key}: got {got!r}, expected one of {context['expected'].replace(' or ', ', ')}"
+            expected = context["expected"].replace(" or ", ", ")
+            return f"{key}: got {got!r}, expected {'one of ' * (', ' in expected)}{expected}"
         case "model_type":
             return f"{key}: got {got!r}, expected a section with its own keys"
         case "value_error":
