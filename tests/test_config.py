@@ -78,7 +78,11 @@ def test_the_shipped_file_is_valid_and_says_what_it_means():
         ("model.heads", 7, r"model\.heads: got 7, expected a divisor of dim \(64\)"),
         ("proposals.ring", "fitt", r"proposals\.ring: got 'fitt', expected a valid number or 'fit'$"),
         ("proposals.core", 1.0, r"proposals\.core: got 1.0, expected less than 1 or 'fit'$"),
-        ("priors.engine.data_parallel", 0, r"priors\.engine\.data_parallel: got 0, expected 'auto' or greater than or equal to 1$"),
+        (
+            "priors.engine.data_parallel",
+            0,
+            r"priors\.engine\.data_parallel: got 0, expected 'auto' or greater than or equal to 1$",
+        ),
         ("evaluate.splits", ["tests"], r"evaluate\.splits\.0: got 'tests', expected one of 'train', 'val'"),
         ("evaluate.splits", [], r"evaluate\.splits: got \[\], expected"),
     ],
