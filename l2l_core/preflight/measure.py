@@ -32,6 +32,7 @@ from l2l_core.proposal_fit import unfitted
 from l2l_core.selection.construct import construct
 from l2l_core.selection.features import Candidates, Views, describe, judge
 from l2l_core.selection.reinforce import train_policy
+from l2l_core.threads import thread_count
 
 TRAINING_STEPS = 5
 """Measured after a first one, which pays for whatever is made once; their median counts."""
@@ -179,7 +180,7 @@ def _label(params: Params, views: Views) -> tuple[BoolMask, Candidates]:
 
 
 def _proposal_s(params: Params, sample: Sample) -> float:
-    """Seconds of a sentence; boxes are drawn in far less than a millisecond."""
+    """Seconds of a sentence, while threads cut others; boxes are drawn in far less than a millisecond."""
     if params.proposals.renderer == "box":
         return 0.0
     paths, rows = sample.pairs.image_path, range(min(RENDERED, len(sample.pairs)))
@@ -191,7 +192,7 @@ def _proposal_s(params: Params, sample: Sample) -> float:
             small, size = proposals.shrink(image), (image.shape[0], image.shape[1])
             proposals.render_grabcut(small, sample.box_xyxy[row], size, settings)
 
-    return _timed(render)[1] / len(rows) * params.priors.samples
+    return _timed(render)[1] / len(rows) * params.priors.samples / thread_count()
 
 
 def _start(module: str) -> tuple[float, int]:
