@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from l2l_core.config import ProposalsParams
 from l2l_core.errors import ArtifactError
 
 if TYPE_CHECKING:  # some stages, and `--help`, have no use for it
     import pandas as pd
+
+    from l2l_core.config import ProposalsParams
 
 TRAIN = "train"
 EVAL_SPLITS = ("val", "test", "testA", "testB")
@@ -193,6 +194,8 @@ def round_folder(number: int) -> Path:
 
 def read_rendering() -> ProposalsParams:
     """How the proposals were rendered, with the values that were fitted. Raises ArtifactError where that is unknown."""
+    from l2l_core.config import ProposalsParams  # it loads pydantic, which `--help` does without
+
     try:
         return ProposalsParams.model_validate(json.loads(RENDERING_PATH.read_bytes())["proposals"])
     except FileNotFoundError:

@@ -206,7 +206,8 @@ def test_libraries_use_the_threads_that_are_set():
 HEAVY = ("torch", "transformers", "accelerate", "dvclive", "sklearn", "scipy", "matplotlib")
 NETWORK = ("torch", "transformers")
 NEEDED = dict.fromkeys(("warmup", "crossfit", "retrain", "select", "predict"), NETWORK) | {
-    "report": ("torch", "matplotlib")
+    "report": ("torch", "matplotlib"),
+    "select": (*NETWORK, "sklearn", "scipy"),  # the critic
 }
 """Heavy packages that importing a stage may load; others are loaded where they are used, or never."""
 

@@ -19,6 +19,7 @@ from l2l_core.model.segmenter import Segmenter
 from l2l_core.priors.ask import ask_table, make_questions
 from l2l_core.priors.backend import Answer, Question
 from l2l_core.priors.interpret import interpret
+from l2l_core.proposal_fit import unfitted
 from l2l_core.proposals import make_proposals
 
 PLAIN = {"found": True, "boxes": [[4, 4, 20, 20]], "confidence": 1}
@@ -54,7 +55,7 @@ def guidance(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     model = params.model.model_copy(update={"image_size_px": 32, "dim": 16})
     priors = interpret(ask_table(Scripted(), make_questions(index, 1)))
     records.write_table(priors, folder / "priors.parquet", records.PRIORS)
-    proposals = make_proposals(priors, refs, images, params.proposals)
+    proposals = make_proposals(priors, refs, images, unfitted(params.proposals))
     records.write_table(proposals, folder / "proposals.parquet", records.PROPOSALS)
     pairs = load_pairs(
         index, None, folder / "priors.parquet", folder / "proposals.parquet", params.proposals.size_px, 0.1
