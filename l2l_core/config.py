@@ -207,6 +207,11 @@ class ProposalsParams(Section):
     flat_prob: Annotated[float, Field(ge=0.0, le=0.5)]
     """Value everywhere where there is no prior: nothing is foreground there, since foreground is above 0.5."""
 
+    @property
+    def needs_fit(self) -> bool:
+        """Whether the renderer has values that are still to be fitted to the labeled masks."""
+        return self.renderer == "grabcut" and "fit" in (self.ring, self.core)
+
 
 class ModelParams(Section):
     """The network; `tiny` builds a small random one, anything else is a hub id or a folder."""

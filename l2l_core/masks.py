@@ -116,6 +116,12 @@ def resize_prob(prob: NDArray[np.float32], height: int, width: int) -> NDArray[n
     return np.asarray(cv2.resize(prob, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
 
 
+def square_px(reach: float) -> NDArray[np.uint8]:
+    """Structuring element for dilation and erosion that reaches that many pixels (at least one) to each side."""
+    size = 2 * max(1, round(reach)) + 1
+    return np.ones((size, size), dtype=np.uint8)
+
+
 def _common(first: Sequence[bytes], second: Sequence[bytes], sizes_hw: NDArray[np.int64]) -> list[bytes]:
     """The intersections of mask pairs."""
     return [

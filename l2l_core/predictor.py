@@ -85,9 +85,9 @@ class Predictor:
         if params.priors.backend not in LIVE_BACKENDS:
             recorded = read_rendering()
             unread = {"ring", "core"} if recorded.renderer == mine.renderer == "box" else set()
-            for name in type(mine).model_fields.keys() - unread:
-                got, expected = getattr(recorded, name), getattr(mine, name)
-                if got != expected:
+            for name, expected in mine:
+                got = getattr(recorded, name)
+                if got != expected and name not in unread:
                     raise ConfigError(
                         f"{RENDERING_PATH}: proposals.{name}: got {got}, but the model was trained with {expected}; "
                         f"recorded priors are of use to a model of the same proposals only"

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from l2l_core.config import ProposalsParams
-from l2l_core.masks import decode_rle, resize_prob
+from l2l_core.masks import encode_rle, intersection_union_px, resize_prob
+from l2l_core.metrics import iou_from_px
 from l2l_core.proposals import read_bgr, render_box, render_grabcut, shrink, to_samples
+from l2l_core.seeds import evenly_picked
 from l2l_core.threads import thread_count
 
 RINGS = (0.1, 0.0, 0.25, 0.5, 0.75, 1.0)
@@ -55,29 +58,30 @@ def fit_proposals(
     Raises InputError where an image cannot be read.
     """
     settled = unfitted(params)
-    if params.renderer == "box" or settled == params:
+    if not params.needs_fit:
         return Fit(settled, 0, 0.0, 0.0)
     samples = to_samples(priors, refs, images)
     is_labeled = np.isin(samples.sent_id, np.fromiter(truth, np.int64, len(truth)))
     rows = (samples.has_box[:, 0] & is_labeled).nonzero()[0]
     if len(rows) < FEWEST:
         return Fit(settled, 0, 0.0, 0.0)
-    compared = samples.take(rows[np.linspace(0, len(rows) - 1, min(MOST, len(rows))).astype(np.int64)])
+    compared = samples.take(rows[evenly_picked(len(rows), MOST)])
     files = images["file_name"].tolist()
     photos = {row: shrink(read_bgr(files[row])) for row in np.unique(compared.image_row).tolist()}
 
-    def iou(row: int, tried: ProposalsParams) -> float:
+    masks = [truth[sent_id] for sent_id in compared.sent_id.tolist()]
+
+    def cut(row: int, tried: ProposalsParams) -> bytes:
         height, width = compared.image_hw[row].tolist()
-        mask = decode_rle(truth[int(compared.sent_id[row])], height, width)
         photo, box = photos[int(compared.image_row[row])], compared.box_xyxy[row, 0]
         by_box = tried.renderer == "box"
         soft = render_box(box, (height, width), tried) if by_box else render_grabcut(photo, box, (height, width), tried)
-        found = resize_prob(soft, height, width) > 0.5
-        return float((found & mask).sum() / max(1, (found | mask).sum()))
+        return encode_rle(resize_prob(soft, height, width) > 0.5)
 
     def miou(tried: ProposalsParams) -> float:
         with ThreadPoolExecutor(thread_count()) as pool:
-            return 100 * float(np.mean(list(pool.map(lambda row: iou(row, tried), range(len(compared.sent_id))))))
+            cuts = list(pool.map(cut, range(len(masks)), repeat(tried)))
+        return 100 * float(iou_from_px(*intersection_union_px(cuts, masks, compared.image_hw).T).mean())
 
     best = miou(settled)
     for name, values in (("ring", RINGS), ("core", CORES)):
@@ -90,4 +94,4 @@ def fit_proposals(
     box_miou = miou(settled.model_copy(update={"renderer": "box"}))
     if box_miou >= best:
         settled, best = settled.model_copy(update={"renderer": "box"}), box_miou
-    return Fit(settled, len(compared.sent_id), box_miou, best)
+    return Fit(settled, len(masks), box_miou, best)

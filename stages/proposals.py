@@ -24,20 +24,15 @@ def main() -> None:
     labeled = split[split["role"] == "labeled"].merge(refs, on="sent_id").merge(masks, on="ann_id")
     truth = dict(zip(labeled["sent_id"], labeled["rle_counts"], strict=True))
     fit = fit_proposals(priors, refs, images, truth, params.proposals)
-    if (
-        not fit.sentences
-        and "fit" in (params.proposals.ring, params.proposals.core)
-        and params.proposals.renderer != "box"
-    ):
-        print(f"proposals: too few labeled boxes to fit; ring {fit.params.ring}, core {fit.params.core}")
+    found = f"{fit.params.renderer}, ring {fit.params.ring}, core {fit.params.core}"
     if fit.sentences:
-        found = f"{fit.params.renderer}, ring {fit.params.ring}, core {fit.params.core}"
-        print(
-            f"proposals: {found} fits best: mIoU {fit.miou:.1f} of {fit.sentences} labeled, the box {fit.box_miou:.1f}"
-        )
+        scores = f"mIoU {fit.miou:.1f} of {fit.sentences} labeled, the box {fit.box_miou:.1f}"
+        print(f"proposals: {found} fits best: {scores}")
+    elif params.proposals.needs_fit:
+        print(f"proposals: too few labeled boxes to fit; {found}")
     records.write_table(make_proposals(priors, refs, images, fit.params), records.PROPOSALS_PATH, records.PROPOSALS)
-    scores = {"sentences": fit.sentences, "box_miou": round(fit.box_miou, 2), "miou": round(fit.miou, 2)}
-    text = json.dumps({"proposals": fit.params.model_dump(), "fit": scores}, indent=2)
+    summary = {"sentences": fit.sentences, "box_miou": round(fit.box_miou, 2), "miou": round(fit.miou, 2)}
+    text = json.dumps({"proposals": fit.params.model_dump(), "fit": summary}, indent=2)
     records.RENDERING_PATH.write_text(text + "\n", encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from l2l_core.engine.resume import fingerprint, scratch_folder, whole_folder
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.progress import is_first_process
-from l2l_core.seeds import derive_seed, generator
+from l2l_core.seeds import derive_seed, folds_of, generator
 
 LABEL_INPUTS = (records.SPLIT_PATH, records.LABELED_MASKS_PATH, records.INDEX.refs, records.INDEX.images)
 PRIOR_INPUTS = (records.PRIORS_PATH, records.PROPOSALS_PATH)
@@ -83,13 +83,10 @@ def without_images(stream: Stream, image_row: NDArray[np.int64]) -> Stream | Non
 
 def fold_of_images(image_row: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
     """[N] fold of each pair; pairs of one image share a fold, and folds differ by at most one image."""
-    images, place = np.unique(image_row, return_inverse=True)
-    if len(images) < folds:
-        raise InputError(
-            f"select.folds: got {folds}, but only {len(images)} images are labelled; lower it or label more"
-        )
-    fold = generator("folds", seed, folds).permutation(len(images)) % folds
-    return np.asarray(fold[place])
+    images = len(np.unique(image_row))
+    if images < folds:
+        raise InputError(f"select.folds: got {folds}, but only {images} images are labelled; lower it or label more")
+    return folds_of(image_row, folds, generator("folds", seed, folds))
 
 
 def training_settings(params: Params) -> str:

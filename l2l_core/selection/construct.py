@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from l2l_core.grabcut import GRABCUT_SIDE_PX, grabcut
-from l2l_core.masks import resize_prob
+from l2l_core.masks import resize_prob, square_px
 from l2l_core.selection.features import LABEL_THRESHOLD, BoolArray, Views
 
 CORE = 1 / 48
@@ -59,9 +59,9 @@ def sharpen(image: NDArray[np.uint8], mask: BoolArray) -> BoolArray:
         image = np.asarray(cv2.resize(image, (work, work), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     small = _resized(mask, work)
     rough = small.astype(np.uint8)
-    trimap = np.where(cv2.dilate(rough, _square(REACH * work)) > 0, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
+    trimap = np.where(cv2.dilate(rough, square_px(REACH * work)) > 0, cv2.GC_PR_BGD, cv2.GC_BGD).astype(np.uint8)
     trimap[small] = cv2.GC_PR_FGD
-    trimap[cv2.erode(rough, _square(CORE * work)) > 0] = cv2.GC_FGD
+    trimap[cv2.erode(rough, square_px(CORE * work)) > 0] = cv2.GC_FGD
     cut = grabcut(np.ascontiguousarray(image[..., ::-1]), trimap)
     return mask if cut is None else _resized(cut, side)
 
@@ -75,9 +75,3 @@ def _sharpen_all(images: NDArray[np.uint8], masks: BoolArray) -> BoolArray:
 def _resized(mask: BoolArray, side: int) -> BoolArray:
     """[m, m] -> [side, side], bilinear, cut at one half."""
     return resize_prob(mask.astype(np.float32), side, side) > LABEL_THRESHOLD
-
-
-def _square(reach: float) -> NDArray[np.uint8]:
-    """Structuring element that reaches that many pixels (at least one) to each side."""
-    size = 2 * max(1, round(reach)) + 1
-    return np.ones((size, size), dtype=np.uint8)

@@ -10,6 +10,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
+from l2l_core.seeds import evenly_picked, folds_of
 from l2l_core.selection.features import SENTENCE_FEATURES, Candidates, FloatArray, Outcome
 
 ESTIMATE = SENTENCE_FEATURES.index("estimate")
@@ -47,16 +48,15 @@ def train_critic(
     there is nothing to leave out, and the member knows it.
     """
     kinds = labeled.sentence.shape[1]
-    images, place = np.unique(image, return_inverse=True)
-    folds = min(FOLDS, len(images))
-    fold = (np.random.default_rng(seed).permutation(len(images)) % folds)[place]
+    folds = min(FOLDS, len(np.unique(image)))
+    fold = folds_of(image, folds, np.random.default_rng(seed))
     features, iou = _features(labeled).reshape(len(fold), kinds, -1), outcome.iou
     honest = np.empty(iou.shape, dtype=np.float64)
     members = []
     for number in range(folds):
         left_out = (fold == number).nonzero()[0]
         known = (fold != number).nonzero()[0] if folds > 1 else left_out
-        known = known[np.linspace(0, len(known) - 1, min(MOST, len(known))).astype(np.int64)]
+        known = known[evenly_picked(len(known), MOST)]
         regression = SVR(C=PENALTY, gamma=WIDTH / features.shape[-1], epsilon=TOLERANCE)
         member = make_pipeline(StandardScaler(), regression)
         member.fit(features[known].reshape(-1, features.shape[-1]), iou[known].ravel())

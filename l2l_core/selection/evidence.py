@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from l2l_core.masks import square_px
+
 EVIDENCE = (
     "contrast",  # distance between the mean colors of the label's rim and of its surroundings
     "border_gradient",  # mean color gradient on the label's border
@@ -50,7 +52,7 @@ def _of_label(
     if not mask.any():
         return np.zeros(len(EVIDENCE), dtype=np.float32)
     label, area = mask.astype(np.uint8), mask.sum()
-    wide, thin = _square(max(1, round(RIM * len(mask)))), _square(1)
+    wide, thin = square_px(RIM * len(mask)), square_px(1)
     outside = (cv2.dilate(label, wide) > 0) & ~mask
     rim = mask & ~(cv2.erode(label, wide) > 0)
     border = (cv2.dilate(label, thin) > 0) & ~(cv2.erode(label, thin, borderValue=0) > 0)
@@ -74,7 +76,3 @@ def _of_label(
         ],
         dtype=np.float32,
     )
-
-
-def _square(reach: int) -> NDArray[np.uint8]:
-    return np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from l2l_core.config import SelectParams
 from l2l_core.progress import progress
+from l2l_core.seeds import evenly_picked, folds_of
 from l2l_core.selection.critic import ESTIMATE, train_critic
 from l2l_core.selection.features import Candidates, Outcome, agreement
 from l2l_core.selection.policy import Actor, Policy, act, one_thread
@@ -87,20 +88,21 @@ def train_policy(
 ) -> TrainedPolicy:
     """Learn which candidates to accept and which cells to keep, on one CPU thread; the same bits for the same input.
 
-    labeled, outcome: rows of the same labelled sentences, labelled by teachers that never saw their images.
-    unlabeled: may be empty; of many, UNLABELED_SENTENCES are read. image: [N] whose labeled sentence it is; None: each
-    has an image of its own. Labels that are all wrong teach to keep nothing, labels that are all right to keep nearly
-    everything. With fewer than FEWEST_FOR_NOISE labeled sentences the noise is not chosen but the first.
-    Raises ValueError where there is no labelled sentence or the rows do not match.
+    labeled, outcome: the same labeled sentences in the same order. Their candidates come from teachers that never saw
+    their images.
+    unlabeled: may be empty. Training reads at most UNLABELED_SENTENCES of them.
+    image: [N] image row of each labeled sentence. None: every sentence belongs to a different image.
+
+    If all labels are wrong, the policy learns to keep nothing. If all are right, it learns to keep nearly everything.
+    Below FEWEST_FOR_NOISE labeled sentences, the first of NOISES is used. Raises ValueError if there is no labeled
+    sentence or if the rows do not match.
     """
     if not len(labeled.sent_id) or not np.array_equal(labeled.sent_id, outcome.sent_id):
         raise ValueError("labeled and outcome must be rows of the same sentences, at least one")
     image = np.arange(len(labeled.sent_id)) if image is None else image
     with one_thread():
         critic, judged = train_critic(labeled, outcome, image, seed)
-        count = len(unlabeled.sent_id)
-        picked = np.linspace(0, count - 1, min(UNLABELED_SENTENCES, count)).astype(np.int64)
-        unlabeled = critic.judge(unlabeled.take(picked))
+        unlabeled = critic.judge(unlabeled.take(evenly_picked(len(unlabeled.sent_id), UNLABELED_SENTENCES)))
         scaling = _scaling(judged, unlabeled)
         noise = _choose_noise(scaling, judged, outcome, image, unlabeled, params, seed)
         actors, curves = [], []
@@ -146,10 +148,9 @@ def _choose_noise(
 ) -> float:
     """The noise of NOISES whose actors earn most on labeled images that they did not learn from."""
     steps = params.policy_steps // NOISE_STEPS
-    images, place = np.unique(image, return_inverse=True)
-    if len(image) < FEWEST_FOR_NOISE or len(images) < NOISE_FOLDS or not steps:
+    if len(image) < FEWEST_FOR_NOISE or len(np.unique(image)) < NOISE_FOLDS or not steps:
         return NOISES[0]
-    fold = (np.random.default_rng(seed).permutation(len(images)) % NOISE_FOLDS)[place]
+    fold = folds_of(image, NOISE_FOLDS, np.random.default_rng(seed))
     rewards = []
     for noise in NOISES:
         earned = 0.0
@@ -179,11 +180,18 @@ def _new_actor(scaling: Mapping[str, Tensor], params: SelectParams, generator: t
     actor = Actor(generator)
     for name, values in scaling.items():
         getattr(actor, name).copy_(values)
-    slope, offset = CRITIC_SHARPNESS * (1 + params.wrong_cost), -CRITIC_SHARPNESS * params.wrong_cost
+    mean, std = actor.sentence_mean[ESTIMATE], actor.sentence_std[ESTIMATE]
+    best, worst = (_critic_logit(torch.tensor(estimate), params) for estimate in (1.0, 0.0))
     with torch.no_grad():
-        actor.accept_direct[0, ESTIMATE] = slope * actor.sentence_std[ESTIMATE]
-        actor.accept_bias.fill_(offset + slope * float(actor.sentence_mean[ESTIMATE]))
+        # The logit is linear in the estimate, of which the actor sees (estimate - mean) / std.
+        actor.accept_bias.fill_(_critic_logit(mean, params))
+        actor.accept_direct[0, ESTIMATE] = (best - worst) * std
     return actor
+
+
+def _critic_logit(estimate: Tensor, params: SelectParams) -> Tensor:
+    """Logit of taking a label of that IoU, by the utility that it promises; any shape, same shape out."""
+    return CRITIC_SHARPNESS * ((1 + params.wrong_cost) * estimate - params.wrong_cost)
 
 
 def _improve(
@@ -253,8 +261,7 @@ def _explore(
     advantage = group_advantage(reward)
     entropy = _entropy(take_logit, keep_logit)
     loss = policy_gradient_loss(take_logit, keep_logit, take, keep, advantage)
-    estimate = torch.from_numpy(candidates.sentence[rows][..., ESTIMATE])
-    critic_logit = CRITIC_SHARPNESS * ((1 + params.wrong_cost) * estimate - params.wrong_cost)
+    critic_logit = _critic_logit(torch.from_numpy(candidates.sentence[rows][..., ESTIMATE]), params)
     loss = loss + CRITIC_WEIGHT * _divergence(take_logit, critic_logit) - params.entropy_bonus * entropy
     return loss, {
         "reward": float(reward.mean()),

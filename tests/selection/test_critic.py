@@ -20,7 +20,7 @@ def seen_and_outcome():
 
 
 def learn(labeled, outcome, image=None):
-    """Each sentence has an image of its own unless they are given."""
+    """Train a critic. By default, every sentence belongs to a different image."""
     return train_critic(labeled, outcome, np.arange(len(labeled.sent_id)) if image is None else image, 0)
 
 

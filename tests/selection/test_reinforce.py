@@ -420,7 +420,7 @@ def test_its_own_seed_hardly_matters(labeled, unlabeled, held_out):
 
 
 def test_the_noise_is_the_one_of_the_highest_out_of_fold_reward(labeled, unlabeled, monkeypatch):
-    """Rewards that are told for each noise; with few labeled sentences nothing is compared."""
+    """The rewards are fixed by hand. With few labeled sentences, the noise is not compared: the first one is used."""
     seen, outcome = labeled
     used, earned = [], {0.5: 1.0, 0.0: 2.0}
 
