@@ -48,7 +48,7 @@ class Stub(nn.Module):
 
     def encode_image(self, image: Tensor) -> Pyramid:
         self.encoded.append(image)
-        return Pyramid([image.float()], image.float())
+        return Pyramid([image.float()], image.float(), image.float())
 
     def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
         self.asked.append(batch)
@@ -89,7 +89,7 @@ def test_each_pass_takes_the_last_ones_mask_for_its_proposal(pairs, passes):
     batch = toy_batches(pairs)(np.arange(5))
     batch = replace(batch, proposal=batch.proposal.clamp(0.02, 0.9))
     given = batch.proposal.clone()
-    found = Echo(passes).ask(Pyramid([], batch.image), batch, {})
+    found = Echo(passes).ask(Pyramid([], batch.image, batch.image), batch, {})
     expected = F.interpolate(torch.logit(given) + passes, batch.image.shape[-2:], mode="nearest")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(batch.proposal, given)

@@ -21,6 +21,15 @@ READING_LEVELS = 3
 """The coarsest levels, on which pixels read the sentence, whatever the size of the image; finer ones sharpen."""
 MAX_COMPARED_PIXELS = 256
 """Pixels that are compared with each other at once (16 x 16): it costs their square."""
+DETAIL_CHANNELS = 8
+"""Of what is seen of an image at its full size. Color and its local changes need few."""
+BORDER_HIDDEN = 16
+SMALLEST_AREA = 1e-3
+"""Of an object in pixels: less divides by this."""
+SMALLEST_DISTANCE = 1e-4
+"""Between two looks: where object and surroundings look the same, a pixel is like neither."""
+NEAR_CELLS = 16
+"""Cells a side in which an object is counted, to tell what is near it."""
 
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:
@@ -105,6 +114,56 @@ class Level(nn.Module):
             return self.place(positions(height, width, device)).T.reshape(1, -1, height, width)
 
 
+class Border(nn.Module):
+    """Moves a mask's border to where the object's look ends, at twice the finest level's size.
+
+    Every pixel is compared with the mean look of the object and with that of its surroundings, both by the coarse
+    mask: what GrabCut does with colors, in one step that can be learned. The change is zero before training.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.look = nn.Sequential(
+            nn.Conv2d(3, DETAIL_CHANNELS, 3, padding=1), nn.GELU(), nn.Conv2d(DETAIL_CHANNELS, DETAIL_CHANNELS, 1)
+        )
+        self.told = nn.Conv2d(dim, DETAIL_CHANNELS, 1)
+        last = nn.Conv2d(BORDER_HIDDEN, 1, 3, padding=1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        self.change = nn.Sequential(nn.Conv2d(2 * DETAIL_CHANNELS + 4, BORDER_HIDDEN, 3, padding=1), nn.GELU(), last)
+
+    def forward(self, coarse: Tensor, given: Tensor, features: Tensor, detail: Tensor) -> Tensor:
+        """Mask logits [B, 1, H, W] float32.
+
+        coarse: mask logits [B, 1, h, w]; given: the proposal's, alike; features [B, D, h', w'] of the finest level;
+        detail [B, C, H, W]: `look` at the image.
+        """
+        logits, given = resized(coarse.float(), detail), resized(given.float(), detail)
+        likeness = self.likeness(logits.sigmoid(), detail.float())
+        told = resized(self.told(features), detail)
+        seen = torch.cat([logits / 4, logits.sigmoid(), given / 4, likeness, told, detail], dim=1)
+        return logits + self.change(seen.to(detail.dtype)).float()
+
+    def seen(self, image: Tensor, like: Tensor) -> Tensor:
+        """Scaled images [B, 3, S, S] and the finest features [B, C', h, w] -> the image's look [B, C, 2 h, 2 w]."""
+        size = [2 * side for side in like.shape[-2:]]
+        return cast(Tensor, self.look(F.interpolate(image, size, mode="area")))
+
+    @staticmethod
+    def likeness(prob: Tensor, detail: Tensor) -> Tensor:
+        """[B, 1, H, W] in -1..1: 1 where a pixel looks like the object, -1 where it looks like what surrounds it.
+
+        prob [B, 1, H, W]: which pixels are the object; detail [B, C, H, W].
+        """
+        near = resized(F.adaptive_avg_pool2d(prob, NEAR_CELLS), detail) * (1 - prob)
+        inside, outside = (
+            (detail * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp(min=SMALLEST_AREA)
+            for weight in (prob, near)
+        )
+        to_object, to_surroundings = (((detail - mean) ** 2).sum(1, keepdim=True) for mean in (inside, outside))
+        return (to_surroundings - to_object) / (to_surroundings + to_object + SMALLEST_DISTANCE)
+
+
 class Decoder(nn.Module):
     """Pyramid + guidance -> mask logits at twice the finest level's size, and a refined proposal on the way."""
 
@@ -122,15 +181,24 @@ class Decoder(nn.Module):
             nn.init.zeros_(start.weight)
             nn.init.zeros_(start.bias)  # type: ignore[arg-type]
         self.head = nn.Sequential(nn.GroupNorm(1, dim), last, nn.PixelShuffle(2))
+        self.border = Border(dim)
 
     def forward(
-        self, pyramid: list[Tensor], told: Tensor, memory: Tensor, gone: Tensor, proposal: Tensor, score: Tensor
+        self,
+        pyramid: list[Tensor],
+        detail: Tensor,
+        told: Tensor,
+        memory: Tensor,
+        gone: Tensor,
+        proposal: Tensor,
+        score: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(mask_logits [B, 1, 2 * h0, 2 * w0], refined_logits [B, 1, hf, wf]).
+        """(mask_logits [B, 1, 2 * h0, 2 * w0] float32, refined_logits [B, 1, hf, wf]).
 
         The mask's are those of the given proposal plus a correction, which is zero before training.
-        pyramid: as `join` returns it; told [B, D] what sentence and guidance say as a whole; memory [B, M, D] their
-        tokens, without those that are `gone` [B, M]; proposal [B, 1, P, P] and its score [B] in 0..1.
+        pyramid: as `join` returns it; detail: as `border.seen` returns it; told [B, D] what sentence and guidance say
+        as a whole; memory [B, M, D] their tokens, without those that are `gone` [B, M]; proposal [B, 1, P, P] and its
+        score [B] in 0..1.
         Objects are compared with each other (ordinals, relations) by self-attention over the pixels of the finest
         level that is small enough, or of the coarsest one made smaller; there the proposal is refined, and the finer
         levels are gated by the refined proposal instead of the given one.
@@ -151,7 +219,8 @@ class Decoder(nn.Module):
                 # From here on the gate holds the network's own belief, which exists without a prior too.
                 score = torch.ones_like(score)
         correction = self.head(x)
-        return correction + resized(given, correction), refined_logits
+        given = resized(given, correction)
+        return self.border(correction + given, given, x, detail), refined_logits
 
     def join(self, features: list[Tensor]) -> list[Tensor]:
         """A backbone's levels [B, C, h, w], finest first -> [B, D, h, w] each: all that is read of an image."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 """ImageNet's channel statistics, which the backbones of the hub were trained with."""
-FORMAT = 2
+FORMAT = 3
 """Of a model's folder: changes when the same weights mean another function. Earlier versions stored none."""
 
 
@@ -47,16 +47,18 @@ class Pyramid:
 
     levels: list[Tensor]  # [B, D, h, w] each, finest first
     pooled: Tensor  # [B, D, h, w] of the second coarsest level, for the guidance
+    detail: Tensor  # [B, C, H, W] what is seen at twice the finest level's size, for the borders
 
     def take(self, rows: Tensor) -> Pyramid:
         """The pyramid of some images, rows [N] int64 on any device, in that order."""
-        return Pyramid([level[rows] for level in self.levels], self.pooled[rows])
+        return Pyramid([level[rows] for level in self.levels], self.pooled[rows], self.detail[rows])
 
     @classmethod
     def cat(cls, parts: Sequence[Pyramid]) -> Pyramid:
         """The images of several pyramids, one after the other."""
         levels = [torch.cat(list(level)) for level in zip(*(part.levels for part in parts), strict=True)]
-        return cls(levels, torch.cat([part.pooled for part in parts]))
+        pooled, detail = (torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "detail"))
+        return cls(levels, pooled, detail)
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,10 @@ class Segmenter(nn.Module):
         """Images [B, 3, S, S] uint8 -> their pyramid, which no sentence or prior changes."""
         with attention_kernels(image.device):
             scaled = (image.float() - self.pixel_mean) / self.pixel_std
-            features = list(self.image_encoder(scaled.contiguous(memory_format=self.memory_format)).feature_maps)
-            return Pyramid(self.decoder.join(features), self.pool_projection(features[-2]))
+            scaled = scaled.contiguous(memory_format=self.memory_format)
+            features = list(self.image_encoder(scaled).feature_maps)
+            detail = self.decoder.border.seen(scaled, features[0])
+            return Pyramid(self.decoder.join(features), self.pool_projection(features[-2]), detail)
 
     def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
         """The pyramid of a batch's images, the batch and its tokens -> logits; `batch.image` gives only the size."""
@@ -220,10 +224,10 @@ class Segmenter(nn.Module):
             memory = torch.cat([guidance, text], dim=1)
             memory_gone = F.pad(gone, (guidance.shape[1], 0), value=False)
             mask_logits, refined_logits = self.decoder(
-                pyramid.levels, told, memory, memory_gone, batch.proposal, batch.proposal_score
+                pyramid.levels, pyramid.detail, told, memory, memory_gone, batch.proposal, batch.proposal_score
             )
         size = batch.image.shape[-2:]
-        mask_logits = F.interpolate(mask_logits.float(), size, mode="bilinear", align_corners=False)
+        mask_logits = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False)
         return Output(mask_logits, refined_logits.float())
 
     def enable_gradient_checkpointing(self) -> None:

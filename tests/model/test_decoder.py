@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from l2l_core.model.decoder import Decoder, Gate, positions
+from l2l_core.model.decoder import Border, Decoder, Gate, positions
 from l2l_core.model.guidance import Guidance, fourier
 
 DIM = 16
@@ -27,7 +27,11 @@ def inputs(sides: tuple[int, ...] = (16, 8, 4), batch: int = 2) -> dict[str, tor
 
 
 def answer(network: Decoder, given: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    return network(**given | {"pyramid": network.join(given["pyramid"])})
+    finest = given["pyramid"][0]
+    image = given.get("image", random(9, 1, 3, *(4 * side for side in finest.shape[-2:])).repeat(len(finest), 1, 1, 1))
+    detail = network.border.seen(image, finest)
+    given = {name: value for name, value in given.items() if name != "image"}
+    return network(**given | {"pyramid": network.join(given["pyramid"]), "detail": detail})
 
 
 def decoder(levels: int = 3) -> Decoder:
@@ -106,6 +110,75 @@ def test_a_new_gate_is_open():
     torch.manual_seed(0)
     features = random(1, 2, DIM, 8, 8)
     assert torch.equal(Gate(DIM)(features, random(2, 2, 1, 5, 5).sigmoid(), torch.ones(2)), features)
+
+
+def test_the_image_at_its_full_size_reaches_the_mask():
+    network, given = decoder(), inputs()
+    with torch.no_grad():
+        before, _ = answer(network, given | {"image": random(7, 2, 3, 64, 64)})
+        after, _ = answer(network, given | {"image": random(8, 2, 3, 64, 64)})
+    assert not torch.allclose(before, after)
+
+
+def test_a_new_border_moves_nothing():
+    torch.manual_seed(0)
+    coarse = random(1, 2, 1, 8, 8)
+    moved = Border(DIM)(coarse, coarse, random(2, 2, DIM, 4, 4), random(3, 2, 8, 8, 8))
+    assert torch.equal(moved, coarse)
+
+
+def test_likeness_tells_the_object_from_its_surroundings_beyond_the_mask():
+    """Two looks, half and half; the mask covers a part of the left half and a strip of the right one."""
+    detail = torch.zeros(1, 8, 32, 32)
+    detail[..., 16:] = 1.0
+    prob = torch.zeros(1, 1, 32, 32)
+    prob[..., 8:24, 4:16] = 1.0
+    prob[..., 8:24, 16:18] = 0.5
+    likeness = Border.likeness(prob, detail)
+    assert likeness.abs().max() <= 1
+    assert (likeness[..., :16] > 0.3).all()  # left of the mask too
+    assert (likeness[..., 16:] < -0.3).all()  # where the mask went too far too
+
+
+def test_likeness_of_one_look_everywhere_is_zero():
+    assert torch.equal(
+        Border.likeness(random(1, 1, 1, 8, 8).sigmoid(), torch.ones(1, 8, 8, 8)), torch.zeros(1, 1, 8, 8)
+    )
+
+
+def scenes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rectangles of one color on another [N, 3, 32, 32], their masks, and logits of the masks blurred [N, 1, 8, 8]."""
+    draws = torch.Generator().manual_seed(seed)
+    colors = torch.rand(count, 2, 3, 1, 1, generator=draws)
+    low, size = (torch.randint(*span, (count, 2), generator=draws) for span in ((2, 14), (9, 16)))
+    place = torch.arange(32)
+    inside = [(place >= low[:, [axis]]) & (place < (low + size)[:, [axis]]) for axis in (0, 1)]
+    mask = (inside[0][:, :, None] & inside[1][:, None, :])[:, None].float()
+    coarse = torch.nn.functional.adaptive_avg_pool2d(mask, 8).clamp(0.05, 0.95).logit()
+    return torch.where(mask > 0, colors[:, 0], colors[:, 1]), mask, coarse
+
+
+def test_a_border_learns_to_follow_what_it_sees():
+    """It is trained on some scenes and gives sharper masks of others, whose colors it never saw."""
+    torch.manual_seed(0)
+    border = Border(DIM)
+    optimizer = torch.optim.Adam(border.parameters(), lr=0.01)
+
+    def ask(image: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
+        features = torch.zeros(len(image), DIM, 16, 16)
+        return border(coarse, coarse, features, border.seen(image, features))
+
+    for step in range(60):
+        image, mask, coarse = scenes(16, step)
+        torch.nn.functional.binary_cross_entropy_with_logits(ask(image, coarse), mask).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    image, mask, coarse = scenes(32, 1000)
+    with torch.no_grad():
+        found = ask(image, coarse) > 0
+    blurred = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear") > 0
+    wrong, wrong_before = ((guess != (mask > 0)).float().mean() for guess in (found, blurred))
+    assert wrong < 0.7 * wrong_before
 
 
 CPU = torch.device("cpu")

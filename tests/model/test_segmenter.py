@@ -109,14 +109,14 @@ def test_a_folder_that_is_no_whole_network_is_refused_in_one_line(pairs, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("found", [None, 1, "2"])
+@pytest.mark.parametrize("found", [None, 2, "3"])
 def test_a_model_of_another_format_is_refused(pairs, tmp_path, found):
     """The same weights would compute something else; models of the first versions store no format."""
     toy_network(pairs).save(tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config.pop("format") == 2
+    assert config.pop("format") == 3
     (tmp_path / "run/config.json").write_text(json.dumps(config | ({} if found is None else {"format": found})))
-    with pytest.raises(ArtifactError, match=rf"format: got {found!r}, expected 2; train it again"):
+    with pytest.raises(ArtifactError, match=rf"format: got {found!r}, expected 3; train it again"):
         Segmenter.load(tmp_path / "run")
 
 
