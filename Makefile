@@ -19,8 +19,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 setup: $(VENV)/.installed
 	@$(if $(filter demo test check,$(MAKECMDGOALS)),:,echo "installed in $(VENV); next: . $(BIN)/activate")
 
-# PyTorch first: without a GPU its CPU build is taken where one is on offer, and the rest then finds it installed.
-$(VENV)/.installed: requirements.txt
+# PyTorch first: without a GPU its CPU build is taken where one is on offer, and the rest then finds it installed. The
+# project itself last, for the command `l2l`.
+$(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	@if [ -n "$(TORCH_INDEX_URL)" ]; then \
@@ -37,11 +38,12 @@ $(VENV)/.installed: requirements.txt
 			$(BIN)/pip install --quiet torch==$(TORCH); }; \
 	fi
 	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: repository setup
-	@python -m l2l_core run
-	@python -m l2l_core show
+	@l2l run
+	@l2l scores
 	@echo "next: . $(BIN)/activate; commit this run, to compare later ones with it:" \
 		"git add params.yaml '*.lock' metrics && git commit -m baseline"
 

@@ -62,7 +62,7 @@ class RefShapesParams(Section):
 
 
 class FetchParams(Section):
-    """Published data sets (python -m l2l_core fetch)."""
+    """Published data sets (l2l fetch)."""
 
     mirror: str | None
     """Folder, or address of one, that has <name>.zip; tried before the published addresses."""

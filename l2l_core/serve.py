@@ -1,6 +1,6 @@
 """A page to try a network in a browser: upload an image, type a sentence, see prior, proposal and mask.
 
-The only file that knows gradio (requirements-serve.txt). It runs on one machine, for one person or a few: no accounts.
+The only file that knows gradio (the extra `serve`). It runs on one machine, for one person or a few: no accounts.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Desk:
 def require_gradio() -> None:
     """Raise ConfigError where gradio is not installed."""
     if not find_spec("gradio"):
-        raise ConfigError("serve: needs gradio: pip install -r requirements-serve.txt")
+        raise ConfigError("serve: needs gradio: pip install '.[serve]'")
 
 
 def open_page(open_desk: Callable[[], Desk], host: str, port: int) -> None:

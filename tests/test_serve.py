@@ -155,7 +155,7 @@ def test_without_gradio_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert call(monkeypatch, "serve") == 2
-    assert capsys.readouterr().err == "error: serve: needs gradio: pip install -r requirements-serve.txt\n"
+    assert capsys.readouterr().err == "error: serve: needs gradio: pip install '.[serve]'\n"
 
 
 def test_a_port_in_use_is_one_line(
@@ -180,7 +180,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    pytest.importorskip("gradio", reason="gradio is not installed: pip install -r requirements-serve.txt")
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[serve]'")
     temporary = tmp_path_factory.mktemp("temporary")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-m", "l2l_core", "serve", "--port", "0", "--max-mb", "1"]

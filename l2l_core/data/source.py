@@ -38,9 +38,7 @@ def find_layout(path: Path) -> tuple[Literal["refcoco", "jsonl"], Path]:
     if path.is_file() and path.suffix == ".jsonl":
         return "jsonl", path
     if not path.is_dir():
-        hint = (
-            f"; to download it: python -m l2l_core fetch {path.name} images" if path.name in published.ARCHIVES else ""
-        )
+        hint = f"; to download it: l2l fetch {path.name} images" if path.name in published.ARCHIVES else ""
         raise InputError(f"dataset: got {str(path)!r}, expected a folder or a .jsonl file that exists{hint}")
     refs, pairs = refs_files(path), visible(path.glob("*.jsonl"))
     if refs and not pairs:

@@ -51,7 +51,7 @@ def write_onnx(network: Segmenter, path: Path) -> None:
     network does not know its proposals.
     """
     if not all(find_spec(name) for name in NEEDED):
-        raise ConfigError(f"export-model: needs {' and '.join(NEEDED)}: pip install -r requirements-export.txt")
+        raise ConfigError(f"export-model: needs {' and '.join(NEEDED)}: pip install '.[export]'")
     proposals = network.known_proposals()
     network = copy.deepcopy(network).cpu()
     for encoder in (network.image_encoder, network.text_encoder):

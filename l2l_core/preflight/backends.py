@@ -26,7 +26,7 @@ SERVER_TIMEOUT_S = 5.0
 """A server that is up lists its models at once."""
 WEIGHTS = ("*.safetensors", "*.bin")
 REMEDIES = {
-    "transformers": "pip install -r requirements-mllm.txt",
+    "transformers": "pip install '.[mllm]'",
     "vllm": "set priors.engine.python to the Python of an environment that has it (docs/priors.md)",
 }
 

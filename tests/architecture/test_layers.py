@@ -46,7 +46,8 @@ LEVELS = {
     "preflight": 5,
     "repro": 5,
     "serve": 5,
-    "__main__": 5,
+    "cli": 6,
+    "__main__": 7,
 }
 """Rooms of l2l_core: modules and packages. A room imports from its own level (never in a circle) and from below."""
 

@@ -514,7 +514,7 @@ def test_reviewed_tasks_come_back_as_labels(tmp_path, monkeypatch):
     history = records.round_folder(1) / "history/pseudo_labels.parquet"
     labels = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
     history.rename(records.round_folder(1) / "pseudo_labels.parquet")
-    assert call(monkeypatch, "export-review") == 0
+    assert call(monkeypatch, "export", "label-studio") == 0
     tasks = json.loads(Path("export/review_round_1.json").read_text())
     drawn = {**polygon((0, 0), (50, 0), (50, 50), (0, 50)), "original_width": 64, "original_height": 48}
     for number, one in enumerate(tasks):

@@ -51,7 +51,7 @@ def sentences() -> dict[int, str]:
 
 @pytest.mark.parametrize("polygons", [[], ["--polygons"]])
 def test_pycocotools_finds_every_accepted_label(run, monkeypatch, capsys, polygons):
-    assert call(monkeypatch, "export-coco", *polygons) == 0
+    assert call(monkeypatch, "export", "coco", *polygons) == 0
     assert f"{len(accepted(2))} of 10 pseudo-labels of round 2: export/pseudo_labels_round_2.json" in (
         capsys.readouterr().out
     )
@@ -80,7 +80,7 @@ def test_pycocotools_finds_every_accepted_label(run, monkeypatch, capsys, polygo
 
 
 def test_the_index_categories_are_truth_and_stay_out(run, monkeypatch):
-    assert call(monkeypatch, "export-coco") == 0
+    assert call(monkeypatch, "export", "coco") == 0
     text = (run / "export" / "pseudo_labels_round_2.json").read_text()
     document = json.loads(text)
     assert [category["name"] for category in document["categories"]] == ["object"]
@@ -91,7 +91,7 @@ def test_the_index_categories_are_truth_and_stay_out(run, monkeypatch):
 @pytest.mark.parametrize("polygons", [[], ["--polygons"]])
 def test_ingest_reads_the_lines_back(run, monkeypatch, polygons):
     """The round trip with the real reader: the same sentences, images and masks, pixel by pixel."""
-    assert call(monkeypatch, "export-coco", "--round", 1, "--out", "deep/out", *polygons) == 0
+    assert call(monkeypatch, "export", "coco", "--round", 1, "--out", "deep/out", *polygons) == 0
     index = read_dataset("deep/out/pseudo_labels_round_1.jsonl", "auto", "auto", 16)
     expected = accepted(1)
     refs = index.refs.to_pylist()
@@ -112,7 +112,7 @@ def test_ingest_reads_the_lines_back(run, monkeypatch, polygons):
 
 def test_the_same_bytes_again(run, monkeypatch):
     for out in ("one", "two"):
-        assert call(monkeypatch, "export-coco", "--out", out) == 0
+        assert call(monkeypatch, "export", "coco", "--out", out) == 0
     for path in sorted((run / "one").iterdir()):
         assert path.read_bytes() == (run / "two" / path.name).read_bytes()
 
@@ -122,7 +122,7 @@ def test_labels_of_another_data_set_are_refused(run, monkeypatch, capsys):
     rows = records.read_table(records.INDEX.images, records.IMAGES).to_pylist()
     other = [row | {"height": 96, "width": 96} for row in rows]
     records.write_table(records.make_table(other, records.IMAGES), records.INDEX.images, records.IMAGES)
-    assert call(monkeypatch, "export-coco") == 2
+    assert call(monkeypatch, "export", "coco") == 2
     said = capsys.readouterr().err
     assert "pseudo_labels.parquet: of another data set than data/index/images.parquet: the label of sent_id " in said
     assert "is 48 x 64 px (height x width), its image 96 x 96; run dvc repro" in said
@@ -134,9 +134,9 @@ def test_nothing_to_export_is_one_message_and_no_file(run, monkeypatch, capsys):
     rows = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
     none = [row | {"accepted": row["sent_id"] == EMPTY_ID} for row in rows]
     records.write_table(records.make_table(none, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
-    assert call(monkeypatch, "export-coco") == 2
+    assert call(monkeypatch, "export", "coco") == 2
     assert capsys.readouterr().err == "error: no pseudo-label to export: of 10 none is accepted and not empty\n"
-    assert call(monkeypatch, "export-coco", "--round", 4) == 2
+    assert call(monkeypatch, "export", "coco", "--round", 4) == 2
     assert "--round: got 4, expected one of those with pseudo-labels (1, 2)" in capsys.readouterr().err
     assert not (run / "export").exists()
 
@@ -144,7 +144,7 @@ def test_nothing_to_export_is_one_message_and_no_file(run, monkeypatch, capsys):
 def test_sentences_that_the_index_lacks_are_an_error(run, monkeypatch, capsys):
     refs = records.read_table(records.INDEX.refs, records.REFS)
     records.write_table(refs.slice(4), records.INDEX.refs, records.REFS)
-    assert call(monkeypatch, "export-coco") == 2
+    assert call(monkeypatch, "export", "coco") == 2
     assert "pseudo_labels.parquet: names sentences that data/index/refs.parquet lacks" in capsys.readouterr().err
 
 

@@ -28,7 +28,7 @@ def save_swin(folder: Path) -> str:
 @pytest.mark.parametrize("encoder", ["tiny", "swin"])
 def test_it_says_the_same_as_torch(tmp_path: Path, encoder: str) -> None:
     for name in (*onnx.NEEDED, "onnxruntime"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install -r requirements-export.txt")
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[export]'")
     import onnxruntime
 
     pairs, _ = toy_pairs(tmp_path / "images", 3)
@@ -80,7 +80,7 @@ def test_what_torch_cannot_write_is_one_message(
 
     monkeypatch.setattr(onnx, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    assert call(monkeypatch, "export-model", "--run", "model") == 2
+    assert call(monkeypatch, "export", "onnx", "--run", "model") == 2
     assert capsys.readouterr().err.endswith("write these encoders as ONNX: <class 'ValueError'>: no such view\n")
     assert not (project / "export").exists()
 
@@ -89,6 +89,6 @@ def test_what_is_missing_is_named(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
-    assert call(monkeypatch, "export-model", "--run", "model") == 2
-    assert "needs onnx and onnxscript: pip install -r requirements-export.txt" in capsys.readouterr().err
+    assert call(monkeypatch, "export", "onnx", "--run", "model") == 2
+    assert "needs onnx and onnxscript: pip install '.[export]'" in capsys.readouterr().err
     assert not (project / "export").exists()

@@ -112,7 +112,7 @@ def drawn(value: dict, height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("polygons", "kind"), [([], "BrushLabels"), (["--polygons"], "PolygonLabels")])
 def test_tasks_show_each_label_at_its_image_with_its_sentence(run, monkeypatch, polygons, kind):
-    assert call(monkeypatch, "export-review", *polygons) == 0
+    assert call(monkeypatch, "export", "label-studio", *polygons) == 0
     tasks = json.loads((run / "export/review_round_1.json").read_text())
     rows = labels_of_round()
     refs = {row["sent_id"]: row for row in records.read_table(records.INDEX.refs, records.REFS).to_pylist()}
@@ -139,7 +139,7 @@ def test_tasks_show_each_label_at_its_image_with_its_sentence(run, monkeypatch, 
 
 
 def test_the_interface_has_the_tags_that_the_predictions_name(run, monkeypatch):
-    assert call(monkeypatch, "export-review") == 0
+    assert call(monkeypatch, "export", "label-studio") == 0
     view = ElementTree.fromstring((run / "export/review_round_1.xml").read_text())
     region = json.loads((run / "export/review_round_1.json").read_text())[0]["predictions"][0]["result"][0]
     tags = {tag.get("name"): tag for tag in view.iter() if tag.get("name")}
@@ -150,8 +150,8 @@ def test_the_interface_has_the_tags_that_the_predictions_name(run, monkeypatch):
 
 
 def test_the_most_telling_come_first_and_the_limit_cuts_the_rest(run, monkeypatch):
-    assert call(monkeypatch, "export-review", "--out", "all") == 0
-    assert call(monkeypatch, "export-review", "--limit", 3, "--image-prefix", "http://localhost:8000/") == 0
+    assert call(monkeypatch, "export", "label-studio", "--out", "all") == 0
+    assert call(monkeypatch, "export", "label-studio", "--limit", 3, "--image-prefix", "http://localhost:8000/") == 0
     whole, first = (json.loads((run / out / "review_round_1.json").read_text()) for out in ("all", "export"))
     scores = [task["data"]["review_score"] for task in whole]
     assert scores == sorted(scores, reverse=True)

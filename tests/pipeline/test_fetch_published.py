@@ -1,4 +1,4 @@
-"""`python -m l2l_core fetch NAME`: what is downloaded, what is checked, and what is never touched."""
+"""`l2l fetch NAME`: what is downloaded, what is checked, and what is never touched."""
 
 from __future__ import annotations
 
@@ -100,4 +100,4 @@ def test_a_name_that_is_not_published_is_refused(project):
     assert output == "error: fetch: got 'refcok', expected some of refcoco, refcoco+, refcocog, images\n"
     project.change_params({"dataset": "data/refcoco", "priors": {"backend": "none"}})
     output = project.run(sys.executable, "-m", "l2l_core", "check", "--no-timing", code=2)
-    assert "to download it: python -m l2l_core fetch refcoco images" in output
+    assert "to download it: l2l fetch refcoco images" in output

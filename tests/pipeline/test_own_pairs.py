@@ -28,7 +28,7 @@ def commands(start: str) -> list[list[str]]:
 
 def test_the_example_is_checked_and_runs(tmp_path):
     project = make_project(tmp_path / "project", SMALLER)
-    (check,), (run,) = commands("python -m l2l_core check"), commands("dvc exp run")
+    (check,), (run,) = commands("l2l check"), commands("dvc exp run")
     said = project.run(*check, "--no-timing")
     assert "12 images, 27 sentences (train 20, val 7), 16 masks" in said
     planned = {line.split()[0] for line in said.splitlines() if re.match(r"[a-z]+(-0|@1)? .* (-|kB|MB)$", line)}

@@ -1,4 +1,4 @@
-"""`python -m l2l_core check`: a good configuration prints the plan, each kind of bad input is named."""
+"""`l2l check`: a good configuration prints the plan, each kind of bad input is named."""
 
 import importlib.util
 import json
@@ -437,7 +437,8 @@ def test_doubts_about_the_data_are_said(project, monkeypatch, capsys):
 
 def test_make_demo_names_a_missing_repository_before_it_installs(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path / "Makefile")
-    (tmp_path / "requirements.txt").touch()
+    for name in ("requirements.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
     done = subprocess.run(["make", "repository"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert f"error: {tmp_path} is in no Git repository, which DVC needs: run git init here" in done.stdout

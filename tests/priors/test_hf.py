@@ -22,7 +22,7 @@ from l2l_core.priors.mllm import Request
 from l2l_core.priors.prompt import answer_schema, keeps_to
 
 needs_xgrammar = pytest.mark.skipif(
-    importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed: requirements-mllm.txt"
+    importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed: pip install '.[mllm]'"
 )
 
 
@@ -171,9 +171,7 @@ def test_structured_output_is_always_the_prompts_json(folder: Path, temperature:
 
 def test_without_xgrammar_the_remedy_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xgrammar", None)
-    with pytest.raises(
-        ConfigError, match=r"priors\.structured_output: .*needs xgrammar.*requirements-mllm\.txt.*false"
-    ):
+    with pytest.raises(ConfigError, match=r"priors\.structured_output: .*needs xgrammar.*pip install .*mllm.*false"):
         engine(folder, structured_output=True)
 
 

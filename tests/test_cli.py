@@ -3,7 +3,7 @@ import re
 
 from called import call
 
-from l2l_core.__main__ import score_table
+from l2l_core.cli import score_table
 
 METRICS = {
     "n_val": 500,
@@ -44,7 +44,7 @@ def test_show_prints_scores_and_where_the_report_lies(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps(METRICS))
-    assert call(monkeypatch, "show") == 0
+    assert call(monkeypatch, "scores") == 0
     printed = capsys.readouterr().out
     assert "report/index.html" in printed
     assert next(line for line in printed.splitlines() if "supervised" in line).split() == ["val", "supervised", "22.2"]
@@ -52,7 +52,7 @@ def test_show_prints_scores_and_where_the_report_lies(tmp_path, monkeypatch, cap
 
 def test_before_any_evaluation_it_says_what_to_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "show") == 2
+    assert call(monkeypatch, "scores") == 2
     assert re.fullmatch(r"error: metrics/evaluate\.json: not found, .*dvc repro\n", capsys.readouterr().err)
 
 

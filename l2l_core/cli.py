@@ -1,0 +1,383 @@
+"""The command `l2l`: check a configuration, import annotations, run the pipeline, read scores, predict and export."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from l2l_core.errors import ArtifactError, InputError, exit_code
+from l2l_core.newest import model_folder, newest_round
+from l2l_core.outputs import added_to, end_on_sigterm
+from l2l_core.records import METRICS_PATH, REPORT_PATH
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from l2l_core.data.importers.entries import Imported
+
+WARMUP = "round 0 (warm-up)"
+SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
+
+# Commands import what they need when they run: `--help` needs none of it, and torch alone takes seconds.
+app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(export_app, name="export", help="Write pseudo-labels or the network for other tools.")
+
+Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the last run's newest)")]
+Polygons = Annotated[bool, typer.Option("--polygons", help="masks as polygons, not as run lengths")]
+Run = Annotated[Path | None, typer.Option(help="folder of a round or of its model (default: the last run's newest)")]
+
+
+def score_table(metrics: dict[str, float]) -> pd.DataFrame:
+    """metrics/evaluate.json -> a row a split and method: mIoU of all, the other scores of the final model."""
+    import pandas as pd
+
+    rows = []
+    for split in (key.removeprefix("n_") for key in metrics if key.startswith("n_")):
+        beside = ["prior", "supervised"] + [f"round_{k}" for k in range(8) if f"{split}_round_{k}_miou" in metrics]
+        for method in beside:
+            name = WARMUP if method == "round_0" else method.replace("_", " ")
+            row = {"split": split, "method": name, "mIoU": metrics[f"{split}_{method}_miou"]}
+            if method == beside[-1]:
+                row |= {title: metrics[f"{split}_{key}"] for key, title in SCORES.items()}
+            rows.append(row)
+        rows.append({"split": split, "method": f"{name}, no prior", "mIoU": metrics[f"{split}_no_prior_miou"]})
+    return pd.DataFrame(rows)
+
+
+@app.command()
+def scores() -> None:
+    """Print the scores of the last evaluation."""
+    try:
+        metrics = json.loads(METRICS_PATH.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{METRICS_PATH}: not found, run the pipeline first: dvc repro") from None
+    print(score_table(metrics).to_string(index=False, na_rep=""))
+    print("percent; ground truth at original resolution, every sentence counted, probability > 0.5")
+    print(f"report: {REPORT_PATH}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context) -> None:
+    """Run the pipeline and show its progress.
+
+    Says how many stages are done and about how long the others take. Passes all arguments to `dvc repro` and returns
+    its exit code.
+    """
+    from l2l_core.repro import reproduce
+
+    raise typer.Exit(reproduce(context.args))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="folders of projects, Git revisions or DVC experiments; first, the base"),
+    ],
+    out: Annotated[Path, typer.Option(help="folder for compare.html")] = REPORT_PATH.parent,
+) -> None:
+    """Two or more experiments on one page.
+
+    Parameters that differ, scores side by side, and how the same sentences fared in each.
+    """
+    from l2l_core.compare import read_experiment, render_comparison
+
+    page, differences = render_comparison([read_experiment(run) for run in runs])
+    with added_to(out) as folder:
+        (folder / "compare.html").write_text(page, encoding="utf-8")
+    print("\n".join(differences))
+    print(f"comparison: {out / 'compare.html'}")
+
+
+@app.command()
+def predict(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar='[IMAGE... "SENTENCE"]', help="images or folders; last, the sentence")
+    ] = None,
+    pairs: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON lines of image and sentence instead")] = None,
+    run: Run = None,
+    out: Annotated[Path, typer.Option(help="folder for masks, overlays and predictions.jsonl")] = Path("predictions"),
+    with_priors: Annotated[
+        bool,
+        typer.Option("--with-priors", help="show the network what priors.backend says, or is recorded to have said"),
+    ] = False,
+    polygons: Polygons = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="most pairs computed at once; masks differ by rounding at most")
+    ] = 32,
+) -> None:
+    """Masks for images of your own.
+
+    Writes mask and overlay of every pair as PNG, and predictions.jsonl with the masks as run lengths.
+    """
+    from l2l_core import predictions
+    from l2l_core.config import load_params
+    from l2l_core.data.index import turned_note
+    from l2l_core.masks import rle_area_px_all
+    from l2l_core.predictor import Predictor
+
+    if pairs and words:
+        raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
+    folder = model_folder(run)
+    device = load_params().train.engine.device if Path("params.yaml").is_file() else "auto"
+    asked = predictions.ask_file(pairs) if pairs else predictions.ask_about(words or [])
+    turned = predictions.turned_images(asked)
+    if turned:
+        print(f"note: {turned_note(turned)}")
+    with predictions.predictions_folder(out) as building:
+        predictions.try_names(asked, building)
+        predictor = Predictor.from_run(folder, device=device)
+        told = predictions.find_priors(asked, predictor.fitted(load_params())) if with_priors else None
+        answered = predictions.answer(predictor, asked, told, batch_size)
+        trouble = predictions.write_predictions(asked, answered, building, polygons=polygons)
+    empty = (rle_area_px_all(answered.rle, answered.pairs.hw) == 0).sum()
+    if trouble:
+        raise InputError(f"--out: {out}: {trouble}")
+    print(f"{out}: {len(asked)} pairs by {folder}, {answered.with_prior.sum()} with a prior, {empty} empty masks")
+
+
+@app.command()
+def serve(
+    run: Run = None,
+    host: Annotated[str, typer.Option(help="address to listen at; another one than this opens the page to others")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 7860,
+    max_mb: Annotated[int, typer.Option(min=1, help="largest upload")] = 10,
+) -> None:
+    """A page to try the network in a browser.
+
+    Shows prior, proposal and mask of an uploaded image and a sentence. Needs the extra `serve`.
+    """
+    from l2l_core.config import load_params
+    from l2l_core.serve import Desk, open_page, require_gradio
+
+    require_gradio()
+    folder, params = model_folder(run), load_params()
+    open_page(lambda: Desk.of(folder, params, max_mb), host, port)
+
+
+@export_app.command("coco")
+def export_coco(
+    number: Round = None, out: Annotated[Path, typer.Option(help="folder")] = Path("export"), polygons: Polygons = False
+) -> None:
+    """Accepted pseudo-labels, as COCO and JSONL.
+
+    The COCO file is for other tools, the JSON lines are what the parameter `dataset` takes.
+    """
+    from l2l_core.export import labels
+
+    number = newest_round("pseudo_labels.parquet") if number is None else number
+    found = labels.read_labels(number)
+    chosen = labels.accepted_labels(found)
+    name = f"pseudo_labels_round_{number}"
+    with added_to(out) as folder:
+        coco = labels.to_coco(chosen, polygons=polygons)
+        (folder / f"{name}.json").write_text(json.dumps(coco, ensure_ascii=False), encoding="utf-8")
+        lines = labels.to_json_lines(chosen, out, polygons=polygons)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    print(f"{len(chosen)} of {len(found)} pseudo-labels of round {number}: {out / name}.json, {out / name}.jsonl")
+
+
+@export_app.command("label-studio")
+def export_label_studio(
+    number: Round = None,
+    out: Annotated[Path, typer.Option(help="folder")] = Path("export"),
+    limit: Annotated[int, typer.Option(min=1, help="sentences at most")] = 200,
+    image_prefix: Annotated[
+        str, typer.Option(help="what comes before an image's path from the project's root, to make it an address")
+    ] = "/data/local-files/?d=",
+    polygons: Polygons = False,
+) -> None:
+    """What to look at first, for Label Studio.
+
+    Tasks of the pseudo-labels that tell most when a person looks at them, with the labels as predictions.
+    """
+    from l2l_core.export import labels, review
+
+    number = newest_round("pseudo_labels.parquet") if number is None else number
+    tasks = review.label_studio_tasks(labels.read_labels(number), limit, image_prefix, polygons=polygons)
+    name = f"review_round_{number}"
+    with added_to(out) as folder:
+        (folder / f"{name}.json").write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
+        (folder / f"{name}.xml").write_text(review.labeling_interface(polygons=polygons), encoding="utf-8")
+    print(f"{len(tasks)} tasks, most telling first: {out / name}.json; labelling interface: {out / name}.xml")
+
+
+@export_app.command("onnx")
+def export_onnx(
+    run: Run = None, out: Annotated[Path, typer.Option(help="folder for model.onnx")] = Path("export")
+) -> None:
+    """The network as an ONNX file.
+
+    Needs the extra `export`. The model's own folder holds safetensors and all that is needed to load them.
+    """
+    from l2l_core.export.onnx import write_onnx
+    from l2l_core.model.segmenter import Segmenter
+
+    folder = model_folder(run)
+    with added_to(out) as building:
+        write_onnx(Segmenter.load(folder), building / "model.onnx")
+    print(f"{folder}: {out / 'model.onnx'}; tokenizer: {folder / 'tokenizer'}")
+
+
+@app.command()
+def check(
+    override: Annotated[
+        list[str] | None, typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="as of `dvc exp run`")
+    ] = None,
+    timing: Annotated[bool, typer.Option(help="train and label a little, for the times")] = True,
+) -> None:
+    """Look at everything before a run, and estimate it.
+
+    Parameters, data, label budget, priors, encoders, device and disk; then how long each stage takes, and how large its
+    outputs are. Writes nothing.
+    """
+    from l2l_core.preflight.checks import overridden_params, run_checks
+
+    run_checks(overridden_params(override or []), timing=timing, say=lambda line: print(line, flush=True))
+
+
+@app.command()
+def fetch(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME...", help="refcoco | refcoco+ | refcocog | images (photos of all three)"),
+    ],
+) -> None:
+    """Download published data sets.
+
+    Each goes to data/NAME, which DVC then tracks. What is there already is checked and stays; a broken download
+    continues where it ended.
+    """
+    from l2l_core.config import load_params
+    from l2l_core.data.fetch import RECORD, fetch, track
+    from l2l_core.data.published import ARCHIVES
+
+    unknown = [name for name in names if name not in ARCHIVES]
+    if unknown:
+        raise InputError(f"fetch: got {unknown[0]!r}, expected some of {', '.join(ARCHIVES)}")
+    params, scratch = load_params().fetch, Path(".scratch") / "fetch"
+    for name in names:
+        target = Path("data") / name
+        done = fetch(ARCHIVES[name], target, scratch, params.mirror, params.sha256.get(ARCHIVES[name].name))
+        print(f"fetch: {done}", flush=True)
+        if (target / RECORD).is_file():
+            track(target)
+
+
+importers = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(importers, name="import", help="Annotations of other tools, as pairs that `dataset` takes.")
+
+ImageFolder = Annotated[Path, typer.Option("--images", file_okay=False, help="folder of the images")]
+PairsFolder = Annotated[Path, typer.Option("--out", help="folder for pairs.jsonl; images stay where they are")]
+SkipUnknown = Annotated[bool, typer.Option("--skip-unknown", help="leave out shapes that have no mask, and count them")]
+
+
+@importers.command("coco")
+def import_coco(
+    instances: Annotated[Path, typer.Argument(metavar="INSTANCES.json", help="images and annotations")],
+    sentences: Annotated[Path, typer.Argument(metavar="SENTENCES.json|.jsonl", help="what is said of them")],
+    images: ImageFolder,
+    out: PairsFolder,
+) -> None:
+    """COCO annotations and a file of sentences about them."""
+    from l2l_core.data.importers import coco
+
+    _write_pairs(coco.import_coco(instances, sentences, images, out), out)
+
+
+@importers.command("label-studio")
+def import_label_studio(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT.json", help="tasks, exported as JSON")],
+    images: ImageFolder,
+    out: PairsFolder,
+    skip_unknown: SkipUnknown = False,
+) -> None:
+    """Label Studio's JSON export, such as that of reviewed tasks of `l2l export label-studio`."""
+    from l2l_core.data.importers import label_studio
+
+    _write_pairs(label_studio.import_label_studio(export, images, out, skip_unknown=skip_unknown), out)
+
+
+@importers.command("labelme")
+def import_labelme(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of LabelMe's JSON files")],
+    out: PairsFolder,
+    skip_unknown: SkipUnknown = False,
+) -> None:
+    """JSON files of LabelMe, X-AnyLabeling or ReasonSeg beside their images."""
+    from l2l_core.data.importers import labelme
+
+    _write_pairs(labelme.import_labelme(folder, out, skip_unknown=skip_unknown), out)
+
+
+def _write_pairs(imported: Imported, out: Path) -> None:
+    from l2l_core.data.importers.entries import FILE_NAME
+
+    if (out / FILE_NAME).exists():
+        raise InputError(
+            f"--out: {out / FILE_NAME} exists and may hold your own changes; name another folder or remove it"
+        )
+    with added_to(out) as folder:
+        for name, photo in imported.photos.items():
+            (folder / name).write_bytes(photo)
+        (folder / FILE_NAME).write_text(imported.lines, encoding="utf-8")
+    for warning in imported.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    rows = [json.loads(line) for line in imported.lines.splitlines()]
+    masks = sum("mask" in row for row in rows)
+    photos = f", {len(imported.photos)} photos out of the files themselves" if imported.photos else ""
+    print(f"{len(rows)} pairs, {masks} of them with a mask{photos}: {out / FILE_NAME}")
+    changes = f"-S dataset={out} -S priors.backend=none -S split.labeled_fraction=1.0"
+    print(f"next, or with a backend that can be asked about these images: l2l check {changes}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def stage(context: typer.Context, name: Annotated[str, typer.Argument(help="such as warmup or select")]) -> None:
+    """Run one stage of the pipeline without DVC, in a checkout.
+
+    Passes further arguments to the stage, such as `l2l stage select --round 1`.
+    """
+    names = sorted(path.stem for path in Path("stages").glob("[!_]*.py"))
+    if name not in names:
+        expected = f"one of {', '.join(names)}" if names else "a folder stages/: run this in a checkout of the project"
+        raise InputError(f"stage: got {name!r}, expected {expected}")
+    command = [sys.executable, "-m", f"stages.{name}", *context.args]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+def _alias(old: str, new: str, command: Callable[..., None]) -> None:
+    """Keep an old spelling working: hidden from the help, and it names the new one."""
+
+    @wraps(command)
+    def renamed(*args: object, **kwargs: object) -> None:
+        print(f"note: {old} is called `l2l {new}` now", file=sys.stderr)
+        command(*args, **kwargs)
+
+    app.command(old, hidden=True)(renamed)
+
+
+_alias("show", "scores", scores)
+_alias("export-coco", "export coco", export_coco)
+_alias("export-review", "export label-studio", export_label_studio)
+_alias("export-model", "export onnx", export_onnx)
+
+
+def run_command() -> None:
+    """Parse the command line and run the command. Raises SystemExit, or L2LError where the input is bad."""
+    app(prog_name="l2l")
+
+
+def main() -> int:
+    """The command `l2l`; returns the exit code."""
+    end_on_sigterm()
+    return exit_code(run_command)
