@@ -22,6 +22,8 @@ from l2l_core.config import load_params
 from l2l_core.model.segmenter import Segmenter
 
 ROOT = Path(__file__).parents[1]
+OF_THE_PACKAGE = ("pyproject.toml", "README.md", "LICENSE", "l2l_core", "stages")
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -34,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a Git checkout")
     for name in names.decode().split("\0"):
-        if (ROOT / name).is_file() and name.split("/")[0] in ("pyproject.toml", "README.md", "LICENSE", "l2l_core", "stages"):
+        if (ROOT / name).is_file() and name.split("/")[0] in OF_THE_PACKAGE:
             target = folder / "source" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target)
@@ -49,7 +51,7 @@ def pip(*words: object) -> None:
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
-    listed = subprocess.run(["git", "ls-files", "l2l_core"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.check_output(["git", "ls-files", "l2l_core"], cwd=ROOT, text=True)
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {name for name in listed.split() if (ROOT / name).is_file()}
     assert "l2l_core/py.typed" in held
@@ -68,7 +70,7 @@ def test_an_installed_wheel_predicts_outside_the_repository(wheel: Path, tmp_pat
         elsewhere / "model", params.proposals.model_copy(update={"ring": 0.1, "core": 0.2})
     )
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(elsewhere / "photo.png")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+    environment = os.environ | {"PYTHONPATH": str(site)}
 
     def run(*command: object) -> str:
         done = subprocess.run(
@@ -90,8 +92,7 @@ print(l2l_core.__file__, mask.shape, mask.dtype)
 
 
 def test_the_pinned_set_lies_within_the_ranges() -> None:
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
-    pins = {name.lower(): pinned for name, pinned in pins.items()}
+    pins = {name.lower(): pinned for name, pinned in PINS.items()}
     needed = [Requirement(text) for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]]
     for requirement in needed:
         assert pins[requirement.name.lower()] in requirement.specifier, requirement
@@ -100,5 +101,4 @@ def test_the_pinned_set_lies_within_the_ranges() -> None:
 
 def test_every_pinned_package_is_the_one_installed() -> None:
     """What the tests prove, they prove of the pinned set."""
-    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name: version(name).partition("+")[0] for name, _ in pins} == dict(pins)
+    assert {name: version(name).partition("+")[0] for name in PINS} == PINS
