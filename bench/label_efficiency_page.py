@@ -54,8 +54,15 @@ FIRST = (
 LAST = ("oracle", "oracle_constructed", "fully_supervised_no_priors", "fully_supervised")
 """The order of tables; what is in neither (ablations) stands between them."""
 
-COMPARED = ("prior", "warmup", "all", "agreement_overlap", "reinforce")
-"""What is compared across settings."""
+COMPARED = {
+    "prior": "prior alone",
+    "supervised": "labels alone, no priors",
+    "warmup": "labels with priors (warm-up)",
+    "agreement_overlap": "best fixed rule (agreement, overlap)",
+    "reinforce": "**L2L** (reinforce)",
+    "fully_supervised": "all labels with priors",
+}
+"""Methods that README.md compares across settings, and what it calls them."""
 
 LIMITS = ("warmup", "all", "reinforce", "oracle_constructed", "fully_supervised")
 """Methods whose lost points are told apart: what each step wins, what a perfect choice would, what all labels do."""
@@ -234,13 +241,7 @@ def limits(rows: pd.DataFrame) -> str:
 
 def short(rows: pd.DataFrame) -> str:
     """The generated part of README.md."""
-    tables = [
-        *edition_note(rows),
-        short_table(rows),
-        "Other budgets and priors, val mIoU (min to max):",
-        settings_table(rows),
-    ]
-    return "\n\n".join(tables)
+    return "\n\n".join([*edition_note(rows), summary_table(rows)])
 
 
 def edition_note(rows: pd.DataFrame) -> list[str]:
@@ -248,33 +249,20 @@ def edition_note(rows: pd.DataFrame) -> list[str]:
     if "edition" in rows and (rows["edition"] == EDITION).all():
         return []
     return [
-        "**These rows are of the first edition of the method.** Proposals were the priors' boxes, the network did not "
-        "start at its proposal, and the policy had no critic. A baseline is missing: the fitted proposal alone. The "
-        "second edition has not been measured at this size yet."
+        "**Measured with the first edition of the method**, without fitted proposals, the network that starts at them, "
+        "and the critic. The second edition is not measured at this size yet."
     ]
 
 
-def settings_table(rows: pd.DataFrame) -> str:
-    """Markdown: a row a setting, a column a method of COMPARED, the first round, over all seeds that are there."""
+def summary_table(rows: pd.DataFrame) -> str:
+    """Markdown: a row a method of COMPARED, a column a setting; val mIoU of the first round over all seeds."""
+    columns = settings(rows)
+    val = rows[(rows["split"] == "val") & rows["round"].isin([0, 1])]
     body: list[list[object]] = []
-    for rate, preset in settings(rows):
-        chosen = rows_of(rows, (rate, preset))
-        val = chosen[(chosen["split"] == "val") & chosen["round"].isin([0, 1])]
-        cells = [_range(group) if len(group := val[val["method"] == name]) else "" for name in COMPARED]
-        body.append([f"{100 * rate:g} %", preset, *cells])
-    return markdown(["labelled", "priors", *map(_title, COMPARED)], body)
-
-
-def short_table(rows: pd.DataFrame) -> str:
-    """Markdown: the main setting in fewer columns, without ablations."""
-    chosen = rows_of(rows, MAIN)
-    head = ["method", "round", "seeds", "val mIoU (min to max)", "test mIoU", "accepted", f"of these IoU > {GOOD_IOU}"]
-    body: list[list[object]] = []
-    for method, number, group in _by_method(chosen[chosen["method"].isin([*FIRST, *LAST])]):
-        val, test = (group[group["split"] == split] for split in SPLITS)
-        cells = [_range(val), _mean(test, "miou"), _mean(val, "coverage"), _mean(val, "precision")]
-        body.append([_title(method), number, val["seed"].nunique(), *cells])
-    return markdown(head, body)
+    for name in COMPARED:
+        groups = [rows_of(val[val["method"] == name], setting) for setting in columns]
+        body.append([COMPARED[name], *(_range(group) if len(group) else "" for group in groups)])
+    return markdown(["val mIoU", *(f"{100 * rate:g} %, {preset}" for rate, preset in columns)], body)
 
 
 def _by_method(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:

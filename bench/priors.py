@@ -33,7 +33,7 @@ from l2l_core import grabcut, proposals, records
 from l2l_core.config import PriorsParams, load_params
 from l2l_core.data.images import read_image
 from l2l_core.data.index import Index
-from l2l_core.data.source import read_dataset
+from l2l_core.data.source import load_dataset
 from l2l_core.evaluation import cut_proposal
 from l2l_core.geometry import area_xyxy, iou_xyxy, xywh_to_xyxy
 from l2l_core.masks import intersection_union_px
@@ -151,7 +151,7 @@ def recorded(real: Path) -> list[Row]:
     layout.mkdir(parents=True)
     for name, published in (("instances_bbox_only.json", "instances.json"), ("refs(unc).p", "refs(unc).p")):
         (layout / published).symlink_to(real / "refcoco_annotations" / name)
-    index = read_dataset(layout, "auto", "auto", 1)
+    index = load_dataset(layout)
     refs = records.to_frame(index.refs)
     asked = refs[refs["split"] == "testA"].drop_duplicates("ref_id")["sent_id"]
     paths = save_index(index, "refcoco")
@@ -251,14 +251,14 @@ def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, float]]) -
 def measure() -> list[Row]:
     cv2.setNumThreads(1)
     refshapes.draw()
-    index = read_dataset(refshapes.FOLDER, "auto", "auto", 1)
+    index = load_dataset(refshapes.FOLDER)
     version = f"refshapes-{refshapes.load()[2]}"
     rows = simulated(index, save_index(index, "refshapes"), version)
     rows += rendered(version, referred(index).query("split != 'train'")[:REFSHAPES_OBJECTS], [])
     real = os.environ.get("L2L_REAL_DATA")
     if real:
         rows += recorded(Path(real))
-        photos = [read_dataset(Path(real) / "res_mini" / name, "auto", "auto", 1) for name in ("refcoco", "refcocog")]
+        photos = [load_dataset(Path(real) / "res_mini" / name) for name in ("refcoco", "refcocog")]
         rows += rendered("real photos", pd.concat(map(referred, photos)), GRABCUT_VARIANTS)
     else:
         print("L2L_REAL_DATA is not set: no recorded answers, no photos")

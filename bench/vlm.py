@@ -28,7 +28,7 @@ from matplotlib import pyplot
 from bench import docs, refshapes
 from bench.priors import PARAMS, answer, join, judge, rates, save_index
 from l2l_core import records
-from l2l_core.data.source import read_dataset
+from l2l_core.data.source import load_dataset
 from l2l_core.device import resolve_precision
 from l2l_core.metrics import auroc
 from l2l_core.priors.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
@@ -52,7 +52,7 @@ Row = dict[str, Any]
 
 def measure() -> list[Row]:
     refshapes.draw()
-    index = read_dataset(refshapes.FOLDER, "auto", "auto", 1)
+    index = load_dataset(refshapes.FOLDER)
     paths = save_index(index, "vlm")
     started = time.perf_counter()
     engine = PARAMS.priors.engine.model_copy(update={"device": "cpu"})

@@ -1,7 +1,58 @@
-"""L2L: learn a referring-expression segmentation model from few labels and many unlabelled pairs."""
+"""L2L: learn a referring expression segmentation model from few labeled and many unlabeled pairs.
+
+import l2l_core as l2l
+
+predictor = l2l.Predictor.from_pretrained("data/rounds/2/model")
+result = predictor("photo.jpg", "the dog on the left")  # .mask [H, W] bool, .prob [H, W] float32, .score
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from l2l_core.threads import set_thread_policy
 
 __version__ = "0.1.0"
 
 set_thread_policy()  # here, since Python runs this file before any other of the package
+
+if TYPE_CHECKING:
+    from l2l_core.config import load_params as load_params
+    from l2l_core.data.images import to_rgb as to_rgb
+    from l2l_core.data.source import load_dataset as load_dataset
+    from l2l_core.errors import L2LError as L2LError
+    from l2l_core.masks import decode_rle as decode_rle
+    from l2l_core.masks import encode_rle as encode_rle
+    from l2l_core.metrics import segmentation_scores as segmentation_scores
+    from l2l_core.predictor import Prediction as Prediction
+    from l2l_core.predictor import Predictor as Predictor
+    from l2l_core.priors.parse import parse_answer as parse_answer
+    from l2l_core.proposals import render_box as render_box
+    from l2l_core.proposals import render_point as render_point
+
+_HOMES = {
+    "L2LError": "l2l_core.errors",
+    "Prediction": "l2l_core.predictor",
+    "Predictor": "l2l_core.predictor",
+    "decode_rle": "l2l_core.masks",
+    "encode_rle": "l2l_core.masks",
+    "load_dataset": "l2l_core.data.source",
+    "load_params": "l2l_core.config",
+    "parse_answer": "l2l_core.priors.parse",
+    "render_box": "l2l_core.proposals",
+    "render_point": "l2l_core.proposals",
+    "segmentation_scores": "l2l_core.metrics",
+    "to_rgb": "l2l_core.data.images",
+}
+"""Public names and their modules, which are imported when a name is first used: torch alone takes seconds."""
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -241,9 +241,10 @@ def check(
     Parameters, data, label budget, priors, encoders, device and disk; then how long each stage takes, and how large its
     outputs are. Writes nothing.
     """
-    from l2l_core.preflight.checks import overridden_params, run_checks
+    from l2l_core.config import load_params
+    from l2l_core.preflight.checks import run_checks
 
-    run_checks(overridden_params(override or []), timing=timing, say=lambda line: print(line, flush=True))
+    run_checks(load_params(overrides=override or []), timing=timing, say=lambda line: print(line, flush=True))
 
 
 @app.command()

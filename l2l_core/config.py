@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -430,9 +433,18 @@ def parse_params(raw: object, source: str = "params.yaml") -> Params:
         raise  # unreachable: a ValidationError always carries at least one detail
 
 
-def load_params(path: str | Path = "params.yaml") -> Params:
-    """Read and validate a params file. Raises ConfigError where it is missing, not YAML, or wrong."""
+def load_params(path: str | Path = "params.yaml", overrides: Sequence[str] = ()) -> Params:
+    """Read and validate a params file.
+
+    overrides: changes as `dvc exp run -S` takes them; the file stays unchanged. Raises ConfigError where the file is
+    missing, not YAML, or wrong, and where an override names an unknown key or a value that is not allowed.
+
+    >>> load_params("params.yaml", overrides=["round=1", "train.lr=1e-4"]).train.lr
+    0.0001
+    """
     path = Path(path)
+    if overrides:
+        return _overridden(path, overrides)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -440,6 +452,44 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return parse_params(raw, str(path))
+
+
+def _overridden(path: Path, overrides: Sequence[str]) -> Params:
+    """DVC itself applies the changes, to a copy: what works here works with `dvc exp run`."""
+    from dvc.exceptions import InvalidArgumentError  # takes a second to import
+    from dvc.utils.hydra import apply_overrides
+
+    params = load_params(path)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copy(path, folder)
+        try:
+            apply_overrides(copy, list(overrides))
+            return load_params(copy)
+        except InvalidArgumentError as error:
+            _refuse_unknown_keys(path, overrides, params)
+            reason = str(error.__cause__).splitlines()[0]
+            raise ConfigError(f"-S {' -S '.join(overrides)}: {reason}; expected key=value of {path}") from None
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(copy, str(path))) from None
+
+
+def _refuse_unknown_keys(path: Path, overrides: Sequence[str], params: Params) -> None:
+    """Name the first key that the file does not have, and the one that looks most like it."""
+    known = list(_dotted(params.model_dump()))
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key and not key.startswith(("+", "~")) and key not in known:  # Hydra's signs: add, delete
+            alike = get_close_matches(key, known, 1)
+            hint = f"; did you mean {alike[0]}?" if alike else ""
+            raise ConfigError(f"-S {override}: {path} has no {key}{hint}")
+
+
+def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of nested sections, the sections' own too: priors, priors.engine, priors.engine.device, ..."""
+    for name, value in section.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
 
 
 def _problems(details: Iterable[Any]) -> Iterator[str]:

@@ -18,12 +18,20 @@ _MAX_CHUNKS = 7  # characters of 5 bits that a 32-bit run needs at most
 
 
 def encode_rle(mask: NDArray[Any]) -> bytes:
-    """[H, W] mask (nonzero is foreground) -> COCO compressed counts."""
+    """[H, W] mask (nonzero is foreground) -> COCO compressed counts.
+
+    >>> encode_rle(np.array([[0, 1], [0, 1]]))
+    b'22'
+    """
     return bytes(coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0).astype(np.uint8))["counts"])
 
 
 def decode_rle(counts: bytes, height: int, width: int) -> BoolMask:
-    """COCO compressed counts -> [H, W] bool. The counts must belong to a mask of that size."""
+    """COCO compressed counts -> [H, W] bool. The counts must belong to a mask of that size.
+
+    >>> decode_rle(b"22", 2, 2).tolist()
+    [[False, True], [False, True]]
+    """
     return np.asarray(coco_mask.decode({"size": [height, width], "counts": counts}), dtype=bool)
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from l2l_core.config import LIVE_BACKENDS, Params, TrainParams
 from l2l_core.data.augment import mirror
-from l2l_core.data.dataset import Batch, BatchMaker, Pairs, move_batch
-from l2l_core.data.images import read_image
+from l2l_core.data.dataset import Batch, BatchMaker, Pairs, move_batch, resize_image
+from l2l_core.data.images import to_rgb
 from l2l_core.device import Precision, autocast, choose_device, resolve_precision, to_device
-from l2l_core.errors import ArtifactError, ConfigError
-from l2l_core.masks import BoolMask, decode_rle, encode_rle
+from l2l_core.errors import ArtifactError, ConfigError, InputError
+from l2l_core.masks import BoolMask, encode_rle
 from l2l_core.model.segmenter import Pyramid, Segmenter
 from l2l_core.progress import progress
 from l2l_core.records import RENDERING_PATH, read_rendering
@@ -28,9 +30,31 @@ IMAGES_AT_ONCE = 16
 """Most images that are encoded together, and at most `batch_size`: enough to keep a GPU busy."""
 
 
+ImageInput = str | Path | Image.Image | NDArray[np.uint8]
+"""A path, a Pillow image, or an array [H, W, 3] (RGB) or [H, W] (gray) of uint8."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network finds for one sentence, at the image's own size."""
+
+    mask: BoolMask  # [H, W]
+    prob: NDArray[np.float32]  # [H, W] foreground probability; the mask is where it exceeds 0.5
+
+    @property
+    def score(self) -> float:
+        """Mean probability inside the mask, in (0.5, 1]; 0 where the mask is empty. It is not calibrated."""
+        return float(self.prob[self.mask].mean()) if self.mask.any() else 0.0
+
+
 @dataclass(frozen=True)
 class Predictor:
-    """A network ready to be asked."""
+    """A trained network, ready to segment.
+
+    >>> predictor = Predictor.from_pretrained("data/rounds/2/model")  # doctest: +SKIP
+    >>> predictor("photo.jpg", "the dog on the left").mask.shape  # doctest: +SKIP
+    (480, 640)
+    """
 
     network: Segmenter
     device: torch.device
@@ -63,18 +87,43 @@ class Predictor:
         config = str(Path(folder) / "config.json")
         return cls(network, chosen, resolve_precision(network.precision_setting, chosen, "precision_setting", config))
 
-    def predict(self, image: str | Path, sentence: str) -> BoolMask:
-        """Mask [H, W] of what a sentence means in an image (JPEG, PNG, ...), at the image's own size; without a prior.
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
+        """Load a model folder, such as data/rounds/2/model, from any current folder; see `from_run`."""
+        return cls.from_run(folder, device=device)
 
-        It is the evaluated model's, but for pixels whose logit rounds to another side of 0. Raises InputError where the
-        image cannot be read, ArtifactError where the model does not know its proposals.
+    @overload
+    def __call__(self, image: ImageInput, sentence: str) -> Prediction: ...
+
+    @overload
+    def __call__(self, image: ImageInput, sentence: list[str]) -> list[Prediction]: ...
+
+    def __call__(self, image: ImageInput, sentence: str | list[str]) -> Prediction | list[Prediction]:
+        """Segment what a sentence means in an image, or what each of several sentences means; without a prior.
+
+        The image is encoded once. Masks are those of the evaluated model, except for pixels whose logit rounds to the
+        other side of 0. Raises InputError where the image cannot be read or no sentence is given, ArtifactError where
+        the model does not know its proposals.
         """
-        proposals = self.network.known_proposals()
-        height, width = read_image(image).shape[:2]
-        pairs = bare_pairs([str(image)], [(height, width)], [sentence], proposals.size_px)
-        batches = BatchMaker(pairs, self.network.params.image_size_px, proposals.flat_prob)
-        ((counts,),) = self.masks(batches, 1, [False], "predict", fill=False)
-        return decode_rle(counts, height, width)
+        sentences = [sentence] if isinstance(sentence, str) else list(sentence)
+        if not sentences or not all(isinstance(one, str) and one.strip() for one in sentences):
+            raise InputError(f"sentence: got {sentence!r}, expected a sentence, or a list of sentences")
+        proposals, size_px = self.network.known_proposals(), self.network.params.image_size_px
+        pixels = to_rgb(image)
+        height, width = pixels.shape[:2]
+        pairs = bare_pairs([""] * len(sentences), [(height, width)] * len(sentences), sentences, proposals.size_px)
+        batches = BatchMaker(pairs, size_px, proposals.flat_prob)
+        square = torch.from_numpy(resize_image(pixels, size_px)).permute(2, 0, 1)[None]
+        pyramid = self.encode(square)
+        found = []
+        for start in range(0, len(sentences), IMAGES_AT_ONCE):
+            rows = np.arange(start, min(start + IMAGES_AT_ONCE, len(sentences)))
+            same = torch.zeros(len(rows), dtype=torch.int64)
+            batch = batches(rows, None, np.ones(len(rows), dtype=bool), square[same])
+            for logits in self.logits(batch, pyramid.take(same)):
+                full = at_size(logits, height, width)
+                found.append(Prediction(full > 0, np.asarray(torch.from_numpy(full).sigmoid().numpy())))
+        return found[0] if isinstance(sentence, str) else found
 
     def fitted(self, params: Params) -> Params:
         """A project's parameters, with proposals rendered as the network knows them.

@@ -59,6 +59,10 @@ def render_box(box_xyxy: ArrayLike, image_hw: ArrayLike, params: ProposalsParams
 
     The value is inside_prob inside, 1 - inside_prob outside and exactly 0.5 on the box's border; between them it rises
     smoothly over `falloff` of the box's side (at least a cell). A box thinner than a cell is widened to one.
+
+    >>> from l2l_core.config import load_params
+    >>> render_box([0, 0, 240, 480], (480, 640), load_params("params.yaml").proposals).shape
+    (48, 48)
     """
     box, size_wh = np.asarray(box_xyxy, dtype=np.float64), np.asarray(image_hw, dtype=np.float64)[..., ::-1]
     profiles = []
@@ -75,7 +79,13 @@ def render_box(box_xyxy: ArrayLike, image_hw: ArrayLike, params: ProposalsParams
 
 
 def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsParams) -> Map:
-    """Points [..., 2] in pixels -> Gaussian blobs [..., S, S], 0.5 at the border of a disc POINT_SIDE wide."""
+    """Points [..., 2] in pixels -> Gaussian blobs [..., S, S], 0.5 at the border of a disc POINT_SIDE wide.
+
+    >>> from l2l_core.config import load_params
+    >>> soft = render_point([320, 240], (480, 640), load_params("params.yaml").proposals)
+    >>> soft.shape, bool(soft[24, 24] > 0.8)
+    ((48, 48), True)
+    """
     point, hw = np.asarray(point_xy, dtype=np.float64), np.asarray(image_hw, dtype=np.float64)
     radius_px = POINT_SIDE / 2 * np.sqrt(hw[..., 0] * hw[..., 1])
     squares = []

@@ -7,7 +7,7 @@ import sys
 from l2l_core import records
 from l2l_core.config import load_params
 from l2l_core.data.index import summary
-from l2l_core.data.source import read_dataset
+from l2l_core.data.source import load_dataset
 from l2l_core.errors import exit_code
 
 
@@ -15,7 +15,12 @@ def main() -> None:
     """Tables are written only after every row of the data set has passed."""
     params = load_params()
     ingest = params.ingest
-    index = read_dataset(params.dataset, ingest.images, ingest.split_by, ingest.min_image_side_px)
+    index = load_dataset(
+        params.dataset,
+        images=ingest.images,
+        split_by=ingest.split_by,
+        min_image_side_px=ingest.min_image_side_px,
+    )
     paths = records.INDEX
     records.write_table(index.images, paths.images, records.IMAGES)
     records.write_table(index.refs, paths.refs, records.REFS)

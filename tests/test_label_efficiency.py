@@ -351,7 +351,7 @@ def test_a_page_of_round_0_alone_has_no_pseudo_labels() -> None:
         ["method", "round", "split", "labeled_fraction", "prior", "seed", "miou", "no_prior_miou", "commit"]
     ]
     rows = rows[rows["round"] == 0]
-    assert "| warmup | 0 | 2 | 45.0 (44.0 to 46.0) |" in page.short_table(rows)
+    assert "| labels with priors (warm-up) | 45.0 (44.0 to 46.0) |" in page.summary_table(rows)
     assert "pseudo_labels" not in page.page(rows)
 
 
@@ -359,11 +359,16 @@ def test_settings_are_compared_by_their_first_round() -> None:
     rows = [row(method, 1, seed, 50 + seed) for method in ("all", "reinforce") for seed in (0, 1)]
     rows += [row("reinforce", 2, 0, 90), row("warmup", 0, 0, 26, rate=0.01), row("reinforce", 1, 0, 51, rate=0.01)]
     rows += [row("reinforce", 1, 0, 99, split="test")]
-    lines = page.settings_table(pd.DataFrame(rows)).split("\n")
-    assert lines[0] == "| labelled | priors | prior | warmup | all | agreement overlap | reinforce |"
+    rows += [row("fully_supervised", 0, 0, 70, rate=1.0)]
+    lines = page.summary_table(pd.DataFrame(rows)).split("\n")
+    assert lines[0] == f"| val mIoU | 5 %, {LLAVA} | 1 %, {LLAVA} |"
     assert lines[2:] == [
-        f"| 5 % | {LLAVA} |  |  | 50.5 (50.0 to 51.0) |  | 50.5 (50.0 to 51.0) |",
-        f"| 1 % | {LLAVA} |  | 26.0 (26.0 to 26.0) |  |  | 51.0 (51.0 to 51.0) |",
+        "| prior alone |  |  |",
+        "| labels alone, no priors |  |  |",
+        "| labels with priors (warm-up) |  | 26.0 (26.0 to 26.0) |",
+        "| best fixed rule (agreement, overlap) |  |  |",
+        "| **L2L** (reinforce) | 50.5 (50.0 to 51.0) | 51.0 (51.0 to 51.0) |",
+        "| all labels with priors | 70.0 (70.0 to 70.0) | 70.0 (70.0 to 70.0) |",
     ]
 
 
@@ -385,12 +390,12 @@ def test_later_rounds_are_compared_with_what_was_run_there() -> None:
     assert (lead.found, lead.met) == ("+3.00 to agreement overlap; seeds +3.00 (seeds 0 only)", None)
 
 
-def test_an_ablation_stands_in_the_results_but_not_in_the_short_table() -> None:
+def test_an_ablation_stands_in_the_results_but_not_in_the_summary() -> None:
     rows = full_rows()
     ablation = rows[rows["method"] == "reinforce"].assign(method="reinforce_blind")
     rows = pd.concat([rows, ablation])
     assert "| reinforce blind |" in page.page(rows)
-    assert "blind" not in page.short_table(rows)
+    assert "blind" not in page.summary_table(rows)
 
 
 def test_pictures_are_those_that_the_page_shows(tmp_path: Path) -> None:

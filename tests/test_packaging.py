@@ -81,8 +81,7 @@ def test_an_installed_wheel_predicts_outside_the_repository(wheel: Path, tmp_pat
 
     code = """
 import l2l_core
-from l2l_core.predictor import Predictor
-mask = Predictor.from_run("model", device="cpu").predict("photo.png", "the red circle")
+mask = l2l_core.Predictor.from_pretrained("model", device="cpu")("photo.png", "the red circle").mask
 print(l2l_core.__file__, mask.shape, mask.dtype)
 """
     assert run(sys.executable, "-c", code).split(maxsplit=1) == [str(site / "l2l_core/__init__.py"), "(30, 40) bool\n"]

@@ -276,7 +276,7 @@ def test_a_single_call_computes_one_pair_and_one_image(pairs):
     stub = Stub()
     stub.known_proposals = lambda: PROPOSALS
     stub.params = MODEL
-    mask = predictor(stub).predict(pairs.image_path[0], pairs.sentence[0])
+    mask = predictor(stub)(pairs.image_path[0], pairs.sentence[0]).mask
     assert mask.shape == tuple(pairs.hw[0])
     assert [len(image) for image in stub.encoded] == [1]
     assert [len(batch.sentence) for batch in stub.asked] == [1]
@@ -295,7 +295,7 @@ def test_a_folder_is_enough_to_use_a_model_from_anywhere(pairs, tmp_path):
     elsewhere.mkdir()
     code = (
         "import sys, numpy as np; from l2l_core.predictor import Predictor; "
-        "np.save('mask.npy', Predictor.from_run(sys.argv[1]).predict(sys.argv[2], sys.argv[3]))"
+        "np.save('mask.npy', Predictor.from_pretrained(sys.argv[1])(sys.argv[2], sys.argv[3]).mask)"
     )
     command = [sys.executable, "-c", code, tmp_path / "model", pairs.image_path[1], pairs.sentence[1]]
     subprocess.run(command, cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)

@@ -70,6 +70,31 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
         raise InputError(f"{path}: {_reason(error)}") from None
 
 
+def to_rgb(image: str | Path | Image.Image | NDArray[np.uint8], name: str = "image") -> NDArray[np.uint8]:
+    """An image in any form -> [H, W, 3] uint8 RGB.
+
+    image: path of a file (see `read_image`), a Pillow image, or an array [H, W, 3] (RGB) or [H, W] (gray), uint8. name:
+    what an error calls an image that has no path. Raises InputError for anything else.
+
+    >>> to_rgb(np.zeros((4, 6), np.uint8)).shape
+    (4, 6, 3)
+    """
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        try:
+            return _pixels(image)
+        except Exception as error:
+            raise InputError(f"{name}: {_reason(error)}") from None
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size:
+        if image.ndim == 2:
+            return np.repeat(image[..., None], 3, axis=2)
+        if image.ndim == 3 and image.shape[2] == 3:
+            return image
+    got = f"an array {list(image.shape)} {image.dtype}" if isinstance(image, np.ndarray) else repr(image)
+    raise InputError(f"{name}: got {got}, expected a path, a Pillow image, or an array [H, W, 3] or [H, W] of uint8")
+
+
 def inspect_images(paths: Sequence[Path], min_side_px: int) -> list[ImageFile | str]:
     """Read and decode every image; what was found, or in one line what is wrong with it, in the order of `paths`."""
     with ThreadPoolExecutor(thread_count()) as pool:  # decoding and hashing release the interpreter lock
@@ -123,19 +148,23 @@ def _inspect(path: Path, min_side_px: int) -> ImageFile | str:
 def _decode(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint8], bool]:
     """Pixels [H, W, 3] uint8 RGB, and whether an EXIF tag turns them. Raises whatever a decoder raises."""
     with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        if image.mode in DEEP_MODES:
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            pixels = np.repeat(grey[..., None], 3, axis=2)
-        elif image.mode in MODES:
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-        else:
-            raise ValueError(
-                f"its pixels are of Pillow's mode {image.mode}, expected grey, palette, RGB or CMYK of 8 bits, "
-                "or grey or RGB of 16 bits"
-            )
+        pixels = _pixels(image)  # first: Pillow turns a TIFF upright when it decodes it
         return pixels, _is_turned(image)
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """[H, W, 3] uint8 RGB. Raises whatever a decoder raises."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    if image.mode in DEEP_MODES:
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in MODES:
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    raise ValueError(
+        f"its pixels are of Pillow's mode {image.mode}, expected grey, palette, RGB or CMYK of 8 bits, "
+        "or grey or RGB of 16 bits"
+    )
 
 
 def _is_turned(image: Image.Image) -> bool:

@@ -6,20 +6,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-from dvc.exceptions import DvcException, InvalidArgumentError
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.scm import SCMError
-from dvc.utils.hydra import apply_overrides
 
-from l2l_core.config import Params, load_params
+from l2l_core.config import Params
 from l2l_core.device import choose_device
 from l2l_core.engine.beside import find_places
-from l2l_core.errors import ConfigError, InputError, L2LError, raise_all
+from l2l_core.errors import InputError, L2LError, raise_all
 from l2l_core.memory import available_bytes
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight import backends, inputs
@@ -37,46 +34,6 @@ REMEDIES = dict.fromkeys(("warmup", "crossfit-0", "crossfit", "retrain"), TRAINI
     "predict": "evaluate.batch_size",
 }
 """What to lower where the memory is short."""
-
-
-def overridden_params(overrides: Sequence[str]) -> Params:
-    """params.yaml with values changed as `dvc exp run -S key=value` changes them; the file stays as it is.
-
-    Raises ConfigError where a key is unknown or a value not allowed.
-    """
-    params = load_params(PARAMS_FILE)
-    if not overrides:
-        return params
-    with tempfile.TemporaryDirectory() as folder:
-        copy = shutil.copy(PARAMS_FILE, folder)
-        try:
-            apply_overrides(copy, list(overrides))
-            return load_params(copy)
-        except InvalidArgumentError as error:
-            _refuse_unknown_keys(overrides, params)
-            reason = str(error.__cause__).splitlines()[0]
-            raise ConfigError(f"-S {' -S '.join(overrides)}: {reason}; expected key=value of params.yaml") from None
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(copy, PARAMS_FILE)) from None
-
-
-def _refuse_unknown_keys(overrides: Sequence[str], params: Params) -> None:
-    """Name the first key that params.yaml does not have, and the one that looks most like it."""
-    known = list(_dotted(params.model_dump()))
-    for override in overrides:
-        key = override.partition("=")[0]
-        if key and not key.startswith(("+", "~")) and key not in known:  # Hydra's signs: add, delete
-            alike = get_close_matches(key, known, 1)
-            hint = f"; did you mean {alike[0]}?" if alike else ""
-            raise ConfigError(f"-S {override}: {PARAMS_FILE} has no {key}{hint}")
-
-
-def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every key of nested sections, the sections' own too: priors, priors.engine, priors.engine.device, ..."""
-    for name, value in section.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")
 
 
 def run_checks(params: Params, *, timing: bool, say: Say) -> None:

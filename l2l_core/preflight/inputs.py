@@ -15,7 +15,7 @@ from l2l_core.config import Params, RefShapesParams
 from l2l_core.data import splits
 from l2l_core.data.index import Index, summary
 from l2l_core.data.refshapes import write_refshapes
-from l2l_core.data.source import read_dataset
+from l2l_core.data.source import load_dataset
 from l2l_core.engine.jobs import fold_of_images
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.evaluation import evaluated_sentences
@@ -55,7 +55,12 @@ def read_data(params: Params, folder: Path) -> Data:
     started = time.monotonic()
     ingest = params.ingest
     with peak_of() as peak:
-        index = read_dataset(dataset, ingest.images, ingest.split_by, ingest.min_image_side_px)
+        index = load_dataset(
+            dataset,
+            images=ingest.images,
+            split_by=ingest.split_by,
+            min_image_side_px=ingest.min_image_side_px,
+        )
     read_s = (time.monotonic() - started) / share
     names = ("images", "refs", "objects", "masks")
     paths = records.IndexPaths(**{name: folder / f"{name}.parquet" for name in names})

@@ -115,6 +115,9 @@ def parse_answer(
     guessed. `coord_space` says whether y comes before x, except where the axes are named.
 
     image_hw: original image. input_hw: image as the model saw it, needed for `resized_pixel` (ValueError without).
+
+    >>> parse_answer('{"bbox_2d": [100, 200, 300, 400]}', "norm1000", (480, 640)).bbox
+    (64.0, 96.0, 192.0, 192.0)
     """
     text = final_text(raw_text)
     frame = _frame(coord_space, image_hw, input_hw)

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from l2l_core.data.jsonl import read_jsonl
-from l2l_core.data.source import read_dataset
+from l2l_core.data.source import load_dataset
 from l2l_core.errors import InputError
 from l2l_core.masks import decode_rle
 
@@ -119,9 +119,9 @@ def test_images_may_lie_in_another_folder(folder, tmp_path):
     (folder / "photos").rename(folder / "elsewhere")
     path = write(folder, {"image": "a.png", "sentence": "cup"})
 
-    assert read_dataset(path, str(folder / "elsewhere"), "auto", 1).refs.num_rows == 1
+    assert load_dataset(path, images=str(folder / "elsewhere")).refs.num_rows == 1
     with pytest.raises(InputError, match=r"line 1: image .*a\.png: not found"):
-        read_dataset(folder, "auto", "auto", 1)
+        load_dataset(folder)
 
 
 def damage(folder: Path) -> None:
@@ -241,7 +241,7 @@ def test_turned_photos_are_warned_of(folder):
 def test_a_hidden_file_is_no_second_data_set(folder):
     path = write(folder, pair())
     (folder / "._pairs.jsonl").write_bytes(b"\0\5\26\7\0")
-    assert read_dataset(folder, "auto", "auto", 1).refs.equals(read_jsonl(path).refs)
+    assert load_dataset(folder).refs.equals(read_jsonl(path).refs)
 
 
 def test_all_bad_lines_are_reported_at_once(folder):

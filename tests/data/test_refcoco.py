@@ -17,7 +17,7 @@ from PIL import Image
 
 from l2l_core import records
 from l2l_core.data.refcoco import read_refcoco
-from l2l_core.data.source import find_layout, read_dataset
+from l2l_core.data.source import find_layout, load_dataset
 from l2l_core.errors import InputError, exit_code
 from l2l_core.masks import decode_rle
 from stages import ingest
@@ -192,7 +192,7 @@ def test_grefcoco_unites_several_targets_and_leaves_out_those_without(tiny_refco
 
     tiny_refcoco.refs += [ref(1, [100, 999]), ref(2, [999, 100]), ref(3, [-1], no_target=True), ref(4, [-1])]
     tiny_refcoco.save("grefs(unc).json")
-    index = read_dataset(tiny_refcoco.folder, "auto", "unc", 1)
+    index = load_dataset(tiny_refcoco.folder, split_by="unc")
     assert index.warnings == (
         f"{tiny_refcoco.folder}/grefs(unc).json: 2 sentence(s) without a target (no_target) are left out",
     )
@@ -431,7 +431,7 @@ def test_boxes_only(tiny_refcoco):
 
 def test_layouts_are_told_apart(tiny_refcoco, tmp_path):
     assert find_layout(tiny_refcoco.folder) == ("refcoco", tiny_refcoco.folder)
-    read_dataset(tiny_refcoco.folder, "auto", "auto", 1)
+    load_dataset(tiny_refcoco.folder)
     for wrong, message in ((tmp_path / "none", "exists"), (tmp_path, "found neither")):
         with pytest.raises(InputError, match=message):
             find_layout(wrong)
@@ -439,7 +439,7 @@ def test_layouts_are_told_apart(tiny_refcoco, tmp_path):
     with pytest.raises(InputError, match=r"found refs\(unc\)\.p, pairs\.jsonl"):
         find_layout(tiny_refcoco.folder)
     with pytest.raises(InputError, match=r"ingest\.images"):
-        read_dataset(tiny_refcoco.folder, str(tmp_path / "no-such-folder"), "auto", 1)
+        load_dataset(tiny_refcoco.folder, images=str(tmp_path / "no-such-folder"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from synthetic_run import write_run
 
 from l2l_core import records
-from l2l_core.data.source import read_dataset
+from l2l_core.data.source import load_dataset
 from l2l_core.export import labels
 from l2l_core.masks import decode_rle, encode_rle
 
@@ -92,7 +92,7 @@ def test_the_index_categories_are_truth_and_stay_out(run, monkeypatch):
 def test_ingest_reads_the_lines_back(run, monkeypatch, polygons):
     """The round trip with the real reader: the same sentences, images and masks, pixel by pixel."""
     assert call(monkeypatch, "export", "coco", "--round", 1, "--out", "deep/out", *polygons) == 0
-    index = read_dataset("deep/out/pseudo_labels_round_1.jsonl", "auto", "auto", 16)
+    index = load_dataset("deep/out/pseudo_labels_round_1.jsonl", min_image_side_px=16)
     expected = accepted(1)
     refs = index.refs.to_pylist()
     assert [row["sent_id"] for row in refs] == sorted(expected)

@@ -21,7 +21,6 @@ from called import call
 from bench.params import merged
 from l2l_core.config import load_params
 from l2l_core.preflight import checks
-from l2l_core.preflight.checks import overridden_params
 from l2l_core.preflight.estimate import Stage
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +158,7 @@ def test_the_embedded_data_set_is_sampled_before_it_is_drawn(project, monkeypatc
 def test_parameters_can_be_changed_as_dvc_changes_them(project, monkeypatch, capsys):
     said = checked(monkeypatch, capsys, "--no-timing", "-S", "round=0", "-S", "train.lr=1e-5")
     assert "retrain@1" not in said
-    assert overridden_params(["train.lr=1e-5", "select.candidates=[teacher]"]).train.lr == 1e-5
+    assert load_params(overrides=["train.lr=1e-5", "select.candidates=[teacher]"]).train.lr == 1e-5
     assert load_params().round == 2
 
 
