@@ -6,8 +6,8 @@ import platform
 
 import torch
 
-from l2l_core.device import computes_bf16
-from l2l_core.threads import usable_cores
+from l2l_core.core.device import computes_bf16
+from l2l_core.core.threads import usable_cores
 
 
 def capabilities() -> dict[str, object]:

@@ -20,12 +20,12 @@ import torch
 from transformers import AutoBackbone, SwinConfig
 
 from bench.capabilities import capabilities
-from l2l_core import predictor as predictor_module
 from l2l_core.config import load_params
 from l2l_core.data.augment import mirror
-from l2l_core.data.dataset import BatchMaker
+from l2l_core.data.pairs import BatchMaker
+from l2l_core.model import predictor as predictor_module
+from l2l_core.model.predictor import Predictor, bare_pairs
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.predictor import Predictor, bare_pairs
 
 RESULTS = Path(__file__).resolve().parent / "results" / "encode_once.jsonl"
 SENTENCES_PER_IMAGE = 7  # RefCOCO has 7.1

@@ -47,8 +47,8 @@ from bench import default_run
 from bench.capabilities import capabilities
 from bench.params import merged
 from l2l_core.config import load_params
-from l2l_core.engine.jobs import labeled_stream, new_network
-from l2l_core.engine.loop import train
+from l2l_core.training.loop import train
+from l2l_core.training.runs import labeled_stream, new_network
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "gpu"

@@ -20,7 +20,7 @@ bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, 
     no_prior_miou                   the same model asked without priors; none of the prior itself
     lost_objects, lost_borders      points that miou lacks of 100, in sentences below and above an IoU of 0.5
     auroc .. foreground_error_kept  of the round's pseudo-labels, against the truth that no model saw: see
-                                    `label_quality` in l2l_core/evaluation.py (miou_* is called label_miou_* here)
+                                    `label_quality` in l2l_core/evaluation/evaluate.py (there miou_*, here label_miou_*)
     steps                           that trained the model
     seconds                         wall time of the run's last call, in which the cache answered what was known
     edition, dataset, device, commit  see EDITION; missing in the first
@@ -56,9 +56,9 @@ from bench import label_efficiency_page
 from bench.label_efficiency_page import FULLY_SUPERVISED, ROUND_0, WARMUP
 from bench.params import BENCHMARK, EDITION, merged
 from bench.vlm import MODEL
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams
-from l2l_core.evaluation import CURVES_FOLDER, GOOD_IOU, method_scores
+from l2l_core.evaluation.evaluate import CURVES_FOLDER, GOOD_IOU, method_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "label_efficiency"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bench.docs import markdown, put
 from bench.params import EDITION
-from l2l_core.evaluation import GOOD_IOU
+from l2l_core.evaluation.evaluate import GOOD_IOU
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

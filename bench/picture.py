@@ -19,10 +19,11 @@ import yaml
 from matplotlib.figure import Figure
 
 from bench.default_run import CLONE, ROOT
-from l2l_core import overlays, records
-from l2l_core.data.images import read_image
-from l2l_core.evaluation import GOOD_IOU, read_history
-from l2l_core.masks import decode_rle
+from l2l_core.artifacts import records
+from l2l_core.core.images import read_image
+from l2l_core.core.masks import decode_rle
+from l2l_core.evaluation.evaluate import GOOD_IOU, read_history
+from l2l_core.viz import overlays
 
 PICTURE = ROOT / "docs" / "images" / "example.png"
 SIDE_PX = 224

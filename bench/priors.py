@@ -29,18 +29,20 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from bench import docs, refshapes
-from l2l_core import grabcut, proposals, records
+from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams, load_params
-from l2l_core.data.images import read_image
-from l2l_core.data.index import Index
-from l2l_core.data.source import load_dataset
-from l2l_core.evaluation import cut_proposal
-from l2l_core.geometry import area_xyxy, iou_xyxy, xywh_to_xyxy
-from l2l_core.masks import intersection_union_px
-from l2l_core.priors.ask import ask_table, make_backend, make_questions
-from l2l_core.priors.coords import qwen_input_hw
-from l2l_core.priors.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
-from l2l_core.priors.interpret import interpret
+from l2l_core.core import grabcut
+from l2l_core.core.boxes import area_xyxy, iou_xyxy, xywh_to_xyxy
+from l2l_core.core.images import read_image
+from l2l_core.core.masks import intersection_union_px
+from l2l_core.datasets.index import Index
+from l2l_core.datasets.read import load_dataset
+from l2l_core.evaluation.evaluate import cut_proposal
+from l2l_core.mllm.coords import qwen_input_hw
+from l2l_core.mllm.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
+from l2l_core.mllm.query import ask_table, make_backend, make_questions
+from l2l_core.priors import proposals
+from l2l_core.priors.table import interpret
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "priors"

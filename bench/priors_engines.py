@@ -30,10 +30,10 @@ from PIL import Image
 from bench import docs
 from bench.tiny_qwen import save_tiny_qwen
 from l2l_core.config import PriorsParams, load_params
-from l2l_core.priors.hf import TransformersEngine
-from l2l_core.priors.mllm import Engine, Request
-from l2l_core.priors.prompt import answer_schema, prompt_text
-from l2l_core.priors.vllm import VllmEngine
+from l2l_core.mllm.engine import Engine, Request
+from l2l_core.mllm.engine_transformers import TransformersEngine
+from l2l_core.mllm.engine_vllm import VllmEngine
+from l2l_core.mllm.prompt import answer_schema, prompt_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "priors_engines.jsonl"

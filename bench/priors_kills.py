@@ -27,7 +27,7 @@ from PIL import Image
 
 from bench.params import merged
 from bench.stub_server import Reply, Stub, completion, sentence_of, serve, some_box
-from l2l_core import records
+from l2l_core.artifacts import records
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "priors_kills"

@@ -22,8 +22,8 @@ import pandas as pd
 from bench import docs
 from bench.params import BENCHMARK
 from l2l_core.config import RefShapesParams
-from l2l_core.data.refshapes import write_refshapes
-from l2l_core.data.refshapes_solver import COLOUR_WORDS, SHAPE_WORDS
+from l2l_core.refshapes.dataset import write_refshapes
+from l2l_core.refshapes.solver import COLOUR_WORDS, SHAPE_WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "work" / "refshapes"

@@ -46,19 +46,20 @@ from bench.docs import markdown, put
 from bench.label_efficiency import ROOT
 from bench.label_efficiency import WORK as SHARED
 from bench.params import BENCHMARK, merged
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
-from l2l_core.data.dataset import load_targets
-from l2l_core.data.inputs import batches_of, pairs_of
-from l2l_core.engine.jobs import fold_of_images, labeled_stream, part_of
-from l2l_core.engine.labeling import judge_labeled, judge_out_of_fold
-from l2l_core.metrics import auroc
-from l2l_core.predictor import Predictor
-from l2l_core.seeds import derive_seed
-from l2l_core.selection.decide import decide
-from l2l_core.selection.features import Candidates, Outcome
-from l2l_core.selection.reinforce import train_policy
-from l2l_core.selection.reward import RIGHT_IOU, utility
+from l2l_core.core.metrics import auroc
+from l2l_core.core.seeding import derive_seed
+from l2l_core.data.folds import fold_of_images
+from l2l_core.data.load import batches_of, pairs_of
+from l2l_core.data.pairs import load_targets
+from l2l_core.model.predictor import Predictor
+from l2l_core.pseudo_labels.features import Candidates, Outcome
+from l2l_core.pseudo_labels.generate import judge_labeled, judge_out_of_fold
+from l2l_core.pseudo_labels.reinforce import train_policy
+from l2l_core.pseudo_labels.reward import RIGHT_IOU, utility
+from l2l_core.pseudo_labels.select import decide
+from l2l_core.training.runs import labeled_stream, part_of
 
 WORK = ROOT / "bench" / "work" / "rewards"
 RESULTS = ROOT / "bench" / "results" / "rewards.jsonl"

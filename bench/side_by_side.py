@@ -20,9 +20,9 @@ import torch
 from bench.capabilities import capabilities
 from bench.training import random_batch
 from l2l_core.config import load_params
-from l2l_core.engine.beside import Places, run_beside
 from l2l_core.model.losses import segmentation_loss
 from l2l_core.model.segmenter import Segmenter
+from l2l_core.training.beside import Places, run_beside
 
 RESULTS = Path(__file__).resolve().parent / "results" / "side_by_side.jsonl"
 TRAININGS, TURNS, STEPS = 2, 3, 40

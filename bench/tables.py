@@ -26,8 +26,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from l2l_core import records
-from l2l_core.masks import decode_rle, encode_rle, intersection_union_px, resize_mask, segmentation_to_rle
+from l2l_core.artifacts import records
+from l2l_core.core.masks import decode_rle, encode_rle, intersection_union_px, resize_mask, segmentation_to_rle
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "tables"

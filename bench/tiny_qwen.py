@@ -16,7 +16,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from l2l_core.priors.prompt import prompt_text
+from l2l_core.mllm.prompt import prompt_text
 
 ENDS, STARTS, STOPS, IMAGE_STARTS, IMAGE_STOPS, IMAGE, VIDEO = SPECIAL = [
     "<|endoftext|>",

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from l2l_core.config import load_params
-from l2l_core.data.dataset import Batch
+from l2l_core.data.pairs import Batch
 from l2l_core.model.losses import segmentation_loss
 from l2l_core.model.segmenter import Segmenter
 

@@ -27,11 +27,11 @@ from matplotlib import pyplot
 
 from bench import docs, refshapes
 from bench.priors import PARAMS, answer, join, judge, rates, save_index
-from l2l_core import records
-from l2l_core.data.source import load_dataset
-from l2l_core.device import resolve_precision
-from l2l_core.metrics import auroc
-from l2l_core.priors.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
+from l2l_core.artifacts import records
+from l2l_core.core.device import resolve_precision
+from l2l_core.core.metrics import auroc
+from l2l_core.datasets.read import load_dataset
+from l2l_core.mllm.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "vlm.jsonl"

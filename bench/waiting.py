@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import docs
-from l2l_core.threads import SPIN_COUNT
+from l2l_core.core.threads import SPIN_COUNT
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "waiting.jsonl"
@@ -64,7 +64,7 @@ def training(precision: str) -> tuple[Callable[[], None], int]:
 
     from bench.training import SENTENCE, random_batch
     from l2l_core.config import load_params
-    from l2l_core.device import autocast
+    from l2l_core.core.device import autocast
     from l2l_core.model.losses import segmentation_loss
     from l2l_core.model.segmenter import Segmenter
 
@@ -91,9 +91,9 @@ def ask(precision: str) -> tuple[Callable[[], None], int]:
     from PIL import Image
 
     from l2l_core.config import load_params
-    from l2l_core.priors.hf import TransformersEngine
-    from l2l_core.priors.mllm import Request
-    from l2l_core.priors.prompt import prompt_text
+    from l2l_core.mllm.engine import Request
+    from l2l_core.mllm.engine_transformers import TransformersEngine
+    from l2l_core.mllm.prompt import prompt_text
 
     priors = load_params().priors
     engine = priors.engine.model_copy(update={"device": "cpu"})

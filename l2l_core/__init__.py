@@ -1,15 +1,17 @@
 """L2L: learn a referring expression segmentation model from few labeled and many unlabeled pairs.
 
-import l2l_core as l2l
+    import l2l_core as l2l
 
-predictor = l2l.Predictor.from_pretrained("data/rounds/2/model")
-result = predictor("photo.jpg", "the dog on the left")  # .mask [H, W] bool, .prob [H, W] float32, .score
+    predictor = l2l.Predictor.from_pretrained("data/rounds/2/model")
+    result = predictor("photo.jpg", "the dog on the left")  # .mask [H, W] bool, .prob [H, W] float32, .score
+
+Public names are imported when they are first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from l2l_core.threads import set_thread_policy
+from l2l_core.core.threads import set_thread_policy
 
 __version__ = "0.1.0"
 
@@ -17,31 +19,31 @@ set_thread_policy()  # here, since Python runs this file before any other of the
 
 if TYPE_CHECKING:
     from l2l_core.config import load_params as load_params
-    from l2l_core.data.images import to_rgb as to_rgb
-    from l2l_core.data.source import load_dataset as load_dataset
+    from l2l_core.core.images import to_rgb as to_rgb
+    from l2l_core.core.masks import decode_rle as decode_rle
+    from l2l_core.core.masks import encode_rle as encode_rle
+    from l2l_core.core.metrics import segmentation_scores as segmentation_scores
+    from l2l_core.datasets.read import load_dataset as load_dataset
     from l2l_core.errors import L2LError as L2LError
-    from l2l_core.masks import decode_rle as decode_rle
-    from l2l_core.masks import encode_rle as encode_rle
-    from l2l_core.metrics import segmentation_scores as segmentation_scores
-    from l2l_core.predictor import Prediction as Prediction
-    from l2l_core.predictor import Predictor as Predictor
+    from l2l_core.model.predictor import Prediction as Prediction
+    from l2l_core.model.predictor import Predictor as Predictor
     from l2l_core.priors.parse import parse_answer as parse_answer
-    from l2l_core.proposals import render_box as render_box
-    from l2l_core.proposals import render_point as render_point
+    from l2l_core.priors.proposals import render_box as render_box
+    from l2l_core.priors.proposals import render_point as render_point
 
 _HOMES = {
     "L2LError": "l2l_core.errors",
-    "Prediction": "l2l_core.predictor",
-    "Predictor": "l2l_core.predictor",
-    "decode_rle": "l2l_core.masks",
-    "encode_rle": "l2l_core.masks",
-    "load_dataset": "l2l_core.data.source",
+    "Prediction": "l2l_core.model.predictor",
+    "Predictor": "l2l_core.model.predictor",
+    "decode_rle": "l2l_core.core.masks",
+    "encode_rle": "l2l_core.core.masks",
+    "load_dataset": "l2l_core.datasets.read",
     "load_params": "l2l_core.config",
     "parse_answer": "l2l_core.priors.parse",
-    "render_box": "l2l_core.proposals",
-    "render_point": "l2l_core.proposals",
-    "segmentation_scores": "l2l_core.metrics",
-    "to_rgb": "l2l_core.data.images",
+    "render_box": "l2l_core.priors.proposals",
+    "render_point": "l2l_core.priors.proposals",
+    "segmentation_scores": "l2l_core.core.metrics",
+    "to_rgb": "l2l_core.core.images",
 }
 """Public names and their modules, which are imported when a name is first used: torch alone takes seconds."""
 

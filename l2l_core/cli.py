@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from l2l_core.artifacts.records import METRICS_PATH, REPORT_PATH
+from l2l_core.artifacts.rounds import model_folder, newest_round
+from l2l_core.core.files import added_to, end_on_sigterm
 from l2l_core.errors import ArtifactError, InputError, exit_code
-from l2l_core.newest import model_folder, newest_round
-from l2l_core.outputs import added_to, end_on_sigterm
-from l2l_core.records import METRICS_PATH, REPORT_PATH
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from l2l_core.data.importers.entries import Imported
+    from l2l_core.datasets.importers.entries import Imported
 
 WARMUP = "round 0 (warm-up)"
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
@@ -71,7 +71,7 @@ def run(context: typer.Context) -> None:
     Says how many stages are done and about how long the others take. Passes all arguments to `dvc repro` and returns
     its exit code.
     """
-    from l2l_core.repro import reproduce
+    from l2l_core.reporting.run import reproduce
 
     raise typer.Exit(reproduce(context.args))
 
@@ -88,7 +88,7 @@ def compare(
 
     Parameters that differ, scores side by side, and how the same sentences fared in each.
     """
-    from l2l_core.compare import read_experiment, render_comparison
+    from l2l_core.reporting.compare import read_experiment, render_comparison
 
     page, differences = render_comparison([read_experiment(run) for run in runs])
     with added_to(out) as folder:
@@ -118,11 +118,11 @@ def predict(
 
     Writes mask and overlay of every pair as PNG, and predictions.jsonl with the masks as run lengths.
     """
-    from l2l_core import predictions
     from l2l_core.config import load_params
-    from l2l_core.data.index import turned_note
-    from l2l_core.masks import rle_area_px_all
-    from l2l_core.predictor import Predictor
+    from l2l_core.core.masks import rle_area_px_all
+    from l2l_core.datasets.index import turned_note
+    from l2l_core.inference import predict_files as predictions
+    from l2l_core.model.predictor import Predictor
 
     if pairs and words:
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
@@ -158,7 +158,7 @@ def serve(
     Shows prior, proposal and mask of an uploaded image and a sentence. Needs the extra `serve`.
     """
     from l2l_core.config import load_params
-    from l2l_core.serve import Desk, open_page, require_gradio
+    from l2l_core.inference.serve import Desk, open_page, require_gradio
 
     require_gradio()
     folder, params = model_folder(run), load_params()
@@ -260,8 +260,8 @@ def fetch(
     continues where it ended.
     """
     from l2l_core.config import load_params
-    from l2l_core.data.fetch import RECORD, fetch, track
-    from l2l_core.data.published import ARCHIVES
+    from l2l_core.datasets.download import RECORD, fetch, track
+    from l2l_core.datasets.published import ARCHIVES
 
     unknown = [name for name in names if name not in ARCHIVES]
     if unknown:
@@ -291,7 +291,7 @@ def import_coco(
     out: PairsFolder,
 ) -> None:
     """COCO annotations and a file of sentences about them."""
-    from l2l_core.data.importers import coco
+    from l2l_core.datasets.importers import coco
 
     _write_pairs(coco.import_coco(instances, sentences, images, out), out)
 
@@ -304,7 +304,7 @@ def import_label_studio(
     skip_unknown: SkipUnknown = False,
 ) -> None:
     """Label Studio's JSON export, such as that of reviewed tasks of `l2l export label-studio`."""
-    from l2l_core.data.importers import label_studio
+    from l2l_core.datasets.importers import label_studio
 
     _write_pairs(label_studio.import_label_studio(export, images, out, skip_unknown=skip_unknown), out)
 
@@ -316,13 +316,13 @@ def import_labelme(
     skip_unknown: SkipUnknown = False,
 ) -> None:
     """JSON files of LabelMe, X-AnyLabeling or ReasonSeg beside their images."""
-    from l2l_core.data.importers import labelme
+    from l2l_core.datasets.importers import labelme
 
     _write_pairs(labelme.import_labelme(folder, out, skip_unknown=skip_unknown), out)
 
 
 def _write_pairs(imported: Imported, out: Path) -> None:
-    from l2l_core.data.importers.entries import FILE_NAME
+    from l2l_core.datasets.importers.entries import FILE_NAME
 
     if (out / FILE_NAME).exists():
         raise InputError(

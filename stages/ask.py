@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.engine.resume import scratch_folder
+from l2l_core.core.files import scratch_folder
 from l2l_core.errors import exit_code
-from l2l_core.priors.ask import ask_all, asking_key, make_backend, make_questions
-from l2l_core.priors.interpreter import go_on_in
+from l2l_core.mllm.interpreter import go_on_in
+from l2l_core.mllm.query import ask_all, asking_key, make_backend, make_questions
 
 
 def main() -> None:

@@ -6,12 +6,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
-from l2l_core.engine.beside import Training, end_with_parent, train_all
-from l2l_core.engine.folds import folds_key, learn_nothing_new, train_teacher
-from l2l_core.engine.resume import copy_whole, scratch_folder
+from l2l_core.core.files import copy_whole, scratch_folder
 from l2l_core.errors import exit_code
+from l2l_core.training.beside import Training, end_with_parent, train_all
+from l2l_core.training.folds import folds_key, learn_nothing_new, train_teacher
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.data.index import summary
-from l2l_core.data.source import load_dataset
+from l2l_core.datasets.index import summary
+from l2l_core.datasets.read import load_dataset
 from l2l_core.errors import exit_code
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.priors.interpret import interpret, precision_of, summarize
+from l2l_core.priors.table import interpret, precision_of, summarize
 
 
 def main() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.proposal_fit import fit_proposals
-from l2l_core.proposals import make_proposals
+from l2l_core.priors.fit import fit_proposals
+from l2l_core.priors.proposals import make_proposals
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from l2l_core.config import EMBEDDED_DATASET, load_params
-from l2l_core.data.refshapes import write_refshapes
 from l2l_core.errors import exit_code
+from l2l_core.refshapes.dataset import write_refshapes
 
 
 def main() -> None:

@@ -7,13 +7,13 @@ import json
 
 import pandas as pd
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.data.images import read_image
+from l2l_core.core.images import read_image
 from l2l_core.errors import ArtifactError, exit_code
-from l2l_core.evaluation import CURVES_FOLDER, read_history
-from l2l_core.gallery import Run
-from l2l_core.report import render_report
+from l2l_core.evaluation.evaluate import CURVES_FOLDER, read_history
+from l2l_core.reporting.gallery import Run
+from l2l_core.reporting.report import render_report
 
 
 def main() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.engine.jobs import (
+from l2l_core.errors import exit_code
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
     labeled_stream,
@@ -16,8 +18,6 @@ from l2l_core.engine.jobs import (
     pseudo_stream,
     run_training,
 )
-from l2l_core.errors import exit_code
-from l2l_core.model.segmenter import Segmenter
 
 
 def main() -> None:

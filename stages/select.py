@@ -5,22 +5,22 @@ from __future__ import annotations
 import argparse
 import time
 
-from l2l_core import records
+from l2l_core.artifacts import records
+from l2l_core.artifacts.curves import write_rows
 from l2l_core.config import load_params
-from l2l_core.device import print_device
-from l2l_core.engine.curves import write_rows
-from l2l_core.engine.labeling import (
+from l2l_core.core.device import print_device
+from l2l_core.core.seeding import derive_seed
+from l2l_core.errors import exit_code
+from l2l_core.model.predictor import Predictor
+from l2l_core.pseudo_labels.generate import (
     images_of,
     judge_out_of_fold,
     judge_unlabeled,
     label_unlabeled,
     pseudo_label_table,
 )
-from l2l_core.errors import exit_code
-from l2l_core.predictor import Predictor
-from l2l_core.seeds import derive_seed
-from l2l_core.selection.decide import decide
-from l2l_core.selection.reinforce import CURVE_COLUMNS, train_policy
+from l2l_core.pseudo_labels.reinforce import CURVE_COLUMNS, train_policy
+from l2l_core.pseudo_labels.select import decide
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.data import splits
+from l2l_core.datasets import splits
 from l2l_core.errors import exit_code
 
 

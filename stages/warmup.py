@@ -6,11 +6,13 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
-from l2l_core.data.inputs import sentences_of
-from l2l_core.engine.beside import Training, end_with_parent, train_all
-from l2l_core.engine.jobs import (
+from l2l_core.core.files import copy_whole, fingerprint, scratch_folder
+from l2l_core.data.load import sentences_of
+from l2l_core.errors import exit_code
+from l2l_core.training.beside import Training, end_with_parent, train_all
+from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
     labeled_stream,
@@ -18,8 +20,6 @@ from l2l_core.engine.jobs import (
     run_training,
     training_settings,
 )
-from l2l_core.engine.resume import copy_whole, fingerprint, scratch_folder
-from l2l_core.errors import exit_code
 
 WARMUP, SUPERVISED = "warmup", "supervised"
 FOLDERS = {SUPERVISED: records.SUPERVISED_FOLDER, WARMUP: records.round_folder(0)}

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from l2l_core import records
-from l2l_core.masks import encode_rle
+from l2l_core.artifacts import records
+from l2l_core.core.masks import encode_rle
 
 WORDS = ("left", "right", "dark", "bright", "big", "small", "upper", "lower")
 TRAP = '<script>alert("pwned")</script> & the "dot"'

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from l2l_core import records
-from l2l_core.data.jsonl import read_jsonl
-from l2l_core.masks import decode_rle
-from l2l_core.priors.replay import load_recorded
+from l2l_core.artifacts import records
+from l2l_core.core.masks import decode_rle
+from l2l_core.datasets.jsonl import read_jsonl
+from l2l_core.mllm.replay import load_recorded
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TABLETOP = EXAMPLES / "tabletop"

@@ -15,9 +15,9 @@ from PIL import Image
 from toy_pairs import toy_network, toy_pairs
 
 import l2l_core as l2l
-from l2l_core.data.dataset import BatchMaker
-from l2l_core.masks import decode_rle
-from l2l_core.predictor import bare_pairs
+from l2l_core.core.masks import decode_rle
+from l2l_core.data.pairs import BatchMaker
+from l2l_core.model.predictor import bare_pairs
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {

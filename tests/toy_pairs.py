@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2l_core.config import ModelParams, Params, TrainEngineParams, TrainParams, load_params
-from l2l_core.data.dataset import BatchMaker, Pairs, Targets
-from l2l_core.masks import encode_rle
+from l2l_core.core.masks import encode_rle
+from l2l_core.data.pairs import BatchMaker, Pairs, Targets
 from l2l_core.model.segmenter import Segmenter
 
 PARAMS_FILE = Path(__file__).resolve().parents[1] / "params.yaml"

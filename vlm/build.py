@@ -19,9 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from l2l_core.data import refshapes_language, refshapes_solver
-from l2l_core.priors.prompt import prompt_text
-from l2l_core.priors.simulated import describe_sentence
+from l2l_core.mllm.prompt import prompt_text
+from l2l_core.mllm.simulated import describe_sentence
+from l2l_core.refshapes import language as refshapes_language
+from l2l_core.refshapes import solver as refshapes_solver
 from vlm.scenes import GRID, IMAGE_SIZE_PX, PATCH_PX
 
 PROMPT, COORD_SPACE = "box-2", "percent"

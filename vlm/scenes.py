@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from l2l_core.data.refshapes_language import STYLES, say
-from l2l_core.data.refshapes_scene import COLOURS, OBJECTS_RANGE, SHAPES, SIZES, TEXTURES, draw_scene
-from l2l_core.data.refshapes_solver import measure, solve
-from l2l_core.progress import progress
+from l2l_core.core.progress import progress
+from l2l_core.refshapes.language import STYLES, say
+from l2l_core.refshapes.scene import COLOURS, OBJECTS_RANGE, SHAPES, SIZES, TEXTURES, draw_scene
+from l2l_core.refshapes.solver import measure, solve
 
 SEED = 2_000_003
 """First number of every scene's random stream. Those of the data set begin with `refshapes.seed`, which must differ."""

@@ -1,1 +1,1 @@
-"""Readers, the embedded data set, splits, and the samples that training sees."""
+"""Tables -> pairs and targets -> batches."""

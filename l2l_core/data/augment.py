@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2l_core.data.dataset import Batch
+from l2l_core.data.pairs import Batch
 
 MAX_SCALE = 0.1
 """Zoom of the strong view, either way: objects keep their size class and stay in their third of the image."""

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from l2l_core import records
+from l2l_core.artifacts import records
+from l2l_core.artifacts.rounds import rounds_with
 from l2l_core.config import MAX_ROUND
+from l2l_core.core.masks import rle_area_px, rle_area_px_all, rle_box_xyxy
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.export.outlines import to_segmentation
-from l2l_core.masks import rle_area_px, rle_area_px_all, rle_box_xyxy
-from l2l_core.newest import rounds_with
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
 """The only one: a pseudo-label says where, and the index's own categories are part of the truth."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from l2l_core.data.dataset import Batch
+from l2l_core.data.pairs import Batch
 from l2l_core.errors import ConfigError
 from l2l_core.model.segmenter import Segmenter
 

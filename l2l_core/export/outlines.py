@@ -8,7 +8,7 @@ import numpy as np
 from contourpy import FillType, contour_generator
 from numpy.typing import NDArray
 
-from l2l_core.masks import BoolMask, decode_rle
+from l2l_core.core.masks import BoolMask, decode_rle
 
 Segmentation = dict[str, object] | list[list[float]]
 

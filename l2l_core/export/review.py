@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from l2l_core.core.masks import BoolMask, decode_rle
 from l2l_core.export.outlines import mask_to_polygons
-from l2l_core.masks import BoolMask, decode_rle
 
 LABEL = "object"
 FROM_NAME, TO_NAME = "mask", "image"  # the tags of the labelling interface that the predictions name

@@ -1,1 +1,1 @@
-"""The segmentation network: encoders, guidance tokens, decoder and losses."""
+"""The network, from images and sentences to masks."""

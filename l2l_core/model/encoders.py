@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from l2l_core.core.optional import hidden
 from l2l_core.errors import ConfigError
-from l2l_core.optional import hidden
 
 # For what is not used here: spreading a model over devices, losses of detectors, and drafts by a second model.
 with hidden("accelerate", "scipy", "sklearn"):

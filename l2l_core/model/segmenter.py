@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from l2l_core.config import ModelParams, ProposalsParams
-from l2l_core.data.dataset import Batch
+from l2l_core.data.pairs import Batch
 from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.model.decoder import Decoder
 from l2l_core.model.encoders import (

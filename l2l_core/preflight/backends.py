@@ -8,19 +8,19 @@ from pathlib import Path
 import requests as http
 from transformers.utils import cached_file
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import ModelParams, Params, PriorsParams
-from l2l_core.data.index import shorten
-from l2l_core.device import choose_device, resolve_precision
-from l2l_core.device import describe_device as describe
+from l2l_core.core.device import choose_device, resolve_precision
+from l2l_core.core.device import describe_device as describe
+from l2l_core.datasets.index import shorten
 from l2l_core.errors import ConfigError, InputError
+from l2l_core.mllm.coords import resolve_coord_space
+from l2l_core.mllm.engine_openai import KEY_VARIABLE
+from l2l_core.mllm.interpreter import has_package
+from l2l_core.mllm.query import make_backend
+from l2l_core.mllm.replay import load_recorded
 from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.preflight.inputs import Data
-from l2l_core.priors.ask import make_backend
-from l2l_core.priors.coords import resolve_coord_space
-from l2l_core.priors.interpreter import has_package
-from l2l_core.priors.openai_http import KEY_VARIABLE
-from l2l_core.priors.replay import load_recorded
 
 SERVER_TIMEOUT_S = 5.0
 """A server that is up lists its models at once."""

@@ -14,15 +14,15 @@ from dvc.repo import Repo
 from dvc.scm import SCMError
 
 from l2l_core.config import Params
-from l2l_core.device import choose_device
-from l2l_core.engine.beside import find_places
+from l2l_core.core.device import choose_device
+from l2l_core.core.memory import available_bytes
 from l2l_core.errors import InputError, L2LError, raise_all
-from l2l_core.memory import available_bytes
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight import backends, inputs
 from l2l_core.preflight.estimate import Costs, Sizes, Stage, checkpoint_bytes, plan
 from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
 from l2l_core.preflight.memory import free_gpu_bytes
+from l2l_core.training.beside import find_places
 
 Say = Callable[[str], None]
 PARAMS_FILE = "params.yaml"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from l2l_core.config import Params
-from l2l_core.data.dataset import IMAGE_CACHE_BYTES
-from l2l_core.proposal_fit import renderings_of_fit
-from l2l_core.proposals import CHUNK_CELLS
+from l2l_core.data.pairs import IMAGE_CACHE_BYTES
+from l2l_core.priors.fit import renderings_of_fit
+from l2l_core.priors.proposals import CHUNK_CELLS
 
 VIEWS = 3
 """Ways in which a teacher is asked about a sentence that it labels: with prior, mirrored, without prior."""

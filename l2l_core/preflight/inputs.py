@@ -10,17 +10,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from l2l_core import records
+from l2l_core.artifacts import records
 from l2l_core.config import Params, RefShapesParams
-from l2l_core.data import splits
-from l2l_core.data.index import Index, summary
-from l2l_core.data.refshapes import write_refshapes
-from l2l_core.data.source import load_dataset
-from l2l_core.engine.jobs import fold_of_images
+from l2l_core.data.folds import fold_of_images
+from l2l_core.datasets import splits
+from l2l_core.datasets.index import Index, summary
+from l2l_core.datasets.read import load_dataset
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.evaluation import evaluated_sentences
+from l2l_core.evaluation.evaluate import evaluated_sentences
 from l2l_core.preflight.estimate import Counts
 from l2l_core.preflight.memory import peak_of
+from l2l_core.refshapes.dataset import write_refshapes
 
 SAMPLE_IMAGES = {"train_images": 64, "val_images": 8, "test_images": 8}
 """Drawn where the embedded data set is not there yet: about a second, and more than a batch of sentences."""

@@ -14,25 +14,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from l2l_core import proposals, records
+from l2l_core.artifacts import records
 from l2l_core.config import Params
-from l2l_core.data.dataset import BatchMaker, Pairs, Targets, load_pairs, load_targets
-from l2l_core.data.images import read_image
-from l2l_core.device import choose_device
-from l2l_core.engine.jobs import part_of
-from l2l_core.engine.loop import Stream, stream_sizes, train
-from l2l_core.engine.resume import CODE_ROOT
+from l2l_core.core.device import choose_device
+from l2l_core.core.files import CODE_ROOT
+from l2l_core.core.images import read_image
+from l2l_core.core.masks import BoolMask
+from l2l_core.core.threads import thread_count
+from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_pairs, load_targets
+from l2l_core.data.views import Views
 from l2l_core.errors import ConfigError
-from l2l_core.masks import BoolMask
+from l2l_core.model.predictor import Predictor
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.predictor import Predictor
 from l2l_core.preflight.estimate import VIEWS, Costs, Needs
 from l2l_core.preflight.memory import peak_of
-from l2l_core.proposal_fit import unfitted
-from l2l_core.selection.construct import construct
-from l2l_core.selection.features import Candidates, Views, describe, judge
-from l2l_core.selection.reinforce import train_policy
-from l2l_core.threads import thread_count
+from l2l_core.priors import proposals
+from l2l_core.priors.fit import unfitted
+from l2l_core.pseudo_labels.candidates import construct
+from l2l_core.pseudo_labels.features import Candidates, describe, judge
+from l2l_core.pseudo_labels.reinforce import train_policy
+from l2l_core.training.loop import Stream, stream_sizes, train
+from l2l_core.training.runs import part_of
 
 TRAINING_STEPS = 5
 """Measured after a first one, which pays for whatever is made once; their median counts."""
@@ -42,7 +44,7 @@ BUDGET_S = 12.0
 RENDERED = 4
 """Images that are fitted by GrabCut: each takes tens of milliseconds."""
 
-LIGHT_MODULE, NETWORK_MODULE = "l2l_core.priors.ask", "l2l_core.engine.labeling"
+LIGHT_MODULE, NETWORK_MODULE = "l2l_core.mllm.query", "l2l_core.pseudo_labels.generate"
 """What stages import that do without the network, and with it."""
 
 

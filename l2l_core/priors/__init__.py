@@ -1,1 +1,1 @@
-"""Semantic-spatial priors from a multimodal LLM: backends, prompt and parser."""
+"""Raw response -> prior -> soft proposal."""

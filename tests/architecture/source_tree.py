@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def module_name(path: Path) -> str:
-    """l2l_core/data/index.py -> l2l_core.data.index; a package's __init__.py is the package."""
+    """l2l_core/datasets/index.py -> l2l_core.datasets.index; a package's __init__.py is the package."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from l2l_core.data import augment
 from l2l_core.data.augment import mirror, mirror_sentence, strong_view
-from l2l_core.data.dataset import Batch
+from l2l_core.data.pairs import Batch
 
 SIDE = 64
 

@@ -8,10 +8,10 @@ from called import call
 from pycocotools.coco import COCO
 from synthetic_run import write_run
 
-from l2l_core import records
-from l2l_core.data.source import load_dataset
+from l2l_core.artifacts import records
+from l2l_core.core.masks import decode_rle, encode_rle
+from l2l_core.datasets.read import load_dataset
 from l2l_core.export import labels
-from l2l_core.masks import decode_rle, encode_rle
 
 EMPTY_ID = 6
 """A sentence whose accepted label is empty: nothing to export."""

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from synthetic_run import write_run
 
-from l2l_core import records
+from l2l_core.artifacts import records
+from l2l_core.core.masks import decode_rle, encode_rle
 from l2l_core.export.review import brush_rle, label_studio_tasks, review_scores
-from l2l_core.masks import decode_rle, encode_rle
 
 LABELS = pd.DataFrame(
     {

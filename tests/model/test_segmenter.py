@@ -7,7 +7,7 @@ import torch
 from scipy.ndimage import zoom
 from toy_pairs import MODEL, rows_of, toy_batches, toy_network, toy_pairs
 
-from l2l_core.data.dataset import Batch
+from l2l_core.data.pairs import Batch
 from l2l_core.errors import ArtifactError
 from l2l_core.model.segmenter import Output, Segmenter
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_project import Project, executed, make_project
 
-from l2l_core.data.published import SPLITS
+from l2l_core.datasets.published import SPLITS
 
 FETCH = (sys.executable, "-m", "l2l_core", "fetch", "refcoco")
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("fetch")]

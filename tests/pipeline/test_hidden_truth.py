@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny_project import Project
 
-from l2l_core import records
+from l2l_core.artifacts import records
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_pairs import toy_network, toy_pairs, toy_params
 
-from l2l_core.data import dataset
+from l2l_core.data import pairs as dataset
 from l2l_core.errors import ConfigError
 from l2l_core.preflight import measure as measuring
 from l2l_core.preflight.measure import TRAINING_STEPS, Sample, measure

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2l_core.priors.coords import COORD_SPACES, CoordSpace
+from l2l_core.mllm.coords import COORD_SPACES, CoordSpace
 from l2l_core.priors.parse import ParsedPrior, parse_answer
 
 HW = (480, 640)  # height, width

@@ -12,11 +12,11 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from l2l_core.config import load_params
-from l2l_core.data.refshapes import make_scene
-from l2l_core.data.refshapes_scene import draw_scene
-from l2l_core.data.refshapes_solver import measure, solve
+from l2l_core.mllm.prompt import keeps_to
 from l2l_core.priors.parse import parse_answer
-from l2l_core.priors.prompt import keeps_to
+from l2l_core.refshapes.dataset import make_scene
+from l2l_core.refshapes.scene import draw_scene
+from l2l_core.refshapes.solver import measure, solve
 from vlm.build import ANSWER, EOS, PROMPT, WIDTH, answer_text, make_config, make_tokenizer, question_text
 from vlm.losses import BLUR, Answers, Pointer
 from vlm.questions import IGNORED, PREFIX, Asked, Questions, see, visible

@@ -12,13 +12,13 @@ from safetensors import safe_open
 
 from bench.vlm import MODEL
 from l2l_core.config import PriorsParams, load_params
-from l2l_core.data.refshapes import make_scene
-from l2l_core.geometry import iou_xyxy
-from l2l_core.priors.backend import Answer, Question
-from l2l_core.priors.hf import TransformersEngine
-from l2l_core.priors.mllm import MllmBackend
+from l2l_core.core.boxes import iou_xyxy
+from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.engine import MllmBackend
+from l2l_core.mllm.engine_transformers import TransformersEngine
+from l2l_core.mllm.simulated import describe_sentence
 from l2l_core.priors.parse import parse_answer
-from l2l_core.priors.simulated import describe_sentence
+from l2l_core.refshapes.dataset import make_scene
 
 pytestmark = pytest.mark.xdist_group("refshapes_vlm")  # it is asked once
 

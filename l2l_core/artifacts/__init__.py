@@ -1,0 +1,1 @@
+"""The tables and files between stages: their columns, paths and rounds."""

@@ -1,0 +1,46 @@
+"""The newest round of the last run in the current folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from l2l_core.artifacts import records
+from l2l_core.errors import ArtifactError, InputError
+
+
+def rounds_with(part: str) -> list[int]:
+    """The rounds that have `part` ("model", "pseudo_labels.parquet"), in ascending order."""
+    rounds = records.round_folder(0).parent
+    return sorted(int(path.parent.name) for path in rounds.glob(f"*/{part}") if path.parent.name.isdecimal())
+
+
+def newest_round(part: str) -> int:
+    """The highest round of the last run that left `part` ("model", "pseudo_labels.parquet").
+
+    Later rounds are of a run before it, perhaps of another data set: DVC leaves what it does not need. Raises
+    ArtifactError where there is none.
+    """
+    rounds, numbers = records.round_folder(0).parent, rounds_with(part)
+    if not numbers:
+        raise ArtifactError(f"{rounds}: no round has {part}; run the pipeline first (dvc repro) in the project's root")
+    last = int(records.ROUND_PATH.read_text(encoding="utf-8")) if records.ROUND_PATH.is_file() else max(numbers)
+    own = [number for number in numbers if number <= last]
+    if not own:
+        raise ArtifactError(
+            f"{rounds}: no round up to {last} ({records.ROUND_PATH}: the last run) has {part}; what later rounds have "
+            "is of a run before: run the pipeline with more rounds, or name the round"
+        )
+    return max(own)
+
+
+def model_folder(run: Path | None) -> Path:
+    """Where the network lies: the newest round's, or `run`, which may be a round's folder or a model's.
+
+    Raises InputError where `run` is neither, ArtifactError where there is no round.
+    """
+    if run is None:
+        return records.round_folder(newest_round("model")) / "model"
+    for folder in (run / "model", run):
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError(f"--run: got {run}, expected a folder with a model, such as data/rounds/2")

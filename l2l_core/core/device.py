@@ -1,0 +1,99 @@
+"""Where a network computes and in which precision: both follow what PyTorch reports about the hardware."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from l2l_core.core.progress import is_first_process
+from l2l_core.errors import ConfigError
+
+Precision = Literal["bf16", "fp32"]
+
+CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Instructions that multiply bf16 numbers, as PyTorch names them: two of x86, two of ARM."""
+
+
+def choose_device(name: str, key: str = "train.engine.device") -> torch.device:
+    """The device that a parameter names; `auto` is CUDA if there is a GPU, else the CPU.
+
+    Apple's GPUs (`mps`) are used only by name: PyTorch lacks some operations there. Raises ConfigError where PyTorch
+    does not see the named device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"params.yaml: {key}: got 'cuda', but torch sees no CUDA device; use auto or cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"params.yaml: {key}: got 'mps', but torch sees no Apple GPU; use auto or cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16. Others emulate it, many times slower than they compute fp32."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)  # compute capability 8.0, or ROCm
+        case "mps":
+            return torch.backends.mps.is_macos_or_newer(14, 0)
+        case _:
+            known = torch.cpu.get_capabilities()
+            # oneDNN has the fast kernels; without it PyTorch computes bf16 by plain loops.
+            has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            return has_kernels and any(known.get(name, False) for name in CPU_BF16)
+
+
+def resolve_precision(
+    setting: str, device: torch.device, key: str = "train.precision", file: str = "params.yaml"
+) -> Precision:
+    """`auto` is bf16 where the device computes it natively, else fp32; `bf16` and `fp32` stay.
+
+    key, file: where an explicit bf16 comes from; where the device emulates bf16, one warning names them.
+    """
+    return "fp32" if setting == "fp32" else precision_where(computes_bf16(device), setting, device.type, key, file)
+
+
+def precision_where(native: bool, setting: str, kind: str, key: str, file: str = "params.yaml") -> Precision:
+    """`resolve_precision` for a device of which only this is known: whether it computes bf16 natively, and its kind."""
+    if setting == "bf16" and not native:
+        _warn_of_emulation(file, key, kind)
+    return "bf16" if setting == "bf16" or (native and setting == "auto") else "fp32"
+
+
+def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on a device."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Context in which PyTorch computes in a precision; fp32 changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def describe_device(device: torch.device, precision: Precision) -> str:
+    """`cpu (2 threads), fp32` or `cuda (NVIDIA H100), bf16`."""
+    kind = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
+    return f"{device.type} ({torch.cuda.get_device_name(device) if device.type == 'cuda' else kind}), {precision}"
+
+
+@cache
+def print_device(device: torch.device, precision: Precision) -> None:
+    """Print `device: cpu (2 threads), fp32`, once in a process however many networks it loads."""
+    if is_first_process():
+        print(f"device: {describe_device(device, precision)}", flush=True)
+
+
+@cache
+def _warn_of_emulation(file: str, key: str, kind: str) -> None:
+    if is_first_process():
+        print(
+            f"warning: {file}: {key}: got 'bf16', which this {kind} emulates, many times slower than fp32; "
+            "use auto or fp32",
+            file=sys.stderr,
+            flush=True,
+        )

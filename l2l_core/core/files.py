@@ -1,0 +1,122 @@
+"""Folders that are written whole or not at all, scratch folders that survive a kill, and fingerprints of files."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from l2l_core.core.progress import is_first_process
+from l2l_core.errors import ArtifactError, InputError
+
+CODE_ROOT = Path(__file__).resolve().parents[2]
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process by an exception, so that nothing half-written stays; with the shell's exit code."""
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+@contextmanager
+def added_to(folder: Path) -> Iterator[Path]:
+    """A folder to fill; its files move into `folder` when the block ends well, in the order of their names.
+
+    They replace files of the same name; when the block fails, `folder` stays as it was. Raises InputError where it
+    cannot be a folder.
+    """
+    folder = folder.resolve()
+    building = folder.with_name(f".{folder.name}.{os.getpid()}.building")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out: {folder} is a file, expected a folder")
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"--out: {folder} cannot be written: {error.strerror}; name another folder") from None
+    try:
+        yield building
+        folder.mkdir(exist_ok=True)
+        for file in sorted(building.iterdir()):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` when the block ends well, and leaves nothing when it does not.
+
+    Of several processes that were launched together, only the first may call it.
+    """
+    building = target.with_name(f".{target.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def copy_whole(source: Path | None, target: Path) -> None:
+    """Copy a folder by `whole_folder`, once where several processes were launched together; None: an empty one."""
+    if is_first_process():
+        with whole_folder(target) as folder:
+            if source:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def fingerprint(stage: str, settings: str, inputs: Iterable[Path]) -> str:
+    """Hex digest of the settings, of the bytes of all input files and of the library's code.
+
+    A checkpoint is only ever resumed by a run that would have written the same one.
+    """
+    digest = hashlib.sha256(f"{stage}\n{settings}\n".encode())
+    files = [file for path in inputs for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    code = [*CODE_ROOT.glob("l2l_core/**/*.py"), *CODE_ROOT.glob("stages/*.py")]
+    for name, file in sorted((str(file), file) for file in files) + sorted(
+        (str(file.relative_to(CODE_ROOT)), file) for file in code
+    ):
+        digest.update(f"{name}\n{file_sha256(file)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, which is read in blocks: it may be larger than the memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def scratch_folder(stage: str, key: str) -> Iterator[Path]:
+    """A locked folder that survives a kill and is removed when the block ends well.
+
+    Processes that were launched beside the first one read there what it wrote. Raises ArtifactError where another run
+    works on the same stage with the same inputs.
+    """
+    root = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
+    if not is_first_process():
+        yield root / f"{stage}-{key}"
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"{stage}-{key}"
+    with (root / f"{stage}-{key}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"{folder}: another process is running this stage; wait for it or end it") from None
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)
+        (root / f"{stage}-{key}.lock").unlink(missing_ok=True)

@@ -1,0 +1,17 @@
+"""Which fold a labeled image belongs to: the teacher of that fold never sees it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2l_core.core.seeding import folds_of, generator
+from l2l_core.errors import InputError
+
+
+def fold_of_images(image_row: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
+    """[N] fold of each pair; pairs of one image share a fold, and folds differ by at most one image."""
+    images = len(np.unique(image_row))
+    if images < folds:
+        raise InputError(f"select.folds: got {folds}, but only {images} images are labelled; lower it or label more")
+    return folds_of(image_row, folds, generator("folds", seed, folds))

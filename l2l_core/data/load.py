@@ -1,0 +1,43 @@
+"""The artifacts of earlier stages as batches and targets, by role. Truth is read for labelled pairs only."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2l_core.artifacts import records
+from l2l_core.config import Params
+from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_pairs, load_targets
+
+
+def sentences_of(role: str) -> NDArray[np.int64]:
+    """[N] sent_ids with a role (labeled, unlabeled, eval), in the split's order."""
+    split = records.to_frame(records.read_table(records.SPLIT_PATH, records.SPLIT))
+    return np.asarray(split.loc[split["role"] == role, "sent_id"].to_numpy(np.int64))
+
+
+def pairs_of(params: Params, role: str, *, with_priors: bool = True) -> Pairs:
+    """All pairs of a role; without priors each has the flat proposal."""
+    return load_pairs(
+        records.INDEX,
+        sentences_of(role),
+        records.PRIORS_PATH if with_priors else None,
+        records.PROPOSALS_PATH if with_priors else None,
+        params.proposals.size_px,
+        params.proposals.flat_prob,
+    )
+
+
+def batches_of(params: Params, pairs: Pairs) -> BatchMaker:
+    """The pairs as batches at the network's input size."""
+    return BatchMaker(pairs, params.model.image_size_px, params.proposals.flat_prob)
+
+
+def labeled_targets(pairs: Pairs) -> Targets:
+    """True masks of labelled pairs, from the split's own copy."""
+    return load_targets(records.LABELED_MASKS_PATH, records.INDEX, pairs)
+
+
+def corpus(pairs: list[Pairs]) -> list[str]:
+    """Every sentence and prior text that training may show: what a tokenizer built from scratch learns its words of."""
+    return [text for some in pairs for texts in (some.sentence, some.prior_text) for text in texts]

@@ -1,0 +1,312 @@
+"""Pairs (image, sentence, prior, proposal) as columns, their targets, and batches as tensors.
+
+`Pairs` never holds truth. What a sentence should teach is a separate `Targets`, which exists for labelled and
+pseudo-labelled pairs only, so that training on the truth of an unlabelled sentence is a type error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from l2l_core.artifacts import records
+from l2l_core.core.images import read_image
+from l2l_core.core.masks import decode_rle, resize_mask
+from l2l_core.errors import ArtifactError
+
+PRIOR_COLUMNS = ("sent_id", "sample_index", "target", "attributes", "relation", "bbox")
+"""What the network is shown of an answer, and whose it is."""
+IMAGE_CACHE_BYTES = 2 << 30
+"""Decoded images are kept in memory up to this size: all of a small data set, none of the cost for a large one."""
+BESIDE_VARIABLE = "L2L_TRAININGS_BESIDE"
+"""Number of trainings that run on this machine at once, this one included, and share IMAGE_CACHE_BYTES; missing: 1."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N image-sentence pairs; geometry is relative to the image (0..1 in x and y)."""
+
+    sent_id: NDArray[np.int64]  # [N]
+    sentence: list[str]
+    prior_text: list[str]  # target, attributes and relation as the MLLM named them; "" without a prior
+    image_row: NDArray[np.int64]  # [N] row of image_path
+    image_path: list[str]
+    image_hw: NDArray[np.int64]  # [images, 2] original height, width in pixels
+    box: NDArray[np.float32]  # [N, 4] x1 y1 x2 y2 in 0..1, zeros without a prior
+    has_box: NDArray[np.bool_]  # [N]
+    proposal: NDArray[np.uint8]  # [N, P, P], 0..255 is probability 0..1
+    proposal_score: NDArray[np.float32]  # [N], 0 without a prior
+
+    def __len__(self) -> int:
+        return len(self.sent_id)
+
+    def take(self, rows: NDArray[np.int64]) -> Pairs:
+        """The pairs of some rows, in that order."""
+        return Pairs(
+            sent_id=self.sent_id[rows],
+            sentence=[self.sentence[row] for row in rows],
+            prior_text=[self.prior_text[row] for row in rows],
+            image_row=self.image_row[rows],
+            image_path=self.image_path,
+            image_hw=self.image_hw,
+            box=self.box[rows],
+            has_box=self.has_box[rows],
+            proposal=self.proposal[rows],
+            proposal_score=self.proposal_score[rows],
+        )
+
+    def with_sent_ids(self, sent_ids: NDArray[np.int64]) -> Pairs:
+        """The pairs of some sentences, in that order. Raises ArtifactError where one is unknown."""
+        order = np.argsort(self.sent_id)
+        place = np.searchsorted(self.sent_id, sent_ids, sorter=order)
+        rows = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros(0, dtype=np.int64)
+        if len(rows) != len(sent_ids) or (self.sent_id[rows] != sent_ids).any():
+            raise ArtifactError("a table names a sent_id that the index lacks; run dvc repro")
+        return self.take(rows)
+
+    @property
+    def hw(self) -> NDArray[np.int64]:
+        """[N, 2] original height and width of each pair's image."""
+        return np.asarray(self.image_hw[self.image_row])
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What N pairs teach; masks are run lengths at the image's own size."""
+
+    label: list[bytes]
+    keep: list[bytes] | None = None  # pixels that may teach; None: all of them
+    weight: NDArray[np.uint8] | None = None  # [N, P, P], 0..255: they teach with weight 0..1; None: all with weight 1
+
+    def take(self, rows: NDArray[np.int64]) -> Targets:
+        """The targets of some rows, in that order."""
+        keep = None if self.keep is None else [self.keep[row] for row in rows]
+        weight = None if self.weight is None else self.weight[rows]
+        return Targets([self.label[row] for row in rows], keep, weight)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs as tensors; S is the training size, P the proposal's, L the number of text tokens."""
+
+    image: Tensor  # [B, 3, S, S] uint8, RGB
+    sentence: list[str]
+    prior_text: list[str]
+    box: Tensor  # [B, 4] float32, 0..1
+    has_box: Tensor  # [B] bool
+    proposal: Tensor  # [B, 1, P, P] float32, 0..1
+    proposal_score: Tensor  # [B] float32
+    label: Tensor | None = None  # [B, 1, S, S] float32, 0 or 1
+    keep: Tensor | None = None  # [B, 1, S, S] float32, 0..1: how much a pixel teaches
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all its tensors on a device."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)
+
+
+class ImageStore:
+    """Images by row, resized to the square that the network reads; keeps decoded ones while memory allows."""
+
+    def __init__(self, paths: Sequence[str], size_px: int, cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
+        self._paths = paths
+        self._size_px = size_px
+        self._cache: dict[int, NDArray[np.uint8]] = {}
+        self._room = cache_bytes // (3 * size_px * size_px)
+
+    def __getitem__(self, row: int) -> NDArray[np.uint8]:
+        """[S, S, 3] uint8 RGB."""
+        image = self._cache.get(row)
+        if image is None:
+            image = resize_image(read_image(self._paths[row]), self._size_px)
+            if len(self._cache) < self._room:
+                self._cache[row] = image
+        return image
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """Turns rows of pairs into batches of tensors."""
+
+    pairs: Pairs
+    size_px: int
+    flat_prob: float  # value of the proposal where there is no prior
+    cache_bytes: int = IMAGE_CACHE_BYTES  # of decoded images
+
+    @cached_property
+    def images(self) -> ImageStore:
+        """The images, decoded when first asked for."""
+        return ImageStore(self.pairs.image_path, self.size_px, self.cache_bytes)
+
+    def pixels(self, image_rows: NDArray[np.int64]) -> Tensor:
+        """Images by row [B] -> [B, 3, S, S] uint8 RGB. Raises InputError where one cannot be read."""
+        return torch.from_numpy(np.stack([self.images[row] for row in image_rows])).permute(0, 3, 1, 2)
+
+    def __call__(
+        self,
+        rows: NDArray[np.int64],
+        targets: Targets | None = None,
+        no_prior: NDArray[np.bool_] | None = None,
+        image: Tensor | None = None,
+    ) -> Batch:
+        """Rows [B] -> batch. `targets` has one entry a row of `pairs`; `no_prior` [B] hides the prior of a pair.
+
+        image: the rows' `pixels`, where they are known already.
+        """
+        pairs = self.pairs.take(rows)
+        hidden = np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior
+        proposal = pairs.proposal.astype(np.float32) / 255.0
+        proposal[hidden] = np.float32(_flat_level(self.flat_prob)) / 255.0
+        batch = Batch(
+            image=self.pixels(pairs.image_row) if image is None else image,
+            sentence=pairs.sentence,
+            prior_text=["" if gone else text for text, gone in zip(pairs.prior_text, hidden, strict=True)],
+            box=torch.from_numpy(np.where(hidden[:, None], np.float32(0), pairs.box)),
+            has_box=torch.from_numpy(pairs.has_box & ~hidden),
+            proposal=torch.from_numpy(proposal)[:, None],
+            proposal_score=torch.from_numpy(np.where(hidden, np.float32(0), pairs.proposal_score)),
+        )
+        if targets is None:
+            return batch
+        chosen = targets.take(rows)
+        label = torch.from_numpy(self.square_masks(chosen.label, rows)).float()[:, None]
+        keep = torch.ones_like(label)
+        if chosen.keep is not None:
+            keep = torch.from_numpy(self.square_masks(chosen.keep, rows)).float()[:, None]
+        if chosen.weight is not None:
+            weight = torch.from_numpy(chosen.weight).float()[:, None] / 255
+            keep = keep * F.interpolate(weight, (self.size_px, self.size_px), mode="bilinear", align_corners=False)
+        return replace(batch, label=label, keep=keep)
+
+    def square_masks(self, rles: list[bytes], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Masks of the pairs in `rows`, at their image's size, -> [B, S, S] at the size that the network reads."""
+        size, hw = self.size_px, self.pairs.hw[rows].tolist()
+        masks = [resize_mask(decode_rle(rle, h, w), size, size) for rle, (h, w) in zip(rles, hw, strict=True)]
+        return np.stack(masks)
+
+
+def resize_image(image: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    """[H, W, 3] -> [S, S, 3], stretched as is usual in the field; area-averaged where it shrinks."""
+    shrinks = image.shape[0] > size_px or image.shape[1] > size_px
+    mode = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (size_px, size_px), interpolation=mode), dtype=np.uint8)
+
+
+def load_pairs(
+    index: records.IndexPaths,
+    sent_ids: NDArray[np.int64] | None,
+    priors_path: Path | None,
+    proposals_path: Path | None,
+    proposal_size_px: int,
+    flat_prob: float,
+) -> Pairs:
+    """Read the pairs of some sentences (None: all) from the tables; truth is not among the columns read.
+
+    Without priors (both paths None) every pair has the flat proposal and score 0.
+    """
+    refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
+    images = records.to_frame(records.read_table(index.images, records.IMAGES))
+    if sent_ids is not None:
+        refs = refs.set_index("sent_id").reindex(sent_ids)
+        if refs["image_id"].isna().any():
+            raise ArtifactError(f"{index.refs}: lacks sentences that the split names; run dvc repro")
+        refs = refs.reset_index()
+    image_row = images["image_id"].reset_index(drop=True).reset_index().set_index("image_id")["index"]
+    count = len(refs)
+    columns = {
+        "sent_id": refs["sent_id"].to_numpy(np.int64),
+        "sentence": refs["sentence"].tolist(),
+        "image_row": image_row.loc[refs["image_id"].astype(np.int64)].to_numpy(np.int64),
+        "image_path": images["file_name"].tolist(),
+        "image_hw": images[["height", "width"]].to_numpy(np.int64),
+    }
+    if priors_path is None or proposals_path is None:
+        return Pairs(
+            **columns,
+            prior_text=[""] * count,
+            box=np.zeros((count, 4), np.float32),
+            has_box=np.zeros(count, bool),
+            proposal=np.full((count, proposal_size_px, proposal_size_px), _flat_level(flat_prob), np.uint8),
+            proposal_score=np.zeros(count, np.float32),
+        )
+    proposals = records.read_table(proposals_path, records.PROPOSALS)
+    if not np.isin(columns["sent_id"], proposals["sent_id"].to_numpy()).all():
+        raise ArtifactError(f"{proposals_path}: lacks sentences of the index; run dvc repro")
+    priors = records.read_table(priors_path, records.PRIORS, PRIOR_COLUMNS)
+    hw = columns["image_hw"][columns["image_row"]]
+    return Pairs(**columns, **_prior_columns(columns["sent_id"], hw, priors, proposals, proposal_size_px, flat_prob))
+
+
+def with_priors(pairs: Pairs, priors: pa.Table, proposals: pa.Table, flat_prob: float) -> Pairs:
+    """The pairs with what the tables say of their sent_ids; one that the tables lack has the flat proposal and score 0.
+
+    priors: records.PRIORS, of which a sentence's first answer counts; proposals: records.PROPOSALS.
+    """
+    size_px, shown = pairs.proposal.shape[1], priors.select(PRIOR_COLUMNS)
+    return replace(pairs, **_prior_columns(pairs.sent_id, pairs.hw, shown, proposals, size_px, flat_prob))
+
+
+def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> Targets:
+    """True masks of labelled pairs. Raises ArtifactError where one is missing."""
+    masks = records.to_frame(records.read_table(masks_path, records.MASKS, ["ann_id", "rle_counts"]))
+    refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "ann_id"]))
+    ann_id = refs.set_index("sent_id").loc[pairs.sent_id, "ann_id"]
+    label = masks.set_index("ann_id")["rle_counts"].reindex(ann_id)
+    if label.isna().any():
+        raise ArtifactError(f"{masks_path}: lacks the mask of a labelled sentence; run dvc repro")
+    return Targets(label=label.tolist())
+
+
+def _prior_columns(
+    sent_id: NDArray[np.int64],
+    image_hw: NDArray[np.int64],
+    priors: pa.Table,
+    proposals: pa.Table,
+    proposal_size_px: int,  # where the table is empty
+    flat_prob: float,
+) -> dict[str, Any]:
+    """The columns of Pairs that come from priors and proposals, for sentences [N] about images of sizes [N, 2]."""
+    answers = records.to_frame(priors)
+    answers = answers[answers["sample_index"] == 0].set_index("sent_id").reindex(sent_id)
+    maps = records.to_frame(proposals).set_index("sent_id")
+    side = math.isqrt(len(maps["soft"].iloc[0])) if len(maps) else proposal_size_px
+    maps = maps.reindex(sent_id)
+    count, has_box, has_map = len(sent_id), answers["bbox"].notna().to_numpy(), maps["soft"].notna()
+    box = np.zeros((count, 4), np.float32)
+    if has_box.any():
+        size_wh = image_hw[has_box][:, ::-1]
+        box[has_box] = np.stack(answers["bbox"][has_box].tolist()) / np.concatenate([size_wh, size_wh], axis=1)
+    soft = maps["soft"].where(has_map, bytes([_flat_level(flat_prob)]) * side**2)
+    return {
+        "prior_text": [_prior_text(*row) for row in zip(answers["target"], answers["attributes"], answers["relation"])],  # noqa: B905
+        "box": box,
+        "has_box": has_box,
+        "proposal": np.frombuffer(b"".join(soft), np.uint8).reshape(count, side, side),
+        "proposal_score": maps["score"].fillna(0).to_numpy(np.float32),
+    }
+
+
+def _flat_level(flat_prob: float) -> int:
+    """The flat proposal's value, 0..255: a hidden prior looks exactly like one that never was."""
+    return round(flat_prob * 255)
+
+
+def _prior_text(target: object, attributes: object, relation: object) -> str:
+    words = [target if isinstance(target, str) else ""]
+    words += [str(word) for word in attributes] if isinstance(attributes, np.ndarray | list) else []
+    words += [relation if isinstance(relation, str) else ""]
+    return " ".join(word for word in words if word)

@@ -1,0 +1,24 @@
+"""What a teacher says of a batch of sentences: from the predictor to the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a teacher and a prior say about B sentences; maps are [B, M, M] in [0, 1] and cover the whole image."""
+
+    sent_id: NDArray[np.int64]  # [B]
+    image: NDArray[np.uint8]  # [B, M, M, 3] RGB
+    prob: FloatArray  # teacher's foreground probability, asked with the prior
+    prob_flipped: FloatArray  # the same from the mirrored image and sentence, mirrored back
+    prob_no_prior: FloatArray  # the same without the prior
+    proposal: FloatArray  # soft proposal
+    proposal_score: FloatArray  # [B], 0 where there is no prior
+    words: NDArray[np.int64]  # [B] words in the sentence

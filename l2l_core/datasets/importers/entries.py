@@ -1,0 +1,230 @@
+"""What all importers end in: entries of another tool's files, checked as ingest checks them, as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l2l_core.artifacts import records
+from l2l_core.core.images import MAX_PIXELS, ImageFile, inspect_content, inspect_images, project_path
+from l2l_core.core.masks import BoolMask, encode_rle
+from l2l_core.datasets.index import (
+    NO_MASK,
+    Mask,
+    Sentence,
+    data_warnings,
+    is_utf8,
+    overlap_problems,
+    sentence_problems,
+    turned_note,
+)
+from l2l_core.errors import InputError, raise_all
+
+FILE_NAME = "pairs.jsonl"
+SHOWN_CHARACTERS = 60  # of a wrong value in a message: a polygon would fill the screen
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pair as another tool keeps it."""
+
+    where: str  # file and entry, for messages
+    image: Path
+    sentence: str
+    size_hw: tuple[int, int] | None  # height, width of the image as the file states them; None: not stated
+    rle: bytes | None  # COCO compressed run lengths at that size; None: no mask
+    split: str = records.TRAIN
+    id: int | None = None
+    photo: bytes | None = None  # of an image that the file itself holds; `image` is then where it is to be written
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an importer makes of another tool's files."""
+
+    lines: str  # of FILE_NAME
+    photos: dict[str, bytes]  # name in the folder of FILE_NAME -> content, of images that the files themselves hold
+    warnings: list[str]  # what is doubtful, and what was left out, in a line each
+
+
+class UnknownShapeError(ValueError):
+    """A shape of a kind that has no mask; --skip-unknown leaves such shapes out."""
+
+    def __init__(self, kind: object, expected: str) -> None:
+        super().__init__(f"got {shown(kind)}, expected {expected}; --skip-unknown leaves such shapes out")
+        self.kind = kind if isinstance(kind, str) else shown(kind)
+
+
+def left_out(what: str, counts: Counter[str], source: str) -> list[str]:
+    """One line on what was left out and how often, by kind; none where nothing was."""
+    kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
+    return [f"{source}: {counts.total()} {what} left out: {kinds}"] if counts else []
+
+
+def to_json_lines(
+    entries: Sequence[Entry], out: Path, source: str, problems: Sequence[str], warnings: Sequence[str] = ()
+) -> Imported:
+    """Entries -> lines of image (relative to the folder `out`), sentence, mask, split and, where they have one, id.
+
+    problems: what was wrong with entries that could not be read. warnings: what was left out of them. Every image is
+    decoded. Raises InputError that lists the problems and all that ingest would refuse.
+    """
+    found = list(problems)
+    if not entries and not found:
+        found.append(f"{source}: no pairs in it, expected at least one")
+    paths = list(dict.fromkeys(entry.image for entry in entries))
+    first_use = {entry.image: entry.where for entry in reversed(entries)}
+    photos = {entry.image: entry.photo for entry in entries if entry.photo is not None}
+    stored = [path for path in paths if path not in photos]
+    files = dict(zip(stored, inspect_images(stored, 1), strict=True))
+    files |= {path: inspect_content(photo, path, 1) for path, photo in photos.items()}
+    found += [f"{path}: exists, but {first_use[path]} holds its photo; remove it" for path in photos if path.exists()]
+    found += [f"{first_use[path]}: {file}" for path, file in files.items() if isinstance(file, str)]
+    for entry in entries:
+        file = files[entry.image]
+        if not isinstance(file, str) and entry.size_hw not in (None, (file.height, file.width)):
+            height, width = entry.size_hw or (0, 0)
+            found.append(
+                f"{entry.where}: size: got {width}x{height}, but {file.file_name} has {file.width}x{file.height} px"
+            )
+        if not isinstance(file, str) and entry.rle is not None and file.turned:
+            found.append(f"{entry.where}: {turned_note([file.file_name])}, and draw its mask again")
+        if entry.rle is None and entry.split in records.EVAL_SPLITS:
+            found.append(f"{entry.where}: mask: missing, expected one because split is {entry.split}")
+    without_id = [entry.where for entry in entries if entry.id is None]
+    if 0 < len(without_id) < len(entries):
+        found.append(f"{without_id[0]}: sent_id: missing, but others have one; give it everywhere or nowhere")
+    image_ids = {path: number for number, path in enumerate(paths)}
+    sentences = [
+        Sentence(
+            where=entry.where,
+            sent_id=number if without_id or entry.id is None else entry.id,
+            ref_id=number,
+            ann_id=NO_MASK if entry.rle is None else number,
+            image_id=image_ids[entry.image],
+            category="",
+            sentence=entry.sentence,
+            style="",
+            split=entry.split,
+            bbox=None,
+        )
+        for number, entry in enumerate(entries)
+    ]
+    found += sentence_problems(sentences)
+    found += overlap_problems(sentences, {number: project_path(path) for path, number in image_ids.items()}, source)
+    raise_all(found)
+    masks = {
+        number: Mask(*entry.size_hw, entry.rle)
+        for number, entry in enumerate(entries)
+        if entry.rle is not None and entry.size_hw is not None
+    }
+    by_id = {image_ids[path]: file for path, file in files.items() if isinstance(file, ImageFile)}
+    doubts = [*warnings, *data_warnings(by_id, sentences, masks, source)]
+    lines = []
+    for entry in entries:
+        line: dict[str, object] = {
+            "image": Path(os.path.relpath(entry.image, out)).as_posix(),
+            "sentence": entry.sentence,
+        }
+        if entry.rle is not None and entry.size_hw is not None:
+            line["mask"] = {"size": list(entry.size_hw), "counts": entry.rle.decode("ascii")}
+        line["split"] = entry.split
+        if entry.id is not None:
+            line["id"] = entry.id
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return Imported("".join(lines), {path.name: photo for path, photo in photos.items()}, doubts)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON document. Raises InputError where it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{project_path(path)}: cannot be read: {error.strerror}; expected a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{project_path(path)}: not JSON: {error}") from None
+
+
+def whole_number(row: Any, key: str, low: int = 0) -> int:
+    """row[key]. Raises ValueError where it is no whole number from low to 2**63 - 1."""
+    value = _value(row, key)
+    if type(value) is not int or not low <= value < 2**63:
+        limits = f">= {low}" if type(value) is not int or value < low else f"< {2**63}"
+        raise ValueError(f"{key}: got {shown(value)}, expected a whole number {limits}")
+    return value
+
+
+def text(row: Any, key: str) -> str:
+    """row[key]. Raises ValueError where it is no text, or an empty one."""
+    value = _value(row, key)
+    if not isinstance(value, str) or not value or not is_utf8(value):
+        raise ValueError(f"{key}: got {shown(value)}, expected a text")
+    return value
+
+
+def rows_of(row: Any, key: str) -> list[Any]:
+    """row[key]. Raises ValueError where it is no list."""
+    value = _value(row, key)
+    if not isinstance(value, list):
+        raise ValueError(f"{key}: got {shown(value)}, expected a list")
+    return value
+
+
+def image_size(row: Any, height_key: str, width_key: str) -> tuple[int, int]:
+    """Height and width of an image as a row states them. Raises ValueError where they are no size of an image."""
+    height, width = whole_number(row, height_key, 1), whole_number(row, width_key, 1)
+    if height * width > MAX_PIXELS:  # a mask of it would be made before the image is looked at
+        raise ValueError(f"{height_key}, {width_key}: got {height}, {width}, expected an image's size")
+    return height, width
+
+
+def points_of(row: Any, key: str = "points") -> list[tuple[float, float]]:
+    """row[key] as points x, y. Raises ValueError where it is no list of pairs of numbers."""
+    points = rows_of(row, key)
+    for point in points:
+        # Exact types: a bool is no coordinate.
+        if not isinstance(point, list) or len(point) != 2 or not all(map(_is_number, point)):
+            raise ValueError(f"{key}: got {shown(point)}, expected pairs of numbers x, y")
+    return [(float(x), float(y)) for x, y in points]
+
+
+def number(row: Any, key: str, default: float | None = None) -> float:
+    """row[key] as a number. Raises ValueError where it is none; default: where it is missing."""
+    value = _value(row, key)
+    if value is None and default is not None:
+        return default
+    if not _is_number(value):
+        raise ValueError(f"{key}: got {shown(value)}, expected a number")
+    return float(value)
+
+
+def mask_rle(mask: BoolMask) -> bytes:
+    """A mask as run lengths. Raises ValueError where it is empty."""
+    if not mask.any():
+        raise ValueError("mask: empty, expected at least one pixel inside the image")
+    return encode_rle(mask)
+
+
+def shown(value: object) -> str:
+    """A value as messages show it."""
+    try:
+        whole = repr(value)
+    except ValueError:  # Python refuses to write a whole number of more than some thousand digits
+        whole = "a number of thousands of digits"
+    return whole if len(whole) <= SHOWN_CHARACTERS else f"{whole[:SHOWN_CHARACTERS]}..."
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number of usual size: no bool, and no whole number that float cannot hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _value(row: Any, key: str) -> Any:
+    if not isinstance(row, dict):
+        raise ValueError(f"got {shown(row)}, expected an object")
+    return row.get(key)

@@ -1,0 +1,264 @@
+"""Label Studio's JSON export of tasks with an image and sentences, such as those for review."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2l_core.artifacts.records import TRAIN
+from l2l_core.core.images import project_path
+from l2l_core.core.masks import BoolMask, decode_rle, segmentation_to_rle
+from l2l_core.datasets.importers.entries import (
+    Entry,
+    Imported,
+    UnknownShapeError,
+    image_size,
+    left_out,
+    mask_rle,
+    number,
+    points_of,
+    read_json,
+    rows_of,
+    shown,
+    text,
+    to_json_lines,
+    whole_number,
+)
+from l2l_core.errors import InputError
+
+KINDS = "polygon, rectangle, ellipse or brush"
+TEXT = "textarea"
+GEOMETRY = frozenset({"points", "x", "y", "rle", "vertices", "imageDataURL"})
+"""Keys of a value that is a place in the image; results without any are relations, choices, ratings and the like."""
+LOCAL_FILES = "?d="
+"""In an address of a local file, comes before its path from the served folder."""
+UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")
+"""What Label Studio puts before the name of an uploaded file."""
+
+CHANNELS = 4  # a brush's mask is an RGBA image, of which alpha says where the brush was
+HALF_COVERED = 128
+"""Of 255: a brush's rim is soft, and a pixel belongs to the mask from half on."""
+
+
+def import_label_studio(export: Path, images: Path, out: Path, *, skip_unknown: bool = False) -> Imported:
+    """A JSON export -> JSON lines for a file in the folder `out`.
+
+    A task's data has image (an address, of which the path is looked for below `images`, without its first folders where
+    it is not found), and optionally sentence, split and sent_id. Its sentence means all its regions, united. Without a
+    sentence, the texts that were written to a region mean this region (those of one text are united), and texts that
+    were written to the task mean all regions. Of several annotations the one marked as ground truth counts; skipped
+    ones do not. A task that is not annotated, or whose annotation has no region, gives a pair without a mask; one
+    without any text is left out and counted.
+    skip_unknown: regions of other kinds are left out and counted. Raises InputError that lists every bad task.
+    """
+    source = project_path(export)
+    tasks = read_json(export)
+    if not isinstance(tasks, list):
+        raise InputError(f"{source}: got {shown(tasks)}, expected a list of tasks (export as JSON)")
+    entries: list[Entry] = []
+    problems: list[str] = []
+    unknown: Counter[str] | None = Counter() if skip_unknown else None
+    silent = 0
+    for place, task in enumerate(tasks, start=1):
+        where = f"{source}: task {task.get('id', place) if isinstance(task, dict) else place}"
+        try:
+            found = _entries(task, where, images, unknown)
+            entries += found
+            silent += not found
+        except UnknownShapeError as error:
+            problems.append(f"{where}: type: {error}")
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    warnings = left_out("region(s) of an unknown kind", unknown or Counter(), source)
+    if silent:
+        warnings.append(f"{source}: {silent} task(s) without a sentence left out")
+    return to_json_lines(entries, out, source, problems, warnings)
+
+
+def brush_alpha(rle: object, height: int, width: int) -> NDArray[np.uint8]:
+    """The bytes of a brush's `rle` -> its alpha channel [height, width], 0..255.
+
+    The format is @thi.ng/rle-pack's. Head: number of values (32 bits), bits of a value - 1 (5), bits of the four kinds
+    of length - 1 (4 each). Then entries: a bit (set: one value that is repeated; else: each value by itself), the kind
+    (2 bits), length - 1, value or values. Raises ValueError where it is another format, or of another size.
+    """
+    if not isinstance(rle, list) or not all(type(byte) is int and 0 <= byte <= 255 for byte in rle):
+        raise ValueError(f"rle: got {shown(rle)}, expected a list of bytes")
+    bits = "".join(f"{byte:08b}" for byte in rle)
+    place = 0
+
+    def read(width: int) -> int:
+        nonlocal place
+        place += width
+        if place > len(bits):
+            raise ValueError(f"rle: ends after {len(rle)} bytes in the middle of an entry")
+        return int(bits[place - width : place], 2)
+
+    count, value_bits, length_bits = read(32), read(5) + 1, [read(4) + 1 for _ in range(4)]
+    if count != height * width * CHANNELS or value_bits != 8:
+        raise ValueError(
+            f"rle: got {count} values of {value_bits} bits, expected {height * width * CHANNELS} of 8 bits "
+            f"for {width}x{height} px"
+        )
+    values = np.empty(count, np.uint8)
+    done = 0
+    while done < count:
+        is_repeated, length = read(1), read(length_bits[read(2)]) + 1
+        if done + length > count:
+            raise ValueError(f"rle: holds more than the {count} values that it announces")
+        values[done : done + length] = read(8) if is_repeated else [read(8) for _ in range(length)]
+        done += length
+    return values.reshape(height, width, CHANNELS)[..., 3]
+
+
+def _entries(task: Any, where: str, images: Path, unknown: Counter[str] | None) -> list[Entry]:
+    """A task's pairs; unknown: where regions of other kinds are counted (None: they raise UnknownShapeError)."""
+    if not isinstance(task, dict) or not isinstance(task.get("annotations"), list):
+        raise ValueError("annotations: missing, expected a list (export as JSON, not as JSON-MIN)")
+    data: Any = task.get("data")
+    image = _find_image(text(data, "image"), images)
+    results = _results(task["annotations"])
+    regions = [row for row in results if _is_region(row, unknown)]
+    has_own = "sentence" in data
+    meant = {text(data, "sentence"): regions} if has_own else _written(results, regions)
+    found = []
+    for sentence, of_it in meant.items():
+        size_hw, rle = _mask(of_it) if of_it else (None, None)
+        found.append(
+            Entry(
+                where=where,
+                image=image,
+                sentence=sentence,
+                size_hw=size_hw,
+                rle=rle,
+                split=text(data, "split") if "split" in data else TRAIN,
+                id=whole_number(data, "sent_id") if has_own and "sent_id" in data else None,
+            )
+        )
+    return found
+
+
+def _is_region(row: Any, unknown: Counter[str] | None) -> bool:
+    """Whether a result is a shape. Raises UnknownShapeError where it is one of another kind, unless it is counted."""
+    kind = row.get("type") if isinstance(row, dict) else None
+    if not isinstance(kind, str):
+        raise ValueError(f"result: got {shown(row)}, expected an object with a type")
+    if _kind(kind) in ("polygon", "rectangle", "ellipse", "brush"):
+        return True
+    value = row.get("value")
+    if not isinstance(value, dict) or not GEOMETRY & value.keys():
+        return False
+    # What is said of a region has the region's place beside it: `choices`, `rating`, `labels` under their own names.
+    if kind in (TEXT, "labels") or (kind in value and not kind.endswith("labels")):
+        return False
+    if unknown is None:
+        raise UnknownShapeError(kind, KINDS)
+    unknown[kind] += 1
+    return False
+
+
+def _kind(kind: str) -> str:
+    """A type with or without labels of its own: polygonlabels is a polygon."""
+    return kind.removesuffix("labels")
+
+
+def _written(results: list[Any], regions: list[Any]) -> dict[str, list[Any]]:
+    """Texts that were written instead of a sentence of the task -> the regions that they mean."""
+    by_id = {row.get("id"): row for row in regions if row.get("id") is not None}
+    said = [(row.get("id"), one) for row in results if row.get("type") == TEXT for one in _texts(row)]
+    meant: dict[str, list[Any]] = {}
+    for region_id, one in said:
+        if region_id in by_id:
+            of_it = meant.setdefault(one, [])
+            if by_id[region_id] not in of_it:
+                of_it.append(by_id[region_id])
+    if not meant:
+        meant = {one: regions for _, one in said}
+    silent = [row for row in regions if not any(row in of_it for of_it in meant.values())]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} region(s) without a text, expected `sentence` in the task's data, or a textarea that says "
+            "what each region is"
+        )
+    return meant
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    value = row.get("value")
+    said = value.get("text") if isinstance(value, dict) else None
+    said = [said] if isinstance(said, str) else said
+    if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
+        raise ValueError(f"text: got {shown(said)}, expected texts")
+    return [one.strip() for one in said if one.strip()]
+
+
+def _results(annotations: list[Any]) -> list[Any]:
+    """The results of the annotation that counts; none where there is no annotation."""
+    finished = [one for one in annotations if not (isinstance(one, dict) and one.get("was_cancelled"))]
+    if len(finished) > 1:
+        finished = [one for one in finished if isinstance(one, dict) and one.get("ground_truth")]
+        if len(finished) != 1:
+            raise ValueError(
+                f"annotations: got {len(annotations)}, {len(finished)} of them marked as ground truth, expected one"
+            )
+    return rows_of(finished[0], "result") if finished else []
+
+
+def _mask(regions: list[Any]) -> tuple[tuple[int, int], bytes]:
+    height, width = image_size(regions[0], "original_height", "original_width")
+    mask: BoolMask = np.zeros((height, width), dtype=bool)
+    for region in regions:
+        stated = image_size(region, "original_height", "original_width")
+        if stated != (height, width):
+            raise ValueError(f"original_height, original_width: got {stated}, and {(height, width)} in another region")
+        if region.get("image_rotation"):
+            raise ValueError(
+                f"image_rotation: got {shown(region['image_rotation'])}, expected 0: save the image turned"
+            )
+        mask |= _drawn(region.get("value"), _kind(region["type"]), height, width)
+    return (height, width), mask_rle(mask)
+
+
+def _drawn(value: Any, kind: str, height: int, width: int) -> BoolMask:
+    """The mask of one region; its places are percent of the image's sides."""
+    match kind:
+        case "brush":
+            return brush_alpha(value.get("rle") if isinstance(value, dict) else value, height, width) >= HALF_COVERED
+        case "polygon":
+            corners = np.array(points_of(value)) / 100 * (width, height)
+        case _:
+            angle = math.radians(number(value, "rotation", 0))  # clockwise, about x, y
+            along = np.array([math.cos(angle), math.sin(angle)])
+            across = np.array([-math.sin(angle), math.cos(angle)])
+            start = np.array([number(value, "x") / 100 * width, number(value, "y") / 100 * height])
+            if kind == "ellipse":
+                rows, columns = np.ogrid[:height, :width]  # pixels whose centers lie in it
+                x, y = columns + 0.5 - start[0], rows + 0.5 - start[1]
+                radii = number(value, "radiusX") / 100 * width, number(value, "radiusY") / 100 * height
+                if min(radii) <= 0:
+                    raise ValueError(f"radiusX, radiusY: got {shown(value)}, expected numbers above 0")
+                u, v = (x * along[0] + y * along[1]) / radii[0], (x * across[0] + y * across[1]) / radii[1]
+                return np.asarray(u**2 + v**2 <= 1)
+            along = along * (number(value, "width") / 100 * width)
+            across = across * (number(value, "height") / 100 * height)
+            corners = np.array([start, start + along, start + along + across, start + across])
+    return decode_rle(segmentation_to_rle([corners.ravel().tolist()], height, width), height, width)
+
+
+def _find_image(address: str, folder: Path) -> Path:
+    """The file below a folder that an address means: with as much of the address's path as is there."""
+    path = address.partition(LOCAL_FILES)[2] if LOCAL_FILES in address else urlsplit(address).path
+    parts = [part for part in unquote(path).replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    names = ["/".join(parts[start:]) for start in range(len(parts))]
+    names += [parts[-1][9:]] if parts and UPLOAD_PREFIX.match(parts[-1]) else []
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"image: got {shown(address)}, expected the address of a file below {project_path(folder)}")

@@ -1,0 +1,243 @@
+"""LabelMe's annotations, those of X-AnyLabeling and of ReasonSeg: a JSON file beside every image."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from l2l_core.artifacts.records import TRAIN
+from l2l_core.core.images import project_path, read_image, visible
+from l2l_core.core.masks import BoolMask, decode_rle, segmentation_to_rle
+from l2l_core.datasets.importers.entries import (
+    Entry,
+    Imported,
+    UnknownShapeError,
+    image_size,
+    left_out,
+    mask_rle,
+    points_of,
+    read_json,
+    rows_of,
+    shown,
+    text,
+    to_json_lines,
+)
+from l2l_core.errors import InputError
+
+RESERVED = re.compile(r"_+\w+_+|ignore|background|void|unlabeled", re.IGNORECASE)
+"""Labels that name no object: LabelMe's `__ignore__` and `_background_`, and the usual words for the same."""
+REASONSEG_LABELS = {"target", "ignore", "flag"}
+"""ReasonSeg's labels: what its `text` means, what is not to count, and what its readers skip."""
+KINDS = "polygon, rectangle, rotation, circle or mask"
+
+
+@dataclass
+class _Object:
+    """The shapes that are parts of one object."""
+
+    where: str  # of the first
+    label: str
+    mask: BoolMask
+    descriptions: list[str] = field(default_factory=list)  # each once
+
+
+@dataclass
+class _Report:
+    """What is wrong with shapes, and what was left out."""
+
+    skip_unknown: bool
+    problems: list[str] = field(default_factory=list)
+    reserved: Counter[str] = field(default_factory=Counter)  # by label
+    unknown: Counter[str] = field(default_factory=Counter)  # by shape_type
+
+
+def import_labelme(folder: Path, out: Path, *, skip_unknown: bool = False) -> Imported:
+    """The *.json of a folder -> JSON lines for a file in the folder `out`.
+
+    Each shape is a pair: its sentence is its `description`, or its `label` where that is empty. Shapes of an image with
+    one group_id and one label (or description) are parts of one object: one mask, and one pair for each description.
+    In ReasonSeg's files, each sentence of `text` means all shapes that are not to be ignored. Reserved labels are left
+    out and counted. A text `split` among the file's flags names the split of its image. An image that is not at
+    `imagePath` is taken from `imageData`.
+    skip_unknown: shapes of other kinds are left out and counted. Raises InputError that lists every bad file and shape.
+    """
+    source = project_path(folder)
+    files = visible(folder.glob("*.json"))
+    if not files:
+        raise InputError(f"{source}: got a folder without *.json, expected one with LabelMe's files")
+    entries: list[Entry] = []
+    report = _Report(skip_unknown)
+    for file in files:
+        try:
+            entries += _entries(read_json(file), file, out, report)
+        except InputError as error:
+            report.problems.append(str(error))
+        except ValueError as error:
+            report.problems.append(f"{project_path(file)}: {error}")
+    skipped = left_out("shape(s) with a reserved label", report.reserved, source)
+    skipped += left_out("shape(s) of an unknown kind", report.unknown, source)
+    return to_json_lines(entries, out, source, report.problems, skipped)
+
+
+def _entries(document: Any, file: Path, out: Path, report: _Report) -> list[Entry]:
+    shapes = rows_of(document, "shapes")
+    sentences = _reasonseg_sentences(document, shapes)
+    image, photo = _image(document, file, out)
+    if sentences is not None and document.get("imageHeight") is None and photo is None:
+        height, width = read_image(image).shape[:2]  # ReasonSeg's files state no size
+    else:
+        height, width = image_size(document, "imageHeight", "imageWidth")
+    flags = document.get("flags")
+    split = text(flags, "split") if isinstance(flags, dict) and "split" in flags else TRAIN
+    objects = _objects(shapes, file, (height, width), sentences is not None, report)
+    found = []
+    for one in objects:
+        try:
+            rle = mask_rle(one.mask)
+        except ValueError as error:
+            report.problems.append(f"{one.where}: {error}")
+            continue
+        for sentence in sentences or one.descriptions or [one.label]:
+            found.append(Entry(one.where, image, sentence, (height, width), rle, split, photo=photo))
+    return found
+
+
+def _reasonseg_sentences(document: dict[str, Any], shapes: list[Any]) -> list[str] | None:
+    """What ReasonSeg says of the shapes together; None for a file of another tool."""
+    labels = {shape.get("label") if isinstance(shape, dict) else None for shape in shapes}
+    described = any(isinstance(shape, dict) and shape.get("description") for shape in shapes)
+    if "text" not in document and (described or "target" not in labels or not labels <= REASONSEG_LABELS):
+        return None
+    said = document.get("text")
+    said = [said] if isinstance(said, str) else said
+    if not isinstance(said, list) or not said or not all(isinstance(one, str) and one for one in said):
+        raise ValueError(
+            f"text: got {shown(said)}, expected ReasonSeg's sentences, as its shapes are named target; "
+            "in a file of your own, write what is meant as description"
+        )
+    return said
+
+
+def _image(document: dict[str, Any], file: Path, out: Path) -> tuple[Path, bytes | None]:
+    """The file of the image; or where it is to be written, and its content, if only `imageData` has it."""
+    if document.get("imagePath") is None and "text" in document:  # ReasonSeg's images have their files' names
+        beside = [path for path in visible(file.parent.glob(f"{file.stem}.*")) if path != file]
+        if len(beside) != 1:
+            raise ValueError(f"image: found {len(beside)} files {file.stem}.* beside it, expected one")
+        return beside[0], None
+    image = file.parent / text(document, "imagePath").replace("\\", "/")  # as written on Windows
+    data = document.get("imageData")
+    if not data or image.is_file():
+        return image, None
+    return out / f"{file.stem}{image.suffix}", _from_base64(data, "imageData")
+
+
+def _objects(
+    shapes: list[Any], file: Path, size_hw: tuple[int, int], is_reasonseg: bool, report: _Report
+) -> list[_Object]:
+    """The objects of an image; shapes that cannot be read become problems."""
+    objects: list[_Object] = []
+    groups: dict[str, list[_Object]] = {}
+    for number, shape in enumerate(shapes, start=1):
+        where = f"{project_path(file)}: shape {number}"
+        try:
+            label = text(shape, "label")
+            if RESERVED.fullmatch(label) or (is_reasonseg and label == "flag"):
+                report.reserved[label] += 1
+                continue
+            said = text(shape, "description") if shape.get("description") else ""
+            mask = _mask(shape, *size_hw)
+        except UnknownShapeError as error:
+            if report.skip_unknown:
+                report.unknown[error.kind] += 1
+            else:
+                report.problems.append(f"{where}: shape_type: {error}")
+            continue
+        except ValueError as error:
+            report.problems.append(f"{where}: {error}")
+            continue
+        group = "" if is_reasonseg else f"shape {number}" if shape.get("group_id") is None else repr(shape["group_id"])
+        same = groups.setdefault(group, [])
+        known = (one for one in same if is_reasonseg or one.label == label or (said and said in one.descriptions))
+        one = next(known, None)
+        if one is None:
+            one = _Object(where, label, mask)
+            same.append(one)
+            objects.append(one)
+        one.mask |= mask
+        if said and said not in one.descriptions:
+            one.descriptions.append(said)
+    return objects
+
+
+def _mask(shape: Any, height: int, width: int) -> BoolMask:
+    points, kind = points_of(shape), shape.get("shape_type", "polygon")
+    match kind:
+        case "polygon":
+            polygon = points
+        case "rotation":  # X-AnyLabeling's rectangle that stands askew
+            polygon = _corners(points, 4, "four corners")
+        case "rectangle" if len(points) == 4:  # as X-AnyLabeling writes it
+            polygon = points
+        case "rectangle":
+            (x1, y1), (x2, y2) = _corners(points, 2, "two opposite corners, or four corners")
+            polygon = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+        case "circle":
+            (x, y), edge = _corners(points, 2, "the center and a point on the edge")
+            rows, columns = np.ogrid[:height, :width]  # pixels whose centers lie in it
+            inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= math.dist((x, y), edge) ** 2
+            return np.asarray(inside)
+        case "mask":
+            return _pasted(shape, _corners(points, 2, "two opposite corners"), height, width)
+        case _:
+            raise UnknownShapeError(kind, KINDS)
+    corners = [value for point in polygon for value in point]
+    return decode_rle(segmentation_to_rle([corners], height, width), height, width)
+
+
+def _pasted(shape: dict[str, Any], corners: list[tuple[float, float]], height: int, width: int) -> BoolMask:
+    """A mask that is stored as a picture of its own box; its corners are the first and the last pixel."""
+    (x1, y1), (x2, y2) = corners
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise ValueError("points: expected finite numbers")
+    left, top = round(min(x1, x2)), round(min(y1, y2))
+    right, bottom = round(max(x1, x2)) + 1, round(max(y1, y2)) + 1
+    if left < 0 or top < 0 or right > width or bottom > height:
+        raise ValueError(f"points: got {shown(shape['points'])}, expected a box inside {width}x{height} px")
+    content = _from_base64(shape.get("mask"), "mask")
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
+            size = picture.size
+            drawn = np.asarray(picture.convert("L")) if size == (right - left, bottom - top) else None
+    except Exception as error:  # decoders raise whatever they trip over first in a damaged file
+        raise ValueError(f"mask: not a readable PNG: {error}") from None
+    if drawn is None:
+        raise ValueError(f"mask: {size[0]}x{size[1]} px, expected {right - left}x{bottom - top} as its points say")
+    mask: BoolMask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = drawn > 0
+    return mask
+
+
+def _from_base64(data: object, key: str) -> bytes:
+    if not isinstance(data, str) or not data:
+        raise ValueError(f"{key}: got {shown(data)}, expected a file in base64")
+    try:
+        return base64.b64decode(data)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"{key}: got {shown(data)}, expected a file in base64") from None
+
+
+def _corners(points: list[tuple[float, float]], count: int, what: str) -> list[tuple[float, float]]:
+    if len(points) != count:
+        raise ValueError(f"points: got {len(points)}, expected {what}")
+    return points

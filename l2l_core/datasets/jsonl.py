@@ -1,0 +1,203 @@
+"""Reader of a user's own pairs: one JSON object a line with an image, a sentence and, where known, a mask."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from l2l_core.artifacts import records
+from l2l_core.core.images import ImageFile, inspect_images, project_path
+from l2l_core.core.json_lines import json_object, numbered_lines
+from l2l_core.core.masks import encode_rle, rle_area_px, rle_box_xyxy, segmentation_to_rle
+from l2l_core.core.progress import progress
+from l2l_core.datasets.index import (
+    NO_MASK,
+    Index,
+    Mask,
+    Object,
+    Sentence,
+    build_index,
+    data_warnings,
+    is_utf8,
+    overlap_problems,
+    sentence_problems,
+)
+from l2l_core.errors import InputError, raise_all
+
+KEYS = ("image", "sentence", "mask", "split", "id")
+
+MASK_FORMS = (
+    "the path of a PNG, polygons as [[x1, y1, x2, y2, x3, y3, ...], ...], or run lengths as "
+    '{"size": [height, width], "counts": ...}'
+)
+MASK_MODES = ("1", "L", "P", "I", "I;16")
+"""Pillow's modes of one channel, where "not 0" is plain; the colours of a picture would need a guess."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One line of the file, its types checked."""
+
+    where: str
+    image: Path
+    sentence: str
+    mask: object
+    split: str
+    id: int | None
+
+
+def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> Index:
+    """Read and check a file of pairs.
+
+    Keys of a line: `image` (path, relative to the file's folder, or to `images` where that is a folder), `sentence`,
+    and optionally `mask` (path of a PNG relative to the file's folder, not 0 is foreground; COCO polygons, bare or as
+    {"polygon": ...}; or a COCO run-length object), `split` (default train) and `id` (a whole number; on every line or
+    on none). A training pair without a mask is an unlabelled one; a pair of an evaluation split needs a mask.
+    Ids: sent_id is `id` or the row's place; pairs of one image and one mask share a ref_id, numbered by first sight;
+    so do the images. Raises InputError that lists every bad line.
+    """
+    problems: list[str] = []
+    pairs = _read_pairs(path, path.parent if images == "auto" else Path(images), problems)
+    paths = list(dict.fromkeys(pair.image for pair in pairs))
+    image_ids = {image: image_id for image_id, image in enumerate(paths)}
+    first_use = {pair.image: pair.where for pair in reversed(pairs)}
+    files: dict[int, ImageFile] = {}
+    for image_id, found in enumerate(inspect_images(paths, min_image_side_px)):
+        if isinstance(found, str):
+            problems.append(f"{first_use[paths[image_id]]}: {found}")
+        else:
+            files[image_id] = found
+
+    sentences: list[Sentence] = []
+    masks: dict[int, Mask] = {}
+    objects: dict[int, Object] = {}
+    ref_ids: dict[tuple[int, str], int] = {}
+    for number, pair in enumerate(progress(pairs, "masks", "pair")):
+        image_id = image_ids[pair.image]
+        # An unlabelled pair is a ref of its own: nothing says that two sentences mean one object.
+        key = (image_id, f"row {number}" if pair.mask is None else json.dumps(pair.mask, sort_keys=True))
+        is_new = key not in ref_ids
+        ref_id = ref_ids.setdefault(key, len(ref_ids))
+        if pair.mask is not None and is_new and image_id in files:
+            file = files[image_id]
+            try:
+                counts = _mask_rle(pair.mask, path.parent, file.height, file.width)
+                masks[ref_id] = Mask(file.height, file.width, counts)
+                objects[ref_id] = Object(ref_id, image_id, "", rle_box_xyxy(counts, file.height, file.width))
+            except ValueError as error:
+                problems.append(f"{pair.where}: mask: {error}")
+        if pair.mask is None and pair.split in records.EVAL_SPLITS:
+            problems.append(f"{pair.where}: mask: missing, expected one because split is {pair.split}")
+        sentences.append(
+            Sentence(
+                where=pair.where,
+                sent_id=number if pair.id is None else pair.id,
+                ref_id=ref_id,
+                ann_id=NO_MASK if pair.mask is None else ref_id,
+                image_id=image_id,
+                category="",
+                sentence=pair.sentence,
+                style="",
+                split=pair.split,
+                bbox=objects[ref_id].bbox if ref_id in objects else None,
+            )
+        )
+    problems += sentence_problems(sentences)
+    names = {image_id: project_path(image) for image, image_id in image_ids.items()}
+    problems += overlap_problems(sentences, names, project_path(path))
+    raise_all(problems)
+    warnings = data_warnings(files, sentences, masks, project_path(path))
+    return build_index(files, sentences, objects.values(), masks, warnings)
+
+
+def _read_pairs(path: Path, image_folder: Path, problems: list[str]) -> list[_Pair]:
+    source = project_path(path)
+    try:
+        lines = numbered_lines(path)
+    except FileNotFoundError:
+        raise InputError(f"{source}: not found") from None
+    pairs = []
+    for number, line in lines:
+        where = f"{source}: line {number}"
+        try:
+            pairs.append(_pair(json_object(line), where, image_folder))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    without = [pair.where for pair in pairs if pair.id is None]
+    if 0 < len(without) < len(pairs):
+        problems.append(f"{without[0]}: id: missing, but other lines have one; give it on every line or on none")
+    if not pairs and not problems:
+        problems.append(f"{source}: no pairs, expected one JSON object a line")
+    return pairs
+
+
+def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
+    unknown = [key for key in row if key not in KEYS]
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}, expected some of {', '.join(KEYS)}")
+    for key in ("image", "sentence"):
+        if not isinstance(row.get(key), str) or not row[key] or not is_utf8(row[key]):
+            raise ValueError(f"{key}: {f'got {row[key]!r}' if key in row else 'missing'}, expected a text")
+    if not isinstance(row.get("split", records.TRAIN), str):
+        raise ValueError(f"split: got {row['split']!r}, expected a text")
+    if "id" in row and (type(row["id"]) is not int or not -(2**63) <= row["id"] < 2**63):
+        raise ValueError(f"id: got {repr(row['id'])[:60]}, expected a whole number from {-(2**63)} to {2**63 - 1}")
+    mask = row.get("mask")
+    if not isinstance(mask, str | list | dict | None):
+        raise ValueError(f"mask: got {mask!r}, expected a path, polygons or run lengths")
+    return _Pair(
+        where=where,
+        image=Path(os.path.abspath(image_folder / row["image"])),  # so that two spellings are one image
+        sentence=row["sentence"],
+        mask=mask,
+        split=row.get("split", records.TRAIN),
+        id=row.get("id"),
+    )
+
+
+def _mask_rle(mask: object, folder: Path, height: int, width: int) -> bytes:
+    """A mask in any of the forms of the key `mask` as run lengths. Raises ValueError that says what is wrong."""
+    if isinstance(mask, str):
+        counts = encode_rle(_mask_image(folder / mask, height, width))
+    else:
+        counts = segmentation_to_rle(_segmentation(mask), height, width)
+    if not rle_area_px(counts, height, width):
+        raise ValueError("empty, expected at least one foreground pixel")
+    return counts
+
+
+def _segmentation(mask: object) -> object:
+    """Polygons or run lengths as COCO writes them. Raises ValueError that names the form which was found instead."""
+    if isinstance(mask, dict) and {"size", "counts"} & set(mask):
+        return mask
+    if isinstance(mask, dict) and set(mask) != {"polygon"}:
+        raise ValueError(f"got an object with the keys {', '.join(map(repr, mask)) or 'none'}, expected {MASK_FORMS}")
+    polygons = mask["polygon"] if isinstance(mask, dict) else mask
+    if not isinstance(polygons, list):
+        raise ValueError(f"polygon: got {type(polygons).__name__}, expected {MASK_FORMS}")
+    is_one = bool(polygons) and not any(isinstance(part, list) for part in polygons)
+    return [polygons] if is_one else polygons
+
+
+def _mask_image(path: Path, height: int, width: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    name = project_path(path)
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            mode, size = image.mode, image.size
+            # Decoded only where it is of the image's size, which is within the bound of what is read.
+            values = np.asarray(image) if size == (width, height) else None
+    except FileNotFoundError:
+        raise ValueError(f"{name} not found") from None
+    except Exception as error:  # decoders raise whatever they trip over first in a damaged file
+        raise ValueError(f"{name} is not a readable PNG: {error}") from None
+    if mode not in MASK_MODES:
+        raise ValueError(f"{name} has mode {mode}, expected one channel in which 0 is background")
+    if size != (width, height):
+        raise ValueError(f"{name} is {size[0]}x{size[1]} px, expected {width}x{height} like the image")
+    return np.asarray(values) != 0

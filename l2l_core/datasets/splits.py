@@ -1,0 +1,205 @@
+"""Who may see which truth: every sentence becomes labeled, unlabeled or eval, decided image by image.
+
+The protocol of the field (SemiRES and those after it): the training images in annotation order, a seeded draw of
+floor(fraction * images) of them, every sentence of a drawn image labelled. Annotation order is ascending ref_id: the
+published refs are numbered so, and the places of the images in SemiRES's published 1 % list fit a draw with seed 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from l2l_core.artifacts import records
+from l2l_core.datasets.index import NO_MASK, shorten
+from l2l_core.errors import ConfigError, InputError, raise_all
+
+LABELED, UNLABELED, EVAL = records.ROLES
+
+ROLE_LISTS = {"labeled_image_ids": LABELED, "unlabeled_image_ids": UNLABELED, "eval_image_ids": EVAL}
+"""Keys of a list file that assigns every image a role."""
+
+
+def draw_images(image_ids: list[int], fraction: float, seed: int) -> list[int]:
+    """floor(fraction * N) of N images, drawn as the field draws them; image_ids in annotation order, each once."""
+    # Decimal: 0.29 of 100 images are 29, although 0.29 * 100 is 28.999... in binary.
+    count = int(Decimal(str(fraction)) * len(image_ids))
+    return random.Random(seed).sample(image_ids, count)
+
+
+def split_by_fraction(refs: pa.Table, fraction: float, seed: int) -> pa.Table:
+    """Draw the labelled images of records.REFS -> records.SPLIT, in the order of `refs`.
+
+    The fraction is of the training images that have a mask to give; a sentence without one is never labelled.
+    Raises ConfigError where the draw would label nothing.
+    """
+    frame = _frame(refs)
+    candidates = frame[(frame["split"] == records.TRAIN) & (frame["ann_id"] != NO_MASK)].sort_values("ref_id")
+    image_ids = candidates["image_id"].unique().tolist()
+    if not image_ids:
+        raise ConfigError(
+            "split.labeled_fraction: the data set has no training image with a mask to draw from; "
+            "give the roles in a list file (split.list_file)"
+        )
+    chosen = draw_images(image_ids, fraction, seed)
+    if not chosen:
+        raise ConfigError(
+            f"split.labeled_fraction: got {fraction}, which is no image out of {len(image_ids)}; "
+            f"expected at least {least_fraction(len(image_ids))}"
+        )
+    return _roles_by_split(frame, frame["image_id"].isin(chosen) & (frame["ann_id"] != NO_MASK))
+
+
+def least_fraction(images: int) -> float:
+    """The smallest fraction with two digits (or as many as it takes) that draws one of so many images."""
+    digits = max(2, len(str(images)))
+    return math.ceil(10**digits / images) / 10**digits
+
+
+def split_by_list(refs: pa.Table, list_file: str | Path) -> pa.Table:
+    """Labels as a list file names them: records.REFS -> records.SPLIT, in the order of `refs`.
+
+    The file is JSON: SemiRES's {"train": [{"iid", "mask_id", ...}]} (mask_id is the ref_id), a list of image ids,
+    {"image_ids": [...]}, {"ref_ids": [...]}, or, for a data set without a train split, the role of every image as
+    {"labeled_image_ids": [...], "unlabeled_image_ids": [...], "eval_image_ids": [...]}, whatever the split column says.
+    Raises InputError that names every id that is unknown, not of the train split, or without a mask.
+    """
+    source = f"split.list_file {list_file}"
+    listing = _load(Path(list_file), source)
+    frame = _frame(refs)
+    match listing:
+        case list():
+            return _label(frame, "image_id", _ids(listing, source), source)
+        case {"image_ids": list(ids), **rest} if not rest:
+            return _label(frame, "image_id", _ids(ids, source), source)
+        case {"ref_ids": list(ids), **rest} if not rest:
+            return _label(frame, "ref_id", _ids(ids, source), source)
+        case {"train": list(rows)}:
+            return _label_semires(frame, rows, source)
+        case dict() if listing and set(listing) <= set(ROLE_LISTS):
+            return _assign(frame, listing, source)
+        case _:
+            raise InputError(
+                f"{source}: expected a list of image ids, or an object with `train` (SemiRES), `image_ids`, `ref_ids`, "
+                f"or some of {', '.join(ROLE_LISTS)}"
+            )
+
+
+def labeled_masks(refs: pa.Table, split: pa.Table, masks: pa.Table) -> pa.Table:
+    """The rows of records.MASKS that belong to labelled sentences: all the truth that training may open."""
+    roles = records.to_frame(split).set_index("sent_id")["role"]
+    frame = _frame(refs)
+    labeled = frame.loc[frame["sent_id"].map(roles) == LABELED, "ann_id"]
+    return masks.filter(pa.array(records.to_frame(masks.select(["ann_id"]))["ann_id"].isin(labeled)))
+
+
+def summary(refs: pa.Table, split: pa.Table) -> str:
+    """How many images, refs and sentences have which role, in one line."""
+    frame = _frame(refs).merge(records.to_frame(split), on="sent_id")
+    parts = []
+    for role in records.ROLES:
+        rows = frame[frame["role"] == role]
+        parts.append(
+            f"{role}: {rows['image_id'].nunique()} images, {rows['ref_id'].nunique()} refs, {len(rows)} sentences"
+        )
+    return "; ".join(parts)
+
+
+def _frame(refs: pa.Table) -> pd.DataFrame:
+    return records.to_frame(refs.select(["sent_id", "ref_id", "ann_id", "image_id", "split"]))
+
+
+def _load(path: Path, source: str) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: not found, expected a JSON file or null") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{source}: not readable as JSON: {error}") from None
+
+
+def _ids(values: list[Any], source: str) -> list[int]:
+    """Checked ids: whole numbers, each once."""
+    wrong = [value for value in values if type(value) is not int or abs(value) >= 2**63]
+    if wrong:
+        raise InputError(f"{source}: got {wrong[0]!r}, expected whole numbers (ids)")
+    repeated = [value for value, count in pd.Series(values, dtype="int64").value_counts().items() if count > 1]
+    if repeated:
+        raise InputError(f"{source}: listed more than once: {shorten(sorted(repeated))}")
+    if not values:
+        raise InputError(f"{source}: an empty list, expected at least one id")
+    return values
+
+
+def _label(frame: pd.DataFrame, column: str, ids: list[int], source: str) -> pa.Table:
+    """Label the training rows with listed ids, as far as they have a mask."""
+    train = frame[frame["split"] == records.TRAIN]
+    unknown = sorted(set(ids) - set(frame[column]))
+    elsewhere = sorted(set(ids) & set(frame[column]) - set(train[column]))
+    maskless = sorted(set(ids) & set(train[column]) - set(train.loc[train["ann_id"] != NO_MASK, column]))
+    problems = [f"{source}: {column} {shorten(unknown)}: not in the data set"] if unknown else []
+    problems += [f"{source}: {column} {shorten(elsewhere)}: not in the train split"] if elsewhere else []
+    problems += [f"{source}: {column} {shorten(maskless)}: no mask to label with"] if maskless else []
+    raise_all(problems)
+    return _roles_by_split(frame, frame[column].isin(ids) & (frame["ann_id"] != NO_MASK))
+
+
+def _label_semires(frame: pd.DataFrame, rows: list[Any], source: str) -> pa.Table:
+    """SemiRES's list: a row a ref, with its image (iid) and its ref_id (mask_id)."""
+    wrong = [
+        number
+        for number, row in enumerate(rows)
+        if not isinstance(row, dict) or type(row.get("iid")) is not int or type(row.get("mask_id")) is not int
+    ]
+    if wrong:
+        raise InputError(f"{source}: train rows {shorten(wrong)}: expected whole numbers `iid` and `mask_id`")
+    images = dict(zip(frame["ref_id"].tolist(), frame["image_id"].tolist(), strict=True))
+    moved = [row["mask_id"] for row in rows if images.get(row["mask_id"], row["iid"]) != row["iid"]]
+    if moved:
+        raise InputError(f"{source}: mask_id {shorten(moved)}: the data set has these refs on another image than `iid`")
+    return _label(frame, "ref_id", _ids([row["mask_id"] for row in rows], source), source)
+
+
+def _assign(frame: pd.DataFrame, listing: dict[str, Any], source: str) -> pa.Table:
+    """Roles as listed, for every image of the data set."""
+    roles: dict[int, str] = {}
+    problems: list[str] = []
+    for key, role in ROLE_LISTS.items():
+        ids = listing.get(key, [])
+        if not isinstance(ids, list):
+            raise InputError(f"{source}: {key}: expected a list of image ids")
+        for image_id in _ids(ids, f"{source}: {key}") if ids else []:
+            if image_id in roles:
+                problems.append(f"{source}: {key}: image {image_id} is {roles[image_id]} already")
+            roles[image_id] = role
+    images = set(frame["image_id"])
+    if unknown := sorted(set(roles) - images):
+        problems.append(f"{source}: image_id {shorten(unknown)}: not in the data set")
+    if left_out := sorted(images - set(roles)):
+        problems.append(f"{source}: image_id {shorten(left_out)}: in no list, expected every image in one")
+    if LABELED not in roles.values():
+        problems.append(f"{source}: labeled_image_ids: empty, expected at least one image")
+    role = frame["image_id"].map(roles)
+    maskless = frame.loc[(frame["ann_id"] == NO_MASK) & role.isin([LABELED, EVAL]), "image_id"].unique().tolist()
+    if maskless:
+        problems.append(f"{source}: image_id {shorten(maskless)}: labelled or for evaluation, but has no mask")
+    raise_all(problems)
+    return _split_table(frame, role.to_numpy())
+
+
+def _roles_by_split(frame: pd.DataFrame, labeled: pd.Series) -> pa.Table:
+    """Roles from the split column; `labeled` marks training rows."""
+    train = frame["split"] == records.TRAIN
+    return _split_table(frame, np.select([labeled, train], [LABELED, UNLABELED], EVAL))
+
+
+def _split_table(frame: pd.DataFrame, role: np.ndarray[Any, Any]) -> pa.Table:
+    return pa.table({"sent_id": frame["sent_id"].to_numpy(), "role": role.tolist()}, schema=records.SPLIT)

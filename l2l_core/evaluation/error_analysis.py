@@ -1,0 +1,97 @@
+"""Groups of sentences, by size and by what went wrong, and how two answers to the same sentences differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from l2l_core.core.metrics import iou_from_px
+from l2l_core.evaluation.evaluate import GOOD_IOU
+
+SIZES = ("small", "medium", "large")
+
+RIGHT_IOU = 0.7
+"""From here on a prediction is called right; between GOOD_IOU and this the object is found and its outline is off."""
+
+WRONG_IOU = 0.1
+"""Below, a mask and the truth share next to nothing: another object was meant. The usual line of error analyses."""
+
+SIZE_FACTOR = 2
+"""A mask of at least so many times the truth's area, or of so small a part of it, is too large or too small."""
+
+OUTCOMES = {
+    "wrong object": f"IoU below {WRONG_IOU}, and the mask is not empty.",
+    "empty": "Nothing was predicted, though there is an object.",
+    "too large": f"IoU from {WRONG_IOU} to below {GOOD_IOU}, the mask at least {SIZE_FACTOR} times the truth's area.",
+    "too small": f"IoU from {WRONG_IOU} to below {GOOD_IOU}, the truth at least {SIZE_FACTOR} times the mask's area.",
+    "misplaced": f"IoU from {WRONG_IOU} to below {GOOD_IOU}, and both areas are less than {SIZE_FACTOR} times apart.",
+    "boundary": f"IoU from {GOOD_IOU} to below {RIGHT_IOU}: the right object, its outline off.",
+    "right": f"IoU of at least {RIGHT_IOU}.",
+}
+"""What can become of a sentence, and its rule; every sentence has exactly one."""
+
+CHANGED_IOU = 0.05
+"""A sentence got better or worse where its IoU changed by more; less is a matter of some pixels of outline."""
+
+RESAMPLES = 2000
+"""Drawn samples behind an interval: its ends then have a standard error of some 2 % of its length."""
+
+
+def outcomes(per_sentence: pd.DataFrame) -> pd.Series[str]:
+    """The name in OUTCOMES of each row of records.PER_SENTENCE."""
+    iou = iou_from_px(per_sentence["intersection_px"], per_sentence["union_px"])
+    mask, truth = per_sentence["pred_area_px"].to_numpy(), per_sentence["gt_area_px"].to_numpy()
+    rules = {
+        "right": iou >= RIGHT_IOU,
+        "boundary": iou >= GOOD_IOU,
+        "empty": mask == 0,
+        "wrong object": iou < WRONG_IOU,
+        "too large": mask >= SIZE_FACTOR * truth,
+        "too small": truth >= SIZE_FACTOR * mask,
+    }
+    named = np.select(list(rules.values()), list(rules), default="misplaced")  # the first rule that holds
+    return pd.Series(named, per_sentence.index, dtype=str)
+
+
+def size_limits(area_share: pd.Series[float]) -> tuple[float, float]:
+    """Shares of the image area, 0..1, that cut objects into three equally large groups."""
+    low, high = np.quantile(area_share, [1 / 3, 2 / 3])
+    return float(low), float(high)
+
+
+def sizes(area_share: pd.Series[float], limits: tuple[float, float]) -> pd.Series[str]:
+    """The name in SIZES of each object: small below the lower limit, large from the upper one on."""
+    return pd.Series(np.array(SIZES)[np.searchsorted(limits, area_share, side="right")], area_share.index, dtype=str)
+
+
+def changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float]:
+    """How one method's rows of records.PER_SENTENCE differ from another's, which are of the same sentences in order.
+
+    Numbers of sentences: better, worse (by more than CHANGED_IOU), reached and lost (an IoU of GOOD_IOU); mean: of the
+    differences of IoU, in percent, which is the difference of mIoU.
+    """
+    first, second = (iou_from_px(rows["intersection_px"], rows["union_px"]) for rows in (before, after))
+    difference, good, still = second - first, first >= GOOD_IOU, second >= GOOD_IOU
+    return {
+        "better": float(np.sum(difference > CHANGED_IOU)),
+        "worse": float(np.sum(difference < -CHANGED_IOU)),
+        "reached": float(np.sum(~good & still)),
+        "lost": float(np.sum(good & ~still)),
+        "mean": 100 * float(difference.mean()),
+    }
+
+
+def mean_interval(values: NDArray[Any], clusters: NDArray[Any], seed: int) -> tuple[float, float]:
+    """95 % interval of the mean of `values` [N], by bootstrap: whole clusters [N] are drawn, with replacement.
+
+    Sentences about one image are right or wrong together, so that an image is what was drawn at random.
+    """
+    groups = pd.Series(values).groupby(np.asarray(clusters))
+    sums, counts = groups.sum().to_numpy(np.float64), groups.count().to_numpy(np.float64)
+    generator = np.random.default_rng(seed)
+    drawn = np.stack([generator.integers(len(sums), size=len(sums)) for _ in range(RESAMPLES)])
+    low, high = np.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""Masks for a user's own images: files and the demo page."""

@@ -1,0 +1,325 @@
+"""Masks for a person's own images: what is asked, with which priors, and the files that are written of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+
+from l2l_core.artifacts import records
+from l2l_core.config import LIVE_BACKENDS, Params
+from l2l_core.core.files import added_to, scratch_folder
+from l2l_core.core.images import ImageFile, inspect_images, is_turned, read_image, visible
+from l2l_core.core.masks import BoolMask, decode_rle, rle_area_px
+from l2l_core.core.progress import progress
+from l2l_core.data.pairs import BatchMaker, Pairs, with_priors
+from l2l_core.datasets.index import is_utf8
+from l2l_core.datasets.jsonl import read_jsonl
+from l2l_core.errors import InputError, raise_all
+from l2l_core.export.outlines import to_segmentation
+from l2l_core.mllm.backend import Question
+from l2l_core.mllm.query import ask_all, asking_key, make_backend
+from l2l_core.model.predictor import Predictor, bare_pairs
+from l2l_core.priors.proposals import make_proposals
+from l2l_core.priors.table import interpret
+from l2l_core.viz import overlays
+
+INDEX_NAME = "predictions.jsonl"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+OVERLAY_PX = 800
+"""Longer side of an overlay: a mask's outline, which is one pixel wide, shows on a screen."""
+NAME_BYTES = 40
+"""Of image and sentence each in a file's name, in UTF-8; file systems allow 255 bytes in all, encrypted ones 143."""
+PICTURES = ("mask", "overlay")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """N pairs of a person's own."""
+
+    image: list[ImageFile]
+    sentence: list[str]
+
+    def __len__(self) -> int:
+        return len(self.sentence)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the multimodal LLM said of N pairs: a pair whose sent_id the tables lack has no prior."""
+
+    sent_id: NDArray[np.int64]  # [N]
+    priors: pa.Table  # records.PRIORS
+    proposals: pa.Table  # records.PROPOSALS
+
+
+@dataclass(frozen=True)
+class Answered:
+    """N pairs as the network saw them, and their masks at their images' own size, as run lengths."""
+
+    pairs: Pairs
+    rle: list[bytes]
+
+    @property
+    def with_prior(self) -> NDArray[np.bool_]:
+        """[N] whether the network saw a prior that names a place."""
+        return self.pairs.proposal_score > 0
+
+
+AskMllm = Callable[[list[Question]], pa.Table]
+"""Questions -> records.ANSWERS."""
+
+
+def ask_about(words: Sequence[str]) -> Asked:
+    """Command line words -> pairs: images or folders of images, and last the sentence about each of them.
+
+    Raises InputError that names every image that cannot be used.
+    """
+    if len(words) < 2:
+        raise InputError(f'predict: got {len(words)} argument(s), expected IMAGE... "SENTENCE", or --pairs FILE.jsonl')
+    *places, sentence = words
+    if os.path.exists(sentence):  # not Path.exists(), which raises where a sentence is too long for a path
+        raise InputError(f"predict: sentence: got {sentence!r}, which is a file; the last argument is the sentence")
+    return ask_each([path for place in places for path in _images_at(Path(place))], sentence)
+
+
+def ask_each(paths: Sequence[Path], sentence: str) -> Asked:
+    """Each image with the same sentence. Raises InputError that names every image that cannot be used."""
+    if not is_utf8(sentence) or not any(character.isalnum() for character in sentence):
+        raise InputError(f"sentence: got {sentence!r}, expected at least one word")
+    found = inspect_images(paths, 1)
+    unnamed = [f"image {path!r}: its name is not UTF-8; rename it" for path in map(str, paths) if not is_utf8(path)]
+    raise_all([*unnamed, *(file for file in found if isinstance(file, str))])
+    files = [file for file in found if isinstance(file, ImageFile)]
+    return Asked(files, [sentence] * len(files))
+
+
+def ask_file(path: Path) -> Asked:
+    """The pairs of a JSON-lines file as `dataset` takes it, in order of their ids. Raises InputError as ingest does."""
+    index = read_jsonl(path)
+    files = {row.pop("image_id"): ImageFile(**row) for row in index.images.to_pylist()}
+    refs = index.refs.select(["image_id", "sentence"]).to_pydict()
+    return Asked([files[image_id] for image_id in refs["image_id"]], refs["sentence"])
+
+
+def turned_images(asked: Asked) -> list[str]:
+    """Images that an EXIF tag turns, which every part of the pipeline ignores: masks are of the stored pixels."""
+    return [name for name in dict.fromkeys(file.file_name for file in asked.image) if is_turned(name)]
+
+
+def find_priors(asked: Asked, params: Params) -> Told:
+    """What `priors.backend` says of the pairs: asked now where it can be asked about any image, else as recorded.
+
+    Answers are stored in .scratch as they come, so that a call that breaks off goes on where it was. Raises L2LError
+    where the backend cannot be asked, or the data set's tables are not there.
+    """
+    if params.priors.backend not in LIVE_BACKENDS:
+        return recorded_priors(asked)
+    if params.priors.asks_embedded:
+        print(f"note: {params.priors.model} knows RefShapes' drawn scenes alone; of photos it says nonsense")
+
+    def ask(questions: list[Question]) -> pa.Table:
+        settings = asking_key(params.priors, records.INDEX)
+        key = hashlib.sha256(f"{settings} {questions}".encode()).hexdigest()[:16]
+        make = partial(make_backend, params.priors, records.INDEX)
+        with scratch_folder("predict", key) as folder:
+            return ask_all(make, questions, folder, params.priors)
+
+    return live_priors(asked, params, ask)
+
+
+def recorded_priors(asked: Asked) -> Told:
+    """The priors of the data set's sentences with the same words about an image of the same bytes."""
+    refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
+    images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id", "sha256"])
+    known = records.to_frame(refs).merge(records.to_frame(images), on="image_id").sort_values("sent_id")
+    first = known.drop_duplicates(["sha256", "sentence"])
+    sent_ids = dict(zip(zip(first["sha256"], first["sentence"], strict=True), first["sent_id"], strict=True))
+    keys = zip((file.sha256 for file in asked.image), asked.sentence, strict=True)
+    return Told(
+        np.array([sent_ids.get(key, own) for key, own in zip(keys, _pair_ids(asked), strict=True)], dtype=np.int64),
+        records.read_table(records.PRIORS_PATH, records.PRIORS),
+        records.read_table(records.PROPOSALS_PATH, records.PROPOSALS),
+    )
+
+
+def live_priors(asked: Asked, params: Params, ask: AskMllm) -> Told:
+    """Ask the multimodal LLM about every pair, once a different one, and render its answers as the pipeline does.
+
+    Raises InputError where every request fails, and what `ask` raises.
+    """
+    sent_id = _pair_ids(asked)
+    pairs = zip(sent_id, zip(asked.image, asked.sentence, strict=True), strict=True)
+    different = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))  # by image: a model may reuse what it has read
+    answers = ask(
+        [
+            Question(key, sample, file.file_name, (file.height, file.width), sentence)
+            for key, (file, sentence) in different.items()
+            for sample in range(params.priors.samples)
+        ]
+    )
+    failed = [reason for reason in answers["reason"].to_pylist() if reason]
+    if failed and len(failed) == answers.num_rows:
+        raise InputError(f"priors.backend {params.priors.backend}: every request failed, the first with {failed[0]!r}")
+    priors = interpret(answers)
+    refs = pd.DataFrame({"sent_id": list(different), "image_id": list(different)})  # an image of its own for each
+    images = pd.DataFrame([vars(file) for file, _ in different.values()]).assign(image_id=refs["image_id"])
+    return Told(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))
+
+
+def answer(predictor: Predictor, asked: Asked, told: Told | None, batch_size: int = 1) -> Answered:
+    """Ask the network about every pair, with its prior where there is one; None: without any.
+
+    At most `batch_size` pairs are computed at once. Masks are those of the stage `predict` with the same priors, but
+    for pixels whose logit rounds to another side of 0: the stage computes batches of one size, filled up.
+    """
+    paths, sizes = [file.file_name for file in asked.image], [(file.height, file.width) for file in asked.image]
+    network = predictor.network
+    proposals = network.known_proposals()
+    pairs = bare_pairs(paths, sizes, asked.sentence, proposals.size_px)
+    if told is not None:
+        pairs = replace(pairs, sent_id=told.sent_id)
+        pairs = with_priors(pairs, told.priors, told.proposals, proposals.flat_prob)
+    batches = BatchMaker(pairs, network.params.image_size_px, proposals.flat_prob)
+    (masks,) = predictor.masks(batches, batch_size, [told is not None], "predict", fill=False)
+    return Answered(pairs, masks)
+
+
+@contextmanager
+def predictions_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that is added to `out` when the block ends well; the pictures of an earlier call there go then.
+
+    Files that no predictions.jsonl names stay. Raises InputError where `out` cannot be used.
+    """
+    earlier = _pictures_of(out / INDEX_NAME)
+    with added_to(out) as folder:
+        yield folder
+    for name in earlier - _pictures_of(out / INDEX_NAME):
+        (out / name).unlink(missing_ok=True)
+
+
+def try_names(asked: Asked, folder: Path) -> None:
+    """Create every file of `write_predictions` once, empty, and remove it: what a file system refuses is known before
+    anything is computed. Raises InputError that names the first name which it refuses.
+    """
+    for name in [INDEX_NAME, *(name for names in _picture_names(asked) for name in names.values())]:
+        try:
+            (folder / name).touch()
+            (folder / name).unlink()
+        except OSError as error:
+            raise InputError(
+                f"--out: no file {name!r} can be written there: {error.strerror}; name another folder"
+            ) from None
+
+
+def save_mask(mask: BoolMask, path: Path) -> None:
+    """Write a mask [H, W] as a PNG of one channel, 255 is foreground."""
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+
+
+def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygons: bool) -> str:
+    """Write for each pair a mask (PNG, 255 is foreground) and an overlay into a folder, and predictions.jsonl.
+
+    Where the pictures cannot be written, such as on a full disk, predictions.jsonl stays alone, without their names,
+    and holds every mask; what was wrong is returned, else "". Raises InputError where not even that can be written.
+    """
+    lines: list[dict[str, object]] = [
+        {
+            "image": file.file_name,
+            "sentence": sentence,
+            "height": file.height,
+            "width": file.width,
+            "with_prior": with_prior,
+            "area_px": rle_area_px(rle, file.height, file.width),
+            "segmentation": to_segmentation(rle, file.height, file.width, polygons=polygons),
+        }
+        for file, sentence, rle, with_prior in zip(
+            asked.image, asked.sentence, answered.rle, answered.with_prior.tolist(), strict=True
+        )
+    ]
+    names = _picture_names(asked)
+    try:
+        _write_index(lines, folder)
+    except OSError as error:
+        raise InputError(f"--out: {INDEX_NAME} cannot be written: {error.strerror}; name another folder") from None
+    try:
+        rows = list(zip(asked.image, answered.rle, names, strict=True))
+        for file, rle, name in progress(rows, "pictures", "pair"):
+            mask = decode_rle(rle, file.height, file.width)
+            save_mask(mask, folder / name["mask"])
+            overlay = overlays.with_mask(overlays.fit(read_image(file.file_name), OVERLAY_PX), mask)
+            # Compressing it at the usual level 6 takes longer than computing the mask.
+            Image.fromarray(overlay).save(folder / name["overlay"], compress_level=1)
+        _write_index([line | name for line, name in zip(lines, names, strict=True)], folder)
+    except OSError as error:
+        for picture in (folder / name[kind] for name in names for kind in PICTURES):
+            picture.unlink(missing_ok=True)
+        return f"the pictures cannot be written: {error.strerror or error}; {INDEX_NAME} holds every mask"
+    return ""
+
+
+def _write_index(lines: Sequence[dict[str, object]], folder: Path) -> None:
+    """Whole or not at all: what was there before stays where the disk is full."""
+    building = folder / f".{INDEX_NAME}.tmp"
+    try:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        building.write_text(text, encoding="utf-8")
+        building.replace(folder / INDEX_NAME)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def _picture_names(asked: Asked) -> list[dict[str, str]]:
+    """The files of each pair by kind."""
+    names = [
+        f"{number:04d}_{_slug(Path(file.file_name).stem)}_{_slug(sentence)}"
+        for number, (file, sentence) in enumerate(zip(asked.image, asked.sentence, strict=True))
+    ]
+    return [{kind: f"{name}.{kind}.png" for kind in PICTURES} for name in names]
+
+
+def _images_at(place: Path) -> list[Path]:
+    """A path, or the images in a folder by name. Raises InputError where a folder has none."""
+    if not place.is_dir():
+        return [place]
+    found = [path for path in visible(place.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise InputError(f"{place}: no image in this folder, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _pair_ids(asked: Asked) -> list[int]:
+    """Numbers of 63 bits made of image and words: what is drawn for a pair does not depend on the others."""
+    keys = (f"{file.sha256} {sentence}" for file, sentence in zip(asked.image, asked.sentence, strict=True))
+    return [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1 for key in keys]
+
+
+def _pictures_of(index: Path) -> set[str]:
+    """Names of the pictures that an earlier call wrote beside its index."""
+    if not index.is_file():
+        return set()
+    try:
+        rows: Iterable[dict[str, str]] = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
+        return {
+            Path(row[kind]).name for row in rows if row["segmentation"] is not None for kind in PICTURES if kind in row
+        }
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{index}: not written by this command; name another folder with --out") from None
+
+
+def _slug(text: str) -> str:
+    """A text as part of a file's name."""
+    name = "-".join(re.findall(r"\w+", text)).encode("utf-8", "ignore")
+    return name[:NAME_BYTES].decode("utf-8", "ignore")  # whole characters

@@ -1,0 +1,242 @@
+"""A page to try a network in a browser: upload an image, type a sentence, see prior, proposal and mask.
+
+The only file that knows gradio (the extra `serve`). It runs on one machine, for one person or a few: no accounts.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from l2l_core.artifacts import records
+from l2l_core.config import LIVE_BACKENDS, Params
+from l2l_core.core.images import FORMATS, read_image
+from l2l_core.core.masks import BoolMask, decode_rle
+from l2l_core.datasets.index import turned_note
+from l2l_core.errors import ConfigError, InputError, L2LError
+from l2l_core.inference.predict_files import (
+    Answered,
+    Asked,
+    Told,
+    answer,
+    ask_each,
+    live_priors,
+    recorded_priors,
+    save_mask,
+    turned_images,
+)
+from l2l_core.mllm.backend import PriorBackend
+from l2l_core.mllm.query import ask_table, make_backend
+from l2l_core.model.predictor import Predictor
+from l2l_core.viz import overlays
+
+MAX_PIXELS = 40_000_000
+"""Of an upload; photos have less. Decoded they take 120 MB, and a small file can hold thousands of times as many."""
+PICTURE_PX = 640
+"""Longer side of the pictures on the page, two of which fit beside each other."""
+KEEP_S = 600
+"""Seconds after which uploads and pictures are deleted: time to look and to download."""
+GOODBYE_S = 2
+"""Seconds that browsers have to close their connections when the server ends; a page holds one open for good."""
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the page shows of one pair."""
+
+    words: str  # what the multimodal LLM said, or why there is no prior
+    prior: overlays.Picture | None
+    proposal: overlays.Picture | None
+    overlay: overlays.Picture
+    mask: BoolMask  # [H, W] at the image's own size
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A network ready to be asked, and who is asked for priors."""
+
+    predictor: Predictor
+    params: Params
+    backend: PriorBackend | None  # None: it knows the data set alone, and what it said is recorded
+    max_mb: int
+
+    @classmethod
+    def of(cls, folder: Path, params: Params, max_mb: int) -> Desk:
+        """Load the model in a folder, and the backend. Raises L2LError where one of them cannot be loaded."""
+        is_live = params.priors.backend in LIVE_BACKENDS
+        backend = make_backend(params.priors, records.INDEX) if is_live else None
+        predictor = Predictor.from_run(folder, device=params.train.engine.device)
+        return cls(predictor, predictor.fitted(params), backend, max_mb)
+
+    def look(self, image: Path | None, sentence: str) -> Seen:
+        """Ask about one pair. Raises InputError where image or sentence cannot be used, and what the backend raises."""
+        if image is None:
+            raise InputError("image: none, expected an upload")
+        _check_size(image, self.max_mb)
+        asked = ask_each([image], sentence)
+        told = self._told(asked)
+        answered = answer(self.predictor, asked, told)
+        picture = overlays.fit(read_image(image), PICTURE_PX)
+        answers = [] if told is None else _answers(told)
+        mask = decode_rle(answered.rle[0], asked.image[0].height, asked.image[0].width)
+        has_prior = bool(answered.with_prior[0])
+        return Seen(
+            words="\n".join([*self._words(answers, answered), *_notes(asked)]),
+            prior=_with_places(picture, answers, asked) if has_prior else None,
+            proposal=overlays.with_soft_map(picture, answered.pairs.proposal[0]) if has_prior else None,
+            overlay=overlays.with_mask(picture, mask),
+            mask=mask,
+        )
+
+    def _told(self, asked: Asked) -> Told | None:
+        if self.backend is not None:
+            return live_priors(asked, self.params, partial(ask_table, self.backend))
+        # A model's folder is of use without the data that it was trained on.
+        return recorded_priors(asked) if records.PROPOSALS_PATH.is_file() else None
+
+    def _words(self, answers: list[dict[str, Any]], answered: Answered) -> list[str]:
+        if not answers:
+            return [f"no prior: the backend {self.params.priors.backend} answers only about the data set"]
+        read = answered.pairs.prior_text[0] if answered.with_prior[0] else "no prior: no answer names a place"
+        return [read, *(f"{answer['status']}: {answer['raw_text']}" for answer in answers)]
+
+
+def require_gradio() -> None:
+    """Raise ConfigError where gradio is not installed."""
+    if not find_spec("gradio"):
+        raise ConfigError("serve: needs gradio: pip install '.[serve]'")
+
+
+def open_page(open_desk: Callable[[], Desk], host: str, port: int) -> None:
+    """Serve the page until SIGINT or SIGTERM; uploads and pictures are gone then. Port 0: any that is free.
+
+    Raises InputError where nothing can listen at that address, and what `open_desk` raises.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise InputError(f"serve: cannot listen at {host}:{port}: {error.strerror}; try another --port") from None
+    with listener, tempfile.TemporaryDirectory(prefix="l2l-serve-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # gradio reads it when it is imported
+        app = _make_app(open_desk(), Path(folder))
+        if host not in LOCAL_HOSTS:
+            print(f"warning: --host {host}: whoever reaches this machine can use the page", file=sys.stderr)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the folder is removed
+        with suppress(KeyboardInterrupt):
+            _run(app, listener)
+
+
+def _check_size(image: Path, max_mb: int) -> None:
+    """Raise InputError where a file has too many bytes, or its header names too many pixels. It is not decoded."""
+    if image.stat().st_size > max_mb * 2**20:
+        raise InputError(f"image: {image.stat().st_size / 2**20:.1f} MB, expected at most {max_mb} MB (--max-mb)")
+    pixels = 0
+    with suppress(Exception):  # what is no image is found, and named, when it is read
+        try:
+            with Image.open(image, formats=FORMATS) as header:
+                pixels = header.width * header.height
+        except Image.DecompressionBombError:  # far beyond the limit
+            pixels = MAX_PIXELS + 1
+    if pixels > MAX_PIXELS:
+        raise InputError(f"image: more than {MAX_PIXELS // 10**6} megapixels; make it smaller")
+
+
+def _answers(told: Told) -> list[dict[str, Any]]:
+    """The rows of records.PRIORS about the first pair."""
+    priors = told.priors
+    return list(priors.filter(np.equal(priors["sent_id"].to_numpy(), told.sent_id[0])).to_pylist())
+
+
+def _notes(asked: Asked) -> list[str]:
+    return [f"note: {turned_note(['this photo'])}"] if turned_images(asked) else []
+
+
+def _with_places(picture: overlays.Picture, answers: list[dict[str, Any]], asked: Asked) -> overlays.Picture:
+    size_wh = np.array([asked.image[0].width, asked.image[0].height], dtype=np.float64)
+    boxes = [np.array(answer["bbox"]) / np.tile(size_wh, 2) for answer in answers if answer["bbox"] is not None]
+    points = [np.array(answer["point"]) / size_wh for answer in answers if answer["point"] is not None]
+    return overlays.with_boxes(picture, boxes, points)
+
+
+def _make_app(desk: Desk, folder: Path) -> Any:
+    """The page as an ASGI application. Nothing of it comes from elsewhere, and nothing is reported anywhere."""
+    import fastapi  # type: ignore[import-not-found,unused-ignore]
+    import gradio as gr  # type: ignore[import-not-found,unused-ignore]
+
+    def respond(image: str | None, sentence: str) -> tuple[object, ...]:
+        try:
+            seen = desk.look(None if image is None else Path(image), sentence)
+        except L2LError as error:
+            message = str(error) if image is None else str(error).replace(f"{Path(image).parent}/", "")
+            # Shown as HTML, and it may hold what the person typed.
+            raise gr.Error(html.escape(message, quote=False), duration=None, print_exception=False) from None
+        file = Path(tempfile.mkdtemp(dir=folder)) / "mask.png"
+        save_mask(seen.mask, file)
+        return seen.words, seen.prior, seen.proposal, seen.overlay, str(file)
+
+    with gr.Blocks(title="Learning to Label", analytics_enabled=False, delete_cache=(KEEP_S, KEEP_S)) as page:
+        gr.Markdown(
+            "# Learning to Label\nUpload an image, say what you mean in it, and see what the network makes of it."
+        )
+        with gr.Row():
+            # image_mode None: the file itself, not a copy in another format.
+            image = gr.Image(
+                label="Image", type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[], height=360
+            )
+            overlay = _picture(gr, "Mask")
+        with gr.Row(equal_height=True):
+            sentence = gr.Textbox(label="Sentence", placeholder="the dog on the left", max_lines=1, scale=4)
+            button = gr.Button("Find it", variant="primary")
+            download = gr.DownloadButton("Download the mask (PNG)")
+        with gr.Row():
+            prior = _picture(gr, "Prior: what the multimodal LLM points at")
+            proposal = _picture(gr, "Proposal: where the object probably is")
+        words = gr.Textbox(label="What the multimodal LLM said", lines=3, interactive=False)
+        outputs = [words, prior, proposal, overlay, download]
+        asking = [button.click, sentence.submit]
+        gr.on(asking, respond, [image, sentence], outputs, api_name="segment", concurrency_limit=1)
+    # gradio's own would open the file, and fail in its own words where it is no image.
+    image.preprocess = lambda upload: upload and upload.path
+    app = gr.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None),
+        page,
+        path="/",
+        max_file_size=desk.max_mb * 2**20,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+    )
+    page.has_launched = True  # else gradio takes any path of this machine that a request names for an upload
+    return app
+
+
+def _picture(gr: Any, label: str) -> Any:
+    return gr.Image(label=label, format="png", interactive=False, buttons=["fullscreen"], height=360)
+
+
+def _run(app: Any, listener: socket.socket) -> None:
+    import uvicorn  # type: ignore[import-not-found,unused-ignore]
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GOODBYE_S)
+    uvicorn.Server(config).run(sockets=[listener])

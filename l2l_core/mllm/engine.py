@@ -1,0 +1,215 @@
+"""Ask a real multimodal LLM: questions become requests, answers that break the prompt are asked for again, and what
+makes an engine fail is found and marked.
+
+The model itself stands behind `Engine`: hf.py, openai_http.py and vllm.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from PIL import Image, ImageOps
+
+from l2l_core.config import PriorsParams
+from l2l_core.core.images import read_image
+from l2l_core.errors import InputError, L2LError
+from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.coords import resolve_coord_space, sent_hw
+from l2l_core.mllm.prompt import Schema, answer_schema, keeps_to, prompt_sha256, prompt_text
+
+BORDER_RGB = (122, 116, 104)
+"""Around an image in a square: CLIP's mean color, which becomes 0 in the network, as LLaVA-1.5 was trained."""
+AHEAD_BYTES = 256 * 2**20
+"""Of images that are decoded before they are asked about."""
+DECODERS = 4
+"""Threads that decode images; reading and decoding release the interpreter's lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question as a model gets it: the image first, so that its tokens are computed once for all its sentences."""
+
+    image: Image.Image  # RGB
+    text: str
+    schema: Schema | None  # of the answer; None: anything may be written
+    temperature: float  # 0: greedy
+    seed: int  # of the draw, in 0..2**31 - 1
+    max_tokens: int  # of the answer
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a model wrote to one request."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failure: str = ""  # what went wrong, in a word or two; "": nothing
+
+
+class Engine(Protocol):
+    """A model that can be asked. What it writes to a request depends on that request alone."""
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"] | None:
+        """In which the model is computed; None where the engine does not know it."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in order.
+
+        Any exception means that at least one of the requests cannot be answered, and L2LError that none ever will.
+        """
+        ...
+
+
+class MllmBackend:
+    """Asks a model about every question by the prompt `priors.prompt`.
+
+    Raises ConfigError where the model's family is unknown and `priors.coord_space` does not say how it writes.
+    """
+
+    def __init__(self, engine: Engine, params: PriorsParams) -> None:
+        self.name: str = params.backend
+        self._engine = engine
+        self._precision = engine.precision
+        self._params = params
+        self._model = str(params.model)
+        self._space = resolve_coord_space(self._model, params.coord_space)
+        self._schema = answer_schema(params.prompt, self._space) if params.is_structured else None
+        self._sha256 = prompt_sha256(params.prompt, self._space)
+        self._images = _Images(self._load)
+
+    def ask(self, questions: Sequence[Question], following: Sequence[Question] = ()) -> list[Answer]:
+        """Answer a batch; a question whose image or request fails is answered with `error`.
+
+        following: what is asked next; its images are decoded while the engine works.
+        """
+        images = self._images.decode(questions)
+        self._images.decode_ahead(following)
+        try:
+            return self._ask(questions, images)
+        except BaseException:
+            self._images.cancel()
+            raise
+
+    def _ask(self, questions: Sequence[Question], images: Sequence[Image.Image | str]) -> list[Answer]:
+        answers = [self._unanswered(question) for question in questions]
+        waiting = []
+        for row, image in enumerate(images):
+            if isinstance(image, str):
+                answers[row] = replace(answers[row], unread="error", reason=image)
+            else:
+                waiting.append((row, image))
+        for attempt in range(1 + self._params.retries):
+            requests = [self._request(questions[row], image, attempt) for row, image in waiting]
+            done = _generate(self._engine, requests)
+            for (row, _), completion in zip(waiting, done, strict=True):
+                answers[row] = self._add(answers[row], completion, attempt)
+            waiting = [(row, image) for row, image in waiting if not answers[row].is_valid and not answers[row].reason]
+        return [replace(answer, unread="error") if answer.reason else answer for answer in answers]
+
+    def _load(self, path: str, image_hw: tuple[int, int]) -> Image.Image | str:
+        """The image at the size in which it is sent, or what is wrong with it."""
+        height, width = sent_hw(self._space, image_hw, self._params.max_image_px)
+        try:
+            image = Image.fromarray(read_image(path))
+        except InputError as error:
+            return str(error)
+        if image.size != (image_hw[1], image_hw[0]):
+            return "image of another size than the index says"
+        if self._space == "unit_square":
+            return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=BORDER_RGB)
+        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+    def _unanswered(self, question: Question) -> Answer:
+        size = sent_hw(self._space, question.image_hw, self._params.max_image_px)
+        return Answer(
+            "", self._model, self._space, size, self._sha256, attempts=0, is_valid=False, precision=self._precision
+        )
+
+    def _request(self, question: Question, image: Image.Image, attempt: int) -> Request:
+        is_greedy = question.sample_index == 0 and attempt == 0
+        return Request(
+            image=image,
+            text=prompt_text(self._params.prompt, question.sentence, self._space),
+            schema=self._schema,
+            temperature=0.0 if is_greedy else self._params.temperature,
+            seed=request_seed(self._params.seed, question.sent_id, question.sample_index, attempt),
+            max_tokens=self._params.max_tokens * (1 + attempt),  # cut short is the usual way to be invalid
+        )
+
+    def _add(self, answer: Answer, completion: Completion, attempt: int) -> Answer:
+        """The answer after one more attempt; a failure keeps what an earlier attempt wrote."""
+        answer = replace(
+            answer,
+            attempts=attempt + 1,
+            prompt_tokens=answer.prompt_tokens + completion.prompt_tokens,
+            completion_tokens=answer.completion_tokens + completion.completion_tokens,
+        )
+        if completion.failure:
+            return answer if answer.raw_text else replace(answer, reason=completion.failure)
+        is_valid = keeps_to(self._params.prompt, completion.text)
+        return replace(answer, raw_text=completion.text, is_valid=is_valid)
+
+
+class _Images:
+    """Images by path and size, as `load` makes them: each is decoded once for all questions that follow each other."""
+
+    def __init__(self, load: Callable[[str, tuple[int, int]], Image.Image | str]) -> None:
+        self._load = load
+        self._threads = ThreadPoolExecutor(DECODERS, "decode")
+        self._held: dict[tuple[str, tuple[int, int]], Future[Image.Image | str]] = {}
+
+    def decode(self, questions: Sequence[Question]) -> list[Image.Image | str]:
+        """The image of each question, in order. Only these are held from here on."""
+        keys = [(question.image_path, question.image_hw) for question in questions]
+        held = {key: self._held.pop(key, None) for key in dict.fromkeys(keys)}
+        self.cancel()
+        self._held = {key: future or self._threads.submit(self._load, *key) for key, future in held.items()}
+        return [self._held[key].result() for key in keys]
+
+    def decode_ahead(self, questions: Sequence[Question]) -> None:
+        """Begin with the images of the questions, up to AHEAD_BYTES, without waiting for them."""
+        room = AHEAD_BYTES
+        for key in dict.fromkeys((question.image_path, question.image_hw) for question in questions):
+            height, width = key[1]
+            room -= 3 * height * width
+            if room < 0:
+                return
+            if key not in self._held:
+                self._held[key] = self._threads.submit(self._load, *key)
+
+    def cancel(self) -> None:
+        """Hold no image any longer; what has not begun is not decoded."""
+        for future in self._held.values():
+            future.cancel()
+        self._held.clear()
+
+
+def request_seed(seed: int, sent_id: int, sample_index: int, attempt: int) -> int:
+    """Seed of one draw, the same in every run and order: 0..2**31 - 1."""
+    digest = hashlib.sha256(f"{seed} {sent_id} {sample_index} {attempt}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    """Halve a batch that fails until the requests that make it fail stand alone; the others are answered.
+
+    Only the kind of exception is kept: messages hold addresses and times, and would differ from run to run.
+    """
+    if not requests:
+        return []
+    try:
+        return engine.generate(requests)
+    except L2LError:
+        raise
+    except Exception as error:  # whatever an engine's library raises
+        if len(requests) == 1:
+            return [Completion("", failure=type(error).__name__)]
+    middle = len(requests) // 2
+    return _generate(engine, requests[:middle]) + _generate(engine, requests[middle:])

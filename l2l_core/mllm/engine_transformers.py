@@ -1,0 +1,193 @@
+"""Models in the Hugging Face layout, run by transformers: the slowest engine, and the one that runs everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2l_core.config import PriorsParams
+from l2l_core.core.device import choose_device, print_device, resolve_precision
+from l2l_core.core.optional import hidden
+from l2l_core.errors import ConfigError
+from l2l_core.mllm.coords import resolve_coord_space
+from l2l_core.mllm.engine import Completion, Request
+from l2l_core.mllm.prompt import Schema
+
+with hidden("scipy", "sklearn"):  # for losses of detectors, and drafts by a second model
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessorList
+
+DRAW_BLOCK = 512
+"""Tokens whose probabilities are added up together when one is drawn."""
+Processor = Callable[[Tensor, Tensor], Tensor]  # token ids [B, L], logits [B, V] -> logits [B, V]
+
+
+class TransformersEngine:
+    """One model in this process. Raises ConfigError where it cannot be loaded or xgrammar is wanted and missing."""
+
+    def __init__(self, params: PriorsParams) -> None:
+        name = params.model
+        self._device = choose_device(params.engine.device, "priors.engine.device")
+        self.precision = resolve_precision(params.precision, self._device, "priors.precision")
+        print_device(self._device, self.precision)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        try:
+            self._processor = AutoProcessor.from_pretrained(name)
+            self._model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(self._device).eval()
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"params.yaml: priors.model: got {name!r}, expected a hub id (needs a network or a local copy) or a "
+                f"folder of an image-text model that transformers loads: {reason}"
+            ) from None
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"params.yaml: priors.model: {name!r} does not fit into the GPU's memory in {self.precision}; take a "
+                "smaller one, priors.precision bf16 (half the memory of fp32), or priors.backend vllm with "
+                "priors.engine.tensor_parallel GPUs for each model"
+            ) from None
+        crops = getattr(getattr(self._processor, "image_processor", None), "do_center_crop", False)
+        if crops and resolve_coord_space(str(name), params.coord_space) != "unit_square":
+            raise ConfigError(
+                f"params.yaml: priors.coord_space: got {params.coord_space!r}, but the image processor of {name!r} "
+                "crops images to a square, so that its coordinates are not the image's; set it to unit_square, which "
+                "pads images to squares first, or set do_center_crop to false in the model's folder"
+            )
+        self._tokenizer = self._processor.tokenizer
+        self._tokenizer.padding_side = "left"  # so that all answers of a batch begin at the same place
+        own = self._model.generation_config
+        ends = own.eos_token_id if own.eos_token_id is not None else self._tokenizer.eos_token_id
+        self._ends: list[int] = ends if isinstance(ends, list) else [ends]
+        pad = self._tokenizer.pad_token_id
+        # Not the model's own settings (temperature, penalties), which are for chats: answers are greedy or drawn here.
+        self._model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=self._ends, pad_token_id=self._ends[0] if pad is None else pad
+        )
+        self._batch_size = params.engine.batch_size
+        self._grammars = _Grammars(self._tokenizer, self._model) if params.is_structured else None
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer `priors.engine.batch_size` requests at a time."""
+        size = self._batch_size
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        return [completion for batch in batches for completion in self._generate_batch(batch)]
+
+    def _generate_batch(self, requests: Sequence[Request]) -> list[Completion]:
+        chats = [_chat(request) for request in requests]
+        inputs = self._processor.apply_chat_template(
+            chats,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self._device, dtype=self._model.dtype)
+        limits = [request.max_tokens for request in requests]
+        steps: list[Processor] = [_SeededDraws(requests)]
+        if self._grammars is not None:
+            steps.insert(0, self._grammars.processor([request.schema for request in requests]))
+        written = self._model.generate(
+            **inputs, max_new_tokens=max(limits), logits_processor=LogitsProcessorList(steps)
+        )[:, inputs["input_ids"].shape[1] :]
+        prompt_tokens = inputs["attention_mask"].sum(dim=1).tolist()
+        return [
+            self._completion(tokens[:limit], count)
+            for tokens, limit, count in zip(written.tolist(), limits, prompt_tokens, strict=True)
+        ]
+
+    def _completion(self, tokens: list[int], prompt_tokens: int) -> Completion:
+        end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        text = self._tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        return Completion(text, prompt_tokens, min(end + 1, len(tokens)))
+
+
+class _SeededDraws:
+    """Leaves of a row the token that is drawn at the request's temperature, from the request's own seed.
+
+    A token costs one number from its request's generator: where it falls in the cumulated probabilities. generate()
+    itself would draw a whole batch from one generator. Greedy rows stay.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._rows = [row for row, request in enumerate(requests) if request.temperature > 0]
+        drawn = [requests[row] for row in self._rows]
+        self._temperatures = torch.tensor([[request.temperature] for request in drawn])  # [rows, 1]
+        self._numbers = [  # [max_tokens] in [0, 1)
+            torch.rand(request.max_tokens, generator=torch.Generator().manual_seed(request.seed), dtype=torch.float64)
+            for request in drawn
+        ]
+        self._step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self._rows:
+            return scores
+        device = torch.device("cpu") if scores.device.type == "mps" else scores.device  # MPS has no float64
+        logits = scores[self._rows].to(device, torch.float32) / self._temperatures.to(device)
+        # A row that is longer than its request may be is cut afterwards: any number will do.
+        numbers = [float(own[min(self._step, len(own) - 1)]) for own in self._numbers]
+        tokens = _tokens_at(torch.softmax(logits, dim=1), torch.tensor(numbers, dtype=torch.float64, device=device))
+        self._step += 1
+        drawn = scores.to(torch.float32, copy=True)
+        drawn[self._rows] = torch.full_like(logits, -torch.inf).scatter_(1, tokens, 0.0).to(drawn)
+        return drawn
+
+
+def _tokens_at(probs: Tensor, shares: Tensor) -> Tensor:
+    """Where shares [B] in [0, 1) of the whole fall among probabilities [B, V] that are laid end to end -> [B, 1].
+
+    Sums in float32 over blocks of tokens and in float64 over the blocks: a whole vocabulary in float64 takes eight
+    times as long. A token of probability 0 is never the one.
+    """
+    padded = torch.nn.functional.pad(probs, (0, -probs.shape[1] % DRAW_BLOCK))
+    blocks = padded.reshape(len(probs), -1, DRAW_BLOCK)
+    block, within = _entry_at(blocks.sum(dim=2).double(), shares[:, None])
+    token, _ = _entry_at(blocks[torch.arange(len(blocks)), block[:, 0]].double(), within)
+    return block * DRAW_BLOCK + token
+
+
+def _entry_at(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [B, N] float64, shares [B, 1] of their sum -> the entries there, and how much of them lies before.
+
+    Both [B, 1]; the second is a share of the entry.
+    """
+    ends = weights.cumsum(dim=1)
+    whole = ends[:, -1:]
+    places = torch.minimum(shares * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    entries = torch.searchsorted(ends, places, right=True)  # the first that ends behind the place
+    return entries, (places - (ends - weights).gather(1, entries)) / weights.gather(1, entries)
+
+
+class _Grammars:
+    """JSON schemas compiled for a model's tokenizer. The only place that knows xgrammar."""
+
+    def __init__(self, tokenizer: Any, model: Any) -> None:
+        try:
+            import xgrammar  # type: ignore[import-not-found,unused-ignore]
+            from xgrammar.contrib.hf import LogitsProcessor  # type: ignore[import-not-found,unused-ignore]
+        except ImportError as error:
+            raise ConfigError(
+                "params.yaml: priors.structured_output: got true, which needs xgrammar for the transformers backend: "
+                f"pip install '.[mllm]', or set it to false ({error})"
+            ) from None
+        vocabulary = model.config.get_text_config().vocab_size  # may be larger than the tokenizer's, by padding
+        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary)
+        self._compiler = xgrammar.GrammarCompiler(info)
+        self._make = LogitsProcessor
+
+    def processor(self, schemas: Sequence[Schema | None]) -> Processor:
+        """What keeps each row of one batch to its schema; for a single call of generate()."""
+        # Without white space, as vLLM does: small models lose themselves in it.
+        texts = [json.dumps(schema) for schema in schemas]
+        compiled = [
+            self._compiler.compile_json_schema(text, any_whitespace=False, separators=(",", ":")) for text in texts
+        ]
+        return self._make(compiled)
+
+
+def _chat(request: Request) -> list[dict[str, object]]:
+    content = [{"type": "image", "image": request.image}, {"type": "text", "text": request.text}]
+    return [{"role": "user", "content": content}]

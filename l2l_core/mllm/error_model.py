@@ -1,0 +1,288 @@
+"""Where a multimodal LLM of a given quality would put its box: true boxes in, wrong ones out, at measured rates.
+
+This is the only part of the priors that uses the truth. Its numbers come from recorded answers of real models on
+RefCOCO testA (1,975 referred objects, one answer each); docs/priors.md says what was measured and what is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator, Philox
+from numpy.typing import NDArray
+
+from l2l_core.core.boxes import FloatArray, iou_xyxy
+from l2l_core.mllm.coords import MIN_SIDE_PX
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+IOU_EDGES = np.array([0.0, 0.05, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
+"""Bins of the IoU of an answered box with the true one; the last includes 1."""
+LOW_BINS = 3
+"""Bins below IoU 0.5: only there can the box mark another object (IoU >= 0.5 with it)."""
+
+
+@dataclass(frozen=True)
+class ErrorModel:
+    """How often a model's box falls into each IoU bin, and how often it marks another object then."""
+
+    iou_share: tuple[float, ...]  # of all answers, one entry a bin of IOU_EDGES; the rest gives no box
+    wrong_object_share: tuple[float, float, float]  # of the answers in each low bin
+
+    @property
+    def wrong_object_rate(self) -> float:
+        """Share of all answers that mark another annotated object."""
+        return float(np.dot(self.iou_share[:LOW_BINS], self.wrong_object_share))
+
+
+# iou_share: measured. wrong_object_share: counted over the other referred objects of the same photo, as
+# "answers with IoU >= 0.5 with one of them / answers in the bin"; objects that no expression refers to are not
+# annotated there, so that the true rate is higher.
+#
+# llava-1.5-7b: its histogram is measured, but there are no single answers to count wrong objects in. Assumed: answers
+# that miss by far (IoU < 0.05) are 4.9 times as frequent as with the other two (0.126 against 0.0258), and so are
+# answers about another object (0.033 there); as its boxes are looser, only 0.62 times as many of these reach IoU 0.5
+# with that object: 0.033 * 4.9 * 0.62 = 0.10 of all answers. The shares of the lowest two bins are those of the other
+# two models (0.53, 0.47) times 0.62; the third has what remains of the 0.10, since most of its many answers there are
+# loose boxes of the right object.
+ERROR_MODELS: dict[str, ErrorModel] = {
+    "qwen2.5-vl-7b": ErrorModel((0.021, 0.016, 0.037, 0.065, 0.084, 0.248, 0.335, 0.171), (29 / 42, 17 / 32, 17 / 73)),
+    "internvl2.5-8b": ErrorModel((0.030, 0.021, 0.045, 0.076, 0.084, 0.239, 0.279, 0.216), (25 / 60, 17 / 41, 26 / 88)),
+    "llava-1.5-7b": ErrorModel((0.126, 0.068, 0.316, 0.311, 0.114, 0.047, 0.011, 0.006), (0.33, 0.29, 0.12)),
+}
+
+SAME_CATEGORY_WEIGHT = 4.0
+"""Another object of the same category is taken for the target this much more readily: 126 of 131 wrong objects (96 %)
+were of the target's category, which 87 % of the candidates were; (0.96 / 0.04) / (0.87 / 0.13) is about 4."""
+
+CONFIDENCE_MEAN, CONFIDENCE_SPREAD, CONFIDENCE_GAIN, CONFIDENCE_STEP = 0.85, 0.07, 0.4, 0.05
+"""Assumed, not measured: verbal confidence is high, comes in steps of 0.05 and hardly knows whether the box is right.
+A gain of 0.4 standard deviations for right boxes gives an AUROC of about 0.6."""
+
+TRIES = 12
+"""Random boxes tried before the two constructions that need no luck; nearly all rows are done after three."""
+_BISECTIONS = 40  # halvings of a step of at most _FAR sides: the IoU is exact to float precision
+_FAR = 8.0
+_EDGE_MARGIN = 1e-3  # distance kept from a bin's ends, more than rounding the written coordinates can move an IoU
+_SIDE_MARGIN_PX = 0.1  # distance kept from the parser's smallest box, for the same reason
+_SIZE_SPREAD = 0.3  # log-normal spread of a misplaced box's sides around the true ones
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of N answers; each row depends on (seed, sent_id, sample_index) alone."""
+
+    uniform: FloatArray  # [N, 6] in [0, 1): bin, place in the bin, wrong object?, which, its bin, its place in the bin
+    confidence: FloatArray  # [N] standard normal
+    edges: FloatArray  # [N, TRIES, 6] standard normal: shift x, y, then each edge
+    place: FloatArray  # [N, TRIES, 2] in [0, 1)
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """The truth about N questions, and the P other objects of their images, sorted by question."""
+
+    true_xyxy: FloatArray  # [N, 4] pixels, inside the image
+    image_hw: IntArray  # [N, 2]
+    other_row: IntArray  # [P] question that the object belongs to, ascending
+    other_xyxy: FloatArray  # [P, 4]
+    other_same_category: BoolArray  # [P]
+
+    def take(self, rows: IntArray) -> Scenes:
+        """The questions of some rows (ascending)."""
+        place = np.full(len(self.true_xyxy), -1, dtype=np.int64)
+        place[rows] = np.arange(len(rows))
+        kept = place[self.other_row] >= 0
+        return Scenes(
+            self.true_xyxy[rows],
+            self.image_hw[rows],
+            place[self.other_row[kept]],
+            self.other_xyxy[kept],
+            self.other_same_category[kept],
+        )
+
+    def best_other_iou(self, boxes_xyxy: FloatArray) -> FloatArray:
+        """[N, 4] -> [N] largest IoU with another object of the image, 0 where there is none."""
+        best = np.zeros(len(boxes_xyxy))
+        np.maximum.at(best, self.other_row, iou_xyxy(boxes_xyxy[self.other_row], self.other_xyxy))
+        return best
+
+
+@dataclass(frozen=True)
+class DrawnBoxes:
+    """N boxes as the error model puts them."""
+
+    xyxy: FloatArray  # [N, 4] original-image pixels, meaningless without a box
+    has_box: BoolArray  # [N]
+    confidence: FloatArray  # [N] in [0, 1], what the model would say of itself
+
+
+def random_draws(seed: int, sent_id: IntArray, sample_index: IntArray) -> Draws:
+    """Random numbers of N answers, each row the same whatever other rows are asked for."""
+    count = len(sent_id)
+    uniform, confidence = np.empty((count, 6)), np.empty(count)
+    edges, place = np.empty((count, TRIES, 6)), np.empty((count, TRIES, 2))
+    for row, (sentence, sample) in enumerate(zip(sent_id.tolist(), sample_index.tolist(), strict=True)):
+        # A counter-based generator has one stream per counter; the low words count on within the stream.
+        rng = Generator(Philox(key=[seed, 0], counter=[0, 0, sentence % 2**64, sample]))
+        uniform[row] = rng.random(6)
+        confidence[row] = rng.standard_normal()
+        edges[row] = rng.standard_normal((TRIES, 6))
+        place[row] = rng.random((TRIES, 2))
+    return Draws(uniform, confidence, edges, place)
+
+
+def draw_boxes(model: ErrorModel, scenes: Scenes, draws: Draws) -> DrawnBoxes:
+    """Draw a box for each of N questions.
+
+    First the IoU bin is drawn, then a box that has such an IoU with the true box. In the low bins it is another object
+    of the scene (with a jitter) at the model's rate. Where a scene has no other object that overlaps the true box
+    as a bin asks, its share of wrong objects moves to the bins for which it has one, as far as they hold it; the IoU
+    histogram stays as it is.
+    """
+    shares = np.asarray(model.iou_share)
+    bins = np.searchsorted(np.cumsum(shares), draws.uniform[:, 0], side="right")
+    has_box = bins < len(shares)
+    bins = np.minimum(bins, len(shares) - 1)
+    wanted_iou = _inside_bin(bins, draws.uniform[:, 1])
+
+    fits = _bins_of_others(scenes)
+    is_wrong = has_box & _marks_wrong_object(model, fits, scenes, bins, draws.uniform[:, 2])
+    boxes = _boxes_at_iou(scenes, bins, wanted_iou, draws)
+    rows = np.flatnonzero(is_wrong)
+    if len(rows):
+        boxes[rows] = _boxes_on_others(
+            shares, scenes.take(rows), bins[rows], fits[is_wrong[scenes.other_row]], _take(draws, rows)
+        )
+
+    right = has_box & (bins >= LOW_BINS)
+    said = CONFIDENCE_MEAN + CONFIDENCE_SPREAD * (draws.confidence + CONFIDENCE_GAIN * right)
+    confidence = np.clip(np.round(said / CONFIDENCE_STEP) * CONFIDENCE_STEP, 0.5, 1.0)
+    return DrawnBoxes(boxes, has_box, confidence)
+
+
+def _take(draws: Draws, rows: IntArray) -> Draws:
+    return Draws(draws.uniform[rows], draws.confidence[rows], draws.edges[rows], draws.place[rows])
+
+
+def _inside_bin(bins: IntArray, place: FloatArray) -> FloatArray:
+    """An IoU at a relative place of a bin, a margin away from its ends."""
+    low, high = IOU_EDGES[bins] + _EDGE_MARGIN, IOU_EDGES[bins + 1] - _EDGE_MARGIN
+    return np.asarray(low + place * (high - low))
+
+
+def _is_in_bin(iou: FloatArray, bins: IntArray) -> BoolArray:
+    low = np.where(bins == 0, 0.0, IOU_EDGES[bins] + _EDGE_MARGIN / 2)
+    return np.asarray((iou >= low) & (iou <= IOU_EDGES[bins + 1] - _EDGE_MARGIN / 2))
+
+
+def _sides_are_readable(boxes: FloatArray) -> BoolArray:
+    return np.asarray((boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= MIN_SIDE_PX + _SIDE_MARGIN_PX)
+
+
+def _clip(boxes: FloatArray, image_hw: IntArray) -> FloatArray:
+    return np.asarray(np.clip(boxes, 0.0, image_hw[:, [1, 0, 1, 0]]))
+
+
+def _bins_of_others(scenes: Scenes) -> BoolArray:
+    """[P, LOW_BINS] whether another object could be answered by mistake at an IoU of that bin."""
+    iou = iou_xyxy(scenes.true_xyxy[scenes.other_row], scenes.other_xyxy)
+    usable = _sides_are_readable(scenes.other_xyxy)
+    columns = [usable & _is_in_bin(iou, np.full(len(iou), number)) for number in range(LOW_BINS)]
+    return np.stack(columns, axis=1)
+
+
+def _marks_wrong_object(
+    model: ErrorModel, fits: BoolArray, scenes: Scenes, bins: IntArray, uniform: FloatArray
+) -> BoolArray:
+    """[N] whether the answer is another object; false where the scene has none that fits its bin."""
+    can = np.zeros((len(bins), LOW_BINS), dtype=bool)
+    np.logical_or.at(can, scenes.other_row, fits)
+    rate = np.array(model.iou_share[:LOW_BINS]) * np.array(model.wrong_object_share)
+    reachable = can @ rate
+    boost = np.divide(rate.sum(), reachable, out=np.zeros(len(bins)), where=reachable > 0)
+    low = np.minimum(bins, LOW_BINS - 1)
+    chance = boost * np.array(model.wrong_object_share)[low] * can[np.arange(len(bins)), low]
+    return np.asarray((bins < LOW_BINS) & (uniform < chance))
+
+
+def _boxes_at_iou(scenes: Scenes, bins: IntArray, wanted_iou: FloatArray, draws: Draws) -> FloatArray:
+    """Boxes around (or, in the lowest bin, away from) the true ones, each with an IoU in its bin.
+
+    A low box must not mark another object by accident, unless chance finds no other place. The last two tries shrink
+    and grow the true box: one of them reaches any IoU that image and pixels allow; where none does, it stays true.
+    """
+
+    def propose(attempt: int, scenes: Scenes, wanted: FloatArray, anywhere: BoolArray, draws: Draws) -> FloatArray:
+        if attempt >= TRIES:
+            inwards = np.array([1.0, 1.0, -1.0, -1.0]) if attempt == TRIES else np.array([-1.0, -1.0, 1.0, 1.0])
+            return _moved_to_iou(scenes.true_xyxy, np.tile(inwards, (len(wanted), 1)), scenes.image_hw, wanted)
+        noise = draws.edges[:, attempt]
+        moved = _moved_to_iou(scenes.true_xyxy, _directions(noise), scenes.image_hw, wanted)
+        sides = (scenes.true_xyxy[:, 2:] - scenes.true_xyxy[:, :2]) * np.exp(_SIZE_SPREAD * noise[:, :2])
+        room = np.maximum(scenes.image_hw[:, ::-1] - sides, 0.0)
+        corner = draws.place[:, attempt] * room
+        placed = _clip(np.concatenate([corner, corner + sides], axis=1), scenes.image_hw)
+        return np.where(anywhere[:, None], placed, moved)
+
+    boxes = scenes.true_xyxy.copy()
+    open_rows = np.arange(len(boxes))
+    for attempt in range(TRIES + 2):
+        part = scenes.take(open_rows)
+        tried = propose(attempt, part, wanted_iou[open_rows], bins[open_rows] == 0, _take(draws, open_rows))
+        good = _is_in_bin(iou_xyxy(tried, part.true_xyxy), bins[open_rows]) & _sides_are_readable(tried)
+        if attempt < TRIES:
+            is_low = bins[open_rows] < LOW_BINS
+            good &= ~is_low | (part.best_other_iou(tried) < IOU_EDGES[LOW_BINS] - _EDGE_MARGIN)
+        boxes[open_rows[good]] = tried[good]
+        open_rows = open_rows[~good]
+        if not len(open_rows):
+            break
+    return boxes
+
+
+def _boxes_on_others(shares: FloatArray, scenes: Scenes, bins: IntArray, fits: BoolArray, draws: Draws) -> FloatArray:
+    """Boxes on another object of each scene, as tight as the model's right answers, each with an IoU in its bin."""
+    weight = fits[np.arange(len(fits)), bins[scenes.other_row]] * np.where(
+        scenes.other_same_category, SAME_CATEGORY_WEIGHT, 1.0
+    )
+    last = np.cumsum(weight)
+    total = np.bincount(scenes.other_row, weight, minlength=len(bins))
+    before = np.cumsum(total) - total
+    chosen = np.searchsorted(last, before + draws.uniform[:, 3] * total, side="right")
+    other = scenes.other_xyxy[chosen]
+
+    right_shares = shares[LOW_BINS:] / shares[LOW_BINS:].sum()
+    right_bins = LOW_BINS + np.searchsorted(np.cumsum(right_shares)[:-1], draws.uniform[:, 4], side="right")
+    wanted_iou = _inside_bin(right_bins, draws.uniform[:, 5])
+    boxes = other.copy()  # the object's own box is in the bin, which is why it was chosen
+    is_open = np.ones(len(boxes), dtype=bool)
+    for attempt in range(TRIES):
+        tried = _moved_to_iou(other, _directions(draws.edges[:, attempt]), scenes.image_hw, wanted_iou)
+        good = is_open & _is_in_bin(iou_xyxy(tried, scenes.true_xyxy), bins) & _sides_are_readable(tried)
+        good &= iou_xyxy(tried, other) >= IOU_EDGES[LOW_BINS]
+        boxes[good] = tried[good]
+        is_open &= ~good
+    return boxes
+
+
+def _directions(noise: FloatArray) -> FloatArray:
+    """[N, 6] -> [N, 4]: how far each edge moves, in sides: a common shift and a move of its own."""
+    return np.asarray(noise[:, [0, 1, 0, 1]] + noise[:, 2:])
+
+
+def _moved_to_iou(boxes: FloatArray, directions: FloatArray, image_hw: IntArray, wanted_iou: FloatArray) -> FloatArray:
+    """Move the edges along `directions` until the box, clipped to the image, has the wanted IoU with where it began.
+
+    The IoU is 1 at the start and changes continuously, so that bisection finds it wherever it falls that low.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    step = directions * np.concatenate([sides, sides], axis=1)
+    near, far = np.zeros(len(boxes)), np.full(len(boxes), _FAR)
+    for _ in range(_BISECTIONS):
+        middle = (near + far) / 2
+        is_above = iou_xyxy(_clip(boxes + middle[:, None] * step, image_hw), boxes) > wanted_iou
+        near, far = np.where(is_above, middle, near), np.where(is_above, far, middle)
+    return _clip(boxes + near[:, None] * step, image_hw)

@@ -1,0 +1,198 @@
+"""What the multimodal LLM is asked, and the JSON that it should answer with: one versioned prompt per purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from l2l_core.mllm.backend import final_text
+from l2l_core.mllm.coords import CoordSpace, is_y_first
+
+PromptName = Literal["box-1", "box-2", "point-1"]
+Schema = dict[str, object]
+
+_ASK_FIRST = """Find the one object in the image that this expression refers to: "{sentence}"
+Answer with one JSON object and nothing else, with these keys:
+{keys}"""
+# The sentence last: all that stands before it, image included, is the same for all sentences of an image, and engines
+# that cache prefixes compute it once.
+_ASK_LAST = """An expression refers to one object in the image. Find that object.
+Answer with one JSON object and nothing else, with these keys:
+{keys}
+The expression: "{sentence}\""""
+
+_COORDINATES: dict[CoordSpace, str] = {
+    "pixel": "in pixels of the image",
+    "resized_pixel": "in pixels of the image",
+    "norm1000": "as numbers from 0 to 1000 relative to the image's width and height",
+    "norm1000_yx": "as numbers from 0 to 1000 relative to the image's width and height",
+    "norm999": "as numbers from 0 to 999 relative to the image's width and height",
+    "norm1024_yx": "as numbers from 0 to 1024 relative to the image's width and height",
+    "percent": "in percent of the image's width and height",
+    "unit": "as fractions from 0 to 1 of the image's width and height",
+    "unit_square": "as fractions from 0 to 1 of the image's width and height",  # the model sees the square alone
+}
+
+# Bounds keep constrained decoding from endless numbers, strings and lists. No model sees images of this many pixels.
+_LARGEST: dict[CoordSpace, int] = {
+    "pixel": 16384,
+    "resized_pixel": 16384,
+    "norm1000": 1000,
+    "norm1000_yx": 1000,
+    "norm999": 999,
+    "norm1024_yx": 1024,
+    "percent": 100,
+    "unit": 1,
+    "unit_square": 1,
+}
+_MAX_WORD_CHARS, _MAX_RELATION_CHARS, _MAX_ATTRIBUTES, _MAX_BOXES = 64, 160, 8, 4
+
+_WORD: Schema = {"type": "string", "maxLength": _MAX_WORD_CHARS}
+_WORDS: Schema = {"type": "array", "items": _WORD, "maxItems": _MAX_ATTRIBUTES}
+_PHRASE: Schema = {"type": "string", "maxLength": _MAX_RELATION_CHARS}
+_SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
+
+
+def _number(space: CoordSpace) -> Schema:
+    return {"type": "number", "minimum": 0, "maximum": _LARGEST[space]}
+
+
+def _coordinate(space: CoordSpace) -> Schema:
+    """Whole numbers where that is what models write: fewer tokens, and no endless decimals."""
+    return _number(space) if space in ("percent", "unit", "unit_square") else {**_number(space), "type": "integer"}
+
+
+def _exactly(count: int, item: Schema) -> Schema:
+    return {"type": "array", "items": item, "minItems": count, "maxItems": count}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+@dataclass(frozen=True)
+class _Key:
+    """One key of the answer: what the prompt says of it, and what may stand there."""
+
+    meaning: str
+    schema: Callable[[CoordSpace], Schema]
+
+
+_FOUND = _Key("true or false; false if no object fits.", lambda _: {"type": "boolean"})
+_ATTRIBUTES = _Key(
+    "list of the object's own properties that the expression names, such as its colour or size.", lambda _: _WORDS
+)
+_CONFIDENCE = _Key("how sure you are that this is the object, from 0 to 1.", lambda _: _SHARE)
+_SEMANTICS = {
+    "found": _FOUND,
+    "target": _Key("the words that name the object itself, as a short noun phrase.", lambda _: _WORD),
+    "attributes": _ATTRIBUTES,
+    "relation": _Key(
+        'the expression\'s words on how the object relates to another thing or to the image, such as "left of", or "".',
+        lambda _: _PHRASE,
+    ),
+    "anchor": _Key('the other thing that the relation refers to, or "".', lambda _: _WORD),
+}
+_POINT = _Key(
+    "a point on the object as {point}, {coordinates}; null if not found.",
+    lambda space: _or_null(_exactly(2, _coordinate(space))),
+)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    template: str
+    keys: dict[str, _Key]
+
+
+# A prompt is never changed, only followed by one with a higher number: recorded answers name theirs by its sha256.
+_PROMPTS: dict[PromptName, _Prompt] = {
+    "box-1": _Prompt(  # the form in which `simulated` answers
+        _ASK_FIRST,
+        {
+            "found": _FOUND,
+            "target": _Key("the object's kind, as one noun.", lambda _: _WORD),
+            "attributes": _ATTRIBUTES,
+            "relation": _Key(
+                'the expression\'s words on where it is or how it relates to others, or "".', lambda _: _PHRASE
+            ),
+            "bbox": _Key(
+                "the object's bounding box as {corners}, {coordinates}; null if not found.",
+                lambda space: _or_null(_exactly(4, _number(space))),
+            ),
+            "confidence": _CONFIDENCE,
+        },
+    ),
+    "box-2": _Prompt(
+        _ASK_LAST,
+        {
+            **_SEMANTICS,  # words first: what is written of the object is read when its place is
+            "boxes": _Key(
+                "list of bounding boxes as {corners}, {coordinates}: one, or if you cannot decide between "
+                "objects theirs with the most likely first; [] if not found.",
+                lambda space: {"type": "array", "items": _exactly(4, _coordinate(space)), "maxItems": _MAX_BOXES},
+            ),
+            "point": _POINT,
+            "confidence": _CONFIDENCE,
+        },
+    ),
+    # For models that point and give no boxes.
+    "point-1": _Prompt(_ASK_LAST, {**_SEMANTICS, "point": _POINT, "confidence": _CONFIDENCE}),
+}
+
+
+def prompt_text(name: PromptName, sentence: str, coord_space: CoordSpace) -> str:
+    """The question about one sentence, to follow the image."""
+    prompt = _PROMPTS[name]
+    lines = [f'"{key}": {entry.meaning}' for key, entry in prompt.keys.items()]
+    corners, point = ("[y1, x1, y2, x2]", "[y, x]") if is_y_first(coord_space) else ("[x1, y1, x2, y2]", "[x, y]")
+    keys = "\n".join(lines).format(coordinates=_COORDINATES[coord_space], corners=corners, point=point)
+    return prompt.template.format(sentence=sentence, keys=keys)
+
+
+def answer_schema(name: PromptName, coord_space: CoordSpace) -> Schema:
+    """JSON schema of the answer, for backends that can enforce one. Everything in it is bounded."""
+    properties = {key: entry.schema(coord_space) for key, entry in _PROMPTS[name].keys.items()}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def prompt_sha256(name: PromptName, coord_space: CoordSpace) -> str:
+    """Fingerprint of everything that a model is asked beside the image and the sentence."""
+    asked = [int(name.rpartition("-")[2]), prompt_text(name, "", coord_space), answer_schema(name, coord_space)]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def keeps_to(name: PromptName, raw_text: str) -> bool:
+    """Whether an answer is worth keeping: a JSON object (in prose or not) with all of the prompt's keys that names a
+    place, or says that nothing is there. Draft text does not count. Other answers are asked for again.
+
+    Not the parser, which reads much more: the parser may change without anything being asked again.
+    """
+    text = final_text(raw_text)
+    try:
+        answer, _ = json.JSONDecoder().raw_decode(text, max(text.find("{"), 0))
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(answer, dict) or not _PROMPTS[name].keys.keys() <= answer.keys():
+        return False
+    if answer["found"] is False:
+        return True
+    if name == "point-1":
+        return _numbers(answer["point"], 2) is not None
+    boxes = answer.get("boxes", [answer.get("bbox")])
+    return isinstance(boxes, list) and any(_is_box(box) for box in boxes)
+
+
+def _is_box(value: object) -> bool:
+    edges = _numbers(value, 4)
+    return edges is not None and bool(edges[0] < edges[2] and edges[1] < edges[3])
+
+
+def _numbers(value: object, count: int) -> list[float] | None:
+    """A list of that many numbers."""
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    return value if all(isinstance(item, int | float) for item in value) else None

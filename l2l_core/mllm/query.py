@@ -1,0 +1,358 @@
+"""Choose a prior backend and ask it about every sentence, in chunks that survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import assert_never
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from l2l_core.artifacts import records
+from l2l_core.config import LIVE_BACKENDS, PriorsParams
+from l2l_core.core.memory import available_bytes
+from l2l_core.core.progress import LOG_INTERVAL_S
+from l2l_core.core.threads import thread_count
+from l2l_core.errors import ConfigError, InputError
+from l2l_core.mllm.backend import Answer, PriorBackend, Question, clean_text
+from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
+from l2l_core.mllm.engine import Engine, MllmBackend
+from l2l_core.mllm.prompt import prompt_sha256
+from l2l_core.mllm.replay import ReplayBackend, load_recorded
+from l2l_core.mllm.simulated import SimulatedBackend, make_truth, preset_coord_space
+
+FEWEST_FAILED = 8
+"""Where a chunk of at least so many requests fails as a whole, the fault is not in the requests."""
+
+SMALL_BYTES = 1 << 28
+"""Of a model's folder: a copy in each process is no burden for the memory."""
+WORKER_BYTES = 1 << 30
+"""Of a process with a small model, rounded up: Python and PyTorch, a chunk's images and those decoded ahead."""
+
+MakeBackend = Callable[[], PriorBackend]
+
+
+def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBackend:
+    """The backend that `priors.backend` names. Only `simulated` reads true boxes.
+
+    Raises InputError or ConfigError where the data, the parameters or what is installed do not suit it.
+    """
+    match params.backend:
+        case "simulated":
+            columns = ["sent_id", "image_id", "ann_id", "category", "bbox"]
+            refs = records.to_frame(records.read_table(index.refs, records.REFS, columns))
+            objects = records.to_frame(records.read_table(index.objects, records.OBJECTS))
+            space = preset_coord_space(params.preset, params.coord_space)
+            return SimulatedBackend(params.preset, space, params.seed, make_truth(refs, objects))
+        case "replay":
+            refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
+            sizes = records.to_frame(records.read_table(index.images, records.IMAGES, ["image_id", "height", "width"]))
+            return ReplayBackend(load_recorded(str(params.replay_file), refs, sizes, params.coord_space))
+        case "none":
+            return ReplayBackend({}, "none")
+        case "transformers" | "openai" | "vllm":
+            model = Path(str(params.model))
+            if params.asks_embedded and params.backend != "openai" and not model.is_dir():
+                raise ConfigError(
+                    f"params.yaml: priors.model: no folder {str(model)!r} here, expected the model that comes with the "
+                    "project; run from the project's root"
+                )
+            resolve_coord_space(str(params.model), params.coord_space)  # before minutes are spent on loading a model
+            return MllmBackend(_make_engine(params), params)
+        case _:
+            assert_never(params.backend)
+
+
+def _make_engine(params: PriorsParams) -> Engine:
+    # Imported where it is wanted: each brings a library that takes seconds to load or is not installed everywhere.
+    match params.backend:
+        case "transformers":
+            from l2l_core.mllm.engine_transformers import TransformersEngine
+
+            return TransformersEngine(params)
+        case "openai":
+            from l2l_core.mllm.engine_openai import OpenAIEngine
+
+            return OpenAIEngine(params)
+        case _:
+            from l2l_core.mllm.engine_vllm import VllmEngine
+
+            return VllmEngine(params)
+
+
+def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
+    """Every sentence, `samples` times, ordered by image so that a model may reuse what it computed of an image."""
+    refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "image_id", "sentence"]))
+    images = records.to_frame(records.read_table(index.images, records.IMAGES))
+    known = refs.merge(images, on="image_id", validate="many_to_one").sort_values(["image_id", "sent_id"])
+    columns = (known[name].tolist() for name in ("sent_id", "file_name", "height", "width", "sentence"))
+    return [
+        Question(sent_id, sample, file_name, (height, width), sentence)
+        for sent_id, file_name, height, width, sentence in zip(*columns, strict=True)
+        for sample in range(samples)
+    ]
+
+
+def asking_key(params: PriorsParams, index: records.IndexPaths) -> str:
+    """Hex digest of all that answers depend on: stored chunks are only taken up by a run that would ask the same.
+
+    The code is not part of it, so that a run that broke off goes on after a repair.
+    """
+    settings = params.model_dump(mode="json", exclude={"engine", "prices"})
+    prompts = [prompt_sha256(params.prompt, space) for space in COORD_SPACES]
+    digest = hashlib.sha256(json.dumps([settings, prompts, str(records.ANSWERS)]).encode())
+    files = [index.images, index.refs]
+    files += [index.objects] if params.backend == "simulated" else []
+    files += [Path(str(params.replay_file))] if params.backend == "replay" else []
+    for path in filter(Path.is_file, files):  # the backend says what is missing
+        with path.open("rb") as file:  # read in blocks
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    model = Path(str(params.model))
+    if params.backend in LIVE_BACKENDS and model.is_dir():
+        for path in sorted(model.iterdir()):  # gigabytes: whether it changed is told by its files' times
+            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, params: PriorsParams) -> pa.Table:
+    """Ask every question -> table records.ANSWERS, one row a (sent_id, sample_index), sorted by them.
+
+    Chunks of questions are stored in `folder` as they are answered, and those found there are not asked again.
+    make: builds the backend, in this process or in each of `engine.data_parallel` others (then it must be picklable).
+    Raises L2LError where the backend cannot be built, answers nothing at all or is killed; what is stored stays.
+    """
+    size = params.engine.chunk_size
+    chunks = [_Chunk(questions[start : start + size], folder) for start in range(0, len(questions), size)]
+    waiting = [chunk for chunk in chunks if not chunk.path.exists()]
+    asked = sum(len(chunk.questions) for chunk in waiting)
+    in_log = not sys.stderr.isatty()
+    with tqdm(
+        total=len(questions), initial=len(questions) - asked, desc="ask", unit="request", disable=in_log, mininterval=1
+    ) as bar:
+        rates, answered, spoken = _Rates(), len(questions) - asked, time.monotonic()
+        for done in _ask_chunks(make, waiting, params):
+            rates.add(done)
+            answered += done.answers
+            bar.update(done.answers)
+            bar.set_postfix_str(str(rates), refresh=False)
+            if in_log and time.monotonic() - spoken >= LOG_INTERVAL_S:
+                spoken = time.monotonic()
+                print(f"ask: {answered} of {len(questions)}: {rates}", file=sys.stderr, flush=True)
+    print(f"ask: {len(questions)} answers, {len(questions) - asked} of them stored before; {asked} asked: {rates}")
+    tables = [records.ANSWERS.empty_table(), *(records.read_table(chunk.path, records.ANSWERS) for chunk in chunks)]
+    order = [("sent_id", "ascending"), ("sample_index", "ascending")]
+    return pa.concat_tables(tables).sort_by(order).combine_chunks()
+
+
+def ask_table(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:
+    """Ask every question at once -> table records.ANSWERS, sorted by sent_id and sample_index."""
+    order = [("sent_id", "ascending"), ("sample_index", "ascending")]
+    return _to_table(backend.name, questions, backend.ask(questions)).sort_by(order).combine_chunks()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Questions that are asked and stored together."""
+
+    questions: Sequence[Question]
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        """Named after the questions: with other chunk sizes or sentences it is another file."""
+        return self.folder / f"{hashlib.sha256(repr(list(self.questions)).encode()).hexdigest()[:24]}.parquet"
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What was gained with one chunk."""
+
+    answers: int
+    valid: int
+    tokens: int
+
+
+class _Rates:
+    """Speed and yield since the start of this run."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._answers = self._valid = self._tokens = 0
+
+    def add(self, done: _Done) -> None:
+        self._answers += done.answers
+        self._valid += done.valid
+        self._tokens += done.tokens
+
+    def __str__(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-3)
+        valid = 100 * self._valid / max(self._answers, 1)
+        tokens = f"{self._tokens / seconds:.0f} tokens/s, " if self._tokens else ""  # recorded answers have none
+        return f"{self._answers / seconds:.1f} requests/s, {tokens}{valid:.1f} % valid"
+
+
+def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParams) -> Iterable[_Done]:
+    """Ask and store; in any order, since a chunk's answers do not depend on the others."""
+    if not chunks:
+        return
+    _refuse_too_few_gpus(params)
+    workers = min(worker_count(params), len(chunks))
+    if workers == 1:
+        backend = make()
+        yield from (_ask_chunk(backend, chunk, following) for chunk, following in _with_following(chunks, 1))
+        return
+    # spawn: CUDA does not survive a fork.
+    context = get_context("spawn")
+    ranks = context.Queue()
+    for rank in range(workers):
+        ranks.put(rank)
+    threads = max(1, thread_count() // workers)
+    with ProcessPoolExecutor(
+        workers, context, _start_worker, (make, ranks, params.engine.tensor_parallel, threads)
+    ) as pool:
+        # Which worker gets which chunk is open; with chunks of like length, it is every `workers`-th.
+        waiting = [pool.submit(_ask_in_worker, *pair) for pair in _with_following(chunks, workers)]
+        try:
+            yield from (future.result() for future in as_completed(waiting))
+        except BrokenProcessPool:
+            raise InputError(
+                "a process that asks was killed, most often because memory ran out (set priors.engine.data_parallel or "
+                "batch_size to a smaller number); what was answered is kept: run again to go on"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _with_following(chunks: Sequence[_Chunk], step: int) -> list[tuple[_Chunk, Sequence[Question]]]:
+    """Each chunk with the questions of the one that is asked after it by the same process."""
+    following = [*(chunk.questions for chunk in chunks[step:]), *[()] * step]
+    return list(zip(chunks, following, strict=False))
+
+
+def worker_count(params: PriorsParams) -> int:
+    """`engine.data_parallel`, decided. `auto` is 1, but for a small model on a CPU one process a core.
+
+    There a process of one thread has a higher share of the throughput than a thread of a larger process. Only the
+    `transformers` backend computes in its processes; a model counts as small if its folder has at most SMALL_BYTES.
+    """
+    wanted = params.engine.data_parallel
+    if wanted != "auto":
+        return wanted
+    model = Path(str(params.model))
+    if params.backend != "transformers" or not model.is_dir():
+        return 1
+    size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
+    if thread_count() == 1 or size > SMALL_BYTES:
+        return 1
+    from l2l_core.core.device import choose_device  # not at the top: recorded and simulated answers do without torch
+
+    if choose_device(params.engine.device).type != "cpu":
+        return 1
+    return max(1, min(thread_count(), available_bytes() // WORKER_BYTES))
+
+
+def _refuse_too_few_gpus(params: PriorsParams) -> None:
+    """Processes without a GPU would compute on the CPU, beside the others and unnoticed."""
+    engine = params.engine
+    processes = engine.data_parallel
+    if (
+        params.backend not in ("transformers", "vllm")
+        or engine.device == "cpu"
+        or processes == "auto"
+        or processes == 1
+    ):
+        return
+    import torch  # not at the top: recorded and simulated answers have no use for it
+
+    here, wanted = torch.cuda.device_count(), processes * engine.tensor_parallel
+    if 0 < here < wanted:
+        raise ConfigError(
+            f"params.yaml: priors.engine: data_parallel {processes} x tensor_parallel "
+            f"{engine.tensor_parallel} wants {wanted} GPUs, torch sees {here}; lower one of them"
+        )
+
+
+def _ask_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Question]) -> _Done:
+    if isinstance(backend, MllmBackend):
+        answers = backend.ask(chunk.questions, following)
+    else:
+        answers = backend.ask(chunk.questions)
+    failed = [answer.reason for answer in answers if answer.unread == "error"]
+    if len(failed) == len(answers) >= FEWEST_FAILED:
+        reason, _ = Counter(failed).most_common(1)[0]
+        raise InputError(
+            f"priors.backend {backend.name}: {len(answers)} requests on end failed, the most with {reason!r} "
+            f"(the first is sent_id {chunk.questions[0].sent_id}); what was answered before is kept: run again to go on"
+        )
+    records.write_table(_to_table(backend.name, chunk.questions, answers), chunk.path, records.ANSWERS)
+    tokens = sum(answer.prompt_tokens + answer.completion_tokens for answer in answers)
+    return _Done(len(answers), sum(answer.is_valid for answer in answers), tokens)
+
+
+_make: MakeBackend
+_backend: PriorBackend | None = None
+"""Of a worker process, which serves one backend for all its life."""
+
+
+def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int, threads: int) -> None:
+    global _make
+    _make = make
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # PyTorch is loaded later, and reads it then
+    rank = ranks.get()
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed != "":  # which hides all GPUs
+        first, last = rank * tensor_parallel, (rank + 1) * tensor_parallel
+        own = listed.split(",")[first:last] if listed else [str(gpu) for gpu in range(first, last)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed run leaves no worker behind that holds a GPU."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _ask_in_worker(chunk: _Chunk, following: Sequence[Question]) -> _Done:
+    global _backend
+    if _backend is None:  # not in _start_worker: what is raised there does not reach the user
+        _backend = _make()
+    return _ask_chunk(_backend, chunk, following)
+
+
+def _to_table(backend: str, questions: Sequence[Question], answers: Sequence[Answer]) -> pa.Table:
+    columns: dict[str, list[object]] = {
+        "sent_id": [question.sent_id for question in questions],
+        "sample_index": [question.sample_index for question in questions],
+        "backend": [backend] * len(questions),
+        "model": [clean_text(answer.model) for answer in answers],
+        "prompt_sha256": [answer.prompt_sha256 for answer in answers],
+        "raw_text": [clean_text(answer.raw_text) for answer in answers],
+        "unread": [answer.unread for answer in answers],
+        "reason": [answer.reason for answer in answers],
+        "attempts": [answer.attempts for answer in answers],
+        "coord_space": [answer.coord_space for answer in answers],
+        "height": [question.image_hw[0] for question in questions],
+        "width": [question.image_hw[1] for question in questions],
+        "input_height": [answer.input_hw[0] for answer in answers],
+        "input_width": [answer.input_hw[1] for answer in answers],
+        "prompt_tokens": [answer.prompt_tokens for answer in answers],
+        "completion_tokens": [answer.completion_tokens for answer in answers],
+        "precision": [answer.precision for answer in answers],
+    }
+    return pa.Table.from_pydict(columns, schema=records.ANSWERS)

@@ -1,0 +1,212 @@
+"""Recorded answers of a multimodal LLM, read from JSON lines; the format is described in docs/priors.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from l2l_core.core.json_lines import json_object, numbered_lines
+from l2l_core.errors import ConfigError, InputError, raise_all
+from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space
+
+MAX_SAMPLES = 16  # as priors.samples allows
+Key = tuple[int, int]  # sent_id, sample_index
+
+
+@dataclass(frozen=True)
+class _Sentences:
+    """How a recorded line finds its sentence."""
+
+    image: dict[int, tuple[int, int, int]]  # sent_id -> image_id, height, width
+    of_ref: dict[int, list[tuple[int, str]]]  # ref_id -> its sent_ids in ascending order, each with its words
+    words: dict[int, str]  # sent_id -> its words
+
+
+class ReplayBackend:
+    """Answers with what was recorded; a sentence without a record has no prior (`empty`)."""
+
+    def __init__(self, answers: dict[Key, Answer], name: str = "replay") -> None:
+        self.name = name
+        self._answers = answers
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """The recorded answer of each question."""
+        return [
+            self._answers.get((question.sent_id, question.sample_index))
+            or Answer("", model="", coord_space="pixel", input_hw=question.image_hw, unread="empty")
+            for question in questions
+        ]
+
+
+def load_recorded(path: str | Path, refs: pd.DataFrame, images: pd.DataFrame, coord_space: str) -> dict[Key, Answer]:
+    """Read recorded answers and find the sentence of each.
+
+    refs: sent_id, ref_id, image_id, sentence. images: image_id, height, width. coord_space: as configured; it holds
+    for lines that do not name their own. Lines about sentences and refs that the data set lacks are passed over.
+    Raises InputError that lists every bad line, or where no line belongs to the data set.
+    """
+    path = Path(path)
+    sentences = _index_sentences(refs, images)
+    answers: dict[Key, Answer] = {}
+    line_of: dict[Key, int] = {}
+    problems: list[str] = []
+    try:
+        lines = numbered_lines(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; set priors.replay_file to a JSON-lines file"
+        ) from None
+    for number, line in lines:
+        try:
+            row = json_object(line)
+            sent_id = _find_sentence(row, sentences)
+            if sent_id is None:
+                continue
+            key = (sent_id, _integer(row, "sample_index", 0, MAX_SAMPLES - 1, default=0))
+            if key in answers:
+                raise ValueError(
+                    f"a second answer for sent_id {sent_id}, the first is in line {line_of[key]}; keep one"
+                )
+            answers[key] = _to_answer(row, sentences.image[sent_id], coord_space)
+            line_of[key] = number
+        except (ValueError, ConfigError) as error:
+            problems.append(f"{path}: line {number}: {error}")
+    raise_all(problems)
+    if not answers:
+        raise InputError(f"{path}: none of its answers belongs to a sentence of the data set; check sent_id and ref_id")
+    return answers
+
+
+def _index_sentences(refs: pd.DataFrame, images: pd.DataFrame) -> _Sentences:
+    known = refs.merge(images, on="image_id").sort_values("sent_id")
+    image: dict[int, tuple[int, int, int]] = {}
+    of_ref: dict[int, list[tuple[int, str]]] = {}
+    columns = ("sent_id", "ref_id", "image_id", "height", "width", "sentence")
+    for sent_id, ref_id, image_id, height, width, sentence in zip(
+        *(known[name].tolist() for name in columns), strict=True
+    ):
+        image[sent_id] = (image_id, height, width)
+        of_ref.setdefault(ref_id, []).append((sent_id, _words(sentence)))
+    words = {sent_id: said for named in of_ref.values() for sent_id, said in named}
+    return _Sentences(image, of_ref, words)
+
+
+def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
+    """The sent_id of a line; by ref_id it is the sentence with the same words, else the ref's first one."""
+    if "sent_id" in row:
+        sent_id = _integer(row, "sent_id")
+        if sent_id not in sentences.image:
+            return None
+        own = sentences.words[sent_id]
+        if "expression" in row and _words(_expression(row)) != own:
+            raise ValueError(
+                f"expression: got {row['expression']!r}, but sentence {sent_id} of the data set is {own!r}; "
+                "the answers seem to be another data set's"
+            )
+        return sent_id
+    if "ref_id" not in row:
+        raise ValueError("sent_id: missing; give sent_id, or ref_id and expression")
+    candidates = sentences.of_ref.get(_integer(row, "ref_id"))
+    if not candidates:
+        return None
+    asked = _words(_expression(row))
+    sent_id = next((sent_id for sent_id, words in candidates if words == asked), candidates[0][0])
+    image_id = sentences.image[sent_id][0]
+    if "image_id" in row and _integer(row, "image_id") != image_id:
+        raise ValueError(
+            f"image_id: got {row['image_id']}, but ref {row['ref_id']} of the data set is in image {image_id}; "
+            "the answers seem to be another data set's"
+        )
+    return sent_id
+
+
+def _expression(row: dict[str, object]) -> str:
+    expression = row.get("expression", "")
+    if not isinstance(expression, str):
+        raise ValueError(f"expression: got {expression!r}, expected a string")
+    return expression
+
+
+def _to_answer(row: dict[str, object], image: tuple[int, int, int], configured: str) -> Answer:
+    _, height, width = image
+    model = row.get("model", "")
+    if not isinstance(model, str):
+        raise ValueError(f"model: got {model!r}, expected a string")
+    for key, own in (("height", height), ("width", width)):
+        if key in row and _integer(row, key, 1) != own:
+            raise ValueError(
+                f"{key}: got {row[key]}, but the image of the data set has {own}; the picture is another one"
+            )
+    if "raw_text" in row:
+        raw_text = row["raw_text"]
+        if not isinstance(raw_text, str):
+            raise ValueError(f"raw_text: got {raw_text!r}, expected a string")
+        default = configured
+    elif "pred_box_xyxy" in row:
+        raw_text = _box_text(row["pred_box_xyxy"])
+        default = "pixel" if configured == "auto" else configured
+    else:
+        raise ValueError("raw_text: missing; give raw_text, or pred_box_xyxy (null where the model gave no box)")
+    said = row.get("coord_space", default)
+    if said not in (*COORD_SPACES, "auto"):
+        raise ValueError(f"coord_space: got {said!r}, expected one of {'|'.join(COORD_SPACES)}")
+    if not model and said == "auto":
+        raise ValueError(
+            f"coord_space: missing, and no model tells it; give it, or priors.coord_space: {'|'.join(COORD_SPACES)}"
+        )
+    space: CoordSpace = resolve_coord_space(model, str(said))
+    needs_size = space == "resized_pixel"
+    if needs_size and not {"input_height", "input_width"} <= row.keys():
+        raise ValueError(
+            "input_height, input_width: missing; resized_pixel needs the size of the image as the model saw it"
+        )
+    input_hw = (_integer(row, "input_height", 1, default=height), _integer(row, "input_width", 1, default=width))
+    return Answer(raw_text, model=model, coord_space=space, input_hw=input_hw)
+
+
+def _box_text(box: object) -> str:
+    """A recorded box as an answer; no box is an answer that cannot be parsed, since that is what such files hold."""
+    if box is None:
+        return ""
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        raise ValueError(f"pred_box_xyxy: got {_shown(box)}, expected four finite numbers or null")
+    return json.dumps({"bbox": box})
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a finite number; an integer that float cannot hold is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _integer(
+    row: dict[str, object], key: str, low: int = -(2**63), high: int = 2**63 - 1, default: int | None = None
+) -> int:
+    value = row.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        limits = f" from {low} to {high}" if is_whole or low > -(2**63) else ""
+        raise ValueError(f"{key}: got {_shown(value)}, expected an integer{limits}")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value as messages show it: a number may have hundreds of digits."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _words(text: str) -> str:
+    """A sentence without case and punctuation, in which sources differ."""
+    return " ".join(re.findall(r"\w+", text.casefold()))

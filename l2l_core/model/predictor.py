@@ -1,0 +1,311 @@
+"""Inference: the only path from a trained network to masks, for evaluation, for teachers and for a single image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from l2l_core.artifacts.records import RENDERING_PATH, read_rendering
+from l2l_core.config import LIVE_BACKENDS, Params, TrainParams
+from l2l_core.core.device import Precision, autocast, choose_device, resolve_precision, to_device
+from l2l_core.core.images import to_rgb
+from l2l_core.core.masks import BoolMask, encode_rle
+from l2l_core.core.progress import progress
+from l2l_core.data.augment import mirror
+from l2l_core.data.pairs import Batch, BatchMaker, Pairs, move_batch, resize_image
+from l2l_core.data.views import Views
+from l2l_core.errors import ArtifactError, ConfigError, InputError
+from l2l_core.model.segmenter import Pyramid, Segmenter
+
+IMAGES_AT_ONCE = 16
+"""Most images that are encoded together, and at most `batch_size`: enough to keep a GPU busy."""
+
+
+ImageInput = str | Path | Image.Image | NDArray[np.uint8]
+"""A path, a Pillow image, or an array [H, W, 3] (RGB) or [H, W] (gray) of uint8."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network finds for one sentence, at the image's own size."""
+
+    mask: BoolMask  # [H, W]
+    prob: NDArray[np.float32]  # [H, W] foreground probability; the mask is where it exceeds 0.5
+
+    @property
+    def score(self) -> float:
+        """Mean probability inside the mask, in (0.5, 1]; 0 where the mask is empty. It is not calibrated."""
+        return float(self.prob[self.mask].mean()) if self.mask.any() else 0.0
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained network, ready to segment.
+
+    >>> predictor = Predictor.from_pretrained("data/rounds/2/model")  # doctest: +SKIP
+    >>> predictor("photo.jpg", "the dog on the left").mask.shape  # doctest: +SKIP
+    (480, 640)
+    """
+
+    network: Segmenter
+    device: torch.device
+    precision: Precision
+
+    @classmethod
+    def of(cls, network: Segmenter, params: TrainParams) -> Predictor:
+        """Put a network in evaluation mode on the configured device."""
+        device = choose_device(params.engine.device)
+        network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        return cls(network, device, resolve_precision(params.precision, device))
+
+    @classmethod
+    def from_run(cls, folder: str | Path, params: TrainParams | None = None, *, device: str = "auto") -> Predictor:
+        """Load a model folder, for example data/rounds/2/model, which is enough to use the model.
+
+        params: device and precision; without them the device is `device` (auto, cpu, cuda, mps), and the precision that
+        of the training. Raises ArtifactError where the folder holds no usable model, or, without `params`, does not
+        say how it was trained; ConfigError where PyTorch does not see the device.
+        """
+        network = Segmenter.load(folder)
+        if params is not None:
+            return cls.of(network, params)
+        try:
+            network.known_proposals()
+        except ArtifactError as error:
+            raise ArtifactError(f"{folder}: {error}") from None
+        chosen = choose_device(device)
+        network = network.to(chosen, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        config = str(Path(folder) / "config.json")
+        return cls(network, chosen, resolve_precision(network.precision_setting, chosen, "precision_setting", config))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
+        """Load a model folder, such as data/rounds/2/model, from any current folder; see `from_run`."""
+        return cls.from_run(folder, device=device)
+
+    @overload
+    def __call__(self, image: ImageInput, sentence: str) -> Prediction: ...
+
+    @overload
+    def __call__(self, image: ImageInput, sentence: list[str]) -> list[Prediction]: ...
+
+    def __call__(self, image: ImageInput, sentence: str | list[str]) -> Prediction | list[Prediction]:
+        """Segment what a sentence means in an image, or what each of several sentences means; without a prior.
+
+        The image is encoded once. Masks are those of the evaluated model, except for pixels whose logit rounds to the
+        other side of 0. Raises InputError where the image cannot be read or no sentence is given, ArtifactError where
+        the model does not know its proposals.
+        """
+        sentences = [sentence] if isinstance(sentence, str) else list(sentence)
+        if not sentences or not all(isinstance(one, str) and one.strip() for one in sentences):
+            raise InputError(f"sentence: got {sentence!r}, expected a sentence, or a list of sentences")
+        proposals, size_px = self.network.known_proposals(), self.network.params.image_size_px
+        pixels = to_rgb(image)
+        height, width = pixels.shape[:2]
+        pairs = bare_pairs([""] * len(sentences), [(height, width)] * len(sentences), sentences, proposals.size_px)
+        batches = BatchMaker(pairs, size_px, proposals.flat_prob)
+        square = torch.from_numpy(resize_image(pixels, size_px)).permute(2, 0, 1)[None]
+        pyramid = self.encode(square)
+        found = []
+        for start in range(0, len(sentences), IMAGES_AT_ONCE):
+            rows = np.arange(start, min(start + IMAGES_AT_ONCE, len(sentences)))
+            same = torch.zeros(len(rows), dtype=torch.int64)
+            batch = batches(rows, None, np.ones(len(rows), dtype=bool), square[same])
+            for logits in self.logits(batch, pyramid.take(same)):
+                full = at_size(logits, height, width)
+                found.append(Prediction(full > 0, np.asarray(torch.from_numpy(full).sigmoid().numpy())))
+        return found[0] if isinstance(sentence, str) else found
+
+    def fitted(self, params: Params) -> Params:
+        """A project's parameters, with proposals rendered as the network knows them.
+
+        Raises ConfigError where the project's priors are recorded, and its proposals were rendered in another way.
+        """
+        mine = self.network.known_proposals()
+        if params.priors.backend not in LIVE_BACKENDS:
+            recorded = read_rendering()
+            unread = {"ring", "core"} if recorded.renderer == mine.renderer == "box" else set()
+            for name, expected in mine:
+                got = getattr(recorded, name)
+                if got != expected and name not in unread:
+                    raise ConfigError(
+                        f"{RENDERING_PATH}: proposals.{name}: got {got}, but the model was trained with {expected}; "
+                        f"recorded priors are of use to a model of the same proposals only"
+                    )
+        return params.model_copy(update={"proposals": mine})
+
+    @torch.inference_mode()
+    def encode(self, image: Tensor) -> Pyramid:
+        """Images [B, 3, S, S] uint8 -> their pyramid, on the device."""
+        with autocast(self.device, self.precision):
+            return self.network.encode_image(image.to(self.device))
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, pyramid: Pyramid | None = None) -> Tensor:
+        """Mask logits [B, 1, S, S] float32 on the CPU, after as many passes as the network was made for.
+
+        pyramid: of the batch's images, where they are encoded already.
+        """
+        pyramid = self.encode(batch.image) if pyramid is None else pyramid
+        tokens = to_device(self.network.tokenize(batch), self.device)
+        with autocast(self.device, self.precision):
+            logits = self.network.ask(pyramid, move_batch(batch, self.device), tokens)
+        return logits.float().cpu()
+
+    def masks(
+        self, batches: BatchMaker, batch_size: int, with_prior: Sequence[bool], what: str, *, fill: bool = True
+    ) -> list[list[bytes]]:
+        """Masks (probability > 0.5) of all pairs at their image's own size as run lengths, in the order of the pairs.
+
+        One list for each entry of `with_prior`, which says whether the network sees the priors. fill: the bytes of a
+        mask are a function of its own pair and batch_size; without it nothing is computed but what is there, and
+        logits can differ by rounding.
+        """
+        pairs = batches.pairs
+        found = [[b""] * len(pairs) for _ in with_prior]
+        for block in self._blocks(batches, batch_size, what, fill=fill):
+            for masks, shown in zip(found, with_prior, strict=True):
+                hidden = np.full(len(block.rows), not shown)
+                logits = self.logits(batches(block.rows, None, hidden, block.images.pixels), block.images.pyramid)
+                for row, one in zip(block.rows[: block.count], logits, strict=False):
+                    height, width = pairs.hw[row].tolist()
+                    masks[row] = encode_rle(at_size(one, height, width) > 0)
+        return found
+
+    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
+        """What this teacher says of all pairs: rows [B] of pairs with their views, until each row has come once.
+
+        A view is asked with prior, mirrored, and without prior. Rows of one image come one after the other. The bytes
+        of a view are a function of its own pair and batch_size.
+        """
+        pairs = batches.pairs
+        words = np.array([len(sentence.split()) for sentence in pairs.sentence], dtype=np.int64)
+        for block in self._blocks(batches, batch_size, what, fill=True, mirrored=True):
+            images, count, rows = block.images, block.count, block.rows[: block.count]
+            batch = batches(block.rows, None, None, images.pixels)
+            bare = batches(block.rows, None, np.ones(len(block.rows), dtype=bool), images.pixels)
+            size = batch.image.shape[-1]
+            prob = self.logits(batch, images.pyramid).sigmoid()
+            flipped = self.logits(mirror(batch), images.mirrored).sigmoid().flip(-1)
+            without = self.logits(bare, images.pyramid).sigmoid()
+            proposal = F.interpolate(batch.proposal, (size, size), mode="bilinear", align_corners=False)
+            views = Views(
+                sent_id=pairs.sent_id[rows],
+                image=batch.image[:count].permute(0, 2, 3, 1).numpy(),
+                prob=prob[:count, 0].numpy(),
+                prob_flipped=flipped[:count, 0].numpy(),
+                prob_no_prior=without[:count, 0].numpy(),
+                proposal=proposal[:count, 0].numpy(),
+                proposal_score=batch.proposal_score[:count].numpy(),
+                words=words[rows],
+            )
+            yield rows, views
+
+    def _images(self, pixels: Tensor, *, mirrored: bool) -> _Images:
+        return _Images(pixels, self.encode(pixels), self.encode(pixels.flip(-1)) if mirrored else None)
+
+    def _blocks(
+        self, batches: BatchMaker, batch_size: int, what: str, *, fill: bool, mirrored: bool = False
+    ) -> Iterator[_Block]:
+        """All pairs by image, `batch_size` at a time; each image is encoded once, and once mirrored where wanted.
+
+        fill: always so many images and pairs are computed at once, the last ones filled up with repeats: kernels for
+        other sizes sum in another order. Images are encoded min(IMAGES_AT_ONCE, batch_size) at a time, so that a
+        smaller `batch_size` needs less memory for them too.
+        """
+        at_once = min(IMAGES_AT_ONCE, batch_size)
+        order = np.argsort(batches.pairs.image_row, kind="stable")
+        image_rows, rank = np.unique(batches.pairs.image_row[order], return_inverse=True)
+        held: dict[int, _Images] = {}
+        for places in batched_rows(len(order), batch_size, what):
+            full = _filled(places, batch_size) if fill else places
+            group, place = np.divmod(rank[full], at_once)
+            encoded, held = held, {}
+            for number in np.unique(group).tolist():
+                if number not in encoded:
+                    some = image_rows[number * at_once : (number + 1) * at_once]
+                    pixels = batches.pixels(_filled(some, at_once) if fill else some)
+                    encoded[number] = self._images(pixels, mirrored=mirrored)
+                held[number] = encoded[number]
+            # Groups rise from place to place, so that their parts stand in the order of the places.
+            parts = [images.take(torch.from_numpy(place[group == number])) for number, images in held.items()]
+            yield _Block(order[full], len(places), _Images.cat(parts))
+
+
+@dataclass(frozen=True)
+class _Images:
+    """B images as the network read them."""
+
+    pixels: Tensor  # [B, 3, S, S] uint8
+    pyramid: Pyramid
+    mirrored: Pyramid | None  # of the mirrored images
+
+    def take(self, rows: Tensor) -> _Images:
+        mirrored = None if self.mirrored is None else self.mirrored.take(rows)
+        return _Images(self.pixels[rows], self.pyramid.take(rows), mirrored)
+
+    @classmethod
+    def cat(cls, parts: Sequence[_Images]) -> _Images:
+        if len(parts) == 1:
+            return parts[0]
+        mirrored = [part.mirrored for part in parts if part.mirrored is not None]
+        return cls(
+            torch.cat([part.pixels for part in parts]),
+            Pyramid.cat([part.pyramid for part in parts]),
+            Pyramid.cat(mirrored) if mirrored else None,
+        )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Pairs that are computed at once."""
+
+    rows: NDArray[np.int64]  # [B]
+    count: int  # the first so many rows are asked for; the others repeat the last of them
+    images: _Images  # of each row
+
+
+def _filled(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Rows [N], the last one repeated until there are `count`."""
+    return np.pad(rows, (0, count - len(rows)), mode="edge")
+
+
+def bare_pairs(
+    image_path: list[str], image_hw: Sequence[tuple[int, int]], sentence: list[str], proposal_size_px: int
+) -> Pairs:
+    """N pairs without priors, each with an image of its own, to be asked `with_prior=False`; sent_id is the place."""
+    count = len(sentence)
+    return Pairs(
+        sent_id=np.arange(count),
+        sentence=sentence,
+        prior_text=[""] * count,
+        image_row=np.arange(count),
+        image_path=image_path,
+        image_hw=np.array(image_hw, dtype=np.int64).reshape(count, 2),
+        box=np.zeros((count, 4), np.float32),
+        has_box=np.zeros(count, dtype=bool),
+        proposal=np.zeros((count, proposal_size_px, proposal_size_px), np.uint8),
+        proposal_score=np.zeros(count, np.float32),
+    )
+
+
+def batched_rows(count: int, batch_size: int, what: str) -> Iterator[NDArray[np.int64]]:
+    """Rows 0..count in order, `batch_size` at a time, with a progress bar."""
+    starts = range(0, count, batch_size)
+    for start in progress(starts, what, "batch"):
+        yield np.arange(start, min(start + batch_size, count))
+
+
+def at_size(logits: Tensor, height: int, width: int) -> NDArray[np.float32]:
+    """Logits [1, S, S] -> [height, width], bilinear: what evaluation cuts at 0."""
+    resized = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)
+    return np.asarray(resized[0, 0].numpy())

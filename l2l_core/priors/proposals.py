@@ -1,0 +1,271 @@
+"""Priors -> soft proposals: maps in [0, 1] of where the referred object is, on a square grid over the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import ArrayLike, NDArray
+
+from l2l_core.artifacts import records
+from l2l_core.config import ProposalsParams
+from l2l_core.core import grabcut
+from l2l_core.core.boxes import FloatArray, iou_xyxy
+from l2l_core.core.images import read_image
+from l2l_core.core.progress import progress
+from l2l_core.core.threads import thread_count
+from l2l_core.errors import ArtifactError, InputError
+
+Map = NDArray[np.float32]
+Image = NDArray[np.uint8]
+
+POINT_SIDE = 0.4
+"""Side of the object that a point is taken to mark, as a share of sqrt(height * width): the median of sqrt(box area)
+over RefCOCO's val, testA and testB objects is 0.39 of it."""
+MIN_CONFIDENCE = 0.01
+"""Keeps a proposal's score above 0, which means `no prior`, where a model says that its confidence is 0."""
+
+_GRABCUT_CHUNK = 64  # sentences between two steps of the progress bar
+CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary array
+_BINARY_CHUNK_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class PriorSamples:
+    """N sentences with K answers each; coordinates in original-image pixels, zeros where there is none."""
+
+    sent_id: NDArray[np.int64]  # [N] ascending
+    image_row: NDArray[np.int64]  # [N] row of the images table
+    image_hw: NDArray[np.int64]  # [N, 2]
+    box_xyxy: FloatArray  # [N, K, 4]
+    has_box: NDArray[np.bool_]  # [N, K]
+    point_xy: FloatArray  # [N, K, 2]
+    has_point: NDArray[np.bool_]  # [N, K] a point and no box
+    confidence: FloatArray  # [N, K] in [0, 1], the model's own; 1 where it gave none
+
+    def take(self, rows: NDArray[np.int64]) -> PriorSamples:
+        """The sentences of some rows, in that order."""
+        return PriorSamples(**{name: column[rows] for name, column in vars(self).items()})
+
+
+def render_box(box_xyxy: ArrayLike, image_hw: ArrayLike, params: ProposalsParams) -> Map:
+    """Boxes [..., 4] in pixels of images [..., 2] (height, width) -> maps [..., S, S] with S = size_px.
+
+    The value is inside_prob inside, 1 - inside_prob outside and exactly 0.5 on the box's border; between them it rises
+    smoothly over `falloff` of the box's side (at least a cell). A box thinner than a cell is widened to one.
+
+    >>> from l2l_core.config import load_params
+    >>> render_box([0, 0, 240, 480], (480, 640), load_params("params.yaml").proposals).shape
+    (48, 48)
+    """
+    box, size_wh = np.asarray(box_xyxy, dtype=np.float64), np.asarray(image_hw, dtype=np.float64)[..., ::-1]
+    profiles = []
+    for axis in (1, 0):  # rows, columns
+        cell = params.size_px / size_wh[..., axis]
+        low, high = box[..., axis] * cell, box[..., axis + 2] * cell
+        half = np.maximum(high - low, 1.0) / 2
+        centers = np.arange(params.size_px) + 0.5
+        depth = half[..., None] - np.abs(centers - ((low + high) / 2)[..., None])
+        width = np.maximum(params.falloff * 2 * half, 1.0)[..., None]
+        profiles.append(_smooth_step(0.5 + depth / width))
+    inside = np.minimum(profiles[0][..., :, None], profiles[1][..., None, :])
+    return _to_prob(inside, params)
+
+
+def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsParams) -> Map:
+    """Points [..., 2] in pixels -> Gaussian blobs [..., S, S], 0.5 at the border of a disc POINT_SIDE wide.
+
+    >>> from l2l_core.config import load_params
+    >>> soft = render_point([320, 240], (480, 640), load_params("params.yaml").proposals)
+    >>> soft.shape, bool(soft[24, 24] > 0.8)
+    ((48, 48), True)
+    """
+    point, hw = np.asarray(point_xy, dtype=np.float64), np.asarray(image_hw, dtype=np.float64)
+    radius_px = POINT_SIDE / 2 * np.sqrt(hw[..., 0] * hw[..., 1])
+    squares = []
+    for axis in (1, 0):
+        centers = (np.arange(params.size_px) + 0.5) * (hw[..., 1 - axis] / params.size_px)[..., None]
+        squares.append(((centers - point[..., axis, None]) / radius_px[..., None]) ** 2)
+    distance2 = squares[0][..., :, None] + squares[1][..., None, :]
+    return _to_prob(np.exp2(-distance2), params)
+
+
+def shrink(image_bgr: Image) -> Image:
+    """An image [H, W, 3] at the size that GrabCut works on: its longer side has at most GRABCUT_SIDE_PX pixels."""
+    height, width = image_bgr.shape[:2]
+    scale = min(1.0, grabcut.GRABCUT_SIDE_PX / max(height, width))
+    size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, image_hw: tuple[int, int], params: ProposalsParams) -> Map:
+    """The object that GrabCut finds in a box [4] of an image -> map [S, S].
+
+    image_bgr: as `shrink` returns it (BGR, as OpenCV reads it). box_xyxy: in pixels of the image of size image_hw.
+    A cell's value is inside_prob where GrabCut's mask covers it, 1 - inside_prob where it does not, and between them at
+    the mask's border. Where GrabCut finds next to nothing, the map is the box's. Raises ValueError where ring or core
+    of `params` are still to be fitted.
+    """
+    if params.ring == "fit" or params.core == "fit":
+        raise ValueError("proposals.ring and proposals.core must be numbers here; see l2l_core/priors/fit.py")
+    (height, width), (small_height, small_width) = image_hw, image_bgr.shape[:2]
+    box = np.asarray(box_xyxy, dtype=np.float64)
+    scaled = box * np.tile(np.array((small_width, small_height)) / (width, height), 2)
+    cut = grabcut.grabcut(image_bgr, grabcut.box_trimap(small_height, small_width, scaled, params.ring, params.core))
+    if cut is None:
+        return render_box(box, image_hw, params)
+    share = np.asarray(
+        cv2.resize(cut.astype(np.float32), (params.size_px, params.size_px), interpolation=cv2.INTER_AREA), np.float32
+    )
+    return _to_prob(share, params)
+
+
+def prior_score(samples: PriorSamples) -> FloatArray:
+    """[N] how much a proposal can be trusted, in (0, 1]; 0 for a sentence without any located answer.
+
+    Share of the answers that give a place x their agreement x their mean confidence. Agreement is the expected IoU of
+    two of them drawn with replacement: 1 for one answer or equal ones, 1 / m for m disjoint ones.
+    """
+    located = samples.has_box | samples.has_point
+    boxes = np.where(samples.has_box[..., None], samples.box_xyxy, _point_box(samples.point_xy, samples.image_hw))
+    both = located[:, :, None] & located[:, None, :]
+    iou = iou_xyxy(boxes[:, :, None], boxes[:, None, :])
+    agreement = (iou * both).sum(axis=(1, 2)) / np.maximum(both.sum(axis=(1, 2)), 1)
+    count = located.sum(axis=1)
+    confidence = (np.maximum(samples.confidence, MIN_CONFIDENCE) * located).sum(axis=1) / np.maximum(count, 1)
+    return np.asarray(count / located.shape[1] * agreement * confidence)
+
+
+def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, params: ProposalsParams) -> pa.Table:
+    """Tables records.PRIORS -> records.PROPOSALS, one row a sentence, sorted by sent_id.
+
+    refs: sent_id, image_id. images: image_id, file_name, height, width. The maps of a sentence's answers are averaged;
+    an answer without a place counts as a flat map at flat_prob. Images are read for GrabCut alone.
+    """
+    samples = to_samples(priors, refs, images)
+    files = images["file_name"].tolist()
+    count, answers = samples.has_box.shape
+    soft = np.empty((count, params.size_px, params.size_px), dtype=np.uint8)
+    order = np.argsort(samples.image_row, kind="stable")
+    step = max(1, CHUNK_CELLS // (params.size_px**2 * answers)) if params.renderer == "box" else _GRABCUT_CHUNK
+    for start in progress(range(0, count, step), f"proposals ({params.renderer})", "batch"):
+        rows = order[start : start + step]
+        soft[rows] = np.rint(_mean_maps(samples.take(rows), params, files) * 255).astype(np.uint8)
+    return _to_table(samples.sent_id, soft, prior_score(samples))
+
+
+def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[str]) -> Map:
+    """[N, S, S]: each sentence's maps, averaged over its answers."""
+    maps = np.full((*samples.has_box.shape, params.size_px, params.size_px), params.flat_prob, dtype=np.float32)
+    row, answer = np.nonzero(samples.has_point)
+    maps[row, answer] = render_point(samples.point_xy[row, answer], samples.image_hw[row], params)
+    row, answer = np.nonzero(samples.has_box)
+    match params.renderer:
+        case "box":
+            maps[row, answer] = render_box(samples.box_xyxy[row, answer], samples.image_hw[row], params)
+        case "grabcut":
+            # OpenCV works outside Python's lock, so that threads share the work. Each reads an image once.
+            image_row = samples.image_row[row]
+
+            def cut(image: int) -> None:
+                pixels = shrink(read_bgr(files[image]))
+                for place in (image_row == image).nonzero()[0].tolist():
+                    here = row[place], answer[place]
+                    height, width = samples.image_hw[row[place]].tolist()
+                    maps[here] = render_grabcut(pixels, samples.box_xyxy[here], (height, width), params)
+
+            with ThreadPoolExecutor(thread_count()) as pool:
+                list(pool.map(cut, np.unique(image_row).tolist()))
+        case _:
+            assert_never(params.renderer)
+    return np.asarray(maps.mean(axis=1))
+
+
+def _smooth_step(ramp: FloatArray) -> FloatArray:
+    """0 below 0, 1 above 1, and a cubic with flat ends between; 0.5 stays 0.5."""
+    t = np.clip(ramp, 0.0, 1.0)
+    return np.asarray(t * t * (3 - 2 * t))
+
+
+def _to_prob(inside: NDArray[np.floating[Any]], params: ProposalsParams) -> Map:
+    """How much a cell is inside, 0..1 -> probability between 1 - inside_prob and inside_prob."""
+    low = 1 - params.inside_prob
+    return np.asarray(low + (params.inside_prob - low) * inside, dtype=np.float32)
+
+
+def _point_box(point_xy: FloatArray, image_hw: NDArray[np.int64]) -> FloatArray:
+    """[N, K, 2] points -> [N, K, 4] squares of the size that a point is taken to mark."""
+    half = POINT_SIDE / 2 * np.sqrt(image_hw[:, 0] * image_hw[:, 1])[:, None, None]
+    return np.concatenate([point_xy - half, point_xy + half], axis=-1)
+
+
+def read_bgr(path: str) -> Image:
+    """The image [H, W, 3] in OpenCV's order of channels, in which GrabCut sees it. Raises InputError."""
+    try:
+        return np.ascontiguousarray(read_image(path)[..., ::-1])
+    except InputError as error:
+        raise InputError(f"{error}; GrabCut needs it, the box renderer does not") from None
+
+
+def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> PriorSamples:
+    """The answers of all sentences; tables as in `make_proposals`. Raises ArtifactError where they do not fit."""
+    priors = priors.sort_by([("sent_id", "ascending"), ("sample_index", "ascending")])
+    sent_id = priors["sent_id"].to_numpy()
+    answers = int(pc.max(priors["sample_index"]).as_py() or 0) + 1
+    shape = (len(sent_id) // answers, answers)
+    is_whole = len(sent_id) == shape[0] * answers
+    if not is_whole or (priors["sample_index"].to_numpy().reshape(shape) != np.arange(answers)).any():
+        raise ArtifactError(f"priors: sentences differ in their number of answers (up to {answers}); run dvc repro")
+    sent_id = sent_id.reshape(shape)[:, 0]
+    image_id = refs.set_index("sent_id")["image_id"].reindex(sent_id)
+    if image_id.isna().any() or len(refs) != len(sent_id):
+        raise ArtifactError("priors: their sentences are not those of the index; run dvc repro")
+    image_row = pd.Index(images["image_id"]).get_indexer(image_id)
+    box_xyxy, has_box = _fixed_lists(priors["bbox"], 4)
+    point_xy, has_point = _fixed_lists(priors["point"], 2)
+    return PriorSamples(
+        sent_id=sent_id,
+        image_row=image_row,
+        image_hw=images[["height", "width"]].to_numpy(np.int64)[image_row],
+        box_xyxy=box_xyxy.reshape(*shape, 4),
+        has_box=has_box.reshape(shape),
+        point_xy=point_xy.reshape(*shape, 2),
+        has_point=(has_point & ~has_box).reshape(shape),
+        confidence=priors["score"].fill_null(1.0).to_numpy().astype(np.float64).reshape(shape),
+    )
+
+
+def _fixed_lists(column: pa.ChunkedArray, length: int) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """A column of lists or nulls -> [N, length] with zeros for null, and [N] which are there."""
+    is_there = column.is_valid().to_numpy()
+    values = np.zeros((len(column), length))
+    values[is_there] = column.drop_null().combine_chunks().flatten().to_numpy().reshape(-1, length)
+    return values, is_there
+
+
+def _to_table(sent_id: NDArray[np.int64], soft: NDArray[np.uint8], score: FloatArray) -> pa.Table:
+    count, size = soft.shape[:2]
+    # One chunk a block of rows: Arrow's binary arrays hold less than 2 GiB each.
+    step = max(1, _BINARY_CHUNK_BYTES // (size * size))
+    blocks = [_to_binary(soft[start : start + step].reshape(-1, size * size)) for start in range(0, count, step)]
+    columns = {
+        "sent_id": pa.array(sent_id, pa.int64()),
+        "height": pa.array(np.full(count, size), pa.int16()),
+        "width": pa.array(np.full(count, size), pa.int16()),
+        "soft": pa.chunked_array(blocks, pa.binary()),
+        "score": pa.array(score, pa.float32()),
+    }
+    return pa.table(columns, schema=records.PROPOSALS)
+
+
+def _to_binary(rows: NDArray[np.uint8]) -> pa.Array:
+    """[N, bytes] -> N binary values, without going through N Python objects."""
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * np.int32(rows.shape[1])
+    return pa.Array.from_buffers(pa.binary(), len(rows), [None, pa.py_buffer(offsets), pa.py_buffer(rows)])

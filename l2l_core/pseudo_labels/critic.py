@@ -1,0 +1,80 @@
+"""The critic: how good each candidate label is, estimated from what the policy sees of it and of its rivals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR
+
+from l2l_core.core.seeding import evenly_picked, folds_of
+from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates, FloatArray, Outcome
+
+ESTIMATE = SENTENCE_FEATURES.index("estimate")
+FOLDS = 5
+"""Parts of the labeled images; each is left out by one member of the ensemble."""
+MOST = 500
+"""Labeled sentences that a member learns from, evenly picked: its time grows with their number."""
+PENALTY, WIDTH, TOLERANCE = 0.3, 0.5, 0.05
+"""C, gamma times the number of features, and epsilon of the support vector regression. A small C keeps the estimates
+smooth: there are few labeled sentences."""
+
+
+@dataclass(frozen=True)
+class Critic:
+    """An ensemble of support vector regressions, one for each fold that it left out."""
+
+    members: tuple[Pipeline, ...]
+
+    def judge(self, candidates: Candidates) -> Candidates:
+        """The candidates with the feature `estimate`: the expected IoU with the truth, in [0, 1]."""
+        if not len(candidates.sent_id):
+            return candidates
+        features = _features(candidates)
+        estimates = [member.predict(features) for member in self.members]
+        return _with_estimate(candidates, np.mean(estimates, axis=0))
+
+
+def train_critic(
+    labeled: Candidates, outcome: Outcome, image: NDArray[np.int64], seed: int
+) -> tuple[Critic, Candidates]:
+    """Learn each candidate's IoU: the critic, and the labeled candidates with honest estimates.
+
+    image: [N] whose sentence it is. Sentences of one image often mean the same object, so that whole images are left
+    out: the estimate of a labeled sentence comes from the member that saw no sentence of its image. With a single image
+    there is nothing to leave out, and the member knows it.
+    """
+    kinds = labeled.sentence.shape[1]
+    folds = min(FOLDS, len(np.unique(image)))
+    fold = folds_of(image, folds, np.random.default_rng(seed))
+    features, iou = _features(labeled).reshape(len(fold), kinds, -1), outcome.iou
+    honest = np.empty(iou.shape, dtype=np.float64)
+    members = []
+    for number in range(folds):
+        left_out = (fold == number).nonzero()[0]
+        known = (fold != number).nonzero()[0] if folds > 1 else left_out
+        known = known[evenly_picked(len(known), MOST)]
+        regression = SVR(C=PENALTY, gamma=WIDTH / features.shape[-1], epsilon=TOLERANCE)
+        member = make_pipeline(StandardScaler(), regression)
+        member.fit(features[known].reshape(-1, features.shape[-1]), iou[known].ravel())
+        honest[left_out] = member.predict(features[left_out].reshape(-1, features.shape[-1])).reshape(-1, kinds)
+        members.append(member)
+    return Critic(tuple(members)), _with_estimate(labeled, honest)
+
+
+def _features(candidates: Candidates) -> FloatArray:
+    """[N * K, 2 D]: a candidate's features, and how they differ from the mean of the sentence's candidates."""
+    features = candidates.sentence.copy()
+    features[..., ESTIMATE] = 0
+    relative = features - features.mean(axis=1, keepdims=True)
+    return np.concatenate([features, relative], axis=-1).reshape(-1, 2 * features.shape[-1])
+
+
+def _with_estimate(candidates: Candidates, estimate: NDArray[np.float64]) -> Candidates:
+    """estimate: [N * K]."""
+    sentence = candidates.sentence.copy()
+    sentence[..., ESTIMATE] = estimate.clip(0, 1).reshape(sentence.shape[:2])
+    return replace(candidates, sentence=sentence)

@@ -1,0 +1,78 @@
+"""What the image says of a candidate label, whatever the teacher and the prior say: does it look like one object?"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from l2l_core.core.masks import square_px
+
+EVIDENCE = (
+    "contrast",  # distance between the mean colors of the label's rim and of its surroundings
+    "border_gradient",  # mean color gradient on the label's border
+    "border_edges",  # share of the border that lies on the image's strongest edges
+    "spread",  # deviation of the colors inside the label
+    "spread_outside",  # deviation of the colors in its surroundings
+    "largest_part",  # share of the label's area in its largest connected part
+    "box_fill",  # share of its bounding box that the label covers
+    "at_image_edge",  # share of the label's outermost pixels that lie on the image's edge
+)
+"""Columns of `image_evidence`, 0 where a label is empty. Colors are Lab, each channel in [0, 1]. Distances and
+gradients are divided by their largest value: all columns lie in [0, 1]."""
+
+LARGEST_DISTANCE = 3**0.5
+"""Between two colors of three channels in [0, 1]."""
+LARGEST_GRADIENT = 4 * 6**0.5
+"""Of OpenCV's 3 x 3 Sobel filters: at most 4 in each of three channels and two directions."""
+
+RIM = 1 / 32
+"""Width of the rim inside a label and of the surroundings outside, as a share of the image side."""
+STRONG_EDGE = 0.9
+"""Edges count as strong above this quantile of the image's gradients."""
+
+
+def image_evidence(images: NDArray[np.uint8], labels: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Images [B, M, M, 3] (RGB) and their labels [B, K, M, M] -> EVIDENCE [B, K, 8]."""
+    return np.stack([_of_image(image, masks) for image, masks in zip(images, labels, strict=True)])
+
+
+def _of_image(image: NDArray[np.uint8], masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """[M, M, 3] and [K, M, M] -> [K, 8]."""
+    colors = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float32) / np.float32(255)
+    right, down = cv2.Sobel(colors, cv2.CV_32F, 1, 0), cv2.Sobel(colors, cv2.CV_32F, 0, 1)
+    gradient = np.sqrt((right**2 + down**2).sum(-1)).astype(np.float32)
+    strong = gradient > np.quantile(gradient, STRONG_EDGE)
+    return np.stack([_of_label(colors, gradient, strong, mask) for mask in masks])
+
+
+def _of_label(
+    colors: NDArray[np.float32], gradient: NDArray[np.float32], strong: NDArray[np.bool_], mask: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    if not mask.any():
+        return np.zeros(len(EVIDENCE), dtype=np.float32)
+    label, area = mask.astype(np.uint8), mask.sum()
+    wide, thin = square_px(RIM * len(mask)), square_px(1)
+    outside = (cv2.dilate(label, wide) > 0) & ~mask
+    rim = mask & ~(cv2.erode(label, wide) > 0)
+    border = (cv2.dilate(label, thin) > 0) & ~(cv2.erode(label, thin, borderValue=0) > 0)
+    around = colors[outside] if outside.any() else colors[mask]  # a label of the whole image has no surroundings
+    inner = colors[rim] if rim.any() else colors[mask]
+    parts = cv2.connectedComponentsWithStats(label, connectivity=8)[2][1:, cv2.CC_STAT_AREA]
+    _, _, width, height = cv2.boundingRect(label)
+    outermost = mask & ~(cv2.erode(label, thin, borderValue=0) > 0)
+    inside_image = np.zeros_like(mask)
+    inside_image[1:-1, 1:-1] = True
+    return np.array(
+        [
+            np.linalg.norm(inner.mean(0) - around.mean(0)) / LARGEST_DISTANCE,
+            gradient[border].mean() / LARGEST_GRADIENT,
+            strong[border].mean(),
+            colors[mask].std(0).mean(),
+            around.std(0).mean(),
+            parts.max() / area,
+            area / (width * height),
+            (outermost & ~inside_image).sum() / outermost.sum(),
+        ],
+        dtype=np.float32,
+    )

@@ -1,0 +1,305 @@
+"""What the policy sees of candidate labels, and what the truth says of them where there is truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2l_core.config import Candidate
+from l2l_core.data.views import Views
+from l2l_core.pseudo_labels.evidence import EVIDENCE, image_evidence
+
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+CANDIDATES: tuple[str, ...] = get_args(Candidate)
+
+LABEL_THRESHOLD = 0.5
+"""A pixel is foreground where its probability exceeds this: the same cut as in evaluation."""
+
+CELL_FEATURES = (
+    "prob",  # teacher's foreground probability
+    "label",  # share of the pixels that the label calls foreground
+    "proposal",
+    "disagreement",  # |prob - proposal|
+    "entropy",  # of the probability, in bits
+    "flip_change",  # |prob - prob_flipped|
+    "prior_change",  # |prob - prob_no_prior|
+    "votes",  # share of the three other opinions (flipped, no prior, proposal) that say foreground
+    "label_votes",  # the same, counted inside the label only: with `votes` it gives the agreement on the cell
+    "distance",  # from the label's centre of gravity, in label radii, scaled to [0, 1] at FAR_RADII
+)
+"""Channels of `Candidates.cells`, means over a cell's pixels, each in [0, 1]."""
+
+SENTENCE_FEATURES = (
+    "confidence",
+    "prior_iou",
+    "prob_iou",  # soft IoU of the label with prob
+    "flip_iou",  # soft IoU of prob and prob_flipped
+    "no_prior_iou",  # soft IoU of prob and prob_no_prior
+    "no_prior_proposal_iou",  # soft IoU of prob_no_prior and proposal: do both find the object on their own?
+    "agreement_iou",  # soft IoU of the label with the votes of the three other opinions
+    "label_prob",  # mean probability inside the label
+    "label_flipped",  # mean prob_flipped inside the label
+    "label_no_prior",  # mean prob_no_prior inside the label
+    "label_proposal",  # mean proposal inside the label
+    "outside",  # share of prob's mass that lies outside the label
+    "outside_no_prior",  # share of prob_no_prior's mass that lies outside the label
+    "size",  # square root of the label's share of the image
+    "compactness",  # 4 sqrt(area) / perimeter: 1 for a square, less for ragged or scattered labels
+    "proposal_score",
+    "has_prior",  # 1 or 0
+    "words",  # log(1 + words in the sentence)
+    *(f"is_{name}" for name in CANDIDATES),  # 1 or 0: how the label was constructed
+    *(f"with_{name}_iou" for name in CANDIDATES),  # IoU with the sentence's label of that kind; 0 where there is none
+    *EVIDENCE,  # what the image says of the label: see evidence.py
+    "estimate",  # the critic's estimate of the label's IoU with the truth; 0 before the critic has judged it
+)
+"""Columns of `Candidates.sentence`; all in [0, 1] but `words`, which is >= 0. 0 where a label is empty."""
+
+FAR_RADII = 4.0
+"""Distances beyond this many label radii look alike to the policy: such cells are far from any boundary."""
+
+SURROUNDINGS = 1 / 16
+"""Width of a label's surroundings as a share of the image side: wide enough to hold the doubtful border of a label,
+narrow enough that easy far background does not drown it."""
+
+EPSILON = 1e-6
+"""Keeps ratios of areas finite; far below one pixel's share of an image of any size used here."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """K candidate labels for each of N sentences, as a policy sees them, on a grid of G x G cells."""
+
+    sent_id: NDArray[np.int64]  # [N]
+    cells: NDArray[np.float16]  # [N, K, G, G, C] CELL_FEATURES; half precision: this is what fills the memory
+    sentence: FloatArray  # [N, K, D] SENTENCE_FEATURES
+    # Of each sentence's first candidate, which is what the fixed rules rank:
+    confidence: FloatArray  # [N] mean of max(p, 1 - p) over the label's foreground and its surroundings, in [0.5, 1]
+    prior_iou: FloatArray  # [N] IoU of the label with the proposal cut at 0.5; 0 where there is no prior
+
+    def take(self, rows: NDArray[np.int64]) -> Candidates:
+        """The sentences of some rows, in that order."""
+        return _taken(self, rows)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The truth about the candidates of N sentences; exists for labelled sentences only (and for the oracle)."""
+
+    sent_id: NDArray[np.int64]  # [N]
+    # [N, K, G, G, 4] shares of a cell's pixels: foreground right, foreground wrong, background right, background wrong
+    cells: FloatArray
+    iou: FloatArray  # [N, K] IoU of the label with the true mask
+
+    def take(self, rows: NDArray[np.int64]) -> Outcome:
+        """The sentences of some rows, in that order."""
+        return _taken(self, rows)
+
+
+Rows = TypeVar("Rows", Candidates, Outcome)
+
+
+def describe(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -> Candidates:
+    """What the policy sees of the candidates [B, K, M, M] that were constructed in the ways `names` (of CANDIDATES).
+
+    Cells are area-weighted means, so that any map side M works with any grid. Memory is a few maps of the batch.
+    """
+    masks = [label.astype(np.float32) for label in labels.swapaxes(0, 1)]
+    shared = _share(views, grid)
+    described = [_describe(views, shared, mask, grid) for mask in masks]
+    for row, (name, (_, sentence)) in enumerate(zip(names, described, strict=True)):
+        sentence |= {f"is_{name}": np.ones(len(views.sent_id))}
+        sentence |= {f"with_{other}_iou": soft_iou(masks[row], mask) for other, mask in zip(names, masks, strict=True)}
+    evidence = image_evidence(views.image, labels)
+    for row, (_, sentence) in enumerate(described):
+        sentence |= dict(zip(EVIDENCE, evidence[:, row].T, strict=True))
+    nothing = np.zeros(len(views.sent_id))
+    columns = [[sentence.get(name, nothing) for name in SENTENCE_FEATURES] for _, sentence in described]
+    first = described[0][1]
+    return Candidates(
+        sent_id=views.sent_id,
+        cells=np.stack([cells for cells, _ in described], axis=1),
+        sentence=np.stack([np.stack(column, axis=-1) for column in columns], axis=1).astype(np.float32),
+        confidence=first["confidence"].astype(np.float32),
+        prior_iou=first["prior_iou"].astype(np.float32),
+    )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What is described alike for all candidates of B sentences."""
+
+    votes: FloatArray  # [B, M, M] share of the other opinions that say foreground
+    cells: dict[str, FloatArray]  # [B, G, G] each
+    sentence: dict[str, NDArray[Any]]  # [B] each
+
+
+def _share(views: Views, grid: int) -> _Shared:
+    """Computed once, whatever the number of candidates."""
+    prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
+    votes = np.stack([opinion > LABEL_THRESHOLD for opinion in (flipped, no_prior, proposal)]).mean(0, dtype=np.float32)
+    cells = {
+        "prob": to_cells(prob, grid),
+        "proposal": to_cells(proposal, grid),
+        "disagreement": to_cells(np.abs(prob - proposal), grid),
+        "entropy": to_cells(_entropy_bits(prob), grid),
+        "flip_change": to_cells(np.abs(prob - flipped), grid),
+        "prior_change": to_cells(np.abs(prob - no_prior), grid),
+        "votes": to_cells(votes, grid),
+    }
+    sentence = {
+        "flip_iou": soft_iou(prob, flipped),
+        "no_prior_iou": soft_iou(prob, no_prior),
+        "no_prior_proposal_iou": soft_iou(no_prior, proposal),
+        "proposal_score": views.proposal_score,
+        "has_prior": (views.proposal_score > 0).astype(np.float32),
+        "words": np.log1p(views.words),
+    }
+    return _Shared(votes, cells, sentence)
+
+
+def _describe(
+    views: Views, shared: _Shared, label: FloatArray, grid: int
+) -> tuple[NDArray[np.float16], dict[str, NDArray[Any]]]:
+    """One candidate [B, M, M] (0 or 1) of each sentence: its cells [B, G, G, C] and its sentence features, each [B]."""
+    prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
+    side = label.shape[-1]
+    nearby = label_and_surroundings(label)
+    area = label.mean((1, 2))
+    bordered = np.pad(label, ((0, 0), (1, 1), (1, 1)))
+    perimeter = (np.abs(np.diff(bordered, axis=1)).sum((1, 2)) + np.abs(np.diff(bordered, axis=2)).sum((1, 2))) / side
+    sentence = shared.sentence | {
+        "confidence": np.where(area > 0, _mean_inside(np.maximum(prob, 1 - prob), nearby), 0.5),
+        "prior_iou": shared.sentence["has_prior"] * soft_iou(label, (proposal > LABEL_THRESHOLD).astype(np.float32)),
+        "prob_iou": soft_iou(label, prob),
+        "agreement_iou": soft_iou(label, shared.votes),
+        "label_prob": _mean_inside(prob, label),
+        "label_flipped": _mean_inside(flipped, label),
+        "label_no_prior": _mean_inside(no_prior, label),
+        "label_proposal": _mean_inside(proposal, label),
+        "outside": _mean_inside(1 - label, prob),
+        "outside_no_prior": _mean_inside(1 - label, no_prior),
+        "size": np.sqrt(area),
+        "compactness": 4 * np.sqrt(area) / np.maximum(perimeter, EPSILON),
+    }
+
+    cells = shared.cells | {
+        "label": to_cells(label, grid),
+        "label_votes": to_cells(label * shared.votes, grid),
+    }
+    cells["distance"] = _distance_in_radii(cells["label"]) / FAR_RADII
+    return np.stack([cells[name] for name in CELL_FEATURES], axis=-1).astype(np.float16), sentence
+
+
+def judge(sent_id: NDArray[np.int64], labels: BoolArray, truth: BoolArray, grid: int) -> Outcome:
+    """Compare candidates [B, K, M, M] with true masks [B, M, M]; the IoU of two empty masks is 0."""
+    true = truth.astype(np.float32)
+    cells, iou = [], []
+    for label in labels.swapaxes(0, 1):
+        parts = (label & truth, label & ~truth, ~label & ~truth, ~label & truth)
+        cells.append(np.stack([to_cells(part.astype(np.float32), grid) for part in parts], axis=-1))
+        iou.append(soft_iou(label.astype(np.float32), true))
+    return Outcome(sent_id=sent_id, cells=np.stack(cells, axis=1), iou=np.stack(iou, axis=1))
+
+
+def agreement(cells: NDArray[np.float16]) -> FloatArray:
+    """The other opinions in the place of the truth: [..., C] cell features -> shares [..., 4] like `Outcome.cells`."""
+    label, votes, label_votes = (
+        cells[..., CELL_FEATURES.index(name)].astype(np.float32) for name in ("label", "votes", "label_votes")
+    )
+    background_votes = votes - label_votes
+    shares = np.stack([label_votes, label - label_votes, 1 - label - background_votes, background_votes], axis=-1)
+    return np.clip(shares, 0.0, 1.0)  # half precision leaves shares a hair below 0
+
+
+def concatenate(parts: Sequence[Rows], places: Sequence[NDArray[np.int64]] | None = None) -> Rows:
+    """Batches -> one, rows in order; at least one batch.
+
+    places: of each batch, [B] where its rows stand in the whole; together they are 0..N-1.
+    """
+    first = parts[0]
+    order = slice(None) if places is None else np.argsort(np.concatenate(places))
+    return type(first)(
+        **{field.name: np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(first)}
+    )
+
+
+def _taken(table: Rows, rows: NDArray[np.int64]) -> Rows:
+    return type(table)(**{field.name: getattr(table, field.name)[rows] for field in fields(table)})
+
+
+def confident_pixels(prob: NDArray[np.floating[Any]], threshold: float) -> BoolArray:
+    """Pixels whose confidence max(p, 1 - p) reaches the threshold; any shape, same shape out."""
+    return np.asarray(np.maximum(prob, 1 - prob) >= threshold)
+
+
+def expand_cells(keep_cells: BoolArray, height: int, width: int) -> BoolArray:
+    """[N, G, G] cells -> [N, height, width] pixels; a pixel belongs to the cell that holds its centre."""
+    grid = keep_cells.shape[-1]
+    rows = ((np.arange(height) + 0.5) * grid / height).astype(np.int64)
+    columns = ((np.arange(width) + 0.5) * grid / width).astype(np.int64)
+    return keep_cells[:, rows[:, None], columns[None, :]]
+
+
+def to_cells(maps: FloatArray, grid: int) -> FloatArray:
+    """[B, M, M] -> [B, G, G] area-weighted means; a pixel on a cell border counts for both by its overlap."""
+    pool = _overlaps(maps.shape[-1], grid)
+    return np.asarray(pool @ maps @ pool.T)
+
+
+def soft_iou(first: FloatArray, second: FloatArray) -> FloatArray:
+    """sum(min) / sum(max) over the pixels of [B, M, M] maps -> [B] in [0, 1]; two empty maps give 0."""
+    intersection = np.minimum(first, second).sum((1, 2))
+    union = np.maximum(first, second).sum((1, 2))
+    return np.asarray(intersection / np.maximum(union, EPSILON), dtype=np.float32)
+
+
+def label_and_surroundings(label: FloatArray) -> FloatArray:
+    """[B, M, M] 0/1 label -> 0/1 map of the label widened by SURROUNDINGS (a square neighbourhood)."""
+    side = label.shape[-1]
+    reach = max(1, round(SURROUNDINGS * side))
+    near = (np.abs(np.subtract.outer(np.arange(side), np.arange(side))) <= reach).astype(np.float32)
+    return (near @ label @ near.T > 0.5).astype(np.float32)
+
+
+def _mean_inside(values: FloatArray, weight: FloatArray) -> FloatArray:
+    """Weighted mean over the pixels, 0 where the weight is 0 everywhere; [B, M, M] x 2 -> [B]."""
+    return np.asarray((values * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), EPSILON))
+
+
+def _entropy_bits(prob: FloatArray) -> FloatArray:
+    """Binary entropy in bits, [0, 1]."""
+    p = np.clip(prob, EPSILON, 1 - EPSILON)
+    return np.asarray(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)))
+
+
+def _distance_in_radii(label_cells: FloatArray) -> FloatArray:
+    """Distance of each cell from the label's centre of gravity, in radii of a disc of its area, at most FAR_RADII.
+
+    [B, G, G] label shares -> [B, G, G]; an empty label is far from everywhere.
+    """
+    grid = label_cells.shape[-1]
+    centres = (np.arange(grid, dtype=np.float32) + 0.5) / grid
+    area = label_cells.mean((1, 2))
+    total = np.maximum(label_cells.sum((1, 2)), EPSILON)
+    row = (label_cells.sum(2) @ centres) / total
+    column = (label_cells.sum(1) @ centres) / total
+    down, right = centres - row[:, None], centres - column[:, None]
+    distance = np.sqrt(down[:, :, None] ** 2 + right[:, None, :] ** 2)
+    radius = np.sqrt(area / np.pi)[:, None, None]
+    return np.where(radius > 0, np.minimum(distance / np.maximum(radius, EPSILON), FAR_RADII), FAR_RADII)
+
+
+def _overlaps(side: int, grid: int) -> FloatArray:
+    """[grid, side] share of each cell's length that each pixel covers; rows add up to 1."""
+    edges = np.arange(grid + 1) * side / grid
+    pixels = np.arange(side)
+    low = np.maximum(edges[:-1, None], pixels[None, :])
+    high = np.minimum(edges[1:, None], pixels[None, :] + 1)
+    return (np.clip(high - low, 0, None) * grid / side).astype(np.float32)

@@ -1,0 +1,167 @@
+"""A teacher's masks of sentences, as a policy sees them and as the truth judges them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from l2l_core.artifacts import records
+from l2l_core.config import Params
+from l2l_core.core.masks import encode_rle, resize_prob
+from l2l_core.data.folds import fold_of_images
+from l2l_core.data.load import batches_of, labeled_targets, pairs_of
+from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
+from l2l_core.errors import InputError
+from l2l_core.model.predictor import Predictor, batched_rows
+from l2l_core.pseudo_labels.candidates import construct
+from l2l_core.pseudo_labels.features import (
+    LABEL_THRESHOLD,
+    SENTENCE_FEATURES,
+    Candidates,
+    Outcome,
+    concatenate,
+    confident_pixels,
+    describe,
+    expand_cells,
+    judge,
+)
+from l2l_core.pseudo_labels.rules import semires_weight
+from l2l_core.pseudo_labels.select import Decision
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What N pairs may be labelled with; masks at their images' own size as run lengths."""
+
+    pairs: Pairs
+    candidates: list[list[bytes]]  # of each pair, one a name in `SelectParams.constructed`
+    confident: list[bytes]  # `threshold`: pixels that pass the fixed confidence threshold; else empty
+    weight: list[bytes]  # `semires`: how much the pixels teach, as in records.PSEUDO_LABELS; else empty
+
+    def in_order(self, rows: NDArray[np.int64]) -> Labels:
+        """Labels that were made in another order than the pairs': the k-th of pair `rows[k]`."""
+        order = np.argsort(rows)
+        confident, weight = ([part[row] for row in order] if part else [] for part in (self.confident, self.weight))
+        return Labels(self.pairs, [self.candidates[row] for row in order], confident, weight)
+
+
+def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candidates]:
+    """What the teacher says of every unlabelled sentence: its candidate labels, and how a policy sees them.
+
+    Raises InputError where no sentence is unlabelled.
+    """
+    batches = batches_of(params, pairs_of(params, "unlabeled"))
+    if not len(batches.pairs):
+        raise InputError(
+            "select: no sentence is unlabelled, so there is nothing to select; set round to 0 or label less "
+            "(split.labeled_fraction, split.list_file)"
+        )
+    names = params.select.constructed
+    labels, parts, visited = Labels(batches.pairs, [], [], []), [], []
+    for rows, views in teacher.views(batches, params.evaluate.batch_size, "label"):
+        visited.append(rows)
+        masks = construct(views, names)
+        parts.append(describe(views, masks, names, params.select.grid))
+        for (height, width), prob, made in zip(batches.pairs.hw[rows].tolist(), views.prob, masks, strict=True):
+            # The teacher's own mask is cut after resizing, as in evaluation.
+            soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
+            full = [resize_prob(one.astype(np.float32), height, width) for one in soft]
+            labels.candidates.append([encode_rle(one > LABEL_THRESHOLD) for one in full])
+            if params.select.policy == "threshold":  # whose first candidate is the teacher's mask
+                labels.confident.append(encode_rle(confident_pixels(full[0], params.select.pixel_threshold)))
+            if params.select.policy == "semires":
+                weight = semires_weight(resize_prob(prob, params.proposals.size_px, params.proposals.size_px))
+                labels.weight.append(np.rint(weight * 255).astype(np.uint8).tobytes())
+    return labels.in_order(np.concatenate(visited)), concatenate(parts, visited)
+
+
+def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]:
+    """How teachers would label the labelled sentences of images that they never saw, and how right that is."""
+    labeled = pairs_of(params, "labeled")
+    fold = fold_of_images(labeled.image_row, params.select.folds, params.seed)
+    parts = []
+    for left_out in range(params.select.folds):
+        unseen = labeled.take((fold == left_out).nonzero()[0])
+        teacher = Predictor.from_run(folds / str(left_out), params.train)
+        parts.append(
+            judge_labeled(params, teacher, batches_of(params, unseen), labeled_targets(unseen), f"fold {left_out}")
+        )
+    candidates, outcomes = zip(*parts, strict=True)
+    return concatenate(candidates), concatenate(outcomes)
+
+
+def images_of(params: Params, sent_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[N] labeled sentences -> the row of each one's image."""
+    return pairs_of(params, "labeled").with_sent_ids(sent_ids).image_row
+
+
+def judge_labeled(
+    params: Params, teacher: Predictor, batches: BatchMaker, targets: Targets, what: str
+) -> tuple[Candidates, Outcome]:
+    """How a teacher would label pairs whose truth is known, and how right that is, in the order of the pairs."""
+    names = params.select.constructed
+    candidates, outcomes, visited = [], [], []
+    for rows, views in teacher.views(batches, params.evaluate.batch_size, what):
+        visited.append(rows)
+        truth = batches.square_masks(targets.take(rows).label, rows)
+        masks = construct(views, names)
+        candidates.append(describe(views, masks, names, params.select.grid))
+        outcomes.append(judge(views.sent_id, masks, truth, params.select.grid))
+    return concatenate(candidates, visited), concatenate(outcomes, visited)
+
+
+def judge_unlabeled(params: Params, labels: Labels, masks_path: Path) -> Outcome:
+    """The truth about candidate labels, for the oracle alone.
+
+    Raises ArtifactError where the data set has no truth for an unlabelled sentence.
+    """
+    batches = batches_of(params, labels.pairs)
+    truth = load_targets(masks_path, records.INDEX, labels.pairs)
+    count, outcomes = len(params.select.constructed), []
+    for rows in batched_rows(len(labels.pairs), params.evaluate.batch_size, "oracle"):
+        mine = np.stack(
+            [batches.square_masks([labels.candidates[row][k] for row in rows], rows) for k in range(count)], axis=1
+        )
+        true = batches.square_masks([truth.label[row] for row in rows], rows)
+        outcomes.append(judge(labels.pairs.sent_id[rows], mine, true, params.select.grid))
+    return concatenate(outcomes)
+
+
+def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candidates, decision: Decision) -> pa.Table:
+    """The round's pseudo-labels (records.PSEUDO_LABELS), one row an unlabelled sentence."""
+    keep = [
+        _keep_rle(params, labels, decision, row, height, width)
+        for row, (height, width) in enumerate(labels.pairs.hw.tolist())
+    ]
+    count = len(labels.pairs)
+    chosen = seen.sentence[np.arange(count), decision.choice]
+    columns = {
+        "round": np.full(count, number, np.int16),
+        "sent_id": labels.pairs.sent_id,
+        "height": labels.pairs.hw[:, 0].astype(np.int32),
+        "width": labels.pairs.hw[:, 1].astype(np.int32),
+        "rle_counts": [made[k] for made, k in zip(labels.candidates, decision.choice.tolist(), strict=True)],
+        "candidate": [params.select.constructed[k] for k in decision.choice.tolist()],
+        "keep_rle": keep,
+        "weight": pa.array(labels.weight, pa.binary()) if labels.weight else pa.nulls(count, pa.binary()),
+        "accept_prob": decision.accept_prob.astype(np.float32),
+        "reward": decision.reward.astype(np.float32),
+        "prior_iou": chosen[:, SENTENCE_FEATURES.index("prior_iou")],
+        "confidence": chosen[:, SENTENCE_FEATURES.index("confidence")],
+        "accepted": decision.accepted,
+        "policy": [params.select.policy] * count,
+    }
+    return pa.table(columns, schema=records.PSEUDO_LABELS)
+
+
+def _keep_rle(params: Params, labels: Labels, decision: Decision, row: int, height: int, width: int) -> bytes:
+    """Pixels of one label that may teach; none of a rejected one."""
+    if not decision.accepted[row]:
+        return encode_rle(np.zeros((height, width), dtype=bool))
+    if params.select.policy == "threshold":
+        return labels.confident[row]
+    return encode_rle(expand_cells(decision.keep_cells[row : row + 1], height, width)[0])

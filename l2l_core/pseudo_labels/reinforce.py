@@ -1,0 +1,335 @@
+"""Training of the policy: actors that start from the critic's estimates and improve on them by REINFORCE.
+
+The baseline of a drawn action is the mean reward of the others of its group. A KL term holds an actor near the critic,
+so that a candidate that has become unlikely keeps being explored. The actors of an ensemble are averaged. There is no
+ratio clipping, and advantages are not divided by their spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from l2l_core.config import SelectParams
+from l2l_core.core.progress import progress
+from l2l_core.core.seeding import evenly_picked, folds_of
+from l2l_core.pseudo_labels.critic import ESTIMATE, train_critic
+from l2l_core.pseudo_labels.features import Candidates, Outcome, agreement
+from l2l_core.pseudo_labels.policy import Actor, Policy, act, one_thread
+from l2l_core.pseudo_labels.reward import RIGHT_IOU, agreement_reliability, utility, utility_of_sums
+
+SENTENCES_PER_STEP = 64
+"""Labelled sentences in a step, and as many unlabelled ones; bounds the memory of a step whatever the label budget."""
+
+ACTORS = 3
+"""Actors that are trained and averaged: the seed of one no longer decides."""
+
+NOISES = (0.5, 0.0)
+"""Deviations tried for the normal noise on standardized sentence features, against learning a few sentences by heart.
+The critic's estimate gets none. The one of the highest out-of-fold reward is taken; of equal ones the first."""
+NOISE_FOLDS = 2
+NOISE_STEPS = 4
+"""The noise is chosen by actors of one in NOISE_STEPS steps, on labeled sentences that they did not learn from."""
+FEWEST_FOR_NOISE = 20
+"""Labeled sentences; with fewer, the first noise is taken."""
+
+CRITIC_SHARPNESS = 8.0
+"""Logit of taking a candidate, per unit of the utility that the critic's estimate promises: where an actor starts."""
+
+CRITIC_WEIGHT = 0.1
+"""Weight of the KL divergence between an actor's choice and the critic's."""
+
+WEIGHT_DECAY = 0.01
+"""AdamW's usual value."""
+
+UNLABELED_SENTENCES = 2000
+"""Evenly picked unlabeled sentences that the training reads: for the scaling of the features and for agreement."""
+
+SMALLEST_STD = 1e-3
+"""A feature that varies less counts as constant (proposal_score when every score is 1): it stays near 0 and gets no
+noise, instead of drowning the others."""
+
+CURVE_COLUMNS = ("step", "reward", "keep_rate", "accept_rate", "entropy", "advantage_std")
+"""Columns of the training curve: see `TrainedPolicy`."""
+
+CURVE_EVERY = 10
+"""Steps averaged into one row of the curve."""
+
+SLOPES = np.logspace(-2, 1, 301)
+"""Calibrations tried, from far too sure to far too shy."""
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """A policy and the curve of its first actor: one dict each CURVE_EVERY steps.
+
+    step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probabilities of
+    taking any candidate, keeping a cell. entropy: of the choice plus the mean of the cells', in nats.
+    advantage_std: spread of the advantages. All over the labelled sentences of the steps.
+    """
+
+    policy: Policy
+    curve: list[dict[str, float]]
+
+
+def train_policy(
+    labeled: Candidates,
+    outcome: Outcome,
+    unlabeled: Candidates,
+    params: SelectParams,
+    seed: int,
+    image: NDArray[np.int64] | None = None,
+) -> TrainedPolicy:
+    """Learn which candidates to accept and which cells to keep, on one CPU thread; the same bits for the same input.
+
+    labeled, outcome: the same labeled sentences in the same order. Their candidates come from teachers that never saw
+    their images.
+    unlabeled: may be empty. Training reads at most UNLABELED_SENTENCES of them.
+    image: [N] image row of each labeled sentence. None: every sentence belongs to a different image.
+
+    If all labels are wrong, the policy learns to keep nothing. If all are right, it learns to keep nearly everything.
+    Below FEWEST_FOR_NOISE labeled sentences, the first of NOISES is used. Raises ValueError if there is no labeled
+    sentence or if the rows do not match.
+    """
+    if not len(labeled.sent_id) or not np.array_equal(labeled.sent_id, outcome.sent_id):
+        raise ValueError("labeled and outcome must be rows of the same sentences, at least one")
+    image = np.arange(len(labeled.sent_id)) if image is None else image
+    with one_thread():
+        critic, judged = train_critic(labeled, outcome, image, seed)
+        unlabeled = critic.judge(unlabeled.take(evenly_picked(len(unlabeled.sent_id), UNLABELED_SENTENCES)))
+        scaling = _scaling(judged, unlabeled)
+        noise = _choose_noise(scaling, judged, outcome, image, unlabeled, params, seed)
+        actors, curves = [], []
+        for number in range(ACTORS):
+            generator = torch.Generator().manual_seed(seed + number)
+            actor = _new_actor(scaling, params, generator)
+            curves.append(_improve(actor, judged, outcome, unlabeled, params, params.policy_steps, noise, generator))
+            actors.append(actor)
+        slope = _calibrate(actors, judged, outcome)
+    return TrainedPolicy(Policy(critic, tuple(actors), slope), curves[0])
+
+
+def policy_gradient_loss(
+    take_logit: Tensor, keep_logit: Tensor, take: Tensor, keep: Tensor, advantage: Tensor
+) -> Tensor:
+    """A scalar whose gradient is minus the REINFORCE estimate of the gradient of the mean expected reward.
+
+    take_logit [B, K] and keep_logit [B, K, G, G] require gradients; take [S, B] and keep [S, B, G, G] are drawn
+    actions: the candidate that is taken, K where none is, and 1 where a cell of it is kept, else 0; advantage [S, B].
+    Where none is taken, the cells are no part of the action: they cannot change the reward.
+    """
+    # Products of matrices over the cells: maps of every drawn action would cost many times as much.
+    kept = torch.einsum("sbij,bkij->sbk", keep, keep_logit)
+    of_cells = _of_taken(kept - functional.softplus(keep_logit).sum((-2, -1)), take)
+    log_prob = _with_none(take_logit).log_softmax(1)[torch.arange(len(take_logit)), take] + of_cells
+    return -(advantage * log_prob).mean()
+
+
+def group_advantage(reward: Tensor) -> Tensor:
+    """Reward minus the mean reward of the OTHER actions of the group: [S, B] -> [S, B], S >= 2, unbiased."""
+    size = reward.shape[0]
+    return (reward - reward.mean(0)) * (size / (size - 1))
+
+
+def _choose_noise(
+    scaling: Mapping[str, Tensor],
+    labeled: Candidates,
+    outcome: Outcome,
+    image: NDArray[np.int64],
+    unlabeled: Candidates,
+    params: SelectParams,
+    seed: int,
+) -> float:
+    """The noise of NOISES whose actors earn most on labeled images that they did not learn from."""
+    steps = params.policy_steps // NOISE_STEPS
+    if len(image) < FEWEST_FOR_NOISE or len(np.unique(image)) < NOISE_FOLDS or not steps:
+        return NOISES[0]
+    fold = folds_of(image, NOISE_FOLDS, np.random.default_rng(seed))
+    rewards = []
+    for noise in NOISES:
+        earned = 0.0
+        for number in range(NOISE_FOLDS):
+            learned, left_out = (fold != number).nonzero()[0], (fold == number).nonzero()[0]
+            generator = torch.Generator().manual_seed(seed + number)
+            actor = _new_actor(scaling, params, generator)
+            known = outcome.take(learned)
+            _improve(actor, labeled.take(learned), known, unlabeled, params, steps, noise, generator)
+            earned += _expected_reward(actor, labeled.take(left_out), outcome.take(left_out), params)
+        rewards.append(earned)
+    return NOISES[int(np.argmax(rewards))]
+
+
+def _expected_reward(actor: Actor, candidates: Candidates, outcome: Outcome, params: SelectParams) -> float:
+    """Summed over the sentences: what is earned by drawing the candidate and keeping the likely cells of it."""
+    with torch.no_grad():
+        take_logit, keep_logit = actor(
+            *actor.standardize(torch.from_numpy(candidates.cells), torch.from_numpy(candidates.sentence))
+        )
+        worth = utility(torch.from_numpy(outcome.cells), (keep_logit > 0).float(), params.wrong_cost)
+        return float((_with_none(take_logit).softmax(1)[:, :-1] * worth).sum())
+
+
+def _new_actor(scaling: Mapping[str, Tensor], params: SelectParams, generator: torch.Generator) -> Actor:
+    """An actor that chooses as the critic does: its logit is CRITIC_SHARPNESS times the utility that is promised."""
+    actor = Actor(generator)
+    for name, values in scaling.items():
+        getattr(actor, name).copy_(values)
+    mean, std = actor.sentence_mean[ESTIMATE], actor.sentence_std[ESTIMATE]
+    best, worst = (_critic_logit(torch.tensor(estimate), params) for estimate in (1.0, 0.0))
+    with torch.no_grad():
+        # The logit is linear in the estimate, of which the actor sees (estimate - mean) / std.
+        actor.accept_bias.fill_(_critic_logit(mean, params))
+        actor.accept_direct[0, ESTIMATE] = (best - worst) * std
+    return actor
+
+
+def _critic_logit(estimate: Tensor, params: SelectParams) -> Tensor:
+    """Logit of taking a label of that IoU, by the utility that it promises; any shape, same shape out."""
+    return CRITIC_SHARPNESS * ((1 + params.wrong_cost) * estimate - params.wrong_cost)
+
+
+def _improve(
+    policy: Actor,
+    labeled: Candidates,
+    outcome: Outcome,
+    unlabeled: Candidates,
+    params: SelectParams,
+    steps_to_do: int,
+    noise: float,
+    generator: torch.Generator,
+) -> list[dict[str, float]]:
+    """Train in place; returns the curve."""
+    weight = params.unlabeled_weight * _reliability(labeled, outcome, params)
+    optimiser = torch.optim.AdamW(policy.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps_to_do))
+    steps = []
+    for _ in progress(range(steps_to_do), "policy", "step"):
+        rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
+        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, noise, generator)
+        if len(unlabeled.sent_id) and weight > 0:
+            rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
+            shares = agreement(unlabeled.cells[rows])
+            loss = loss + weight * _explore(policy, unlabeled, rows, shares, params, noise, generator)[0]
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        cosine.step()
+        steps.append(step)
+    return [
+        {
+            "step": min(start + CURVE_EVERY, len(steps)),
+            **{
+                name: float(np.mean([step[name] for step in steps[start : start + CURVE_EVERY]]))
+                for name in CURVE_COLUMNS[1:]
+            },
+        }
+        for start in range(0, len(steps), CURVE_EVERY)
+    ]
+
+
+def _explore(
+    policy: Actor,
+    candidates: Candidates,
+    rows: NDArray[np.int64],
+    shares: NDArray[np.float32],
+    params: SelectParams,
+    feature_noise: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, float]]:
+    """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values."""
+    cells, sentence = policy.standardize(
+        torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
+    )
+    varies = policy.sentence_std > SMALLEST_STD
+    varies[ESTIMATE] = False
+    noise = feature_noise * varies * torch.randn(sentence.shape, generator=generator)
+    take_logit, keep_logit = policy(cells, sentence + noise)
+    prob = _with_none(take_logit.detach()).softmax(1)
+    take = torch.multinomial(prob, params.group_size, replacement=True, generator=generator).T
+    taken = take.clamp(max=take_logit.shape[1] - 1)
+    keep_prob = torch.sigmoid(keep_logit.detach())[torch.arange(len(rows)), taken]
+    keep = (torch.rand(keep_prob.shape, generator=generator) < keep_prob).float()
+    scored = torch.from_numpy(shares)
+    kept = torch.einsum("sbij,bkijc->sbkc", keep, scored)
+    reward = _of_taken(utility_of_sums(kept, scored.sum((2, 3)), params.wrong_cost), take)
+    advantage = group_advantage(reward)
+    entropy = _entropy(take_logit, keep_logit)
+    loss = policy_gradient_loss(take_logit, keep_logit, take, keep, advantage)
+    critic_logit = _critic_logit(torch.from_numpy(candidates.sentence[rows][..., ESTIMATE]), params)
+    loss = loss + CRITIC_WEIGHT * _divergence(take_logit, critic_logit) - params.entropy_bonus * entropy
+    return loss, {
+        "reward": float(reward.mean()),
+        "accept_rate": float(1 - prob[:, -1].mean()),
+        "keep_rate": float(torch.sigmoid(keep_logit.detach()).mean()),
+        "entropy": float(entropy.detach()),
+        "advantage_std": float(advantage.std()),
+    }
+
+
+def _of_taken(values: Tensor, take: Tensor) -> Tensor:
+    """Values of drawn actions: values [S, B, K] of each candidate, take [S, B] -> [S, B], 0 where none is taken."""
+    return functional.pad(values, (0, 1)).gather(2, take[..., None])[..., 0]
+
+
+def _with_none(take_logit: Tensor) -> Tensor:
+    """Logits of the candidates and, last, of taking none: [..., K] -> [..., K + 1]."""
+    return functional.pad(take_logit, (0, 1))
+
+
+def _divergence(take_logit: Tensor, critic_logit: Tensor) -> Tensor:
+    """Mean KL(actor || critic) of the choice among the candidates and none, in nats; [B, K] x 2."""
+    actor, critic = (_with_none(logit).log_softmax(1) for logit in (take_logit, critic_logit))
+    return (actor.exp() * (actor - critic)).sum(1).mean()
+
+
+def _entropy(take_logit: Tensor, keep_logit: Tensor) -> Tensor:
+    """Mean entropy of the choice plus that of a cell's decision, in nats."""
+    log_prob = _with_none(take_logit).log_softmax(1)
+    of_cells = functional.softplus(keep_logit) - torch.sigmoid(keep_logit) * keep_logit
+    return of_cells.mean() - (log_prob.exp() * log_prob).sum(1).mean()
+
+
+def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> float:
+    """How well agreement predicts the truth of the labelled sentences' candidates, in [0, 1].
+
+    Over all kinds together, since it is heard where they compete: the proposal is one of the opinions that agree, so
+    that a label made of it agrees by construction, and where such labels are wrong this counts against agreement.
+    """
+    shares = torch.from_numpy(agreement(labeled.cells))
+    by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost).numpy()
+    return agreement_reliability(by_agreement.ravel(), outcome.iou.ravel())
+
+
+def _scaling(labeled: Candidates, unlabeled: Candidates) -> dict[str, Tensor]:
+    """Means and deviations of the features, by their names in an actor."""
+    sentence = np.concatenate([labeled.sentence, unlabeled.sentence]).astype(np.float64)
+    cells = np.concatenate([labeled.cells, unlabeled.cells]).astype(np.float32)
+    found = {
+        "sentence_mean": sentence.mean((0, 1)),
+        "sentence_std": sentence.std((0, 1)).clip(SMALLEST_STD),
+        "cell_mean": cells.mean((0, 1, 2, 3), dtype=np.float64),
+        "cell_std": cells.std((0, 1, 2, 3), dtype=np.float64).clip(SMALLEST_STD),
+    }
+    return {name: torch.from_numpy(values).float() for name, values in found.items()}
+
+
+def _calibrate(actors: Sequence[Actor], labeled: Candidates, outcome: Outcome) -> float:
+    """The slope by which the chosen label's probability is that of being right, by least log loss.
+
+    Of the labeled sentences, with their honest estimates. A slope without offset leaves every decision as it is.
+    Targets are Platt's (1999), drawn in from 0 and 1 by the count of their class, so that few sentences never make the
+    policy certain.
+    """
+    action = act(actors, labeled)
+    logit = action.accept_logit.astype(np.float64)
+    right = outcome.iou[np.arange(len(logit)), action.choice] > RIGHT_IOU
+    target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
+    scaled = SLOPES[:, None] * logit
+    log_loss = (np.logaddexp(0, scaled) - target * scaled).mean(1)
+    return float(SLOPES[log_loss.argmin()])

@@ -1,0 +1,89 @@
+"""Which labels are accepted and which of their cells may teach, by the rule that params.yaml names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from l2l_core.config import SelectParams
+from l2l_core.pseudo_labels.features import BoolArray, Candidates, FloatArray, Outcome, agreement
+from l2l_core.pseudo_labels.policy import ROWS_AT_ONCE, Policy, one_thread
+from l2l_core.pseudo_labels.reward import RIGHT_IOU, utility
+from l2l_core.pseudo_labels.rules import best_fraction, mean_rank, rank_sum
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided about N sentences."""
+
+    choice: NDArray[np.int64]  # [N] candidate that is the sentence's label
+    accept_prob: FloatArray  # [N] in [0, 1], what the labels are ranked by: see `decide`
+    accepted: BoolArray  # [N] may the label teach?
+    keep_cells: BoolArray  # [N, G, G] its cells that may teach; none of a rejected label
+    reward: FloatArray  # [N] utility of the kept cells: by the truth where it is given, else by agreement
+
+
+def decide(
+    params: SelectParams, candidates: Candidates, policy: Policy | None, outcome: Outcome | None = None
+) -> Decision:
+    """Apply `params.policy`; every rule but `reinforce` keeps all cells of the labels that it accepts.
+
+    Fixed rules take each sentence's first candidate, the oracle the one of the highest IoU. accept_prob is the
+    calibrated probability of a right label (reinforce), the rank of the rule's score (topk, agreement, ranksum), the
+    IoU (oracle), 1 (all, threshold, semires, mean_teacher) or 0 (none). `threshold` accepts everything: it drops
+    pixels, not cells, by `confident_pixels`; `semires` weighs them; `mean_teacher` labels anew while it trains. Raises
+    ValueError where the rule lacks its policy or outcome.
+    """
+    count, grid = len(candidates.sent_id), candidates.cells.shape[2]
+    everyone, choice = np.arange(count), np.zeros(count, dtype=np.int64)
+    keep = np.ones((count, grid, grid), dtype=bool)
+    if outcome is not None and not np.array_equal(candidates.sent_id, outcome.sent_id):
+        raise ValueError("candidates and outcome must be rows of the same sentences")
+    match params.policy:
+        case "all" | "threshold" | "semires" | "mean_teacher":
+            score = np.ones(count, dtype=np.float32)
+            accepted = score > 0.5
+        case "none":
+            score = np.zeros(count, dtype=np.float32)
+            accepted = score > 0.5
+        case "topk" | "agreement" | "ranksum" as rule:
+            if rule == "ranksum":
+                score = rank_sum(candidates)
+            else:
+                score = mean_rank(candidates.confidence if rule == "topk" else candidates.prior_iou)
+            accepted = best_fraction(score, candidates.sent_id, params.keep_fraction)
+        case "oracle":
+            if outcome is None:
+                raise ValueError("oracle needs the outcome")
+            choice = outcome.iou.argmax(1)
+            score = outcome.iou[everyone, choice]
+            accepted = score > RIGHT_IOU
+        case "reinforce":
+            if policy is None:
+                raise ValueError("reinforce needs a policy")
+            action = policy.act(candidates)
+            choice, score, accepted = action.choice, action.accept_prob, action.accepted
+            keep = action.keep_prob > 0.5
+        case _ as unknown:
+            assert_never(unknown)
+    keep = keep & accepted[:, None, None]
+    return Decision(choice, score, accepted, keep, _reward(params, candidates, outcome, choice, keep))
+
+
+def _reward(
+    params: SelectParams, candidates: Candidates, outcome: Outcome | None, choice: NDArray[np.int64], keep: BoolArray
+) -> FloatArray:
+    """Utility of the kept cells of each sentence's label, [N]."""
+    reward = np.empty(len(keep), dtype=np.float32)
+    with one_thread():
+        for start in range(0, len(keep), ROWS_AT_ONCE):
+            rows = np.arange(start, min(start + ROWS_AT_ONCE, len(keep)))
+            place = rows, choice[rows]
+            shares = agreement(candidates.cells[place]) if outcome is None else outcome.cells[place]
+            kept = torch.from_numpy(keep[rows].astype(np.float32))
+            reward[rows] = utility(torch.from_numpy(shares), kept, params.wrong_cost).numpy()
+    return reward

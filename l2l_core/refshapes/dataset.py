@@ -1,0 +1,192 @@
+"""RefShapes, the embedded data set: procedural scenes with sentences that a solver found unambiguous.
+
+Written in the layout of lichengunc/refer, so that the reader of RefCOCO reads it: refs(refshapes).json,
+instances.json, images/*.png. The same parameters give the same bytes. It is a benchmark: whatever changes a scene or a
+sentence raises REFSHAPES_VERSION.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from l2l_core.config import RefShapesParams
+from l2l_core.core.masks import encode_rle
+from l2l_core.core.progress import progress
+from l2l_core.core.threads import thread_count
+from l2l_core.refshapes.language import STYLES, say
+from l2l_core.refshapes.scene import SHAPES, Scene, draw_scene, has_rivals
+from l2l_core.refshapes.solver import World, measure, solve
+
+REFSHAPES_VERSION = "1"
+
+SPLIT_STREAMS = {"train": 0, "val": 1, "test": 2, "extra": 3}
+"""Number that keeps a split's random stream apart; `extra` is for scenes beyond the written data set."""
+
+TRIES_PER_OBJECT = 12  # draws of a sentence before another object is tried; a style suits an object soon or never
+IMAGES_PER_PROCESS = 200
+"""Fewest images for which another process pays: drawing them takes some seconds, its start about one."""
+SAME_OBJECT_SHARE = 0.4  # of an image's further sentences, those that name an object named before
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A sentence that means objects[target] of its scene and nothing else."""
+
+    target: int
+    style: str
+    sentence: str
+
+
+def make_scene(
+    seed: int, split: str, index: int, image_size_px: int = 96, sentences: int = 2
+) -> tuple[Scene, tuple[Expression, ...]]:
+    """Scene `index` of a split with its sentences, grouped by target; any index >= 0 exists.
+
+    Different (seed, split, index) draw from different random streams. Styles take turns over the sentences of a split.
+    """
+    rng = np.random.default_rng([seed, SPLIT_STREAMS[split], index])
+    styles = [STYLES[(index * sentences + k) % len(STYLES)] for k in range(sentences)]
+    while True:
+        scene = draw_scene(rng, image_size_px)
+        expressions = _describe(scene, styles, rng)
+        if expressions is not None:
+            return scene, tuple(sorted(expressions, key=lambda e: e.target))
+
+
+def write_refshapes(folder: str | Path, params: RefShapesParams) -> None:
+    """Write the data set as a whole, in place of what was there; on failure the old folder stays."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building, retired = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        (building / "images").mkdir(parents=True)
+        _fill(building, params)
+        if folder.exists():
+            os.replace(folder, retired)
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _describe(scene: Scene, styles: list[str], rng: np.random.Generator) -> list[Expression] | None:
+    """One expression a style, no sentence twice; None where the scene has none for some style."""
+    world = measure(scene.objects, scene.masks)
+    named: list[Expression] = []
+    for style in styles:
+        candidates = [int(k) for k in rng.permutation(len(scene.objects)) if has_rivals(scene.objects, int(k))]
+        old = {expression.target for expression in named}
+        again = rng.random() < SAME_OBJECT_SHARE
+        candidates.sort(key=lambda k: (k in old) != again)
+        for target in candidates:
+            sentence = _unambiguous(target, scene, world, style, rng)
+            if sentence is not None and all(sentence != expression.sentence for expression in named):
+                named.append(Expression(target, style, sentence))
+                break
+        else:
+            return None
+    return named
+
+
+def _unambiguous(target: int, scene: Scene, world: World, style: str, rng: np.random.Generator) -> str | None:
+    for _ in range(TRIES_PER_OBJECT):
+        sentence = say(target, scene.objects, world, style, rng)
+        if solve(sentence, world) == target:
+            return sentence
+    return None
+
+
+def _scenes(
+    wanted: Sequence[tuple[str, int]], params: RefShapesParams
+) -> Iterator[tuple[Scene, tuple[Expression, ...]]]:
+    """`make_scene` of every (split, index), in order; many of them by one process a core."""
+    splits, indices = zip(*wanted, strict=True)
+    make = partial(_make, params)
+    workers = min(thread_count(), len(wanted) // IMAGES_PER_PROCESS)
+    if workers < 2:
+        yield from map(make, splits, indices)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield from pool.map(make, splits, indices, chunksize=IMAGES_PER_PROCESS // 8)
+
+
+def _make(params: RefShapesParams, split: str, index: int) -> tuple[Scene, tuple[Expression, ...]]:
+    return make_scene(params.seed, split, index, params.image_size_px, params.sentences_per_image)
+
+
+def _fill(folder: Path, params: RefShapesParams) -> None:
+    side_px = params.image_size_px
+    counts = {"train": params.train_images, "val": params.val_images, "test": params.test_images}
+    wanted = [(split, index) for split, count in counts.items() for index in range(count)]
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    refs: list[dict[str, Any]] = []
+    sent_id = 0
+    scenes = progress(_scenes(wanted, params), "refshapes", "image", total=len(wanted))
+    for image_id, ((split, index), (scene, expressions)) in enumerate(zip(wanted, scenes, strict=True)):
+        file_name = f"{split}_{index:06d}.png"
+        Image.fromarray(scene.image).save(folder / "images" / file_name)
+        images.append({"id": image_id, "file_name": file_name, "height": side_px, "width": side_px})
+        first_ann_id = len(annotations)
+        annotations += [
+            _annotation(scene, k, ann_id=first_ann_id + k, image_id=image_id) for k in range(len(scene.objects))
+        ]
+        for target, group in groupby(expressions, key=lambda e: e.target):
+            sentences = [
+                {
+                    "sent_id": sent_id + k,
+                    "sent": e.sentence,
+                    "raw": e.sentence,
+                    "tokens": e.sentence.split(),
+                    "style": e.style,
+                }
+                for k, e in enumerate(group)
+            ]
+            sent_id += len(sentences)
+            refs.append(
+                {
+                    "ref_id": len(refs),
+                    "ann_id": first_ann_id + target,
+                    "category_id": annotations[first_ann_id + target]["category_id"],
+                    "image_id": image_id,
+                    "file_name": file_name,
+                    "split": split,
+                    "sent_ids": [sentence["sent_id"] for sentence in sentences],
+                    "sentences": sentences,
+                }
+            )
+    info = {"description": "RefShapes", "version": REFSHAPES_VERSION, "params": params.model_dump()}
+    categories = [{"id": k, "name": shape, "supercategory": "shape"} for k, shape in enumerate(SHAPES, start=1)]
+    instances = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    for name, content in (("refs(refshapes).json", refs), ("instances.json", instances)):
+        (folder / name).write_text(json.dumps(content, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _annotation(scene: Scene, index: int, ann_id: int, image_id: int) -> dict[str, Any]:
+    """COCO annotation of one object's visible pixels, with its attributes beside it."""
+    mask, item = scene.masks[index], scene.objects[index]
+    ys, xs = np.nonzero(mask)
+    left, top = int(xs.min()), int(ys.min())
+    return {
+        "id": ann_id,
+        "image_id": image_id,
+        "category_id": SHAPES.index(item.shape) + 1,
+        "attributes": {"color": item.colour, "size": item.size, "texture": item.texture},
+        "segmentation": {"size": list(mask.shape), "counts": encode_rle(mask).decode("ascii")},
+        "bbox": [left, top, int(xs.max()) + 1 - left, int(ys.max()) + 1 - top],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+    }

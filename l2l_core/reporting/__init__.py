@@ -1,0 +1,1 @@
+"""The report, comparisons, and progress of a run."""

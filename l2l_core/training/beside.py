@@ -1,0 +1,228 @@
+"""Run independent trainings as parallel processes, each with its share of the threads or its own GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from l2l_core.artifacts import records
+from l2l_core.config import Params
+from l2l_core.core.device import choose_device
+from l2l_core.core.memory import available_bytes
+from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES
+from l2l_core.errors import L2LError
+from l2l_core.model.encoders import TINY
+
+POLL_S = 0.1
+PROCESS_BYTES = 3 << 28
+"""Of a training's process without its network and images: 0.5 GB with all imports; the rest is for tables."""
+NETWORK_BYTES = {True: 1 << 26, False: 1 << 32}
+"""Of weights, gradients, two moments and the teacher's weights: of tiny encoders (five times 5 MB), and of others (five
+times 0.8 GB, as of Swin-B with BERT-base)."""
+PIXEL_BYTES = {True: 2_000, False: 15_000}
+"""Of a training step beside that, per pixel of the images that are computed at once; with tiny encoders, with others.
+
+Measured in fp32 by `preflight.memory.peak_of` around two steps of `train` with random weights, less NETWORK_BYTES of
+their weights: tiny 1,000 (8 images of 224 px) and 1,200 (32 of 96 px), ResNet-50 3,300, Swin-T 3,500, Swin-B with
+windows of 12 12,000 (4 images of 224 px each)."""
+ERROR = re.compile(rb"(?:\A|(?<=[\r\n]))error: ")
+"""What `errors.exit_code` writes before the message of an L2LError, at the start of a line or over a progress bar."""
+ERROR_CODE = 2
+"""What `errors.exit_code` returns for an L2LError."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """How some independent trainings run."""
+
+    at_once: int  # 1: in turn
+    threads: int  # of each, whether they run beside each other or in turn
+    gpus: tuple[str, ...] = ()  # one for each that runs at once; none: the CPU, or the only GPU
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of some independent trainings, and the two ways to start it."""
+
+    output: Path  # a file or folder that it writes whole, as its last act
+    train: Callable[[], None]  # in this process
+    command: Sequence[str]  # arguments of this Python in a separate process (`-m stages.crossfit ...`)
+
+
+def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
+    """Run named independent trainings, beside each other or in turn; those whose output exists are done already."""
+    missing = {name: training for name, training in trainings.items() if not training.output.exists()}
+    for name in trainings:
+        if name not in missing:
+            print(f"{name}: done before", flush=True)
+    images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id"]).num_rows
+    places = find_places(params, len(trainings), images)
+    if places.at_once > 1:
+        run_beside({name: training.command for name, training in missing.items()}, places)
+        return
+    torch.set_num_threads(places.threads)
+    for training in missing.values():
+        training.train()
+
+
+def find_places(params: Params, count: int, images: int) -> Places:
+    """How `count` independent trainings on a data set of so many images run on this machine.
+
+    On a CPU each gets the same share of the threads, and they run beside each other if there are two threads and enough
+    memory. The share depends only on the number of threads and trainings: a training's bytes depend on its threads, and
+    must not depend on how much memory is free. On several GPUs each training gets one; on one GPU they run in turn.
+    Trainings that a launcher spreads over several processes (torchrun) run in turn.
+    """
+    threads = torch.get_num_threads()
+    if is_launched():
+        return Places(1, threads)
+    device, wanted = choose_device(params.train.engine.device), params.train.engine.side_by_side
+    if device.type == "cuda":
+        gpus = visible_gpus()[:count] if wanted else ()
+        return Places(len(gpus), max(1, threads // len(gpus)), gpus) if len(gpus) > 1 else Places(1, threads)
+    if device.type != "cpu":
+        return Places(1, threads)
+    share = max(1, threads // count)
+    most, available = min(count, threads) if wanted else 1, available_bytes()
+    fitting = (number for number in range(most, 1, -1) if number * training_bytes(params, images, number) <= available)
+    return Places(next(fitting, 1), share)
+
+
+def is_launched() -> bool:
+    """Whether torchrun or accelerate launch started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
+
+
+def training_bytes(params: Params, images: int, at_once: int) -> int:
+    """Memory of one training on a CPU in bytes, rounded up; it must be known before encoders are loaded.
+
+    images: of the data set, which a training keeps decoded within its share of the cache. at_once: trainings that share
+    the cache.
+    `check` measures a step of the configured network and lists the memory of each stage.
+    """
+    engine, model = params.train.engine, params.model
+    computed = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size)
+    tiny = model.image_encoder == model.text_encoder == TINY
+    step = computed * model.image_size_px**2 * PIXEL_BYTES[tiny]
+    decoded = min(images * 3 * model.image_size_px**2, IMAGE_CACHE_BYTES // at_once)
+    return PROCESS_BYTES + NETWORK_BYTES[tiny] + step + decoded
+
+
+def run_beside(commands: Mapping[str, Sequence[str]], places: Places) -> None:
+    """Run named commands of this Python (`-m stages.crossfit ...`), `places.at_once` at a time.
+
+    They end with this process (see `end_with_parent`). What they write to stderr is passed on as it comes.
+    Raises L2LError with the message of the first one that fails, after the others were ended.
+    """
+    waiting, free = list(commands.items()), list(range(places.at_once))
+    running: dict[int, _Child] = {}
+    try:
+        while waiting or running:
+            while waiting and free:
+                slot = free.pop(0)
+                running[slot] = _Child(*waiting.pop(0), _environment(places, slot))
+            for slot, child in list(running.items()):
+                if not child.is_running():
+                    del running[slot]
+                    free.append(slot)
+                    child.finish()
+            time.sleep(POLL_S)
+    finally:
+        for child in running.values():
+            child.end()
+
+
+def end_with_parent() -> None:
+    """Let this process end as soon as the one that started it by `run_beside` ends, however it does."""
+
+    def watch() -> None:
+        os.read(0, 1)  # returns when the other end of the pipe is closed: nothing is ever written
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _environment(places: Places, slot: int) -> dict[str, str]:
+    threads = {"OMP_NUM_THREADS": str(places.threads), "MKL_NUM_THREADS": str(places.threads)}
+    gpu = {"CUDA_VISIBLE_DEVICES": places.gpus[slot]} if places.gpus else {}
+    return {**os.environ, BESIDE_VARIABLE: str(places.at_once), **threads, **gpu}
+
+
+class _Child:
+    """A running command. Its stderr goes to a separate file, so that errors of different commands do not mix.
+
+    A line `error: ...` may be the message of an L2LError, or a warning of a library. It is held back, with what follows
+    at once, until more text comes or the process ends.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
+        self._name, self._read, self._held = name, 0, b""
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `_close`)
+        self._process = subprocess.Popen(
+            [sys.executable, *command], env=environment, stdin=subprocess.PIPE, stderr=self._stderr
+        )
+
+    def is_running(self) -> bool:
+        """Whether it still runs; what it wrote is passed on."""
+        self._pass_on(to_the_end=False)
+        return self._process.poll() is None
+
+    def finish(self) -> None:
+        """After its end. Raises L2LError where it failed."""
+        code = self._process.wait()
+        self._pass_on(to_the_end=True)
+        self._close()
+        if code == ERROR_CODE and self._held:
+            raise L2LError(ERROR.sub(b"", self._held, count=1).decode(errors="replace").strip())
+        _show(self._held)
+        if code:
+            ended = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            hint = "; if memory was short, set train.engine.side_by_side to false" if code < 0 else ", see above"
+            raise L2LError(f"{self._name}: {ended}{hint}")
+
+    def end(self) -> None:
+        """Kill it: what it had done since its last checkpoint is done again. An error that is held is not shown."""
+        self._process.kill()
+        self._process.wait()
+        self._pass_on(to_the_end=True)
+        self._close()
+
+    def _pass_on(self, *, to_the_end: bool) -> None:
+        # pread: the position of the file belongs to the child, which shares it.
+        file = self._stderr.fileno()
+        text = os.pread(file, os.fstat(file).st_size - self._read, self._read)
+        lines = text[: len(text) if to_the_end else text.rfind(b"\n") + 1]
+        if not lines:
+            return
+        self._read += len(lines)
+        searched = 0 if to_the_end else len(self._held)  # of a running process, what was held is no last word
+        lines = self._held + lines
+        start = max((match.start() for match in ERROR.finditer(lines, searched)), default=len(lines))
+        _show(lines[:start])
+        self._held = lines[start:]
+
+    def _close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._stderr.close()
+
+
+def _show(text: bytes) -> None:
+    sys.stderr.write(text.decode(errors="replace"))
+    sys.stderr.flush()

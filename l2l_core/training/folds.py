@@ -1,0 +1,76 @@
+"""Out-of-fold teachers: each never saw a share of the labelled images, so that labels can be judged there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from l2l_core.artifacts import records
+from l2l_core.config import Params
+from l2l_core.core.files import fingerprint
+from l2l_core.data.folds import fold_of_images
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.training.runs import (
+    LABEL_INPUTS,
+    PRIOR_INPUTS,
+    labeled_stream,
+    new_network,
+    part_of,
+    policy_of,
+    pseudo_stream,
+    run_training,
+    training_settings,
+    without_images,
+)
+
+
+def pseudo_labels_of(number: int) -> Path:
+    """The table of a round's pseudo-labels."""
+    return records.round_folder(number) / "pseudo_labels.parquet"
+
+
+def learn_nothing_new(params: Params, number: int) -> bool:
+    """Whether a round leaves the teachers as they are: a fixed rule does not use them. In round 0 there are none."""
+    if number == 0:
+        return params.select.policy != "reinforce"
+    return policy_of(pseudo_labels_of(number)) != "reinforce" or params.select.fold_update == "kept"
+
+
+def folds_key(params: Params, number: int) -> str:
+    """Fingerprint of all teachers of a round."""
+    settings = f"{training_settings(params)} {params.select.fold_steps}"
+    if number:
+        settings += f" {params.select.fold_update} {params.select.fold_update_steps}"
+        settings += f" {params.retrain.labeled_share} {params.retrain.passes}"
+    return fingerprint("crossfit", settings, _inputs(params, number))
+
+
+def train_teacher(params: Params, number: int, left_out: int, into: Path) -> None:
+    """Train the teacher of a round that never sees the images of one fold."""
+    labeled = labeled_stream(params, 1.0 if number == 0 else params.retrain.labeled_share)
+    pairs = labeled.batches.pairs
+    fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
+    purpose, steps = f"crossfit-{number}-{left_out}", params.select.fold_steps
+    streams = [part_of(labeled, (fold != left_out).nonzero()[0])]
+    if _goes_further(params, number):
+        network = Segmenter.load(records.round_folder(number - 1) / "folds" / str(left_out))
+        steps = params.select.fold_update_steps
+    else:
+        network = new_network(params, purpose)
+    if number:
+        network.passes = params.retrain.passes  # the teachers stand for the round's model
+        pseudo = pseudo_stream(params, pseudo_labels_of(number), 1 - params.retrain.labeled_share)
+        # An image that is labelled in part also has pseudo-labels, by a teacher that knows its labels.
+        others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
+        streams += [] if others is None else [others]
+    run_training(params, purpose, network, streams, steps, _inputs(params, number), into, None)
+
+
+def _goes_further(params: Params, number: int) -> bool:
+    return number > 0 and params.select.fold_update == "further"
+
+
+def _inputs(params: Params, number: int) -> list[Path]:
+    """What the teachers of a round learn from; those of the last round only where they start from them."""
+    inputs = [*LABEL_INPUTS, *PRIOR_INPUTS]
+    inputs += [records.round_folder(number - 1) / "folds"] if _goes_further(params, number) else []
+    return inputs + ([pseudo_labels_of(number)] if number else [])

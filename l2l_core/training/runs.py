@@ -1,0 +1,119 @@
+"""What the training stages have in common: a resumable run, a saved teacher, its curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l2l_core.artifacts import records
+from l2l_core.artifacts.curves import live_curve
+from l2l_core.config import Params, TrainParams
+from l2l_core.core.device import choose_device, print_device, resolve_precision
+from l2l_core.core.files import fingerprint, scratch_folder, whole_folder
+from l2l_core.core.progress import is_first_process
+from l2l_core.core.seeding import derive_seed
+from l2l_core.data.load import batches_of, corpus, labeled_targets, pairs_of
+from l2l_core.data.pairs import Pairs, Targets
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.training.loop import OnlineStream, Stream, train
+
+LABEL_INPUTS = (records.SPLIT_PATH, records.LABELED_MASKS_PATH, records.INDEX.refs, records.INDEX.images)
+PRIOR_INPUTS = (records.PRIORS_PATH, records.PROPOSALS_PATH)
+
+ONLINE_THRESHOLD = 0.7
+"""Confidence from which a pixel teaches under an online teacher: the fixed one of DAM-Net (2025), which trains so."""
+
+
+def new_network(params: Params, purpose: str, *, with_priors: bool = True) -> Segmenter:
+    """A network with random (or pretrained) weights whose tokenizer knows the training sentences."""
+    pairs = [pairs_of(params, role, with_priors=with_priors) for role in ("labeled", "unlabeled")]
+    return Segmenter.create(params.model, corpus(pairs), derive_seed(params.seed, purpose))
+
+
+def labeled_stream(params: Params, share: float, *, with_priors: bool = True) -> Stream:
+    """All labelled pairs with their true masks."""
+    pairs = pairs_of(params, "labeled", with_priors=with_priors)
+    return Stream(batches_of(params, pairs), labeled_targets(pairs), share)
+
+
+def pseudo_stream(params: Params, pseudo_labels: Path, share: float) -> Stream | None:
+    """The accepted pseudo-labels with the pixels that may teach and how much; None where nothing was accepted."""
+    wanted = ["sent_id", "rle_counts", "keep_rle", "weight", "accepted"]
+    table = records.to_frame(records.read_table(pseudo_labels, records.PSEUDO_LABELS, wanted))
+    table = table[table["accepted"]]
+    if table.empty:
+        return None
+    pairs = pairs_of(params, "unlabeled").with_sent_ids(table["sent_id"].to_numpy(np.int64))
+    weight = None
+    if table["weight"].notna().any():
+        side = params.proposals.size_px
+        maps = table["weight"].fillna(b"\xff" * side**2)
+        weight = np.frombuffer(b"".join(maps), np.uint8).reshape(len(table), side, side)
+    targets = Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist(), weight)
+    return Stream(batches_of(params, pairs), targets, share)
+
+
+def online_stream(params: Params, share: float) -> OnlineStream:
+    """All unlabelled pairs, to be labelled while the training runs."""
+    return OnlineStream(batches_of(params, pairs_of(params, "unlabeled")), ONLINE_THRESHOLD, share)
+
+
+def policy_of(pseudo_labels: Path) -> str | None:
+    """The rule that selected a round's pseudo-labels; None where the table has no row."""
+    policies = records.read_table(pseudo_labels, records.PSEUDO_LABELS, ["policy"])["policy"]
+    return policies[0].as_py() if len(policies) else None
+
+
+def part_of(stream: Stream, rows: NDArray[np.int64]) -> Stream:
+    """The stream reduced to some of its pairs."""
+    pairs: Pairs = stream.batches.pairs.take(rows)
+    return Stream(replace(stream.batches, pairs=pairs), stream.targets.take(rows), stream.share)
+
+
+def without_images(stream: Stream, image_row: NDArray[np.int64]) -> Stream | None:
+    """The stream without the pairs of some images; None where none is left."""
+    rows = (~np.isin(stream.batches.pairs.image_row, image_row)).nonzero()[0]
+    return part_of(stream, rows) if len(rows) else None
+
+
+def training_settings(params: Params) -> str:
+    """The parameters on which a training's result depends, for fingerprints; not how it runs (`train.engine`)."""
+    # Another machine may choose another precision. What a fold teacher sees depends on the number of folds.
+    precision = resolve_precision(params.train.precision, choose_device(params.train.engine.device))
+    train = f"{_tracked(params.train)} {precision}"
+    return f"{params.seed} {params.model!r} {train} {params.proposals!r} {params.select.folds}"
+
+
+def _tracked(train: TrainParams) -> dict[str, object]:
+    return train.model_dump(exclude={"engine"})
+
+
+def run_training(
+    params: Params,
+    purpose: str,
+    network: Segmenter,
+    streams: Sequence[Stream | OnlineStream],
+    steps: int,
+    inputs: list[Path],
+    model_out: Path,
+    curves_out: Path | None,
+) -> None:
+    """Train, resuming where a killed run of the same inputs stopped, and write the teacher (and its curve)."""
+    device, proposals = choose_device(params.train.engine.device), records.read_rendering()
+    print_device(device, resolve_precision(params.train.precision, device))
+    settings = f"{training_settings(params)} {steps} {[stream.share for stream in streams]}"
+    seed = derive_seed(params.seed, purpose)
+    with scratch_folder(purpose, fingerprint(purpose, settings, inputs)) as scratch:
+        checkpoint = scratch / "checkpoint.pt"
+        if curves_out is None or not is_first_process():
+            trained = train(network, streams, steps, params.train, seed, purpose, checkpoint)
+        else:
+            with live_curve(curves_out) as log:
+                trained = train(network, streams, steps, params.train, seed, purpose, checkpoint, log)
+        if is_first_process():
+            with whole_folder(model_out) as folder:
+                trained.teacher.save(folder, proposals)

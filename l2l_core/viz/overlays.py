@@ -1,0 +1,116 @@
+"""Small pictures of what a model saw, said and got wrong: image, box, soft map, mask, kept pixels, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+from matplotlib import colormaps
+from numpy.typing import NDArray
+
+from l2l_core.core.masks import BoolMask
+
+Picture = NDArray[np.uint8]  # [H, W, 3] RGB
+Colour = tuple[int, int, int]
+
+JPEG_QUALITY = 75
+"""Of 100: at the size of a report's pictures no difference shows, and a page is a third smaller than at 88."""
+
+BOX: Colour = (255, 212, 0)
+MASK: Colour = (176, 58, 255)
+RIGHT: Colour = (38, 166, 65)
+WRONG: Colour = (224, 49, 49)
+MISSED: Colour = (25, 113, 240)
+OUTLINE: Colour = (255, 255, 255)
+SOFT_MAP = "viridis"  # equal steps look equal, in colour, in grey and to colour-blind readers
+
+TINT = 0.6
+"""Share of a mask's colour over the image: strong enough to tell apart, weak enough to see what is below."""
+
+DIMMED = 0.25
+"""Brightness left where nothing is taught."""
+
+
+def fit(image: Picture, longest_px: int) -> Picture:
+    """The image with its longer side `longest_px` long, so that every line drawn on it has the same width."""
+    height, width = image.shape[:2]
+    scale = longest_px / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC), np.uint8)
+
+
+def with_boxes(
+    image: Picture, boxes_xyxy: Iterable[NDArray[np.float64]], points_xy: Iterable[NDArray[np.float64]]
+) -> Picture:
+    """Boxes x1 y1 x2 y2 and points x y, both as shares 0..1 of the width and height, drawn on a copy."""
+    picture, (height, width) = image.copy(), image.shape[:2]
+    for box in boxes_xyxy:
+        left, top, right, bottom = np.round(box * [width, height, width, height]).astype(int).tolist()
+        corners = (left, top), (max(right - 1, left), max(bottom - 1, top))
+        cv2.rectangle(picture, *corners, (0, 0, 0), 4)  # a dark rim: the line must show on any image
+        cv2.rectangle(picture, *corners, BOX, 2)
+    for point in points_xy:
+        centre = tuple(np.round(point * [width, height]).astype(int).tolist())
+        cv2.circle(picture, centre, 5, (0, 0, 0), -1)
+        cv2.circle(picture, centre, 3, BOX, -1)
+    return picture
+
+
+def with_soft_map(image: Picture, soft: NDArray[np.uint8]) -> Picture:
+    """A soft map [h, w] (0..255 is 0..1, over the whole image) as a heat map over the grey image."""
+    height, width = image.shape[:2]
+    large = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR)
+    heat = 255 * colormaps[SOFT_MAP](large)[..., :3]
+    return _bytes(TINT * heat + (1 - TINT) * _grey(image))
+
+
+def with_mask(image: Picture, mask: BoolMask) -> Picture:
+    """A mask [H, W] of any size over the whole image, tinted and outlined."""
+    mask = _like(mask, image)
+    return _outlined(_tinted(image, mask, MASK), mask)
+
+
+def with_kept(image: Picture, mask: BoolMask, keep: BoolMask) -> Picture:
+    """The kept pixels of a label: its foreground tinted, its background as it is, everything that is dropped dark."""
+    mask, keep = _like(mask, image), _like(keep, image)
+    picture = _tinted(image, mask & keep, MASK)
+    return _bytes(np.where(keep[..., None], picture, DIMMED * _grey(image)))
+
+
+def with_errors(image: Picture, mask: BoolMask, truth: BoolMask) -> Picture:
+    """A mask against the truth: right, wrong and missed foreground in three colours, the truth outlined."""
+    mask, truth = _like(mask, image), _like(truth, image)
+    picture = _tinted(_bytes(np.repeat(_grey(image), 3, axis=2)), mask & truth, RIGHT)  # grey: the colours are the news
+    picture = _tinted(picture, mask & ~truth, WRONG)
+    return _outlined(_tinted(picture, truth & ~mask, MISSED), truth)
+
+
+def jpeg(picture: Picture) -> bytes:
+    """The picture as a JPEG file; colour at full resolution, since thin coloured lines smear otherwise."""
+    sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY, *sampling]
+    return bytes(cv2.imencode(".jpg", picture[..., ::-1], options)[1])
+
+
+def _like(mask: BoolMask, image: Picture) -> BoolMask:
+    height, width = image.shape[:2]
+    return np.asarray(cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST), bool)
+
+
+def _grey(image: Picture) -> NDArray[np.float64]:
+    return np.asarray(image.mean(axis=2, keepdims=True))
+
+
+def _tinted(image: Picture, mask: BoolMask, colour: Colour) -> Picture:
+    mixed = TINT * np.array(colour) + (1 - TINT) * image
+    return _bytes(np.where(mask[..., None], mixed, image))
+
+
+def _outlined(image: Picture, mask: BoolMask) -> Picture:
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return np.asarray(cv2.drawContours(image.copy(), contours, -1, OUTLINE, 1), np.uint8)
+
+
+def _bytes(values: NDArray[np.float64]) -> Picture:
+    return np.asarray(np.clip(np.round(values), 0, 255), np.uint8)

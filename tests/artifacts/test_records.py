@@ -1,0 +1,127 @@
+"""Tables on disk: what is written is read, the same rows give the same bytes, and nothing is left half-written."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from l2l_core.artifacts import records
+from l2l_core.core.masks import encode_rle
+from l2l_core.errors import ArtifactError
+
+SCHEMAS = {name: value for name, value in vars(records).items() if isinstance(value, pa.Schema)}
+
+MASK_ROWS = [
+    {"ann_id": 2**40, "height": 4, "width": 5, "rle_counts": encode_rle(np.eye(4, 5)), "area_px": 4},
+    {"ann_id": -1, "height": 1, "width": 1, "rle_counts": b"", "area_px": 0},
+]
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "below" / "masks.parquet"
+    records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
+
+    assert records.read_table(path, records.MASKS).to_pylist() == MASK_ROWS
+    assert [file.name for file in path.parent.iterdir()] == ["masks.parquet"]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_schema_survives_the_disk(tmp_path, name):
+    """One row of nulls and none at all; read back with the very types that were asked for."""
+    schema = SCHEMAS[name]
+    for rows in ([], [{}]):
+        records.write_table(records.make_table(rows, schema), tmp_path / "t.parquet", schema)
+        table = records.read_table(tmp_path / "t.parquet", schema)
+        assert table.schema.equals(schema)
+        assert table.num_rows == len(rows)
+
+
+def test_identical_rows_give_identical_bytes(tmp_path):
+    for name in ("a", "b"):
+        records.write_table(records.make_table(MASK_ROWS, records.MASKS), tmp_path / name, records.MASKS)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_some_columns_in_the_order_asked_for(tmp_path):
+    records.write_table(records.make_table(MASK_ROWS, records.MASKS), tmp_path / "t", records.MASKS)
+    table = records.read_table(tmp_path / "t", records.MASKS, columns=["area_px", "ann_id"])
+    assert table.to_pylist() == [{"area_px": row["area_px"], "ann_id": row["ann_id"]} for row in MASK_ROWS]
+
+
+def test_boxes_and_missing_boxes(tmp_path):
+    rows = [{"sent_id": 1, "bbox": [1.5, 2, 3, 4]}, {"sent_id": 2, "bbox": None}]
+    records.write_table(records.make_table(rows, records.REFS), tmp_path / "t", records.REFS)
+
+    frame = records.to_frame(records.read_table(tmp_path / "t", records.REFS))
+    np.testing.assert_array_equal(frame["bbox"][0], np.array([1.5, 2, 3, 4], dtype=np.float32))
+    assert frame["bbox"][1] is None
+
+
+def test_a_table_of_another_schema_is_not_written(tmp_path):
+    path = tmp_path / "masks.parquet"
+    records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
+    before = path.read_bytes()
+
+    with pytest.raises(ArtifactError, match=r"masks\.parquet: columns differ"):
+        records.write_table(pa.table({"ann_id": [1]}), path, records.MASKS)
+    assert path.read_bytes() == before
+
+
+def test_another_link_to_the_old_file_keeps_its_bytes(tmp_path):
+    """DVC's cache may hard-link what a stage wrote; writing in place would corrupt it."""
+    path, link = tmp_path / "masks.parquet", tmp_path / "cached"
+    records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
+    link.hardlink_to(path)
+    before = link.read_bytes()
+
+    records.write_table(records.make_table(MASK_ROWS[:1], records.MASKS), path, records.MASKS)
+    assert link.read_bytes() == before
+    assert records.read_table(path, records.MASKS).num_rows == 1
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "masks.parquet"
+    records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
+    before = path.read_bytes()
+
+    def fail(table, where, **options):
+        where.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pq, "write_table", fail)
+    with pytest.raises(OSError, match="disk full"):
+        records.write_table(records.make_table(MASK_ROWS[:1], records.MASKS), path, records.MASKS)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["masks.parquet"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match=r"none\.parquet: not found.*dvc repro"):
+        records.read_table(tmp_path / "none.parquet", records.MASKS)
+
+    (tmp_path / "text").write_text("no parquet")
+    with pytest.raises(ArtifactError, match="text: not a Parquet file"):
+        records.read_table(tmp_path / "text", records.MASKS)
+
+    pq.write_table(pa.table({"ann_id": [1]}), tmp_path / "fewer")
+    with pytest.raises(ArtifactError, match=r"fewer: not a Parquet file of this project: .*height[^\n]*$"):
+        records.read_table(tmp_path / "fewer", records.MASKS)
+
+    pq.write_table(pa.table({"sent_id": pa.array([1], pa.int32()), "role": ["eval"]}), tmp_path / "narrow")
+    with pytest.raises(ArtifactError, match="with their types"):
+        records.read_table(tmp_path / "narrow", records.SPLIT)
+
+
+def test_what_training_may_see_of_the_refs_holds_no_truth():
+    assert set(records.SENTENCE_COLUMNS) < set(records.REFS.names)
+    assert not {"bbox", "ann_id", "category"} & set(records.SENTENCE_COLUMNS)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"proposals": {"renderer": "circle"}}'])
+def test_a_rendering_that_cannot_be_read_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        records.RENDERING_PATH.parent.mkdir(parents=True)
+        records.RENDERING_PATH.write_text(content)
+    with pytest.raises(ArtifactError, match=r"data/proposals/rendering\.json: not .*dvc repro"):
+        records.read_rendering()

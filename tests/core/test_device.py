@@ -1,0 +1,119 @@
+"""Precision and device follow what PyTorch reports, which is mocked here both ways."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from toy_pairs import MODEL, TRAIN, toy_batches, toy_network, toy_pairs
+
+from l2l_core.core import device as device_module
+from l2l_core.core.device import choose_device, computes_bf16, describe_device, print_device, resolve_precision
+from l2l_core.errors import ConfigError
+from l2l_core.model.predictor import Predictor
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.training.loop import Stream, train
+
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said_before():
+    print_device.cache_clear()
+    device_module._warn_of_emulation.cache_clear()
+
+
+def cpu_with(monkeypatch, *instructions: str, kernels: bool = True) -> None:
+    known = {"avx2": True} | dict.fromkeys(instructions, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: kernels)
+
+
+@pytest.mark.parametrize("instructions", [["avx512_bf16"], ["amx_tile", "amx_bf16"], ["neon", "bf16"]])
+def test_auto_is_bf16_on_a_cpu_with_bf16_instructions(monkeypatch, capsys, instructions):
+    cpu_with(monkeypatch, *instructions)
+    assert resolve_precision("auto", CPU) == "bf16"
+    assert resolve_precision("bf16", CPU) == "bf16"
+    assert resolve_precision("fp32", CPU) == "fp32"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("instructions", "kernels"),
+    [([], True), (["avx512_f", "avx512_vl"], True), (["amx_tile", "amx_int8"], True), (["bf16"], False)],
+)
+def test_auto_is_fp32_on_a_cpu_that_emulates_bf16(monkeypatch, capsys, instructions, kernels):
+    cpu_with(monkeypatch, *instructions, kernels=kernels)
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert capsys.readouterr().err == ""
+
+
+def test_an_explicit_bf16_that_is_emulated_stays_and_gets_one_warning_line(monkeypatch, capsys):
+    cpu_with(monkeypatch)
+    assert [resolve_precision("bf16", CPU, "priors.precision") for _ in range(3)] == ["bf16"] * 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: params.yaml: priors.precision: got 'bf16', which this cpu emulates")
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_follows_the_compute_capability_of_the_gpu(monkeypatch, capability, precision):
+    class Properties:
+        major, minor = capability
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    assert resolve_precision("auto", CUDA) == precision
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_follows_torch_on_an_apple_gpu(monkeypatch, native):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: native)
+    assert computes_bf16(MPS) == native
+
+
+def test_auto_is_cuda_if_there_is_a_gpu_and_other_devices_go_by_name(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for there, kind in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device("auto").type == kind
+        assert choose_device("cpu").type == "cpu"
+        assert choose_device("mps").type == "mps"
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_torch_does_not_see_is_refused(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=rf"priors\.engine\.device: got '{name}'"):
+        choose_device(name, "priors.engine.device")
+
+
+def test_the_choice_is_printed_once(capsys):
+    for _ in range(2):
+        print_device(CPU, "fp32")
+    assert capsys.readouterr().out == f"device: {describe_device(CPU, 'fp32')}\n"
+    assert describe_device(CPU, "fp32") == f"cpu ({torch.get_num_threads()} threads), fp32"
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_one_process_trains_in_two_precisions_and_stores_each_with_its_model(tmp_path, monkeypatch, native):
+    """And `auto` gives the same bytes as the precision that it stands for."""
+    cpu_with(monkeypatch, *(["avx512_bf16"] if native else []))
+    pairs, targets = toy_pairs(tmp_path / "images")
+    weights = {}
+    for setting in ("bf16", "fp32", "auto"):
+        params = TRAIN.model_copy(update={"precision": setting})
+        trained = train(toy_network(pairs), [Stream(toy_batches(pairs), targets, 1.0)], 2, params, 0, "test").teacher
+        trained.save(tmp_path / setting)
+        config = json.loads((tmp_path / setting / "config.json").read_text())
+        assert config["precision_setting"] == setting
+        assert config["precision"] == (setting if setting != "auto" else "bf16" if native else "fp32")
+        loaded = Segmenter.load(tmp_path / setting)
+        assert (loaded.precision, loaded.precision_setting) == (config["precision"], setting)
+        assert loaded.params == MODEL
+        assert Predictor.of(loaded, params).precision == config["precision"]
+        weights[setting] = (tmp_path / setting / "model.safetensors").read_bytes()
+    assert weights["auto"] == weights["bf16" if native else "fp32"]
+    assert weights["bf16"] != weights["fp32"]

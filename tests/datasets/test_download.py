@@ -1,0 +1,391 @@
+"""Published archives from a server of this machine: broken, wrong and good ones; what lands on disk, byte by byte."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import threading
+import zipfile
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from called import call
+
+from l2l_core.datasets import download as data_fetch
+from l2l_core.datasets import published
+from l2l_core.datasets.download import fetch
+from l2l_core.datasets.published import Archive, Rows
+from l2l_core.errors import InputError
+
+REFS = [
+    {"ref_id": 0, "split": "train", "sentences": [{"sent": "left cup"}, {"sent": "a cup"}]},
+    {"ref_id": 1, "split": "train", "sentences": [{"sent": "dog"}]},
+    {"ref_id": 2, "split": "testA", "sentences": [{"sent": "man"}]},
+]
+FILES = {
+    "refs(unc).p": pickle.dumps(REFS, 2),
+    "instances.json": json.dumps({"images": [], "annotations": [], "filler": "x" * 5000}).encode(),
+}
+SPLITS = {"unc": {"train": Rows(2, 3), "testA": Rows(1, 1)}}
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    """Not compressed, so that a file's bytes can be found and spoilt."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as bundle:
+        for name, text in files.items():
+            bundle.writestr(name, text)
+    return content.getvalue()
+
+
+GOOD = zipped({f"refcoco/{name}": content for name, content in FILES.items()})
+
+
+@dataclass
+class Server:
+    """Serves files by path; `cut` ends the next answers for a path after so many bytes, `ranges` lets it continue."""
+
+    address: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    cut: dict[str, list[int]] = field(default_factory=dict)
+    ranges: bool = True
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wanted = self.headers.get("Range")
+            state.asked.append((self.path, wanted))
+            content = state.files.get(self.path)
+            if content is None:
+                self.send_error(404)
+                return
+            start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and state.ranges else 0
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            cuts = state.cut.get(self.path)
+            self.wfile.write(content[start : cuts.pop(0) if cuts else None])
+
+        def log_message(self, *args: object) -> None:
+            """Nothing on stderr."""
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state = Server(f"http://127.0.0.1:{http.server_port}")
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield state
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Target and scratch folder; what arrives is kept by the hundred bytes."""
+    monkeypatch.setattr(data_fetch, "CHUNK_BYTES", 100)
+    return tmp_path / "data" / "refcoco", tmp_path / "scratch"
+
+
+def archive(server: Server, *paths: str) -> Archive:
+    return Archive("refcoco", tuple(server.address + path for path in paths), "refcoco", "", SPLITS)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def is_as_published(target: Path, scratch: Path) -> None:
+    found = contents(target)
+    record = json.loads(found.pop("archive.json"))
+    assert found == FILES
+    assert record == {"archive": "refcoco.zip", "bytes": len(GOOD), "sha256": hashlib.sha256(GOOD).hexdigest()}
+    assert os.listdir(target.parent) == ["refcoco"]
+    assert not scratch.exists() or os.listdir(scratch) == []
+
+
+def leaves_nothing(target: Path) -> None:
+    assert not target.exists()
+    assert not target.parent.exists() or os.listdir(target.parent) == []
+
+
+def test_the_next_source_is_taken_where_one_is_gone(server, places):
+    server.files["/good.zip"] = GOOD
+    line = fetch(archive(server, "/gone.zip", "/good.zip"), *places, None, None)
+    assert f"{server.address}/good.zip" in line
+    assert hashlib.sha256(GOOD).hexdigest() in line
+    assert [path for path, _ in server.asked] == ["/gone.zip", "/good.zip"]
+    is_as_published(*places)
+
+
+def test_a_broken_download_goes_on_where_it_ended(server, places):
+    server.files["/good.zip"] = GOOD
+    server.cut["/good.zip"] = [2000, 4000]
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    assert [wanted for _, wanted in server.asked] == [None, "bytes=2000-", "bytes=4000-"]
+    is_as_published(*places)
+
+
+def test_it_goes_on_in_another_process_too(server, places):
+    server.files["/good.zip"] = GOOD
+    server.cut["/good.zip"] = [2000, 2000]  # the second answer brings nothing
+    with pytest.raises(InputError, match=r"no source gives refcoco\.zip"):
+        fetch(archive(server, "/good.zip"), *places, None, None)
+    leaves_nothing(places[0])
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    assert server.asked[-1] == ("/good.zip", "bytes=2000-")
+    is_as_published(*places)
+
+
+def test_a_download_that_was_whole_is_not_repeated(server, places):
+    server.files["/good.zip"] = GOOD
+    server.cut["/good.zip"] = [2000, 2000]
+    with pytest.raises(InputError):
+        fetch(archive(server, "/good.zip"), *places, None, None)
+    (part,) = places[1].iterdir()
+    part.write_bytes(GOOD)  # as if the process had ended before unpacking
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    assert server.asked[-1] == ("/good.zip", f"bytes={len(GOOD)}-")
+    is_as_published(*places)
+
+
+def test_a_server_that_cannot_continue_sends_everything_again(server, places):
+    server.files["/good.zip"] = GOOD
+    server.ranges = False
+    server.cut["/good.zip"] = [2000]
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    is_as_published(*places)
+
+
+def test_a_source_that_always_breaks_at_the_same_place_is_given_up(server, places):
+    server.files |= {"/bad.zip": GOOD, "/good.zip": GOOD}
+    server.ranges = False
+    server.cut["/bad.zip"] = [2000] * 100
+    fetch(archive(server, "/bad.zip", "/good.zip"), *places, None, None)
+    assert len(server.cut["/bad.zip"]) == 98
+    assert contents(places[0]).keys() == {*FILES, "archive.json"}
+
+
+def test_a_file_of_another_size_at_the_same_address_starts_anew(server, places):
+    server.files["/good.zip"] = GOOD + b"longer" * 100
+    server.cut["/good.zip"] = [len(GOOD) + 200] * 2
+    with pytest.raises(InputError):
+        fetch(archive(server, "/good.zip"), *places, None, None)
+    server.files["/good.zip"] = GOOD
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    is_as_published(*places)
+
+
+SPOILT = GOOD.replace(b"x" * 5000, b"x" * 4999 + b"y")  # the checksum of that file is no longer right
+WRONG = {
+    "a page instead of a file": (b"<html>moved</html>", "not a usable zip file"),
+    "cut short": (GOOD[:-100], "not a usable zip file"),
+    "damaged": (SPOILT, "Bad CRC-32 for file 'refcoco/instances.json'"),
+    "another folder": (zipped({f"other/{name}": text for name, text in FILES.items()}), "instances.json is missing"),
+    "no instances": (zipped({"refcoco/refs(unc).p": FILES["refs(unc).p"]}), "instances.json is missing"),
+    "a refs file that is none": (
+        zipped({"refcoco/instances.json": b"{}", "refcoco/refs(unc).p": b"none"}),
+        r"refs\(unc\)\.p: .*not a pickle of plain data",
+    ),
+    "one ref less": (
+        zipped({"refcoco/instances.json": b"{}", "refcoco/refs(unc).p": pickle.dumps(REFS[:2])}),
+        r"refs\(unc\)\.p: testA has 0 refs with 0 sentences, published are 1 with 1",
+    ),
+    "rows of another form": (
+        zipped({"refcoco/instances.json": b"{}", "refcoco/refs(unc).p": pickle.dumps([["train"]])}),
+        r"refs\(unc\)\.p: its rows are not refs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_archive_is_refused(server, places, case):
+    content, reason = WRONG[case]
+    server.files["/wrong.zip"] = content
+    with pytest.raises(InputError, match=reason):
+        fetch(archive(server, "/wrong.zip"), *places, None, None)
+    leaves_nothing(places[0])
+    assert os.listdir(places[1]) == []  # nothing that the next attempt would continue
+
+    server.files["/good.zip"] = GOOD
+    fetch(archive(server, "/wrong.zip", "/good.zip"), *places, None, None)
+    is_as_published(*places)
+
+
+def test_a_malicious_pickle_does_not_run(server, places, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    refs = pickle.dumps([Malicious()])
+    server.files["/bad.zip"] = zipped({"refcoco/instances.json": b"{}", "refcoco/refs(unc).p": refs})
+    with pytest.raises(InputError, match="mkdir"):
+        fetch(archive(server, "/bad.zip"), *places, None, None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_file_lands_outside(server, places):
+    outside = {"../../evil.txt": b"", "/evil.txt": b"", "refcoco/../../evil.txt": b"", "refcoco/..": b""}
+    left = {"refcoco/.DS_Store": b"", "__MACOSX/refcoco/._instances.json": b"", "readme.txt": b""}
+    server.files["/good.zip"] = zipped({f"refcoco/{name}": text for name, text in FILES.items()} | outside | left)
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    assert contents(places[0]).keys() == {*FILES, "archive.json"}
+    assert sorted(os.listdir(places[0].parents[1])) == ["data", "scratch"]
+
+
+def test_a_checksum_is_verified(server, places):
+    server.files["/good.zip"] = GOOD
+    with pytest.raises(InputError, match=f"its sha256 is {hashlib.sha256(GOOD).hexdigest()}, fetch.sha256 says 0000"):
+        fetch(archive(server, "/good.zip"), *places, None, "0" * 64)
+    leaves_nothing(places[0])
+    fetch(archive(server, "/good.zip"), *places, None, hashlib.sha256(GOOD).hexdigest())
+    is_as_published(*places)
+
+
+def test_a_mirror_comes_first(server, places):
+    server.files |= {"/mine/refcoco.zip": GOOD, "/good.zip": GOOD}
+    fetch(archive(server, "/good.zip"), *places, f"{server.address}/mine/", None)
+    assert [path for path, _ in server.asked] == ["/mine/refcoco.zip"]
+    is_as_published(*places)
+
+
+def test_a_folder_can_be_the_mirror_and_keeps_its_file(server, places, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "refcoco.zip").write_bytes(GOOD)
+    fetch(archive(server, "/good.zip"), *places, str(mine), None)
+    assert server.asked == []
+    assert (mine / "refcoco.zip").read_bytes() == GOOD
+    is_as_published(*places)
+
+
+def test_all_sources_that_failed_are_named(server, places, tmp_path):
+    server.files["/page.zip"] = b"<html>"
+    with pytest.raises(InputError) as caught:
+        fetch(archive(server, "/gone.zip", "/page.zip"), *places, str(tmp_path / "mine"), None)
+    first, *reasons = str(caught.value).splitlines()
+    assert "fetch.mirror" in first
+    assert reasons == [
+        f"  {tmp_path}/mine/refcoco.zip: not found",
+        f"  {server.address}/gone.zip: 404 Not Found",
+        f"  {server.address}/page.zip: not a usable zip file: File is not a zip file",
+    ]
+
+
+def test_a_server_that_is_not_there(places):
+    gone = Archive("refcoco", ("http://127.0.0.1:9/refcoco.zip",), "refcoco", "", SPLITS)  # port 9 discards
+    with pytest.raises(InputError, match="ConnectionError"):
+        fetch(gone, *places, None, None)
+    leaves_nothing(places[0])
+
+
+def test_too_little_space_is_said_before_anything_is_sent(server, places, monkeypatch):
+    server.files["/good.zip"] = GOOD
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 0, len(GOOD) - 1))
+    with pytest.raises(InputError, match=r"scratch: .* GB are needed and .* GB free"):
+        fetch(archive(server, "/good.zip"), *places, None, None)
+    leaves_nothing(places[0])
+
+    # Enough for the archive, too little for what is in it: its files are larger than both together need.
+    unpacked = sum(map(len, FILES.values()))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 0, unpacked - ("building" in str(folder))))
+    with zipfile.ZipFile(small := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as bundle:
+        for name, content in FILES.items():
+            bundle.writestr(f"refcoco/{name}", content)
+    server.files["/good.zip"] = small.getvalue()
+    with pytest.raises(InputError, match=r"\.refcoco\.building: .* GB are needed"):
+        fetch(archive(server, "/good.zip"), *places, None, None)
+    leaves_nothing(places[0])
+
+    monkeypatch.undo()  # room was made: nothing is sent again
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    assert server.asked[-1] == ("/good.zip", f"bytes={len(small.getvalue())}-")
+    assert contents(places[0]).keys() == {*FILES, "archive.json"}
+
+
+def test_a_disk_that_is_full_all_the_same(server, places, monkeypatch):
+    server.files["/good.zip"] = GOOD
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        fetch(archive(server, "/good.zip"), *places, None, None)
+    leaves_nothing(places[0])
+
+
+def test_what_is_there_already_is_checked_and_stays(server, places):
+    server.files["/good.zip"] = GOOD
+    published_there = archive(server, "/good.zip")
+    fetch(published_there, *places, None, None)
+    before, asked = contents(places[0]), len(server.asked)
+    digest = hashlib.sha256(GOOD).hexdigest()
+    for sha256 in (None, digest):
+        assert "nothing was changed" in fetch(published_there, *places, None, sha256)
+    with pytest.raises(InputError, match=f"sha256 is {digest}, fetch.sha256 says 1111"):
+        fetch(published_there, *places, None, "1" * 64)
+
+    (places[0] / "instances.json").unlink()
+    with pytest.raises(InputError, match=r"instances\.json is missing"):
+        fetch(published_there, *places, None, None)
+    (places[0] / "archive.json").unlink()  # somebody's own folder of that name: ingest says what is amiss in it
+    assert "nothing was changed; note: instances.json is missing" in fetch(published_there, *places, None, None)
+    with pytest.raises(InputError, match="sha256 is not recorded"):
+        fetch(published_there, *places, None, digest)
+    assert contents(places[0]) == {"refs(unc).p": before["refs(unc).p"]}
+    assert len(server.asked) == asked
+
+
+def test_what_a_killed_process_left_is_swept_away(server, places):
+    server.files["/good.zip"] = GOOD
+    building = places[0].with_name(".refcoco.building")
+    building.mkdir(parents=True)
+    (building / "instances.json").write_bytes(b"half")
+    fetch(archive(server, "/good.zip"), *places, None, None)
+    is_as_published(*places)
+
+
+def test_photos_go_to_a_folder_of_their_own_and_are_counted(server, tmp_path):
+    names = [f"COCO_train2014_{number:012}.jpg" for number in (9, 25, 30)]
+    server.files["/photos.zip"] = zipped({f"train2014/{name}": name.encode() for name in names})
+    target = tmp_path / "images"
+    urls = (server.address + "/photos.zip",)
+    with pytest.raises(InputError, match="train2014 has 3 photos, published are 4"):
+        fetch(Archive("images", urls, "train2014", "train2014", {}, 4), target, tmp_path / "scratch", None, None)
+    assert not target.exists()
+    fetch(Archive("images", urls, "train2014", "train2014", {}, 3), target, tmp_path / "scratch", None, None)
+    found = contents(target)
+    assert found.keys() == {"archive.json", *(f"train2014/{name}" for name in names)}
+    assert found[f"train2014/{names[0]}"] == names[0].encode()
+
+
+def test_the_command_writes_below_data(server, tmp_path, monkeypatch, capsys):
+    root = Path(__file__).parents[2]
+    params = (root / "params.yaml").read_text(encoding="utf-8").replace("mirror: null", f"mirror: {server.address}")
+    (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
+    monkeypatch.setattr(published, "ARCHIVES", {"refcoco+": Archive("refcoco+", (), "refcoco", "", SPLITS)})
+    monkeypatch.chdir(tmp_path)
+    server.files["/refcoco+.zip"] = GOOD
+    assert call(monkeypatch, "fetch", "refcoco+") == 2  # the folder is there, but it is in no repository
+    said = capsys.readouterr()
+    assert said.out.startswith(f"fetch: data/refcoco+: from {server.address}/refcoco+.zip, sha256 ")
+    assert "error: data/refcoco+: is there, but DVC cannot track it: " in said.err
+    assert contents(tmp_path / "data" / "refcoco+").keys() == {*FILES, "archive.json"}

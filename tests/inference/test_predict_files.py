@@ -1,0 +1,461 @@
+"""Own images: the masks are those of the stage `predict`, bit for bit, and what is written is whole or not there."""
+
+import json
+import re
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from called import call
+from PIL import Image
+from synthetic_run import write_run
+from torch import nn
+from toy_pairs import MODEL, toy_params
+
+from bench.stub_server import Stub, completion, sentence_of, serve
+from l2l_core.artifacts import records
+from l2l_core.config import load_params
+from l2l_core.core.images import EXIF_ORIENTATION, inspect_images
+from l2l_core.core.masks import decode_rle, encode_rle, segmentation_to_rle
+from l2l_core.data.pairs import BatchMaker, load_pairs
+from l2l_core.datasets.jsonl import read_jsonl
+from l2l_core.errors import InputError
+from l2l_core.evaluation.history import extend_history
+from l2l_core.inference import predict_files as predictions
+from l2l_core.mllm.query import ask_table, make_backend, make_questions
+from l2l_core.model.predictor import Predictor
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.priors.proposals import make_proposals
+from l2l_core.priors.table import interpret
+
+# grabcut reads the images; batches of a power of two, as in params.yaml.
+PARAMS = toy_params(proposals={"size_px": 24, "renderer": "grabcut"}, evaluate={"batch_size": 16})
+MODEL_FOLDER = records.round_folder(0) / "model"
+
+
+def lively_network(seed: int) -> Segmenter:
+    """An untrained network whose masks have some structure: strong logits around a mean of zero."""
+    network = Segmenter.create(MODEL, ["left dark dot"], seed=seed)
+    last = next(module for module in network.decoder.head.modules() if isinstance(module, nn.Conv2d))
+    torch.manual_seed(seed)
+    nn.init.normal_(last.weight, std=3.0)
+    nn.init.zeros_(last.bias)
+    network.proposals, network.precision = PARAMS.proposals, PARAMS.train.precision
+    return network
+
+
+def alike(first: bytes, second: bytes, height: int = 48, width: int = 64) -> bool:
+    """The same mask, but for pixels whose logit is about 0: a batch of another size sums in another order."""
+    return bool((decode_rle(first, height, width) != decode_rle(second, height, width)).mean() < 2e-3)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A project after round 0: index with the images' fingerprints, priors, network, and what the stage predicted."""
+    root = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_run(root, rounds=0, images_per_split=5)
+        images = records.read_table(records.INDEX.images, records.IMAGES).to_pylist()
+        for row, file in zip(images, inspect_images([root / row["file_name"] for row in images], 1), strict=True):
+            row["sha256"] = file.sha256
+        records.write_table(records.make_table(images, records.IMAGES), records.INDEX.images, records.IMAGES)
+        (root / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
+        records.RENDERING_PATH.write_text(json.dumps({"proposals": PARAMS.proposals.model_dump()}))
+        for number, folder in enumerate((records.SUPERVISED_FOLDER, records.round_folder(0))):
+            lively_network(number).save(folder / "model")
+        patch.setattr("l2l_core.evaluation.history.training_rows", lambda curves, model: [])
+        extend_history(PARAMS, 0)
+    return root
+
+
+@pytest.fixture
+def run(whole_run, tmp_path, monkeypatch):
+    """A copy of it as the current folder."""
+    shutil.copytree(whole_run, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+def evaluated(with_prior: bool) -> dict[tuple[str, str], bytes]:
+    """(image, sentence) -> the mask that the stage wrote."""
+    table = records.read_table(records.round_folder(0) / "history/predictions.parquet", records.PREDICTIONS)
+    rles = {
+        row["sent_id"]: row["rle_counts"]
+        for row in table.to_pylist()
+        if row["model"] == "round_0" and row["with_prior"] == with_prior
+    }
+    refs = records.to_frame(records.read_table(records.INDEX.refs, records.REFS))
+    known = refs.merge(records.to_frame(records.read_table(records.INDEX.images, records.IMAGES)), on="image_id")
+    known = known[known["sent_id"].isin(rles)]
+    masks = {
+        (row.file_name, row.sentence): rles[row.sent_id] for row in known.itertuples() if row.sentence.find("<") < 0
+    }
+    foreground = np.mean([decode_rle(rle, 48, 64).mean() for rle in masks.values()])
+    assert len(masks) >= 10
+    assert len(set(masks.values())) > len(masks) / 2  # something to compare
+    assert 0.05 < foreground < 0.95
+    return masks
+
+
+def lines_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+# --- the evaluated masks
+
+
+def test_the_three_lines_of_python_give_the_evaluated_mask(run):
+    predictor = Predictor.from_run("data/rounds/0/model")
+    for (image, sentence), rle in evaluated(with_prior=False).items():
+        mask = predictor.predict(image, sentence)
+        assert mask.dtype == bool
+        assert alike(encode_rle(mask), rle)
+
+
+@pytest.mark.parametrize("with_prior", [True, False])
+def test_each_pair_alone_and_all_at_once_have_the_evaluated_mask(run, with_prior):
+    expected = evaluated(with_prior)
+    predictor = Predictor.from_run(MODEL_FOLDER)
+
+    def masks(keys):
+        files = inspect_images([run / image for image, _ in keys], 1)
+        asked = predictions.Asked(files, [sentence for _, sentence in keys])
+        told = predictions.find_priors(asked, PARAMS) if with_prior else None
+        return predictions.answer(predictor, asked, told, 32)
+
+    together = masks(list(expected))
+    assert all(map(alike, together.rle, expected.values()))
+    assert together.with_prior.any() == with_prior
+    for key in list(expected)[:4]:
+        assert alike(masks([key]).rle[0], expected[key])
+
+
+def test_a_prior_is_found_by_the_images_bytes_and_the_words(run):
+    """Beside the evaluated masks: another name is the same image, another pixel or word is another pair."""
+    (image, sentence), rle = next(iter(evaluated(with_prior=True).items()))
+    shutil.copy(image, "renamed.png")
+    pixels = np.asarray(Image.open(image)).copy()
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save("changed.png")
+    files = inspect_images([run / name for name in ("renamed.png", "changed.png", "renamed.png")], 1)
+    asked = predictions.Asked(files, [sentence, sentence, sentence + " there"])
+    told = predictions.recorded_priors(asked)
+    assert np.isin(told.sent_id, told.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
+    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
+    assert alike(answered.rle[0], rle)
+    assert answered.with_prior.tolist() == [True, False, False]
+
+
+# --- the command
+
+
+def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
+    expected = evaluated(with_prior=False)
+    image, sentence = next(iter(expected))
+    assert call(monkeypatch, "predict", image, sentence, "--run", "data/rounds/0") == 0
+    assert "predictions: 1 pairs by data/rounds/0/model, 0 with a prior, 0 empty masks" in capsys.readouterr().out
+    (line,) = lines_of(run / "predictions")
+    mask = np.asarray(Image.open(run / "predictions" / line["mask"]))
+    assert np.isin(mask, (0, 255)).all()
+    assert alike(encode_rle(mask > 0), expected[image, sentence])
+    assert (line["image"], line["sentence"], line["with_prior"]) == (image, sentence, False)
+    assert (line["height"], line["width"], line["area_px"]) == (48, 64, (mask > 0).sum())
+    assert segmentation_to_rle(line["segmentation"], 48, 64) == encode_rle(mask > 0)
+    with Image.open(run / "predictions" / line["overlay"]) as overlay:
+        assert max(overlay.size) == predictions.OVERLAY_PX
+        assert overlay.width / overlay.height == pytest.approx(64 / 48, rel=0.01)
+
+
+def test_predict_computes_on_the_device_of_params_yaml_and_needs_no_params_yaml(run, monkeypatch, capsys):
+    image, sentence = next(iter(evaluated(with_prior=False)))
+    params = PARAMS.model_dump()
+    params["train"]["engine"]["device"] = "mps"
+    (run / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert call(monkeypatch, "predict", image, sentence) == 2
+    assert "params.yaml: train.engine.device: got 'mps', but torch sees no Apple GPU" in capsys.readouterr().err
+    (run / "params.yaml").unlink()
+    assert call(monkeypatch, "predict", image, sentence) == 0
+
+
+def test_predict_takes_a_folder_a_file_of_pairs_and_priors(run, monkeypatch):
+    expected = evaluated(with_prior=True)
+    rows = [{"image": f"../{image}", "sentence": sentence} for image, sentence in expected]
+    (run / "mine").mkdir()
+    (run / "mine" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call(monkeypatch, "predict", "--pairs", "mine/pairs.jsonl", "--with-priors", "--polygons") == 0
+    lines = lines_of(run / "predictions")
+    assert [(line["image"], line["sentence"]) for line in lines] == list(expected)
+    for line, rle in zip(lines, expected.values(), strict=True):
+        assert not line["segmentation"] or alike(segmentation_to_rle(line["segmentation"], 48, 64), rle)
+        assert (np.asarray(Image.open(run / "predictions" / line["mask"])) > 0).sum() == line["area_px"]
+    assert any(line["with_prior"] for line in lines)
+
+    (run / "photos").mkdir()
+    for name, source in (("b.PNG", "000.png"), ("a.png", "001.png")):
+        shutil.copy(run / "images" / source, run / "photos" / name)
+    (run / "photos" / "notes.txt").write_text("not an image")
+    (run / "photos" / "._a.png").write_bytes(b"\0\5\26\7\0")  # what a Mac puts beside a.png
+    assert call(monkeypatch, "predict", "photos", "images/002.png", "the dot", "--out", "other") == 0
+    assert [line["image"] for line in lines_of(run / "other")] == ["photos/a.png", "photos/b.PNG", "images/002.png"]
+
+
+def test_a_second_call_replaces_its_pictures_and_nothing_else(run, monkeypatch):
+    assert call(monkeypatch, "predict", "images/000.png", "images/001.png", "the dot") == 0
+    (run / "predictions" / "mine.png").write_text("mine")
+    assert call(monkeypatch, "predict", "images/002.png", "a dot") == 0
+    (line,) = lines_of(run / "predictions")
+    names = {path.name for path in (run / "predictions").iterdir()}
+    assert names == {"predictions.jsonl", "mine.png", line["mask"], line["overlay"]}
+
+
+def test_a_turned_photo_is_noted(run, monkeypatch, capsys):
+    image = Image.open("images/000.png").convert("RGB")
+    exif = image.getexif()
+    exif[EXIF_ORIENTATION] = 6
+    image.save("turned.jpg", exif=exif)
+    assert call(monkeypatch, "predict", "turned.jpg", "images/000.png", "the dot") == 0
+    assert "note: an EXIF tag turns turned.jpg; pixels are used as stored" in capsys.readouterr().out
+    assert [(line["height"], line["width"]) for line in lines_of(run / "predictions")] == [(48, 64)] * 2
+
+
+BAD = {
+    "nothing": ([], r"got 0 argument\(s\), expected IMAGE\.\.\. \"SENTENCE\""),
+    "no sentence": (["images/000.png"], r"got 1 argument\(s\)"),
+    "an image for a sentence": (["images/000.png", "images/001.png"], r"got 'images/001\.png', which is a file"),
+    "a long sentence without words": (["images/000.png", "?" * 999], r"expected at least one word"),
+    "no words": (["images/000.png", "?"], r"sentence: got '\?', expected at least one word"),
+    "no such images": (["a.png", "images/000.png", "b.png", "dot"], r"2 problems:\n.*a\.png: not found\n.*b\.png: not"),
+    "no image": (["params.yaml", "dot"], r"params\.yaml: corrupt, or not one of JPEG"),
+    "an empty folder": (["empty", "dot"], r"empty: no image in this folder"),
+    "no such file": (["--pairs", "pairs.jsonl"], r"pairs\.jsonl: not found"),
+    "a folder for a file": (["--pairs", "images"], r"--pairs.*directory"),
+    "both": (["images/000.png", "dot", "--pairs", "pairs.jsonl"], r"got both --pairs and arguments"),
+    "no model": (["images/000.png", "dot", "--run", "images"], r"--run: got images, expected a folder with a model"),
+    "a broken model": (["images/000.png", "dot", "--run", "broken"], r"broken/model: no usable model"),
+    "a file for a folder": (["images/000.png", "dot", "--out", "params.yaml"], r"--out: .*params\.yaml is a file"),
+    "another's index": (["images/000.png", "dot", "--out", "other"], r"other/predictions\.jsonl: not written by this"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_message_and_no_file(run, monkeypatch, capsys, name):
+    (run / "empty").mkdir()
+    (run / "other").mkdir()
+    (run / "other" / "predictions.jsonl").write_text('{"mine": 1}\n')
+    shutil.copytree(MODEL_FOLDER, "broken/model")
+    (run / "broken/model/model.safetensors").write_bytes(b"x")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    words, message = BAD[name]
+    assert call(monkeypatch, "predict", *words) == 2
+    written = capsys.readouterr()
+    assert not written.out
+    assert "Traceback" not in written.err
+    assert re.search(message, written.err, re.DOTALL)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_failure_on_the_way_leaves_the_folder_as_it_was(run, monkeypatch):
+    assert call(monkeypatch, "predict", "images/000.png", "the dot") == 0
+    before = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
+    monkeypatch.setattr(predictions, "read_image", lambda path: (_ for _ in ()).throw(InputError(f"{path}: gone")))
+    assert call(monkeypatch, "predict", "images/001.png", "the dot") == 2
+    assert {path.name: path.read_bytes() for path in (run / "predictions").iterdir()} == before
+
+
+CJK = "\u6f22\u5b57" * 40  # three bytes a character: 240 bytes, as long as a name may be
+
+
+def test_long_names_in_any_script_become_file_names(run, monkeypatch):
+    shutil.copy("images/000.png", f"{CJK}.png")
+    assert call(monkeypatch, "predict", f"{CJK}.png", "\u8d64\u3044\u7bb1\u306e\u5de6\u306e" * 8) == 0
+    (line,) = lines_of(run / "predictions")
+    assert line["image"] == f"{CJK}.png"
+    for kind in ("mask", "overlay"):
+        assert len(line[kind].encode()) <= 143
+        assert "\u6f22\u5b57" in line[kind]
+        assert (run / "predictions" / line[kind]).is_file()
+
+
+@pytest.mark.parametrize("text", [CJK, "e\u0301" * 99, "\U0001f436x" * 99, "a" * 99])
+def test_a_name_is_cut_between_characters(text):
+    name = predictions._slug(text)
+    assert 0 < len(name.encode()) <= predictions.NAME_BYTES
+    assert "".join(re.findall(r"\w", text)).startswith(name.replace("-", ""))
+
+
+def test_a_name_that_the_file_system_refuses_is_known_before_anything_is_computed(run, monkeypatch, capsys):
+    monkeypatch.setattr(predictions, "NAME_BYTES", 300)
+    monkeypatch.setattr(Predictor, "masks", lambda *_, **__: pytest.fail("computed"))
+    shutil.copy("images/000.png", f"{CJK}.png")
+    assert call(monkeypatch, "predict", f"{CJK}.png", "the dot") == 2
+    assert re.search(
+        r"^error: --out: no file '0000_.*' can be written there: File name too long", capsys.readouterr().err
+    )
+    assert not (run / "predictions").exists()
+
+
+def test_on_a_full_disk_the_masks_are_kept_without_pictures(run, monkeypatch, capsys):
+    expected = evaluated(with_prior=False)
+    image, sentence = next(iter(expected))
+    with monkeypatch.context() as full:
+        full.setattr(predictions, "save_mask", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert call(full, "predict", image, sentence) == 2
+    said = "error: --out: predictions: the pictures cannot be written: No space left on device; predictions.jsonl holds"
+    assert said in capsys.readouterr().err
+    (line,) = lines_of(run / "predictions")
+    assert segmentation_to_rle(line["segmentation"], 48, 64) == expected[image, sentence]
+    assert [path.name for path in (run / "predictions").iterdir()] == ["predictions.jsonl"]
+    assert call(monkeypatch, "predict", image, sentence) == 0  # with room again
+    assert len(list((run / "predictions").iterdir())) == 3
+
+
+# --- priors that are asked for now
+
+
+def answer_by_sentence(body, _):
+    """Depends on the words and on whether it is the first, greedy answer; some break the prompt or fail."""
+    sentence, moved = sentence_of(body), 100 if body["temperature"] else 0
+    said = {"found": True, "target": "dot", "attributes": ["dark"], "relation": "", "anchor": "", "confidence": 0.7}
+    match sentence:
+        case "the refused dot":
+            return 400, b"no"
+        case "the garbled dot":
+            return completion("I cannot say")
+        case "no dot":
+            return completion(json.dumps(said | {"found": False, "boxes": [], "point": None}))
+        case "a point":
+            return completion(json.dumps(said | {"boxes": [], "point": [400 + moved, 500]}))
+    left = 50 * len(sentence)
+    return completion(json.dumps(said | {"boxes": [[left, 200 + moved, left + 300, 600]], "point": None}))
+
+
+SENTENCES = ("dot", "the dark dot", "a point", "no dot", "the garbled dot", "the refused dot")
+
+
+@pytest.fixture
+def live(run, monkeypatch):
+    """A project whose priors come from a server, and own images with pairs that the data set lacks."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(Stub(answer=answer_by_sentence)) as stub:
+        engine = PARAMS.priors.engine.model_copy(update={"server_url": stub.url, "server_retries": 0})
+        live_params(run, engine=engine)
+        rng = np.random.default_rng(0)
+        (run / "own").mkdir()
+        for number in range(2):
+            Image.fromarray(rng.integers(0, 256, (40 + number, 70, 3), dtype=np.uint8)).save(f"own/{number}.png")
+        rows = [{"image": f"{row % 2}.png", "sentence": sentence} for row, sentence in enumerate(SENTENCES)]
+        (run / "own/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        yield stub
+
+
+def live_params(run, **changes):
+    """Write and return the parameters with the `openai` backend."""
+    update = {"backend": "openai", "model": "qwen3-vl", "samples": 2, "retries": 1} | changes
+    priors = PARAMS.priors.model_copy(update=update)
+    params = PARAMS.model_copy(update={"priors": priors})
+    (run / "params.yaml").write_text(yaml.safe_dump(params.model_dump()))
+    return params
+
+
+def through_the_pipeline(params, folder):
+    """The pairs of own/pairs.jsonl, and their masks, had they been the data set: the stages' functions, one by one."""
+    paths = records.IndexPaths(*(folder / f"{name}.parquet" for name in ("images", "refs", "objects", "masks")))
+    index = read_jsonl(folder.parent / "own/pairs.jsonl")
+    records.write_table(index.images, paths.images, records.IMAGES)
+    records.write_table(index.refs, paths.refs, records.REFS)
+    backend = make_backend(params.priors, paths)
+    priors = interpret(ask_table(backend, make_questions(paths, params.priors.samples)))
+    frames = records.to_frame(index.refs), records.to_frame(index.images)
+    records.write_table(priors, folder / "priors.parquet", records.PRIORS)
+    proposals = make_proposals(priors, *frames, params.proposals)
+    records.write_table(proposals, folder / "proposals.parquet", records.PROPOSALS)
+    pairs = load_pairs(paths, None, folder / "priors.parquet", folder / "proposals.parquet", 24, 0.1)
+    batches = BatchMaker(pairs, MODEL.image_size_px, params.proposals.flat_prob)
+    return pairs, Predictor.from_run(MODEL_FOLDER).masks(batches, 16, [True], "test")[0]
+
+
+def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, run, monkeypatch, capsys):
+    params = load_params()
+    pairs, masks = through_the_pipeline(params, run / "ingested")
+    assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
+    assert "predictions: 6 pairs by data/rounds/0/model, 3 with a prior, 0 empty masks" in capsys.readouterr().out
+    lines = lines_of(run / "predictions")
+    assert [line["with_prior"] for line in lines] == [True, True, True, False, False, False]
+    rles = [segmentation_to_rle(line["segmentation"], line["height"], line["width"]) for line in lines]
+    sizes = [(line["height"], line["width"]) for line in lines]
+    assert all(alike(*both, *size) for *both, size in zip(rles, masks, sizes, strict=True))
+    assert len(set(masks)) > 3  # something to compare
+
+    asked = predictions.ask_file(run / "own/pairs.jsonl")
+    backend = make_backend(params.priors, records.INDEX)
+    told = predictions.live_priors(asked, params, lambda questions: ask_table(backend, questions))
+    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
+    assert all(alike(*both, *size) for *both, size in zip(answered.rle, masks, sizes, strict=True))
+    assert answered.pairs.sentence == pairs.sentence
+    assert answered.pairs.prior_text == pairs.prior_text
+    assert answered.pairs.prior_text[1] == "dot dark"
+    for name in ("hw", "box", "has_box", "proposal", "proposal_score"):
+        np.testing.assert_array_equal(getattr(answered.pairs, name), getattr(pairs, name), err_msg=name)
+    assert np.isin(answered.pairs.proposal_score > 0, [True, False]).all()
+
+    without = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, None)
+    assert [alike(*both, *size) for *both, size in zip(masks, without.rle, sizes, strict=True)] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_pair_is_asked_about_once_and_alike_in_any_company(live, run):
+    params = live_params(run, engine=load_params().priors.engine, samples=3)
+    backend = make_backend(params.priors, records.INDEX)
+
+    def told(*keys):
+        files = inspect_images([run / f"own/{image}.png" for image, _ in keys], 1)
+        asked = predictions.Asked(files, [sentence for _, sentence in keys])
+        return predictions.live_priors(asked, params, lambda questions: ask_table(backend, questions))
+
+    twice = told((0, "dot"), (1, "dot"), (0, "dot"))
+    assert len(live.bodies) == 2 * 3
+    assert twice.sent_id[0] == twice.sent_id[2] != twice.sent_id[1]
+    together = {json.dumps(body, sort_keys=True) for body in live.bodies}
+    live.bodies.clear()
+    told((1, "dot"))
+    assert {json.dumps(body, sort_keys=True) for body in live.bodies} < together
+
+
+def test_recorded_backends_ask_nobody(live, run, monkeypatch):
+    (run / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
+    assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
+    assert not live.bodies
+    assert not any(line["with_prior"] for line in lines_of(run / "predictions"))
+
+
+@pytest.mark.parametrize("trouble", ["no server", "all refused"])
+def test_a_server_that_does_not_answer_is_one_line_and_no_file(live, run, monkeypatch, capsys, trouble):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    if trouble == "no server":
+        engine = load_params().priors.engine.model_copy(update={"server_url": f"http://127.0.0.1:{port}/v1"})
+        live_params(run, engine=engine)
+    else:
+        live.answer = lambda *_: (400, b"no")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert call(monkeypatch, "predict", "own/0.png", "own/1.png", "the dot", "--with-priors") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(
+        r"error: (http.*no server listens there; .*priors\.engine\.server_url"
+        r"|priors\.backend openai: every request failed, the first with 'HTTP 400')",
+        line,
+    )
+    shutil.rmtree(run / ".scratch")  # where answers are kept until a call has ended well
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

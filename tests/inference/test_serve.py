@@ -1,0 +1,270 @@
+"""The page: what it shows of a pair is what `predict` says of it, and it lets no one do more than upload an image."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import yaml
+from called import call
+from PIL import Image
+from synthetic_run import write_run
+from test_predictions import PARAMS, lively_network
+
+from l2l_core.artifacts import records
+from l2l_core.core.images import inspect_images
+from l2l_core.core.masks import decode_rle
+from l2l_core.errors import L2LError
+from l2l_core.inference import predict_files as predictions
+from l2l_core.inference import serve
+from l2l_core.mllm.backend import Answer
+from l2l_core.model.predictor import Predictor
+from l2l_core.viz.overlays import BOX
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+KNOWN = "images/000.png"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A project after round 0, as the current folder."""
+    root = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_run(root, rounds=0, images_per_split=2)
+        images = records.read_table(records.INDEX.images, records.IMAGES).to_pylist()
+        for row, file in zip(images, inspect_images([root / row["file_name"] for row in images], 1), strict=True):
+            row["sha256"] = file.sha256
+        records.write_table(records.make_table(images, records.IMAGES), records.INDEX.images, records.IMAGES)
+        (root / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
+        records.RENDERING_PATH.write_text(json.dumps({"proposals": PARAMS.proposals.model_dump()}))
+        lively_network(0).save(records.round_folder(0) / "model")
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 3), np.uint8)).save("own.png")
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (800, 800, 3), np.uint8)).save("large.png")  # 1.9 MB
+        Image.new("1", (8000, 5001)).save("wide.png")  # a few kilobytes, 40.008 megapixels
+        Path("text.png").write_text("not an image")
+        yield root
+
+
+@pytest.fixture(scope="module")
+def sentence(run: Path) -> str:
+    """Of the data set, about the image KNOWN; its prior names a box."""
+    return str(records.read_table(records.INDEX.refs, records.REFS)["sentence"][0])
+
+
+@pytest.fixture(scope="module")
+def desk(run: Path) -> serve.Desk:
+    return serve.Desk.of(records.round_folder(0) / "model", PARAMS, 1)
+
+
+def expected_mask(image: str, sentence: str, *, with_priors: bool) -> np.ndarray:
+    """What `predict` writes."""
+    asked = predictions.ask_each([Path(image)], sentence)
+    told = predictions.find_priors(asked, PARAMS) if with_priors else None
+    predictor = Predictor.from_run(records.round_folder(0) / "model")
+    (rle,) = predictions.answer(predictor, asked, told).rle
+    mask = decode_rle(rle, asked.image[0].height, asked.image[0].width)
+    assert 0 < mask.mean() < 1
+    return mask
+
+
+def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool((picture == colour).all(axis=2).any())
+
+
+# --- what is shown
+
+
+def test_a_pair_of_the_data_set_is_shown_with_its_recorded_prior(desk: serve.Desk, sentence: str) -> None:
+    seen = desk.look(Path(KNOWN), sentence)
+    prior = records.read_table(records.PRIORS_PATH, records.PRIORS).to_pylist()[0]
+    assert seen.words.splitlines() == ["dot", f"ok: {prior['raw_text']}"]
+    assert seen.prior is not None
+    assert seen.proposal is not None
+    assert has_colour(seen.prior, BOX)
+    x1, y1, x2, y2 = (round(edge * 10) for edge in prior["bbox"])  # 64 x 48 px are shown as 640 x 480
+    edges = np.argwhere((seen.prior == BOX).all(axis=2))
+    np.testing.assert_allclose([*edges.min(axis=0)[::-1], *edges.max(axis=0)[::-1]], [x1, y1, x2, y2], atol=3)
+    np.testing.assert_array_equal(seen.mask, expected_mask(KNOWN, sentence, with_priors=True))
+
+
+def test_another_pair_is_shown_without_and_says_why(desk: serve.Desk) -> None:
+    seen = desk.look(Path("own.png"), "the dot")
+    assert seen.words == "no prior: the backend simulated answers only about the data set"
+    assert seen.prior is None
+    assert seen.proposal is None
+    assert seen.overlay.shape == (400, 640, 3)
+    np.testing.assert_array_equal(seen.mask, expected_mask("own.png", "the dot", with_priors=False))
+
+
+def test_a_live_backend_is_asked(desk: serve.Desk) -> None:
+    class Scripted:
+        name = "scripted"
+
+        def ask(self, questions):  # type: ignore[no-untyped-def]
+            assert [(question.image_hw, question.sentence) for question in questions] == [((50, 80), "the dot")]
+            said = {"target": "cup", "bbox": [8, 10, 40, 30]} if self.found else {"found": False}
+            return [Answer(json.dumps(said), "m", "pixel", (50, 80))]
+
+    backend = Scripted()
+    live = serve.Desk(desk.predictor, PARAMS, backend, 1)
+    backend.found = True
+    seen = live.look(Path("own.png"), "the dot")
+    assert seen.words.splitlines() == ["cup", 'ok: {"target": "cup", "bbox": [8, 10, 40, 30]}']
+    assert seen.prior is not None
+    assert has_colour(seen.prior, BOX)
+    backend.found = False
+    seen = live.look(Path("own.png"), "the dot")
+    assert seen.words.splitlines() == ["no prior: no answer names a place", 'empty: {"found": false}']
+    assert seen.prior is None
+
+
+REFUSED = {
+    "no image": (None, "dot", "image: none, expected an upload"),
+    "no word": ("own.png", " ?", r"sentence: got ' \?', expected at least one word"),
+    "bytes": ("large.png", "dot", r"image: 1\.\d MB, expected at most 1 MB \(--max-mb\)"),
+    "pixels": ("wide.png", "dot", "image: more than 40 megapixels; make it smaller"),
+    "text": ("text.png", "dot", "text.png: corrupt, or not one of JPEG"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_used_is_refused_in_one_line(desk: serve.Desk, name: str) -> None:
+    image, words, message = REFUSED[name]
+    with pytest.raises(L2LError, match=message) as caught:
+        desk.look(None if image is None else Path(image), words)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# --- the command
+
+
+def test_without_gradio_it_says_what_to_install(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    assert call(monkeypatch, "serve") == 2
+    assert capsys.readouterr().err == "error: serve: needs gradio: pip install '.[serve]'\n"
+
+
+def test_a_port_in_use_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: True)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert call(monkeypatch, "serve", "--port", port) == 2
+    assert re.fullmatch(rf"error: serve: cannot listen at 127\.0\.0\.1:{port}: .*--port\n", capsys.readouterr().err)
+
+
+# --- the page
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: subprocess.Popen[str]
+    temporary: Path  # its folder for temporary files
+
+
+@pytest.fixture(scope="module")
+def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[serve]'")
+    temporary = tmp_path_factory.mktemp("temporary")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-m", "l2l_core", "serve", "--port", "0", "--max-mb", "1"]
+    with subprocess.Popen(command, cwd=run, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[0]
+        yield Server(url, process, temporary)
+        process.kill()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_mask_to_download_is_that_of_predict(server: Server, sentence: str, known: bool, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    image = KNOWN if known else "own.png"
+    client = Client(server.url, download_files=tmp_path, verbose=False, analytics_enabled=False)
+    words, prior, proposal, overlay, mask = client.predict(handle_file(image), sentence, api_name="/segment")
+    assert words.startswith("dot\nok: " if known else "no prior: the backend simulated answers only about")
+    assert (prior is not None) == (proposal is not None) == known
+    with Image.open(overlay) as picture:
+        assert max(picture.size) == serve.PICTURE_PX
+    with Image.open(mask) as picture:
+        assert (picture.format, picture.mode) == ("PNG", "L")
+        expected = expected_mask(image, sentence, with_priors=known)
+        np.testing.assert_array_equal(np.asarray(picture), 255 * expected.astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["no image", "no word", "pixels", "text"])
+def test_errors_are_shown_as_one_line(server: Server, name: str) -> None:
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    image, words, message = REFUSED[name]
+    client = Client(server.url, verbose=False, analytics_enabled=False)
+    with pytest.raises(AppError, match=message) as caught:
+        client.predict(image and handle_file(image), words, api_name="/segment")
+    assert str(server.temporary) not in str(caught.value)
+
+
+def test_a_large_file_is_not_taken(server: Server, run: Path) -> None:
+    address = f"{server.url}/gradio_api/upload"
+    for name, status in (("own.png", 200), ("large.png", 413)):
+        with (run / name).open("rb") as file:
+            assert requests.post(address, files={"files": file}, timeout=60).status_code == status
+
+
+def test_a_file_of_the_machine_is_not_an_upload(server: Server, run: Path) -> None:
+    """A request may name any path: none but an upload's is read."""
+    upload = {"path": str(run / "own.png"), "meta": {"_type": "gradio.FileData"}}
+    address = f"{server.url}/gradio_api/call/segment"
+    event = requests.post(address, json={"data": [upload, "the dot"]}, timeout=60).json()["event_id"]
+    assert requests.get(f"{address}/{event}", timeout=60).text.startswith("event: error")
+    for path in (run / "own.png", run / "params.yaml"):
+        assert requests.get(f"{server.url}/gradio_api/file={path}", timeout=60).status_code in (403, 404)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_browser_shows_the_page_without_complaint_and_without_a_network(server: Server, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [
+            str(CHROMIUM),
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}",
+            "--enable-logging=stderr",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            "--virtual-time-budget=30000",
+            "--dump-dom",
+            server.url,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "Find it" in found.stdout
+    assert not [line for line in found.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_the_end_leaves_no_file(server: Server) -> None:
+    """Last in this file: it ends the server."""
+    assert list(server.temporary.glob("l2l-serve-*"))
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=300) == 0
+    assert not list(server.temporary.glob("l2l-serve-*"))

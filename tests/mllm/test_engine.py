@@ -1,0 +1,330 @@
+"""From questions to requests and back, with engines that are functions."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from PIL import Image
+from prior_tables import BOX_2, prior_params
+from transformers import CLIPImageProcessorPil
+
+from l2l_core.errors import InputError
+from l2l_core.mllm import engine as mllm
+from l2l_core.mllm.backend import Question
+from l2l_core.mllm.coords import CoordSpace, sent_hw
+from l2l_core.mllm.engine import Completion, MllmBackend, Request, request_seed
+from l2l_core.mllm.prompt import answer_schema, prompt_sha256
+from l2l_core.priors.parse import parse_answer
+
+GOOD = json.dumps(BOX_2)
+
+
+@dataclass
+class Scripted:
+    """Writes what a function makes of a request, and keeps the batches that it saw."""
+
+    write: Callable[[Request], str] = lambda _: GOOD
+    batches: list[list[Request]] = field(default_factory=list)
+    precision: Literal["bf16", "fp32"] | None = None
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.batches.append(list(requests))
+        return [Completion(self.write(request), 10, 3) for request in requests]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    path = tmp_path / "image.png"
+    Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)).save(path)
+    return str(path)
+
+
+def ask_about(image: str, *sentences: str) -> list[Question]:
+    return [Question(number, 0, image, (48, 64), text) for number, text in enumerate(sentences)]
+
+
+def backend(engine: Scripted, **changes: object) -> MllmBackend:
+    return MllmBackend(engine, prior_params(backend="openai", model="Qwen3-VL-8B", seed=3, **changes))
+
+
+def test_a_request_is_the_image_and_the_prompt(image: str) -> None:
+    engine = Scripted()
+    (answer,) = backend(engine).ask(ask_about(image, "red cup"))
+    ((request,),) = engine.batches
+    assert request.image.mode == "RGB"
+    assert request.image.size == (64, 48)
+    assert '"red cup"' in request.text
+    assert request.schema == answer_schema("box-2", "norm1000")
+    assert (request.temperature, request.max_tokens) == (0.0, 256)
+    assert (answer.raw_text, answer.model, answer.coord_space) == (GOOD, "Qwen3-VL-8B", "norm1000")
+    assert answer.prompt_sha256 == prompt_sha256("box-2", "norm1000")
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.attempts, answer.unread) == (10, 3, 1, None)
+
+
+def test_without_structured_output_there_is_no_schema(image: str) -> None:
+    engine = Scripted()
+    backend(engine, structured_output=False).ask(ask_about(image, "red cup"))
+    assert engine.batches[0][0].schema is None
+
+
+@pytest.mark.parametrize(
+    ("space", "image_hw", "sent"),
+    [
+        ("resized_pixel", (480, 640), (476, 644)),  # multiples of 28
+        ("norm1000", (480, 640), (480, 640)),
+        ("norm1000", (2000, 4000), (708, 1416)),  # sqrt(1003520 / 8e6) = 0.35418
+        ("pixel", (2000, 4000), (2000, 4000)),  # its answers would mean other pixels
+        ("unit", (1, 5_000_000), (1, 2240000)),  # too thin to keep its shape; the engine will refuse it
+    ],
+)
+def test_the_size_that_is_sent(space: CoordSpace, image_hw: tuple[int, int], sent: tuple[int, int]) -> None:
+    assert sent_hw(space, image_hw, 1003520) == sent
+
+
+def test_qwen25_gets_the_size_that_its_boxes_refer_to(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    Image.new("L", (640, 480)).save(path)  # grey
+    engine = Scripted()
+    asked = MllmBackend(engine, prior_params(backend="vllm", model="Qwen2.5-VL-7B"))
+    (answer,) = asked.ask([Question(0, 0, str(path), (480, 640), "cup")])
+    assert engine.batches[0][0].image.size == (644, 476)
+    assert answer.input_hw == (476, 644)
+
+
+def test_an_answer_that_breaks_the_prompt_is_drawn_again(image: str) -> None:
+    """The second attempt is drawn, from a seed of its own, with more room; only what broke the prompt is repeated."""
+    engine = Scripted(lambda request: "what?" if '"bad"' in request.text and request.temperature == 0 else GOOD)
+    answers = backend(engine).ask(ask_about(image, "good", "bad"))
+    assert [answer.raw_text for answer in answers] == [GOOD, GOOD]
+    assert [(answer.attempts, answer.prompt_tokens) for answer in answers] == [(1, 10), (2, 20)]
+    assert [len(batch) for batch in engine.batches] == [2, 1]
+    again = engine.batches[1][0]
+    assert (again.temperature, again.max_tokens, again.seed) == (0.7, 512, request_seed(3, 1, 0, 1))
+
+
+def test_what_never_keeps_to_the_prompt_is_kept_as_written(image: str) -> None:
+    engine = Scripted(lambda request: f"what? {request.max_tokens}")
+    (answer,) = backend(engine, retries=2).ask(ask_about(image, "cup"))
+    assert (answer.raw_text, answer.attempts, answer.is_valid, answer.unread) == ("what? 768", 3, False, None)
+
+
+def test_every_draw_has_a_seed_of_its_own() -> None:
+    seeds = {
+        request_seed(seed, sent_id, sample, attempt)
+        for seed in range(3)
+        for sent_id in range(100)
+        for sample in range(4)
+        for attempt in range(3)
+    }
+    assert len(seeds) == 3 * 100 * 4 * 3
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_further_samples_are_drawn(image: str) -> None:
+    engine = Scripted()
+    backend(engine).ask([Question(0, sample, image, (48, 64), "cup") for sample in range(3)])
+    assert [request.temperature for request in engine.batches[0]] == [0.0, 0.7, 0.7]
+    assert len({request.seed for request in engine.batches[0]}) == 3
+
+
+class Poisoned(Scripted):
+    """Refuses any batch in which a poisonous request is, as engines do."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        done = super().generate(requests)
+        if any("poison" in request.text for request in requests):
+            raise RuntimeError(f"at {id(self):x}")
+        return done
+
+
+def test_poison_is_found_and_the_rest_kept(image: str) -> None:
+    engine = Poisoned()
+    sentences = [f"thing {number}" for number in range(33)]
+    sentences[5] = sentences[20] = "poison"
+    answers = backend(engine).ask(ask_about(image, *sentences))
+    assert [row for row, answer in enumerate(answers) if answer.unread == "error"] == [5, 20]
+    assert {answers[row].reason for row in (5, 20)} == {
+        "RuntimeError"
+    }  # not its message, which differs from run to run
+    assert all(answer.raw_text == GOOD for row, answer in enumerate(answers) if row not in (5, 20))
+    assert len(engine.batches) <= 1 + 2 * 2 * 6  # two halves a level, two culprits, six levels
+
+
+def test_what_concerns_all_requests_stops_at_once(image: str) -> None:
+    class Gone(Scripted):
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            self.batches.append(list(requests))
+            raise InputError("no server")
+
+    engine = Gone()
+    with pytest.raises(InputError, match="no server"):
+        backend(engine).ask(ask_about(image, "a", "b", "c"))
+    assert len(engine.batches) == 1
+
+
+def test_a_broken_image_concerns_its_sentences_alone(image: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    asked = ask_about(image, "cup")
+    asked.append(Question(7, 0, str(tmp_path / "broken.png"), (48, 64), "cup"))
+    asked.append(Question(8, 0, str(tmp_path / "gone.png"), (48, 64), "cup"))
+    asked.append(Question(9, 0, image, (64, 48), "cup"))
+    answers = backend(Scripted()).ask(asked)
+    reasons = [
+        "",
+        f"{tmp_path}/broken.png: corrupt, or not one of JPEG, PNG, WEBP, BMP, TIFF",
+        f"{tmp_path}/gone.png: image not found",
+        "image of another size than the index says",
+    ]
+    assert [answer.reason for answer in answers] == reasons
+    assert [answer.unread for answer in answers] == [None, "error", "error", "error"]
+
+
+def test_an_image_is_opened_once_for_all_its_sentences(image: str) -> None:
+    engine = Scripted()
+    backend(engine).ask(ask_about(image, "a", "b", "c"))
+    first, *others = [request.image for request in engine.batches[0]]
+    assert all(other is first for other in others)
+
+
+# --- decoding ahead
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of images in the order in which they are loaded."""
+    paths: list[str] = []
+    load = MllmBackend._load
+
+    def noted(self: MllmBackend, path: str, image_hw: tuple[int, int]) -> Image.Image | str:
+        paths.append(Path(path).name)
+        return load(self, path, image_hw)
+
+    monkeypatch.setattr(MllmBackend, "_load", noted)
+    return paths
+
+
+def about_images(folder: Path, *numbers: int) -> list[Question]:
+    for number in set(numbers):
+        if not (folder / f"{number}.png").exists():
+            Image.new("RGB", (64, 48), (number, 0, 0)).save(folder / f"{number}.png")
+    return [Question(row, 0, str(folder / f"{number}.png"), (48, 64), "cup") for row, number in enumerate(numbers)]
+
+
+def test_the_next_images_are_decoded_while_the_engine_works(tmp_path: Path, decoded: list[str]) -> None:
+    first, second = about_images(tmp_path, 0, 0, 1), about_images(tmp_path, 1, 1, 2, 2, 3)
+    came = threading.Event()
+
+    class Waiting(Scripted):
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            if not self.batches:
+                came.set()
+                limit = time.monotonic() + 60
+                while len(decoded) < 4 and time.monotonic() < limit:
+                    time.sleep(0.001)
+            return super().generate(requests)
+
+    engine = Waiting()
+    asked = backend(engine)
+    asked.ask(first, second)
+    assert came.is_set()
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # before the first batch is answered
+    asked.ask(second)
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # none a second time, across the border too
+    assert [request.image.getpixel((0, 0))[0] for request in engine.batches[1]] == [1, 1, 2, 2, 3]
+
+
+def test_answers_are_the_same_with_and_without_a_look_ahead(tmp_path: Path) -> None:
+    chunks = [about_images(tmp_path, *numbers) for numbers in ((0, 1), (1, 2), (5, 2), (0, 0))]
+
+    def write(request: Request) -> str:
+        return json.dumps(BOX_2 | {"target": str(request.image.getpixel((0, 0)))})
+
+    plain, ahead = backend(Scripted(write)), backend(Scripted(write))
+    wanted = [plain.ask(chunk) for chunk in chunks]
+    following = [*chunks[2:], [], []]  # also a wrong guess does no harm
+    assert [ahead.ask(chunk, after) for chunk, after in zip(chunks, following, strict=True)] == wanted
+
+
+def test_no_more_is_decoded_ahead_than_memory_is_set_aside_for(
+    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mllm, "AHEAD_BYTES", 2 * 3 * 48 * 64)
+    asked = backend(Scripted())
+    asked.ask(about_images(tmp_path, 0), about_images(tmp_path, 1, 2, 3, 4))
+    asked._images._threads.shutdown(wait=True)
+    assert sorted(decoded) == ["0.png", "1.png", "2.png"]
+
+
+def test_nothing_is_held_after_a_failure(tmp_path: Path) -> None:
+    class Gone(Scripted):
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            raise KeyboardInterrupt
+
+    asked = backend(Gone())
+    with pytest.raises(KeyboardInterrupt):
+        asked.ask(about_images(tmp_path, 0), about_images(tmp_path, *range(1, 9)))
+    assert not asked._images._held
+
+
+# --- squares
+
+
+@pytest.mark.parametrize("size", [(120, 60), (60, 120), (90, 90), (301, 77)])
+@pytest.mark.parametrize("max_px", [1003520, 3600])
+def test_a_cropping_processor_sees_the_whole_image_and_its_answer_is_in_the_images_pixels(
+    tmp_path: Path, size: tuple[int, int], max_px: int
+) -> None:
+    """LLaVA-1.5's processor: shortest side to 56 px, middle 56 x 56 px. The engine finds the bright object in what the
+    processor leaves, and answers in fractions of that."""
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    width, height = size
+    pixels = np.zeros((height, width, 3), np.uint8)
+    x1, y1, x2, y2 = 0, height // 4, width // 5, height // 2  # at the left edge, which a crop would cut off
+    pixels[y1:y2, x1:x2] = 255
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+
+    def write(request: Request) -> str:
+        seen = np.asarray(processor(request.image, return_tensors="np")["pixel_values"])[0]
+        rows, columns = np.nonzero(seen.mean(axis=0) > 0.7)  # between the border's 0 and white's 2
+        box = [columns.min() / 56, rows.min() / 56, (columns.max() + 1) / 56, (rows.max() + 1) / 56]
+        return json.dumps(BOX_2 | {"boxes": [[float(value) for value in box]]})
+
+    params = prior_params(backend="vllm", model="llava-hf/llava-1.5-7b-hf", max_image_px=max_px)
+    (answer,) = MllmBackend(Scripted(write), params).ask(
+        [Question(0, 0, str(tmp_path / "photo.png"), (height, width), "cup")]
+    )
+    assert answer.coord_space == "unit_square"
+    assert answer.input_hw[0] == answer.input_hw[1] == min(max(size), int(max_px**0.5))
+    prior = parse_answer(answer.raw_text, answer.coord_space, (height, width), answer.input_hw)
+    pixel = max(size) / 56  # of the original image, that one of the processor's holds
+    assert prior.bbox == pytest.approx((x1, y1, x2, y2), abs=1.01 * pixel)
+
+
+def test_refshapes_vlm_gets_images_as_they_are(tmp_path: Path) -> None:
+    """It is a LLaVA whose processor crops nothing, and its images are squares."""
+    path = tmp_path / "scene.png"
+    Image.fromarray(np.arange(96 * 96 * 3, dtype=np.uint8).reshape(96, 96, 3)).save(path)
+    engine = Scripted()
+    asked = MllmBackend(engine, prior_params(backend="transformers", model="vlm/refshapes-vlm"))
+    (answer,) = asked.ask([Question(0, 0, str(path), (96, 96), "red circle")])
+    assert np.array_equal(np.asarray(engine.batches[0][0].image), np.asarray(Image.open(path)))
+    assert (answer.coord_space, answer.input_hw) == ("percent", (96, 96))
+
+
+def test_a_failed_second_attempt_keeps_the_first_answer(image: str) -> None:
+    class Once(Scripted):
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            if self.batches:
+                raise TimeoutError
+            return super().generate(requests)
+
+    (answer,) = backend(Once(lambda _: "it is at [1, 2, 3, 4]")).ask(ask_about(image, "cup"))
+    assert (answer.raw_text, answer.unread) == ("it is at [1, 2, 3, 4]", None)

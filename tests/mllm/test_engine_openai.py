@@ -1,0 +1,148 @@
+"""Against a server on 127.0.0.1: what is sent, what is understood, and what happens where the server has trouble."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from prior_tables import prior_params
+
+from bench.stub_server import Reply, Stub, completion, sentence_of, serve
+from l2l_core.errors import ConfigError, InputError
+from l2l_core.mllm import engine_openai as openai_http
+from l2l_core.mllm.engine import Completion, Request
+from l2l_core.mllm.engine_openai import OpenAIEngine
+from l2l_core.mllm.prompt import answer_schema, prompt_text
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+SCHEMA = answer_schema("box-2", "norm1000")
+
+
+@pytest.fixture(autouse=True)
+def _near(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(openai_http, "BACKOFF_S", 0.01)
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    with serve(Stub()) as running:
+        yield running
+
+
+def engine(url: str, **changes: object) -> OpenAIEngine:
+    settings = {"server_url": url, "concurrency": 4, "timeout_s": 5.0, "server_retries": 3} | changes
+    return OpenAIEngine(prior_params(backend="openai", model="qwen3-vl", engine=settings))
+
+
+def request(sentence: str, schema: dict[str, object] | None = SCHEMA) -> Request:
+    return Request(Image.fromarray(PIXELS), prompt_text("box-2", sentence, "norm1000"), schema, 0.7, 11, 64)
+
+
+def test_what_is_sent(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    engine(stub.url + "/").generate([request("red cup")])
+    (body,) = stub.bodies
+    assert stub.keys == ["Bearer secret"]
+    assert {key: body[key] for key in ("model", "temperature", "seed", "max_tokens")} == {
+        "model": "qwen3-vl",
+        "temperature": 0.7,
+        "seed": 11,
+        "max_tokens": 64,
+    }
+    assert body["response_format"]["json_schema"]["schema"] == SCHEMA
+    image, text = body["messages"][0]["content"]  # in this order
+    assert text == {"type": "text", "text": prompt_text("box-2", "red cup", "norm1000")}
+    kind, _, data = image["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64"
+    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) == PIXELS).all()
+
+
+def test_an_image_is_encoded_once_for_all_its_sentences(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    encode = openai_http._data_url
+    monkeypatch.setattr(openai_http, "_data_url", lambda image: encoded.append(image.getpixel((0, 0))) or encode(image))
+    images = [Image.new("RGB", (6, 4), (number, 0, 0)) for number in range(6)]
+    plain = request("red cup")
+    engine(stub.url).generate([replace(plain, image=image) for image in images for _ in range(7)])
+    assert sorted(encoded) == [(number, 0, 0) for number in range(6)]
+    sent = sorted(body["messages"][0]["content"][0]["image_url"]["url"] for body in stub.bodies)
+    assert sent == sorted(encode(image) for image in images for _ in range(7))
+
+
+def test_without_schema_and_key(stub: Stub) -> None:
+    engine(stub.url).generate([request("red cup", schema=None)])
+    assert "response_format" not in stub.bodies[0]
+    assert stub.keys == [None]
+
+
+def test_answers_come_in_the_order_of_the_questions(stub: Stub) -> None:
+    stub.answer = lambda body, _: completion(sentence_of(body), len(sentence_of(body)), 2)
+    sentences = [f"thing {number}" * (1 + number % 3) for number in range(20)]
+    done = engine(stub.url).generate([request(sentence) for sentence in sentences])
+    assert done == [Completion(sentence, len(sentence), 2) for sentence in sentences]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_trouble_that_passes_is_waited_for(stub: Stub, status: int) -> None:
+    stub.answer = lambda _, before: (status, b"busy") if before < 2 else completion("here")
+    assert [done.text for done in engine(stub.url).generate([request("cup")])] == ["here"]
+    assert len(stub.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "times"),
+    [(429, 4), (500, 4), (400, 1), (413, 1)],  # what is refused for its own sake is not repeated
+)
+def test_trouble_that_stays_is_marked_and_the_rest_kept(stub: Stub, status: int, times: int) -> None:
+    def answer(body: dict[str, object], _: int) -> Reply:
+        return (status, b"no") if sentence_of(body) == "bad" else completion("here")
+
+    stub.answer = answer
+    done = engine(stub.url).generate([request(sentence) for sentence in ("good", "bad", "fine")])
+    assert [(entry.text, entry.failure) for entry in done] == [("here", ""), ("", f"HTTP {status}"), ("here", "")]
+    assert len(stub.bodies) == 2 + times
+
+
+def test_silence_is_marked(stub: Stub) -> None:
+    stub.delay_s = 1.0
+    (done,) = engine(stub.url, timeout_s=0.1, server_retries=1).generate([request("cup")])
+    assert done == Completion("", failure="ReadTimeoutError")
+    assert len(stub.bodies) == 2
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"choices": []}', b'{"choices": [{"message": 1}]}'])
+def test_a_body_of_another_kind_is_marked(stub: Stub, body: bytes) -> None:
+    stub.answer = lambda *_: (200, body)
+    assert engine(stub.url).generate([request("cup")]) == [Completion("", failure="not a chat completion")]
+
+
+def test_a_refusal_is_an_answer_without_text(stub: Stub) -> None:
+    body = json.loads(completion("")[1])
+    body["choices"][0]["message"]["content"] = None
+    del body["usage"]
+    stub.answer = lambda *_: (200, json.dumps(body).encode())
+    assert engine(stub.url).generate([request("cup")]) == [Completion("")]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_without_the_model_or_for_others_stops_the_run(stub: Stub, status: int) -> None:
+    stub.answer = lambda *_: (status, b'{"message": "no model\\n qwen3-vl"}')
+    with pytest.raises(ConfigError, match=rf"HTTP {status} for priors\.model 'qwen3-vl': .*no model.* check model"):
+        engine(stub.url).generate([request(f"thing {number}") for number in range(9)])
+
+
+def test_no_server_stops_the_run() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(InputError, match=r"no server listens there; .*priors\.engine\.server_url.*run again to go on"):
+        engine(f"http://127.0.0.1:{port}/v1").generate([request("cup")])

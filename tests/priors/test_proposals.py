@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l2l_core.artifacts import records
+from l2l_core.config import ProposalsParams
+from l2l_core.core.masks import decode_rle, segmentation_to_rle
+from l2l_core.errors import ArtifactError, InputError
+from l2l_core.priors import proposals
+from l2l_core.priors.proposals import make_proposals, render_box, render_grabcut, render_point, shrink
+
+PARAMS = ProposalsParams(renderer="box", ring=0.1, core=0.0, size_px=48, falloff=0.15, inside_prob=0.9, flat_prob=0.1)
+GRABCUT = PARAMS.model_copy(update={"renderer": "grabcut"})
+HW = (240, 480)
+# A box in shares of the image, at least 3 cells of the map wide.
+boxes = st.tuples(st.floats(0, 0.9), st.floats(0, 0.9), st.floats(0.07, 1), st.floats(0.07, 1)).map(
+    lambda b: (b[0] * HW[1], b[1] * HW[0], min(b[0] + b[2], 1) * HW[1], min(b[1] + b[3], 1) * HW[0])
+)
+
+
+def prior(sent_id: int, sample_index: int = 0, **found: Any) -> dict[str, Any]:
+    return {"sent_id": sent_id, "sample_index": sample_index, **found}
+
+
+def run(
+    *priors: dict[str, Any], params: ProposalsParams = PARAMS, image: Path | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maps [N, S, S] uint8 and scores [N] of sentences that are all about one image."""
+    sent_ids = sorted({row["sent_id"] for row in priors})
+    refs = pd.DataFrame({"sent_id": sent_ids, "image_id": 1})
+    images = pd.DataFrame([{"image_id": 1, "file_name": str(image), "height": HW[0], "width": HW[1]}])
+    table = make_proposals(pa.Table.from_pylist(list(priors), records.PRIORS), refs, images, params)
+    assert table.schema == records.PROPOSALS
+    assert table["sent_id"].to_pylist() == sent_ids
+    size = params.size_px
+    assert set(table["height"].to_pylist()) == set(table["width"].to_pylist()) == {size}
+    maps = np.stack([np.frombuffer(soft, np.uint8).reshape(size, size) for soft in table["soft"].to_pylist()])
+    return maps, table["score"].to_numpy()
+
+
+# --- boxes ---
+
+
+def test_values_along_a_row_by_hand() -> None:
+    """Box 120..360 of 480 px = cells 12..36; the border is 0.15 * 24 = 3.6 cells wide, from 10.2 to 13.8."""
+    row = render_box((120, 0, 360, 240), HW, PARAMS)[24]
+    assert row[:10] == pytest.approx(0.1)  # up to center 9.5
+    assert row[14:34] == pytest.approx(0.9)
+    assert row[38:] == pytest.approx(0.1)
+    ramp = (11.5 - 10.2) / 3.6  # of cell 11
+    assert row[11] == pytest.approx(0.1 + 0.8 * ramp**2 * (3 - 2 * ramp))
+    assert row[11] + row[12] == pytest.approx(1.0)  # either side of the edge at 12
+
+
+@settings(deadline=None, max_examples=50)
+@given(boxes)
+def test_mirrored_boxes_give_mirrored_maps(box: tuple[float, float, float, float]) -> None:
+    x1, y1, x2, y2 = box
+    soft = render_box(box, HW, PARAMS)
+    assert render_box((HW[1] - x2, y1, HW[1] - x1, y2), HW, PARAMS) == pytest.approx(soft[:, ::-1], abs=1e-5)
+    assert render_box((x1, HW[0] - y2, x2, HW[0] - y1), HW, PARAMS) == pytest.approx(soft[::-1], abs=1e-5)
+    assert render_box((y1, x1, y2, x2), HW[::-1], PARAMS) == pytest.approx(soft.T, abs=1e-5)
+
+
+@settings(deadline=None)
+@given(boxes)
+def test_a_map_cut_at_half_is_the_box(box: tuple[float, float, float, float]) -> None:
+    """The cells whose centers are in the box, counted with plain comparisons."""
+    soft = render_box(box, HW, PARAMS)
+    assert soft.min() >= 0.1 - 1e-6
+    assert soft.max() <= 0.9 + 1e-6
+    x, y = (np.arange(48) + 0.5) * 10, (np.arange(48) + 0.5) * 5
+    distance = np.minimum.reduce(
+        np.broadcast_arrays(x[None] - box[0], box[2] - x[None], 2 * (y[:, None] - box[1]), 2 * (box[3] - y[:, None]))
+    )
+    assert (soft[distance > 0.01] > 0.5).all()
+    assert (soft[distance < -0.01] < 0.5).all()
+
+
+@settings(deadline=None)
+@given(boxes, st.floats(0.01, 1), st.floats(0.01, 1))
+def test_a_wider_falloff_is_softer(box: tuple[float, float, float, float], one: float, two: float) -> None:
+    sharp, soft = (
+        np.abs(render_box(box, HW, PARAMS.model_copy(update={"falloff": falloff})) - 0.5)
+        for falloff in sorted((one, two))
+    )
+    assert (sharp >= soft - 1e-5).all()
+
+
+def test_a_box_thinner_than_a_cell_still_marks_its_cell() -> None:
+    soft = render_box((104.0, 51.0, 106.0, 53.0), HW, PARAMS)  # center 105, 52: cell 10 (105), row 10 (52.5)
+    assert np.argwhere(soft > 0.5).tolist() == [[10, 10]]
+
+
+def test_many_boxes_at_once_are_the_single_ones() -> None:
+    rng = np.random.default_rng(0)
+    many = np.sort(rng.uniform(0, 240, (20, 2, 2)), axis=1).reshape(20, 4)
+    sizes = np.tile([[240, 480], [640, 427]], (10, 1))
+    together = render_box(many, sizes, PARAMS)
+    assert together.shape == (20, 48, 48)
+    for soft, box, hw in zip(together, many, sizes, strict=True):
+        np.testing.assert_array_equal(soft, render_box(box, hw, PARAMS))
+
+
+# --- points ---
+
+
+def test_a_point_is_a_round_blob() -> None:
+    """Half-way value at 0.2 * sqrt(240 * 480) = 67.9 px from the point, in every direction."""
+    params = PARAMS.model_copy(update={"size_px": 240})
+    soft = render_point((241.0, 120.5), HW, params)  # center of cell 120, 120; cells are 2 x 1 px
+    assert np.unravel_index(soft.argmax(), soft.shape) == (120, 120)
+    assert soft[120, 120] == pytest.approx(0.9)
+    assert soft[120, 120 + 33] > 0.5 > soft[120, 120 + 35]  # 66 and 70 px to the right
+    assert soft[120 + 67, 120] > 0.5 > soft[120 + 69, 120]  # 67 and 69 px below
+    assert soft.min() >= 0.1 - 1e-6
+
+
+# --- the table: several answers, none, and how far they are trusted ---
+
+
+def test_no_prior_is_flat_with_score_zero() -> None:
+    maps, scores = run(prior(1), prior(2, bbox=[120, 0, 360, 240]), prior(3))
+    assert (maps[[0, 2]] == round(0.1 * 255)).all()
+    assert maps[1].max() == round(0.9 * 255)
+    assert scores.tolist() == [0, 1, 0]
+
+
+def test_answers_are_averaged() -> None:
+    box, other = [120, 0, 360, 240], [0, 0, 120, 120]
+    (mean, one, two, flat), scores = run(
+        *[prior(1, 0, bbox=box), prior(1, 1, bbox=other), prior(1, 2)],
+        *[prior(2, sample, bbox=box) for sample in range(3)],
+        *[prior(3, sample, bbox=other) for sample in range(3)],
+        *[prior(4, sample) for sample in range(3)],
+    )
+    expected = (one.astype(float) + two + flat) / 3
+    assert np.abs(mean - expected).max() <= 1  # rounding
+    assert scores == pytest.approx([2 / 3 * 1 / 2, 1, 1, 0])  # two of three, disjoint; all the same; none
+
+
+def test_score_by_hand() -> None:
+    """Two boxes with IoU 1/3 (halves overlapping by half): agreement (1 + 1 + 1/3 + 1/3) / 4 = 2/3."""
+    _, scores = run(
+        prior(1, 0, bbox=[0, 0, 200, 100], score=0.5),
+        prior(1, 1, bbox=[100, 0, 300, 100], score=0.9),
+        prior(2, 0, bbox=[0, 0, 200, 100], score=0.0),
+        prior(2, 1, bbox=[0, 0, 200, 100], score=0.0),
+        prior(3, 0, bbox=[0, 0, 200, 100], score=0.8),
+        prior(3, 1, score=0.1),
+    )
+    assert scores == pytest.approx([2 / 3 * 0.7, 0.01, 0.5 * 0.8])
+
+
+def test_points_count_as_places() -> None:
+    maps, scores = run(
+        prior(1, point=[105.0, 52.5]), prior(2, point=[100.0, 50.0], bbox=[200, 100, 300, 200], score=0.5)
+    )
+    assert maps[0, 10, 10] == maps[0].max() == round(0.9 * 255)
+    assert maps[1, 10, 10] == round(0.1 * 255)  # the box says more than the point
+    assert scores == pytest.approx([1.0, 0.5])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.none() | boxes, st.none() | st.floats(0, 1)), min_size=1, max_size=8), st.integers(1, 2))
+def test_rows_in_any_order_and_number(found: list[tuple[Any, Any]], samples: int) -> None:
+    found = found[: max(samples, len(found) - len(found) % samples)] * samples
+    rows = [prior(k // samples, k % samples, bbox=box, score=score) for k, (box, score) in enumerate(found)]
+    rows = rows[: len(rows) - len(rows) % samples]
+    maps, scores = run(*rows)
+    again, scores_again = run(*rows[::-1])
+    np.testing.assert_array_equal(maps, again)
+    np.testing.assert_array_equal(scores, scores_again)
+    has_place = [any(row["bbox"] for row in rows if row["sent_id"] == k) for k in range(len(scores))]
+    assert ((scores > 0) == has_place).all()
+    assert (scores <= 1).all()
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [prior(k, bbox=[k, k, 200 + k, 100 + k]) for k in range(7)]
+    maps, scores = run(*rows)
+    monkeypatch.setattr(proposals, "CHUNK_CELLS", 2 * 48 * 48)
+    monkeypatch.setattr(proposals, "_BINARY_CHUNK_BYTES", 3 * 48 * 48)
+    again, scores_again = run(*rows)
+    np.testing.assert_array_equal(maps, again)
+    np.testing.assert_array_equal(scores, scores_again)
+
+
+def test_priors_that_do_not_fit() -> None:
+    with pytest.raises(ArtifactError, match="differ in their number of answers"):
+        run(prior(1), prior(1, 1), prior(2))
+    table = pa.Table.from_pylist([prior(1)], records.PRIORS)
+    images = pd.DataFrame([{"image_id": 1, "file_name": "x", "height": 10, "width": 10}])
+    refs = pd.DataFrame({"sent_id": [1, 2], "image_id": [1, 1]})
+    with pytest.raises(ArtifactError, match="not those of the index"):
+        make_proposals(table, refs, images, PARAMS)
+
+
+# --- GrabCut ---
+
+
+@pytest.fixture
+def disc(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """A noisy red disc on noisy green, and its true mask."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[: HW[0], : HW[1]]
+    mask = (x - 200) ** 2 + (y - 120) ** 2 < 80**2
+    image = np.where(mask[..., None], (40, 40, 200), (60, 160, 60)) + rng.integers(-25, 25, (*HW, 3))
+    cv2.imwrite(str(tmp_path / "disc.png"), image.astype(np.uint8))
+    return tmp_path / "disc.png", mask
+
+
+def iou_at_half(soft: np.ndarray, mask: np.ndarray) -> float:
+    cut = cv2.resize(soft.astype(np.float32), HW[::-1], interpolation=cv2.INTER_LINEAR) > 127.5
+    return float((cut & mask).sum() / (cut | mask).sum())
+
+
+@pytest.mark.parametrize("box", [[120, 40, 280, 200], [125, 50, 290, 190], [110, 30, 270, 205]])
+def test_grabcut_finds_the_shape_in_the_box(box: list[float], disc: tuple[Path, np.ndarray]) -> None:
+    """A disc fills pi / 4 = 0.79 of its box; the cut must come much closer, also from boxes that are a little off."""
+    path, mask = disc
+    by_box, _ = run(prior(1, bbox=box))
+    cut, scores = run(prior(1, bbox=box), params=GRABCUT, image=path)
+    assert iou_at_half(by_box[0], mask) < 0.82
+    assert iou_at_half(cut[0], mask) > 0.93
+    assert cut.min() >= round(0.1 * 255)
+    assert cut.max() <= round(0.9 * 255)
+    assert scores.tolist() == [1]
+
+
+def test_grabcut_is_the_same_in_any_order(disc: tuple[Path, np.ndarray]) -> None:
+    rows = [prior(k, bbox=[100 + 3 * k, 30, 280, 200]) for k in range(4)]
+    maps, _ = run(*rows, params=GRABCUT, image=disc[0])
+    for k in reversed(range(4)):
+        alone, _ = run(rows[k], params=GRABCUT, image=disc[0])
+        np.testing.assert_array_equal(alone[0], maps[k])
+
+
+def test_grabcut_falls_back_to_the_box(disc: tuple[Path, np.ndarray]) -> None:
+    image = cv2.imread(str(disc[0]))
+    whole = (0.0, 0.0, 480.0, 240.0)  # leaves no background
+    tiny = (100.0, 100.0, 102.0, 102.0)
+    for box in (whole, tiny):
+        np.testing.assert_array_equal(render_grabcut(shrink(image), box, HW, GRABCUT), render_box(box, HW, GRABCUT))
+    box = (100.0, 50.0, 200.0, 150.0)
+    plain = np.full((*HW, 3), 128, dtype=np.uint8)  # nothing to tell apart
+    dotted = plain.copy()
+    dotted[95:105, 145:155] = (0, 0, 255)  # 1 % of the box
+    for image in (plain, dotted):
+        np.testing.assert_array_equal(render_grabcut(shrink(image), box, HW, GRABCUT), render_box(box, HW, GRABCUT))
+
+
+def test_grabcut_needs_no_image_for_sentences_without_a_box() -> None:
+    maps, _ = run(prior(1), params=GRABCUT, image=Path("gone.png"))
+    assert (maps == round(0.1 * 255)).all()
+
+
+def test_a_missing_image_is_named() -> None:
+    with pytest.raises(InputError, match=r"gone\.png: image not found; GrabCut needs it"):
+        run(prior(1, bbox=[1, 2, 30, 40]), params=GRABCUT, image=Path("gone.png"))
+
+
+def test_grabcut_improves_on_boxes_of_real_photos(real_data: Path) -> None:
+    """Mean IoU with the true masks of RefCOCO's referred objects in real photos, from their true boxes."""
+    folder = real_data / "res_mini"
+    instances = json.loads((folder / "refcoco/instances.json").read_text())
+    images = {item["id"]: item for item in instances["images"]}
+    scores = []
+    for item in instances["annotations"]:
+        photo = images[item["image_id"]]
+        height, width = photo["height"], photo["width"]
+        mask = decode_rle(segmentation_to_rle(item["segmentation"], height, width), height, width)
+        x, y, w, h = item["bbox"]
+        image = cv2.imread(str(folder / "images/train2014" / photo["file_name"]))
+        soft = (
+            render_box((x, y, x + w, y + h), (height, width), PARAMS),
+            render_grabcut(shrink(image), (x, y, x + w, y + h), (height, width), GRABCUT),
+        )
+        cuts = [cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) > 0.5 for one in soft]
+        scores.append([(cut & mask).sum() / (cut | mask).sum() for cut in cuts])
+    by_box, by_grabcut = np.mean(scores, axis=0)
+    assert len(scores) >= 19
+    assert by_grabcut > by_box + 0.02

@@ -1,0 +1,262 @@
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from synthetic_run import write_run
+from toy_pairs import toy_params
+
+from l2l_core.artifacts import records
+from l2l_core.config import Params
+from l2l_core.core.masks import decode_rle, encode_rle, resize_mask
+from l2l_core.data.load import sentences_of
+from l2l_core.data.pairs import BatchMaker
+from l2l_core.data.views import Views
+from l2l_core.errors import ArtifactError, InputError
+from l2l_core.pseudo_labels import generate as labeling
+from l2l_core.pseudo_labels.features import Candidates
+from l2l_core.pseudo_labels.generate import (
+    Labels,
+    judge_out_of_fold,
+    judge_unlabeled,
+    label_unlabeled,
+    pseudo_label_table,
+)
+from l2l_core.pseudo_labels.select import Decision, decide
+
+HEIGHT, WIDTH, GRID = 48, 64, 4
+
+
+def params_of(policy: str = "reinforce", **select: object) -> Params:
+    return toy_params(
+        proposals={"size_px": 24},
+        select={"policy": policy, "grid": GRID, "pixel_threshold": 0.9, "candidates": ["teacher"], **select},
+        evaluate={"batch_size": 3},
+    )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A made-up run below the current folder, of which two images (four sentences) are labelled."""
+    write_run(tmp_path, images_per_split=5, height=HEIGHT, width=WIDTH)
+    monkeypatch.chdir(tmp_path)
+    split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
+    for row in split:
+        row["role"] = "labeled" if row["sent_id"] < 4 else row["role"]
+    records.write_table(records.make_table(split, records.SPLIT), records.SPLIT_PATH, records.SPLIT)
+    masks = records.read_table(records.INDEX.masks, records.MASKS)
+    records.write_table(masks.slice(0, 2), records.LABELED_MASKS_PATH, records.MASKS)
+    return tmp_path
+
+
+def true_masks() -> dict[int, np.ndarray]:
+    """sent_id -> [H, W] bool."""
+    masks = records.read_table(records.INDEX.masks, records.MASKS).to_pylist()
+    by_ann = {row["ann_id"]: decode_rle(row["rle_counts"], HEIGHT, WIDTH) for row in masks}
+    refs = records.read_table(records.INDEX.refs, records.REFS).to_pylist()
+    return {row["sent_id"]: by_ann[row["ann_id"]] for row in refs}
+
+
+class Oracle:
+    """A teacher that answers with the truth at 0.95 inside and 0.2 outside, and remembers whom it was asked about."""
+
+    def __init__(self) -> None:
+        self.truth = true_masks()
+        self.asked: list[int] = []
+
+    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
+        sent_id = batches.pairs.sent_id
+        backwards = np.arange(len(sent_id))[::-1]  # in an order of its own, as a predictor may
+        for start in range(0, len(sent_id), batch_size):
+            rows = backwards[start : start + batch_size]
+            some = sent_id[rows]
+            self.asked += some.tolist()
+            truth = [resize_mask(self.truth[number], batches.size_px, batches.size_px) for number in some.tolist()]
+            prob = np.where(np.stack(truth), 0.95, 0.2).astype(np.float32)
+            score = np.ones(len(some), np.float32)
+            image = np.zeros((*prob.shape, 3), np.uint8)
+            yield rows, Views(some, image, prob, prob, prob, prob, score, np.full(len(some), 4))
+
+
+class Doubtful(Oracle):
+    """Its prior is the truth; its own mask lies half an image beside it."""
+
+    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
+        for rows, views in super().views(batches, batch_size, what):
+            prob = np.roll(views.prob, views.prob.shape[2] // 2, axis=2)
+            yield rows, replace(views, prob=prob, proposal=views.prob)
+
+
+def decision(count: int, accepted: list[int], cells: np.ndarray | None = None) -> Decision:
+    taken = np.isin(np.arange(count), accepted)
+    keep = np.ones((count, GRID, GRID), dtype=bool) if cells is None else cells
+    return Decision(np.zeros(count, np.int64), taken * 0.7 + 0.1, taken, keep, np.linspace(-1, 1, count))
+
+
+def teachers_own(labels: Labels) -> list[bytes]:
+    """The first candidate of every sentence."""
+    return [made[0] for made in labels.candidates]
+
+
+def labels_and_candidates(params: Params) -> tuple[Labels, Candidates]:
+    return label_unlabeled(params, Oracle())  # type: ignore[arg-type]
+
+
+def test_labels_are_the_teachers_masks_at_the_images_own_size(run):
+    labels, seen = labels_and_candidates(params_of())
+    wanted = sentences_of("unlabeled").tolist()
+    assert labels.pairs.sent_id.tolist() == seen.sent_id.tolist() == wanted
+    truth = true_masks()
+    for sent_id, counts in zip(wanted, teachers_own(labels), strict=True):
+        mask = decode_rle(counts, HEIGHT, WIDTH)
+        assert (mask & truth[sent_id]).sum() / (mask | truth[sent_id]).sum() > 0.75
+    assert seen.cells.shape[:4] == (len(wanted), 1, GRID, GRID)
+
+
+def test_confident_pixels_are_those_that_pass_the_threshold(run):
+    """Inside is 0.95 (confidence 0.95), outside 0.2 (0.8), with a blurred border between."""
+    labels, _ = labels_and_candidates(params_of("threshold", pixel_threshold=0.9))
+    for counts, confident in zip(teachers_own(labels), labels.confident, strict=True):
+        mask, sure = decode_rle(counts, HEIGHT, WIDTH), decode_rle(confident, HEIGHT, WIDTH)
+        assert sure.any()
+        assert not (sure & ~mask).any()
+    everything, _ = labels_and_candidates(params_of("threshold", pixel_threshold=0.5))
+    assert all(decode_rle(counts, HEIGHT, WIDTH).all() for counts in everything.confident)
+    nothing, _ = labels_and_candidates(params_of("threshold", pixel_threshold=0.99))
+    assert not any(decode_rle(counts, HEIGHT, WIDTH).any() for counts in nothing.confident)
+
+
+def test_a_table_of_labels_says_what_was_decided(run):
+    params = params_of()
+    labels, seen = labels_and_candidates(params)
+    count = len(labels.pairs)
+    made = decision(count, accepted=[0, 3])
+    rows = pseudo_label_table(params, 2, labels, seen, made).to_pylist()
+    assert [row["sent_id"] for row in rows] == labels.pairs.sent_id.tolist()
+    assert [row["accepted"] for row in rows] == [number in (0, 3) for number in range(count)]
+    assert [row["rle_counts"] for row in rows] == teachers_own(labels)
+    assert {row["round"] for row in rows} == {2}
+    assert {row["policy"] for row in rows} == {"reinforce"}
+    assert {(row["height"], row["width"]) for row in rows} == {(HEIGHT, WIDTH)}
+    np.testing.assert_allclose([row["reward"] for row in rows], made.reward, rtol=1e-6)
+    np.testing.assert_allclose([row["accept_prob"] for row in rows], made.accept_prob, rtol=1e-6)
+    np.testing.assert_allclose([row["prior_iou"] for row in rows], 1.0, atol=1e-3)
+
+
+def test_the_chosen_candidate_is_what_the_table_holds(run):
+    """Two candidates that differ, chosen in turn: label, name and IoU with the proposal are the chosen one's."""
+    params = params_of(candidates=["teacher", "prior"])
+    labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
+    assert all(first != second for first, second in labels.candidates)
+    count = len(labels.pairs)
+    made = replace(decision(count, list(range(count))), choice=np.arange(count) % 2)
+    rows = pseudo_label_table(params, 1, labels, seen, made).to_pylist()
+    assert [row["candidate"] for row in rows] == ["teacher" if number % 2 == 0 else "prior" for number in range(count)]
+    truth = true_masks()
+    for number, row in enumerate(rows):
+        assert row["rle_counts"] == labels.candidates[number][number % 2]
+        mask = decode_rle(row["rle_counts"], HEIGHT, WIDTH)
+        iou = (mask & truth[row["sent_id"]]).sum() / (mask | truth[row["sent_id"]]).sum()
+        assert (iou > 0.4) == (number % 2 == 1)  # fitted to an image without any colours, the truth loses its rim
+        assert (row["prior_iou"] > 0.4) == (number % 2 == 1)
+
+
+def test_the_oracle_finds_the_best_candidate_of_each_sentence(run):
+    """The prior is right and the teacher wrong, in either order."""
+    for names in (["teacher", "prior"], ["prior", "teacher"]):
+        params = params_of("oracle", candidates=names)
+        labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
+        made = decide(params.select, seen, None, judge_unlabeled(params, labels, records.INDEX.masks))
+        assert {names[k] for k in made.choice} == {"prior"}
+        assert made.accept_prob.min() > 0.4
+
+
+def test_semires_writes_how_much_each_pixel_teaches(run):
+    """0.95 weighs 1.3 - N(0.95; 0.5, 0.1) = 0.8417, 0.2 weighs 0.4956: 215 and 126 of 255."""
+    params = params_of("semires")
+    labels, seen = labels_and_candidates(params)
+    made = decision(len(labels.pairs), [0])
+    for row in pseudo_label_table(params, 1, labels, seen, made).to_pylist():
+        weight = np.frombuffer(row["weight"], np.uint8)
+        assert weight.shape == (24 * 24,)
+        assert weight.max() == 215
+        assert np.median(weight) == 126
+
+
+@pytest.mark.parametrize("policy", ["reinforce", "threshold", "all"])
+def test_nothing_of_a_rejected_label_may_teach(run, policy):
+    """Whatever cells the decision still names."""
+    params = params_of(policy)
+    labels, seen = labels_and_candidates(params)
+    rows = pseudo_label_table(params, 1, labels, seen, decision(len(labels.pairs), accepted=[1])).to_pylist()
+    kept = [decode_rle(row["keep_rle"], HEIGHT, WIDTH).any() for row in rows]
+    assert kept == [number == 1 for number in range(len(rows))]
+
+
+def test_kept_cells_become_pixels(run):
+    params = params_of()
+    labels, seen = labels_and_candidates(params)
+    cells = np.random.default_rng(0).random((len(labels.pairs), GRID, GRID)) > 0.5
+    made = decision(len(labels.pairs), list(range(len(labels.pairs))), cells)
+    rows = pseudo_label_table(params, 1, labels, seen, made).to_pylist()
+    for row, kept in zip(rows, cells, strict=True):
+        expected = kept.repeat(HEIGHT // GRID, axis=0).repeat(WIDTH // GRID, axis=1)
+        np.testing.assert_array_equal(decode_rle(row["keep_rle"], HEIGHT, WIDTH), expected)
+
+
+def test_the_threshold_rule_keeps_confident_pixels_instead_of_cells(run):
+    params = params_of("threshold")
+    labels, seen = labels_and_candidates(params)
+    count = len(labels.pairs)
+    none = np.zeros((count, GRID, GRID), dtype=bool)
+    rows = pseudo_label_table(params, 1, labels, seen, decision(count, list(range(count)), none)).to_pylist()
+    assert [row["keep_rle"] for row in rows] == labels.confident
+
+
+def test_nothing_to_label_is_said_in_a_line(run):
+    split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
+    rows = [row | {"role": row["role"].replace("unlabeled", "labeled")} for row in split]
+    records.write_table(records.make_table(rows, records.SPLIT), records.SPLIT_PATH, records.SPLIT)
+    with pytest.raises(InputError, match=r"no sentence is unlabelled.*set round to 0"):
+        labels_and_candidates(params_of())
+
+
+# --- judging
+
+
+def test_labelled_sentences_are_judged_by_the_teacher_that_never_saw_their_image(run, monkeypatch):
+    teachers: dict[str, Oracle] = {}
+
+    class Runs:
+        @staticmethod
+        def from_run(folder, params):
+            return teachers.setdefault(str(folder), Oracle())
+
+    monkeypatch.setattr(labeling, "Predictor", Runs)
+    params = params_of(folds=2)
+    seen, outcome = judge_out_of_fold(params, run / "folds")
+    assert sorted(teachers) == [str(run / "folds/0"), str(run / "folds/1")]
+    assert sorted(sorted(teacher.asked) for teacher in teachers.values()) == [[0, 1], [2, 3]]  # an image each
+    np.testing.assert_array_equal(seen.sent_id, outcome.sent_id)
+    assert sorted(outcome.sent_id.tolist()) == [0, 1, 2, 3]
+    np.testing.assert_allclose(outcome.iou, 1.0)  # the truth is the truth
+
+
+def test_the_oracle_judges_labels_by_the_truth(run):
+    params = params_of("oracle")
+    labels, _ = labels_and_candidates(params)
+    empty = encode_rle(np.zeros((HEIGHT, WIDTH), dtype=bool))
+    truth = true_masks()
+    right = [encode_rle(truth[number]) for number in labels.pairs.sent_id.tolist()]
+    mixed = [counts if row % 2 else empty for row, counts in enumerate(right)]
+    outcome = judge_unlabeled(params, Labels(labels.pairs, [[counts] for counts in mixed], [], []), records.INDEX.masks)
+    np.testing.assert_array_equal(outcome.sent_id, labels.pairs.sent_id)
+    np.testing.assert_array_equal(outcome.iou[:, 0], np.arange(len(mixed)) % 2)
+
+
+def test_the_oracle_needs_the_truth(run):
+    params = params_of("oracle")
+    labels, _ = labels_and_candidates(params)
+    with pytest.raises(ArtifactError, match="lacks the mask"):
+        judge_unlabeled(params, labels, records.LABELED_MASKS_PATH)

@@ -1,0 +1,124 @@
+"""Oracle: symmetry."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from simulated_views import described, simulated_views
+
+from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates
+from l2l_core.pseudo_labels.policy import Actor, act
+
+
+@pytest.fixture
+def actor():
+    """Random in every weight, as after training."""
+    generator = torch.Generator().manual_seed(0)
+    result = Actor(generator)
+    for weight in result.parameters():
+        torch.nn.init.normal_(weight, generator=generator)
+    result.sentence_mean.fill_(0.4)
+    result.cell_std.fill_(0.3)
+    return result
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    return described(simulated_views(40, seed=1)[0], 8)
+
+
+def test_a_new_policy_is_undecided_and_keeps_most_cells(candidates):
+    action = act([Actor(torch.Generator().manual_seed(0))], candidates)
+    np.testing.assert_array_equal(action.accept_prob, 0.5)
+    np.testing.assert_allclose(action.keep_prob, 1 / (1 + np.exp(-3)), rtol=1e-6)
+
+
+def test_mirrored_cells_give_mirrored_decisions(actor, candidates):
+    plain = act([actor], candidates)
+    mirrored = act([actor], replace(candidates, cells=candidates.cells[:, :, :, ::-1].copy()))
+    np.testing.assert_allclose(mirrored.accept_prob, plain.accept_prob, rtol=1e-5)
+    np.testing.assert_allclose(mirrored.keep_prob[:, :, ::-1], plain.keep_prob, atol=1e-5)
+    assert np.ptp(plain.keep_prob) > 0.5  # a constant would be symmetric too
+
+
+def test_cells_far_away_do_not_matter(actor, candidates):
+    """A cell's decision depends on its 3 x 3 neighbourhood and on the sentence, on nothing else."""
+    cells = candidates.cells.copy()
+    cells[:, :, 0, 0] = 1 - cells[:, :, 0, 0]
+    before = act([actor], candidates).keep_prob
+    after = act([actor], replace(candidates, cells=cells)).keep_prob
+    changed = (np.abs(after - before) > 1e-6).any(0)
+    assert changed[:2, :2].all()
+    changed[:2, :2] = False
+    assert not changed.any()
+
+
+def test_cells_at_the_border_decide_like_inner_ones(actor, candidates):
+    """Where all cells look alike, so do all decisions of a sentence: the image's edge is no feature."""
+    cells = np.broadcast_to(candidates.cells[:, :, :1, :1], candidates.cells.shape).copy()
+    keep_prob = act([actor], replace(candidates, cells=cells)).keep_prob
+    np.testing.assert_allclose(keep_prob, np.broadcast_to(keep_prob[:, 4:5, 4:5], keep_prob.shape), atol=1e-5)
+
+
+def test_a_candidate_without_a_kept_foreground_cell_is_wanted_by_nobody(actor, candidates):
+    """Two candidates a sentence, the second the same with its label emptied but wanted most: the first is taken. A
+    sentence of which both are empty has none that could teach, whatever its probability."""
+    column = SENTENCE_FEATURES.index("words")
+    with torch.no_grad():
+        actor.accept_direct[0, column] = 100.0
+        actor.keep_bias.fill_(50.0)
+    empty = candidates.cells.copy()
+    empty[..., CELL_FEATURES.index("label")] = 0
+    wanted = candidates.sentence.copy()
+    wanted[..., column] += 1.0
+    first = np.where(np.arange(len(empty))[:, None, None, None, None] == 7, empty, candidates.cells)
+    both = replace(
+        candidates,
+        cells=np.concatenate([first, empty], axis=1),
+        sentence=np.concatenate([candidates.sentence, wanted], axis=1),
+    )
+    action = act([actor], both)
+    labelled = (candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
+    labelled[7] = False
+    np.testing.assert_array_equal(action.choice, ~labelled)  # both empty: the one that is wanted more
+    assert not action.accepted[~labelled].any()
+    assert action.accepted[labelled].any()
+    with torch.no_grad():
+        actor.keep_bias.fill_(-50.0)
+    assert not act([actor], candidates).accepted.any()  # nothing of any label is kept
+
+
+def test_the_most_wanted_candidate_stands_for_its_sentence(actor, candidates):
+    """Three sentences' labels as the candidates of one: it gets the best one's cells, and the probability that any is
+    taken: the sum of their odds against none."""
+    slope = 0.5
+    alone = act([actor], candidates, slope)
+    foreground = candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0
+    rows = np.flatnonzero(((alone.keep_prob > 0.5) & foreground).any((1, 2)))[:9].reshape(3, 3)
+    joined = Candidates(
+        candidates.sent_id[:3],
+        candidates.cells[rows, 0],
+        candidates.sentence[rows, 0],
+        candidates.confidence[:3],
+        candidates.prior_iou[:3],
+    )
+    action = act([actor], joined, slope)
+    odds = np.exp(alone.accept_logit[rows].astype(np.float64))
+    np.testing.assert_array_equal(action.choice, odds.argmax(1))
+    assert len(set(action.choice.tolist())) > 1  # a constant choice would not be told apart
+    np.testing.assert_allclose(action.accept_prob, 1 / (1 + odds.sum(1) ** -slope), rtol=1e-5)
+    np.testing.assert_array_equal(action.accepted, odds.sum(1) > 1)
+    np.testing.assert_allclose(action.keep_prob, alone.keep_prob[rows[np.arange(3), action.choice]], atol=1e-6)
+
+
+def test_several_actors_decide_by_the_mean_of_their_logits(candidates):
+    """Two actors whose logits differ by a constant: together they decide as one with the constant halved."""
+    actors = [Actor(torch.Generator().manual_seed(4)) for _ in range(3)]
+    for actor, (wanted, kept) in zip(actors, [(0.0, 0.0), (2.0, -4.0), (1.0, -2.0)], strict=True):
+        with torch.no_grad():
+            actor.accept_bias += wanted
+            actor.keep_bias += kept
+    both, expected = act(actors[:2], candidates), act(actors[2:], candidates)
+    np.testing.assert_allclose(both.accept_logit, expected.accept_logit, rtol=1e-5)
+    np.testing.assert_allclose(both.keep_prob, expected.keep_prob, rtol=1e-5)

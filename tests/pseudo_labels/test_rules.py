@@ -1,0 +1,22 @@
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from l2l_core.pseudo_labels.rules import semires_weight
+
+
+def test_undecided_pixels_teach_least():
+    """At 0.5 the density is 1 / sqrt(0.2 pi) = 1.2616; 0.25 away it is that times exp(-0.3125), 0.5 away exp(-1.25)."""
+    weight = semires_weight(np.array([[0.0, 0.25, 0.5], [1.0, 0.75, 0.5]], dtype=np.float32))
+    assert weight.dtype == np.float32
+    row = [1.3 - 1.26157 * 0.286505, 1.3 - 1.26157 * 0.731616, 1.3 - 1.26157]
+    assert row == pytest.approx([0.9386, 0.3770, 0.0384], abs=1e-4)
+    np.testing.assert_allclose(weight, [row, row], atol=1e-5)
+
+
+def test_it_is_scipys_normal_density_and_always_a_weight():
+    prob = np.linspace(0, 1, 1001, dtype=np.float32)
+    weight = semires_weight(prob)
+    np.testing.assert_allclose(weight, 1.3 - norm.pdf(prob, loc=0.5, scale=0.1**0.5), atol=1e-6)
+    assert weight.min() >= 0
+    assert weight.max() <= 1

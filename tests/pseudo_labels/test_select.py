@@ -1,0 +1,155 @@
+"""Oracles: decisions on five sentences derived by hand; reordering the sentences reorders the decisions."""
+
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import rankdata
+from simulated_views import described, judged, simulated_views
+
+from l2l_core.config import SelectParams, load_params
+from l2l_core.pseudo_labels.critic import Critic
+from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, Outcome
+from l2l_core.pseudo_labels.policy import Actor, Policy
+from l2l_core.pseudo_labels.rules import best_fraction, mean_rank
+from l2l_core.pseudo_labels.select import decide
+
+RULES = get_args(SelectParams.model_fields["policy"].annotation)
+
+
+def params_of(rule, **changes):
+    return load_params().select.model_copy(
+        update={"policy": rule, "keep_fraction": 0.4, "wrong_cost": 1.0, "unlabeled_weight": 0.2, **changes}
+    )
+
+
+@pytest.fixture
+def five():
+    """Five labels of one cell each, all foreground, with the votes 0, 1/4, 1/2, 3/4, 1."""
+    votes = np.linspace(0, 1, 5)
+    cells = np.zeros((5, 1, 1, 1, len(CELL_FEATURES)), dtype=np.float16)
+    cells[..., CELL_FEATURES.index("label")] = 1
+    for name in ("votes", "label_votes"):
+        cells[:, 0, 0, 0, CELL_FEATURES.index(name)] = votes
+    seen = Candidates(
+        sent_id=np.array([10, 11, 12, 13, 14]),
+        cells=cells,
+        sentence=np.zeros((5, 1, len(SENTENCE_FEATURES)), dtype=np.float32),
+        confidence=np.array([0.9, 0.6, 0.8, 0.7, 0.95], dtype=np.float32),
+        prior_iou=np.array([0.0, 0.5, 0.6, 0.0, 0.1], dtype=np.float32),
+    )
+    right = np.array([0.9, 0.5, 0.51, 0.0, 0.2], dtype=np.float32)
+    shares = np.stack([right, 1 - right, 0 * right, 0 * right], axis=-1)[:, None, None, None, :]
+    return seen, Outcome(seen.sent_id, shares, right[:, None])
+
+
+@pytest.mark.parametrize(
+    ("rule", "accepted", "accept_prob"),
+    [
+        ("all", [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
+        ("threshold", [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
+        ("semires", [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
+        ("mean_teacher", [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
+        ("none", [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
+        ("topk", [1, 0, 0, 0, 1], [0.8, 0.2, 0.6, 0.4, 1]),
+        ("agreement", [0, 1, 1, 0, 0], [0.3, 0.8, 1, 0.3, 0.6]),
+        ("ranksum", [0, 0, 1, 0, 1], [0.55, 0.5, 0.8, 0.35, 0.8]),
+        ("oracle", [1, 0, 1, 0, 0], [0.9, 0.5, 0.51, 0, 0.2]),
+    ],
+)
+def test_fixed_rules_by_hand(five, rule, accepted, accept_prob):
+    """The best 40 % of five are two; rank 1 / 5 is the lowest, the two prior IoU of 0 share rank 1.5 / 5."""
+    seen, outcome = five
+    decision = decide(params_of(rule), seen, None, outcome)
+    np.testing.assert_array_equal(decision.accepted, np.array(accepted, dtype=bool))
+    np.testing.assert_allclose(decision.accept_prob, accept_prob, atol=1e-6)
+    np.testing.assert_array_equal(decision.keep_cells[:, 0, 0], decision.accepted)
+
+
+def test_reward_is_the_utility_of_what_is_kept(five):
+    """One cell of foreground, a share v of it right and no background: v / 2 - (1 - v); 0 for a rejected label. By the
+    truth where it is given, by the votes 0, 1/4, ... where it is not."""
+    seen, outcome = five
+    by_truth = decide(params_of("oracle"), seen, None, outcome).reward
+    np.testing.assert_allclose(by_truth, [0.35, 0, 0.51 / 2 - 0.49, 0, 0], atol=1e-6)
+    by_votes = decide(params_of("all"), seen, None).reward
+    np.testing.assert_allclose(by_votes, [-1, 0.125 - 0.75, -0.25, 0.375 - 0.25, 0.5], atol=1e-6)
+
+
+def test_rules_without_what_they_need_are_refused(five):
+    seen, outcome = five
+    with pytest.raises(ValueError, match="oracle needs"):
+        decide(params_of("oracle"), seen, None)
+    with pytest.raises(ValueError, match="reinforce needs"):
+        decide(params_of("reinforce"), seen, None)
+    with pytest.raises(ValueError, match="same sentences"):
+        decide(params_of("oracle"), seen, None, replace(outcome, sent_id=outcome.sent_id[::-1]))
+
+
+class Silent(Critic):
+    def judge(self, candidates):
+        return candidates
+
+
+def eager_policy(accept_bias):
+    """Random, but sure to accept (bias 50) or to reject (-50) every sentence."""
+    generator = torch.Generator().manual_seed(3)
+    actor = Actor(generator)
+    torch.nn.init.normal_(actor.keep, generator=generator)
+    torch.nn.init.normal_(actor.accept, generator=generator)
+    torch.nn.init.constant_(actor.accept_bias, accept_bias)
+    return Policy(Silent(()), (actor,), 1.0)
+
+
+def test_reinforce_never_accepts_a_label_without_kept_foreground(five):
+    seen, _ = five
+    cells = seen.cells.copy()
+    cells[:2, ..., CELL_FEATURES.index("label")] = 0
+    seen = replace(seen, cells=cells)
+    policy = eager_policy(50.0)
+    torch.nn.init.constant_(policy.actors[0].keep_bias, 100.0)
+    np.testing.assert_array_equal(decide(params_of("reinforce"), seen, policy).accepted, [0, 0, 1, 1, 1])
+    torch.nn.init.constant_(policy.actors[0].keep_bias, -100.0)
+    assert not decide(params_of("reinforce"), seen, policy).accepted.any()
+
+
+def test_a_rejected_label_keeps_no_cell(five):
+    decision = decide(params_of("reinforce"), five[0], eager_policy(-50.0))
+    assert not decision.accepted.any()
+    assert not decision.keep_cells.any()
+    assert (decision.reward == 0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_reordering_the_sentences_reorders_the_decisions(rule):
+    """Also where scores tie, since many prior IoU are 0."""
+    views, truth = simulated_views(60, seed=21)
+    seen, outcome = described(views, 6), judged(views, truth, 6)
+    order = np.random.default_rng(0).permutation(60)
+
+    def reordered(table):
+        return type(table)(**{name: values[order] for name, values in vars(table).items()})
+
+    policy = eager_policy(0.0)
+    plain = decide(params_of(rule), seen, policy, outcome)
+    shuffled = decide(params_of(rule), reordered(seen), policy, reordered(outcome))
+    np.testing.assert_array_equal(shuffled.accepted, plain.accepted[order])
+    np.testing.assert_array_equal(shuffled.keep_cells, plain.keep_cells[order])
+    np.testing.assert_allclose(shuffled.accept_prob, plain.accept_prob[order], atol=1e-6)
+    np.testing.assert_allclose(shuffled.reward, plain.reward[order], atol=1e-5)
+
+
+def test_mean_rank_is_the_statisticians_average_rank():
+    score = np.random.default_rng(5).integers(0, 6, 50).astype(np.float32)
+    np.testing.assert_allclose(mean_rank(score), rankdata(score) / 50, rtol=1e-6)
+
+
+def test_best_fraction_counts_and_breaks_ties_by_sentence():
+    score = np.array([1.0, 2.0, 2.0, 2.0, 0.0])
+    sent_id = np.array([5, 9, 7, 8, 1])
+    np.testing.assert_array_equal(best_fraction(score, sent_id, 0.4), [0, 0, 1, 1, 0])
+    np.testing.assert_array_equal(best_fraction(score, sent_id, 0.5), [0, 1, 1, 1, 0])  # 2.5 is rounded up
+    np.testing.assert_array_equal(best_fraction(score, sent_id, 0.01), [0, 0, 1, 0, 0])  # at least one
+    assert best_fraction(score, sent_id, 1.0).all()

@@ -1,0 +1,362 @@
+"""Processes beside each other: their errors, their environment and their end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr
+
+import psutil
+import pytest
+import torch
+import yaml
+from synthetic_run import write_run
+from toy_pairs import PARAMS_FILE, TRAIN, toy_pairs, toy_params
+
+from l2l_core.artifacts import records
+from l2l_core.core.files import CODE_ROOT
+from l2l_core.data.pairs import BESIDE_VARIABLE, BatchMaker
+from l2l_core.errors import L2LError, exit_code
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.preflight.memory import peak_of
+from l2l_core.training import beside, loop
+from l2l_core.training.beside import Places, find_places, run_beside
+from l2l_core.training.loop import Stream, train
+
+PATIENCE_S = 60
+GIB = 1 << 30
+IMAGES = 100
+
+
+def params(*, side_by_side: bool = True, device: str = "cpu"):
+    engine = TRAIN.engine.model_copy(update={"side_by_side": side_by_side, "device": device})
+    return toy_params(train={"engine": engine})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that sets threads, free memory and GPUs."""
+
+    def make(threads: int, free: int = 64 * GIB, gpus: int = 0) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(beside, "available_bytes", lambda: free)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    return make
+
+
+def test_each_training_has_its_share_of_the_threads(machine):
+    machine(2)
+    assert find_places(params(), 2, IMAGES) == Places(2, 1)
+    machine(9)
+    assert find_places(params(), 2, IMAGES) == Places(2, 4)
+    machine(2)
+    assert find_places(params(), 5, IMAGES) == Places(2, 1)
+
+
+def test_one_thread_trains_in_turn(machine):
+    machine(1)
+    assert find_places(params(), 2, IMAGES) == Places(1, 1)
+
+
+def test_threads_do_not_depend_on_whether_trainings_run_beside_each_other(machine):
+    """Else their bytes would depend on the memory that happens to be free."""
+    machine(4)
+    wanted = find_places(params(), 2, IMAGES)
+    machine(4, free=1)
+    short = find_places(params(), 2, IMAGES)
+    machine(4)
+    unwanted = find_places(params(side_by_side=False), 2, IMAGES)
+    assert (wanted.at_once, short.at_once, unwanted.at_once) == (2, 1, 1)
+    assert wanted.threads == short.threads == unwanted.threads == 2
+
+
+def test_a_gpu_each_where_there_are_several(machine, monkeypatch):
+    machine(8, gpus=4)
+    assert find_places(params(device="auto"), 2, IMAGES) == Places(2, 4, ("0", "1"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert find_places(params(device="auto"), 3, IMAGES) == Places(2, 4, ("5", "7"))
+    machine(8, gpus=1)
+    assert find_places(params(device="auto"), 2, IMAGES) == Places(1, 8)
+
+
+def test_processes_that_were_launched_together_train_in_turn(machine, monkeypatch):
+    machine(8, gpus=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_places(params(device="auto"), 2, IMAGES) == Places(1, 8)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(3, [3]), (None, [])])
+def test_a_launched_process_computes_with_its_share_of_the_cores(monkeypatch, share, expected):
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(loop, "share_of_launched", lambda: share)
+    loop.use_share_of_cores()
+    assert found == expected
+
+
+def test_large_networks_run_beside_each_other_only_where_the_memory_holds_both(machine):
+    """Of a network like Swin-B with BERT-base, weights, gradients, moments and teacher are 5 x 0.8 GB."""
+    large = params()
+    model = large.model.model_copy(update={"image_encoder": "swin", "text_encoder": "bert", "image_size_px": 224})
+    large = large.model_copy(update={"model": model})
+    machine(2, free=8 * GIB)
+    assert find_places(large, 2, IMAGES).at_once == 1
+    assert find_places(params(), 2, IMAGES).at_once == 2
+    machine(2, free=16 * GIB)
+    assert find_places(large, 2, IMAGES).at_once == 2
+
+
+def test_the_memory_that_a_training_is_said_to_need_covers_what_it_takes(tmp_path):
+    """Beside its process, which this one is already."""
+    size, batch = 96, 8
+    pairs, targets = toy_pairs(tmp_path, batch)
+    settings = toy_params(train={"batch_size": batch})
+    wide = settings.model.model_copy(update={"image_size_px": size, "dim": 64, "heads": 4})
+    settings = settings.model_copy(update={"model": wide})
+    network = Segmenter.create(wide, pairs.sentence, 0)
+    with peak_of() as peak:
+        train(network, [Stream(BatchMaker(pairs, size, 0.1), targets, 1.0)], 2, settings.train, 0, "test")
+    assert 0 < peak.ram_bytes < beside.training_bytes(settings, batch, 2) - beside.PROCESS_BYTES
+
+
+def test_decoded_images_count_and_trainings_beside_each_other_share_the_room_for_them():
+    small, image = params(), 3 * params().model.image_size_px ** 2
+    without = beside.training_bytes(small, 0, 1)
+    assert beside.training_bytes(small, 100, 1) - without == 100 * image
+    assert beside.training_bytes(small, 10**9, 1) - without == 2 * GIB
+    assert beside.training_bytes(small, 10**9, 4) - without == GIB / 2
+
+
+def test_trainings_run_beside_each_other_where_the_memory_holds_their_decoded_images_too(machine):
+    """Two processes of 0.8 GB, and 2 GiB of images, whether one or two trainings keep them."""
+    machine(2, free=3 * GIB)
+    assert find_places(params(), 2, IMAGES).at_once == 2
+    assert find_places(params(), 2, 10**9).at_once == 1
+    machine(2, free=4 * GIB)
+    assert find_places(params(), 2, 10**9).at_once == 2
+
+
+def code(text: str) -> list[str]:
+    return ["-c", text]
+
+
+def test_commands_get_their_threads_and_gpus(tmp_path):
+    text = """if True:
+        import os, pathlib, sys
+        pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'] + os.environ['CUDA_VISIBLE_DEVICES'])
+    """
+    run_beside({name: [*code(text), str(tmp_path / name)] for name in "ab"}, Places(2, 3, ("5", "7")))
+    assert {(tmp_path / name).read_text() for name in "ab"} == {"35", "37"}
+
+
+def test_commands_know_how_many_run_at_once(tmp_path):
+    text = f"import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['{BESIDE_VARIABLE}'])"
+    run_beside({name: [*code(text), str(tmp_path / name)] for name in "abc"}, Places(2, 1))
+    assert {(tmp_path / name).read_text() for name in "abc"} == {"2"}
+
+
+def test_more_commands_than_places_run_one_after_another(tmp_path):
+    text = """if True:
+        import pathlib, sys, time
+        now = pathlib.Path(sys.argv[1]) / "now"
+        now.mkdir()  # fails where another one is at work
+        time.sleep(0.2)
+        now.rmdir()
+    """
+    run_beside({str(number): [*code(text), str(tmp_path)] for number in range(3)}, Places(1, 1))
+
+
+def test_progress_is_passed_on_and_an_error_is_raised_once(capsys):
+    failing = r"import sys; sys.stderr.write('a: 1 of 2\nerror: 2 problems:\n  x\n  y\n'); sys.exit(2)"
+    with pytest.raises(L2LError) as caught:
+        run_beside({"a": code(failing), "b": code(failing)}, Places(2, 1))
+    assert str(caught.value) == "2 problems:\n  x\n  y"
+    shown = capsys.readouterr().err
+    assert "a: 1 of 2\n" in shown
+    assert "error:" not in shown
+
+
+def test_a_command_that_succeeds_after_an_error_line_is_no_failure_and_all_its_text_is_shown(capsys):
+    """Also where the lines after it come later, and where nothing comes after it."""
+    writes = "import sys, time\nfor text in {}:\n    sys.stderr.write(text); sys.stderr.flush(); time.sleep(0.3)"
+    parts = ["error: no plugin\n", "a: 1 of 2\n", "a: 2 of 2\nerror: no cache\n  of fonts"]
+    run_beside({"a": code(writes.format(parts))}, Places(1, 1))
+    assert capsys.readouterr().err == "".join(parts)
+
+
+def test_text_after_an_error_line_is_shown_while_the_command_runs(tmp_path):
+    """The command waits until it was shown."""
+    shown = tmp_path / "shown"
+    waits = f"""if True:
+        import pathlib, sys, time
+        sys.stderr.write("error: no plugin\\n"); sys.stderr.flush()
+        time.sleep(0.3)
+        sys.stderr.write("a: 1 of 2\\n"); sys.stderr.flush()
+        deadline = time.monotonic() + {PATIENCE_S}
+        while "1 of 2" not in pathlib.Path({str(shown)!r}).read_text():
+            if time.monotonic() > deadline: sys.exit(1)
+            time.sleep(0.01)
+    """
+    with shown.open("w") as file, redirect_stderr(file):
+        run_beside({"a": code(waits)}, Places(1, 1))
+
+
+@pytest.mark.parametrize("before", ["", "a: 1 of 2\n", "Loading: 50%\r", "error: no plugin\n"])
+def test_the_message_of_exit_code_2_is_raised_and_what_stands_before_is_shown(capsys, before):
+    failing = f"import sys; sys.stderr.write({before + 'error: real'!r}); sys.exit(2)"
+    with pytest.raises(L2LError, match=r"\Areal\Z"):
+        run_beside({"a": code(failing)}, Places(1, 1))
+    assert capsys.readouterr().err == before
+
+
+def test_the_last_lines_of_another_failure_are_shown_whatever_they_begin_with(capsys):
+    failing = "import sys; sys.stderr.write('error: no plugin\\n' + 'x' * 3_000_000 + '\\nTraceback'); sys.exit(1)"
+    with pytest.raises(L2LError, match="a: ended with exit code 1, see above"):
+        run_beside({"a": code(failing)}, Places(1, 1))
+    assert capsys.readouterr().err == "error: no plugin\n" + "x" * 3_000_000 + "\nTraceback"
+
+
+def test_the_exit_code_of_an_error_is_the_one_of_the_command_line():
+    def fail() -> None:
+        raise L2LError("x")
+
+    assert exit_code(fail) == beside.ERROR_CODE
+
+
+def test_what_was_killed_is_named():
+    with pytest.raises(
+        L2LError, match=r"b: ended by signal 9; if memory was short, set train.engine.side_by_side to false"
+    ):
+        run_beside({"b": code("import os; os.kill(os.getpid(), 9)")}, Places(1, 1))
+
+
+def test_a_failure_ends_the_others(tmp_path):
+    pid = tmp_path / "pid"
+    slow = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    fails = f"import pathlib\nwhile not (p := pathlib.Path({str(pid)!r})).exists() or not p.read_text(): pass\nexit(3)"
+    with pytest.raises(L2LError, match="fails: ended with exit code 3"):
+        run_beside({"slow": code(slow), "fails": code(fails)}, Places(2, 1))
+    assert not psutil.pid_exists(int(pid.read_text()))
+
+
+PARENT = '''
+from l2l_core.training.beside import Places, run_beside
+child = """if True:
+    import os, time
+    from l2l_core.training.beside import end_with_parent
+    end_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
+run_beside({"a": ["-c", child], "b": ["-c", child]}, Places(2, 1))
+'''
+
+
+def test_a_killed_parent_leaves_no_child():
+    environment = os.environ | {"PYTHONPATH": str(CODE_ROOT)}
+    with subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        children = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        deadline = time.monotonic() + PATIENCE_S
+        while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def stage(folder, *command: str, threads: int, side_by_side: bool):
+    """A training stage by its own command: the process, which runs."""
+    project = yaml.safe_load(PARAMS_FILE.read_text())
+    project["model"] |= {"image_size_px": 32, "dim": 16, "heads": 2, "guidance_tokens": 2}
+    project["proposals"]["size_px"] = 24
+    project["train"] |= {"batch_size": 2, "precision": "fp32"}
+    project["train"]["engine"] |= {"device": "cpu", "side_by_side": side_by_side, "checkpoint_every": 1}
+    project["select"]["fold_steps"] = project["warmup"]["steps"] = 8
+    (folder / "params.yaml").write_text(yaml.safe_dump(project))
+    environment = {name: value for name, value in os.environ.items() if name != "DVC_ROOT"}
+    environment |= {"PYTHONPATH": str(CODE_ROOT), "OMP_NUM_THREADS": str(threads)}
+    full = [sys.executable, "-m", *command]
+    return subprocess.Popen(full, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def labeled_run(folder):
+    """A made-up run in which one sentence of each of two images is labelled."""
+    folder.mkdir()
+    write_run(folder, rounds=0, images_per_split=4)
+    split = folder / records.SPLIT_PATH
+    rows = records.read_table(split, records.SPLIT).to_pylist()
+    for row in rows:
+        row["role"] = "labeled" if row["sent_id"] in (0, 2) else "unlabeled"
+    records.write_table(records.make_table(rows, records.SPLIT), split, records.SPLIT)
+    masks = records.read_table(folder / records.INDEX.masks, records.MASKS)
+    records.write_table(masks, folder / records.LABELED_MASKS_PATH, records.MASKS)
+    return folder
+
+
+def written(folder) -> dict[str, bytes]:
+    roots = (folder / "data/rounds", folder / records.SUPERVISED_FOLDER)
+    files = [path for root in roots for path in root.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+TRAINING_STAGES = {
+    ("stages.crossfit", "--round", "0"): {
+        "crossfit-0-0": "data/rounds/0/folds/0",
+        "crossfit-0-1": "data/rounds/0/folds/1",
+    },
+    ("stages.warmup",): {"supervised": "data/supervised/model", "warmup": "data/rounds/0/model"},
+}
+"""Commands, and where each of their independent trainings leaves its weights."""
+
+
+@pytest.mark.parametrize(("command", "trainings"), TRAINING_STAGES.items())
+def test_independent_trainings_write_the_same_bytes_in_turn_and_beside_each_other_and_after_a_kill(
+    tmp_path, command, trainings
+):
+    """With two threads each has one; beside each other they are killed with their parent, and resumed."""
+    folder = labeled_run(tmp_path / "run")
+    for output in ("data/rounds", "data/supervised"):
+        shutil.rmtree(folder / output, ignore_errors=True)
+    with stage(folder, *command, threads=2, side_by_side=False) as in_turn:
+        assert in_turn.wait() == 0
+    expected = written(folder)
+    assert {f"{place}/model.safetensors" for place in trainings.values()} <= expected.keys()
+    for output in ("data/rounds", "data/supervised"):
+        shutil.rmtree(folder / output, ignore_errors=True)
+
+    with stage(folder, *command, threads=2, side_by_side=True) as killed:
+        while not all(list(folder.glob(f".scratch/{name}-*/checkpoint.pt")) for name in trainings):
+            assert killed.poll() is None
+            time.sleep(0.005)
+        children = psutil.Process(killed.pid).children()
+        assert len(children) == 2
+        killed.kill()
+    psutil.wait_procs(children, PATIENCE_S)
+    assert not written(folder)
+
+    with stage(folder, *command, threads=2, side_by_side=True) as resumed:
+        output = resumed.stdout.read()
+    assert resumed.returncode == 0
+    assert "resuming at step" in output
+    assert written(folder) == expected
+    assert list((folder / ".scratch").iterdir()) == []
+
+
+def test_a_baseline_that_is_done_is_not_trained_again_after_a_kill(tmp_path):
+    folder = labeled_run(tmp_path / "run")
+    with stage(folder, "stages.warmup", threads=1, side_by_side=False) as killed:  # in turn, the baseline first
+        while not list(folder.glob(".scratch/warmup-*/checkpoint.pt")):
+            assert killed.poll() is None
+            time.sleep(0.005)
+        killed.kill()
+    with stage(folder, "stages.warmup", threads=1, side_by_side=False) as resumed:
+        output = resumed.stdout.read()
+    assert resumed.returncode == 0
+    assert "supervised: done before" in output
+    assert "warmup: resuming at step" in output

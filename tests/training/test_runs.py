@@ -1,0 +1,373 @@
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_run import write_run
+from toy_pairs import rows_of, toy_batches, toy_network, toy_pairs, toy_params
+
+from l2l_core.artifacts import records
+from l2l_core.artifacts.curves import read_curve
+from l2l_core.core.masks import decode_rle, encode_rle
+from l2l_core.data.folds import fold_of_images
+from l2l_core.errors import InputError
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.training import folds, loop
+from l2l_core.training import runs as jobs
+from l2l_core.training.loop import OnlineStream, Stream
+from l2l_core.training.runs import (
+    labeled_stream,
+    new_network,
+    online_stream,
+    part_of,
+    policy_of,
+    pseudo_stream,
+    run_training,
+    without_images,
+)
+from stages import crossfit, retrain
+
+PARAMS = toy_params(proposals={"size_px": 24})
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A made-up run below the current folder, with the masks of its labelled sentences."""
+    write_run(tmp_path, rounds=1, images_per_split=4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    masks = records.read_table(records.INDEX.masks, records.MASKS)
+    records.write_table(masks.slice(0, 1), records.LABELED_MASKS_PATH, records.MASKS)
+    records.INDEX.masks.unlink()  # training must do without
+    return tmp_path
+
+
+# --- folds
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=60), st.integers(2, 6), st.integers(0, 9))
+def test_folds_divide_images_evenly(image_row, folds, seed):
+    images = np.array(image_row, dtype=np.int64)
+    if len(set(image_row)) < folds:
+        with pytest.raises(InputError, match=rf"select\.folds: got {folds}, but only {len(set(image_row))} images"):
+            fold_of_images(images, folds, seed)
+        return
+    fold = fold_of_images(images, folds, seed)
+    fold_by_image = {image: set(fold[images == image].tolist()) for image in image_row}
+    assert all(len(found) == 1 for found in fold_by_image.values())
+    sizes = [sum(found == {number} for found in fold_by_image.values()) for number in range(folds)]
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == len(fold_by_image)
+    np.testing.assert_array_equal(fold, fold_of_images(images, folds, seed))
+
+
+def test_folds_are_drawn_by_the_seed():
+    images = np.arange(40)
+    assert not np.array_equal(fold_of_images(images, 2, 0), fold_of_images(images, 2, 1))
+
+
+# --- streams
+
+
+def test_the_labelled_stream_has_every_labelled_sentence_with_its_mask(run):
+    stream = labeled_stream(PARAMS, 0.25)
+    assert (stream.share, stream.batches.pairs.sent_id.tolist()) == (0.25, [0, 1])
+    truth = records.read_table(records.LABELED_MASKS_PATH, records.MASKS).to_pylist()[0]["rle_counts"]
+    assert stream.targets.label == [truth, truth]
+    assert stream.targets.keep is None
+    assert stream.batches.pairs.has_box.all()
+    assert not labeled_stream(PARAMS, 1.0, with_priors=False).batches.pairs.has_box.any()
+
+
+def test_only_accepted_labels_teach_and_only_with_their_kept_pixels(run):
+    path = records.round_folder(1) / "history/pseudo_labels.parquet"
+    labels = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
+    for number, row in enumerate(labels):
+        keep = decode_rle(row["rle_counts"], row["height"], row["width"])
+        row |= {"accepted": number % 3 == 0, "keep_rle": encode_rle(~keep)}
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    accepted = labels[::3]
+    stream = pseudo_stream(PARAMS, path, 0.75)
+    assert stream is not None
+    assert stream.share == 0.75
+    assert stream.batches.pairs.sent_id.tolist() == [row["sent_id"] for row in accepted]
+    batch = stream.batches(np.arange(len(accepted)), stream.targets)
+    for row, label in enumerate(accepted):
+        for counts, tensor in ((label["rle_counts"], batch.label), (label["keep_rle"], batch.keep)):
+            mask = decode_rle(counts, label["height"], label["width"])
+            assert tensor[row].mean().item() == pytest.approx(mask.mean(), abs=0.05)
+    assert (batch.keep == 0).any()
+
+
+def test_weights_are_read_and_a_label_without_them_teaches_fully(run):
+    """Left half of the map 51 (a fifth), right half 255; every third row has a map, the others none."""
+    path = records.round_folder(1) / "history/pseudo_labels.parquet"
+    labels = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
+    half = np.full((24, 24), 255, np.uint8)
+    half[:, :12] = 51
+    for number, row in enumerate(labels):
+        everywhere = encode_rle(np.ones((row["height"], row["width"]), dtype=bool))
+        row |= {"accepted": True, "keep_rle": everywhere, "weight": half.tobytes() if number % 3 == 0 else None}
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    stream = pseudo_stream(PARAMS, path, 0.75)
+    keep = stream.batches(np.arange(len(labels)), stream.targets).keep[:, 0]
+    for number, weight in enumerate(keep):
+        left = 0.2 if number % 3 == 0 else 1.0
+        torch.testing.assert_close(weight[:, :15], torch.full((32, 15), left))
+        torch.testing.assert_close(weight[:, 17:], torch.ones(32, 15))
+    for row in labels:
+        row["weight"] = None
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    assert pseudo_stream(PARAMS, path, 0.75).targets.weight is None
+
+
+def test_the_online_stream_has_every_unlabelled_sentence_in_the_splits_order(run):
+    split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
+    stream = online_stream(PARAMS, 0.75)
+    unlabeled = [row["sent_id"] for row in split if row["role"] == "unlabeled"]
+    assert stream.batches.pairs.sent_id.tolist() == unlabeled
+    assert stream.batches.pairs.has_box.any()
+    assert (stream.share, stream.threshold) == (0.75, 0.7)
+
+
+def test_a_table_of_labels_names_its_policy(run):
+    path = records.round_folder(1) / "history/pseudo_labels.parquet"
+    assert policy_of(path) == "reinforce"
+    records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
+    assert policy_of(path) is None
+
+
+def test_no_accepted_label_is_no_stream(run):
+    path = records.round_folder(1) / "history/pseudo_labels.parquet"
+    rows = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
+    none = [row | {"accepted": False} for row in rows]
+    records.write_table(records.make_table(none, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    assert pseudo_stream(PARAMS, path, 0.75) is None
+
+
+def test_a_part_of_a_stream(tmp_path):
+    pairs, targets = toy_pairs(tmp_path)
+    part = part_of(Stream(toy_batches(pairs), targets, 0.4), rows_of(3, 1))
+    assert part.share == 0.4
+    assert part.batches.pairs.sent_id.tolist() == [pairs.sent_id[3], pairs.sent_id[1]]
+    assert part.targets.label == [targets.label[3], targets.label[1]]
+    assert (part.batches.size_px, part.batches.flat_prob) == (32, 0.1)
+
+
+def test_a_stream_without_some_images(tmp_path):
+    pairs, targets = toy_pairs(tmp_path)
+    pairs = replace(pairs, image_row=rows_of(5, 2, 5, 7))
+    stream = Stream(toy_batches(pairs), targets, 0.4)
+    left = without_images(stream, rows_of(5, 9))
+    assert left is not None
+    assert left.batches.pairs.sent_id.tolist() == [pairs.sent_id[1], pairs.sent_id[3]]
+    assert left.targets.label == [targets.label[1], targets.label[3]]
+    assert without_images(stream, rows_of(7, 5, 2)) is None
+
+
+def test_no_fold_teacher_learns_from_a_left_out_image_by_another_sentence(run, monkeypatch):
+    """Two images, one sentence of each labelled; the other sentences have accepted pseudo-labels."""
+    split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
+    for row in split:
+        row["role"] = "labeled" if row["sent_id"] in (0, 2) else row["role"]
+        row["role"] = "unlabeled" if row["sent_id"] in (1, 3) else row["role"]
+    records.write_table(records.make_table(split, records.SPLIT), records.SPLIT_PATH, records.SPLIT)
+    history = records.round_folder(1) / "history/pseudo_labels.parquet"
+    rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
+    labels = [rows[0] | {"sent_id": sent_id, "accepted": True} for sent_id in (1, 3, 4, 5)]
+    path = records.round_folder(1) / "pseudo_labels.parquet"
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    masks = records.read_table(records.LABELED_MASKS_PATH, records.MASKS).to_pylist()
+    both = [masks[0], masks[0] | {"ann_id": 1}]
+    records.write_table(records.make_table(both, records.MASKS), records.LABELED_MASKS_PATH, records.MASKS)
+
+    taught: dict[str, list[int]] = {}
+
+    def note(params, purpose, network, streams, *rest):
+        taught[purpose] = [int(sent_id) for stream in streams for sent_id in stream.batches.pairs.sent_id]
+
+    monkeypatch.setattr(folds, "run_training", note)
+    monkeypatch.setattr(crossfit, "load_params", lambda: PARAMS)
+    monkeypatch.setattr(folds.Segmenter, "load", lambda folder: SimpleNamespace())
+    monkeypatch.setattr("sys.argv", ["crossfit", "--round", "1"])
+    crossfit.main()
+    assert sorted(taught.values()) == [[0, 1, 4, 5], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("start", ["scratch", "teacher"])
+def test_the_last_model_is_an_input_of_a_retraining_that_starts_from_it(run, monkeypatch, start):
+    """Else a killed training from random weights would be resumed as one from the last model."""
+    path = records.round_folder(1) / "pseudo_labels.parquet"
+    records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
+    inputs = []
+    monkeypatch.setattr(retrain, "run_training", lambda *given: inputs.extend(given[5]))
+    monkeypatch.setattr(retrain, "load_params", lambda: toy_params(proposals={"size_px": 24}, retrain={"start": start}))
+    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: SimpleNamespace())
+    monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
+    retrain.main()
+    assert path in inputs
+    assert (records.round_folder(0) / "model" in inputs) == (start == "teacher")
+
+
+@pytest.mark.parametrize("start", ["scratch", "teacher"])
+def test_a_mean_teacher_starts_from_the_last_model_and_labels_online(run, monkeypatch, start):
+    history = records.round_folder(1) / "history/pseudo_labels.parquet"
+    rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
+    path, previous = records.round_folder(1) / "pseudo_labels.parquet", records.round_folder(0) / "model"
+    labels = [row | {"accepted": True, "policy": "mean_teacher"} for row in rows]
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    params = toy_params(proposals={"size_px": 24}, retrain={"start": start, "steps": 9, "passes": 2})
+    given = []
+    monkeypatch.setattr(retrain, "run_training", lambda *all_given: given.extend(all_given))
+    monkeypatch.setattr(retrain, "load_params", lambda: params)
+    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: SimpleNamespace(folder=folder))
+    monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
+    retrain.main()
+    _, purpose, network, (labeled, pseudo), steps, inputs, _, _ = given
+    assert (purpose, network.folder, steps) == ("retrain-1", previous, 9)
+    assert network.passes == 2
+    assert {path, previous} <= set(inputs)
+    assert isinstance(labeled, Stream)
+    assert isinstance(pseudo, OnlineStream)
+    assert labeled.share == params.retrain.labeled_share
+    assert labeled.share + pseudo.share == 1
+
+
+def test_fold_teachers_whom_nobody_asks_stay_as_they_were(run, monkeypatch):
+    history = records.round_folder(1) / "history/pseudo_labels.parquet"
+    rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
+    path = records.round_folder(1) / "pseudo_labels.parquet"
+    labels = [row | {"policy": "mean_teacher"} for row in rows]
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    before = records.round_folder(0) / "folds/1"
+    before.mkdir(parents=True)
+    (before / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(crossfit, "load_params", lambda: PARAMS)
+    monkeypatch.setattr("sys.argv", ["crossfit", "--round", "1"])
+    crossfit.main()
+    assert files_of(records.round_folder(1) / "folds") == {"1/model.safetensors": b"weights"}
+
+
+def test_a_new_network_knows_the_words_of_training_and_no_others(run):
+    vocabulary = set(new_network(PARAMS, "warmup").tokenizer.get_vocab())
+    refs = records.read_table(records.INDEX.refs, records.REFS).to_pylist()
+    words = {
+        word for row in refs if row["split"] == "train" for word in row["sentence"].lower().split() if word.isalpha()
+    }
+    assert words <= vocabulary
+    assert "dot" in vocabulary  # which priors name
+
+
+# --- a whole training, killed and resumed
+
+
+RENDERED = PARAMS.proposals.model_copy(update={"renderer": "grabcut", "ring": 0.75, "core": 0.35})
+
+
+class Killed(Exception):
+    """Stands for kill -9."""
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def do(folder, toy, params=PARAMS, purpose="warmup"):
+    pairs, targets = toy
+    streams = [Stream(toy_batches(pairs), targets, 1.0)]
+    AcceleratorState._reset_state(True)
+    inputs = [folder.parent / "input"]
+    run_training(params, purpose, toy_network(pairs), streams, 5, inputs, folder / "model", folder / "curves")
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / "input").write_text("some input")
+    records.RENDERING_PATH.parent.mkdir(parents=True)
+    records.RENDERING_PATH.write_text(json.dumps({"proposals": RENDERED.model_dump()}))
+    return toy_pairs(tmp_path / "images")
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """A function that runs another one and kills it right after the checkpoint of step 4."""
+    save = loop.save_checkpoint
+
+    def save_and_die(path, state):
+        save(path, state)
+        if state["step"] == 4:
+            raise Killed
+
+    def killed(call):
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "save_checkpoint", save_and_die)
+            with pytest.raises(Killed):
+                call()
+
+    return killed
+
+
+def test_a_killed_job_leaves_no_model_and_ends_with_the_same_files(toy, tmp_path, kill):
+    do(tmp_path / "whole", toy)
+    assert Segmenter.load(tmp_path / "whole/model").proposals == RENDERED  # with the fitted values
+    assert list((tmp_path / ".scratch").iterdir()) == []
+    kill(lambda: do(tmp_path / "killed", toy))
+    assert not (tmp_path / "killed/model").exists()
+    assert [path.name for path in (tmp_path / ".scratch").glob("*/*")] == ["checkpoint.pt"]
+
+    seen = []
+    train = jobs.train
+
+    def noted(*args):
+        result = train(*args)
+        seen.append(result.curve)
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jobs, "train", noted)
+        do(tmp_path / "killed", toy)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert list((tmp_path / ".scratch").iterdir()) == []
+    rows = read_curve(tmp_path / "killed/curves", ("loss", "bce", "dice", "lr"))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]
+    assert [float(row["loss"]) for row in rows] == [row["loss"] for row in seen[0]]
+
+
+def begin(folder, toy, params):
+    """Start a training that is killed at once; its scratch folder stays."""
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jobs, "train", die)
+        with pytest.raises(Killed):
+            do(folder, toy, params)
+    return {path.name for path in (folder.parent / ".scratch").iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"train": {"lr": 1e-3}},
+        {"model": {"guidance_tokens": 3}},
+        {"proposals": {"flat_prob": 0.2}},
+        {"select": {"folds": 3}},
+    ],
+)
+def test_a_checkpoint_of_other_parameters_is_not_resumed(toy, tmp_path, section):
+    assert len(begin(tmp_path / "a", toy, toy_params())) == 1
+    assert len(begin(tmp_path / "a", toy, toy_params(**section))) == 2
+
+
+def test_parameters_of_other_stages_do_not_lose_a_checkpoint(toy, tmp_path):
+    before = begin(tmp_path / "a", toy, toy_params())
+    other = toy_params(report={"cases": 3}, evaluate={"batch_size": 2}, retrain={"steps": 7})
+    assert begin(tmp_path / "a", toy, other.model_copy(update={"round": 1})) == before
