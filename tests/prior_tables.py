@@ -18,7 +18,7 @@ from l2l_core.mllm.backend import PriorBackend, Question
 from l2l_core.mllm.query import ask_table
 from l2l_core.priors.table import interpret
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def prior_params(engine: dict[str, object] | None = None, **changes: object) -> PriorsParams:
