@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 DOCUMENT = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
 MARK = "label_efficiency"
+SUMMARY_NAME = "label_efficiency.png"
 
 WARMUP, LABELS_ONLY, FULLY_SUPERVISED = "warmup", "labels_only", "fully_supervised"
 ROUND_0 = {
@@ -158,10 +159,8 @@ def rows_of(rows: pd.DataFrame, setting: Setting) -> pd.DataFrame:
 def page(rows: pd.DataFrame) -> str:
     """The generated part of docs/results.md."""
     parts = edition_note(rows)
-    presets = sorted(rows["prior"].unique(), key=lambda preset: preset != MAIN[1])
-    for preset in presets:
-        if _efficiency_name(rows, preset):
-            parts.append(f"![mIoU against the share of labels, {preset}](images/{_efficiency_name(rows, preset)})")
+    if settings(rows):
+        parts.append(f"![Val mIoU of six methods in each setting](images/{SUMMARY_NAME})")
     for setting in settings(rows):
         rate, preset = setting
         chosen = rows_of(rows, setting)
@@ -463,12 +462,14 @@ def figures(rows: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Figure]:
     """Pictures by file name."""
     drawn = {}
     with mpl.rc_context(LOOK):
-        for preset in rows["prior"].unique():
-            name = _efficiency_name(rows, preset)
-            if name:
-                drawn[name] = Figure(figsize=(8, 4.4), layout="constrained")
-                _draw_efficiency(drawn[name].subplots(), rows[rows["prior"] == preset])
-        for setting in settings(rows):
+        columns = settings(rows)
+        if columns:
+            drawn[SUMMARY_NAME] = figure = Figure(figsize=(2.6 + 2 * len(columns), 2.6), layout="constrained")
+            for axes, setting in zip(
+                figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0], columns, strict=True
+            ):
+                _draw_summary(axes, rows_of(rows, setting), f"{100 * setting[0]:g} % labels\n{setting[1]}")
+        for setting in columns:
             rate, preset = setting
             here = rows_of(rows, setting)
             if here["round"].max() > 0:
@@ -480,38 +481,25 @@ def figures(rows: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Figure]:
     return drawn
 
 
-def _efficiency_name(rows: pd.DataFrame, preset: str) -> str | None:
-    """File name of the curves over label rates; None where there is one rate only."""
-    rates = {rate for rate, name in settings(rows) if name == preset}
-    return f"label_efficiency_{preset}.png" if len(rates) > 1 else None
-
-
 def _labels_name(setting: Setting) -> str:
     return f"pseudo_labels_{100 * setting[0]:g}_percent_{setting[1]}.png"
 
 
-def _draw_efficiency(axes: Axes, rows: pd.DataFrame) -> None:
-    """Mean val mIoU of round 0 or 1 against the rate; a band from the smallest to the largest seed for `reinforce`."""
+def _draw_summary(axes: Axes, rows: pd.DataFrame, title: str) -> None:
+    """Val mIoU of COMPARED, round 0 or 1: a dot for the mean of the seeds, a line from the smallest to the largest."""
     val = rows[(rows["split"] == "val") & (rows["round"] <= 1)]
-    lines = []
-    for method, style in STYLES.items():
-        seeds = val[val["method"] == method].groupby("labeled_fraction")["miou"]
-        if seeds.ngroups:
-            x, mean = 100 * seeds.mean().index, seeds.mean()
-            look = {"marker": "o", "markersize": 4, "markerfacecolor": _face(style), "label": _title(method)}
-            lines.append((mean.iloc[-1], *axes.plot(x, mean, **look, **style)))
-            if method == "reinforce":
-                axes.fill_between(x, seeds.min(), seeds.max(), color=style["color"], alpha=0.15)
-    for method, group in val[val["labeled_fraction"] == 1].groupby("method"):
-        axes.axhline(group["miou"].mean(), color="0.7", linewidth=1, zorder=0)
-        place = (0.01, group["miou"].mean())
-        axes.annotate(_title(str(method)), place, (0, 2), ("axes fraction", "data"), "offset points", fontsize=8)
-    rates = sorted(100 * rate for rate in val["labeled_fraction"].unique() if rate < 1)
-    axes.set(xscale="log", xlabel="images that are labelled (%)", ylabel="val mIoU (%), mean of the seeds")
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    axes.minorticks_off()
-    lines.sort(key=lambda line: -line[0])  # the legend in the order of the lines' right ends
-    axes.legend(handles=[line for _, line in lines], loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for place, method in enumerate(COMPARED):
+        miou = val.loc[val["method"] == method, "miou"]
+        if miou.empty:
+            continue
+        color = STYLES["reinforce"]["color"] if method == "reinforce" else "0.45"
+        axes.plot([miou.min(), miou.max()], [place, place], color=color, linewidth=2, alpha=0.5)
+        axes.plot(miou.mean(), place, "o", color=color)
+        axes.annotate(
+            f"{miou.mean():.0f}", (miou.mean(), place), (0, 4), textcoords="offset points", ha="center", fontsize=8
+        )
+    axes.set_yticks(range(len(COMPARED)), [name.replace("**", "") for name in COMPARED.values()])
+    axes.set(ylim=(len(COMPARED) - 0.5, -0.7), xlim=(0, 100), xlabel="val mIoU (%)", title=title)
 
 
 def _face(style: dict[str, Any]) -> str:
@@ -540,7 +528,7 @@ def _draw_coverage(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None
 
 def _draw_reliability(axes: Axes, curves: pd.DataFrame) -> None:
     """How often accept_prob of `reinforce` comes true, a line a seed: fixed rules give ranks, not probabilities."""
-    axes.plot([0, 100], [0, 100], linestyle=":", color="0.5", label="as good as its word")
+    axes.plot([0, 100], [0, 100], linestyle=":", color="0.5", label="perfectly calibrated")
     for row in curves[curves["method"] == "reinforce"].sort_values("seed").itertuples():
         axes.plot(row.prob, row.share, marker="o", markersize=4, label=f"seed {row.seed}")
     axes.set(xlabel="accept_prob (%)", ylabel=f"with IoU > {GOOD_IOU} (%)", xlim=(0, 102), ylim=(0, 102))

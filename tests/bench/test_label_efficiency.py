@@ -398,19 +398,27 @@ def test_an_ablation_stands_in_the_results_but_not_in_the_summary() -> None:
     assert "blind" not in page.summary_table(rows)
 
 
-def test_pictures_are_those_that_the_page_shows(tmp_path: Path) -> None:
-    """Curves over rates only where a preset has two."""
+def test_pictures_are_those_that_the_page_shows() -> None:
+    """One for all settings, and one for the pseudo-labels of each setting."""
     rows = full_rows()
     curve = {"coverage": [50.0, 100.0], "precision": [90.0, 60.0], "prob": [20.0, 80.0], "share": [10.0, 90.0]}
     place = {"method": "reinforce", "round": 1, "prior": LLAVA}
     curves = pd.DataFrame([place | curve | {"labeled_fraction": rate, "seed": 0} for rate in (0.05, 0.1)])
     drawn = page.figures(rows, curves)
-    assert set(drawn) == {f"label_efficiency_{LLAVA}.png"} | {
-        f"pseudo_labels_{rate}_percent_{LLAVA}.png" for rate in (5, 10)
-    }
+    assert set(drawn) == {"label_efficiency.png"} | {f"pseudo_labels_{rate}_percent_{LLAVA}.png" for rate in (5, 10)}
     assert all(f"](images/{name})" in page.page(rows) for name in drawn)
-    one_rate = rows[rows["labeled_fraction"] != 0.1]
-    assert set(page.figures(one_rate, curves)) == {f"pseudo_labels_5_percent_{LLAVA}.png"}
+
+
+def test_the_summary_shows_the_mean_of_each_method_in_each_setting() -> None:
+    curve = {"coverage": [50.0, 100.0], "precision": [90.0, 60.0], "prob": [20.0, 80.0], "share": [10.0, 90.0]}
+    place = {"method": "reinforce", "round": 1, "prior": LLAVA, "seed": 0}
+    curves = pd.DataFrame([place | curve | {"labeled_fraction": rate} for rate in (0.05, 0.1)])
+    drawn = page.figures(full_rows(), curves)
+    panels = drawn["label_efficiency.png"].axes
+    assert len(panels) == 2
+    dots = {line.get_ydata()[0]: line.get_xdata()[0] for line in panels[0].lines if line.get_marker() == "o"}
+    assert dots[list(page.COMPARED).index("reinforce")] == 54.0
+    assert dots[list(page.COMPARED).index("warmup")] == 45.0
 
 
 def test_lost_points_by_hand():

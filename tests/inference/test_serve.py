@@ -21,7 +21,7 @@ import yaml
 from called import call
 from PIL import Image
 from synthetic_run import write_run
-from test_predictions import PARAMS, lively_network
+from test_predict_files import PARAMS, lively_network
 
 from l2l_core.artifacts import records
 from l2l_core.core.images import inspect_images
