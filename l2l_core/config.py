@@ -1,4 +1,4 @@
-"""params.yaml -> frozen, validated objects. The only file that knows which parameters exist and what they may be."""
+"""params.yaml -> frozen, validated objects. Only this file defines the parameters and their allowed values."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from l2l_core.errors import ConfigError, raise_all
 
 EMBEDDED_DATASET = "data/refshapes"
-"""Drawn by the stage `refshapes`; any other folder holds a user's own data."""
+"""Written by the stage `refshapes`. Any other folder holds the user's data."""
 LIVE_BACKENDS = ("transformers", "openai", "vllm")
-"""Sources of priors that a model stands behind: they can be asked about any image; the others know the sentences of the
-data set alone."""
+"""Backends that run a model and accept any image. The others know only the sentences of the dataset."""
 EMBEDDED_MODEL = "refshapes-vlm"
-"""Folder name of the multimodal LLM that comes along, which was shown nothing but RefShapes."""
+"""Folder name of the built-in multimodal LLM, which is trained only on RefShapes."""
 
 MAX_ROUND = 5
-"""Rounds that stages/dvc.yaml defines; a larger `round` needs a longer `chain` there."""
+"""Number of rounds that stages/dvc.yaml defines. A larger `round` needs a longer `chain` there."""
 
 MOVED_KEYS = {
     f"train.{key}": f"train.engine.{key}"
     for key in ("device", "micro_batch_size", "gradient_checkpointing", "checkpoint_every")
 }
-"""Keys of earlier versions, and what they are called now."""
+"""Keys of earlier versions -> their current names."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -40,21 +39,21 @@ PublishedName = Literal["refcoco", "refcoco+", "refcocog", "images"]
 
 
 PrecisionSetting = Literal["auto", "bf16", "fp32"]
-"""auto: bf16 where the device computes it natively, else fp32 (device.py)."""
+"""auto: bf16 where the device computes it natively, else fp32 (core/device.py)."""
 DeviceSetting = Literal["auto", "cpu", "cuda", "mps"]
-"""auto: CUDA if there is a GPU, else the CPU."""
+"""auto: CUDA if a GPU is available, else the CPU."""
 Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union"]
-"""Ways to construct a label: see selection/construct.py."""
+"""Ways to build a candidate mask: see pseudo_labels/candidates.py."""
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values do not change after loading."""
+    """Base of every section. Unknown keys are errors, and values are frozen after loading."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RefShapesParams(Section):
-    """The embedded data set (data/dvc.yaml)."""
+    """The built-in dataset (data/dvc.yaml)."""
 
     seed: Seed
     image_size_px: Annotated[int, Field(ge=64, le=512)]
@@ -65,21 +64,21 @@ class RefShapesParams(Section):
 
 
 class FetchParams(Section):
-    """Published data sets (l2l fetch)."""
+    """Published datasets (l2l fetch)."""
 
     mirror: str | None
-    """Folder, or address of one, that has <name>.zip; tried before the published addresses."""
+    """Folder or URL that holds <name>.zip; tried before the published URLs."""
     sha256: dict[PublishedName, Sha256 | None]
-    """Of <name>.zip; checked where it is given, since none is published."""
+    """Checksum of <name>.zip. Checked if set, since the publishers provide none."""
 
 
 class IngestParams(Section):
-    """Where the pairs of `dataset` are read from."""
+    """Where to find the pairs of `dataset`."""
 
     images: str
-    """`auto` (look below and beside the data set's folder) or a folder."""
+    """`auto` (look inside and beside the dataset's folder) or a folder."""
     split_by: Annotated[str, Field(min_length=1)]
-    """`auto` (the only one), or which refs(<split_by>) file is read where a folder holds several."""
+    """`auto` (the only file), or which refs(<split_by>) file to read if a folder holds several."""
     min_image_side_px: PositiveInt
 
 
@@ -87,59 +86,59 @@ class SplitParams(Section):
     """The label budget."""
 
     labeled_fraction: Annotated[float, Field(gt=0.0, le=1.0)]
-    """Share of the training IMAGES whose every sentence is labelled."""
+    """Fraction of the training images. All sentences of these images are labeled."""
     list_file: str | None
-    """JSON list of labelled images instead of a fraction; null: draw by `labeled_fraction`."""
+    """JSON list of labeled images. null: draw `labeled_fraction` of the images."""
 
 
 class PriorEngineParams(Section):
-    """How the multimodal LLM is run. Nothing here changes what it is asked, so that a change asks nobody again."""
+    """How the multimodal LLM runs. Nothing here changes the queries, so changes reuse cached responses."""
 
     python: str | None
-    """Interpreter that runs the stage `ask`, where packages that a backend needs lie in an environment of their own."""
+    """Interpreter of the stage `ask`, for a backend whose packages are in a separate environment."""
     device: DeviceSetting
-    """Of the `transformers` backend."""
+    """Device of the `transformers` backend."""
     batch_size: PositiveInt
-    """Requests that the `transformers` backend computes at once."""
+    """Requests per batch of the `transformers` backend."""
     chunk_size: PositiveInt
-    """Requests stored at once: what a kill costs at most, times data_parallel."""
+    """Requests stored at once. A kill loses at most this many, times data_parallel."""
     data_parallel: Literal["auto"] | PositiveInt
-    """Processes, each with its own copy of the model and tensor_parallel GPUs; auto: see `ask.worker_count`."""
+    """Processes, each with its own model copy and tensor_parallel GPUs. auto: see `mllm.query.worker_count`."""
     tensor_parallel: PositiveInt
-    """GPUs that one model of the `vllm` backend is spread over."""
+    """GPUs per model of the `vllm` backend."""
     memory_share: Annotated[float, Field(gt=0.0, le=1.0)]
-    """Of each GPU's memory (without GPUs, of the machine's), for the `vllm` backend's weights and cache."""
+    """Fraction of each GPU's memory (without GPUs: of system memory) for weights and cache of the `vllm` backend."""
     context_tokens: Annotated[int, Field(ge=256)]
-    """Longest question with its answer that the `vllm` backend takes, image included."""
+    """Maximum tokens of a query and its response in the `vllm` backend, image included."""
     server_url: Annotated[str, Field(pattern=r"^https?://")]
-    """Of the `openai` backend, up to and with /v1."""
+    """URL for the `openai` backend, up to and including /v1."""
     concurrency: PositiveInt
-    """Requests that the `openai` backend has under way at once."""
+    """Concurrent requests of the `openai` backend."""
     timeout_s: Annotated[float, Field(gt=0.0)]
-    """Silence after which a request to the server counts as failed."""
+    """Seconds without a response after which a request to the server fails."""
     server_retries: Annotated[int, Field(ge=0, le=20)]
-    """Further tries after silence, a lost connection or the statuses 408, 429 and 5xx, each after twice the wait."""
+    """Retries after a timeout, a lost connection or status 408, 429 or 5xx. Each retry doubles the wait."""
 
 
 class PricesParams(Section):
-    """Of a million tokens, in any currency; null: the summary names no cost."""
+    """Price per million tokens, in any currency. null: the summary reports no cost."""
 
     prompt: Annotated[float, Field(ge=0.0)] | None
     completion: Annotated[float, Field(ge=0.0)] | None
 
 
 class PriorsParams(Section):
-    """What the multimodal LLM is asked for."""
+    """What to query the multimodal LLM for."""
 
     backend: Literal["simulated", "replay", "transformers", "openai", "vllm", "none"]
     preset: Literal["qwen2.5-vl-7b", "internvl2.5-8b", "llava-1.5-7b"]
     """Error model of the `simulated` backend."""
     seed: Seed
-    """Draws simulated answers, and further samples and attempts of a model."""
+    """Draws simulated responses, and additional samples and attempts of a model."""
     samples: Annotated[int, Field(ge=1, le=16)]
-    """Answers asked for per sentence."""
+    """Responses per sentence."""
     replay_file: str | None
-    """JSON lines with recorded answers, for the `replay` backend."""
+    """JSON lines with recorded responses, for the `replay` backend."""
     coord_space: Literal[
         "auto",
         "pixel",
@@ -152,30 +151,30 @@ class PriorsParams(Section):
         "unit",
         "unit_square",
     ]
-    """How the model writes coordinates; `auto` looks the model's family up."""
+    """How the model writes coordinates. `auto` looks up the model family."""
     model: str | None
-    """Hub id or folder (`transformers`, `vllm`), or the model's name at the server (`openai`)."""
+    """Hub id or folder (`transformers`, `vllm`), or the model's name on the server (`openai`)."""
     prompt: Literal["box-1", "box-2", "point-1"]
-    """What a model is asked; `simulated` always answers in the form of box-1."""
+    """Prompt template. `simulated` always responds in the format of box-1."""
     structured_output: Literal[True, False, "auto"]
-    """Let nothing be written but the prompt's JSON. `transformers` needs xgrammar for it, `openai` a server that can;
-    auto: by `vllm` and `openai`."""
+    """Constrain the output to the prompt's JSON. `transformers` needs xgrammar, `openai` a server that supports it.
+    auto: true for `vllm` and `openai`."""
     precision: PrecisionSetting
-    """Of the `transformers` and `vllm` backends."""
+    """Precision of the `transformers` and `vllm` backends."""
     max_image_px: Annotated[int, Field(ge=56 * 56)]
-    """Area to which larger images are shrunk."""
+    """Area in pixels to which larger images are downscaled."""
     max_tokens: PositiveInt
-    """Of an answer; the n-th attempt may have n times as many."""
+    """Maximum tokens of a response. The n-th attempt may use n times as many."""
     retries: Annotated[int, Field(ge=0, le=10)]
-    """Further attempts, by sampling, after an answer that does not keep to the prompt."""
+    """Additional, sampled attempts after a response that violates the prompt's format."""
     temperature: Annotated[float, Field(gt=0.0, le=2.0)]
-    """Of every draw but a sentence's first sample at its first attempt, which is greedy."""
+    """Sampling temperature. The first attempt at a sentence's first sample is greedy instead."""
     engine: PriorEngineParams
     prices: PricesParams
 
     @property
     def asks_embedded(self) -> bool:
-        """Whether the multimodal LLM that comes along is asked."""
+        """Whether the backend queries the built-in multimodal LLM."""
         return self.backend in LIVE_BACKENDS and Path(str(self.model)).name == EMBEDDED_MODEL
 
     @model_validator(mode="after")
@@ -188,7 +187,7 @@ class PriorsParams(Section):
 
     @property
     def is_structured(self) -> bool:
-        """`structured_output`, decided."""
+        """`structured_output` with `auto` resolved."""
         return self.backend != "transformers" if self.structured_output == "auto" else self.structured_output
 
 
@@ -197,27 +196,27 @@ class ProposalsParams(Section):
 
     renderer: Literal["box", "grabcut"]
     ring: Annotated[float, Field(ge=0.0, le=4.0)] | Literal["fit"]
-    """Of `grabcut`: how far the object may reach beyond the box, as a share of the box's sides; fit: what suits the
-    labeled masks."""
+    """Of `grabcut`: how far the object may extend beyond the box, as a fraction of the box sides. fit: the value that
+    fits the labeled masks best."""
     core: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["fit"]
-    """Of `grabcut`: side of the box's center that surely belongs to the object, as a share of the box's; or fit."""
+    """Of `grabcut`: side of the box center that is certainly object, as a fraction of the box sides; or fit."""
     size_px: Annotated[int, Field(ge=8, le=256)]
-    """Side of the square map; it covers the whole image."""
+    """Side of the square map, which covers the whole image."""
     falloff: Annotated[float, Field(gt=0.0, le=1.0)]
-    """Width of the border's fall-off as a share of the box side."""
+    """Width of the soft border, as a fraction of the box side."""
     inside_prob: Annotated[float, Field(gt=0.5, le=1.0)]
-    """Value inside a box; outside it is 1 - inside_prob, so that the box is where the map exceeds 0.5."""
+    """Value inside a box. Outside it is 1 - inside_prob, so the map exceeds 0.5 exactly in the box."""
     flat_prob: Annotated[float, Field(ge=0.0, le=0.5)]
-    """Value everywhere where there is no prior: nothing is foreground there, since foreground is above 0.5."""
+    """Value of the whole map if there is no prior. Foreground is above 0.5, so the map has none."""
 
     @property
     def needs_fit(self) -> bool:
-        """Whether the renderer has values that are still to be fitted to the labeled masks."""
+        """Whether some values of the renderer must be fitted to the labeled masks."""
         return self.renderer == "grabcut" and "fit" in (self.ring, self.core)
 
 
 class ModelParams(Section):
-    """The network; `tiny` builds a small random one, anything else is a hub id or a folder."""
+    """The network. `tiny` builds a small random encoder; any other name is a hub id or a folder."""
 
     image_encoder: str
     text_encoder: str
@@ -237,80 +236,80 @@ class ModelParams(Section):
 class TrainEngineParams(Section):
     """How training runs. Nothing here is tracked by DVC or part of a checkpoint's fingerprint.
 
-    Results are equal up to the order of float sums; `micro_batch_size` also changes which samples share a dropout draw.
+    Results are equal up to the order of float sums. `micro_batch_size` also changes which samples share a dropout draw.
     """
 
     device: DeviceSetting
     micro_batch_size: PositiveInt | None
-    """Samples that a process computes at once; null: all of its share."""
+    """Samples that a process computes at once. null: its whole share."""
     gradient_checkpointing: bool
-    """Encoders compute activations twice instead of keeping them: slower, in less memory."""
+    """Recompute the encoders' activations instead of storing them: slower, but needs less memory."""
     side_by_side: bool
-    """Independent trainings run as processes beside each other where threads or GPUs, and memory, allow it."""
+    """Run independent trainings as parallel processes if threads or GPUs, and memory, suffice."""
     checkpoint_every: PositiveInt
-    """Steps between two checkpoints from which a killed stage resumes."""
+    """Steps between checkpoints. A killed stage resumes from the latest one."""
 
 
 class TrainParams(Section):
-    """What warm-up and retraining share."""
+    """Settings that warm-up and retraining share."""
 
     batch_size: PositiveInt
-    """Samples of a step, over all processes."""
+    """Samples per step, over all processes."""
     lr: Annotated[float, Field(gt=0.0, le=1.0)]
     encoder_lr_scale: Annotated[float, Field(ge=0.0, le=1.0)]
-    """Learning rate of pretrained encoders relative to `lr`; tiny encoders always use `lr`."""
+    """Learning rate of pretrained encoders relative to `lr`. Tiny encoders always use `lr`."""
     weight_decay: Annotated[float, Field(ge=0.0)]
     warmup_fraction: Fraction
-    """Share of the steps in which the learning rate rises."""
+    """Fraction of the steps in which the learning rate rises."""
     lr_decay: Literal["cosine", "poly"]
-    """How it falls to 0 afterwards; poly with the exponent 0.9."""
+    """How the learning rate falls to 0 afterwards. poly has the exponent 0.9."""
     grad_clip: Annotated[float, Field(gt=0.0)]
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)]
     prior_dropout: Fraction
-    """Share of the samples that are trained without their prior."""
+    """Fraction of the samples trained without their prior."""
     flip: bool
-    """Mirror half of the training samples, and swap left and right in their sentences."""
+    """Mirror half of the training samples and swap left and right in their sentences."""
     precision: PrecisionSetting
     log_every: PositiveInt
     engine: TrainEngineParams
 
 
 class WarmupParams(Section):
-    """Supervised training on the labelled pairs (round 0)."""
+    """Supervised training on the labeled pairs (round 0)."""
 
     steps: PositiveInt
 
 
 class SelectParams(Section):
-    """Which pixels of which pseudo-labels may teach."""
+    """How to select pseudo-labels and their valid pixels."""
 
     policy: Literal[
         "reinforce", "all", "none", "threshold", "semires", "topk", "agreement", "ranksum", "mean_teacher", "oracle"
     ]
     candidates: Annotated[list[Candidate], Field(min_length=1)]
-    """Labels constructed for a sentence, of which `reinforce` and `oracle` choose one; other rules take the first."""
+    """Candidate masks of a sentence. `reinforce` and `oracle` choose one; other rules take the first."""
     folds: Annotated[int, Field(ge=2, le=10)]
-    """Teachers trained without a share of the labelled images, to judge labels on images they never saw."""
+    """Number of out-of-fold teachers. Their candidates are scored on labeled images that they never saw."""
     fold_steps: PositiveInt
     fold_update: Literal["further", "fresh", "kept"]
-    """After a round the fold teachers learn further with its pseudo-labels, are trained anew with them, or are kept."""
+    """After a round, fold teachers continue on its pseudo-labels, are retrained with them, or stay frozen."""
     fold_update_steps: PositiveInt
-    """Steps of `further`; `fresh` takes fold_steps."""
+    """Steps of `further`. `fresh` uses fold_steps."""
     grid: Annotated[int, Field(ge=2, le=64)]
-    """Cells per side of the grid on which pixels are kept or dropped."""
+    """Cells per side of the grid. The pixels of a cell are kept or dropped together."""
     pixel_threshold: Annotated[float, Field(ge=0.5, lt=1.0)]
     """`threshold`: keep pixels whose confidence max(p, 1 - p) reaches this."""
     keep_fraction: Annotated[float, Field(gt=0.0, le=1.0)]
-    """`topk`, `agreement`, `ranksum`: share of the sentences that is kept."""
+    """`topk`, `agreement`, `ranksum`: fraction of the sentences to keep."""
     policy_steps: PositiveInt
     group_size: Annotated[int, Field(ge=2)]
-    """Actions drawn per sentence; their mean reward is the baseline."""
+    """Actions drawn per sentence. The baseline of each is the mean reward of the others."""
     policy_lr: Annotated[float, Field(gt=0.0)]
     entropy_bonus: Annotated[float, Field(ge=0.0)]
     wrong_cost: Annotated[float, Field(ge=0.0)]
-    """Cost of teaching a wrong pixel, in units of the gain from a correct one."""
+    """Cost of a wrong pixel, in units of the gain from a correct one."""
     unlabeled_weight: Annotated[float, Field(ge=0.0)]
-    """Weight of the agreement reward on unlabelled sentences, before it is scaled by its measured reliability."""
+    """Weight of the agreement reward on unlabeled sentences, before scaling by its measured reliability."""
 
     @field_validator("candidates")
     @classmethod
@@ -330,7 +329,7 @@ class SelectParams(Section):
 
     @property
     def constructed(self) -> list[str]:
-        """The candidates that the rule can make use of: a fixed rule never looks beyond the first."""
+        """The candidates that the rule uses. A fixed rule uses only the first."""
         return list(self.candidates) if self.policy in ("reinforce", "oracle") else list(self.candidates[:1])
 
 
@@ -339,18 +338,18 @@ class RetrainParams(Section):
 
     steps: PositiveInt
     labeled_share: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """Share of each batch that comes from the labelled pairs."""
+    """Fraction of each batch that comes from the labeled pairs."""
     start: Literal["scratch", "teacher"]
-    """Begin from random weights or from the last round's model."""
+    """Start from random weights or from the last round's model."""
     passes: Annotated[int, Field(ge=1, le=4)]
-    """Passes over a pair when the model is asked; before each but the first its own mask becomes the proposal."""
+    """Forward passes per pair at inference. Each pass takes the previous pass's mask as its proposal."""
 
 
 class EvaluateParams(Section):
-    """What is measured."""
+    """What to evaluate."""
 
     splits: Annotated[list[Literal["train", "val", "test", "testA", "testB"]], Field(min_length=1)]
-    """Splits whose held-out sentences are scored; `train` has some where a list file names images for evaluation."""
+    """Splits whose held-out sentences are scored. `train` has some if a list file names evaluation images."""
     batch_size: PositiveInt
 
 
@@ -358,7 +357,7 @@ class ReportParams(Section):
     """The HTML report."""
 
     cases: Annotated[int, Field(ge=1, le=200)]
-    """Overlays shown per kind of case."""
+    """Overlays per kind of case."""
 
 
 class Params(Section):
@@ -383,7 +382,7 @@ class Params(Section):
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the stage `refshapes` draws the data set."""
+        """Whether the stage `refshapes` writes the dataset."""
         return Path(self.dataset) == Path(EMBEDDED_DATASET)
 
     @model_validator(mode="after")
@@ -408,11 +407,11 @@ class Params(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: `1e-05`, which `dvc exp run -S` writes, is a number and not a text as in YAML 1.1."""
+    """Reads floats as in YAML 1.2: `1e-05`, which `dvc exp run -S` writes, is a number; in YAML 1.1 it is a string."""
 
 
 _TYPE_OF_SEVERAL = re.compile(r"constrained-\w+|literal\[.*\]")
-"""Last part of a place in pydantic's errors that names a type, not a key."""
+"""Last part of a location in pydantic's errors if it names a type instead of a key."""
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -422,7 +421,7 @@ _Loader.add_implicit_resolver(
 def parse_params(raw: object, source: str = "params.yaml") -> Params:
     """Validate a parsed YAML document.
 
-    Raises ConfigError that names every wrong key at once: `params.yaml: priors.backend: got 'vlm', expected ...`.
+    Raises one ConfigError that names every wrong key: `params.yaml: priors.backend: got 'vlm', expected ...`.
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: got {type(raw).__name__}, expected a mapping of sections")
@@ -436,8 +435,8 @@ def parse_params(raw: object, source: str = "params.yaml") -> Params:
 def load_params(path: str | Path = "params.yaml", overrides: Sequence[str] = ()) -> Params:
     """Read and validate a params file.
 
-    overrides: changes as `dvc exp run -S` takes them; the file stays unchanged. Raises ConfigError where the file is
-    missing, not YAML, or wrong, and where an override names an unknown key or a value that is not allowed.
+    overrides: changes in the syntax of `dvc exp run -S`; the file itself does not change. Raises ConfigError if the
+    file is missing, not YAML or invalid, or if an override has an unknown key or an invalid value.
 
     >>> load_params("params.yaml", overrides=["round=1", "train.lr=1e-4"]).train.lr
     0.0001
@@ -455,7 +454,7 @@ def load_params(path: str | Path = "params.yaml", overrides: Sequence[str] = ())
 
 
 def _overridden(path: Path, overrides: Sequence[str]) -> Params:
-    """DVC itself applies the changes, to a copy: what works here works with `dvc exp run`."""
+    """Let DVC apply the changes to a copy, so that overrides work exactly as with `dvc exp run`."""
     from dvc.exceptions import InvalidArgumentError  # takes a second to import
     from dvc.utils.hydra import apply_overrides
 
@@ -474,7 +473,7 @@ def _overridden(path: Path, overrides: Sequence[str]) -> Params:
 
 
 def _refuse_unknown_keys(path: Path, overrides: Sequence[str], params: Params) -> None:
-    """Name the first key that the file does not have, and the one that looks most like it."""
+    """Raise ConfigError for the first key that the file lacks, and suggest the most similar key."""
     known = list(_dotted(params.model_dump()))
     for override in overrides:
         key = override.partition("=")[0]
@@ -485,7 +484,7 @@ def _refuse_unknown_keys(path: Path, overrides: Sequence[str], params: Params) -
 
 
 def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every key of nested sections, the sections' own too: priors, priors.engine, priors.engine.device, ..."""
+    """All keys of nested sections, including the sections: priors, priors.engine, priors.engine.device, ..."""
     for name, value in section.items():
         yield f"{prefix}{name}"
         if isinstance(value, dict):
@@ -493,7 +492,7 @@ def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _problems(details: Iterable[Any]) -> Iterator[str]:
-    """One line a key: of a key that takes values of several types, pydantic reports each type by itself."""
+    """One line per key. If a key accepts several types, pydantic reports each type separately."""
     by_key: dict[tuple[object, ...], list[str]] = {}
     for detail in details:
         *place, last = detail["loc"] or ("",)

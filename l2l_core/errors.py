@@ -1,9 +1,9 @@
-"""Errors that a user can act on, and the one place that turns them into exit code 2.
+"""Errors that a user can fix, and the function that turns them into exit code 2.
 
-L2LError            anything the user can mend; its text is the whole message
-├── ConfigError     a parameter is unknown, has the wrong type or lies out of range
-├── InputError      a data file, an image, a mask or a sentence is not usable
-└── ArtifactError   an artifact of an earlier stage is missing or was written by another version
+L2LError            any error that the user can fix; its text is the whole message
+├── ConfigError     a parameter is unknown, has the wrong type or is out of range
+├── InputError      a data file, an image, a mask or a sentence is unusable
+└── ArtifactError   an artifact of an earlier stage is missing or comes from another version
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ MAX_PROBLEMS_SHOWN = 50
 
 
 class L2LError(Exception):
-    """Base of all errors that are the input's fault; the command line prints the text and exits with 2."""
+    """Base of all errors that the input causes. The command line prints the text and exits with 2."""
 
 
 class ConfigError(L2LError):
-    """A parameter is unknown, has the wrong type or lies out of range."""
+    """A parameter is unknown, has the wrong type or is out of range."""
 
 
 class InputError(L2LError):
-    """A data file, an image, a mask or a sentence is not usable."""
+    """A data file, an image, a mask or a sentence is unusable."""
 
 
 class ArtifactError(L2LError):
@@ -31,7 +31,7 @@ class ArtifactError(L2LError):
 
 
 def raise_all(problems: Sequence[str], kind: type[L2LError] = InputError) -> None:
-    """Raise one error that lists every problem, one a line; do nothing where there is none."""
+    """Raise one error that lists every problem, one per line. Do nothing if there is no problem."""
     if not problems:
         return
     if len(problems) == 1:
@@ -42,7 +42,7 @@ def raise_all(problems: Sequence[str], kind: type[L2LError] = InputError) -> Non
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run a command line; print an L2LError to stderr as `error: ...` and return 2 (0 when it went well)."""
+    """Run a command line; print an L2LError to stderr as `error: ...` and return 2. Return 0 on success."""
     try:
         main()
     except L2LError as error:

@@ -1,4 +1,4 @@
-"""Ask the multimodal LLM (or what stands in for it) about every sentence, and keep what it writes."""
+"""Query the multimodal LLM (or its substitute) for every sentence and store its raw responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from l2l_core.mllm.query import ask_all, asking_key, make_backend, make_question
 
 
 def main() -> None:
-    """data/index -> data/priors/answers.parquet, one row a sentence and sample, of every split."""
+    """data/index -> data/priors/answers.parquet: one row per sentence and sample, for all splits."""
     params = load_params()
     go_on_in(params.priors.engine.python, "stages.ask")
     questions = make_questions(records.INDEX, params.priors.samples)

@@ -1,4 +1,4 @@
-"""Refuse parameters that cannot be. For a round that does not exist, DVC itself would only miss a file."""
+"""Reject invalid parameters. For a round that does not exist, DVC alone would only report a missing file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from l2l_core.errors import exit_code
 
 
 def main() -> None:
-    """Write the number of the round to evaluate, which is known to exist."""
+    """Validate the parameters and write the number of the round to evaluate."""
     number = load_params().round
     records.ROUND_PATH.parent.mkdir(parents=True, exist_ok=True)
     records.ROUND_PATH.write_text(f"{number}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Train the out-of-fold teachers of a round, beside each other where the machine allows it."""
+"""Train the out-of-fold teachers of a round, in parallel if the machine allows it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from l2l_core.training.folds import folds_key, learn_nothing_new, train_teacher
 
 
 def main() -> None:
-    """Round 0: train the fold teachers. Round k: let them learn from the round's pseudo-labels as well (fold_update).
+    """Round 0: train the fold teachers. Round k: also train them on the round's pseudo-labels (fold_update).
 
-    Only the policy `reinforce` uses them. Under a fixed rule round 0 trains none, and later rounds keep what is there.
+    Only the policy `reinforce` uses them. Under a fixed rule, round 0 trains none, and later rounds copy what exists.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
@@ -34,14 +34,14 @@ def main() -> None:
         previous = records.round_folder(number - 1) / "folds" if number else None
         copy_whole(previous, records.round_folder(number) / "folds")
     else:
-        # Teachers that are done outlive a kill, as the checkpoints of those under way do.
+        # Finished teachers survive a kill, as do the checkpoints of unfinished ones.
         with scratch_folder(f"crossfit-{number}", folds_key(params, number)) as done:
             train_all(params, trainings_of(params, number, done))
             copy_whole(done, records.round_folder(number) / "folds")
 
 
 def trainings_of(params: Params, number: int, into: Path) -> dict[str, Training]:
-    """The teachers of a round, one for each fold, each in a folder of its own."""
+    """The trainings of a round's teachers, one per fold, each with a separate folder."""
     command = ["-m", "stages.crossfit", "--round", str(number)]
     return {
         f"crossfit-{number}-{fold}": Training(

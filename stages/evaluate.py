@@ -1,4 +1,4 @@
-"""Score the supervised model and the rounds 0..k on the held-out splits, and pseudo-labels where the truth is known."""
+"""Score the supervised model and rounds 0..k on the held-out splits, and pseudo-labels if their truth is known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l2l_core.evaluation.evaluate import CURVES_FOLDER, evaluate, read_history
 
 
 def dataset_version(dataset: Path) -> str | None:
-    """Version that a data set in RefCOCO's layout gives itself; None where there is none."""
+    """Version in instances.json of a dataset in RefCOCO's layout; None if there is none."""
     instances = dataset / "instances.json"
     if not instances.is_file():
         return None
@@ -23,14 +23,14 @@ def dataset_version(dataset: Path) -> str | None:
 
 
 def trained_precision(model: Path) -> dict[str, str]:
-    """`precision`: bf16 or fp32, in which a model was trained; no key where its folder does not say so."""
+    """`precision` in which a model was trained: bf16 or fp32. No key if its folder does not record it."""
     config = model / "config.json"
     precision = json.loads(config.read_text(encoding="utf-8")).get("precision") if config.is_file() else None
     return {} if precision is None else {"precision": precision}
 
 
 def main() -> None:
-    """Parse, load, evaluate, save."""
+    """Load the round's history, score it, and save scores, curves and metrics."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True, help="round whose history is scored")
     number = parser.parse_args().round
@@ -46,7 +46,7 @@ def main() -> None:
         dataset_version(Path(params.dataset)),
     )
     records.write_table(result.per_sentence, records.PER_SENTENCE_PATH, records.PER_SENTENCE)
-    shutil.rmtree(CURVES_FOLDER, ignore_errors=True)  # no curve of an earlier evaluation stays among the new ones
+    shutil.rmtree(CURVES_FOLDER, ignore_errors=True)  # removes the curves of an earlier evaluation
     for name, curve in result.curves.items():
         path = CURVES_FOLDER / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Stage `ingest`: read and check the data set, write it as tables (data/index)."""
+"""Stage `ingest`: read and check the dataset and write it as tables (data/index)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from l2l_core.errors import exit_code
 
 
 def main() -> None:
-    """Tables are written only after every row of the data set has passed."""
+    """Write the tables only after every row of the dataset passes the checks."""
     params = load_params()
     ingest = params.ingest
     index = load_dataset(

@@ -1,4 +1,4 @@
-"""Masks of the evaluated sentences by a round's model, with and without priors, added to the history of all rounds."""
+"""Predict masks of the evaluated sentences with a round's model, with and without priors; add them to the history."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from l2l_core.evaluation.history import extend_history
 
 
 def main() -> None:
-    """Write history/ of a round: predictions, pseudo-labels and curves of this and all earlier rounds."""
+    """Write a round's history/: predictions, pseudo-labels and curves of this and all earlier rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
     extend_history(load_params(), parser.parse_args().round)

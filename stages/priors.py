@@ -1,4 +1,4 @@
-"""Read what the multimodal LLM answered: what each sentence means and where that is."""
+"""Parse the responses of the multimodal LLM into priors: the referred object of each sentence and its location."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from l2l_core.priors.table import interpret, precision_of, summarize
 
 
 def main() -> None:
-    """data/priors/answers.parquet -> data/priors/priors.parquet and metrics/priors.json; asks nobody."""
+    """data/priors/answers.parquet -> data/priors/priors.parquet and metrics/priors.json. No model is queried."""
     params = load_params()
     answers = records.read_table(records.ANSWERS_PATH, records.ANSWERS)
     priors = interpret(answers)

@@ -1,4 +1,4 @@
-"""Render every sentence's priors into one soft map of where the referred object is."""
+"""Render the priors of each sentence into one soft map of the referred object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from l2l_core.priors.proposals import make_proposals
 
 
 def main() -> None:
-    """data/priors -> data/proposals: proposals.parquet, one row a sentence, and how they were rendered."""
+    """data/priors -> data/proposals: proposals.parquet, one row per sentence, and the rendering parameters."""
     params = load_params()
     columns = ["sent_id", "sample_index", "bbox", "point", "score"]
     priors = records.read_table(records.PRIORS_PATH, records.PRIORS, columns)

@@ -1,4 +1,4 @@
-"""Stage `refshapes`: write the embedded data set to data/refshapes."""
+"""Stage `refshapes`: write the built-in dataset to data/refshapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from l2l_core.refshapes.dataset import write_refshapes
 
 
 def main() -> None:
-    """Draw the scenes and write them in the layout of RefCOCO."""
+    """Draw the scenes and write them in RefCOCO's layout."""
     write_refshapes(EMBEDDED_DATASET, load_params().refshapes)
 
 

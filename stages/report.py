@@ -1,4 +1,4 @@
-"""Show a run on one HTML page: scores, curves, pictures of pseudo-labels and predictions."""
+"""Show a run on one HTML page: scores, curves, and images of pseudo-labels and predictions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from l2l_core.reporting.report import render_report
 
 
 def main() -> None:
-    """Load what the run left, draw it, save the page."""
+    """Load the outputs of the run, render the page and save it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True, help="round that was evaluated")
     number = parser.parse_args().round

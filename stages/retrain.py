@@ -1,4 +1,4 @@
-"""Train on the labelled pairs and on the pixels that the round's selection lets teach."""
+"""Train on the labeled pairs and on the valid pixels of the round's accepted pseudo-labels."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from l2l_core.training.runs import (
 def main() -> None:
     """Write model/ and curves/ of a round.
 
-    Under the policy `mean_teacher` the moving average labels the unlabelled pairs while it trains. It starts from the
-    last round's model whatever `retrain.start` says: a random teacher has nothing to teach.
+    Under the policy `mean_teacher`, the EMA teacher labels the unlabeled pairs during training. Training then starts
+    from the last round's model for any `retrain.start`, since a random teacher gives useless labels.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
@@ -46,7 +46,7 @@ def main() -> None:
         network,
         [labeled] if pseudo is None else [labeled, pseudo],
         params.retrain.steps,
-        # Where it starts from the last model, that is an input too: checkpoints of the two ways must not be mixed up.
+        # If training starts from the last model, that is an input too, so the two ways never share a checkpoint.
         [*LABEL_INPUTS, *PRIOR_INPUTS, pseudo_path, *(() if fresh else (previous,))],
         folder / "model",
         folder / "curves",

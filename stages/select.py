@@ -1,4 +1,4 @@
-"""Which pixels of which pseudo-labels may teach in a round."""
+"""Select the pseudo-labels of a round and their valid pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from l2l_core.pseudo_labels.select import decide
 
 
 def main() -> None:
-    """Write pseudo_labels.parquet and policy.csv of a round."""
+    """Write a round's pseudo_labels.parquet and policy.csv."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
     number = parser.parse_args().round

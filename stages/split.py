@@ -1,4 +1,4 @@
-"""Stage `split`: decide which sentences are labelled, and put their masks aside (data/split)."""
+"""Stage `split`: choose the labeled sentences and copy their masks (data/split)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from l2l_core.errors import exit_code
 
 
 def main() -> None:
-    """Draw by fraction, or follow the list file."""
+    """Draw a fraction of the images, or use the list file."""
     params = load_params()
     refs = records.read_table(records.INDEX.refs, records.REFS)
     masks = records.read_table(records.INDEX.masks, records.MASKS)

@@ -1,4 +1,4 @@
-"""Supervised training on the labelled pairs: round 0 with priors and the baseline without, beside each other."""
+"""Supervised training on the labeled pairs: round 0 with priors, and in parallel the baseline without priors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from l2l_core.training.runs import (
 
 WARMUP, SUPERVISED = "warmup", "supervised"
 FOLDERS = {SUPERVISED: records.SUPERVISED_FOLDER, WARMUP: records.round_folder(0)}
-"""Where the model and the curves of each training go."""
+"""Output folder of each training's model and curves."""
 
 
 def main() -> None:
-    """Train both networks on labels only; write model/ and curves/ of each."""
+    """Train both networks on labels only, and write model/ and curves/ of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--only", choices=FOLDERS, help="train this network alone; the process that waits for both starts it so"
@@ -38,8 +38,8 @@ def main() -> None:
         end_with_parent()
         train_network(params, given.only, given.into)
         return
-    sentences_of("labeled")  # a missing split is named before a scratch folder is made
-    # A network that is done outlives a kill, as the checkpoint of the other one does.
+    sentences_of("labeled")  # report a missing split before creating a scratch folder
+    # A finished network survives a kill, as does the checkpoint of the other one.
     key = fingerprint("round-0", f"{training_settings(params)} {params.warmup.steps}", [*LABEL_INPUTS, *PRIOR_INPUTS])
     with scratch_folder("round-0", key) as done:
         train_all(params, trainings_of(params, done))
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def trainings_of(params: Params, into: Path) -> dict[str, Training]:
-    """Both trainings, each in a folder of its own."""
+    """Both trainings, each with a separate folder."""
     return {
         name: Training(
             into / name / "model",
@@ -61,7 +61,7 @@ def trainings_of(params: Params, into: Path) -> dict[str, Training]:
 
 
 def train_network(params: Params, name: str, into: Path) -> None:
-    """Train on all labelled pairs: `warmup` with priors, `supervised` without."""
+    """Train on all labeled pairs: `warmup` with priors, `supervised` without."""
     with_priors = name == WARMUP
     run_training(
         params,

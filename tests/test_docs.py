@@ -28,9 +28,10 @@ from bench import (
     waiting,
 )
 from l2l_core.config import load_params
+from tools import reference
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "vlm" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "vlm" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 MAX_TRACKED_BYTES = 1_000_000
@@ -115,6 +116,16 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             make = priors.answers_table if name == "answers" else priors.proposals_table
             document, text = priors.DOCUMENT, make(rows)
     assert docs.get(document, name) == text
+
+
+@pytest.mark.parametrize("name", ["cli.md", "parameters.md", "python.md", "artifacts.md"])
+def test_the_reference_is_what_the_code_says(name: str) -> None:
+    assert (reference.FOLDER / name).read_text(encoding="utf-8") == reference.pages()[name], "python -m tools.reference"
+
+
+def test_every_page_is_in_the_navigation_of_the_website() -> None:
+    listed = re.findall(r"([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[2:])
 
 
 def test_the_model_card_says_what_was_measured() -> None:

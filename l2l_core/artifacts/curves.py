@@ -1,4 +1,4 @@
-"""Training curves on disk, through DVCLive; one table with all of them for the history."""
+"""Training curves on disk through DVCLive, and CSV tables for the history."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def live_curve(folder: Path) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A function that logs one row (`step` and named values) as it happens; `dvc plots show` reads the folder."""
+    """Yield a function that logs one row (`step` and named values) at once; `dvc plots show` reads the folder."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # DVCLive looks for a Git repository and warns where there is none
+        warnings.simplefilter("ignore")  # DVCLive warns if there is no Git repository
         from dvclive import Live
 
         with Live(str(folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False) as live:
@@ -41,7 +41,7 @@ def read_curve(folder: Path, names: Sequence[str]) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """A CSV with a header, also where there is no row."""
+    """Write a CSV file with a header, even if there are no rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(columns))
@@ -50,7 +50,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, o
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV as text; none where the file does not exist."""
+    """The rows of a CSV file as text; no rows if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:

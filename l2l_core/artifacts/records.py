@@ -1,7 +1,7 @@
-"""The tables that flow between stages: their columns, and how they are read and written.
+"""The tables that flow between stages: their columns, and how to read and write them.
 
-Only this file knows column names and types. Boxes are x1 y1 x2 y2 in original-image pixels, end-exclusive.
-Masks are COCO compressed run lengths at the image's own height and width unless said otherwise.
+Only this file defines column names and types. Boxes are x1 y1 x2 y2 in original-image pixels, end-exclusive.
+Masks are COCO compressed run lengths at the image's own height and width unless noted otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from l2l_core.errors import ArtifactError
 
-if TYPE_CHECKING:  # some stages, and `--help`, have no use for it
+if TYPE_CHECKING:  # some stages, and `--help`, do not need it
     import pandas as pd
 
     from l2l_core.config import ProposalsParams
@@ -34,7 +34,7 @@ _POINT = pa.list_(pa.float32(), 2)
 IMAGES = pa.schema(
     [
         ("image_id", pa.int64()),
-        ("file_name", pa.string()),  # relative to the project's root, with forward slashes
+        ("file_name", pa.string()),  # relative to the project root, with forward slashes
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("sha256", pa.string()),
@@ -42,21 +42,21 @@ IMAGES = pa.schema(
 )
 REFS = pa.schema(
     [
-        ("sent_id", pa.int64()),  # one row a sentence, unique
+        ("sent_id", pa.int64()),  # one row per sentence, unique
         ("ref_id", pa.int64()),
-        ("ann_id", pa.int64()),  # -1: an unlabelled pair of the user's own data, which has no mask
+        ("ann_id", pa.int64()),  # -1: an unlabeled pair of user data, without a mask
         ("image_id", pa.int64()),
         ("category", pa.string()),
         ("sentence", pa.string()),
-        ("style", pa.string()),  # kind of sentence where the source names one, else ""
+        ("style", pa.string()),  # kind of sentence if the source names one, else ""
         ("split", pa.string()),  # train, val, test, testA, testB
-        ("bbox", _BOX),  # the true box; null where the source gives none
+        ("bbox", _BOX),  # the true box; null if the source has none
     ]
 )
-OBJECTS = pa.schema(  # every annotated object of the images, referred to or not
+OBJECTS = pa.schema(  # every annotated object in the images, referred to or not
     [("ann_id", pa.int64()), ("image_id", pa.int64()), ("category", pa.string()), ("bbox", _BOX)]
 )
-MASKS = pa.schema(  # one row a referred object
+MASKS = pa.schema(  # one row per referred object
     [
         ("ann_id", pa.int64()),
         ("height", pa.int32()),
@@ -66,7 +66,7 @@ MASKS = pa.schema(  # one row a referred object
     ]
 )
 SPLIT = pa.schema([("sent_id", pa.int64()), ("role", pa.string())])
-ANSWERS = pa.schema(  # one row a sentence and sample: what the multimodal LLM wrote, unparsed
+ANSWERS = pa.schema(  # one row per sentence and sample: the unparsed response of the multimodal LLM
     [
         ("sent_id", pa.int64()),
         ("sample_index", pa.int16()),
@@ -74,17 +74,17 @@ ANSWERS = pa.schema(  # one row a sentence and sample: what the multimodal LLM w
         ("model", pa.string()),
         ("prompt_sha256", pa.string()),
         ("raw_text", pa.string()),
-        ("unread", pa.string()),  # empty or error, where there is no text; else null
+        ("unread", pa.string()),  # empty or error if there is no text; else null
         ("reason", pa.string()),  # of an error
         ("attempts", pa.int16()),
         ("coord_space", pa.string()),
         ("height", pa.int32()),  # original image
         ("width", pa.int32()),
-        ("input_height", pa.int32()),  # image as the model saw it
+        ("input_height", pa.int32()),  # image as given to the model
         ("input_width", pa.int32()),
         ("prompt_tokens", pa.int32()),  # of all attempts
         ("completion_tokens", pa.int32()),
-        ("precision", pa.string()),  # bf16 or fp32, in which the model was computed; null where that is not known
+        ("precision", pa.string()),  # bf16 or fp32 of the model's computation; null if unknown
     ]
 )
 PRIORS = pa.schema(
@@ -94,7 +94,7 @@ PRIORS = pa.schema(
         ("backend", pa.string()),
         ("model", pa.string()),
         ("prompt_sha256", pa.string()),
-        ("raw_text", pa.string()),  # kept, so that a better parser never needs the model again
+        ("raw_text", pa.string()),  # kept so that a new parser need not query the model
         ("status", pa.string()),
         ("target", pa.string()),
         ("attributes", pa.list_(pa.string())),
@@ -107,7 +107,7 @@ PRIORS = pa.schema(
         ("input_width", pa.int32()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
-        ("latency_ms", pa.float32()),  # 0: measured times would differ from run to run, and the table must not
+        ("latency_ms", pa.float32()),  # 0: measured times differ between runs, and the table must not
     ]
 )
 PROPOSALS = pa.schema(
@@ -116,19 +116,19 @@ PROPOSALS = pa.schema(
         ("height", pa.int16()),
         ("width", pa.int16()),
         ("soft", pa.binary()),  # height * width bytes, row-major, 0..255 is probability 0..1 over the whole image
-        ("score", pa.float32()),  # 0 where there is no prior
+        ("score", pa.float32()),  # 0 without a prior
     ]
 )
-PSEUDO_LABELS = pa.schema(  # one row an unlabelled sentence and round; masks at the image's own size
+PSEUDO_LABELS = pa.schema(  # one row per unlabeled sentence and round; masks at the image's own size
     [
         ("round", pa.int16()),
         ("sent_id", pa.int64()),
         ("height", pa.int32()),
         ("width", pa.int32()),
-        ("rle_counts", pa.binary()),  # the label
-        ("candidate", pa.string()),  # how it was constructed
-        ("keep_rle", pa.binary()),  # the pixels of it that may teach
-        ("weight", pa.binary()),  # theirs: proposals.size_px**2 bytes, row-major, 0..255 is weight 0..1; null: all 1
+        ("rle_counts", pa.binary()),  # the pseudo-label
+        ("candidate", pa.string()),  # how it was built
+        ("keep_rle", pa.binary()),  # its valid pixels
+        ("weight", pa.binary()),  # of pixels: proposals.size_px**2 bytes, row-major, 0..255 is weight 0..1; null: all 1
         ("accept_prob", pa.float32()),
         ("reward", pa.float32()),
         ("prior_iou", pa.float32()),
@@ -137,7 +137,7 @@ PSEUDO_LABELS = pa.schema(  # one row an unlabelled sentence and round; masks at
         ("policy", pa.string()),
     ]
 )
-PREDICTIONS = pa.schema(  # one row an evaluated sentence, model and way of asking
+PREDICTIONS = pa.schema(  # one row per evaluated sentence, model and query mode
     [
         ("model", pa.string()),  # "supervised" or "round_<k>"
         ("with_prior", pa.bool_()),
@@ -164,7 +164,7 @@ PER_SENTENCE = pa.schema(
 
 @dataclass(frozen=True)
 class IndexPaths:
-    """Where ingest puts its tables."""
+    """Paths of the tables that ingest writes."""
 
     images: Path = Path("data/index/images.parquet")
     refs: Path = Path("data/index/refs.parquet")
@@ -188,13 +188,13 @@ PER_SENTENCE_PATH = Path("data/evaluation/per_sentence.parquet")
 
 
 def round_folder(number: int) -> Path:
-    """Folder of everything that a round leaves: model/, curves/, folds/, pseudo_labels.parquet, history/."""
+    """Folder of all outputs of a round: model/, curves/, folds/, pseudo_labels.parquet, history/."""
     return Path(f"data/rounds/{number}")
 
 
 def read_rendering() -> ProposalsParams:
-    """How the proposals were rendered, with the values that were fitted. Raises ArtifactError where that is unknown."""
-    from l2l_core.config import ProposalsParams  # it loads pydantic, which `--help` does without
+    """Rendering parameters of the proposals, with fitted values. Raises ArtifactError if the file is missing or bad."""
+    from l2l_core.config import ProposalsParams  # it loads pydantic, which `--help` does not need
 
     try:
         return ProposalsParams.model_validate(json.loads(RENDERING_PATH.read_bytes())["proposals"])
@@ -205,14 +205,14 @@ def read_rendering() -> ProposalsParams:
 
 
 def make_table(rows: Iterable[dict[str, object]], schema: pa.Schema) -> pa.Table:
-    """Dicts of one row each -> a table with exactly the schema's columns (a missing key is null)."""
+    """Row dicts -> a table with exactly the schema's columns (a missing key is null)."""
     return pa.Table.from_pylist(list(rows), schema=schema)
 
 
 def write_table(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
-    """Write atomically (a reader sees the old file or the whole new one), zstd, identical bytes for identical rows.
+    """Write a table atomically with zstd compression; identical rows give identical bytes.
 
-    Raises ArtifactError where the columns are not the schema's.
+    Raises ArtifactError if the columns are not the schema's.
     """
     path = Path(path)
     if not table.schema.equals(schema):
@@ -229,7 +229,7 @@ def write_table(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
 def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a table, or some of its columns.
 
-    Raises ArtifactError where the file is missing, is not Parquet, or lacks a column of the schema.
+    Raises ArtifactError if the file is missing, is not Parquet, or lacks a column of the schema.
     """
     path = Path(path)
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
@@ -245,9 +245,9 @@ def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | Non
 
 
 def to_frame(table: pa.Table) -> pd.DataFrame:
-    """A table as a data frame; integer columns stay integers, lists become numpy arrays, nulls become None."""
+    """A table as a DataFrame; integer columns stay integers, lists become numpy arrays, nulls become None."""
     return table.to_pandas()
 
 
 SENTENCE_COLUMNS = ("sent_id", "ref_id", "image_id", "sentence", "style", "split")
-"""Columns of REFS that reveal nothing of the truth; training reads these only."""
+"""Columns of REFS that do not reveal the ground truth; training reads only these."""

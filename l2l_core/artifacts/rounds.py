@@ -1,4 +1,4 @@
-"""The newest round of the last run in the current folder."""
+"""The latest round of the last run in the current folder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def rounds_with(part: str) -> list[int]:
 
 
 def newest_round(part: str) -> int:
-    """The highest round of the last run that left `part` ("model", "pseudo_labels.parquet").
+    """The highest round of the last run that has `part` ("model", "pseudo_labels.parquet").
 
-    Later rounds are of a run before it, perhaps of another data set: DVC leaves what it does not need. Raises
-    ArtifactError where there is none.
+    Later rounds on disk come from an earlier run, perhaps of another dataset: DVC does not remove outputs that it no
+    longer needs. Raises ArtifactError if no round has `part`.
     """
     rounds, numbers = records.round_folder(0).parent, rounds_with(part)
     if not numbers:
@@ -34,9 +34,9 @@ def newest_round(part: str) -> int:
 
 
 def model_folder(run: Path | None) -> Path:
-    """Where the network lies: the newest round's, or `run`, which may be a round's folder or a model's.
+    """The model folder of the latest round, or of `run`, which may be a round folder or a model folder.
 
-    Raises InputError where `run` is neither, ArtifactError where there is no round.
+    Raises InputError if `run` is neither, ArtifactError if there is no round.
     """
     if run is None:
         return records.round_folder(newest_round("model")) / "model"

@@ -1,1 +1,1 @@
-"""What every other room uses: masks, boxes, images, metrics, devices, threads, files."""
+"""Shared utilities: masks, boxes, images, metrics, devices, threads, files."""

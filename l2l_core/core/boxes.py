@@ -9,7 +9,7 @@ FloatArray = NDArray[np.float64]
 
 
 def xywh_to_xyxy(box_xywh: ArrayLike) -> FloatArray:
-    """COCO's x, y, width, height -> x1, y1, x2, y2; shape [..., 4], pixels."""
+    """COCO x, y, width, height -> x1, y1, x2, y2; shape [..., 4], pixels."""
     box = np.asarray(box_xywh, dtype=np.float64)
     return np.concatenate([box[..., :2], box[..., :2] + box[..., 2:]], axis=-1)
 
@@ -28,7 +28,7 @@ def area_xyxy(box_xyxy: ArrayLike) -> FloatArray:
 
 
 def iou_xyxy(a_xyxy: ArrayLike, b_xyxy: ArrayLike) -> FloatArray:
-    """IoU in [0, 1] of boxes that broadcast, [..., 4] x [..., 4] -> [...]; two empty boxes give 0."""
+    """IoU in [0, 1] of broadcastable boxes, [..., 4] x [..., 4] -> [...]; two empty boxes give 0."""
     a, b = np.asarray(a_xyxy, dtype=np.float64), np.asarray(b_xyxy, dtype=np.float64)
     low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
     sides = np.clip(high - low, 0.0, None)

@@ -1,4 +1,4 @@
-"""Where a network computes and in which precision: both follow what PyTorch reports about the hardware."""
+"""Choice of device and precision, based on what PyTorch reports about the hardware."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from l2l_core.errors import ConfigError
 Precision = Literal["bf16", "fp32"]
 
 CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""Instructions that multiply bf16 numbers, as PyTorch names them: two of x86, two of ARM."""
+"""PyTorch's names of the CPU instructions that multiply bf16 numbers: two of x86, two of ARM."""
 
 
 def choose_device(name: str, key: str = "train.engine.device") -> torch.device:
-    """The device that a parameter names; `auto` is CUDA if there is a GPU, else the CPU.
+    """The device that a parameter names; `auto` is CUDA if available, else the CPU.
 
-    Apple's GPUs (`mps`) are used only by name: PyTorch lacks some operations there. Raises ConfigError where PyTorch
-    does not see the named device.
+    Apple GPUs (`mps`) must be named explicitly, because PyTorch lacks some operations there. Raises ConfigError if
+    PyTorch does not find the named device.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"params.yaml: {key}: got 'cuda', but torch sees no CUDA device; use auto or cpu")
@@ -35,7 +35,7 @@ def choose_device(name: str, key: str = "train.engine.device") -> torch.device:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16. Others emulate it, many times slower than they compute fp32."""
+    """Whether the device supports bf16 natively. Other devices emulate it, many times slower than fp32."""
     match device.type:
         case "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)  # compute capability 8.0, or ROCm
@@ -43,7 +43,7 @@ def computes_bf16(device: torch.device) -> bool:
             return torch.backends.mps.is_macos_or_newer(14, 0)
         case _:
             known = torch.cpu.get_capabilities()
-            # oneDNN has the fast kernels; without it PyTorch computes bf16 by plain loops.
+            # oneDNN has the fast kernels; without it PyTorch computes bf16 in plain loops.
             has_kernels: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
             return has_kernels and any(known.get(name, False) for name in CPU_BF16)
 
@@ -51,27 +51,27 @@ def computes_bf16(device: torch.device) -> bool:
 def resolve_precision(
     setting: str, device: torch.device, key: str = "train.precision", file: str = "params.yaml"
 ) -> Precision:
-    """`auto` is bf16 where the device computes it natively, else fp32; `bf16` and `fp32` stay.
+    """Resolve `auto` to bf16 if the device supports it natively, else to fp32; `bf16` and `fp32` stay.
 
-    key, file: where an explicit bf16 comes from; where the device emulates bf16, one warning names them.
+    key, file: the source of an explicit bf16. If the device emulates bf16, one warning names them.
     """
     return "fp32" if setting == "fp32" else precision_where(computes_bf16(device), setting, device.type, key, file)
 
 
 def precision_where(native: bool, setting: str, kind: str, key: str, file: str = "params.yaml") -> Precision:
-    """`resolve_precision` for a device of which only this is known: whether it computes bf16 natively, and its kind."""
+    """`resolve_precision` for a device given by its kind and by whether it supports bf16 natively."""
     if setting == "bf16" and not native:
         _warn_of_emulation(file, key, kind)
     return "bf16" if setting == "bf16" or (native and setting == "auto") else "fp32"
 
 
 def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors on a device."""
+    """Move tensors to a device."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Context in which PyTorch computes in a precision; fp32 changes nothing."""
+    """Autocast context for a precision; fp32 changes nothing."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -83,7 +83,7 @@ def describe_device(device: torch.device, precision: Precision) -> str:
 
 @cache
 def print_device(device: torch.device, precision: Precision) -> None:
-    """Print `device: cpu (2 threads), fp32`, once in a process however many networks it loads."""
+    """Print `device: cpu (2 threads), fp32`, once per process, however many networks it loads."""
     if is_first_process():
         print(f"device: {describe_device(device, precision)}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, scratch folders that survive a kill, and fingerprints of files."""
+"""Atomically written folders, scratch folders that survive a kill, and fingerprints of files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CODE_ROOT = Path(__file__).resolve().parents[2]
 
 
 def end_on_sigterm() -> None:
-    """Let SIGTERM end this process by an exception, so that nothing half-written stays; with the shell's exit code."""
+    """On SIGTERM, exit by an exception with the shell's exit code, so that no half-written file remains."""
 
     def end(number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
@@ -30,10 +30,10 @@ def end_on_sigterm() -> None:
 
 @contextmanager
 def added_to(folder: Path) -> Iterator[Path]:
-    """A folder to fill; its files move into `folder` when the block ends well, in the order of their names.
+    """Yield a temporary folder; when the block succeeds, its files move into `folder` in the order of their names.
 
-    They replace files of the same name; when the block fails, `folder` stays as it was. Raises InputError where it
-    cannot be a folder.
+    They replace files of the same name. If the block fails, `folder` is unchanged. Raises InputError if `folder` is a
+    file or cannot be written.
     """
     folder = folder.resolve()
     building = folder.with_name(f".{folder.name}.{os.getpid()}.building")
@@ -54,9 +54,9 @@ def added_to(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` when the block ends well, and leaves nothing when it does not.
+    """Yield a temporary folder that becomes `target` when the block succeeds and is removed when it fails.
 
-    Of several processes that were launched together, only the first may call it.
+    In a distributed run, only rank 0 may call it.
     """
     building = target.with_name(f".{target.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -70,7 +70,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def copy_whole(source: Path | None, target: Path) -> None:
-    """Copy a folder by `whole_folder`, once where several processes were launched together; None: an empty one."""
+    """Copy a folder by `whole_folder`, on rank 0 only; source None: create an empty folder."""
     if is_first_process():
         with whole_folder(target) as folder:
             if source:
@@ -78,9 +78,9 @@ def copy_whole(source: Path | None, target: Path) -> None:
 
 
 def fingerprint(stage: str, settings: str, inputs: Iterable[Path]) -> str:
-    """Hex digest of the settings, of the bytes of all input files and of the library's code.
+    """Hex digest of the settings, the bytes of all input files and the library's code.
 
-    A checkpoint is only ever resumed by a run that would have written the same one.
+    A run resumes a checkpoint only if it would have written the same one.
     """
     digest = hashlib.sha256(f"{stage}\n{settings}\n".encode())
     files = [file for path in inputs for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
@@ -93,17 +93,17 @@ def fingerprint(stage: str, settings: str, inputs: Iterable[Path]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file, which is read in blocks: it may be larger than the memory."""
+    """SHA-256 hex digest of a file. The file is read in blocks, so it may be larger than memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def scratch_folder(stage: str, key: str) -> Iterator[Path]:
-    """A locked folder that survives a kill and is removed when the block ends well.
+    """Yield a locked folder that survives a kill and is removed when the block succeeds.
 
-    Processes that were launched beside the first one read there what it wrote. Raises ArtifactError where another run
-    works on the same stage with the same inputs.
+    Ranks other than 0 read what rank 0 wrote there. Raises ArtifactError if another run works on the same stage with
+    the same inputs.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
     if not is_first_process():

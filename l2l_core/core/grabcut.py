@@ -1,4 +1,4 @@
-"""GrabCut (Rother et al., 2004): which pixels belong together by their colours, from a rough idea of the object."""
+"""GrabCut (Rother et al., 2004): segment an object by its colors, starting from a rough estimate."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 GRABCUT_SIDE_PX = 256
-"""Longer side of the image that GrabCut works on. From moved boxes 128, 192, 256 and 320 px gave a mean IoU of 0.51,
-0.54, 0.56 and 0.57, in time that grows with the area; the box alone 0.49 (`python -m bench.priors`)."""
+"""Longer side of the image for GrabCut. With shifted boxes, 128, 192, 256 and 320 px gave a mean IoU of 0.51, 0.54,
+0.56 and 0.57; the box alone gave 0.49. Time grows with the area (`python -m bench.priors`)."""
 GRABCUT_ITERATIONS = 1
-"""More take twice as long and gain nothing (`python -m bench.priors`)."""
+"""More iterations take twice as long and gain nothing (`python -m bench.priors`)."""
 GRABCUT_MARGIN = 0.5
-"""How far around the pixels in doubt GrabCut looks, as a share of their height and width. On photos it gave a mean IoU
-of 0.63 from true boxes and 0.56 from moved ones, the whole image (100) 0.60 and 0.57 (`python -m bench.priors`). It
-saves time where objects are small."""
+"""Margin around the uncertain pixels, as a share of their height and width. On photos this margin gave a mean IoU of
+0.63 from true boxes and 0.56 from shifted ones; the whole image (100) gave 0.60 and 0.57 (`python -m bench.priors`).
+It saves time for small objects."""
 MIN_SHARE = 0.1
-"""A cut smaller than this share of the first idea has lost the object."""
+"""A result smaller than this share of the initial foreground has lost the object."""
 
 _MIN_PX = 16
 _MIN_MARGIN_PX = 4
 
 
 def grabcut(image_bgr: Image, trimap: NDArray[np.uint8]) -> Mask | None:
-    """Foreground [H, W] found in an image [H, W, 3] from a trimap [H, W] of cv2.GC_*.
+    """Foreground [H, W] of a BGR image [H, W, 3] from a trimap [H, W] of cv2.GC_*.
 
-    None where there is too little to read on either side, or where next to nothing is left of the first idea.
+    None if foreground or background has too few pixels, or if almost none of the initial foreground remains.
     """
     cut = np.zeros(trimap.shape, dtype=np.bool_)
     around = _neighborhood(trimap)
     image_bgr, trimap = np.ascontiguousarray(image_bgr[around]), trimap[around].copy()  # OpenCV writes into it
     first_px = int(np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD)).sum())
-    # Its colour mixtures have five components and need at least as many pixels on either side.
+    # The color mixtures have five components and need at least as many pixels of foreground and of background.
     if min(first_px, trimap.size - first_px) < _MIN_PX:
         return None
-    cv2.setRNGSeed(0)  # the mixtures start from random centres
-    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # the layout that OpenCV wants
-    whole = (0, 0, trimap.shape[1], trimap.shape[0])  # not read where the labels are given
+    cv2.setRNGSeed(0)  # the mixtures start from random centers
+    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # the layout that OpenCV requires
+    whole = (0, 0, trimap.shape[1], trimap.shape[0])  # ignored when a trimap is given
     cv2.grabCut(image_bgr, trimap, whole, background, foreground, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_MASK)
     cut[around] = np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
     return cut if cut.sum() >= MIN_SHARE * first_px else None
@@ -50,8 +50,8 @@ def grabcut(image_bgr: Image, trimap: NDArray[np.uint8]) -> Mask | None:
 def box_trimap(height: int, width: int, box_xyxy: FloatArray, ring: float, core: float) -> NDArray[np.uint8]:
     """Trimap [height, width] of cv2.GC_* from a box in pixels.
 
-    The box is probable foreground and a ring around it, `ring` of its sides wide, probable background. The center of
-    the box, with `core` of its sides, is sure foreground; all beyond the ring is sure background.
+    The box is probable foreground. A ring around it, `ring` of its sides wide, is probable background. The center of
+    the box, with `core` of its sides, is sure foreground. Everything beyond the ring is sure background.
     """
     sides = np.tile(box_xyxy[2:] - box_xyxy[:2], 2)
     trimap = np.full((height, width), cv2.GC_BGD, dtype=np.uint8)

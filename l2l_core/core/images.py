@@ -1,6 +1,6 @@
-"""The one reader of image files, and their inspection: found to be whole, measured and fingerprinted.
+"""The only reader of image files, and their inspection: validity, size and fingerprint.
 
-Every part of the project sees an image through `read_image`: ingest and check, the MLLM, training, predictions, pages.
+Every part of the project reads images through `read_image`: ingest and check, the MLLM, training, predictions, pages.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ from l2l_core.core.threads import thread_count
 from l2l_core.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-"""What is read; any other format is refused. Of an animated or multi-page file, the first picture."""
+"""Supported formats; any other is refused. Only the first picture of an animated or multi-page file is read."""
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26
-"""Of one image, Pillow's own bound (89 megapixels): a file of some kilobytes can claim gigabytes of pixels."""
+"""Largest image, Pillow's own bound (89 megapixels): a file of a few kilobytes can claim gigabytes of pixels."""
 
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
-"""Pillow's modes of 8 bits a channel that convert to RGB without a guess. It reads 16-bit color with its high bytes."""
+"""Pillow's modes of 8 bits per channel with a clear RGB conversion. Pillow reads the high bytes of 16-bit color."""
 
 DEEP_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
-"""Grey of 16 bits; its high byte is taken, as of 16-bit color."""
+"""Gray of 16 bits; its high byte is used, as with 16-bit color."""
 
 EXIF_ORIENTATION = 274
 UPRIGHT = 1
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # so that `Image.open` itself refuses the size
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # lets `Image.open` itself refuse the size
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that decodes from its first to its last byte."""
+    """An image that decodes completely."""
 
-    file_name: str  # relative to the project's root where it lies below it, else absolute; forward slashes
-    height: int  # of the pixels as `read_image` gives them
+    file_name: str  # relative to the project root if inside it, else absolute; forward slashes
+    height: int  # of the pixels that `read_image` returns
     width: int
     sha256: str
-    turned: bool = False  # an EXIF tag says to show the image turned or mirrored
+    turned: bool = False  # an EXIF tag rotates or mirrors the image
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """An image file -> [H, W, 3] uint8 RGB, as stored: EXIF orientation is ignored, alpha is dropped, grey is repeated.
+    """An image file -> [H, W, 3] uint8 RGB, as stored: EXIF orientation is ignored, alpha is dropped, gray is repeated.
 
-    Raises InputError, in one line, where the file is missing, damaged, of another format than FORMATS, of a mode that
-    has no plain RGB (32-bit, floating point, LAB), or larger than MAX_PIXELS.
+    Raises InputError with a one-line message if the file is missing, damaged, not one of FORMATS, of a mode without a
+    plain RGB conversion (32-bit, floating point, LAB), or larger than MAX_PIXELS.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a pipe or a device never ends
+        if Path(path).exists() and not Path(path).is_file():  # reading a pipe or a device may never end
             raise InputError(f"{path}: not a regular file, expected an image")
         return _decode(path)[0]
     except FileNotFoundError:
         raise InputError(f"{path}: image not found") from None
     except InputError:
         raise
-    except Exception as error:  # decoders raise whatever they trip over first in a damaged file
+    except Exception as error:  # decoders raise many exception types on a damaged file
         raise InputError(f"{path}: {_reason(error)}") from None
 
 
@@ -74,7 +74,7 @@ def to_rgb(image: str | Path | Image.Image | NDArray[np.uint8], name: str = "ima
     """An image in any form -> [H, W, 3] uint8 RGB.
 
     image: path of a file (see `read_image`), a Pillow image, or an array [H, W, 3] (RGB) or [H, W] (gray), uint8. name:
-    what an error calls an image that has no path. Raises InputError for anything else.
+    name in error messages of an image without a path. Raises InputError for anything else.
 
     >>> to_rgb(np.zeros((4, 6), np.uint8)).shape
     (4, 6, 3)
@@ -96,32 +96,32 @@ def to_rgb(image: str | Path | Image.Image | NDArray[np.uint8], name: str = "ima
 
 
 def inspect_images(paths: Sequence[Path], min_side_px: int) -> list[ImageFile | str]:
-    """Read and decode every image; what was found, or in one line what is wrong with it, in the order of `paths`."""
+    """Read and decode every image; per image the result or a one-line error, in the order of `paths`."""
     with ThreadPoolExecutor(thread_count()) as pool:  # decoding and hashing release the interpreter lock
         found = pool.map(lambda path: _inspect(path, min_side_px), paths)
         return list(progress(found, "images", "image", total=len(paths)))
 
 
 def project_path(path: Path) -> str:
-    """A path as the tables keep it: relative to the current directory (the project's root) where it lies below it."""
-    absolute = Path(os.path.abspath(path))  # not resolve(): a data set that is linked into the project stays inside it
+    """A path as in the tables: relative to the current directory (the project root) if inside it, else absolute."""
+    absolute = Path(os.path.abspath(path))  # not resolve(): a dataset linked into the project counts as inside
     here = Path.cwd()
     return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
-    """Paths of a folder's listing, sorted, without hidden files such as `._photo.jpg`, which a Mac puts beside each."""
+    """Sorted paths without hidden files such as `._photo.jpg`, which macOS adds beside each file."""
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def is_turned(path: str | Path) -> bool:
-    """Whether an EXIF tag says to show the image turned or mirrored; the pipeline takes the pixels as stored."""
+    """Whether an EXIF tag rotates or mirrors the image; the pipeline uses the pixels as stored."""
     with Image.open(path, formats=FORMATS) as image:
         return _is_turned(image)
 
 
 def inspect_content(content: bytes, path: Path, min_side_px: int) -> ImageFile | str:
-    """As `inspect_images`, of one image by its bytes; path: the file that they are of, or will be."""
+    """`inspect_images` for the bytes of one image; path: the file that has or will have this content."""
     name = project_path(path)
     try:
         pixels, turned = _decode(io.BytesIO(content))
@@ -146,14 +146,14 @@ def _inspect(path: Path, min_side_px: int) -> ImageFile | str:
 
 
 def _decode(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint8], bool]:
-    """Pixels [H, W, 3] uint8 RGB, and whether an EXIF tag turns them. Raises whatever a decoder raises."""
+    """Pixels [H, W, 3] uint8 RGB, and whether an EXIF tag rotates or mirrors them. Passes on any decoder error."""
     with Image.open(file, formats=FORMATS) as image:
-        pixels = _pixels(image)  # first: Pillow turns a TIFF upright when it decodes it
+        pixels = _pixels(image)  # first: Pillow applies a TIFF's orientation when decoding
         return pixels, _is_turned(image)
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """[H, W, 3] uint8 RGB. Raises whatever a decoder raises."""
+    """[H, W, 3] uint8 RGB. Passes on any decoder error."""
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     if image.mode in DEEP_MODES:
@@ -168,16 +168,16 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    if image.format == "TIFF":  # Pillow itself turns it upright when it decodes it
+    if image.format == "TIFF":  # Pillow itself applies the orientation when decoding
         return False
     try:
         return bool(image.getexif().get(EXIF_ORIENTATION, UPRIGHT) != UPRIGHT)
-    except Exception:  # a broken EXIF block says nothing, and the pixels are whole
+    except Exception:  # a broken EXIF block is ignored; the pixels are intact
         return False
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with an image, in one line."""
+    """A one-line description of an image error."""
     if isinstance(error, UnidentifiedImageError):
         return f"corrupt, or not one of {', '.join(FORMATS)}"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):

@@ -1,4 +1,4 @@
-"""The one reader of JSON lines: pairs, recorded answers and sentences, in any encoding of Unicode."""
+"""The only reader of JSON lines: pairs, recorded responses and sentences, in any Unicode encoding."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ BOM = "\ufeff"
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a file that are not blank, each with its number from 1 on.
+    """The non-blank lines of a file with their line numbers, counted from 1.
 
-    UTF-8, UTF-16 and UTF-32 are read, with a byte order mark or without. Line ends are those of Unix, Windows and old
-    Macs. Bytes that are no UTF-8 stay in their line, which `json_object` then refuses. Raises OSError where the file
-    cannot be read, and InputError where it is broken UTF-16 or UTF-32.
+    Reads UTF-8, UTF-16 and UTF-32, with or without a byte order mark, and line ends of Unix, Windows and old Macs.
+    Invalid UTF-8 bytes stay in their line, which `json_object` then refuses. Raises OSError if the file cannot be
+    read, and InputError if it is broken UTF-16 or UTF-32.
     """
     content = path.read_bytes()
     encoding = json.detect_encoding(content)
@@ -32,7 +32,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
 
 
 def json_object(line: str) -> dict[str, Any]:
-    """The JSON object of a line. Raises ValueError that says in one line what stands there instead."""
+    """The JSON object of a line. Raises ValueError with a one-line message if the line holds anything else."""
     try:
         line.encode("utf-8")
         row = json.loads(line)
@@ -44,7 +44,7 @@ def json_object(line: str) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}; expected one object a line") from None
     except RecursionError:
         raise ValueError("not JSON that can be read: nested too deeply; expected one object a line") from None
-    except ValueError:  # Python converts no whole number of more than some thousand digits
+    except ValueError:  # Python refuses integers of more than some thousand digits
         raise ValueError("not JSON that can be read: a number of thousands of digits") from None
     if not isinstance(row, dict):
         raise ValueError(f"got a JSON {type(row).__name__}, expected an object")

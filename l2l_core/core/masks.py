@@ -13,8 +13,8 @@ from pycocotools import mask as coco_mask
 
 BoolMask = NDArray[np.bool_]
 
-_MAX_RUN = 2**32 - 1  # pycocotools keeps runs as 32-bit unsigned
-_MAX_CHUNKS = 7  # characters of 5 bits that a 32-bit run needs at most
+_MAX_RUN = 2**32 - 1  # pycocotools stores runs as 32-bit unsigned integers
+_MAX_CHUNKS = 7  # most 5-bit characters that a 32-bit run needs
 
 
 def encode_rle(mask: NDArray[Any]) -> bytes:
@@ -48,7 +48,7 @@ def rle_area_px_all(counts: Sequence[bytes], sizes_hw: NDArray[np.int64]) -> NDA
 
 
 def rle_box_xyxy(counts: bytes, height: int, width: int) -> tuple[float, float, float, float]:
-    """Tight box x1 y1 x2 y2 (end-exclusive, pixels) around a mask that is not empty."""
+    """Tight box x1 y1 x2 y2 (end-exclusive, pixels) around a non-empty mask."""
     x, y, box_width, box_height = coco_mask.toBbox({"size": [height, width], "counts": counts}).tolist()
     return x, y, x + box_width, y + box_height
 
@@ -56,9 +56,9 @@ def rle_box_xyxy(counts: bytes, height: int, width: int) -> tuple[float, float, 
 def intersection_union_px(
     first: Sequence[bytes], second: Sequence[bytes], sizes_hw: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Pixels in the intersection and in the union of mask pairs, on the run lengths; N pairs -> [N, 2] int64.
+    """Pixels in the intersection and in the union of mask pairs, from the run lengths; N pairs -> [N, 2] int64.
 
-    sizes_hw: [N, 2] height and width that both masks of a pair share.
+    sizes_hw: [N, 2] height and width of both masks of each pair.
     """
     intersection = rle_area_px_all(_common(first, second, sizes_hw), sizes_hw)
     union = rle_area_px_all(first, sizes_hw) + rle_area_px_all(second, sizes_hw) - intersection
@@ -68,9 +68,9 @@ def intersection_union_px(
 def wrong_kept_px(
     label: Sequence[bytes], truth: Sequence[bytes], keep: Sequence[bytes], sizes_hw: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Pixels that teach, and those of them where label and truth differ; N triples of masks -> [N, 2] int64.
+    """Kept pixels, and kept pixels where label and truth differ; N triples of masks -> [N, 2] int64.
 
-    sizes_hw: [N, 2] height and width that the three masks share.
+    sizes_hw: [N, 2] height and width of the three masks of each triple.
     """
     kept_label, kept_truth = _common(keep, label, sizes_hw), _common(keep, truth, sizes_hw)
     kept_both = rle_area_px_all(_common(kept_label, kept_truth, sizes_hw), sizes_hw)
@@ -84,8 +84,8 @@ _POLYGONS = "each polygon needs one flat list: x1, y1, x2, y2, x3, y3, ..."
 def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
     """A COCO `segmentation` (polygons, compressed or uncompressed RLE) -> compressed counts.
 
-    Several polygons are united. Everything is checked here, because pycocotools' C code trusts what it gets.
-    Raises ValueError that says what is wrong with it.
+    The result is the union of all polygons. All input is checked here, because pycocotools' C code trusts its input.
+    Raises ValueError with a description of the problem.
     """
     if isinstance(segmentation, dict):
         if not {"size", "counts"} & set(segmentation):
@@ -110,22 +110,22 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
 
 
 def resize_mask(mask: BoolMask, height: int, width: int) -> BoolMask:
-    """Nearest-neighbour resize of a [H, W] mask: each new pixel takes the old one that holds its centre."""
-    # Not INTER_NEAREST: it takes the old pixel at the new one's corner, which moves a mask that shrinks by half a new
-    # pixel against its image.
+    """Nearest-neighbor resize of a [H, W] mask: each new pixel takes the old pixel that contains its center."""
+    # Not INTER_NEAREST: it takes the old pixel at the new pixel's corner, which shifts a shrunk mask against its image
+    # by half a new pixel.
     resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     return np.asarray(resized, dtype=bool)
 
 
 def resize_prob(prob: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Bilinear resize of a [H, W] map of probabilities."""
+    """Bilinear resize of a [H, W] probability map."""
     if prob.shape == (height, width):
         return prob
     return np.asarray(cv2.resize(prob, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
 
 
 def square_px(reach: float) -> NDArray[np.uint8]:
-    """Structuring element for dilation and erosion that reaches that many pixels (at least one) to each side."""
+    """Square structuring element for dilation and erosion by `reach` pixels (at least one) to each side."""
     size = 2 * max(1, round(reach)) + 1
     return np.ones((size, size), dtype=np.uint8)
 
@@ -145,11 +145,11 @@ def _check_polygon(polygon: object, height: int, width: int) -> None:
         raise ValueError(f"segmentation: got a polygon of lists or objects; {_POLYGONS}")
     if len(polygon) < 6 or len(polygon) % 2:
         raise ValueError(f"segmentation: each polygon needs x, y for at least 3 points, got {len(polygon)} numbers")
-    # Exact types: a bool is no coordinate, and numpy would read a string as one.
+    # Exact types: a bool is not a coordinate, and numpy would accept a string.
     if not set(map(type, polygon)) <= {int, float}:
         raise ValueError("segmentation: polygon coordinates must be numbers")
-    # Memory in the C code grows with the length of the edges, so a far-off point must not reach it. Annotation tools
-    # overshoot the border by some pixels; nobody draws a whole image beside the image.
+    # Memory in the C code grows with the length of the edges, so distant points are refused. Annotation tools overshoot
+    # the border by a few pixels, never by a whole image.
     low, high = min(polygon), max(polygon)
     side = max(height, width)
     if not (-side <= low and high <= 2 * side and all(map(math.isfinite, polygon))):
@@ -160,7 +160,7 @@ def _check_polygon(polygon: object, height: int, width: int) -> None:
 
 
 def _short(value: float) -> str:
-    """A number as messages show it: a whole one may have hundreds of digits."""
+    """A number for an error message, cut because an integer may have hundreds of digits."""
     text = str(value)
     return text if len(text) <= 20 else f"{text[:20]}... ({len(text)} characters)"
 
@@ -175,8 +175,8 @@ def _listed_runs(counts: list[object]) -> NDArray[np.int64]:
 def _compressed_runs(counts: str | bytes) -> NDArray[np.int64]:
     """The runs in COCO's compressed counts.
 
-    Each run is written in characters of 6 bits (from "0" on): 5 bits of a two's complement number, lowest first, and a
-    flag that more follow. From the fourth run on, the number is the difference to the run two before.
+    Each run is a sequence of 6-bit characters, offset by "0": 5 bits of a two's complement number, lowest first, and a
+    flag that more follow. From the fourth run on, the number is the difference from the run two places earlier.
     """
     raw = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
     chunks = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - 48
@@ -196,11 +196,11 @@ def _compressed_runs(counts: str | bytes) -> NDArray[np.int64]:
 
 
 def _runs_to_rle(runs: NDArray[np.int64], height: int, width: int) -> bytes:
-    """Background and foreground runs in turn -> compressed counts, runs of no pixels merged into their neighbours."""
+    """Alternating background and foreground runs -> compressed counts, with empty runs merged away."""
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"segmentation.counts: runs must be >= 0 and add up to {height * width} pixels")
-    # Two masks that both have an empty run at one place would end pycocotools' merge there. So: drop empty runs, then
-    # add up neighbours of one kind.
+    # If two masks both have an empty run at one place, pycocotools' merge stops there. So drop empty runs, then add up
+    # neighboring runs of the same kind.
     kind = np.arange(len(runs)) % 2
     runs, kind = runs[runs > 0], kind[runs > 0]
     starts = np.flatnonzero(np.diff(kind, prepend=-1))

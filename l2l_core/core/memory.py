@@ -1,4 +1,4 @@
-"""How much memory this process can still use."""
+"""Memory available to this process."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import psutil
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where a container's own limits stand."""
+"""Folder with the limits of the container."""
 
 
 def available_bytes() -> int:
-    """Memory that this process can still use: of the machine, or of its control group if that has less."""
+    """Bytes of memory that this process can still use: the lesser of the machine's and its control group's."""
     available = int(psutil.virtual_memory().available)
     try:
         limit = int((CONTROL_GROUP / "memory.max").read_text())  # "max" means no limit

@@ -1,6 +1,6 @@
-"""Segmentation metrics from pixels in intersection and union; how well a probability ranks and how honest it is.
+"""Segmentation metrics from intersection and union pixels; ranking and calibration of probabilities.
 
-Every share is in percent, as the field reports it.
+All shares are in percent, as is usual in the field.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 
 PR_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-"""IoU that a sentence must reach to count in Pr@X; the five that the field's tables have."""
+"""IoU thresholds of Pr@X; the five that are usual in the field."""
 
 
 def iou_from_px(intersection_px: ArrayLike, union_px: ArrayLike) -> FloatArray:
-    """Intersection over union in [0, 1], shape [N]; two empty masks agree, so 0 / 0 is 1."""
+    """Intersection over union in [0, 1], shape [N]; two empty masks agree, so 0 / 0 gives 1."""
     intersection, union = np.asarray(intersection_px, np.float64), np.asarray(union_px, np.float64)
     return np.asarray(np.divide(intersection, union, out=np.ones_like(union), where=union > 0))
 
 
 def segmentation_scores(intersection_px: ArrayLike, union_px: ArrayLike) -> dict[str, float]:
-    """Scores of N sentences in percent, one entry a sentence in both arguments (pixels at the original resolution).
+    """Scores of N sentences in percent; both arguments have one entry per sentence (pixels at original resolution).
 
-    miou: mean of the sentences' IoU ("gIoU" in some papers). oiou: sum of intersections / sum of unions ("cIoU";
-    large objects weigh more). pr50 .. pr90: share of the sentences with IoU >= 0.5 .. 0.9.
-    Raises ValueError where there is no sentence.
+    miou: mean IoU over sentences ("gIoU" in some papers). oiou: sum of intersections / sum of unions ("cIoU"; large
+    objects weigh more). pr50 .. pr90: share of sentences with IoU >= 0.5 .. 0.9.
+    Raises ValueError if there are no sentences.
 
     >>> scores = segmentation_scores([50, 10], [100, 100])
     >>> scores["miou"], scores["oiou"], scores["pr50"]
     (30.0, 30.0, 50.0)
     """
     intersection, union = np.asarray(intersection_px), np.asarray(union_px)
-    # 64-bit division rounds correctly, so that an IoU of exactly 3 / 5 does reach 0.6; a stored 32-bit one would not.
+    # 64-bit division rounds correctly: an IoU of exactly 3 / 5 reaches 0.6. A stored 32-bit value would not.
     iou = iou_from_px(intersection, union)
     if not iou.size:
         raise ValueError("scores of no sentence are undefined")
@@ -43,9 +43,9 @@ def segmentation_scores(intersection_px: ArrayLike, union_px: ArrayLike) -> dict
 
 
 def auroc(score: ArrayLike, positive: ArrayLike) -> float | None:
-    """Percent of (positive, negative) pairs that the score [N] puts in the right order, a tie counting half.
+    """Percent of (positive, negative) pairs that the score [N] ranks correctly; a tie counts half.
 
-    None where all entries are of one class.
+    None if all entries are of one class.
     """
     truth = np.asarray(positive, dtype=bool)
     if truth.all() or not truth.any():
@@ -56,10 +56,10 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 def precision_by_coverage(score: ArrayLike, value: ArrayLike, points: int) -> pd.DataFrame:
-    """Mean value of the entries with the highest score, against the share that is taken; both in percent.
+    """Mean value of the entries with the highest scores, as a function of the share taken; both in percent.
 
     score, value: [N], value in [0, 1]. Columns coverage, precision; at most `points` rows, evenly spaced up to 100 %.
-    Entries of equal score count with their mean value: what taking them in random order gives on average.
+    Entries of equal score count with their mean value, which is the expectation over random orders.
     """
     frame = pd.DataFrame({"score": np.asarray(score), "value": np.asarray(value, np.float64)})
     by_score = frame.groupby("score")["value"]
@@ -72,7 +72,7 @@ def precision_by_coverage(score: ArrayLike, value: ArrayLike, points: int) -> pd
 
 
 def reliability(prob: ArrayLike, positive: ArrayLike, bins: int) -> pd.DataFrame:
-    """How often a probability [N] in [0, 1] comes true: one row for each of `bins` equal intervals that is not empty.
+    """Reliability of a probability [N] in [0, 1]: one row for each non-empty interval of `bins` equal ones.
 
     Columns prob (mean in the interval) and share (of positives), both in percent, and count.
     """

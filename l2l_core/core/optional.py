@@ -1,4 +1,4 @@
-"""Packages that another package loads wherever it finds them."""
+"""Hides installed packages that another package would import on sight."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def hidden(*packages: str) -> Iterator[None]:
-    """While the block runs, packages that are not loaded yet count as not installed.
+    """Within the block, the packages that are not loaded yet appear as not installed.
 
-    What is imported in the block and remembers that they are missing does so for good: hide only what it never needs.
+    A module imported in the block may remember this permanently, so hide only packages that it never needs.
     """
     missing = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]  # None: the import system's "there is none"
+    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]  # None: the import system treats it as missing
     try:
         yield
     finally:

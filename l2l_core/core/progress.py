@@ -1,4 +1,4 @@
-"""Progress bars with throughput and time left; in a log, a line a minute. Of several processes one speaks."""
+"""Progress bars with throughput and time left, or one line per minute in a log. Only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 LOG_INTERVAL_S = 60.0
-"""Often enough to see that a long training lives, seldom enough to leave a log readable."""
+"""Short enough to show that a long training run is alive, long enough to keep a log readable."""
 
 
 def progress(items: Iterable[T], what: str, unit: str, total: int | None = None, initial: int = 0) -> Iterator[T]:
     """Iterate with a bar on stderr: `what: 40%|####  | 12/30 [00:05<00:07, 2.4unit/s]`.
 
-    Where stderr is no terminal, the same as a line every LOG_INTERVAL_S, and nothing of what is done sooner.
+    If stderr is not a terminal, print a line every LOG_INTERVAL_S instead, and none for shorter work.
     """
     if not is_first_process():
         return iter(items)
@@ -41,5 +41,5 @@ def _logged(items: Iterable[T], what: str, unit: str, total: int | None, initial
 
 
 def is_first_process() -> bool:
-    """Of the processes that torchrun or accelerate launched together, the one that speaks and writes files."""
+    """Whether this process has rank 0 under torchrun or accelerate; only rank 0 prints and writes files."""
     return os.environ.get("RANK", "0") == "0"

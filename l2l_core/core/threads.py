@@ -1,6 +1,6 @@
-"""How many threads the project uses and how they wait; `l2l_core/__init__.py` sets it before any library is loaded.
+"""Thread count and wait policy; `l2l_core/__init__.py` sets them before any library is loaded.
 
-OpenMP (PyTorch, MKL), OpenBLAS (NumPy) and Arrow take their number of threads from OMP_NUM_THREADS, OpenCV from
+OpenMP (PyTorch, MKL), OpenBLAS (NumPy) and Arrow read their thread count from OMP_NUM_THREADS, OpenCV from
 OPENCV_FOR_THREADS_NUM. OpenMP reads its variables once, when its library is loaded.
 """
 
@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 DEFAULT_VARIABLE = "L2L_DEFAULT_THREADS"
-"""Beside OMP_NUM_THREADS, of the same value, where this module has set it: child processes see that no user did."""
+"""Set by this module to the value it gives OMP_NUM_THREADS, so that child processes see that no user set that."""
 
 
 SPIN_COUNT = 1000
-"""Rounds for which a waiting thread of GNU's OpenMP spins before it sleeps: long enough for the gap between two layers,
-too short to take time from another process (bench/waiting.py)."""
+"""Rounds that a waiting thread of GNU OpenMP spins before it sleeps: long enough for the gap between two layers, too
+short to take time from another process (bench/waiting.py)."""
 
 
 def set_thread_policy() -> None:
-    """Let waiting threads sleep soon, and start as many threads as there are usable cores.
+    """Make waiting threads sleep soon, and use as many threads as there are usable cores.
 
-    OMP variables that are set stay. OpenMP's default is to spin while a thread waits. Beside another busy process,
-    spinning takes the time that the other threads need (bench/waiting.py). OpenCV gets at most as many threads as
-    OpenMP, also where a parent process with a larger share has set its variable. Child processes inherit all of them.
+    OMP variables that are already set stay. By default, waiting OpenMP threads spin. If another process is busy,
+    spinning takes time from the other threads (bench/waiting.py). OpenCV gets at most as many threads as OpenMP, even
+    if a parent process with a larger share has set its variable. Child processes inherit all variables.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -37,17 +37,17 @@ def set_thread_policy() -> None:
 
 
 def thread_count() -> int:
-    """Threads that this process may keep busy: OMP_NUM_THREADS, or `usable_cores` where it is not a number."""
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list gives one number a nesting level
+    """Number of threads for this process: OMP_NUM_THREADS, or `usable_cores` if it is not a positive number."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has one number per nesting level
     return int(first) if first.isdecimal() and int(first) else usable_cores()
 
 
 def share_of_launched(root: Path = Path("/")) -> int | None:
-    """Threads of a process that torchrun or accelerate launch started beside others: its share of the usable cores.
+    """Threads per process under torchrun or accelerate launch: an equal share of the usable cores.
 
-    None: the process is alone on its machine, or the user has set OMP_NUM_THREADS. Both launchers set it to 1 where it
-    is missing. The environment with which the launcher itself was started (/proc/PID/environ) tells their 1 from a
-    user's. Where it cannot be read (not Linux), 1 counts as the launcher's. root: folder that contains proc and sys.
+    None: this is the only process on the machine, or the user has set OMP_NUM_THREADS. Both launchers set it to 1 if
+    it is missing. The launcher's own initial environment (/proc/PID/environ) tells their 1 from a user's. If it cannot
+    be read (not Linux), 1 counts as the launcher's. root: folder that contains proc and sys.
     """
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if beside < 2:
@@ -59,14 +59,14 @@ def share_of_launched(root: Path = Path("/")) -> int | None:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Physical cores that this process may use, at least 1: by its CPU affinity and the CPU quota of its cgroups.
+    """Physical cores that this process may use, at least 1, given its CPU affinity and the CPU quotas of its cgroups.
 
-    root: folder that contains proc and sys. Where Python cannot read the affinity (not Linux): all logical cores.
+    root: folder that contains proc and sys. If Python cannot read the affinity (not Linux): all logical cores.
     """
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
-    # Hyperthreads of one core share its arithmetic units: one thread a core is fastest, and what MKL chooses too.
+    # Hyperthreads of one core share its arithmetic units. One thread per core is fastest, and MKL's choice too.
     cores = {_read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in cpus}
     return max(1, int(min([len(cores), *_quotas(root)])))
 
@@ -85,12 +85,12 @@ def _quotas(root: Path) -> Iterator[float]:
                 quota, period = (_read(here / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
             else:
                 break
-            if quota.isdecimal() and period.isdecimal() and int(period):  # else `max`, -1 or no such file: no limit
+            if quota.isdecimal() and period.isdecimal() and int(period):  # `max`, -1 or no such file: no limit
                 yield int(quota) / int(period)
 
 
 def _environment(process: int, root: Path) -> dict[str, str]:
-    """Variables with which a process was started; what it sets later is not among them. Empty if unreadable."""
+    """Environment with which a process was started, without later changes. Empty if unreadable."""
     try:
         text = (root / f"proc/{process}/environ").read_bytes().decode(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Views of a batch: the mirrored one, and the strong one that a student learns from."""
+"""Views of a batch: a mirrored view, and a strong view for the student."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from l2l_core.data.pairs import Batch
 
 MAX_SCALE = 0.1
-"""Zoom of the strong view, either way: objects keep their size class and stay in their third of the image."""
+"""Largest zoom of the strong view, in or out: objects keep their size class and stay in their third of the image."""
 MAX_SHIFT = 0.05
-"""Shift of the strong view as a share of the side, small enough for words such as "left" or "top" to stay true."""
+"""Largest shift of the strong view as a share of the side: words such as "left" or "top" stay true."""
 MAX_BRIGHTNESS = 0.25
 MAX_CONTRAST = 0.25
-"""Brightness and contrast vary, hue does not: sentences name colours."""
+"""Brightness and contrast vary, but hue does not, because sentences name colors."""
 MAX_NOISE = 0.04
 """Standard deviation of the strongest pixel noise, in units of the full range."""
 
@@ -27,7 +27,7 @@ _MIRRORED = {**dict(_PAIRS), **{right: left for left, right in _PAIRS}}
 _SIDE_WORD = re.compile(
     r"\b(?:left|right)(?=(?:most|hand|side|ward|wards|er|s)?\b|-)"
     r"|\b(?:lft|rt|lhs|rhs)\b"
-    # A letter alone, but for those of "l-shaped", "L shape", "h&r", "r.i.p" and "they'r".
+    # A single letter, except in "l-shaped", "L shape", "h&r", "r.i.p" and "they'r".
     r"|(?<![\w'’&.-])[lr](?![\w'’&-]|\.\w|\s+shape|\s*&)"
     r"|(?<![\w:.,])(?:1[0-2]|[1-9])(?=\s?o\s?['’`]?\s?clock)",
     re.IGNORECASE,
@@ -35,10 +35,10 @@ _SIDE_WORD = re.compile(
 
 
 def mirror_sentence(sentence: str) -> str:
-    """Swap the sides that an English sentence names; case is kept.
+    """Swap left and right in an English sentence; case is kept.
 
-    left and right, also in compounds such as "leftmost" and "right-hand"; the short forms lft, rt, lhs, rhs, l and r;
-    positions on the clock: "3 o'clock" becomes "9 o'clock".
+    Covers left and right, also in compounds such as "leftmost" and "right-hand"; the short forms lft, rt, lhs, rhs, l
+    and r; and clock positions: "3 o'clock" becomes "9 o'clock".
     """
 
     def swap(match: re.Match[str]) -> str:
@@ -73,10 +73,10 @@ def mirror(batch: Batch, which: Tensor | None = None) -> Batch:
 
 
 def strong_view(batch: Batch, seeds: Sequence[int], *, flip: bool = True) -> Batch:
-    """Mirror half of the samples (if `flip`), zoom and shift a little, change light and add noise; targets follow.
+    """Mirror half of the samples (if `flip`), zoom and shift slightly, change light and add noise; targets follow.
 
-    seeds: one for each of the B samples, which alone decides what happens to it: a sample looks the same in any batch.
-    Pixels that come from outside the image are black and never teach.
+    seeds: one for each of the B samples. Only its seed determines a sample's view, so it is the same in any batch.
+    Pixels from outside the image are black and have keep 0.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = torch.stack([torch.rand(7, generator=generator) for generator in generators])
@@ -86,7 +86,7 @@ def strong_view(batch: Batch, seeds: Sequence[int], *, flip: bool = True) -> Bat
     zoom, shift = 1 + zoom_by * MAX_SCALE, 2 * MAX_SHIFT * torch.stack([shift_x, shift_y], dim=1)
 
     def sources(height: int, width: int) -> Tensor:
-        """[B, h, w, 2] where each pixel of the view comes from, x and y in -1..1: (place - shift) / zoom."""
+        """[B, h, w, 2] source position of each pixel of the view, x and y in -1..1: (position - shift) / zoom."""
         x, y = (
             (((2 * torch.arange(side) + 1) / side - 1) - by[:, None]) / zoom[:, None]
             for side, by in ((width, shift[:, 0]), (height, shift[:, 1]))
@@ -96,7 +96,7 @@ def strong_view(batch: Batch, seeds: Sequence[int], *, flip: bool = True) -> Bat
     def warp(maps: Tensor, grid: Tensor, mode: str, padding: str = "zeros") -> Tensor:
         return F.grid_sample(maps, grid, mode=mode, padding_mode=padding, align_corners=False)
 
-    grid = sources(*batch.image.shape[-2:])  # of image, label and keep alike
+    grid = sources(*batch.image.shape[-2:])  # for image, label and keep
     image = warp(batch.image.float() / 255, grid, "bilinear")
     image = (image - 0.5) * (1 + contrast * MAX_CONTRAST)[:, None, None, None] + 0.5
     image = image + (brightness * MAX_BRIGHTNESS)[:, None, None, None]

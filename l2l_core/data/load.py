@@ -1,4 +1,4 @@
-"""The artifacts of earlier stages as batches and targets, by role. Truth is read for labelled pairs only."""
+"""Loads artifacts of earlier stages as batches and targets, by role. Ground truth is read for labeled pairs only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sentences_of(role: str) -> NDArray[np.int64]:
 
 
 def pairs_of(params: Params, role: str, *, with_priors: bool = True) -> Pairs:
-    """All pairs of a role; without priors each has the flat proposal."""
+    """All pairs of a role; without priors every pair has the flat proposal."""
     return load_pairs(
         records.INDEX,
         sentences_of(role),
@@ -29,15 +29,15 @@ def pairs_of(params: Params, role: str, *, with_priors: bool = True) -> Pairs:
 
 
 def batches_of(params: Params, pairs: Pairs) -> BatchMaker:
-    """The pairs as batches at the network's input size."""
+    """A batch maker for the pairs at the network's input size."""
     return BatchMaker(pairs, params.model.image_size_px, params.proposals.flat_prob)
 
 
 def labeled_targets(pairs: Pairs) -> Targets:
-    """True masks of labelled pairs, from the split's own copy."""
+    """Ground-truth masks of labeled pairs, from the split's own copy."""
     return load_targets(records.LABELED_MASKS_PATH, records.INDEX, pairs)
 
 
 def corpus(pairs: list[Pairs]) -> list[str]:
-    """Every sentence and prior text that training may show: what a tokenizer built from scratch learns its words of."""
+    """All sentences and prior texts of the pairs: the vocabulary source of a tokenizer built from scratch."""
     return [text for some in pairs for texts in (some.sentence, some.prior_text) for text in texts]

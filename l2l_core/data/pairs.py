@@ -1,7 +1,7 @@
 """Pairs (image, sentence, prior, proposal) as columns, their targets, and batches as tensors.
 
-`Pairs` never holds truth. What a sentence should teach is a separate `Targets`, which exists for labelled and
-pseudo-labelled pairs only, so that training on the truth of an unlabelled sentence is a type error.
+`Pairs` never holds ground truth. Targets live in a separate `Targets`, which exists only for labeled and
+pseudo-labeled pairs. Training on the ground truth of an unlabeled sentence is therefore a type error.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from l2l_core.core.masks import decode_rle, resize_mask
 from l2l_core.errors import ArtifactError
 
 PRIOR_COLUMNS = ("sent_id", "sample_index", "target", "attributes", "relation", "bbox")
-"""What the network is shown of an answer, and whose it is."""
+"""Columns of a prior that the network reads, with its keys."""
 IMAGE_CACHE_BYTES = 2 << 30
-"""Decoded images are kept in memory up to this size: all of a small data set, none of the cost for a large one."""
+"""Size limit of the cache of decoded images: a small dataset fits completely, a large one does not fill the memory."""
 BESIDE_VARIABLE = "L2L_TRAININGS_BESIDE"
-"""Number of trainings that run on this machine at once, this one included, and share IMAGE_CACHE_BYTES; missing: 1."""
+"""Number of concurrent training runs on this machine, including this one, that share IMAGE_CACHE_BYTES; default 1."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Pairs:
 
     sent_id: NDArray[np.int64]  # [N]
     sentence: list[str]
-    prior_text: list[str]  # target, attributes and relation as the MLLM named them; "" without a prior
+    prior_text: list[str]  # target, attributes and relation from the MLLM; "" without a prior
     image_row: NDArray[np.int64]  # [N] row of image_path
     image_path: list[str]
     image_hw: NDArray[np.int64]  # [images, 2] original height, width in pixels
@@ -53,7 +53,7 @@ class Pairs:
         return len(self.sent_id)
 
     def take(self, rows: NDArray[np.int64]) -> Pairs:
-        """The pairs of some rows, in that order."""
+        """The pairs of the given rows, in that order."""
         return Pairs(
             sent_id=self.sent_id[rows],
             sentence=[self.sentence[row] for row in rows],
@@ -68,7 +68,7 @@ class Pairs:
         )
 
     def with_sent_ids(self, sent_ids: NDArray[np.int64]) -> Pairs:
-        """The pairs of some sentences, in that order. Raises ArtifactError where one is unknown."""
+        """The pairs of the given sentences, in that order. Raises ArtifactError if one is unknown."""
         order = np.argsort(self.sent_id)
         place = np.searchsorted(self.sent_id, sent_ids, sorter=order)
         rows = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros(0, dtype=np.int64)
@@ -84,14 +84,14 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Targets:
-    """What N pairs teach; masks are run lengths at the image's own size."""
+    """Training targets of N pairs; masks are run lengths at the image's own size."""
 
     label: list[bytes]
-    keep: list[bytes] | None = None  # pixels that may teach; None: all of them
-    weight: NDArray[np.uint8] | None = None  # [N, P, P], 0..255: they teach with weight 0..1; None: all with weight 1
+    keep: list[bytes] | None = None  # valid pixels; None: all
+    weight: NDArray[np.uint8] | None = None  # [N, P, P], 0..255 is pixel weight 0..1; None: all 1
 
     def take(self, rows: NDArray[np.int64]) -> Targets:
-        """The targets of some rows, in that order."""
+        """The targets of the given rows, in that order."""
         keep = None if self.keep is None else [self.keep[row] for row in rows]
         weight = None if self.weight is None else self.weight[rows]
         return Targets([self.label[row] for row in rows], keep, weight)
@@ -109,18 +109,18 @@ class Batch:
     proposal: Tensor  # [B, 1, P, P] float32, 0..1
     proposal_score: Tensor  # [B] float32
     label: Tensor | None = None  # [B, 1, S, S] float32, 0 or 1
-    keep: Tensor | None = None  # [B, 1, S, S] float32, 0..1: how much a pixel teaches
+    keep: Tensor | None = None  # [B, 1, S, S] float32, pixel weights in 0..1
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all its tensors on a device."""
+    """Move all tensors of a batch to a device."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(batch, **moved)
 
 
 class ImageStore:
-    """Images by row, resized to the square that the network reads; keeps decoded ones while memory allows."""
+    """Images by row, resized to the network's square input; caches decoded images up to `cache_bytes`."""
 
     def __init__(self, paths: Sequence[str], size_px: int, cache_bytes: int = IMAGE_CACHE_BYTES) -> None:
         self._paths = paths
@@ -144,16 +144,16 @@ class BatchMaker:
 
     pairs: Pairs
     size_px: int
-    flat_prob: float  # value of the proposal where there is no prior
+    flat_prob: float  # value of the proposal without a prior
     cache_bytes: int = IMAGE_CACHE_BYTES  # of decoded images
 
     @cached_property
     def images(self) -> ImageStore:
-        """The images, decoded when first asked for."""
+        """The images, decoded on first access."""
         return ImageStore(self.pairs.image_path, self.size_px, self.cache_bytes)
 
     def pixels(self, image_rows: NDArray[np.int64]) -> Tensor:
-        """Images by row [B] -> [B, 3, S, S] uint8 RGB. Raises InputError where one cannot be read."""
+        """Images by row [B] -> [B, 3, S, S] uint8 RGB. Raises InputError if an image cannot be read."""
         return torch.from_numpy(np.stack([self.images[row] for row in image_rows])).permute(0, 3, 1, 2)
 
     def __call__(
@@ -163,9 +163,9 @@ class BatchMaker:
         no_prior: NDArray[np.bool_] | None = None,
         image: Tensor | None = None,
     ) -> Batch:
-        """Rows [B] -> batch. `targets` has one entry a row of `pairs`; `no_prior` [B] hides the prior of a pair.
+        """Rows [B] -> batch. `targets` has one entry per row of `pairs`; `no_prior` [B] hides the priors of pairs.
 
-        image: the rows' `pixels`, where they are known already.
+        image: the rows' `pixels`, if already loaded.
         """
         pairs = self.pairs.take(rows)
         hidden = np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior
@@ -193,14 +193,14 @@ class BatchMaker:
         return replace(batch, label=label, keep=keep)
 
     def square_masks(self, rles: list[bytes], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Masks of the pairs in `rows`, at their image's size, -> [B, S, S] at the size that the network reads."""
+        """Masks of the pairs in `rows` at their image's size -> [B, S, S] bool at the network's input size."""
         size, hw = self.size_px, self.pairs.hw[rows].tolist()
         masks = [resize_mask(decode_rle(rle, h, w), size, size) for rle, (h, w) in zip(rles, hw, strict=True)]
         return np.stack(masks)
 
 
 def resize_image(image: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
-    """[H, W, 3] -> [S, S, 3], stretched as is usual in the field; area-averaged where it shrinks."""
+    """[H, W, 3] -> [S, S, 3], stretched as is usual in the field; area-averaged if it shrinks."""
     shrinks = image.shape[0] > size_px or image.shape[1] > size_px
     mode = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(image, (size_px, size_px), interpolation=mode), dtype=np.uint8)
@@ -214,7 +214,7 @@ def load_pairs(
     proposal_size_px: int,
     flat_prob: float,
 ) -> Pairs:
-    """Read the pairs of some sentences (None: all) from the tables; truth is not among the columns read.
+    """Read the pairs of the given sentences (None: all) from the tables; ground truth is not read.
 
     Without priors (both paths None) every pair has the flat proposal and score 0.
     """
@@ -252,16 +252,16 @@ def load_pairs(
 
 
 def with_priors(pairs: Pairs, priors: pa.Table, proposals: pa.Table, flat_prob: float) -> Pairs:
-    """The pairs with what the tables say of their sent_ids; one that the tables lack has the flat proposal and score 0.
+    """Add priors and proposals to pairs by sent_id; a pair missing in the tables has the flat proposal and score 0.
 
-    priors: records.PRIORS, of which a sentence's first answer counts; proposals: records.PROPOSALS.
+    priors: records.PRIORS; only a sentence's first response counts. proposals: records.PROPOSALS.
     """
     size_px, shown = pairs.proposal.shape[1], priors.select(PRIOR_COLUMNS)
     return replace(pairs, **_prior_columns(pairs.sent_id, pairs.hw, shown, proposals, size_px, flat_prob))
 
 
 def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> Targets:
-    """True masks of labelled pairs. Raises ArtifactError where one is missing."""
+    """Ground-truth masks of labeled pairs. Raises ArtifactError if one is missing."""
     masks = records.to_frame(records.read_table(masks_path, records.MASKS, ["ann_id", "rle_counts"]))
     refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "ann_id"]))
     ann_id = refs.set_index("sent_id").loc[pairs.sent_id, "ann_id"]
@@ -276,10 +276,10 @@ def _prior_columns(
     image_hw: NDArray[np.int64],
     priors: pa.Table,
     proposals: pa.Table,
-    proposal_size_px: int,  # where the table is empty
+    proposal_size_px: int,  # used if the table is empty
     flat_prob: float,
 ) -> dict[str, Any]:
-    """The columns of Pairs that come from priors and proposals, for sentences [N] about images of sizes [N, 2]."""
+    """The columns of Pairs from priors and proposals, for sentences [N] with image sizes [N, 2]."""
     answers = records.to_frame(priors)
     answers = answers[answers["sample_index"] == 0].set_index("sent_id").reindex(sent_id)
     maps = records.to_frame(proposals).set_index("sent_id")
@@ -301,7 +301,7 @@ def _prior_columns(
 
 
 def _flat_level(flat_prob: float) -> int:
-    """The flat proposal's value, 0..255: a hidden prior looks exactly like one that never was."""
+    """The flat proposal's value, 0..255: a hidden prior looks exactly like a missing one."""
     return round(flat_prob * 255)
 
 

@@ -1,4 +1,4 @@
-"""What a teacher says of a batch of sentences: from the predictor to the policy."""
+"""A teacher's predictions for a batch of sentences, passed from the predictor to the policy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Views:
-    """What a teacher and a prior say about B sentences; maps are [B, M, M] in [0, 1] and cover the whole image."""
+    """Teacher predictions and priors for B sentences; maps are [B, M, M] in [0, 1] and cover the whole image."""
 
     sent_id: NDArray[np.int64]  # [B]
     image: NDArray[np.uint8]  # [B, M, M, 3] RGB
-    prob: FloatArray  # teacher's foreground probability, asked with the prior
-    prob_flipped: FloatArray  # the same from the mirrored image and sentence, mirrored back
+    prob: FloatArray  # teacher's foreground probability with the prior
+    prob_flipped: FloatArray  # the same for the mirrored image and sentence, mirrored back
     prob_no_prior: FloatArray  # the same without the prior
     proposal: FloatArray  # soft proposal
-    proposal_score: FloatArray  # [B], 0 where there is no prior
+    proposal_score: FloatArray  # [B], 0 without a prior
     words: NDArray[np.int64]  # [B] words in the sentence

@@ -1,1 +1,1 @@
-"""Data sets on disk: readers, importers, downloads, the index and the split."""
+"""Datasets on disk: readers, importers, downloads, the index and the split."""

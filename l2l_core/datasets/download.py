@@ -1,4 +1,4 @@
-"""Downloads a published archive and unpacks it: a whole, checked folder appears, or none."""
+"""Downloads and unpacks a published archive: the result is a complete, checked folder, or none."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from l2l_core.datasets.published import Archive
 from l2l_core.errors import InputError
 
 RECORD = "archive.json"
-"""File beside the unpacked ones that says which archive they came from."""
+"""File next to the unpacked ones that records their source archive."""
 
 TIMEOUT_S = 60.0
-"""Silence after which a server counts as gone; the Internet Archive takes up to half a minute to begin."""
+"""Timeout for a silent server; the Internet Archive takes up to half a minute to begin."""
 
 CHUNK_BYTES = 1 << 20
-"""What is written at once, the unit of the progress bar, and the most that a broken connection costs."""
+"""Size of one write, unit of the progress bar, and most data lost to a broken connection."""
 
 
 class _UnusableError(Exception):
-    """A source does not give the archive; its text says why, and the next source is tried."""
+    """A source does not provide the archive. The message says why, and the next source is tried."""
 
 
 def fetch(archive: Archive, target: Path, scratch: Path, mirror: str | None, sha256: str | None) -> str:
-    """Make the folder `target`; what was done, in one line.
+    """Create the folder `target` and return a one-line summary.
 
-    scratch: folder for what is being downloaded; a broken download goes on there. mirror: folder or address that has
-    <name>.zip, tried first. sha256: of the zip file, lower-case hex; None: the content is checked by its counts alone.
-    A target that holds something already is checked and never changed.
-    Raises InputError where it differs from what is published, no source gives the archive, or the disk is full.
+    scratch: folder for partial downloads, which are resumed. mirror: folder or address with <name>.zip, tried first.
+    sha256: of the zip file, lower-case hex; None: only the counts of the content are checked.
+    A non-empty target is checked and never changed.
+    Raises InputError if it differs from the published files, no source provides the archive, or the disk is full.
     """
     if target.is_dir() and any(target.iterdir()):
         return _keep(archive, target, sha256)
@@ -60,9 +60,9 @@ def fetch(archive: Archive, target: Path, scratch: Path, mirror: str | None, sha
 
 
 def track(target: Path) -> None:
-    """Let DVC keep a folder, so that experiments which run in copies of the project find it.
+    """Track a folder with DVC, so that experiments in copies of the project find it.
 
-    Raises InputError where the project is no DVC repository.
+    Raises InputError if the project is not a DVC repository.
     """
     # Imported here: DVC takes a second.
     from dvc.exceptions import DvcException
@@ -87,7 +87,7 @@ def _keep(archive: Archive, target: Path, sha256: str | None) -> str:
         have = json.loads(record.read_text(encoding="utf-8"))["sha256"] if record.is_file() else "not recorded"
         problems += [] if have == sha256 else [f"its archive's sha256 is {have}, fetch.sha256 says {sha256}"]
     if problems and not record.is_file() and sha256 is None:
-        # Somebody's own part or edition, in the folder of that name: what is amiss in it ingest will say.
+        # The user's own subset or edition in the folder of that name: ingest reports its problems.
         return f"{target}: there already, not fetched by this command, nothing was changed; note: {'; '.join(problems)}"
     if problems:
         raise InputError(
@@ -98,11 +98,11 @@ def _keep(archive: Archive, target: Path, sha256: str | None) -> str:
 
 
 def _fetch_from(source: str, archive: Archive, target: Path, scratch: Path, sha256: str | None) -> str:
-    """Make `target` from one source; the archive's sha256."""
+    """Create `target` from one source; return the archive's sha256."""
     if "://" not in source:
         return _make(archive, Path(source), target, sha256)
     scratch.mkdir(parents=True, exist_ok=True)
-    # Named after the address: what one mirror began is not continued from another.
+    # Named after the address, so that a download from one mirror is not resumed from another.
     part = scratch / f"{archive.name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}.part"
     with part.open("ab") as file:
         try:
@@ -113,16 +113,16 @@ def _fetch_from(source: str, archive: Archive, target: Path, scratch: Path, sha2
         try:
             digest = _make(archive, part, target, sha256)
         except _UnusableError:
-            part.unlink()  # not worth being continued; where only the disk is full it stays for the next attempt
+            part.unlink()  # unusable; if only the disk is full, the file stays for the next attempt
             raise
         part.unlink()
         return digest
 
 
 def _download(url: str, part: Path, file: BinaryIO) -> None:
-    """Bring a file to the whole of what an address gives; goes on where an earlier, broken download ended."""
+    """Download an address to a file; resumes an earlier, broken download."""
     longest, reason = -1, ""
-    while part.stat().st_size > longest:  # as long as every attempt gets further than all before
+    while part.stat().st_size > longest:  # as long as every attempt makes progress
         longest = part.stat().st_size
         try:
             return _receive(url, part, file)
@@ -136,18 +136,18 @@ def _download(url: str, part: Path, file: BinaryIO) -> None:
 
 
 def _receive(url: str, part: Path, file: BinaryIO) -> None:
-    """Append what is missing. Raises RequestException where the connection or the server fails."""
+    """Append the missing bytes. Raises RequestException if the connection or the server fails."""
     have = part.stat().st_size
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         if response.status_code == requests.codes.requested_range_not_satisfiable:
             if response.headers.get("Content-Range") not in (None, f"bytes */{have}"):
-                file.truncate(0)  # longer than what the address gives now
+                file.truncate(0)  # longer than the current file at the address
                 _receive(url, part, file)
-            return  # whole: an earlier process ended before it was unpacked
+            return  # complete: an earlier process ended before unpacking
         response.raise_for_status()
         if response.status_code != requests.codes.partial_content:
-            file.truncate(0)  # the server does not continue: it sends everything again
+            file.truncate(0)  # the server cannot resume: it sends everything again
             have = 0
         missing = int(response.headers.get("Content-Length", 0))
         _need_space(part.parent, missing)
@@ -158,7 +158,7 @@ def _receive(url: str, part: Path, file: BinaryIO) -> None:
 
 
 def _make(archive: Archive, path: Path, target: Path, sha256: str | None) -> str:
-    """Unpack beside `target`, check, and only then give it that name; the sha256 of the zip file."""
+    """Unpack next to `target`, check, then rename to `target`; return the sha256 of the zip file."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -167,7 +167,7 @@ def _make(archive: Archive, path: Path, target: Path, sha256: str | None) -> str
     if sha256 not in (None, digest):
         raise _UnusableError(f"its sha256 is {digest}, fetch.sha256 says {sha256}")
     building = target.with_name(f".{target.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(building, ignore_errors=True)  # left by a killed process
     try:
         _unpack(archive, path, building)
         if problems := archive.problems(building):
@@ -181,7 +181,7 @@ def _make(archive: Archive, path: Path, target: Path, sha256: str | None) -> str
 
 
 def _unpack(archive: Archive, path: Path, folder: Path) -> None:
-    """The files of one folder of the zip file; only their names count, so none can land elsewhere."""
+    """Unpack one folder of the zip file. Only file names are used, so no file can land elsewhere."""
     files = folder / archive.into
     files.mkdir(parents=True)
     try:
@@ -191,7 +191,7 @@ def _unpack(archive: Archive, path: Path, folder: Path) -> None:
                 for member in bundle.infolist()
                 if (place := PurePosixPath(member.filename)).parent.name == archive.inside
                 and not member.is_dir()
-                and not place.name.startswith(".")  # what file managers leave
+                and not place.name.startswith(".")  # left by file managers
             }
             _need_space(folder, sum(member.file_size for member in members.values()))
             for name, member in progress(members.items(), f"unpack {archive.name}", "file"):

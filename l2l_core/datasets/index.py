@@ -1,4 +1,4 @@
-"""The tables that every reader of a data set ends in, and the checks that all readers share."""
+"""The tables that all dataset readers produce, and the checks that they share."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Box = tuple[float, float, float, float]
 NO_MASK = -1
 """ann_id of a pair without a mask."""
 
-IDS_SHOWN = 5  # of a long list in one message; enough to start looking
+IDS_SHOWN = 5  # of a long list in one message; enough to find the cause
 
 
 class Sentence(NamedTuple):
-    """One referring expression as a reader found it."""
+    """One referring expression from a reader."""
 
     where: str  # file and row, for messages
     sent_id: int
@@ -58,22 +58,22 @@ class Mask(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """A whole data set: records.IMAGES, REFS, OBJECTS and MASKS, each sorted by its id."""
+    """A complete dataset: records.IMAGES, REFS, OBJECTS and MASKS, each sorted by its id."""
 
     images: pa.Table
     refs: pa.Table
     objects: pa.Table
     masks: pa.Table
-    warnings: tuple[str, ...] = ()  # what is doubtful in it, in a line each
+    warnings: tuple[str, ...] = ()  # one line each
 
     @property
     def boxes_only(self) -> bool:
-        """Whether the objects have boxes but none has a mask."""
+        """Whether the objects have boxes but no masks."""
         return self.objects.num_rows > 0 and self.masks.num_rows == 0
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written at all; JSON may hold one half of a surrogate pair, which cannot."""
+    """Whether a text can be encoded as UTF-8; JSON may hold half of a surrogate pair, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -82,7 +82,7 @@ def is_utf8(text: str) -> bool:
 
 
 def sentence_problems(sentences: Sequence[Sentence]) -> list[str]:
-    """What is wrong with sentences beyond their types: each problem in one line, all of them."""
+    """All problems of sentences beyond their types, one line each."""
     problems: list[str] = []
     splits = (records.TRAIN, *records.EVAL_SPLITS)
     seen: dict[int, str] = {}
@@ -98,9 +98,9 @@ def sentence_problems(sentences: Sequence[Sentence]) -> list[str]:
 
 
 def overlap_problems(sentences: Sequence[Sentence], paths: Mapping[int, str], source: str) -> list[str]:
-    """One line if image files are in the training split and in an evaluation split; paths: image_id -> file.
+    """One line if image files are in both the training split and an evaluation split; paths: image_id -> file.
 
-    One file is one image, whatever ids it has.
+    One file is one image, even with several ids.
     """
     files = {image_id: os.path.realpath(path) for image_id, path in paths.items()}
     names = {files[image_id]: path for image_id, path in paths.items()}
@@ -117,15 +117,16 @@ def overlap_problems(sentences: Sequence[Sentence], paths: Mapping[int, str], so
 def data_warnings(
     files: Mapping[int, ImageFile], sentences: Sequence[Sentence], masks: Mapping[int, Mask], source: str
 ) -> list[str]:
-    """What every reader and importer warns of, in a line each.
+    """The warnings of all readers and importers, one line each.
 
-    Photos of the same content in training and evaluation, sentences with two masks in one image, and turned photos.
+    They cover photos of the same content in training and evaluation, sentences with two masks in one image, and photos
+    with an EXIF rotation.
     """
     return _copies(files, sentences, source) + _contradictions(files, sentences, masks, source) + _turns(files, source)
 
 
 def turned_note(names: Sequence[str]) -> str:
-    """What is said of photos that EXIF turns, wherever one comes in."""
+    """The warning about photos that an EXIF tag rotates or mirrors."""
     return f"an EXIF tag turns {shorten(names)}; pixels are used as stored, so save the photo upright"
 
 
@@ -140,7 +141,7 @@ def _copies(files: Mapping[int, ImageFile], sentences: Sequence[Sentence], sourc
     by_content: dict[str, tuple[set[int], set[int]]] = defaultdict(lambda: (set(), set()))
     for side, image_ids in enumerate(_sides(sentences)):
         for image_id in image_ids & files.keys():
-            if files[image_id].sha256:  # "": the file is not there
+            if files[image_id].sha256:  # "": the file does not exist
                 by_content[files[image_id].sha256][side].add(image_id)
     pairs = sorted(
         (files[min(train)].file_name, files[min(evaluated)].file_name)
@@ -178,7 +179,7 @@ def _contradictions(
 
 
 def _sides(sentences: Sequence[Sentence]) -> tuple[set[int], set[int]]:
-    """image_ids of the training split, and of the evaluation splits."""
+    """image_ids of the training split and of the evaluation splits."""
     train = {row.image_id for row in sentences if row.split == records.TRAIN}
     return train, {row.image_id for row in sentences if row.split in records.EVAL_SPLITS}
 
@@ -190,7 +191,7 @@ def build_index(
     masks: Mapping[int, Mask],
     warnings: Sequence[str],
 ) -> Index:
-    """Checked rows -> tables; images by image_id, masks by ann_id."""
+    """Checked rows -> tables; images are keyed by image_id, masks by ann_id."""
     by_image = sorted(images.items())
     by_sentence = sorted(sentences, key=lambda row: row.sent_id)
     by_object = sorted(objects)
@@ -231,7 +232,7 @@ def build_index(
 
 
 def summary(index: Index) -> str:
-    """What was read, in one line."""
+    """A one-line summary of the dataset."""
     splits = Counter(index.refs["split"].to_pylist())
     counts = ", ".join(f"{name} {splits[name]}" for name in (records.TRAIN, *records.EVAL_SPLITS) if splits[name])
     line = f"{index.images.num_rows} images, {index.refs.num_rows} sentences ({counts}), {index.masks.num_rows} masks"
@@ -239,7 +240,7 @@ def summary(index: Index) -> str:
 
 
 def shorten(items: Sequence[object]) -> str:
-    """The first items of a list, and how many more there are."""
+    """The first items of a list and the number of the others."""
     rest = len(items) - IDS_SHOWN
     return ", ".join(map(str, items[:IDS_SHOWN])) + (f" and {rest} more" if rest > 0 else "")
 

@@ -1,4 +1,4 @@
-"""Reader of a user's own pairs: one JSON object a line with an image, a sentence and, where known, a mask."""
+"""Reader of user data: one JSON object per line with an image, a sentence and an optional mask."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ MASK_FORMS = (
     '{"size": [height, width], "counts": ...}'
 )
 MASK_MODES = ("1", "L", "P", "I", "I;16")
-"""Pillow's modes of one channel, where "not 0" is plain; the colours of a picture would need a guess."""
+"""Pillow's modes of one channel, where "not 0" is unambiguous; a color image would need a guess."""
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One line of the file, its types checked."""
+    """One line of the file, with checked types."""
 
     where: str
     image: Path
@@ -55,12 +55,12 @@ class _Pair:
 def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> Index:
     """Read and check a file of pairs.
 
-    Keys of a line: `image` (path, relative to the file's folder, or to `images` where that is a folder), `sentence`,
-    and optionally `mask` (path of a PNG relative to the file's folder, not 0 is foreground; COCO polygons, bare or as
-    {"polygon": ...}; or a COCO run-length object), `split` (default train) and `id` (a whole number; on every line or
-    on none). A training pair without a mask is an unlabelled one; a pair of an evaluation split needs a mask.
-    Ids: sent_id is `id` or the row's place; pairs of one image and one mask share a ref_id, numbered by first sight;
-    so do the images. Raises InputError that lists every bad line.
+    Keys of a line: `image` (path, relative to the file's folder, or to `images` if that is a folder), `sentence`, and
+    optionally `mask` (path of a PNG relative to the file's folder, nonzero is foreground; COCO polygons, bare or as
+    {"polygon": ...}; or a COCO run-length object), `split` (default train) and `id` (an integer; on every line or on
+    none). A training pair without a mask is unlabeled; a pair of an evaluation split needs a mask.
+    Ids: sent_id is `id` or the row number; pairs with the same image and mask share a ref_id. ref_ids and image_ids are
+    numbered by first occurrence. Raises InputError that lists every bad line.
     """
     problems: list[str] = []
     pairs = _read_pairs(path, path.parent if images == "auto" else Path(images), problems)
@@ -80,7 +80,7 @@ def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> 
     ref_ids: dict[tuple[int, str], int] = {}
     for number, pair in enumerate(progress(pairs, "masks", "pair")):
         image_id = image_ids[pair.image]
-        # An unlabelled pair is a ref of its own: nothing says that two sentences mean one object.
+        # Each unlabeled pair is a separate ref: two sentences need not mean the same object.
         key = (image_id, f"row {number}" if pair.mask is None else json.dumps(pair.mask, sort_keys=True))
         is_new = key not in ref_ids
         ref_id = ref_ids.setdefault(key, len(ref_ids))
@@ -153,7 +153,7 @@ def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
         raise ValueError(f"mask: got {mask!r}, expected a path, polygons or run lengths")
     return _Pair(
         where=where,
-        image=Path(os.path.abspath(image_folder / row["image"])),  # so that two spellings are one image
+        image=Path(os.path.abspath(image_folder / row["image"])),  # two spellings of a path are one image
         sentence=row["sentence"],
         mask=mask,
         split=row.get("split", records.TRAIN),
@@ -162,7 +162,7 @@ def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
 
 
 def _mask_rle(mask: object, folder: Path, height: int, width: int) -> bytes:
-    """A mask in any of the forms of the key `mask` as run lengths. Raises ValueError that says what is wrong."""
+    """A mask in any form of the key `mask` -> run lengths. Raises ValueError with a description of the problem."""
     if isinstance(mask, str):
         counts = encode_rle(_mask_image(folder / mask, height, width))
     else:
@@ -173,7 +173,7 @@ def _mask_rle(mask: object, folder: Path, height: int, width: int) -> bytes:
 
 
 def _segmentation(mask: object) -> object:
-    """Polygons or run lengths as COCO writes them. Raises ValueError that names the form which was found instead."""
+    """COCO polygons or run lengths. Raises ValueError that names the form found instead."""
     if isinstance(mask, dict) and {"size", "counts"} & set(mask):
         return mask
     if isinstance(mask, dict) and set(mask) != {"polygon"}:
@@ -190,11 +190,11 @@ def _mask_image(path: Path, height: int, width: int) -> np.ndarray[Any, np.dtype
     try:
         with Image.open(path, formats=("PNG",)) as image:
             mode, size = image.mode, image.size
-            # Decoded only where it is of the image's size, which is within the bound of what is read.
+            # Decoded only if it has the image's size, which is within MAX_PIXELS.
             values = np.asarray(image) if size == (width, height) else None
     except FileNotFoundError:
         raise ValueError(f"{name} not found") from None
-    except Exception as error:  # decoders raise whatever they trip over first in a damaged file
+    except Exception as error:  # decoders raise many exception types on a damaged file
         raise ValueError(f"{name} is not a readable PNG: {error}") from None
     if mode not in MASK_MODES:
         raise ValueError(f"{name} has mode {mode}, expected one channel in which 0 is background")

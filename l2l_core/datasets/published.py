@@ -1,6 +1,6 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as they were published: where they are, and how much of what they hold.
+"""The published RefCOCO, RefCOCO+ and RefCOCOg: addresses and counts.
 
-The checksums of the archives are not public, so the counts are what tells the published files from others.
+The checksums of the archives are not public, so counts identify the published files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from l2l_core.errors import InputError
 
 
 class Rows(NamedTuple):
-    """What one split holds."""
+    """Counts of one split."""
 
     refs: int
     sentences: int
@@ -56,23 +56,23 @@ INSTANCES = "instances.json"
 
 @dataclass(frozen=True)
 class Archive:
-    """A published zip file, and the folder that its files go to."""
+    """A published zip file and the target folder of its files."""
 
     name: PublishedName
-    """Of the file, without .zip, at a mirror; and of the folder."""
+    """Name of the file at a mirror, without .zip, and of the folder."""
     urls: tuple[str, ...]
     """Tried in this order."""
     inside: str
-    """Folder of the zip file whose files are taken; the others are not unpacked."""
+    """Folder of the zip file to unpack; the others are skipped."""
     into: str
-    """Subfolder that gets them; `` for the folder itself."""
+    """Target subfolder; `` for the folder itself."""
     splits: Mapping[str, Mapping[str, Rows]]
-    """split_by -> what refs(<split_by>).p must hold; empty for photos."""
+    """split_by -> expected counts of refs(<split_by>).p; empty for photos."""
     photos: int = 0
-    """How many JPEGs there are; 0 where there are none."""
+    """Number of JPEGs; 0 for annotations."""
 
     def problems(self, folder: Path) -> list[str]:
-        """What tells a folder from the published files, each in one line; none where nothing does."""
+        """Differences of a folder from the published files, one line each; empty if none."""
         files = folder / self.into
         found = []
         if self.photos and (photos := len(visible(files.glob("*.jpg")))) != self.photos:
@@ -89,7 +89,7 @@ class Archive:
 
 
 def _annotations(name: PublishedName, archived: str) -> Archive:
-    """A set of lichengunc/refer; archived: when the Internet Archive kept the file, as in the address it has there."""
+    """A set of lichengunc/refer; archived: the Internet Archive's timestamp of the file, as in its address."""
     url = f"https://bvisionweb1.cs.unc.edu/licheng/referit/data/{name}.zip"
     splits = {split_by: rows for (owner, split_by), rows in SPLITS.items() if owner == name}
     return Archive(name, (url, f"https://web.archive.org/web/{archived}/{url}"), inside=name, into="", splits=splits)
@@ -111,14 +111,14 @@ ARCHIVES: Mapping[str, Archive] = {
         ),
     )
 }
-"""What can be fetched, by name: three sets of annotations, and the photos that they share."""
+"""Archives to fetch, by name: three sets of annotations and their shared photos."""
 
 
 def warnings(dataset: str | Path, split_by: str, refs: pa.Table) -> list[str]:
-    """In one line each, how a data set that has the name of a published one differs from it.
+    """Differences of a dataset from the published one of the same name, one line each.
 
-    refs: records.REFS. A difference is no error here: every row that is there has passed its checks, and to work with a
-    part or a corrected edition under the old name is legitimate; the scores then do not compare with published ones.
+    refs: records.REFS. A difference is not an error: every row has passed its checks, and a subset or a corrected
+    edition may keep the old name. Its scores are not comparable with published ones.
     """
     folder = Path(dataset)
     found = [path for path in refs_files(folder) if split_by in ("auto", split_by_of(path))]
@@ -134,7 +134,7 @@ def warnings(dataset: str | Path, split_by: str, refs: pa.Table) -> list[str]:
 
 
 def _count(refs: Sequence[Any]) -> dict[str, Rows]:
-    """Rows per split of a refs file; raises InputError where rows are not of that form."""
+    """Rows per split of a refs file. Raises InputError if rows have another form."""
     counts: Counter[str] = Counter()
     sentences: Counter[str] = Counter()
     try:

@@ -1,4 +1,4 @@
-"""Finds out how a data set is laid out and reads it."""
+"""Detects the layout of a dataset and reads it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from l2l_core.errors import InputError
 def load_dataset(
     dataset: str | Path, *, images: str = "auto", split_by: str = "auto", min_image_side_px: int = 1
 ) -> Index:
-    """Read and check the data set in a folder, or in one .jsonl file.
+    """Read and check the dataset in a folder, or in one .jsonl file.
 
     images: `auto` or a folder; split_by: `auto` or which refs(<split_by>) file. min_image_side_px: smaller images are
-    errors. What is doubtful but no error is in the index's `warnings`. Raises InputError with every bad row.
+    errors. Problems that are not errors go to the index's `warnings`. Raises InputError with every bad row.
 
     >>> load_dataset("examples/tabletop").refs.column_names[:3]
     ['sent_id', 'ref_id', 'ann_id']
@@ -39,7 +39,7 @@ def load_dataset(
 
 
 def find_layout(path: Path) -> tuple[Literal["refcoco", "jsonl"], Path]:
-    """The layout of a data set and the folder (refcoco) or file (jsonl) to read. Raises InputError where unclear."""
+    """The layout of a dataset and the folder (refcoco) or file (jsonl) to read. Raises InputError if it is unclear."""
     if path.is_file() and path.suffix == ".jsonl":
         return "jsonl", path
     if not path.is_dir():

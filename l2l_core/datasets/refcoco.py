@@ -1,7 +1,7 @@
 """Reader of the layout of lichengunc/refer: refs(<split_by>).p or .json, instances.json and a folder of images.
 
-gRefCOCO has the same layout with grefs(<split_by>): a ref may name several annotations, whose masks are united, or
-none, which leaves it out.
+gRefCOCO has the same layout with grefs(<split_by>). A ref may name several annotations, whose masks are united. A ref
+with no annotation is left out.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from l2l_core.datasets.index import (
 from l2l_core.errors import InputError, raise_all
 
 IMAGE_SUBFOLDERS = ("", "train2014", "mscoco/images/train2014")
-"""Where the published layouts keep the photos below the image folder."""
+"""Subfolders of the image folder that hold the photos in the published layouts."""
 
 REFS_NAME = re.compile(r"g?refs\((.+)\)\.(?:p|json)")
 NO_TARGET = [-1]
-"""ann_id of gRefCOCO's refs that mean nothing in their image."""
+"""ann_id of gRefCOCO's refs without a target in their image."""
 
 MAX_COORDINATE_PX = 1e6
 """Larger than any image; also refuses NaN and infinity, which compare false."""
@@ -48,7 +48,7 @@ T = TypeVar("T")
 class _ImageRow(NamedTuple):
     where: str
     file_name: str
-    height: int  # 0: not stated, which only a data set of boxes may do
+    height: int  # 0: not stated, allowed only in a boxes-only dataset
     width: int
 
 
@@ -58,7 +58,7 @@ class _Annotation(NamedTuple):
     category: str
     bbox: Box
     segmentation: object
-    parts: tuple[int, ...] = ()  # ann_ids of which this is the union
+    parts: tuple[int, ...] = ()  # ann_ids of the annotations in this union
 
 
 def refs_files(folder: Path) -> list[Path]:
@@ -74,12 +74,12 @@ def split_by_of(path: Path) -> str:
 
 
 def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min_image_side_px: int = 1) -> Index:
-    """Read and check a whole data set.
+    """Read and check a complete dataset.
 
     images: `auto` (<folder>/images, then <folder>/../images) or a folder; the subfolders of IMAGE_SUBFOLDERS are
     searched too. split_by: which refs(<split_by>) file; `auto` takes the only one.
-    A data set in which NO annotation has a segmentation is boxes only: it gets no masks, and its images need not exist
-    (an absent one has sha256 "" and the stated size, 0 where none is stated).
+    A dataset in which NO annotation has a segmentation is boxes only: it has no masks, and its images need not exist
+    (an absent image has sha256 "" and the stated size, or 0 if none is stated).
     Raises InputError that lists every bad row.
     """
     refs_path, instances_path = _refs_path(folder, split_by), folder / "instances.json"
@@ -152,7 +152,7 @@ def _union(drawn: list[bytes], height: int, width: int) -> bytes:
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; whatever would import or call something is refused."""
+    """Reads containers, strings and numbers; refuses anything that would import or call code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(
@@ -178,17 +178,17 @@ def _refs_path(folder: Path, split_by: str) -> Path:
 
 
 def load_refs(path: Path) -> list[Any]:
-    """The list in a refs(<split_by>) file, without running what a pickle may ask for; its rows are not checked.
+    """The list in a refs(<split_by>) file. No code in a pickle is run; rows are not checked.
 
-    Raises InputError where it is not a list of plain data.
+    Raises InputError if it is not a list of plain data.
     """
     if path.suffix == ".json":
         refs = _load_json(path)
     else:
         try:
             with path.open("rb") as file:
-                refs = _DataUnpickler(file, encoding="utf-8").load()  # utf-8: the published files are Python 2's
-        except Exception as error:  # a damaged pickle fails in any way
+                refs = _DataUnpickler(file, encoding="utf-8").load()  # utf-8: Python 2 wrote the published files
+        except Exception as error:  # a damaged pickle raises many exception types
             raise InputError(f"{project_path(path)}: not a pickle of plain data: {error}") from None
     if not isinstance(refs, list) or not refs:
         raise InputError(f"{project_path(path)}: expected a list of refs that is not empty")
@@ -213,7 +213,7 @@ def _load_json(path: Path) -> Any:
 
 
 def _get(row: dict[str, Any], key: str, kind: type[T]) -> T:
-    """row[key], which must be of exactly that type (True is no number) and fit into a table."""
+    """row[key], which must have exactly that type (True is not a number) and fit into a table."""
     value = row.get(key)
     if type(value) is not kind or (isinstance(value, int) and not -(2**63) <= value < 2**63):
         raise ValueError(f"{key}: got {_short(value)}, expected {'a whole number' if kind is int else kind.__name__}")
@@ -269,7 +269,7 @@ def _annotation(
 
 
 def _box(bbox: object) -> Box:
-    """COCO's x, y, width, height as x1 y1 x2 y2. COCO has boxes of no area, so these pass."""
+    """COCO x, y, width, height -> x1 y1 x2 y2. COCO contains boxes of zero area, so these pass."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not set(map(type, bbox)) <= {int, float}:
         raise ValueError(f"bbox: got {_short(bbox)}, expected 4 numbers: x, y, width, height")
     x, y, width, height = bbox
@@ -281,7 +281,7 @@ def _box(bbox: object) -> Box:
 def _sentences(
     refs: list[Any], source: str, annotations: dict[int, _Annotation], problems: list[str]
 ) -> tuple[list[Sentence], int]:
-    """Every usable sentence, and how many mean nothing; what is not usable becomes a line in `problems`.
+    """All usable sentences, and the number of sentences without a target; each unusable one adds a line to `problems`.
 
     The union of a ref's annotations is added to `annotations`.
     """
@@ -340,7 +340,7 @@ def _sentences(
 
 
 def _united(ann_ids: list[Any], annotations: dict[int, _Annotation], unions: dict[tuple[int, ...], int]) -> int:
-    """The ann_id of the only one of some annotations, or of their union, which is made where it is new."""
+    """The ann_id of a single annotation, or of the union of several, which is created if new."""
     parts = tuple(dict.fromkeys(ann_ids)) if all(type(ann_id) is int for ann_id in ann_ids) else ()
     if not parts or not set(parts) <= annotations.keys():
         raise ValueError(f"ann_id: got {_short(ann_ids)}, expected ids of usable annotations of instances.json")
@@ -368,7 +368,7 @@ def _image_folders(folder: Path, images: str) -> list[Path]:
 def _image_files(
     rows: dict[int, _ImageRow], folders: list[Path], min_side_px: int, optional: bool, problems: list[str]
 ) -> dict[int, ImageFile]:
-    """The image file of every row; optional: one that is absent is described by what the annotations state."""
+    """The image file of every row; optional: an absent file takes its values from the annotations."""
     present = [folder for folder in folders if folder.is_dir()]
     paths: dict[int, Path] = {}
     files: dict[int, ImageFile] = {}

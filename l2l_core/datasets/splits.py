@@ -1,8 +1,8 @@
-"""Who may see which truth: every sentence becomes labeled, unlabeled or eval, decided image by image.
+"""Access to ground truth: assigns every sentence the role labeled, unlabeled or eval, image by image.
 
-The protocol of the field (SemiRES and those after it): the training images in annotation order, a seeded draw of
-floor(fraction * images) of them, every sentence of a drawn image labelled. Annotation order is ascending ref_id: the
-published refs are numbered so, and the places of the images in SemiRES's published 1 % list fit a draw with seed 0.
+This is the protocol of the field (SemiRES and later work): list the training images in annotation order, draw
+floor(fraction * images) of them with a seed, and label every sentence of a drawn image. Annotation order is ascending
+ref_id, the numbering of the published refs. SemiRES's published 1 % list fits a draw with seed 0 in this order.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from l2l_core.errors import ConfigError, InputError, raise_all
 LABELED, UNLABELED, EVAL = records.ROLES
 
 ROLE_LISTS = {"labeled_image_ids": LABELED, "unlabeled_image_ids": UNLABELED, "eval_image_ids": EVAL}
-"""Keys of a list file that assigns every image a role."""
+"""Keys of a list file that assigns a role to every image."""
 
 
 def draw_images(image_ids: list[int], fraction: float, seed: int) -> list[int]:
-    """floor(fraction * N) of N images, drawn as the field draws them; image_ids in annotation order, each once."""
-    # Decimal: 0.29 of 100 images are 29, although 0.29 * 100 is 28.999... in binary.
+    """Draw floor(fraction * N) of N images by the field's protocol; image_ids: in annotation order, each once."""
+    # Decimal: 0.29 of 100 images is 29, although 0.29 * 100 is 28.999... in binary.
     count = int(Decimal(str(fraction)) * len(image_ids))
     return random.Random(seed).sample(image_ids, count)
 
 
 def split_by_fraction(refs: pa.Table, fraction: float, seed: int) -> pa.Table:
-    """Draw the labelled images of records.REFS -> records.SPLIT, in the order of `refs`.
+    """Draw the labeled images of records.REFS -> records.SPLIT, in the order of `refs`.
 
-    The fraction is of the training images that have a mask to give; a sentence without one is never labelled.
-    Raises ConfigError where the draw would label nothing.
+    The fraction is relative to the training images with a mask; a sentence without a mask is never labeled.
+    Raises ConfigError if the draw would label nothing.
     """
     frame = _frame(refs)
     candidates = frame[(frame["split"] == records.TRAIN) & (frame["ann_id"] != NO_MASK)].sort_values("ref_id")
@@ -59,18 +59,18 @@ def split_by_fraction(refs: pa.Table, fraction: float, seed: int) -> pa.Table:
 
 
 def least_fraction(images: int) -> float:
-    """The smallest fraction with two digits (or as many as it takes) that draws one of so many images."""
+    """The smallest fraction with two digits (or more if needed) that draws one image of `images`."""
     digits = max(2, len(str(images)))
     return math.ceil(10**digits / images) / 10**digits
 
 
 def split_by_list(refs: pa.Table, list_file: str | Path) -> pa.Table:
-    """Labels as a list file names them: records.REFS -> records.SPLIT, in the order of `refs`.
+    """Split by a list file: records.REFS -> records.SPLIT, in the order of `refs`.
 
     The file is JSON: SemiRES's {"train": [{"iid", "mask_id", ...}]} (mask_id is the ref_id), a list of image ids,
-    {"image_ids": [...]}, {"ref_ids": [...]}, or, for a data set without a train split, the role of every image as
-    {"labeled_image_ids": [...], "unlabeled_image_ids": [...], "eval_image_ids": [...]}, whatever the split column says.
-    Raises InputError that names every id that is unknown, not of the train split, or without a mask.
+    {"image_ids": [...]}, or {"ref_ids": [...]}. For a dataset without a train split, it lists the role of every image:
+    {"labeled_image_ids": [...], "unlabeled_image_ids": [...], "eval_image_ids": [...]}. This overrides the split
+    column. Raises InputError that names every id that is unknown, not in the train split, or without a mask.
     """
     source = f"split.list_file {list_file}"
     listing = _load(Path(list_file), source)
@@ -94,7 +94,7 @@ def split_by_list(refs: pa.Table, list_file: str | Path) -> pa.Table:
 
 
 def labeled_masks(refs: pa.Table, split: pa.Table, masks: pa.Table) -> pa.Table:
-    """The rows of records.MASKS that belong to labelled sentences: all the truth that training may open."""
+    """The rows of records.MASKS for labeled sentences: the only ground truth that training may read."""
     roles = records.to_frame(split).set_index("sent_id")["role"]
     frame = _frame(refs)
     labeled = frame.loc[frame["sent_id"].map(roles) == LABELED, "ann_id"]
@@ -102,7 +102,7 @@ def labeled_masks(refs: pa.Table, split: pa.Table, masks: pa.Table) -> pa.Table:
 
 
 def summary(refs: pa.Table, split: pa.Table) -> str:
-    """How many images, refs and sentences have which role, in one line."""
+    """One line with the number of images, refs and sentences per role."""
     frame = _frame(refs).merge(records.to_frame(split), on="sent_id")
     parts = []
     for role in records.ROLES:
@@ -127,7 +127,7 @@ def _load(path: Path, source: str) -> Any:
 
 
 def _ids(values: list[Any], source: str) -> list[int]:
-    """Checked ids: whole numbers, each once."""
+    """Checked ids: unique integers."""
     wrong = [value for value in values if type(value) is not int or abs(value) >= 2**63]
     if wrong:
         raise InputError(f"{source}: got {wrong[0]!r}, expected whole numbers (ids)")
@@ -140,7 +140,7 @@ def _ids(values: list[Any], source: str) -> list[int]:
 
 
 def _label(frame: pd.DataFrame, column: str, ids: list[int], source: str) -> pa.Table:
-    """Label the training rows with listed ids, as far as they have a mask."""
+    """Label the training rows with listed ids that have a mask."""
     train = frame[frame["split"] == records.TRAIN]
     unknown = sorted(set(ids) - set(frame[column]))
     elsewhere = sorted(set(ids) & set(frame[column]) - set(train[column]))
@@ -153,7 +153,7 @@ def _label(frame: pd.DataFrame, column: str, ids: list[int], source: str) -> pa.
 
 
 def _label_semires(frame: pd.DataFrame, rows: list[Any], source: str) -> pa.Table:
-    """SemiRES's list: a row a ref, with its image (iid) and its ref_id (mask_id)."""
+    """SemiRES's list: one row per ref, with its image (iid) and its ref_id (mask_id)."""
     wrong = [
         number
         for number, row in enumerate(rows)
@@ -169,7 +169,7 @@ def _label_semires(frame: pd.DataFrame, rows: list[Any], source: str) -> pa.Tabl
 
 
 def _assign(frame: pd.DataFrame, listing: dict[str, Any], source: str) -> pa.Table:
-    """Roles as listed, for every image of the data set."""
+    """Listed roles for every image of the dataset."""
     roles: dict[int, str] = {}
     problems: list[str] = []
     for key, role in ROLE_LISTS.items():
@@ -196,7 +196,7 @@ def _assign(frame: pd.DataFrame, listing: dict[str, Any], source: str) -> pa.Tab
 
 
 def _roles_by_split(frame: pd.DataFrame, labeled: pd.Series) -> pa.Table:
-    """Roles from the split column; `labeled` marks training rows."""
+    """Roles from the split column; `labeled` marks the labeled training rows."""
     train = frame["split"] == records.TRAIN
     return _split_table(frame, np.select([labeled, train], [LABELED, UNLABELED], EVAL))
 

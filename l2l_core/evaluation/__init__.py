@@ -1,1 +1,1 @@
-"""Predictions against the truth."""
+"""Compare predictions with the ground truth."""

@@ -1,4 +1,4 @@
-"""Groups of sentences, by size and by what went wrong, and how two answers to the same sentences differ."""
+"""Group sentences by object size and by error type, and compare two methods on the same sentences."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from l2l_core.evaluation.evaluate import GOOD_IOU
 SIZES = ("small", "medium", "large")
 
 RIGHT_IOU = 0.7
-"""From here on a prediction is called right; between GOOD_IOU and this the object is found and its outline is off."""
+"""A prediction is right from this IoU on; between GOOD_IOU and this the object is found but its outline is off."""
 
 WRONG_IOU = 0.1
-"""Below, a mask and the truth share next to nothing: another object was meant. The usual line of error analyses."""
+"""Below this IoU, mask and truth hardly overlap: the mask marks another object. The usual line of error analyses."""
 
 SIZE_FACTOR = 2
-"""A mask of at least so many times the truth's area, or of so small a part of it, is too large or too small."""
+"""A mask is too large (small) if its area is at least this factor above (below) the area of the truth."""
 
 OUTCOMES = {
     "wrong object": f"IoU below {WRONG_IOU}, and the mask is not empty.",
@@ -31,13 +31,13 @@ OUTCOMES = {
     "boundary": f"IoU from {GOOD_IOU} to below {RIGHT_IOU}: the right object, its outline off.",
     "right": f"IoU of at least {RIGHT_IOU}.",
 }
-"""What can become of a sentence, and its rule; every sentence has exactly one."""
+"""Outcome -> its rule; every sentence has exactly one outcome."""
 
 CHANGED_IOU = 0.05
-"""A sentence got better or worse where its IoU changed by more; less is a matter of some pixels of outline."""
+"""A sentence is better or worse if its IoU changes by more than this; smaller changes are a few outline pixels."""
 
 RESAMPLES = 2000
-"""Drawn samples behind an interval: its ends then have a standard error of some 2 % of its length."""
+"""Bootstrap samples per interval: the ends then have a standard error of about 2 % of the interval's length."""
 
 
 def outcomes(per_sentence: pd.DataFrame) -> pd.Series[str]:
@@ -68,10 +68,10 @@ def sizes(area_share: pd.Series[float], limits: tuple[float, float]) -> pd.Serie
 
 
 def changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float]:
-    """How one method's rows of records.PER_SENTENCE differ from another's, which are of the same sentences in order.
+    """Compare two methods by their rows of records.PER_SENTENCE, which must list the same sentences in the same order.
 
-    Numbers of sentences: better, worse (by more than CHANGED_IOU), reached and lost (an IoU of GOOD_IOU); mean: of the
-    differences of IoU, in percent, which is the difference of mIoU.
+    Counts of sentences: better, worse (by more than CHANGED_IOU), reached and lost (an IoU of GOOD_IOU); mean: of the
+    IoU differences, in percent, which equals the difference of mIoU.
     """
     first, second = (iou_from_px(rows["intersection_px"], rows["union_px"]) for rows in (before, after))
     difference, good, still = second - first, first >= GOOD_IOU, second >= GOOD_IOU
@@ -85,9 +85,9 @@ def changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float]:
 
 
 def mean_interval(values: NDArray[Any], clusters: NDArray[Any], seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of `values` [N], by bootstrap: whole clusters [N] are drawn, with replacement.
+    """95 % bootstrap interval of the mean of `values` [N]: draws whole clusters [N], with replacement.
 
-    Sentences about one image are right or wrong together, so that an image is what was drawn at random.
+    Errors on sentences about one image are correlated, so the image is the sampling unit.
     """
     groups = pd.Series(values).groupby(np.asarray(clusters))
     sums, counts = groups.sum().to_numpy(np.float64), groups.count().to_numpy(np.float64)

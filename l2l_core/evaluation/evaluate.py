@@ -1,6 +1,6 @@
-"""Models' predictions and pseudo-labels against the truth: a table with one row a sentence and method, and its summary.
+"""Score predictions and pseudo-labels against the truth: one table row per sentence and method, and a summary.
 
-Masks are compared at the image's own resolution; every evaluated sentence counts, in every method.
+Masks are compared at the image's original resolution; every evaluated sentence counts, for every method.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ CURVES_FOLDER = Path("plots")
 PRIOR, SUPERVISED = "prior", "supervised"
 
 GOOD_IOU = 0.5
-"""A pseudo-label is called good above this IoU: it is the right object, roughly. The field's usual line (Pr@0.5)."""
+"""A pseudo-label is good above this IoU: roughly the right object. The field's usual threshold (Pr@0.5)."""
 
 LABEL_PX = ["wrong_px", "label_px", "false_px"]
 KEPT_PX = ["kept_px", "kept_wrong_px", "kept_label_px", "kept_false_px"]
-"""Columns of `score_pseudo_labels`: what is counted of a whole label, and of the pixels that teach."""
+"""Columns of `score_pseudo_labels`: counts over the whole label, and over its valid pixels."""
 
 CURVE_POINTS = 20
 """Points of a precision-coverage curve: one every 5 %."""
@@ -37,31 +37,31 @@ CURVE_POINTS = 20
 RELIABILITY_BINS = 10
 
 SHOWN_SENT_IDS = 5
-"""Sentences named in an error; the rest is counted."""
+"""Maximum number of sentences listed in an error; the rest is only counted."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What the rounds 0..k left behind."""
+    """Results of the rounds 0..k."""
 
     predictions: pa.Table  # records.PREDICTIONS of the supervised model and of every round
     pseudo_labels: pa.Table  # records.PSEUDO_LABELS of the rounds 1..k
     training: pd.DataFrame  # model, step, loss and its parts
-    policy: pd.DataFrame  # round, step, reward and more; no row where no policy was trained
+    policy: pd.DataFrame  # round, step, reward and more; no row without a trained policy
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation."""
+    """Result of an evaluation."""
 
     per_sentence: pa.Table  # records.PER_SENTENCE
     metrics: dict[str, float | int | str]  # flat; see `summarise`
-    curves: dict[str, pd.DataFrame]  # by file name without its ending: "rounds/val", "training/round_1", ...; the
-    # same files for every data set and policy, with a header and no row where nothing is known: DVC needs the folders
+    curves: dict[str, pd.DataFrame]  # by file name without extension: "rounds/val", "training/round_1", ...; the
+    # same files for every dataset and policy, with a header and no row if nothing is known: DVC needs the folders
 
 
 def read_history(folder: Path) -> History:
-    """Read the history that a round left. Raises ArtifactError where a part is missing."""
+    """Read the history of a round. Raises ArtifactError if a part is missing."""
     return History(
         records.read_table(folder / "predictions.parquet", records.PREDICTIONS),
         records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS),
@@ -83,8 +83,8 @@ def evaluate(
     """Score everything in the history of round `last_round`.
 
     refs needs sent_id, ann_id, style and split; proposals need not cover sentences that are not evaluated.
-    Raises ConfigError where no sentence of `splits` is there to evaluate, ArtifactError where a mask, a proposal or a
-    prediction of a sentence is missing, doubled or of the wrong size.
+    Raises ConfigError if `splits` has no sentence to evaluate, ArtifactError if a mask, a proposal or a prediction of a
+    sentence is missing, duplicated or of the wrong size.
     """
     truth = evaluated_sentences(refs, masks, split, splits)
     per_sentence = score_predictions(truth, history.predictions, proposals, last_round)
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def evaluated_sentences(refs: pa.Table, masks: pa.Table, split: pa.Table, splits: Sequence[str]) -> pd.DataFrame:
-    """Truth of the sentences whose role is `eval`, by sent_id, in the order of `splits`, then of `refs`.
+    """Truth of the sentences with role `eval`, by sent_id, in the order of `splits`, then of `refs`.
 
     Columns split, style, height, width, rle_counts, area_px.
     """
@@ -146,11 +146,11 @@ def score_predictions(truth: pd.DataFrame, predictions: pa.Table, proposals: pa.
 
 
 def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table) -> pd.DataFrame:
-    """Pseudo-labels against the truth, which the model never saw; in the order of `pseudo_labels`.
+    """Score pseudo-labels against the truth, which is hidden from the model; in the order of `pseudo_labels`.
 
-    Columns round, sent_id, accepted, accept_prob, iou (NaN where the truth is unknown, like the next ones), size_px,
-    wrong_px (pixels of the whole label that are wrong), label_px (its foreground), false_px (wrong ones among these);
-    kept_px, kept_wrong_px, kept_label_px and kept_false_px count the pixels that teach alone (0 if rejected).
+    Columns round, sent_id, accepted, accept_prob, iou (NaN if the truth is unknown, like the next ones), size_px,
+    wrong_px (wrong pixels of the whole label), label_px (its foreground), false_px (wrong ones among these);
+    kept_px, kept_wrong_px, kept_label_px and kept_false_px count only the valid pixels (0 if rejected).
     """
     labels = records.to_frame(pseudo_labels)
     known = records.to_frame(refs.select(["sent_id", "ann_id"])).merge(records.to_frame(masks), on="ann_id")
@@ -192,8 +192,8 @@ def _kept_px(
 def summarise(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | int | str]:
     """Flat metrics of the per-sentence table, in percent with 2 decimals; counts are whole numbers.
 
-    For each split: n_<split>, then for the model of `last_round` <split>_{miou, oiou, pr50 .. pr90} and
-    <split>_no_prior_{miou, oiou}, and the mIoU of <split>_{prior, supervised, round_0, ..}_miou beside it.
+    For each split: n_<split>; for the model of `last_round` <split>_{miou, oiou, pr50 .. pr90} and
+    <split>_no_prior_{miou, oiou}; and for comparison the mIoU <split>_{prior, supervised, round_0, ..}_miou.
     """
     metrics: dict[str, float | int | str] = {}
     final = f"round_{last_round}"
@@ -208,7 +208,7 @@ def summarise(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | 
 
 
 def method_scores(per_sentence: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """`metrics.segmentation_scores` of each method among some rows of the per-sentence table, with 2 decimals."""
+    """`metrics.segmentation_scores` of each method in the given rows of the per-sentence table, with 2 decimals."""
     return {
         str(method): _rounded(segmentation_scores(rows["intersection_px"], rows["union_px"]))
         for method, rows in per_sentence.groupby("method", sort=False)
@@ -219,10 +219,10 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
     """Flat metrics of each round's pseudo-labels (`score_pseudo_labels`), in percent with 2 decimals.
 
     pseudo_round_<k>_ coverage (sentences accepted), precision (accepted labels that are good), miou_all, miou_accepted,
-    miou_rejected, pixel_error_all (pixels of all labels that are wrong), pixel_error_kept (of the accepted labels' kept
-    pixels), foreground_error_all and foreground_error_kept (the same among the pixels that the label calls foreground,
-    1 - their precision: most pixels are background, which is easily right), auroc (accept_prob ranks good labels
-    first). What is undefined is left out: all but coverage where no truth is known, auroc with one class only.
+    miou_rejected, pixel_error_all (wrong pixels of all labels), pixel_error_kept (the same among the accepted labels'
+    valid pixels), foreground_error_all and foreground_error_kept (the same among the label's foreground pixels, 1 -
+    their precision: most pixels are background, which is easy), auroc (how well accept_prob ranks good labels first).
+    Undefined metrics are omitted: all but coverage if no truth is known, auroc if there is only one class.
     """
     metrics: dict[str, float] = {}
     for number, rows in labels.groupby("round"):
@@ -246,7 +246,7 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
 
 
 def round_curves(per_sentence: pd.DataFrame, last_round: int) -> dict[str, pd.DataFrame]:
-    """`rounds/<split>`: a row a round, its scores beside the constant lines of the supervised model and the prior."""
+    """`rounds/<split>`: one row per round: its scores, and the constant ones of the supervised model and the prior."""
     curves = {}
     for split, rows in per_sentence.groupby("split", sort=False):
         scores = method_scores(rows)
@@ -264,10 +264,10 @@ def round_curves(per_sentence: pd.DataFrame, last_round: int) -> dict[str, pd.Da
 
 
 def label_curves(labels: pd.DataFrame, last_round: int) -> dict[str, pd.DataFrame]:
-    """`coverage/round_<k>` and `reliability/round_<k>` of the pseudo-labels whose truth is known; no row without any.
+    """`coverage/round_<k>` and `reliability/round_<k>` of the pseudo-labels with known truth; no row without any.
 
-    A label above GOOD_IOU is good. coverage: share of good labels among the most trusted ones, against how many are
-    taken. reliability: share of good labels against the accept_prob they were given.
+    A label above GOOD_IOU is good. coverage: share of good labels among the most trusted ones, against the share
+    taken. reliability: share of good labels against their accept_prob.
     """
     curves = {}
     for number in range(last_round + 1):
@@ -279,7 +279,7 @@ def label_curves(labels: pd.DataFrame, last_round: int) -> dict[str, pd.DataFram
 
 
 def _methods(last_round: int) -> dict[str, tuple[str, bool]]:
-    """Method -> (model, with_prior) of the predictions that an evaluation needs."""
+    """Method -> (model, with_prior) of the predictions required by an evaluation."""
     methods = {SUPERVISED: (SUPERVISED, False)}
     for number in range(last_round + 1):
         methods[f"round_{number}"] = (f"round_{number}", True)
@@ -288,7 +288,7 @@ def _methods(last_round: int) -> dict[str, tuple[str, bool]]:
 
 
 def _prior_masks(proposals: pd.DataFrame, truth: pd.DataFrame) -> list[bytes]:
-    """The proposals of the sentences, at the image's size, cut at 0.5."""
+    """The proposals of the sentences, resized to the image and cut at 0.5."""
     rows = _by_sentence(proposals[proposals["sent_id"].isin(truth.index)], truth.index, "proposals:")
     columns = (rows["soft"], rows["height"], rows["width"], truth["height"], truth["width"])
     return [
@@ -299,13 +299,13 @@ def _prior_masks(proposals: pd.DataFrame, truth: pd.DataFrame) -> list[bytes]:
 
 def cut_proposal(soft: NDArray[np.uint8], height: int, width: int) -> bytes:
     """A soft map [h, w] uint8 (0..255 is 0..1) -> run lengths of the pixels above 0.5 at the image's size, bilinear."""
-    # Resized transposed: run lengths go down the columns, so that this order encodes without another copy.
+    # Resized transposed: run lengths are column-major, so this order avoids a copy.
     large = cv2.resize(soft.T.astype(np.float32), (height, width), interpolation=cv2.INTER_LINEAR)
     return encode_rle((large > 127.5).T)
 
 
 def _by_sentence(rows: pd.DataFrame, sent_ids: pd.Index[int], what: str) -> pd.DataFrame:
-    """The rows of some sentences, in their order. Raises ArtifactError unless each has exactly one."""
+    """The rows of the given sentences, in their order. Raises ArtifactError unless each has exactly one."""
     _require(rows.loc[rows["sent_id"].duplicated(), "sent_id"], f"{what} more than one row of")
     by_sentence = rows.set_index("sent_id")
     _require(sent_ids.difference(by_sentence.index), f"{what} none of")
@@ -313,7 +313,7 @@ def _by_sentence(rows: pd.DataFrame, sent_ids: pd.Index[int], what: str) -> pd.D
 
 
 def _require(offenders: pd.Index[int] | pd.Series[int], problem: str) -> None:
-    """Raise ArtifactError where a problem has offenders (sent_ids)."""
+    """Raise ArtifactError if a problem has offenders (sent_ids)."""
     ids = [str(sent_id) for sent_id in offenders[:SHOWN_SENT_IDS]]
     more = f" and {len(offenders) - len(ids)} more" if len(offenders) > len(ids) else ""
     raise_all([f"{problem} sent_id {', '.join(ids)}{more}; run dvc repro"] if ids else [], ArtifactError)

@@ -1,4 +1,4 @@
-"""What all rounds so far predicted and learned, carried along from round to round so that curves survive."""
+"""Predictions and learning curves of all rounds so far, accumulated from round to round."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ POLICY_COLUMNS = ("round", "step", "reward", "keep_rate", "accept_rate", "entrop
 
 
 def extend_history(params: Params, number: int) -> None:
-    """Write history/ of a round: that of the round before plus this round's predictions, labels and curves.
+    """Write history/ of a round: the previous round's history plus this round's predictions, labels and curves.
 
     predictions.parquet (records.PREDICTIONS), pseudo_labels.parquet (records.PSEUDO_LABELS), training.csv, policy.csv.
-    No truth is read. Round 0 also holds the supervised-only model.
+    Reads no ground truth. Round 0 also holds the supervised-only model.
     """
     folder = records.round_folder(number)
     if number == 0:

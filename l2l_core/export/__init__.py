@@ -1,1 +1,1 @@
-"""What a run learned, in the formats of other tools."""
+"""Export results in the formats of other tools."""

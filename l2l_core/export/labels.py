@@ -1,4 +1,4 @@
-"""Accepted pseudo-labels as a COCO file and as JSON lines that `dataset` takes."""
+"""Export accepted pseudo-labels as a COCO file or as JSON lines for `dataset`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from l2l_core.errors import ArtifactError, InputError
 from l2l_core.export.outlines import to_segmentation
 
 CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
-"""The only one: a pseudo-label says where, and the index's own categories are part of the truth."""
+"""The only category: a pseudo-label gives a place only, and the index's categories are ground truth."""
 
 LABEL_COLUMNS = (
     *("round", "sent_id", "height", "width", "rle_counts", "candidate", "keep_rle"),
@@ -27,10 +27,10 @@ LABEL_COLUMNS = (
 
 
 def read_labels(number: int) -> pd.DataFrame:
-    """A round's pseudo-labels, one row an unlabelled sentence, by sent_id.
+    """A round's pseudo-labels, one row per unlabeled sentence, by sent_id.
 
-    Columns LABEL_COLUMNS, image_id, sentence, file_name and area_px; truth is not among what is read. Raises InputError
-    where only other rounds have pseudo-labels, ArtifactError where none has.
+    Columns LABEL_COLUMNS, image_id, sentence, file_name and area_px; reads no ground truth. Raises InputError if only
+    other rounds have pseudo-labels, ArtifactError if none has.
     """
     path = records.round_folder(number) / "pseudo_labels.parquet"
     if not path.is_file() and (rounds := rounds_with(path.name)):
@@ -60,7 +60,7 @@ def read_labels(number: int) -> pd.DataFrame:
 
 
 def accepted_labels(labels: pd.DataFrame) -> pd.DataFrame:
-    """The labels that teach and say something: an empty one is no object. Raises InputError where none is left."""
+    """The accepted, nonempty labels: an empty one is no object. Raises InputError if none is left."""
     chosen = labels[labels["accepted"] & (labels["area_px"] > 0)]
     if chosen.empty:
         raise InputError(f"no pseudo-label to export: of {len(labels)} none is accepted and not empty")
@@ -68,10 +68,10 @@ def accepted_labels(labels: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_coco(labels: pd.DataFrame, *, polygons: bool) -> dict[str, Any]:
-    """Labels -> a COCO `instances` document, one annotation a sentence, with the image's ids and names of the index.
+    """Labels -> a COCO `instances` document, one annotation per sentence, with the image ids and names of the index.
 
-    Beside COCO's own keys an annotation has sentence, sent_id, score (accept_prob), round, policy, candidate (how the
-    label was constructed) and keep (run lengths of the pixels that may teach).
+    Besides COCO's own keys, an annotation has sentence, sent_id, score (accept_prob), round, policy, candidate (how the
+    label was built) and keep (run lengths of the valid pixels).
     """
     images = labels.drop_duplicates("image_id").sort_values("image_id")
     annotations = [_annotation(number, row, polygons) for number, row in enumerate(_rows(labels), start=1)]
@@ -88,7 +88,7 @@ def to_coco(labels: pd.DataFrame, *, polygons: bool) -> dict[str, Any]:
 
 
 def to_json_lines(labels: pd.DataFrame, folder: Path, *, polygons: bool) -> str:
-    """Labels -> lines of image, sentence, mask, id (the sent_id), as `dataset` takes them from a file in a folder."""
+    """Labels -> lines of image, sentence, mask, id (the sent_id) in the format of `dataset`, for a file in `folder`."""
     return "".join(
         json.dumps(
             {
@@ -105,7 +105,7 @@ def to_json_lines(labels: pd.DataFrame, folder: Path, *, polygons: bool) -> str:
 
 
 def _rows(labels: pd.DataFrame) -> Any:
-    """Rows with plain Python values, which JSON knows."""
+    """Rows with plain Python values, for JSON."""
     return labels.astype(object).itertuples(index=False)
 
 

@@ -17,12 +17,12 @@ from l2l_core.model.segmenter import Segmenter
 
 NEEDED = ("onnx", "onnxscript")
 OPSET = 20
-"""Knows every operation of the network; onnxruntime reads it since 1.17."""
+"""Covers every operation of the network; onnxruntime reads it since 1.17."""
 IMAGE_INPUTS = ("image", "box", "has_box", "proposal", "proposal_score")
 
 
 class _Plain(nn.Module):
-    """The network with tensors in and one tensor out."""
+    """The network with plain tensors in and one tensor out."""
 
     def __init__(self, network: Segmenter, token_names: list[str]) -> None:
         super().__init__()
@@ -38,24 +38,24 @@ class _Plain(nn.Module):
 
 
 def onnx_inputs(batch: Batch, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch and its tokens under the names that the ONNX file gives its inputs."""
+    """A batch and its tokens by input name of the ONNX file."""
     return {name: getattr(batch, name) for name in IMAGE_INPUTS} | tokens
 
 
 def write_onnx(network: Segmenter, path: Path) -> None:
-    """Write the network in one file, for one pair at a time; the output `mask_logits` is foreground above 0.
+    """Write the network to one file, for one pair at a time; the output `mask_logits` is foreground above 0.
 
     Inputs have the shapes and ranges of Batch and the tokenizer's (model folder, tokenizer/), padded to
-    `max_text_tokens`. What a caller has to know besides is in the file's metadata: image_size_px, max_text_tokens,
-    proposal_size_px, flat_prob. Raises ConfigError where onnx and onnxscript are not installed, ArtifactError where the
-    network does not know its proposals.
+    `max_text_tokens`. The file's metadata holds what else a caller needs: image_size_px, max_text_tokens,
+    proposal_size_px, flat_prob. Raises ConfigError if onnx or onnxscript is not installed, ArtifactError if the
+    network has no proposal settings.
     """
     if not all(find_spec(name) for name in NEEDED):
         raise ConfigError(f"export-model: needs {' and '.join(NEEDED)}: pip install '.[export]'")
     proposals = network.known_proposals()
     network = copy.deepcopy(network).cpu()
     for encoder in (network.image_encoder, network.text_encoder):
-        encoder.set_attn_implementation("eager")  # torch cannot take apart Swin's fused attention
+        encoder.set_attn_implementation("eager")  # torch cannot decompose Swin's fused attention
     size, side = network.params.image_size_px, proposals.size_px
     batch = Batch(
         image=torch.zeros((1, 3, size, size), dtype=torch.uint8),
@@ -68,7 +68,7 @@ def write_onnx(network: Segmenter, path: Path) -> None:
     )
     tokens = network.tokenize(batch)
     inputs = onnx_inputs(batch, tokens)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every operation that it leaves as it is
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of every operation that it leaves unchanged
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter calls deprecated parts of torch
         try:
@@ -83,7 +83,7 @@ def write_onnx(network: Segmenter, path: Path) -> None:
         except torch.onnx.OnnxExporterError as error:
             reason = next((line for line in reversed(str(error).splitlines()) if line.startswith("<class")), str(error))
             raise ConfigError(f"export-model: torch cannot write these encoders as ONNX: {reason[:300]}") from None
-    assert program is not None  # only TorchScript's exporter, which is not used, returns nothing
+    assert program is not None  # only TorchScript's exporter, which is not used, returns None
     program.model.metadata_props.update(
         image_size_px=str(size),
         max_text_tokens=str(network.params.max_text_tokens),

@@ -1,4 +1,4 @@
-"""Masks as COCO's `segmentation`: run lengths, or polygons that draw exactly the same mask again."""
+"""Masks as COCO's `segmentation`: run lengths, or polygons that reproduce the mask exactly."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Segmentation = dict[str, object] | list[list[float]]
 
 
 def to_segmentation(rle_counts: bytes, height: int, width: int, *, polygons: bool) -> Segmentation:
-    """Compressed counts of a mask -> what COCO files and the JSON lines of `dataset` hold, ready for JSON."""
+    """Compressed counts of a mask -> `segmentation` of COCO files and the JSON lines of `dataset`, ready for JSON."""
     if polygons:
         return mask_to_polygons(decode_rle(rle_counts, height, width))
     return {"size": [height, width], "counts": rle_counts.decode("ascii")}
 
 
 def mask_to_polygons(mask: BoolMask) -> list[list[float]]:
-    """[H, W] mask -> COCO polygons, one a connected part: x, y, x, y, ... in pixels; none for an empty mask.
+    """[H, W] mask -> COCO polygons, one per connected part: x, y, x, y, ... in pixels; none for an empty mask.
 
-    Lines run half-way between the centres of inner and outer pixels: who fills them by pixel centres, as pycocotools
-    does, gets the same mask back. A hole is part of its polygon, joined by a line that goes there and back.
+    Lines run halfway between the centers of inner and outer pixels: filling by pixel centers, as pycocotools does,
+    restores the mask. A hole is part of its polygon, joined by a line that goes there and back.
     """
-    # The border lets contours close at the image's edge. A pixel's centre is at + 0.5, and the border shifts by 1.
+    # The border closes contours at the image's edge. A pixel's center is at + 0.5, and the border shifts by 1.
     bordered = np.pad(mask, 1).astype(np.float64)
     found = contour_generator(z=bordered, name="serial", fill_type=FillType.OuterOffset).filled(0.5, np.inf)
     polygons = []
@@ -39,7 +39,7 @@ def mask_to_polygons(mask: BoolMask) -> list[list[float]]:
 
 
 def _corners(ring: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A closed ring [N + 1, 2] without its last point and those in the middle of a straight line."""
+    """A closed ring [N + 1, 2] without its last point and without points in the middle of a straight line."""
     step = np.diff(ring, axis=0)
     before = np.roll(step, 1, axis=0)
     return ring[:-1][step[:, 0] * before[:, 1] != step[:, 1] * before[:, 0]]

@@ -1,4 +1,4 @@
-"""Which pseudo-labels a person should look at first, as tasks for Label Studio."""
+"""Rank pseudo-labels for human review, as tasks for Label Studio."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from l2l_core.core.masks import BoolMask, decode_rle
 from l2l_core.export.outlines import mask_to_polygons
 
 LABEL = "object"
-FROM_NAME, TO_NAME = "mask", "image"  # the tags of the labelling interface that the predictions name
+FROM_NAME, TO_NAME = "mask", "image"  # names of the labeling interface's tags, referenced by the predictions
 
-BRUSH_RUN_BITS = (3, 4, 8, 16)  # the widths that Label Studio's own encoder uses
+BRUSH_RUN_BITS = (3, 4, 8, 16)  # the widths of Label Studio's own encoder
 MAX_BRUSH_RUN = 1 << BRUSH_RUN_BITS[-1]
-CHANNELS = 4  # a brush's mask is an RGBA image
+CHANNELS = 4  # a brush mask is an RGBA image
 
 
 def review_scores(labels: pd.DataFrame) -> NDArray[np.float64]:
-    """[N] in [0, 1]: how much is learned by looking at each label (columns accept_prob, prior_iou, sentence, image_id).
+    """[N] in [0, 1]: value of reviewing each label (columns accept_prob, prior_iou, sentence, image_id).
 
     Informative times representative, as in information density (Settles & Craven 2008). Informative is the mean of
-    1 - |2 accept_prob - 1| (undecided: 1) and 1 - prior_iou (label and prior do not meet, or there is none: 1).
+    1 - |2 accept_prob - 1| (undecided: 1) and 1 - prior_iou (label and prior do not overlap, or no prior: 1).
     Representative is the mean of how frequent the sentence's words and the image's sentences are among all labels:
-    log(1 + count) / log(1 + the largest count), for words the mean over the different ones of the sentence.
+    log(1 + count) / log(1 + the largest count), for words the mean over the distinct words of the sentence.
     """
     undecided = 1 - np.abs(2 * labels["accept_prob"].to_numpy(np.float64) - 1)
     differing = 1 - labels["prior_iou"].to_numpy(np.float64)
@@ -44,8 +44,8 @@ def review_scores(labels: pd.DataFrame) -> NDArray[np.float64]:
 def label_studio_tasks(labels: pd.DataFrame, limit: int, image_prefix: str, *, polygons: bool) -> list[dict[str, Any]]:
     """The `limit` labels of highest score, best first, in Label Studio's basic JSON format, as predictions.
 
-    labels: as `labels.read_labels` reads them. image_prefix comes before the image's quoted path from the project's
-    root. The prediction's score is accept_prob; `data` holds the sentence and what speaks for looking at it.
+    labels: from `labels.read_labels`. image_prefix is put before the image's quoted path from the project's root.
+    The prediction's score is accept_prob; `data` holds the sentence and the reasons for the review.
     """
     scored = labels.assign(review_score=review_scores(labels))
     best = scored.sort_values(["review_score", "sent_id"], ascending=[False, True]).head(limit)
@@ -53,7 +53,7 @@ def label_studio_tasks(labels: pd.DataFrame, limit: int, image_prefix: str, *, p
 
 
 def labeling_interface(*, polygons: bool) -> str:
-    """The labelling interface (XML) that the tasks are made for."""
+    """The labeling interface (XML) for the tasks."""
     tag = "PolygonLabels" if polygons else "BrushLabels"
     return f"""<View>
   <Header value="$sentence"/>
@@ -69,8 +69,8 @@ def brush_rle(mask: BoolMask) -> list[int]:
     """[H, W] mask -> the bytes of Label Studio's brush: the RGBA pixels, 255 for foreground, as packed runs.
 
     Head: number of values (32 bits), bits of a value - 1 (5), bits of the four kinds of run length - 1 (4 each). Then
-    each run: a set bit (a repeated value), the kind (2 bits), length - 1, value. All bits from the highest on, filled
-    up to whole bytes. The format is @thi.ng/rle-pack's.
+    each run: a set bit (a repeated value), the kind (2 bits), length - 1, value. Bits are in order from the highest on,
+    padded to whole bytes. The format is that of @thi.ng/rle-pack.
     """
     pixels = mask.ravel()
     first = np.flatnonzero(np.diff(pixels, prepend=not pixels[0]))
@@ -86,7 +86,7 @@ def brush_rle(mask: BoolMask) -> list[int]:
 
 
 def _frequency(items: Iterable[Any]) -> dict[Any, float]:
-    """Each item's log(1 + count), as a share of the most frequent one's."""
+    """Each item's log(1 + count), relative to the most frequent item's."""
     counts = Counter(items)
     largest = max(counts.values())
     return {item: float(np.log1p(count) / np.log1p(largest)) for item, count in counts.items()}

@@ -1,4 +1,4 @@
-"""Masks for a person's own images: what is asked, with which priors, and the files that are written of it."""
+"""Masks for a user's own images: the pairs, their priors, and the output files."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from l2l_core.viz import overlays
 INDEX_NAME = "predictions.jsonl"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 OVERLAY_PX = 800
-"""Longer side of an overlay: a mask's outline, which is one pixel wide, shows on a screen."""
+"""Longer side of an overlay: a mask's outline, one pixel wide, stays visible on a screen."""
 NAME_BYTES = 40
-"""Of image and sentence each in a file's name, in UTF-8; file systems allow 255 bytes in all, encrypted ones 143."""
+"""Limit for image and sentence each in a file name, UTF-8; file systems allow 255 bytes in all, encrypted ones 143."""
 PICTURES = ("mask", "overlay")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """N pairs of a person's own."""
+    """N pairs of the user's own."""
 
     image: list[ImageFile]
     sentence: list[str]
@@ -58,7 +58,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Told:
-    """What the multimodal LLM said of N pairs: a pair whose sent_id the tables lack has no prior."""
+    """Responses of the multimodal LLM for N pairs: a pair whose sent_id is not in the tables has no prior."""
 
     sent_id: NDArray[np.int64]  # [N]
     priors: pa.Table  # records.PRIORS
@@ -67,14 +67,14 @@ class Told:
 
 @dataclass(frozen=True)
 class Answered:
-    """N pairs as the network saw them, and their masks at their images' own size, as run lengths."""
+    """N pairs as the network saw them, and their masks at their images' original size, as run lengths."""
 
     pairs: Pairs
     rle: list[bytes]
 
     @property
     def with_prior(self) -> NDArray[np.bool_]:
-        """[N] whether the network saw a prior that names a place."""
+        """[N] whether the network saw a prior with a place."""
         return self.pairs.proposal_score > 0
 
 
@@ -85,18 +85,18 @@ AskMllm = Callable[[list[Question]], pa.Table]
 def ask_about(words: Sequence[str]) -> Asked:
     """Command line words -> pairs: images or folders of images, and last the sentence about each of them.
 
-    Raises InputError that names every image that cannot be used.
+    Raises InputError that names every unusable image.
     """
     if len(words) < 2:
         raise InputError(f'predict: got {len(words)} argument(s), expected IMAGE... "SENTENCE", or --pairs FILE.jsonl')
     *places, sentence = words
-    if os.path.exists(sentence):  # not Path.exists(), which raises where a sentence is too long for a path
+    if os.path.exists(sentence):  # Path.exists() raises if a sentence is too long for a path
         raise InputError(f"predict: sentence: got {sentence!r}, which is a file; the last argument is the sentence")
     return ask_each([path for place in places for path in _images_at(Path(place))], sentence)
 
 
 def ask_each(paths: Sequence[Path], sentence: str) -> Asked:
-    """Each image with the same sentence. Raises InputError that names every image that cannot be used."""
+    """Pair each image with the same sentence. Raises InputError that names every unusable image."""
     if not is_utf8(sentence) or not any(character.isalnum() for character in sentence):
         raise InputError(f"sentence: got {sentence!r}, expected at least one word")
     found = inspect_images(paths, 1)
@@ -107,7 +107,7 @@ def ask_each(paths: Sequence[Path], sentence: str) -> Asked:
 
 
 def ask_file(path: Path) -> Asked:
-    """The pairs of a JSON-lines file as `dataset` takes it, in order of their ids. Raises InputError as ingest does."""
+    """The pairs of a JSON-lines file in the format of `dataset`, ordered by id. Raises InputError as ingest does."""
     index = read_jsonl(path)
     files = {row.pop("image_id"): ImageFile(**row) for row in index.images.to_pylist()}
     refs = index.refs.select(["image_id", "sentence"]).to_pydict()
@@ -115,15 +115,15 @@ def ask_file(path: Path) -> Asked:
 
 
 def turned_images(asked: Asked) -> list[str]:
-    """Images that an EXIF tag turns, which every part of the pipeline ignores: masks are of the stored pixels."""
+    """Images with an EXIF rotation, which the whole pipeline ignores: masks are of the stored pixels."""
     return [name for name in dict.fromkeys(file.file_name for file in asked.image) if is_turned(name)]
 
 
 def find_priors(asked: Asked, params: Params) -> Told:
-    """What `priors.backend` says of the pairs: asked now where it can be asked about any image, else as recorded.
+    """Priors of the pairs by `priors.backend`: queried now if the backend accepts any image, else as recorded.
 
-    Answers are stored in .scratch as they come, so that a call that breaks off goes on where it was. Raises L2LError
-    where the backend cannot be asked, or the data set's tables are not there.
+    Responses are stored in .scratch as they arrive, so that an interrupted call resumes. Raises L2LError if the backend
+    cannot be queried, or the dataset's tables are missing.
     """
     if params.priors.backend not in LIVE_BACKENDS:
         return recorded_priors(asked)
@@ -141,7 +141,7 @@ def find_priors(asked: Asked, params: Params) -> Told:
 
 
 def recorded_priors(asked: Asked) -> Told:
-    """The priors of the data set's sentences with the same words about an image of the same bytes."""
+    """The priors of the dataset's sentences with the same words about an image of the same bytes."""
     refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id", "sha256"])
     known = records.to_frame(refs).merge(records.to_frame(images), on="image_id").sort_values("sent_id")
@@ -156,13 +156,13 @@ def recorded_priors(asked: Asked) -> Told:
 
 
 def live_priors(asked: Asked, params: Params, ask: AskMllm) -> Told:
-    """Ask the multimodal LLM about every pair, once a different one, and render its answers as the pipeline does.
+    """Query the multimodal LLM once about every distinct pair, and render its responses as the pipeline does.
 
-    Raises InputError where every request fails, and what `ask` raises.
+    Raises InputError if every request fails, and whatever `ask` raises.
     """
     sent_id = _pair_ids(asked)
     pairs = zip(sent_id, zip(asked.image, asked.sentence, strict=True), strict=True)
-    different = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))  # by image: a model may reuse what it has read
+    different = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))  # by image: a model can reuse computed tokens
     answers = ask(
         [
             Question(key, sample, file.file_name, (file.height, file.width), sentence)
@@ -174,16 +174,16 @@ def live_priors(asked: Asked, params: Params, ask: AskMllm) -> Told:
     if failed and len(failed) == answers.num_rows:
         raise InputError(f"priors.backend {params.priors.backend}: every request failed, the first with {failed[0]!r}")
     priors = interpret(answers)
-    refs = pd.DataFrame({"sent_id": list(different), "image_id": list(different)})  # an image of its own for each
+    refs = pd.DataFrame({"sent_id": list(different), "image_id": list(different)})  # one image per pair
     images = pd.DataFrame([vars(file) for file, _ in different.values()]).assign(image_id=refs["image_id"])
     return Told(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))
 
 
 def answer(predictor: Predictor, asked: Asked, told: Told | None, batch_size: int = 1) -> Answered:
-    """Ask the network about every pair, with its prior where there is one; None: without any.
+    """Predict a mask for every pair, with its prior if it has one; told None: without priors.
 
-    At most `batch_size` pairs are computed at once. Masks are those of the stage `predict` with the same priors, but
-    for pixels whose logit rounds to another side of 0: the stage computes batches of one size, filled up.
+    At most `batch_size` pairs are computed at once. Masks equal those of the stage `predict` with the same priors,
+    except for pixels whose logit rounds to another side of 0: the stage pads all batches to one size.
     """
     paths, sizes = [file.file_name for file in asked.image], [(file.height, file.width) for file in asked.image]
     network = predictor.network
@@ -199,9 +199,9 @@ def answer(predictor: Predictor, asked: Asked, told: Told | None, batch_size: in
 
 @contextmanager
 def predictions_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that is added to `out` when the block ends well; the pictures of an earlier call there go then.
+    """A folder to fill; if the block succeeds, its files move into `out` and replace the pictures of an earlier call.
 
-    Files that no predictions.jsonl names stay. Raises InputError where `out` cannot be used.
+    Files that no predictions.jsonl lists stay. Raises InputError if `out` cannot be used.
     """
     earlier = _pictures_of(out / INDEX_NAME)
     with added_to(out) as folder:
@@ -211,8 +211,8 @@ def predictions_folder(out: Path) -> Iterator[Path]:
 
 
 def try_names(asked: Asked, folder: Path) -> None:
-    """Create every file of `write_predictions` once, empty, and remove it: what a file system refuses is known before
-    anything is computed. Raises InputError that names the first name which it refuses.
+    """Create every file of `write_predictions` empty and remove it, to find names that the file system rejects before
+    computing anything. Raises InputError that names the first rejected name.
     """
     for name in [INDEX_NAME, *(name for names in _picture_names(asked) for name in names.values())]:
         try:
@@ -230,10 +230,10 @@ def save_mask(mask: BoolMask, path: Path) -> None:
 
 
 def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygons: bool) -> str:
-    """Write for each pair a mask (PNG, 255 is foreground) and an overlay into a folder, and predictions.jsonl.
+    """Write a mask (PNG, 255 is foreground) and an overlay for each pair, and predictions.jsonl, into a folder.
 
-    Where the pictures cannot be written, such as on a full disk, predictions.jsonl stays alone, without their names,
-    and holds every mask; what was wrong is returned, else "". Raises InputError where not even that can be written.
+    If the pictures cannot be written, such as on a full disk, only predictions.jsonl is kept, without their names but
+    with every mask, and the error message is returned, else "". Raises InputError if not even that can be written.
     """
     lines: list[dict[str, object]] = [
         {
@@ -260,7 +260,7 @@ def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygon
             mask = decode_rle(rle, file.height, file.width)
             save_mask(mask, folder / name["mask"])
             overlay = overlays.with_mask(overlays.fit(read_image(file.file_name), OVERLAY_PX), mask)
-            # Compressing it at the usual level 6 takes longer than computing the mask.
+            # Compressing it at the default level 6 takes longer than computing the mask.
             Image.fromarray(overlay).save(folder / name["overlay"], compress_level=1)
         _write_index([line | name for line, name in zip(lines, names, strict=True)], folder)
     except OSError as error:
@@ -271,7 +271,7 @@ def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygon
 
 
 def _write_index(lines: Sequence[dict[str, object]], folder: Path) -> None:
-    """Whole or not at all: what was there before stays where the disk is full."""
+    """Write the index atomically: the earlier one stays if the disk is full."""
     building = folder / f".{INDEX_NAME}.tmp"
     try:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -291,7 +291,7 @@ def _picture_names(asked: Asked) -> list[dict[str, str]]:
 
 
 def _images_at(place: Path) -> list[Path]:
-    """A path, or the images in a folder by name. Raises InputError where a folder has none."""
+    """The path itself, or the images in a folder by name. Raises InputError if a folder has none."""
     if not place.is_dir():
         return [place]
     found = [path for path in visible(place.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -301,7 +301,7 @@ def _images_at(place: Path) -> list[Path]:
 
 
 def _pair_ids(asked: Asked) -> list[int]:
-    """Numbers of 63 bits made of image and words: what is drawn for a pair does not depend on the others."""
+    """63-bit ids derived from image and words: the random draws of a pair do not depend on the others."""
     keys = (f"{file.sha256} {sentence}" for file, sentence in zip(asked.image, asked.sentence, strict=True))
     return [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1 for key in keys]
 
@@ -320,6 +320,6 @@ def _pictures_of(index: Path) -> set[str]:
 
 
 def _slug(text: str) -> str:
-    """A text as part of a file's name."""
+    """A text as part of a file name."""
     name = "-".join(re.findall(r"\w+", text)).encode("utf-8", "ignore")
-    return name[:NAME_BYTES].decode("utf-8", "ignore")  # whole characters
+    return name[:NAME_BYTES].decode("utf-8", "ignore")  # only whole characters

@@ -1,6 +1,6 @@
 """A page to try a network in a browser: upload an image, type a sentence, see prior, proposal and mask.
 
-The only file that knows gradio (the extra `serve`). It runs on one machine, for one person or a few: no accounts.
+The only file that uses gradio (the extra `serve`). It runs on one machine, for a few users: no accounts.
 """
 
 from __future__ import annotations
@@ -45,46 +45,46 @@ from l2l_core.model.predictor import Predictor
 from l2l_core.viz import overlays
 
 MAX_PIXELS = 40_000_000
-"""Of an upload; photos have less. Decoded they take 120 MB, and a small file can hold thousands of times as many."""
+"""Limit for an upload; photos have less. Decoded it takes 120 MB; a small file can hold thousands of times as many."""
 PICTURE_PX = 640
-"""Longer side of the pictures on the page, two of which fit beside each other."""
+"""Longer side of the pictures on the page; two fit side by side."""
 KEEP_S = 600
-"""Seconds after which uploads and pictures are deleted: time to look and to download."""
+"""Seconds until uploads and pictures are deleted: time to look and to download."""
 GOODBYE_S = 2
-"""Seconds that browsers have to close their connections when the server ends; a page holds one open for good."""
+"""Seconds for browsers to close their connections when the server ends; a page keeps one open."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the page shows of one pair."""
+    """Result for one pair, as the page shows it."""
 
-    words: str  # what the multimodal LLM said, or why there is no prior
+    words: str  # the multimodal LLM's response, or why there is no prior
     prior: overlays.Picture | None
     proposal: overlays.Picture | None
     overlay: overlays.Picture
-    mask: BoolMask  # [H, W] at the image's own size
+    mask: BoolMask  # [H, W] at the image's original size
 
 
 @dataclass(frozen=True)
 class Desk:
-    """A network ready to be asked, and who is asked for priors."""
+    """A loaded network and a source of priors."""
 
     predictor: Predictor
     params: Params
-    backend: PriorBackend | None  # None: it knows the data set alone, and what it said is recorded
+    backend: PriorBackend | None  # None: the backend only covers the dataset, and its responses are recorded
     max_mb: int
 
     @classmethod
     def of(cls, folder: Path, params: Params, max_mb: int) -> Desk:
-        """Load the model in a folder, and the backend. Raises L2LError where one of them cannot be loaded."""
+        """Load the model in a folder, and the backend. Raises L2LError if one of them cannot be loaded."""
         is_live = params.priors.backend in LIVE_BACKENDS
         backend = make_backend(params.priors, records.INDEX) if is_live else None
         predictor = Predictor.from_run(folder, device=params.train.engine.device)
         return cls(predictor, predictor.fitted(params), backend, max_mb)
 
     def look(self, image: Path | None, sentence: str) -> Seen:
-        """Ask about one pair. Raises InputError where image or sentence cannot be used, and what the backend raises."""
+        """Predict one pair. Raises InputError for an unusable image or sentence, and whatever the backend raises."""
         if image is None:
             raise InputError("image: none, expected an upload")
         _check_size(image, self.max_mb)
@@ -106,7 +106,7 @@ class Desk:
     def _told(self, asked: Asked) -> Told | None:
         if self.backend is not None:
             return live_priors(asked, self.params, partial(ask_table, self.backend))
-        # A model's folder is of use without the data that it was trained on.
+        # A model folder works without its training data.
         return recorded_priors(asked) if records.PROPOSALS_PATH.is_file() else None
 
     def _words(self, answers: list[dict[str, Any]], answered: Answered) -> list[str]:
@@ -117,15 +117,15 @@ class Desk:
 
 
 def require_gradio() -> None:
-    """Raise ConfigError where gradio is not installed."""
+    """Raise ConfigError if gradio is not installed."""
     if not find_spec("gradio"):
         raise ConfigError("serve: needs gradio: pip install '.[serve]'")
 
 
 def open_page(open_desk: Callable[[], Desk], host: str, port: int) -> None:
-    """Serve the page until SIGINT or SIGTERM; uploads and pictures are gone then. Port 0: any that is free.
+    """Serve the page until SIGINT or SIGTERM, then delete uploads and pictures. Port 0: any free port.
 
-    Raises InputError where nothing can listen at that address, and what `open_desk` raises.
+    Raises InputError if the address is unavailable, and whatever `open_desk` raises.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -133,7 +133,7 @@ def open_page(open_desk: Callable[[], Desk], host: str, port: int) -> None:
     except OSError as error:
         raise InputError(f"serve: cannot listen at {host}:{port}: {error.strerror}; try another --port") from None
     with listener, tempfile.TemporaryDirectory(prefix="l2l-serve-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # gradio reads it when it is imported
+        os.environ["GRADIO_TEMP_DIR"] = folder  # gradio reads it on import
         app = _make_app(open_desk(), Path(folder))
         if host not in LOCAL_HOSTS:
             print(f"warning: --host {host}: whoever reaches this machine can use the page", file=sys.stderr)
@@ -145,11 +145,11 @@ def open_page(open_desk: Callable[[], Desk], host: str, port: int) -> None:
 
 
 def _check_size(image: Path, max_mb: int) -> None:
-    """Raise InputError where a file has too many bytes, or its header names too many pixels. It is not decoded."""
+    """Raise InputError if a file has too many bytes, or its header too many pixels. It is not decoded."""
     if image.stat().st_size > max_mb * 2**20:
         raise InputError(f"image: {image.stat().st_size / 2**20:.1f} MB, expected at most {max_mb} MB (--max-mb)")
     pixels = 0
-    with suppress(Exception):  # what is no image is found, and named, when it is read
+    with suppress(Exception):  # a file that is no image is reported when it is read
         try:
             with Image.open(image, formats=FORMATS) as header:
                 pixels = header.width * header.height
@@ -177,7 +177,7 @@ def _with_places(picture: overlays.Picture, answers: list[dict[str, Any]], asked
 
 
 def _make_app(desk: Desk, folder: Path) -> Any:
-    """The page as an ASGI application. Nothing of it comes from elsewhere, and nothing is reported anywhere."""
+    """The page as an ASGI application. It loads nothing from other servers and reports nothing."""
     import fastapi  # type: ignore[import-not-found,unused-ignore]
     import gradio as gr  # type: ignore[import-not-found,unused-ignore]
 
@@ -186,7 +186,7 @@ def _make_app(desk: Desk, folder: Path) -> Any:
             seen = desk.look(None if image is None else Path(image), sentence)
         except L2LError as error:
             message = str(error) if image is None else str(error).replace(f"{Path(image).parent}/", "")
-            # Shown as HTML, and it may hold what the person typed.
+            # Rendered as HTML, and it may contain user input.
             raise gr.Error(html.escape(message, quote=False), duration=None, print_exception=False) from None
         file = Path(tempfile.mkdtemp(dir=folder)) / "mask.png"
         save_mask(seen.mask, file)
@@ -213,7 +213,7 @@ def _make_app(desk: Desk, folder: Path) -> Any:
         outputs = [words, prior, proposal, overlay, download]
         asking = [button.click, sentence.submit]
         gr.on(asking, respond, [image, sentence], outputs, api_name="segment", concurrency_limit=1)
-    # gradio's own would open the file, and fail in its own words where it is no image.
+    # gradio's own handler would open the file and raise its own error if it is no image.
     image.preprocess = lambda upload: upload and upload.path
     app = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
@@ -227,7 +227,7 @@ def _make_app(desk: Desk, folder: Path) -> Any:
         mcp_server=False,
         enable_monitoring=False,
     )
-    page.has_launched = True  # else gradio takes any path of this machine that a request names for an upload
+    page.has_launched = True  # else gradio serves any local path that a request presents as an upload
     return app
 
 

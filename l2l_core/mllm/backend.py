@@ -1,4 +1,4 @@
-"""What every prior backend is asked and gives back, whatever model or file stands behind it."""
+"""Queries to a prior backend and its responses, the same for every model or file behind it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from l2l_core.mllm.coords import CoordSpace
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One sentence about one image; `sample_index` counts the times that it is asked."""
+    """One sentence about one image; `sample_index` counts the repeated queries of that sentence."""
 
     sent_id: int
     sample_index: int
@@ -23,20 +23,20 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back, unparsed."""
+    """A raw response, before parsing."""
 
     raw_text: str
     model: str
-    coord_space: CoordSpace  # in which `raw_text` is written
+    coord_space: CoordSpace  # coordinate space of `raw_text`
     input_hw: tuple[int, int]  # height, width of the image as the model saw it
-    prompt_sha256: str = ""  # "": not known
-    unread: Literal["empty", "error"] | None = None  # status where there is no text to parse
-    reason: str = ""  # of an error: the kind of exception or the server's status
-    attempts: int = 1  # times asked; more than one where an answer did not keep to the prompt
-    is_valid: bool = True  # the last answer kept to the prompt
-    prompt_tokens: int = 0  # of all attempts; 0 where the backend has none
+    prompt_sha256: str = ""  # "": unknown
+    unread: Literal["empty", "error"] | None = None  # the status if there is no text to parse
+    reason: str = ""  # for errors: the exception type or the server's status
+    attempts: int = 1  # number of queries; more than one if a response did not follow the prompt
+    is_valid: bool = True  # the last response follows the prompt
+    prompt_tokens: int = 0  # of all attempts; 0 if the backend does not report it
     completion_tokens: int = 0
-    precision: Literal["bf16", "fp32"] | None = None  # in which the model was computed; None: not known
+    precision: Literal["bf16", "fp32"] | None = None  # precision of the model; None: unknown
 
 
 _DRAFT_TAG = re.compile(
@@ -46,28 +46,28 @@ _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 
 
 class PriorBackend(Protocol):
-    """A source of priors. An answer depends on its question (and the seed) alone, not on what else is asked."""
+    """A source of priors. A response depends only on its question and the seed, not on the rest of the batch."""
 
     name: str
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer a batch, one answer a question, in the same order; a failed request is an answer with `error`.
+        """Return one response per question, in the same order. A failed request yields a response with `error`.
 
-        Raises L2LError where nothing can be asked at all: no such model, no server.
+        Raises L2LError if no query is possible at all, such as for a missing model or server.
         """
         ...
 
 
 def clean_text(text: str) -> str:
-    """The same text, with what UTF-8 cannot hold (lone surrogates) replaced, so that it can be stored."""
+    """Replace what UTF-8 cannot encode (lone surrogates), so that the text can be stored."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def final_text(raw_text: str) -> str:
-    """What a model means as its answer: no draft in <think> tags, and of that what stands in the last <answer>.
+    """The final response of a model: no draft in <think> tags, and if there is an <answer> tag, only its last content.
 
-    A draft that is closed ends where its last tag closes, also where a chat template has opened it. A draft that is
-    never closed is all draft from its opening on. The time is linear in the text's length.
+    A closed draft ends at its last closing tag, even if the chat template opened it. An unclosed draft extends to
+    the end of the text. Time is linear in the length of the text.
     """
     start, end, is_draft = 0, len(raw_text), False
     for tag in _DRAFT_TAG.finditer(raw_text):

@@ -1,4 +1,4 @@
-"""How multimodal LLMs write coordinates, and how these become original-image pixels."""
+"""Coordinate conventions of multimodal LLMs, and their conversion to original-image pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CoordSpace = Literal[
     "pixel", "resized_pixel", "norm1000", "norm1000_yx", "norm999", "norm1024_yx", "percent", "unit", "unit_square"
 ]
 """pixel: of the original image; resized_pixel: of the image as the model saw it; norm*, percent and unit span the whole
-image from 0 to their number; unit_square spans the image padded to a square. `_yx`: y stands before x."""
+image from 0 to their number; unit_square spans the image padded to a square. `_yx`: y comes before x."""
 COORD_SPACES: tuple[CoordSpace, ...] = get_args(CoordSpace)
 
 _FAMILIES: tuple[tuple[str, CoordSpace], ...] = (
@@ -35,11 +35,11 @@ _FAMILIES: tuple[tuple[str, CoordSpace], ...] = (
     ("llava-?v?-?15", "unit_square"),
     ("kosmos-?2", "unit"),
 )
-"""The form of a family's name (see `_family_name`) -> how its model card says that it writes. Exact: a successor may
-write otherwise, so its name must not match."""
+"""Pattern of a family name (see `_family_name`) -> the convention in its model card. Matches are exact: a successor may
+use another convention, so its name must not match."""
 
 MIN_SIDE_PX = 1.0
-"""A box thinner than a pixel of the original image marks nothing; it is the usual trace of a wrong coordinate space."""
+"""A box thinner than one pixel of the original image is unusable; it usually means a wrong coordinate space."""
 
 _SPAN: dict[CoordSpace, float] = {
     "norm1000": 1000.0,
@@ -50,16 +50,16 @@ _SPAN: dict[CoordSpace, float] = {
     "unit": 1.0,
 }
 
-# Qwen2.5-VL's image processor: patches of 14 px merged 2 x 2, the least area and the usual budget.
+# Qwen2.5-VL's image processor: patches of 14 px merged 2 x 2, the minimum area and the default maximum.
 _QWEN_FACTOR_PX = 28
 _QWEN_MIN_PX = 56 * 56
 QWEN_MAX_PX = 28 * 28 * 1280
 
 
 def resolve_coord_space(model: str, configured: str) -> CoordSpace:
-    """The coordinate space of a model's answers: as configured, or by the model's family where that is `auto`.
+    """The coordinate space of a model's responses: `configured`, or that of the model's family if it is `auto`.
 
-    Only the last part of a path or hub id names the family. Raises ConfigError where it names none that is known.
+    Only the last part of a path or hub id names the family. Raises ConfigError if the family is unknown.
     """
     for space in COORD_SPACES:
         if configured == space:
@@ -81,14 +81,14 @@ def _family_name(model: str) -> str:
 
 
 def is_y_first(space: CoordSpace) -> bool:
-    """Whether y stands before x in boxes and points that name no axes."""
+    """Whether y comes before x in boxes and points without named axes."""
     return space.endswith("_yx")
 
 
 def pixels_per_unit(space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike | None = None) -> FloatArray:
     """Original-image pixels per unit of a coordinate space along x and y; [..., 2] height, width -> [..., 2] x, y.
 
-    input_hw: size of the image as the model saw it; only `resized_pixel` reads it, and it must be given there.
+    input_hw: size of the image as the model saw it; required for `resized_pixel`, ignored otherwise.
     """
     image_wh = np.asarray(image_hw, dtype=np.float64)[..., ::-1]
     if space == "pixel":
@@ -103,9 +103,9 @@ def pixels_per_unit(space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike 
 
 
 def origin_px(space: CoordSpace, image_hw: ArrayLike) -> FloatArray:
-    """Where 0, 0 of a coordinate space lies in the original image; [..., 2] height, width -> [..., 2] x, y in pixels.
+    """Origin of a coordinate space in the original image; [..., 2] height, width -> [..., 2] x, y in pixels.
 
-    Only `unit_square` begins outside the image: in the border that makes it a square with the image in the middle.
+    Only `unit_square` starts outside the image: in the border that centers the image in a square.
     """
     image_wh = np.asarray(image_hw, dtype=np.float64)[..., ::-1]
     if space != "unit_square":
@@ -116,14 +116,14 @@ def origin_px(space: CoordSpace, image_hw: ArrayLike) -> FloatArray:
 def write_boxes(
     xyxy: FloatArray, space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike | None = None
 ) -> FloatArray:
-    """Boxes [N, 4] x1 y1 x2 y2 in original-image pixels as a model writes them in a space; sizes: [N, 2]."""
+    """Boxes [N, 4] x1 y1 x2 y2 in original-image pixels -> the notation of a coordinate space; sizes: [N, 2]."""
     scale, origin = pixels_per_unit(space, image_hw, input_hw), origin_px(space, image_hw)
     written = (xyxy - np.tile(origin, 2)) / np.tile(scale, 2)
     return np.asarray(written[:, [1, 0, 3, 2]] if is_y_first(space) else written)
 
 
 def qwen_input_hw(height: int, width: int, max_px: int = QWEN_MAX_PX) -> tuple[int, int]:
-    """Height and width to which Qwen2.5-VL's processor resizes an image of that size.
+    """Height and width to which Qwen2.5-VL's processor resizes an image of the given size.
 
     Both become multiples of 28 px; the area is kept between 56 x 56 px and max_px.
     """
@@ -140,11 +140,11 @@ def qwen_input_hw(height: int, width: int, max_px: int = QWEN_MAX_PX) -> tuple[i
 
 
 def sent_hw(space: CoordSpace, image_hw: tuple[int, int], max_px: int) -> tuple[int, int]:
-    """Height and width in which an image is sent to a model that answers in `space`.
+    """Height and width of the image sent to a model that responds in `space`.
 
-    resized_pixel: what the model's own processor would make of it, so that the size which the answer refers to is known
-    whatever serves the model. pixel: as it is. unit_square: a square that holds it. Else as it is. All
-    but `pixel` are shrunk to at most max_px.
+    resized_pixel: the size that the model's own processor would produce, so that the size behind the coordinates is
+    known for every engine. unit_square: a square that contains the image. All others: the original size. All but
+    `pixel` are shrunk to at most max_px.
     """
     height, width = image_hw
     if space == "unit_square":

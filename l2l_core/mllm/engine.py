@@ -1,7 +1,7 @@
-"""Ask a real multimodal LLM: questions become requests, answers that break the prompt are asked for again, and what
-makes an engine fail is found and marked.
+"""Query a real multimodal LLM: build requests, retry responses that do not follow the prompt, and isolate and mark the
+requests that make an engine fail.
 
-The model itself stands behind `Engine`: hf.py, openai_http.py and vllm.py.
+The models are behind `Engine`: engine_transformers.py, engine_openai.py and engine_vllm.py.
 """
 
 from __future__ import annotations
@@ -22,55 +22,55 @@ from l2l_core.mllm.coords import resolve_coord_space, sent_hw
 from l2l_core.mllm.prompt import Schema, answer_schema, keeps_to, prompt_sha256, prompt_text
 
 BORDER_RGB = (122, 116, 104)
-"""Around an image in a square: CLIP's mean color, which becomes 0 in the network, as LLaVA-1.5 was trained."""
+"""Border of an image padded to a square: CLIP's mean color, which the network sees as 0, as in LLaVA-1.5's training."""
 AHEAD_BYTES = 256 * 2**20
-"""Of images that are decoded before they are asked about."""
+"""Limit for images that are decoded ahead."""
 DECODERS = 4
-"""Threads that decode images; reading and decoding release the interpreter's lock."""
+"""Threads that decode images; reading and decoding release the GIL."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question as a model gets it: the image first, so that its tokens are computed once for all its sentences."""
+    """One question in the model's form: the image comes first, so that all its sentences share its computed tokens."""
 
     image: Image.Image  # RGB
     text: str
-    schema: Schema | None  # of the answer; None: anything may be written
+    schema: Schema | None  # of the response; None: free text
     temperature: float  # 0: greedy
-    seed: int  # of the draw, in 0..2**31 - 1
-    max_tokens: int  # of the answer
+    seed: int  # of sampling, in 0..2**31 - 1
+    max_tokens: int  # of the response
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a model wrote to one request."""
+    """The model's output for one request."""
 
     text: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    failure: str = ""  # what went wrong, in a word or two; "": nothing
+    failure: str = ""  # a short reason; "": no failure
 
 
 class Engine(Protocol):
-    """A model that can be asked. What it writes to a request depends on that request alone."""
+    """A model that can be queried. The output for a request depends on that request alone."""
 
     @property
     def precision(self) -> Literal["bf16", "fp32"] | None:
-        """In which the model is computed; None where the engine does not know it."""
+        """Precision of the model; None if the engine does not know it."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in order.
+        """One completion per request, in order.
 
-        Any exception means that at least one of the requests cannot be answered, and L2LError that none ever will.
+        Raises L2LError if no request can ever succeed; any other exception means that at least one request failed.
         """
         ...
 
 
 class MllmBackend:
-    """Asks a model about every question by the prompt `priors.prompt`.
+    """Queries a model about every question with the prompt `priors.prompt`.
 
-    Raises ConfigError where the model's family is unknown and `priors.coord_space` does not say how it writes.
+    Raises ConfigError if the model's family is unknown and `priors.coord_space` is not set.
     """
 
     def __init__(self, engine: Engine, params: PriorsParams) -> None:
@@ -85,9 +85,9 @@ class MllmBackend:
         self._images = _Images(self._load)
 
     def ask(self, questions: Sequence[Question], following: Sequence[Question] = ()) -> list[Answer]:
-        """Answer a batch; a question whose image or request fails is answered with `error`.
+        """Return one response per question; a failed image or request yields a response with `error`.
 
-        following: what is asked next; its images are decoded while the engine works.
+        following: the next questions; their images are decoded while the engine works.
         """
         images = self._images.decode(questions)
         self._images.decode_ahead(following)
@@ -114,7 +114,7 @@ class MllmBackend:
         return [replace(answer, unread="error") if answer.reason else answer for answer in answers]
 
     def _load(self, path: str, image_hw: tuple[int, int]) -> Image.Image | str:
-        """The image at the size in which it is sent, or what is wrong with it."""
+        """The image at the size sent to the model, or an error message."""
         height, width = sent_hw(self._space, image_hw, self._params.max_image_px)
         try:
             image = Image.fromarray(read_image(path))
@@ -140,11 +140,11 @@ class MllmBackend:
             schema=self._schema,
             temperature=0.0 if is_greedy else self._params.temperature,
             seed=request_seed(self._params.seed, question.sent_id, question.sample_index, attempt),
-            max_tokens=self._params.max_tokens * (1 + attempt),  # cut short is the usual way to be invalid
+            max_tokens=self._params.max_tokens * (1 + attempt),  # truncation is the usual cause of invalid responses
         )
 
     def _add(self, answer: Answer, completion: Completion, attempt: int) -> Answer:
-        """The answer after one more attempt; a failure keeps what an earlier attempt wrote."""
+        """The response after one more attempt; a failed attempt keeps the text of an earlier one."""
         answer = replace(
             answer,
             attempts=attempt + 1,
@@ -158,7 +158,7 @@ class MllmBackend:
 
 
 class _Images:
-    """Images by path and size, as `load` makes them: each is decoded once for all questions that follow each other."""
+    """Images by path and size, as `load` returns them: each is decoded once for consecutive questions about it."""
 
     def __init__(self, load: Callable[[str, tuple[int, int]], Image.Image | str]) -> None:
         self._load = load
@@ -166,7 +166,7 @@ class _Images:
         self._held: dict[tuple[str, tuple[int, int]], Future[Image.Image | str]] = {}
 
     def decode(self, questions: Sequence[Question]) -> list[Image.Image | str]:
-        """The image of each question, in order. Only these are held from here on."""
+        """The image of each question, in order. Drops all other images."""
         keys = [(question.image_path, question.image_hw) for question in questions]
         held = {key: self._held.pop(key, None) for key in dict.fromkeys(keys)}
         self.cancel()
@@ -174,7 +174,7 @@ class _Images:
         return [self._held[key].result() for key in keys]
 
     def decode_ahead(self, questions: Sequence[Question]) -> None:
-        """Begin with the images of the questions, up to AHEAD_BYTES, without waiting for them."""
+        """Start to decode the images of the questions, up to AHEAD_BYTES, without waiting for them."""
         room = AHEAD_BYTES
         for key in dict.fromkeys((question.image_path, question.image_hw) for question in questions):
             height, width = key[1]
@@ -185,22 +185,22 @@ class _Images:
                 self._held[key] = self._threads.submit(self._load, *key)
 
     def cancel(self) -> None:
-        """Hold no image any longer; what has not begun is not decoded."""
+        """Drop all images and cancel pending decodes."""
         for future in self._held.values():
             future.cancel()
         self._held.clear()
 
 
 def request_seed(seed: int, sent_id: int, sample_index: int, attempt: int) -> int:
-    """Seed of one draw, the same in every run and order: 0..2**31 - 1."""
+    """Seed of one sample, the same in every run and order: 0..2**31 - 1."""
     digest = hashlib.sha256(f"{seed} {sent_id} {sample_index} {attempt}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
 def _generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-    """Halve a batch that fails until the requests that make it fail stand alone; the others are answered.
+    """Split a failing batch in half until the failing requests are isolated; the others get completions.
 
-    Only the kind of exception is kept: messages hold addresses and times, and would differ from run to run.
+    Only the exception type is stored: messages contain addresses and times, which differ from run to run.
     """
     if not requests:
         return []

@@ -1,4 +1,4 @@
-"""Models behind an OpenAI-compatible server: `vllm serve`, others of its kind, or a hosted one."""
+"""Models behind an OpenAI-compatible server: `vllm serve`, similar servers, or a hosted one."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.engine import Completion, Request
 
 BACKOFF_S = 1.0
-"""Waits between tries are 0, 2, 4, 8, ... of these: a server that starts anew or is full needs seconds, not more."""
+"""Waits between tries are 0, 2, 4, 8, ... times this: a server that restarts or is full needs seconds, not more."""
 PASSING = (408, 429, 500, 502, 503, 504)
-"""Statuses that may be gone at the next try: timeout, too many requests, trouble of the server's own."""
+"""Statuses that a retry may resolve: timeout, too many requests, server errors."""
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 class OpenAIEngine:
-    """A model at `priors.engine.server_url`; the key, where one is needed, comes from the variable OPENAI_API_KEY."""
+    """A model at `priors.engine.server_url`; the variable OPENAI_API_KEY holds the key, if the server needs one."""
 
-    precision = None  # the server's own affair
+    precision = None  # chosen by the server
 
     def __init__(self, params: PriorsParams) -> None:
         engine = params.engine
@@ -40,7 +40,7 @@ class OpenAIEngine:
         self._concurrency = engine.concurrency
         retry = Retry(
             total=engine.server_retries,
-            allowed_methods=None,  # all: asking twice does no harm
+            allowed_methods=None,  # all: a repeated query is harmless
             status_forcelist=PASSING,
             backoff_factor=BACKOFF_S,
             respect_retry_after_header=True,
@@ -54,9 +54,9 @@ class OpenAIEngine:
             self._session.headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Ask `priors.engine.concurrency` at a time; what a server refuses or never answers is marked.
+        """Send `priors.engine.concurrency` requests at a time; mark those that the server rejects or never completes.
 
-        Raises InputError where no server listens, and ConfigError where it knows no such model or key.
+        Raises InputError if no server listens, and ConfigError if it rejects the model or the key.
         """
         urls = _DataUrls(keep=2 * self._concurrency)
         with ThreadPoolExecutor(self._concurrency) as pool:
@@ -103,7 +103,7 @@ class OpenAIEngine:
 
 
 def _read(response: http.Response) -> Completion:
-    """A chat completion's text and tokens; a body of another form is a failure."""
+    """Text and token counts of a chat completion; a body of another form is a failure."""
     try:
         body = response.json()
         usage = body.get("usage") or {}
@@ -117,9 +117,9 @@ def _read(response: http.Response) -> Completion:
 
 
 class _DataUrls:
-    """Data URLs of images, each encoded once for the requests about it, which follow each other.
+    """Data URLs of images; each image is encoded once for the consecutive requests about it.
 
-    Images must live as long as this does: they are known by their identity. The last `keep` are held.
+    Images are identified by object identity, so they must outlive this cache. It holds the last `keep` URLs.
     """
 
     def __init__(self, keep: int) -> None:
@@ -128,7 +128,7 @@ class _DataUrls:
         self._urls: dict[int, Future[str]] = {}
 
     def of(self, image: Image.Image) -> str:
-        """Encoded by the first thread that asks; others wait for it."""
+        """The data URL; the first thread that needs it encodes the image and others wait."""
         with self._lock:
             known = self._urls.get(id(image))
             url = known or self._urls.setdefault(id(image), Future())
@@ -143,7 +143,7 @@ class _DataUrls:
 
 
 def _data_url(image: Image.Image) -> str:
-    """PNG: the server sees the same pixels as an engine in this process."""
+    """PNG is lossless: the server sees the same pixels as an engine in this process."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)  # time counts more than size on the way to a near server
+    image.save(buffer, format="PNG", compress_level=1)  # for a nearby server, speed matters more than size
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

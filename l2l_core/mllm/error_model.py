@@ -1,7 +1,7 @@
-"""Where a multimodal LLM of a given quality would put its box: true boxes in, wrong ones out, at measured rates.
+"""Error model of a multimodal LLM's boxes: perturbs true boxes at error rates measured on real models.
 
-This is the only part of the priors that uses the truth. Its numbers come from recorded answers of real models on
-RefCOCO testA (1,975 referred objects, one answer each); docs/priors.md says what was measured and what is assumed.
+This is the only part of the priors that uses the ground truth. The rates come from recorded responses of real models
+on RefCOCO testA (1,975 referred objects, one response each); docs/priors.md lists what is measured and what is assumed.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 IOU_EDGES = np.array([0.0, 0.05, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
-"""Bins of the IoU of an answered box with the true one; the last includes 1."""
+"""Bins of the IoU between a predicted box and the true one; the last bin includes 1."""
 LOW_BINS = 3
-"""Bins below IoU 0.5: only there can the box mark another object (IoU >= 0.5 with it)."""
+"""Number of bins below IoU 0.5: only there can the box mark another object (IoU >= 0.5 with it)."""
 
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """How often a model's box falls into each IoU bin, and how often it marks another object then."""
+    """How often a model's box falls into each IoU bin, and how often it then marks another object."""
 
-    iou_share: tuple[float, ...]  # of all answers, one entry a bin of IOU_EDGES; the rest gives no box
-    wrong_object_share: tuple[float, float, float]  # of the answers in each low bin
+    iou_share: tuple[float, ...]  # of all responses, one entry per bin of IOU_EDGES; the rest has no box
+    wrong_object_share: tuple[float, float, float]  # of the responses in each low bin
 
     @property
     def wrong_object_rate(self) -> float:
-        """Share of all answers that mark another annotated object."""
+        """Share of all responses that mark another annotated object."""
         return float(np.dot(self.iou_share[:LOW_BINS], self.wrong_object_share))
 
 
 # iou_share: measured. wrong_object_share: counted over the other referred objects of the same photo, as
-# "answers with IoU >= 0.5 with one of them / answers in the bin"; objects that no expression refers to are not
-# annotated there, so that the true rate is higher.
+# "responses with IoU >= 0.5 with one of them / responses in the bin". Objects without a referring expression are not
+# annotated there, so the true rate is higher.
 #
-# llava-1.5-7b: its histogram is measured, but there are no single answers to count wrong objects in. Assumed: answers
-# that miss by far (IoU < 0.05) are 4.9 times as frequent as with the other two (0.126 against 0.0258), and so are
-# answers about another object (0.033 there); as its boxes are looser, only 0.62 times as many of these reach IoU 0.5
-# with that object: 0.033 * 4.9 * 0.62 = 0.10 of all answers. The shares of the lowest two bins are those of the other
-# two models (0.53, 0.47) times 0.62; the third has what remains of the 0.10, since most of its many answers there are
+# llava-1.5-7b: its histogram is measured, but no single responses are available to count wrong objects. Assumed: large
+# misses (IoU < 0.05) are 4.9 times as frequent as with the other two models (0.126 against 0.0258), and so are
+# responses about another object (0.033 there). Its boxes are looser, so only 0.62 times as many of these reach IoU 0.5
+# with that object: 0.033 * 4.9 * 0.62 = 0.10 of all responses. The shares of the lowest two bins are those of the other
+# two models (0.53, 0.47) times 0.62. The third bin gets the rest of the 0.10, since most of its many responses are
 # loose boxes of the right object.
 ERROR_MODELS: dict[str, ErrorModel] = {
     "qwen2.5-vl-7b": ErrorModel((0.021, 0.016, 0.037, 0.065, 0.084, 0.248, 0.335, 0.171), (29 / 42, 17 / 32, 17 / 73)),
@@ -54,27 +54,27 @@ ERROR_MODELS: dict[str, ErrorModel] = {
 }
 
 SAME_CATEGORY_WEIGHT = 4.0
-"""Another object of the same category is taken for the target this much more readily: 126 of 131 wrong objects (96 %)
-were of the target's category, which 87 % of the candidates were; (0.96 / 0.04) / (0.87 / 0.13) is about 4."""
+"""Odds ratio for confusing the target with another object of the same category: 126 of 131 wrong objects (96 %)
+were of the target's category, as were 87 % of the candidates; (0.96 / 0.04) / (0.87 / 0.13) is about 4."""
 
 CONFIDENCE_MEAN, CONFIDENCE_SPREAD, CONFIDENCE_GAIN, CONFIDENCE_STEP = 0.85, 0.07, 0.4, 0.05
-"""Assumed, not measured: verbal confidence is high, comes in steps of 0.05 and hardly knows whether the box is right.
-A gain of 0.4 standard deviations for right boxes gives an AUROC of about 0.6."""
+"""Assumed, not measured: verbal confidence is high, comes in steps of 0.05 and hardly depends on whether the box is
+right. A gain of 0.4 standard deviations for right boxes gives an AUROC of about 0.6."""
 
 TRIES = 12
-"""Random boxes tried before the two constructions that need no luck; nearly all rows are done after three."""
+"""Random boxes tried before the two deterministic ones; nearly all rows are done after three."""
 _BISECTIONS = 40  # halvings of a step of at most _FAR sides: the IoU is exact to float precision
 _FAR = 8.0
-_EDGE_MARGIN = 1e-3  # distance kept from a bin's ends, more than rounding the written coordinates can move an IoU
-_SIDE_MARGIN_PX = 0.1  # distance kept from the parser's smallest box, for the same reason
+_EDGE_MARGIN = 1e-3  # distance from a bin's ends, larger than the effect of rounding the written coordinates
+_SIDE_MARGIN_PX = 0.1  # distance from the parser's smallest box, for the same reason
 _SIZE_SPREAD = 0.3  # log-normal spread of a misplaced box's sides around the true ones
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of N answers; each row depends on (seed, sent_id, sample_index) alone."""
+    """Random numbers of N responses; each row depends on (seed, sent_id, sample_index) alone."""
 
-    uniform: FloatArray  # [N, 6] in [0, 1): bin, place in the bin, wrong object?, which, its bin, its place in the bin
+    uniform: FloatArray  # bin, position in it, wrong object?, which one, its bin, position in its bin
     confidence: FloatArray  # [N] standard normal
     edges: FloatArray  # [N, TRIES, 6] standard normal: shift x, y, then each edge
     place: FloatArray  # [N, TRIES, 2] in [0, 1)
@@ -82,7 +82,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Scenes:
-    """The truth about N questions, and the P other objects of their images, sorted by question."""
+    """Ground truth of N questions, and the P other objects of their images, sorted by question."""
 
     true_xyxy: FloatArray  # [N, 4] pixels, inside the image
     image_hw: IntArray  # [N, 2]
@@ -91,7 +91,7 @@ class Scenes:
     other_same_category: BoolArray  # [P]
 
     def take(self, rows: IntArray) -> Scenes:
-        """The questions of some rows (ascending)."""
+        """The questions of the given rows (ascending)."""
         place = np.full(len(self.true_xyxy), -1, dtype=np.int64)
         place[rows] = np.arange(len(rows))
         kept = place[self.other_row] >= 0
@@ -104,7 +104,7 @@ class Scenes:
         )
 
     def best_other_iou(self, boxes_xyxy: FloatArray) -> FloatArray:
-        """[N, 4] -> [N] largest IoU with another object of the image, 0 where there is none."""
+        """[N, 4] -> [N] largest IoU with another object of the image; 0 if there is no other object."""
         best = np.zeros(len(boxes_xyxy))
         np.maximum.at(best, self.other_row, iou_xyxy(boxes_xyxy[self.other_row], self.other_xyxy))
         return best
@@ -112,20 +112,20 @@ class Scenes:
 
 @dataclass(frozen=True)
 class DrawnBoxes:
-    """N boxes as the error model puts them."""
+    """N boxes drawn from the error model."""
 
-    xyxy: FloatArray  # [N, 4] original-image pixels, meaningless without a box
+    xyxy: FloatArray  # original-image pixels, undefined if has_box is False
     has_box: BoolArray  # [N]
-    confidence: FloatArray  # [N] in [0, 1], what the model would say of itself
+    confidence: FloatArray  # [N] in [0, 1], the simulated verbal confidence
 
 
 def random_draws(seed: int, sent_id: IntArray, sample_index: IntArray) -> Draws:
-    """Random numbers of N answers, each row the same whatever other rows are asked for."""
+    """Random numbers of N responses; each row is independent of the other rows."""
     count = len(sent_id)
     uniform, confidence = np.empty((count, 6)), np.empty(count)
     edges, place = np.empty((count, TRIES, 6)), np.empty((count, TRIES, 2))
     for row, (sentence, sample) in enumerate(zip(sent_id.tolist(), sample_index.tolist(), strict=True)):
-        # A counter-based generator has one stream per counter; the low words count on within the stream.
+        # A counter-based generator has one stream per counter; the low words advance within the stream.
         rng = Generator(Philox(key=[seed, 0], counter=[0, 0, sentence % 2**64, sample]))
         uniform[row] = rng.random(6)
         confidence[row] = rng.standard_normal()
@@ -137,10 +137,10 @@ def random_draws(seed: int, sent_id: IntArray, sample_index: IntArray) -> Draws:
 def draw_boxes(model: ErrorModel, scenes: Scenes, draws: Draws) -> DrawnBoxes:
     """Draw a box for each of N questions.
 
-    First the IoU bin is drawn, then a box that has such an IoU with the true box. In the low bins it is another object
-    of the scene (with a jitter) at the model's rate. Where a scene has no other object that overlaps the true box
-    as a bin asks, its share of wrong objects moves to the bins for which it has one, as far as they hold it; the IoU
-    histogram stays as it is.
+    First draw the IoU bin, then a box with such an IoU with the true box. In the low bins, the box is another object of
+    the scene (with a jitter) at the model's rate. If no other object of a scene overlaps the true box as a bin
+    requires, the bin's share of wrong objects moves to the scene's bins that have one, up to their capacity. The IoU
+    histogram does not change.
     """
     shares = np.asarray(model.iou_share)
     bins = np.searchsorted(np.cumsum(shares), draws.uniform[:, 0], side="right")
@@ -168,7 +168,7 @@ def _take(draws: Draws, rows: IntArray) -> Draws:
 
 
 def _inside_bin(bins: IntArray, place: FloatArray) -> FloatArray:
-    """An IoU at a relative place of a bin, a margin away from its ends."""
+    """An IoU at a relative position within a bin, with a margin to its ends."""
     low, high = IOU_EDGES[bins] + _EDGE_MARGIN, IOU_EDGES[bins + 1] - _EDGE_MARGIN
     return np.asarray(low + place * (high - low))
 
@@ -187,7 +187,7 @@ def _clip(boxes: FloatArray, image_hw: IntArray) -> FloatArray:
 
 
 def _bins_of_others(scenes: Scenes) -> BoolArray:
-    """[P, LOW_BINS] whether another object could be answered by mistake at an IoU of that bin."""
+    """[P, LOW_BINS] whether another object could be confused with the target at an IoU of that bin."""
     iou = iou_xyxy(scenes.true_xyxy[scenes.other_row], scenes.other_xyxy)
     usable = _sides_are_readable(scenes.other_xyxy)
     columns = [usable & _is_in_bin(iou, np.full(len(iou), number)) for number in range(LOW_BINS)]
@@ -197,7 +197,7 @@ def _bins_of_others(scenes: Scenes) -> BoolArray:
 def _marks_wrong_object(
     model: ErrorModel, fits: BoolArray, scenes: Scenes, bins: IntArray, uniform: FloatArray
 ) -> BoolArray:
-    """[N] whether the answer is another object; false where the scene has none that fits its bin."""
+    """[N] whether the response is another object; False if no object of the scene fits the bin."""
     can = np.zeros((len(bins), LOW_BINS), dtype=bool)
     np.logical_or.at(can, scenes.other_row, fits)
     rate = np.array(model.iou_share[:LOW_BINS]) * np.array(model.wrong_object_share)
@@ -211,8 +211,9 @@ def _marks_wrong_object(
 def _boxes_at_iou(scenes: Scenes, bins: IntArray, wanted_iou: FloatArray, draws: Draws) -> FloatArray:
     """Boxes around (or, in the lowest bin, away from) the true ones, each with an IoU in its bin.
 
-    A low box must not mark another object by accident, unless chance finds no other place. The last two tries shrink
-    and grow the true box: one of them reaches any IoU that image and pixels allow; where none does, it stays true.
+    A box of a low bin must not mark another object by accident, unless no other try succeeds. The last two tries shrink
+    and grow the true box: one of them reaches any IoU that the image and the pixels allow. If both fail, the box stays
+    the true one.
     """
 
     def propose(attempt: int, scenes: Scenes, wanted: FloatArray, anywhere: BoolArray, draws: Draws) -> FloatArray:
@@ -244,7 +245,7 @@ def _boxes_at_iou(scenes: Scenes, bins: IntArray, wanted_iou: FloatArray, draws:
 
 
 def _boxes_on_others(shares: FloatArray, scenes: Scenes, bins: IntArray, fits: BoolArray, draws: Draws) -> FloatArray:
-    """Boxes on another object of each scene, as tight as the model's right answers, each with an IoU in its bin."""
+    """Boxes on another object of each scene, as tight as the model's right responses, each with an IoU in its bin."""
     weight = fits[np.arange(len(fits)), bins[scenes.other_row]] * np.where(
         scenes.other_same_category, SAME_CATEGORY_WEIGHT, 1.0
     )
@@ -257,7 +258,7 @@ def _boxes_on_others(shares: FloatArray, scenes: Scenes, bins: IntArray, fits: B
     right_shares = shares[LOW_BINS:] / shares[LOW_BINS:].sum()
     right_bins = LOW_BINS + np.searchsorted(np.cumsum(right_shares)[:-1], draws.uniform[:, 4], side="right")
     wanted_iou = _inside_bin(right_bins, draws.uniform[:, 5])
-    boxes = other.copy()  # the object's own box is in the bin, which is why it was chosen
+    boxes = other.copy()  # the object's own box is in the bin, by selection
     is_open = np.ones(len(boxes), dtype=bool)
     for attempt in range(TRIES):
         tried = _moved_to_iou(other, _directions(draws.edges[:, attempt]), scenes.image_hw, wanted_iou)
@@ -269,14 +270,14 @@ def _boxes_on_others(shares: FloatArray, scenes: Scenes, bins: IntArray, fits: B
 
 
 def _directions(noise: FloatArray) -> FloatArray:
-    """[N, 6] -> [N, 4]: how far each edge moves, in sides: a common shift and a move of its own."""
+    """[N, 6] -> [N, 4]: how far each edge moves, in sides: a common shift plus an individual move."""
     return np.asarray(noise[:, [0, 1, 0, 1]] + noise[:, 2:])
 
 
 def _moved_to_iou(boxes: FloatArray, directions: FloatArray, image_hw: IntArray, wanted_iou: FloatArray) -> FloatArray:
-    """Move the edges along `directions` until the box, clipped to the image, has the wanted IoU with where it began.
+    """Move the edges along `directions` until the box, clipped to the image, has the wanted IoU with its start.
 
-    The IoU is 1 at the start and changes continuously, so that bisection finds it wherever it falls that low.
+    The IoU starts at 1 and changes continuously, so bisection finds the wanted value if the path reaches it.
     """
     sides = boxes[:, 2:] - boxes[:, :2]
     step = directions * np.concatenate([sides, sides], axis=1)

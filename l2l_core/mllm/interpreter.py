@@ -1,4 +1,4 @@
-"""Which Python asks: packages that an engine needs may lie in an environment of their own (`priors.engine.python`)."""
+"""The Python that runs the queries: an engine's packages may need a separate environment (`priors.engine.python`)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ EXPECTED = (
 
 
 def go_on_in(python: str | None, module: str) -> None:
-    """Become `python -m module`, with the same arguments and process id; return where that is the Python of this very
-    environment, or None.
+    """Replace this process by `python -m module`, with the same arguments and process id. Return if `python` is None or
+    the Python of this environment.
 
-    Raises ConfigError where there is no such interpreter or the module cannot be imported in it.
+    Raises ConfigError if the interpreter does not exist or cannot import the module.
     """
     if python is None:
         return
@@ -34,7 +34,7 @@ def go_on_in(python: str | None, module: str) -> None:
 
 
 def has_package(python: str | None, package: str) -> bool:
-    """Whether a package is installed there, without importing it. Raises ConfigError where there is no interpreter."""
+    """Whether a package is installed there, without importing it. Raises ConfigError for a missing interpreter."""
     if python is None:
         return importlib.util.find_spec(package) is not None
     looked = _run(_find(python), f"import importlib.util as u; raise SystemExit(not u.find_spec({package!r}))")
@@ -42,7 +42,7 @@ def has_package(python: str | None, package: str) -> bool:
 
 
 def _find(python: str) -> str:
-    # DVC's temporary copies of the project (`--temp`, the queue) hold no environment: the project's own is meant.
+    # DVC's temporary copies of the project (`--temp`, the queue) have no environment: use the project's.
     path = shutil.which(python) or shutil.which(os.path.join(os.environ.get("DVC_ROOT", "."), python))
     if path is None:
         raise ConfigError(f"params.yaml: priors.engine.python: got {python!r}, which is not there; {EXPECTED}")

@@ -1,4 +1,4 @@
-"""What the multimodal LLM is asked, and the JSON that it should answer with: one versioned prompt per purpose."""
+"""Prompts for the multimodal LLM and the JSON format of its response: one versioned prompt per purpose."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Schema = dict[str, object]
 _ASK_FIRST = """Find the one object in the image that this expression refers to: "{sentence}"
 Answer with one JSON object and nothing else, with these keys:
 {keys}"""
-# The sentence last: all that stands before it, image included, is the same for all sentences of an image, and engines
-# that cache prefixes compute it once.
+# The sentence comes last: everything before it, image included, is the same for all sentences of an image, and
+# engines that cache prefixes compute it once.
 _ASK_LAST = """An expression refers to one object in the image. Find that object.
 Answer with one JSON object and nothing else, with these keys:
 {keys}
@@ -33,7 +33,7 @@ _COORDINATES: dict[CoordSpace, str] = {
     "norm1024_yx": "as numbers from 0 to 1024 relative to the image's width and height",
     "percent": "in percent of the image's width and height",
     "unit": "as fractions from 0 to 1 of the image's width and height",
-    "unit_square": "as fractions from 0 to 1 of the image's width and height",  # the model sees the square alone
+    "unit_square": "as fractions from 0 to 1 of the image's width and height",  # the model sees only the square
 }
 
 # Bounds keep constrained decoding from endless numbers, strings and lists. No model sees images of this many pixels.
@@ -61,7 +61,7 @@ def _number(space: CoordSpace) -> Schema:
 
 
 def _coordinate(space: CoordSpace) -> Schema:
-    """Whole numbers where that is what models write: fewer tokens, and no endless decimals."""
+    """Whole numbers if models write them in this space: fewer tokens, and no endless decimals."""
     return _number(space) if space in ("percent", "unit", "unit_square") else {**_number(space), "type": "integer"}
 
 
@@ -75,7 +75,7 @@ def _or_null(schema: Schema) -> Schema:
 
 @dataclass(frozen=True)
 class _Key:
-    """One key of the answer: what the prompt says of it, and what may stand there."""
+    """One key of the response: its description in the prompt, and its allowed values."""
 
     meaning: str
     schema: Callable[[CoordSpace], Schema]
@@ -108,9 +108,9 @@ class _Prompt:
     keys: dict[str, _Key]
 
 
-# A prompt is never changed, only followed by one with a higher number: recorded answers name theirs by its sha256.
+# A prompt never changes; a new version gets a higher number. Recorded responses identify their prompt by its sha256.
 _PROMPTS: dict[PromptName, _Prompt] = {
-    "box-1": _Prompt(  # the form in which `simulated` answers
+    "box-1": _Prompt(  # the format of `simulated`
         _ASK_FIRST,
         {
             "found": _FOUND,
@@ -129,7 +129,7 @@ _PROMPTS: dict[PromptName, _Prompt] = {
     "box-2": _Prompt(
         _ASK_LAST,
         {
-            **_SEMANTICS,  # words first: what is written of the object is read when its place is
+            **_SEMANTICS,  # text first: the model writes its box after, and conditioned on, the description
             "boxes": _Key(
                 "list of bounding boxes as {corners}, {coordinates}: one, or if you cannot decide between "
                 "objects theirs with the most likely first; [] if not found.",
@@ -139,13 +139,13 @@ _PROMPTS: dict[PromptName, _Prompt] = {
             "confidence": _CONFIDENCE,
         },
     ),
-    # For models that point and give no boxes.
+    # For models that point instead of drawing boxes.
     "point-1": _Prompt(_ASK_LAST, {**_SEMANTICS, "point": _POINT, "confidence": _CONFIDENCE}),
 }
 
 
 def prompt_text(name: PromptName, sentence: str, coord_space: CoordSpace) -> str:
-    """The question about one sentence, to follow the image."""
+    """The question about one sentence, placed after the image."""
     prompt = _PROMPTS[name]
     lines = [f'"{key}": {entry.meaning}' for key, entry in prompt.keys.items()]
     corners, point = ("[y1, x1, y2, x2]", "[y, x]") if is_y_first(coord_space) else ("[x1, y1, x2, y2]", "[x, y]")
@@ -154,22 +154,22 @@ def prompt_text(name: PromptName, sentence: str, coord_space: CoordSpace) -> str
 
 
 def answer_schema(name: PromptName, coord_space: CoordSpace) -> Schema:
-    """JSON schema of the answer, for backends that can enforce one. Everything in it is bounded."""
+    """JSON schema of the response, for backends that can enforce one. Everything in it is bounded."""
     properties = {key: entry.schema(coord_space) for key, entry in _PROMPTS[name].keys.items()}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def prompt_sha256(name: PromptName, coord_space: CoordSpace) -> str:
-    """Fingerprint of everything that a model is asked beside the image and the sentence."""
+    """Hash of the whole query except for the image and the sentence."""
     asked = [int(name.rpartition("-")[2]), prompt_text(name, "", coord_space), answer_schema(name, coord_space)]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def keeps_to(name: PromptName, raw_text: str) -> bool:
-    """Whether an answer is worth keeping: a JSON object (in prose or not) with all of the prompt's keys that names a
-    place, or says that nothing is there. Draft text does not count. Other answers are asked for again.
+    """Whether a response is acceptable: a JSON object (also within prose) with all of the prompt's keys that names a
+    place or says that nothing is found. Draft text does not count. Other responses are retried.
 
-    Not the parser, which reads much more: the parser may change without anything being asked again.
+    Separate from the parser, which accepts much more: the parser may change without new queries.
     """
     text = final_text(raw_text)
     try:
@@ -192,7 +192,7 @@ def _is_box(value: object) -> bool:
 
 
 def _numbers(value: object, count: int) -> list[float] | None:
-    """A list of that many numbers."""
+    """A list of exactly `count` numbers."""
     if not isinstance(value, list) or len(value) != count:
         return None
     return value if all(isinstance(item, int | float) for item in value) else None

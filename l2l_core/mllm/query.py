@@ -1,4 +1,4 @@
-"""Choose a prior backend and ask it about every sentence, in chunks that survive a kill."""
+"""Build a prior backend and query it about every sentence, in chunks that survive a kill."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from l2l_core.mllm.replay import ReplayBackend, load_recorded
 from l2l_core.mllm.simulated import SimulatedBackend, make_truth, preset_coord_space
 
 FEWEST_FAILED = 8
-"""Where a chunk of at least so many requests fails as a whole, the fault is not in the requests."""
+"""If a whole chunk of at least this many requests fails, the requests are not the cause."""
 
 SMALL_BYTES = 1 << 28
-"""Of a model's folder: a copy in each process is no burden for the memory."""
+"""Size of a model folder: below it, a copy in each process needs little memory."""
 WORKER_BYTES = 1 << 30
-"""Of a process with a small model, rounded up: Python and PyTorch, a chunk's images and those decoded ahead."""
+"""Memory of a process with a small model, rounded up: Python, PyTorch, and the images of this and the next chunk."""
 
 MakeBackend = Callable[[], PriorBackend]
 
@@ -48,7 +48,7 @@ MakeBackend = Callable[[], PriorBackend]
 def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBackend:
     """The backend that `priors.backend` names. Only `simulated` reads true boxes.
 
-    Raises InputError or ConfigError where the data, the parameters or what is installed do not suit it.
+    Raises InputError or ConfigError if the data, the parameters or the installed packages do not fit it.
     """
     match params.backend:
         case "simulated":
@@ -70,14 +70,14 @@ def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBacken
                     f"params.yaml: priors.model: no folder {str(model)!r} here, expected the model that comes with the "
                     "project; run from the project's root"
                 )
-            resolve_coord_space(str(params.model), params.coord_space)  # before minutes are spent on loading a model
+            resolve_coord_space(str(params.model), params.coord_space)  # fail before loading a model for minutes
             return MllmBackend(_make_engine(params), params)
         case _:
             assert_never(params.backend)
 
 
 def _make_engine(params: PriorsParams) -> Engine:
-    # Imported where it is wanted: each brings a library that takes seconds to load or is not installed everywhere.
+    # Import lazily: each engine loads a library that takes seconds or may be missing.
     match params.backend:
         case "transformers":
             from l2l_core.mllm.engine_transformers import TransformersEngine
@@ -94,7 +94,7 @@ def _make_engine(params: PriorsParams) -> Engine:
 
 
 def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
-    """Every sentence, `samples` times, ordered by image so that a model may reuse what it computed of an image."""
+    """Every sentence, `samples` times, ordered by image so that a model can reuse what it computed for an image."""
     refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "image_id", "sentence"]))
     images = records.to_frame(records.read_table(index.images, records.IMAGES))
     known = refs.merge(images, on="image_id", validate="many_to_one").sort_values(["image_id", "sent_id"])
@@ -107,9 +107,9 @@ def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
 
 
 def asking_key(params: PriorsParams, index: records.IndexPaths) -> str:
-    """Hex digest of all that answers depend on: stored chunks are only taken up by a run that would ask the same.
+    """Hex digest of everything that responses depend on: a run reuses stored chunks only if its queries are the same.
 
-    The code is not part of it, so that a run that broke off goes on after a repair.
+    The code is not part of it, so that an interrupted run can resume after a fix.
     """
     settings = params.model_dump(mode="json", exclude={"engine", "prices"})
     prompts = [prompt_sha256(params.prompt, space) for space in COORD_SPACES]
@@ -117,22 +117,22 @@ def asking_key(params: PriorsParams, index: records.IndexPaths) -> str:
     files = [index.images, index.refs]
     files += [index.objects] if params.backend == "simulated" else []
     files += [Path(str(params.replay_file))] if params.backend == "replay" else []
-    for path in filter(Path.is_file, files):  # the backend says what is missing
+    for path in filter(Path.is_file, files):  # the backend reports missing files
         with path.open("rb") as file:  # read in blocks
             digest.update(hashlib.file_digest(file, "sha256").digest())
     model = Path(str(params.model))
     if params.backend in LIVE_BACKENDS and model.is_dir():
-        for path in sorted(model.iterdir()):  # gigabytes: whether it changed is told by its files' times
+        for path in sorted(model.iterdir()):  # gigabytes: file times show whether it changed
             digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
 def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, params: PriorsParams) -> pa.Table:
-    """Ask every question -> table records.ANSWERS, one row a (sent_id, sample_index), sorted by them.
+    """Query every question -> table records.ANSWERS, one row per (sent_id, sample_index), sorted by them.
 
-    Chunks of questions are stored in `folder` as they are answered, and those found there are not asked again.
+    Each chunk is stored in `folder` as soon as it is complete; stored chunks are not queried again.
     make: builds the backend, in this process or in each of `engine.data_parallel` others (then it must be picklable).
-    Raises L2LError where the backend cannot be built, answers nothing at all or is killed; what is stored stays.
+    Raises L2LError if the backend cannot be built, returns no response at all or is killed; stored chunks stay.
     """
     size = params.engine.chunk_size
     chunks = [_Chunk(questions[start : start + size], folder) for start in range(0, len(questions), size)]
@@ -158,27 +158,27 @@ def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, para
 
 
 def ask_table(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:
-    """Ask every question at once -> table records.ANSWERS, sorted by sent_id and sample_index."""
+    """Query every question at once -> table records.ANSWERS, sorted by sent_id and sample_index."""
     order = [("sent_id", "ascending"), ("sample_index", "ascending")]
     return _to_table(backend.name, questions, backend.ask(questions)).sort_by(order).combine_chunks()
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Questions that are asked and stored together."""
+    """Questions that are queried and stored together."""
 
     questions: Sequence[Question]
     folder: Path
 
     @property
     def path(self) -> Path:
-        """Named after the questions: with other chunk sizes or sentences it is another file."""
+        """Named after the questions: other chunk sizes or sentences give another file."""
         return self.folder / f"{hashlib.sha256(repr(list(self.questions)).encode()).hexdigest()[:24]}.parquet"
 
 
 @dataclass(frozen=True)
 class _Done:
-    """What was gained with one chunk."""
+    """Statistics of one finished chunk."""
 
     answers: int
     valid: int
@@ -200,12 +200,12 @@ class _Rates:
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-3)
         valid = 100 * self._valid / max(self._answers, 1)
-        tokens = f"{self._tokens / seconds:.0f} tokens/s, " if self._tokens else ""  # recorded answers have none
+        tokens = f"{self._tokens / seconds:.0f} tokens/s, " if self._tokens else ""  # recorded responses have none
         return f"{self._answers / seconds:.1f} requests/s, {tokens}{valid:.1f} % valid"
 
 
 def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParams) -> Iterable[_Done]:
-    """Ask and store; in any order, since a chunk's answers do not depend on the others."""
+    """Query and store the chunks; the order is free, since chunks are independent."""
     if not chunks:
         return
     _refuse_too_few_gpus(params)
@@ -223,7 +223,7 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
     with ProcessPoolExecutor(
         workers, context, _start_worker, (make, ranks, params.engine.tensor_parallel, threads)
     ) as pool:
-        # Which worker gets which chunk is open; with chunks of like length, it is every `workers`-th.
+        # Which worker gets which chunk is not fixed; with chunks of similar length, it is every `workers`-th.
         waiting = [pool.submit(_ask_in_worker, *pair) for pair in _with_following(chunks, workers)]
         try:
             yield from (future.result() for future in as_completed(waiting))
@@ -237,16 +237,16 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
 
 
 def _with_following(chunks: Sequence[_Chunk], step: int) -> list[tuple[_Chunk, Sequence[Question]]]:
-    """Each chunk with the questions of the one that is asked after it by the same process."""
+    """Each chunk with the questions of the next chunk in the same process."""
     following = [*(chunk.questions for chunk in chunks[step:]), *[()] * step]
     return list(zip(chunks, following, strict=False))
 
 
 def worker_count(params: PriorsParams) -> int:
-    """`engine.data_parallel`, decided. `auto` is 1, but for a small model on a CPU one process a core.
+    """Resolve `engine.data_parallel`. `auto` is 1, except for a small model on a CPU: one process per core.
 
-    There a process of one thread has a higher share of the throughput than a thread of a larger process. Only the
-    `transformers` backend computes in its processes; a model counts as small if its folder has at most SMALL_BYTES.
+    There, single-thread processes give a higher throughput than the threads of one process. Only the `transformers`
+    backend computes in its processes; a model is small if its folder has at most SMALL_BYTES.
     """
     wanted = params.engine.data_parallel
     if wanted != "auto":
@@ -257,7 +257,7 @@ def worker_count(params: PriorsParams) -> int:
     size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
     if thread_count() == 1 or size > SMALL_BYTES:
         return 1
-    from l2l_core.core.device import choose_device  # not at the top: recorded and simulated answers do without torch
+    from l2l_core.core.device import choose_device  # not at the top: recorded and simulated responses need no torch
 
     if choose_device(params.engine.device).type != "cpu":
         return 1
@@ -265,7 +265,7 @@ def worker_count(params: PriorsParams) -> int:
 
 
 def _refuse_too_few_gpus(params: PriorsParams) -> None:
-    """Processes without a GPU would compute on the CPU, beside the others and unnoticed."""
+    """Processes without a GPU would silently compute on the CPU."""
     engine = params.engine
     processes = engine.data_parallel
     if (
@@ -275,7 +275,7 @@ def _refuse_too_few_gpus(params: PriorsParams) -> None:
         or processes == 1
     ):
         return
-    import torch  # not at the top: recorded and simulated answers have no use for it
+    import torch  # not at the top: recorded and simulated responses need no torch
 
     here, wanted = torch.cuda.device_count(), processes * engine.tensor_parallel
     if 0 < here < wanted:
@@ -304,16 +304,16 @@ def _ask_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Questio
 
 _make: MakeBackend
 _backend: PriorBackend | None = None
-"""Of a worker process, which serves one backend for all its life."""
+"""Backend of a worker process, used for its whole lifetime."""
 
 
 def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int, threads: int) -> None:
     global _make
     _make = make
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # PyTorch is loaded later, and reads it then
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # PyTorch is loaded later and reads it then
     rank = ranks.get()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed != "":  # which hides all GPUs
+    if listed != "":  # an empty value hides all GPUs
         first, last = rank * tensor_parallel, (rank + 1) * tensor_parallel
         own = listed.split(",")[first:last] if listed else [str(gpu) for gpu in range(first, last)]
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
@@ -321,7 +321,7 @@ def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int, th
 
 
 def _end_with_parent() -> None:
-    """A killed run leaves no worker behind that holds a GPU."""
+    """End with the parent, so that a killed run leaves no worker that holds a GPU."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -330,7 +330,7 @@ def _end_with_parent() -> None:
 
 def _ask_in_worker(chunk: _Chunk, following: Sequence[Question]) -> _Done:
     global _backend
-    if _backend is None:  # not in _start_worker: what is raised there does not reach the user
+    if _backend is None:  # not in _start_worker: exceptions raised there do not reach the user
         _backend = _make()
     return _ask_chunk(_backend, chunk, following)
 

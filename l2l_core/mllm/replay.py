@@ -1,4 +1,4 @@
-"""Recorded answers of a multimodal LLM, read from JSON lines; the format is described in docs/priors.md."""
+"""Recorded responses of a multimodal LLM, read from JSON lines; docs/priors.md describes the format."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from l2l_core.errors import ConfigError, InputError, raise_all
 from l2l_core.mllm.backend import Answer, Question
 from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space
 
-MAX_SAMPLES = 16  # as priors.samples allows
+MAX_SAMPLES = 16  # the maximum of priors.samples
 Key = tuple[int, int]  # sent_id, sample_index
 
 
 @dataclass(frozen=True)
 class _Sentences:
-    """How a recorded line finds its sentence."""
+    """Lookup tables that match a recorded line to its sentence."""
 
     image: dict[int, tuple[int, int, int]]  # sent_id -> image_id, height, width
-    of_ref: dict[int, list[tuple[int, str]]]  # ref_id -> its sent_ids in ascending order, each with its words
-    words: dict[int, str]  # sent_id -> its words
+    of_ref: dict[int, list[tuple[int, str]]]  # ref_id -> its sent_ids in ascending order, each with its text
+    words: dict[int, str]  # sent_id -> its text
 
 
 class ReplayBackend:
-    """Answers with what was recorded; a sentence without a record has no prior (`empty`)."""
+    """Returns recorded responses; a sentence without a record has no prior (`empty`)."""
 
     def __init__(self, answers: dict[Key, Answer], name: str = "replay") -> None:
         self.name = name
         self._answers = answers
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """The recorded answer of each question."""
+        """The recorded response of each question."""
         return [
             self._answers.get((question.sent_id, question.sample_index))
             or Answer("", model="", coord_space="pixel", input_hw=question.image_hw, unread="empty")
@@ -46,11 +46,11 @@ class ReplayBackend:
 
 
 def load_recorded(path: str | Path, refs: pd.DataFrame, images: pd.DataFrame, coord_space: str) -> dict[Key, Answer]:
-    """Read recorded answers and find the sentence of each.
+    """Read recorded responses and match each to its sentence.
 
-    refs: sent_id, ref_id, image_id, sentence. images: image_id, height, width. coord_space: as configured; it holds
-    for lines that do not name their own. Lines about sentences and refs that the data set lacks are passed over.
-    Raises InputError that lists every bad line, or where no line belongs to the data set.
+    refs: sent_id, ref_id, image_id, sentence. images: image_id, height, width. coord_space: as configured; applies to
+    lines that do not name their own. Lines about sentences and refs outside the dataset are skipped.
+    Raises InputError that lists every bad line, or if no line belongs to the dataset.
     """
     path = Path(path)
     sentences = _index_sentences(refs, images)
@@ -99,7 +99,7 @@ def _index_sentences(refs: pd.DataFrame, images: pd.DataFrame) -> _Sentences:
 
 
 def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
-    """The sent_id of a line; by ref_id it is the sentence with the same words, else the ref's first one."""
+    """The sent_id of a line; for a ref_id, the sentence with the same words, else the ref's first one."""
     if "sent_id" in row:
         sent_id = _integer(row, "sent_id")
         if sent_id not in sentences.image:
@@ -172,7 +172,7 @@ def _to_answer(row: dict[str, object], image: tuple[int, int, int], configured: 
 
 
 def _box_text(box: object) -> str:
-    """A recorded box as an answer; no box is an answer that cannot be parsed, since that is what such files hold."""
+    """A recorded box as a response; a missing box becomes an unparsable response, as in the original recordings."""
     if box is None:
         return ""
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
@@ -181,7 +181,7 @@ def _box_text(box: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a finite number; an integer that float cannot hold is none."""
+    """Whether a value is a finite number; an integer beyond the range of float is not."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
@@ -202,11 +202,11 @@ def _integer(
 
 
 def _shown(value: object) -> str:
-    """A value as messages show it: a number may have hundreds of digits."""
+    """A value as messages show it, shortened: a number may have hundreds of digits."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _words(text: str) -> str:
-    """A sentence without case and punctuation, in which sources differ."""
+    """A sentence without case and punctuation, which vary between sources."""
     return " ".join(re.findall(r"\w+", text.casefold()))

@@ -1,7 +1,7 @@
-"""Simulated priors: they READ THE TRUE BOXES and spoil them as a real model would. For data sets with truth only.
+"""Simulated priors: they READ THE TRUE BOXES and perturb them as a real model would. For datasets with truth only.
 
-The boxes come from error_model.py; the words come from the sentence alone. An answer is written as the model's family
-writes it and goes through the parser like any other.
+The boxes come from error_model.py; the words come from the sentence alone. A response is written in the format of the
+model's family and goes through the parser like any other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from l2l_core.mllm.prompt import prompt_sha256
 PRESET_COORD_SPACES: dict[str, CoordSpace] = {
     "qwen2.5-vl-7b": "resized_pixel",
     "internvl2.5-8b": "norm1000",
-    "llava-1.5-7b": "unit",  # of the image, not of a square: no image was padded, and published results hold
+    "llava-1.5-7b": "unit",  # of the image, not of a square: no image was padded, and published results stay valid
 }
 DECIMALS: dict[CoordSpace, int] = {
     "pixel": 3,
@@ -38,7 +38,8 @@ DECIMALS: dict[CoordSpace, int] = {
     "unit": 6,
     "unit_square": 6,
 }
-"""More than real models write (most write whole numbers): in a 96 px image those cannot hold an IoU above 0.9."""
+"""More decimals than real models write (most write whole numbers): whole numbers cannot express an IoU above 0.9 in a
+96 px image."""
 
 _ARTICLE = re.compile("a|an|the|this|that|its|his|her|their")
 _PLACE = re.compile(
@@ -50,7 +51,7 @@ _LINK = re.compile(
     "which|that|is|are|not|wearing|holding|sitting|standing|placed|located|close|facing|"
     "looking|touching|inside|outside|and"
 )
-"""Where the phrase that names the target ends."""
+"""Words that end the phrase naming the target."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Truth:
 
 
 def make_truth(refs: pd.DataFrame, objects: pd.DataFrame) -> Truth:
-    """Tables records.REFS and records.OBJECTS -> truth. Raises InputError where a sentence has no true box."""
+    """Tables records.REFS and records.OBJECTS -> truth. Raises InputError if a sentence has no true box."""
     boxless = refs.loc[refs["bbox"].isna(), "sent_id"]
     if len(boxless):
         raise InputError(
@@ -92,7 +93,7 @@ def make_truth(refs: pd.DataFrame, objects: pd.DataFrame) -> Truth:
 
 
 class SimulatedBackend:
-    """Answers with true boxes that went through the error model `preset`."""
+    """Responds with true boxes perturbed by the error model `preset`."""
 
     name = "simulated"
 
@@ -101,11 +102,11 @@ class SimulatedBackend:
         self._coord_space = coord_space
         self._seed = seed
         self._truth = truth
-        # The prompt whose answer format is imitated; nobody was asked.
+        # The prompt whose response format is imitated; no model is queried.
         self._prompt_sha256 = prompt_sha256("box-1", coord_space)
 
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """One answer a question; each depends on (seed, sent_id, sample_index) and its own image's truth alone."""
+        """One response per question; each depends on (seed, sent_id, sample_index) and its own image's truth alone."""
         sent_id = np.array([question.sent_id for question in questions], dtype=np.int64)
         sample_index = np.array([question.sample_index for question in questions], dtype=np.int64)
         image_hw = np.array([question.image_hw for question in questions], dtype=np.int64).reshape(-1, 2)
@@ -149,16 +150,16 @@ class SimulatedBackend:
 
 
 def preset_coord_space(preset: str, configured: str) -> CoordSpace:
-    """The coordinate space in which a preset's answers are written: as configured, or by the preset for `auto`."""
+    """The coordinate space of a preset's responses: `configured`, or the preset's own for `auto`."""
     return PRESET_COORD_SPACES[preset] if configured == "auto" else resolve_coord_space(preset, configured)
 
 
 def describe_sentence(sentence: str) -> tuple[str, list[str], str]:
     """Guess target, attributes and relation from the words alone.
 
-    The phrase before the first linking word names the target: its last word that is no place is the target, the words
-    before it are attributes, its places and all that follows are the relation. "white car left of the bus" ->
-    ("car", ["white"], "left of the bus").
+    The phrase before the first linking word names the target: its last word that is not a place is the target, the
+    words before that are attributes, and its places and all that follows form the relation. "white car left of the bus"
+    -> ("car", ["white"], "left of the bus").
     """
     words = re.findall(r"[\w'-]+", clean_text(sentence).lower())
     cut = next((place for place, word in enumerate(words) if place and _LINK.fullmatch(word)), len(words))

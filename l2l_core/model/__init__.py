@@ -1,1 +1,1 @@
-"""The network, from images and sentences to masks."""
+"""The network that maps images and sentences to masks."""

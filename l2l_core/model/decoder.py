@@ -13,27 +13,28 @@ from l2l_core.model.guidance import fourier
 
 POSITION_FREQUENCIES = 3
 TRUST = 1.5
-"""How much more a proposal of score 1 counts than one of score 0: its logit is multiplied by 1 + TRUST * score. Then it
-says nearly as much as the loss asks for, and the correction is left to where it is wrong. The mask stays the same."""
+"""Extra weight of a proposal of score 1 over one of score 0: its logit is multiplied by 1 + TRUST * score. The scaled
+logit is nearly as large as the loss demands, so the correction only acts where it is wrong. The mask does not change.
+"""
 CERTAIN = 0.02
-"""Proposals are cut at this probability and at 1 minus it before their logit is taken: none is beyond correction."""
+"""Proposals are clamped to [CERTAIN, 1 - CERTAIN] before the logit, so that the network can correct every pixel."""
 READING_LEVELS = 3
-"""The coarsest levels, on which pixels read the sentence, whatever the size of the image; finer ones sharpen."""
+"""Number of coarsest levels whose pixels attend to the sentence, for any image size; finer levels only sharpen."""
 MAX_COMPARED_PIXELS = 256
-"""Pixels that are compared with each other at once (16 x 16): it costs their square."""
+"""Most pixels (16 x 16) in self-attention, whose cost grows with their square."""
 DETAIL_CHANNELS = 8
-"""Of what is seen of an image at its full size. Color and its local changes need few."""
+"""Channels of the fine image detail for the border. Color and its local changes need few."""
 BORDER_HIDDEN = 16
 SMALLEST_AREA = 1e-3
-"""Of an object in pixels: less divides by this."""
+"""Least divisor for an object's area in pixels."""
 SMALLEST_DISTANCE = 1e-4
-"""Between two looks: where object and surroundings look the same, a pixel is like neither."""
+"""Added to the divisor of the likeness: if object and surroundings look the same, a pixel resembles neither."""
 NEAR_CELLS = 16
-"""Cells a side in which an object is counted, to tell what is near it."""
+"""Cells per side to which an object mask is pooled, to find its surroundings."""
 
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:
-    """[H * W, 4 * POSITION_FREQUENCIES + 2] float32, pixel centers (y, x) in 0..1 encoded: sentences name places."""
+    """[H * W, 4 * POSITION_FREQUENCIES + 2] float32 encoding of pixel centers (y, x) in 0..1: sentences name places."""
     y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
     x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
@@ -46,12 +47,12 @@ def resized(maps: Tensor, like: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """The proposal as a spatial gate: features are scaled by 1 + g(proposal, score), per channel and place."""
+    """The proposal as a spatial gate: scales features by 1 + g(proposal, score), per channel and position."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         last = nn.Conv2d(dim, dim, 1)
-        nn.init.zeros_(last.weight)  # an open gate to begin with
+        nn.init.zeros_(last.weight)  # the gate starts open
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.net = nn.Sequential(nn.Conv2d(2, dim, 1), nn.GELU(), last)
 
@@ -64,7 +65,7 @@ class Gate(nn.Module):
 
 
 class Level(nn.Module):
-    """One step up: join the pyramid level, hear sentence and guidance, be gated by the proposal, mix neighbours."""
+    """One decoder level: join features, condition on sentence and guidance, gate by the proposal, mix neighbors."""
 
     def __init__(self, channels: int, dim: int, heads: int) -> None:
         super().__init__()
@@ -91,9 +92,9 @@ class Level(nn.Module):
     ) -> Tensor:
         """features [B, D, h, w]; below [B, D, h', w'] (coarser); told [B, D]; memory [B, M, D] -> [B, D, h, w].
 
-        Every level is scaled and shifted per channel by what sentence and guidance say as a whole (FiLM, Perez et al.
-        2018), after each pixel has been told where it is. Where a memory is given, each pixel also attends to it
-        (guidance and text tokens, but those that are `gone`, [B, M] bool); other levels only sharpen what was found.
+        A position encoding is added to each pixel. `told`, the pooled sentence and guidance, then scales and shifts
+        every channel (FiLM, Perez et al. 2018). If a memory (guidance and text tokens) is given, each pixel attends to
+        it, except to the padding marked in `gone` [B, M] bool. Levels without a memory only sharpen the mask.
         """
         x = features
         if below is not None:
@@ -109,16 +110,16 @@ class Level(nn.Module):
         return x
 
     def placed(self, height: int, width: int, device: torch.device) -> Tensor:
-        """[1, D, h, w] float32, also under autocast: in bf16 more than 256 neighboring positions would be the same."""
+        """[1, D, h, w] float32, even under autocast: in bf16, neighboring positions coincide beyond 256 per side."""
         with torch.autocast(device.type, enabled=False):
             return self.place(positions(height, width, device)).T.reshape(1, -1, height, width)
 
 
 class Border(nn.Module):
-    """Moves a mask's border to where the object's look ends, at twice the finest level's size.
+    """Moves a mask's border to the edge of the object's appearance, at twice the finest level's size.
 
-    Every pixel is compared with the mean look of the object and with that of its surroundings, both by the coarse
-    mask: what GrabCut does with colors, in one step that can be learned. The change is zero before training.
+    Every pixel is compared with the mean appearance of the object and of its surroundings, both from the coarse mask.
+    GrabCut does the same with colors; this is one learnable step. The change is zero before training.
     """
 
     def __init__(self, dim: int) -> None:
@@ -135,8 +136,8 @@ class Border(nn.Module):
     def forward(self, coarse: Tensor, given: Tensor, features: Tensor, detail: Tensor) -> Tensor:
         """Mask logits [B, 1, H, W] float32.
 
-        coarse: mask logits [B, 1, h, w]; given: the proposal's, alike; features [B, D, h', w'] of the finest level;
-        detail [B, C, H, W]: `look` at the image.
+        coarse: mask logits [B, 1, h, w]; given: logits of the proposal, same shape; features: [B, D, h', w'] of the
+        finest level; detail: [B, C, H, W] output of `look` on the image.
         """
         logits, given = resized(coarse.float(), detail), resized(given.float(), detail)
         likeness = self.likeness(logits.sigmoid(), detail.float())
@@ -145,15 +146,15 @@ class Border(nn.Module):
         return logits + self.change(seen.to(detail.dtype)).float()
 
     def seen(self, image: Tensor, like: Tensor) -> Tensor:
-        """Scaled images [B, 3, S, S] and the finest features [B, C', h, w] -> the image's look [B, C, 2 h, 2 w]."""
+        """Scaled images [B, 3, S, S] and the finest features [B, C', h, w] -> image detail [B, C, 2 h, 2 w]."""
         size = [2 * side for side in like.shape[-2:]]
         return cast(Tensor, self.look(F.interpolate(image, size, mode="area")))
 
     @staticmethod
     def likeness(prob: Tensor, detail: Tensor) -> Tensor:
-        """[B, 1, H, W] in -1..1: 1 where a pixel looks like the object, -1 where it looks like what surrounds it.
+        """[B, 1, H, W] in -1..1: 1 where a pixel looks like the object, -1 where it looks like the surroundings.
 
-        prob [B, 1, H, W]: which pixels are the object; detail [B, C, H, W].
+        prob: [B, 1, H, W] object probability; detail: [B, C, H, W].
         """
         near = resized(F.adaptive_avg_pool2d(prob, NEAR_CELLS), detail) * (1 - prob)
         inside, outside = (
@@ -165,7 +166,7 @@ class Border(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Pyramid + guidance -> mask logits at twice the finest level's size, and a refined proposal on the way."""
+    """Pyramid + guidance -> mask logits at twice the finest level's size, and a refined proposal."""
 
     def __init__(self, channels: list[int], dim: int, heads: int, fusion_layers: int = 1) -> None:
         super().__init__()
@@ -175,9 +176,9 @@ class Decoder(nn.Module):
         )
         self.fusion = nn.TransformerDecoder(layer, fusion_layers)
         self.refine = nn.Conv2d(dim, 1, 1)
-        # Four sub-pixels a place: the mask is twice as fine as the finest level, at the cost of one 1x1 convolution.
+        # Four sub-pixels per position: the mask is twice as fine as the finest level, for one 1x1 convolution.
         last = nn.Conv2d(dim, 4, 1)
-        for start in (self.refine, last):  # an untrained network corrects nothing: it returns its proposal
+        for start in (self.refine, last):  # an untrained network returns its proposal unchanged
             nn.init.zeros_(start.weight)
             nn.init.zeros_(start.bias)  # type: ignore[arg-type]
         self.head = nn.Sequential(nn.GroupNorm(1, dim), last, nn.PixelShuffle(2))
@@ -195,13 +196,12 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(mask_logits [B, 1, 2 * h0, 2 * w0] float32, refined_logits [B, 1, hf, wf]).
 
-        The mask's are those of the given proposal plus a correction, which is zero before training.
-        pyramid: as `join` returns it; detail: as `border.seen` returns it; told [B, D] what sentence and guidance say
-        as a whole; memory [B, M, D] their tokens, without those that are `gone` [B, M]; proposal [B, 1, P, P] and its
-        score [B] in 0..1.
-        Objects are compared with each other (ordinals, relations) by self-attention over the pixels of the finest
-        level that is small enough, or of the coarsest one made smaller; there the proposal is refined, and the finer
-        levels are gated by the refined proposal instead of the given one.
+        The mask logits are those of the given proposal plus a correction, which is zero before training.
+        pyramid: output of `join`; detail: output of `border.seen`; told: [B, D] pooled sentence and guidance; memory:
+        [B, M, D] their tokens; gone: [B, M] bool, padding; proposal: [B, 1, P, P] and its score [B], both in 0..1.
+        Self-attention over pixels compares objects (ordinals, relations). It runs on the finest level that is small
+        enough, or on a reduced coarsest level. The proposal is refined there, and the refined proposal gates the finer
+        levels instead of the given one.
         """
         trust = 1 + TRUST * score.float()[:, None, None, None]
         given = trust * proposal.float().clamp(CERTAIN, 1 - CERTAIN).logit()
@@ -216,21 +216,21 @@ class Decoder(nn.Module):
                 x = self.compare(x, memory, gone)
                 refined_logits = self.refine(x)
                 refined = refined_logits.float().sigmoid().to(x.dtype)
-                # From here on the gate holds the network's own belief, which exists without a prior too.
+                # From here on, the gate uses the network's own estimate, which exists without a prior too.
                 score = torch.ones_like(score)
         correction = self.head(x)
         given = resized(given, correction)
         return self.border(correction + given, given, x, detail), refined_logits
 
     def join(self, features: list[Tensor]) -> list[Tensor]:
-        """A backbone's levels [B, C, h, w], finest first -> [B, D, h, w] each: all that is read of an image."""
+        """Project a backbone's levels [B, C, h, w], finest first, to [B, D, h, w] each."""
         joins = [cast(Level, level).join for level in reversed(self.levels)]
         return [join(one) for join, one in zip(joins, features, strict=True)]
 
     def compare(self, x: Tensor, memory: Tensor, gone: Tensor) -> Tensor:
-        """Self-attention over pixels [B, D, h, w], which also read the memory once more -> [B, D, h, w].
+        """Self-attention over pixels [B, D, h, w], with cross-attention to the memory -> [B, D, h, w].
 
-        More than MAX_COMPARED_PIXELS are averaged in cells first, and each pixel is changed as its cell is.
+        More than MAX_COMPARED_PIXELS pixels are first averaged in cells; each pixel then gets its cell's change.
         """
         height, width = x.shape[-2:]
         if height * width <= MAX_COMPARED_PIXELS:

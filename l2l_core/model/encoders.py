@@ -1,4 +1,4 @@
-"""Image pyramid and sentence tokens, from any transformers backbone and text encoder, or small ones from scratch."""
+"""Image and text encoders: any transformers backbone and text encoder, or small ones trained from scratch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from l2l_core.core.optional import hidden
 from l2l_core.errors import ConfigError
 
-# For what is not used here: spreading a model over devices, losses of detectors, and drafts by a second model.
+# Needed only for unused features: multi-device models, detector losses, and drafts by a second model.
 with hidden("accelerate", "scipy", "sklearn"):
     from transformers import (
         MODEL_FOR_BACKBONE_MAPPING,
@@ -32,7 +32,7 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 def tiny_image_config() -> ResNetConfig:
-    """A narrow residual network with strides 4, 8, 16 and 32: it learns from scratch on few images, fast on a CPU."""
+    """A narrow residual network with strides 4, 8, 16 and 32: trains from scratch on few images, fast on a CPU."""
     return ResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 128, 160],
@@ -43,7 +43,7 @@ def tiny_image_config() -> ResNetConfig:
 
 
 def tiny_text_config(vocabulary: int, max_tokens: int) -> BertConfig:
-    """Two narrow layers: sentences of the field have 3 to 8 words, and there are few of them to learn from."""
+    """Two narrow layers: sentences in the field have 3 to 8 words, and training sentences are few."""
     return BertConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -59,14 +59,14 @@ def tiny_text_config(vocabulary: int, max_tokens: int) -> BertConfig:
 def make_image_encoder(name: str) -> PreTrainedModel:
     """A backbone that returns a pyramid, finest level first; `name` is `tiny`, a hub id or a folder.
 
-    `tiny` is random, everything else pretrained. Raises ConfigError where transformers knows no backbone of that name.
+    `tiny` is random, everything else pretrained. Raises ConfigError if transformers has no backbone of that name.
     """
     if name == TINY:
         return AutoBackbone.from_config(tiny_image_config())
     try:
         config = AutoConfig.from_pretrained(name)
         config.out_features = [stage for stage in config.stage_names if stage != "stem"]
-        # Not AutoBackbone.from_pretrained: it asks the hub whether the name exists, also for a folder and offline.
+        # Not AutoBackbone.from_pretrained: it queries the hub for the name, even for a folder and offline.
         kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
         return kind.from_pretrained(name, config=config, dtype=torch.float32)
     except (OSError, ValueError, AttributeError, KeyError) as error:
@@ -76,7 +76,7 @@ def make_image_encoder(name: str) -> PreTrainedModel:
 def make_text_encoder(name: str, vocabulary: int, max_tokens: int) -> PreTrainedModel:
     """A text encoder that returns `last_hidden_state`; `name` is `tiny`, a hub id or a folder.
 
-    `tiny` is random, everything else pretrained. Raises ConfigError where transformers cannot load it.
+    `tiny` is random, everything else pretrained. Raises ConfigError if transformers cannot load it.
     """
     if name == TINY:
         return AutoModel.from_config(tiny_text_config(vocabulary, max_tokens))
@@ -87,20 +87,23 @@ def make_text_encoder(name: str, vocabulary: int, max_tokens: int) -> PreTrained
 
 
 def blank_encoders(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Image and text encoder with random weights, from the configurations that `save_encoder_configs` wrote."""
+    """Image and text encoder with random weights, from the configurations written by `save_encoder_configs`."""
     image, text = (AutoConfig.from_pretrained(folder / name) for name in ENCODER_FOLDERS)
     image_encoder = AutoBackbone.from_config(image, dtype=torch.float32)
     return image_encoder, AutoModel.from_config(text, dtype=torch.float32)
 
 
 def save_encoder_configs(folder: Path, image_encoder: PreTrainedModel, text_encoder: PreTrainedModel) -> None:
-    """Write what `blank_encoders` needs, so that a trained network does not depend on where its encoders came from."""
+    """Write the configurations for `blank_encoders`: a trained network does not need its encoders' original source."""
     for name, encoder in zip(ENCODER_FOLDERS, (image_encoder, text_encoder), strict=True):
         encoder.config.save_pretrained(folder / name)
 
 
 def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The text encoder's own tokenizer; for `tiny` one token a word of the corpus, in alphabetical order."""
+    """The text encoder's own tokenizer; for `tiny`, one token per word of the corpus, in alphabetical order.
+
+    Raises ConfigError if transformers cannot load it.
+    """
     if name != TINY:
         try:
             return AutoTokenizer.from_pretrained(name)
@@ -129,7 +132,7 @@ def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """What `save_pretrained` of a tokenizer wrote."""
+    """Load a tokenizer written by `save_pretrained`."""
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""Guidance tokens: what the sentence, the prior and the proposal tell the decoder."""
+"""Guidance tokens: summarize the sentence, the prior and the proposal for the decoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fourier(values: Tensor, frequencies: int) -> Tensor:
 
 
 class Guidance(nn.Module):
-    """Learnable queries read the sentence, the prior's text, its box and the image inside the proposal."""
+    """Learnable queries attend to the sentence, the prior's text and box, and the image inside the proposal."""
 
     def __init__(self, dim: int, heads: int, tokens: int, layers: int = 2) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses in which a pixel's weight says how much it counts within its sample; a dropped one does not."""
+"""Losses with a weight per pixel that is relative to its sample; dropped pixels have weight 0."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.nn import functional as F
 from l2l_core.model.segmenter import Output
 
 REFINED_WEIGHT = 0.5
-"""Weight of the refined proposal's loss: it steers the mask and must not outweigh it."""
+"""Weight of the refined proposal's loss, which guides the mask and must not outweigh it."""
 
 SMALLEST_SUM = 1e-6
-"""Least divisor of a weighted mean: far below what one pixel of weight 1/255 adds to a sum or to a cell's mean."""
+"""Least divisor of a weighted mean: far below the share of one pixel of weight 1/255 in a sum or in a cell's mean."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The parts of the loss, each a scalar tensor; `total` is what is minimised."""
+    """The parts of the loss, each a scalar tensor; training minimizes `total`."""
 
     total: Tensor
     bce: Tensor
@@ -28,18 +28,18 @@ class Loss:
 def masked_bce(logits: Tensor, label: Tensor, keep: Tensor) -> Tensor:
     """Mean binary cross-entropy of each sample's pixels, weighted by keep; [B, 1, H, W] x 3 -> [B].
 
-    keep in [0, 1]: with 0 and 1 this is the mean over the kept pixels. The mean is divided by the sum of a sample's
-    weights, so that only their proportions count. Nothing kept gives 0.
+    keep in [0, 1]: with 0 and 1 this is the mean over the kept pixels. The sum is divided by the sample's total weight,
+    so that only the proportions of the weights count. If nothing is kept, the loss is 0.
     """
     pixels = F.binary_cross_entropy_with_logits(logits, label, reduction="none") * keep
     return pixels.flatten(1).sum(1) / keep.flatten(1).sum(1).clamp(min=SMALLEST_SUM)
 
 
 def masked_dice(logits: Tensor, label: Tensor, keep: Tensor) -> Tensor:
-    """Soft Dice loss of each sample's pixels, which count as keep says, in [0, 1]; [B, 1, H, W] x 3 -> [B].
+    """Soft Dice loss of each sample's pixels, weighted by keep, in [0, 1]; [B, 1, H, W] x 3 -> [B].
 
     1 - (2 sum(w p t) + 1) / (sum(w p) + sum(w t) + 1), Milletari et al. 2016 with weights w = keep in [0, 1]: a pixel
-    of weight 1/2 is half a pixel. Smoothed by one whole pixel. Nothing kept gives 0.
+    of weight 1/2 is half a pixel. Smoothed by one whole pixel. If nothing is kept, the loss is 0.
     """
     prob, truth, weight = logits.sigmoid().flatten(1), label.flatten(1), keep.flatten(1)
     kept = prob * weight
@@ -47,16 +47,16 @@ def masked_dice(logits: Tensor, label: Tensor, keep: Tensor) -> Tensor:
 
 
 def samples_that_teach(keep: Tensor) -> Tensor:
-    """1 for every sample of which some pixel teaches, else 0; [B, 1, H, W] -> [B] float."""
+    """1 for every sample with a pixel of nonzero weight, else 0; [B, 1, H, W] -> [B] float."""
     return (keep.flatten(1).sum(1) > 0).float()
 
 
 def segmentation_loss(output: Output, label: Tensor, keep: Tensor, count: Tensor | None = None) -> Loss:
     """BCE + Dice of the mask, plus BCE of the refined proposal against the label's share in each coarse cell.
 
-    label: [B, 1, S, S] float, 0 or 1; keep: the same shape, in [0, 1], how much a pixel teaches. A sample of which no
-    pixel teaches adds nothing; the mean is over the others, which count alike however much is kept of them. count: how
-    many these are in the whole batch, where this is a part of one: the losses of all parts then add up to the batch's.
+    label: [B, 1, S, S] float, 0 or 1; keep: the same shape, pixel weights in [0, 1]. A sample without kept pixels adds
+    nothing. The mean is over the other samples, which count equally however much of them is kept. count: their number
+    in the whole batch, if this is a part of one; the losses of all parts then add up to the loss of the batch.
     """
     teaches = samples_that_teach(keep)
     count = (teaches.sum() if count is None else count).clamp(min=1.0)

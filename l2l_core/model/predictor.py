@@ -1,4 +1,4 @@
-"""Inference: the only path from a trained network to masks, for evaluation, for teachers and for a single image."""
+"""Inference: the only path from a trained network to masks, for evaluation, teachers and single images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from l2l_core.errors import ArtifactError, ConfigError, InputError
 from l2l_core.model.segmenter import Pyramid, Segmenter
 
 IMAGES_AT_ONCE = 16
-"""Most images that are encoded together, and at most `batch_size`: enough to keep a GPU busy."""
+"""Most images encoded at once, further limited by `batch_size`; enough to keep a GPU busy."""
 
 
 ImageInput = str | Path | Image.Image | NDArray[np.uint8]
@@ -36,14 +36,14 @@ ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network finds for one sentence, at the image's own size."""
+    """The network's prediction for one sentence, at the image's own size."""
 
     mask: BoolMask  # [H, W]
     prob: NDArray[np.float32]  # [H, W] foreground probability; the mask is where it exceeds 0.5
 
     @property
     def score(self) -> float:
-        """Mean probability inside the mask, in (0.5, 1]; 0 where the mask is empty. It is not calibrated."""
+        """Mean probability inside the mask, in (0.5, 1]; 0 if the mask is empty. It is not calibrated."""
         return float(self.prob[self.mask].mean()) if self.mask.any() else 0.0
 
 
@@ -69,11 +69,11 @@ class Predictor:
 
     @classmethod
     def from_run(cls, folder: str | Path, params: TrainParams | None = None, *, device: str = "auto") -> Predictor:
-        """Load a model folder, for example data/rounds/2/model, which is enough to use the model.
+        """Load a self-contained model folder, for example data/rounds/2/model.
 
-        params: device and precision; without them the device is `device` (auto, cpu, cuda, mps), and the precision that
-        of the training. Raises ArtifactError where the folder holds no usable model, or, without `params`, does not
-        say how it was trained; ConfigError where PyTorch does not see the device.
+        params: set device and precision. Without them, the device is `device` (auto, cpu, cuda, mps) and the precision
+        is that of training. Raises ArtifactError if the folder holds no usable model, or, without `params`, does not
+        record how it was trained; ConfigError if PyTorch does not find the device.
         """
         network = Segmenter.load(folder)
         if params is not None:
@@ -89,7 +89,7 @@ class Predictor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
-        """Load a model folder, such as data/rounds/2/model, from any current folder; see `from_run`."""
+        """Load a model folder, such as data/rounds/2/model, without a project; see `from_run`."""
         return cls.from_run(folder, device=device)
 
     @overload
@@ -99,11 +99,11 @@ class Predictor:
     def __call__(self, image: ImageInput, sentence: list[str]) -> list[Prediction]: ...
 
     def __call__(self, image: ImageInput, sentence: str | list[str]) -> Prediction | list[Prediction]:
-        """Segment what a sentence means in an image, or what each of several sentences means; without a prior.
+        """Segment the referent of one sentence, or of each of several sentences, in an image; without a prior.
 
-        The image is encoded once. Masks are those of the evaluated model, except for pixels whose logit rounds to the
-        other side of 0. Raises InputError where the image cannot be read or no sentence is given, ArtifactError where
-        the model does not know its proposals.
+        The image is encoded once. Masks equal those of evaluation, except for pixels whose logit rounds to the other
+        side of 0. Raises InputError if the image cannot be read or no sentence is given, ArtifactError if the model
+        does not store its proposal parameters.
         """
         sentences = [sentence] if isinstance(sentence, str) else list(sentence)
         if not sentences or not all(isinstance(one, str) and one.strip() for one in sentences):
@@ -126,9 +126,9 @@ class Predictor:
         return found[0] if isinstance(sentence, str) else found
 
     def fitted(self, params: Params) -> Params:
-        """A project's parameters, with proposals rendered as the network knows them.
+        """A project's parameters, with the proposal parameters that the network was trained with.
 
-        Raises ConfigError where the project's priors are recorded, and its proposals were rendered in another way.
+        Raises ConfigError if the project's priors are recorded and its proposals were rendered with other parameters.
         """
         mine = self.network.known_proposals()
         if params.priors.backend not in LIVE_BACKENDS:
@@ -151,9 +151,9 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, batch: Batch, pyramid: Pyramid | None = None) -> Tensor:
-        """Mask logits [B, 1, S, S] float32 on the CPU, after as many passes as the network was made for.
+        """Mask logits [B, 1, S, S] float32 on the CPU, after the network's number of passes.
 
-        pyramid: of the batch's images, where they are encoded already.
+        pyramid: of the batch's images, if already encoded.
         """
         pyramid = self.encode(batch.image) if pyramid is None else pyramid
         tokens = to_device(self.network.tokenize(batch), self.device)
@@ -166,9 +166,9 @@ class Predictor:
     ) -> list[list[bytes]]:
         """Masks (probability > 0.5) of all pairs at their image's own size as run lengths, in the order of the pairs.
 
-        One list for each entry of `with_prior`, which says whether the network sees the priors. fill: the bytes of a
-        mask are a function of its own pair and batch_size; without it nothing is computed but what is there, and
-        logits can differ by rounding.
+        Returns one list per entry of `with_prior`, which says whether the network sees the priors. fill: pad incomplete
+        batches, so that the bytes of a mask depend only on its own pair and batch_size. Without it, nothing is padded
+        and logits can differ by rounding.
         """
         pairs = batches.pairs
         found = [[b""] * len(pairs) for _ in with_prior]
@@ -182,10 +182,10 @@ class Predictor:
         return found
 
     def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
-        """What this teacher says of all pairs: rows [B] of pairs with their views, until each row has come once.
+        """This teacher's predictions for all pairs: yields rows [B] of pairs with their views, each row once.
 
-        A view is asked with prior, mirrored, and without prior. Rows of one image come one after the other. The bytes
-        of a view are a function of its own pair and batch_size.
+        The network runs with the prior, mirrored, and without the prior. Rows of one image are consecutive. The bytes
+        of a view depend only on its own pair and batch_size.
         """
         pairs = batches.pairs
         words = np.array([len(sentence.split()) for sentence in pairs.sentence], dtype=np.int64)
@@ -216,11 +216,11 @@ class Predictor:
     def _blocks(
         self, batches: BatchMaker, batch_size: int, what: str, *, fill: bool, mirrored: bool = False
     ) -> Iterator[_Block]:
-        """All pairs by image, `batch_size` at a time; each image is encoded once, and once mirrored where wanted.
+        """All pairs by image, `batch_size` at a time; each image is encoded once, and once mirrored if `mirrored`.
 
-        fill: always so many images and pairs are computed at once, the last ones filled up with repeats: kernels for
-        other sizes sum in another order. Images are encoded min(IMAGES_AT_ONCE, batch_size) at a time, so that a
-        smaller `batch_size` needs less memory for them too.
+        fill: pad incomplete batches of images and pairs with repeats, because kernels for other sizes sum in another
+        order. Images are encoded min(IMAGES_AT_ONCE, batch_size) at a time, so that a smaller `batch_size` also needs
+        less memory for images.
         """
         at_once = min(IMAGES_AT_ONCE, batch_size)
         order = np.argsort(batches.pairs.image_row, kind="stable")
@@ -236,14 +236,14 @@ class Predictor:
                     pixels = batches.pixels(_filled(some, at_once) if fill else some)
                     encoded[number] = self._images(pixels, mirrored=mirrored)
                 held[number] = encoded[number]
-            # Groups rise from place to place, so that their parts stand in the order of the places.
+            # Groups ascend with the places, so the parts are in the order of the places.
             parts = [images.take(torch.from_numpy(place[group == number])) for number, images in held.items()]
             yield _Block(order[full], len(places), _Images.cat(parts))
 
 
 @dataclass(frozen=True)
 class _Images:
-    """B images as the network read them."""
+    """B images with their encodings."""
 
     pixels: Tensor  # [B, 3, S, S] uint8
     pyramid: Pyramid
@@ -267,22 +267,22 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Block:
-    """Pairs that are computed at once."""
+    """Pairs that are processed together."""
 
     rows: NDArray[np.int64]  # [B]
-    count: int  # the first so many rows are asked for; the others repeat the last of them
+    count: int  # number of requested rows; the rows after them repeat the last one
     images: _Images  # of each row
 
 
 def _filled(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Rows [N], the last one repeated until there are `count`."""
+    """Rows [N], padded to `count` with the last one."""
     return np.pad(rows, (0, count - len(rows)), mode="edge")
 
 
 def bare_pairs(
     image_path: list[str], image_hw: Sequence[tuple[int, int]], sentence: list[str], proposal_size_px: int
 ) -> Pairs:
-    """N pairs without priors, each with an image of its own, to be asked `with_prior=False`; sent_id is the place."""
+    """N pairs without priors, each with its own image, for `with_prior=False`; sent_id is the index."""
     count = len(sentence)
     return Pairs(
         sent_id=np.arange(count),
@@ -306,6 +306,6 @@ def batched_rows(count: int, batch_size: int, what: str) -> Iterator[NDArray[np.
 
 
 def at_size(logits: Tensor, height: int, width: int) -> NDArray[np.float32]:
-    """Logits [1, S, S] -> [height, width], bilinear: what evaluation cuts at 0."""
+    """Logits [1, S, S] -> [height, width], bilinear; evaluation thresholds them at 0."""
     resized = F.interpolate(logits[None], (height, width), mode="bilinear", align_corners=False)
     return np.asarray(resized[0, 0].numpy())

@@ -36,26 +36,26 @@ if TYPE_CHECKING:
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-"""ImageNet's channel statistics, which the backbones of the hub were trained with."""
+"""ImageNet's channel statistics, used in training of the hub's backbones."""
 FORMAT = 3
-"""Of a model's folder: changes when the same weights mean another function. Earlier versions stored none."""
+"""Version of a model folder: changes when the same weights define another function. Early versions stored none."""
 
 
 @dataclass(frozen=True)
 class Pyramid:
-    """What the network reads of B images, whatever is said of them."""
+    """The encoding of B images, independent of sentences and priors."""
 
     levels: list[Tensor]  # [B, D, h, w] each, finest first
     pooled: Tensor  # [B, D, h, w] of the second coarsest level, for the guidance
-    detail: Tensor  # [B, C, H, W] what is seen at twice the finest level's size, for the borders
+    detail: Tensor  # [B, C, H, W] image detail at twice the finest level's size, for the borders
 
     def take(self, rows: Tensor) -> Pyramid:
-        """The pyramid of some images, rows [N] int64 on any device, in that order."""
+        """The pyramid of the given images, rows [N] int64 on any device, in that order."""
         return Pyramid([level[rows] for level in self.levels], self.pooled[rows], self.detail[rows])
 
     @classmethod
     def cat(cls, parts: Sequence[Pyramid]) -> Pyramid:
-        """The images of several pyramids, one after the other."""
+        """Concatenate the images of several pyramids."""
         levels = [torch.cat(list(level)) for level in zip(*(part.levels for part in parts), strict=True)]
         pooled, detail = (torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "detail"))
         return cls(levels, pooled, detail)
@@ -63,16 +63,16 @@ class Pyramid:
 
 @dataclass(frozen=True)
 class Output:
-    """What one forward pass returns, as logits."""
+    """Logits of one forward pass."""
 
     mask_logits: Tensor  # [B, 1, S, S] float32, at the size of the input image
     refined_logits: Tensor  # [B, 1, h, w] float32, the refined proposal on a coarse grid
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """How attention is computed: on a CPU by plain matrix products, faster for maps this small than fused kernels.
+    """Context that selects attention kernels: plain matrix products on a CPU, where they are faster for small maps.
 
-    For the way back too: activations that are computed again must come from the same kernels.
+    Use it for the backward pass too: recomputed activations must come from the same kernels.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
@@ -80,9 +80,9 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
 class Segmenter(nn.Module):
     """Encoders, guidance and decoder, with the tokenizer that belongs to them.
 
-    passes: how often a pair is looked at when the network is asked; see `ask`. Training looks once.
-    proposals, precision, precision_setting: what it was trained with, and `train.precision` then; not set before that.
-    `save` stores them, so that a folder is enough to use the network.
+    passes: number of decoder passes per pair at inference; see `ask`. Training uses one.
+    proposals, precision, precision_setting: the proposal parameters, the precision and `train.precision` of training;
+    not set before training. `save` stores them, so that a model folder is self-contained.
     """
 
     memory_format = torch.channels_last  # faster on CPUs and GPUs; see bench/training.py
@@ -115,7 +115,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def create(cls, params: ModelParams, corpus: list[str], seed: int) -> Segmenter:
-        """A new network: pretrained encoders where they are named, all else random from `seed`."""
+        """A new network: pretrained encoders if named, all other weights random from `seed`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tokenizer = make_tokenizer(params.text_encoder, corpus)
@@ -125,7 +125,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> Segmenter:
-        """A network from what `save` wrote, alone. Raises ArtifactError where files are missing or do not fit."""
+        """Load a network from a folder written by `save`. Raises ArtifactError if files are missing or do not fit."""
         folder = Path(folder)
         if not folder.is_dir():
             raise ArtifactError(f"{folder}: not found, run the stage that writes it: dvc repro")
@@ -148,7 +148,7 @@ class Segmenter(nn.Module):
     def save(self, folder: str | Path, proposals: ProposalsParams | None = None) -> None:
         """Write model.safetensors, config.json, tokenizer/ and the encoders' configurations into a folder.
 
-        proposals: those it was trained with, where the network does not know them yet.
+        proposals: the proposal parameters of training, if not yet set on the network.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ class Segmenter(nn.Module):
         save_encoder_configs(folder, self.image_encoder, self.text_encoder)
 
     def known_proposals(self) -> ProposalsParams:
-        """The proposals that it was trained with. Raises ArtifactError where they are not known."""
+        """The proposal parameters of training. Raises ArtifactError if they are unknown."""
         if self.proposals is None:
             raise ArtifactError(
                 "config.json of the model lacks `proposals`, which every training saves with its model; train again"
@@ -173,8 +173,8 @@ class Segmenter(nn.Module):
     def tokenize(self, batch: Batch, padding: Literal["max_length", "longest"] = "max_length") -> dict[str, Tensor]:
         """Sentence and prior text as one pair of segments [B, L] int64.
 
-        Padded to `max_text_tokens`, so that what is said of a pair does not depend on the others' length to the last
-        bit; or to the longest of the batch, which trains faster.
+        `max_length` pads to `max_text_tokens`, so that a pair's result does not depend, even in the last bit, on the
+        length of the others. `longest` pads to the longest pair of the batch, which trains faster.
         """
         limit = self.params.max_text_tokens
         encoded = self.tokenizer(
@@ -184,13 +184,13 @@ class Segmenter(nn.Module):
             truncation="longest_first",
             max_length=limit,
         )
-        # Not by `return_tensors`, which flattens every list in Python first.
+        # Not `return_tensors`: it first flattens every list in Python.
         return {name: torch.tensor(rows) for name, rows in encoded.items()}
 
     def ask(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Tensor:
-        """Mask logits [B, 1, S, S] of the last of `passes` passes; after each, its mask takes the proposal's place.
+        """Mask logits [B, 1, S, S] of the last of `passes` passes; after each pass, its mask replaces the proposal.
 
-        The score stays: it says how far a prior was trusted to begin with. `pyramid` is that of the batch's images.
+        The score stays: it measures the initial trust in the prior. pyramid: of the batch's images.
         """
         for _ in range(self.passes - 1):
             found = self.decode(pyramid, batch, tokens).mask_logits.sigmoid()
@@ -203,7 +203,7 @@ class Segmenter(nn.Module):
         return self.decode(self.encode_image(batch.image), batch, tokens)
 
     def encode_image(self, image: Tensor) -> Pyramid:
-        """Images [B, 3, S, S] uint8 -> their pyramid, which no sentence or prior changes."""
+        """Images [B, 3, S, S] uint8 -> their pyramid, independent of sentences and priors."""
         with attention_kernels(image.device):
             scaled = (image.float() - self.pixel_mean) / self.pixel_std
             scaled = scaled.contiguous(memory_format=self.memory_format)
@@ -212,7 +212,7 @@ class Segmenter(nn.Module):
             return Pyramid(self.decoder.join(features), self.pool_projection(features[-2]), detail)
 
     def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
-        """The pyramid of a batch's images, the batch and its tokens -> logits; `batch.image` gives only the size."""
+        """Pyramid of the batch's images, batch and tokens -> logits; only size and device of `batch.image` matter."""
         with attention_kernels(batch.image.device):
             text = self.text_projection(self.text_encoder(**tokens).last_hidden_state)
             gone = tokens["attention_mask"] == 0
@@ -231,14 +231,14 @@ class Segmenter(nn.Module):
         return Output(mask_logits, refined_logits.float())
 
     def enable_gradient_checkpointing(self) -> None:
-        """Let the encoders compute their activations again on the way back instead of keeping them.
+        """Make the encoders recompute their activations in the backward pass instead of storing them.
 
-        Raises ConfigError where transformers cannot do so for one of them.
+        Raises ConfigError if transformers does not support this for one of them.
         """
         for name, encoder in (("image_encoder", self.image_encoder), ("text_encoder", self.text_encoder)):
             try:
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})
-                encoder.config.use_cache = False  # of text generators; it would need what is not kept
+                encoder.config.use_cache = False  # cache of text generators; it needs the discarded activations
             except ValueError:
                 raise ConfigError(
                     f"params.yaml: train.engine.gradient_checkpointing: got true, but model.{name} "
@@ -246,7 +246,7 @@ class Segmenter(nn.Module):
                 ) from None
 
     def parameter_groups(self, lr: float, encoder_lr_scale: float, weight_decay: float) -> list[dict[str, object]]:
-        """Groups for AdamW: pretrained encoders learn at lr * encoder_lr_scale; norms and biases do not decay."""
+        """Parameter groups for AdamW: pretrained encoders use lr * encoder_lr_scale; norms and biases do not decay."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         pretrained = {
             "image_encoder.": self.params.image_encoder != TINY,

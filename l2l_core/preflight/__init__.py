@@ -1,1 +1,1 @@
-"""What can be known before a run: whether it can work, and about how long and how large it will be."""
+"""Check before a run whether it can work, and estimate its time and size."""

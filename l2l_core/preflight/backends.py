@@ -1,4 +1,4 @@
-"""What a run needs beside its data: the source of priors, pretrained encoders, a device. Nothing is downloaded."""
+"""Requirements of a run besides its data: source of priors, pretrained encoders, device. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.preflight.inputs import Data
 
 SERVER_TIMEOUT_S = 5.0
-"""A server that is up lists its models at once."""
+"""A running server lists its models at once."""
 WEIGHTS = ("*.safetensors", "*.bin")
 REMEDIES = {
     "transformers": "pip install '.[mllm]'",
@@ -32,19 +32,19 @@ REMEDIES = {
 
 
 def describe_device(params: Params) -> str:
-    """Where the network is trained, in one line. Raises ConfigError where torch does not see what is asked for."""
+    """The training device, in one line. Raises ConfigError if torch does not see the requested device."""
     device = choose_device(params.train.engine.device)
     precision = resolve_precision(params.train.precision, device)
     return f"{describe(device, precision)} (train.precision: {params.train.precision})"
 
 
 def describe_encoders(model: ModelParams) -> str:
-    """Where the encoders come from, in one line. Raises ConfigError where a name can be none."""
+    """The source of the encoders, in one line. Raises ConfigError for an impossible name."""
     return ", ".join(f"{key}: {_where(f'model.{key}', getattr(model, key))}" for key in ENCODER_FOLDERS)
 
 
 def local_model(model: ModelParams) -> ModelParams | None:
-    """The same network with its encoders named by their folders on this machine; None where one is not here."""
+    """The same network with its encoders named by their local folders; None if one is not on this machine."""
     folders = {key: _local_folder(f"model.{key}", getattr(model, key)) for key in ENCODER_FOLDERS}
     if None in folders.values():
         return None
@@ -52,12 +52,12 @@ def local_model(model: ModelParams) -> ModelParams | None:
 
 
 def describe_priors(params: Params, data: Data | None) -> str:
-    """Whether priors can be had, in one line; data: None where the data set cannot be read.
+    """Whether the priors are available, in one line; data: None if the dataset cannot be read.
 
-    Raises InputError or ConfigError where they cannot.
+    Raises InputError or ConfigError if they are not.
     """
     priors = params.priors
-    has_package(priors.engine.python, "torch")  # raises where there is no such interpreter: `ask` goes on in it
+    has_package(priors.engine.python, "torch")  # raises if the interpreter that runs `ask` does not exist
     match priors.backend:
         case "openai" | "transformers" | "vllm":
             resolve_coord_space(str(priors.model), priors.coord_space)
@@ -82,7 +82,7 @@ def describe_priors(params: Params, data: Data | None) -> str:
 
 
 def _ask_server(priors: PriorsParams) -> str:
-    """Raises InputError where no server answers, ConfigError where it is another one or lacks the model."""
+    """Raises InputError if no server responds, ConfigError if it is not compatible or lacks the model."""
     url = f"{priors.engine.server_url.rstrip('/')}/models"
     key = os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -117,8 +117,8 @@ def _check_packages(priors: PriorsParams) -> None:
 
 
 def _priors_device(priors: PriorsParams) -> str:
-    """Where the multimodal LLM is computed and how. Raises ConfigError where torch does not see the named device."""
-    if priors.engine.python is not None:  # another environment's torch is another one
+    """Device and precision of the multimodal LLM. Raises ConfigError if torch does not see the configured device."""
+    if priors.engine.python is not None:  # the other environment has its own torch
         return f"precision {priors.precision}, decided by {priors.engine.python}"
     name = priors.engine.device if priors.backend == "transformers" else "auto"  # vLLM chooses by itself
     device = choose_device(name, "priors.engine.device")
@@ -134,7 +134,7 @@ def _where(key: str, name: str) -> str:
 
 
 def _local_folder(key: str, name: str) -> Path | None:
-    """Where a model's files lie; None for a hub id of which they are not on this machine."""
+    """Local folder of a model; None for a hub id whose files are not on this machine."""
     if name == TINY or Path(name).is_dir():
         return Path(name)
     try:

@@ -1,4 +1,4 @@
-"""Looks at everything a run can stumble over hours later, before it starts; the stage `check` only looks at `round`."""
+"""Check before a run everything that could fail hours later; the stage `check` only checks `round`."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ REMEDIES = dict.fromkeys(("warmup", "crossfit-0", "crossfit", "retrain"), TRAINI
     "select": "evaluate.batch_size or select.grid",
     "predict": "evaluate.batch_size",
 }
-"""What to lower where the memory is short."""
+"""Parameters to lower if memory is short."""
 
 
 def run_checks(params: Params, *, timing: bool, say: Say) -> None:
-    """Look at data, label budget, priors, encoders, device and disk, and estimate every stage's time, size and memory.
+    """Check data, label budget, priors, encoders, device and disk, and estimate every stage's time, size and memory.
 
-    timing: train and label a little, for times and memory. say: gets each line as soon as it is known. Nothing is
-    written but temporary files, nothing is downloaded. Raises InputError that lists all problems at once.
+    timing: train and label a little, to measure times and memory. say: receives each line as soon as it is known.
+    Writes only temporary files and downloads nothing. Raises InputError that lists all problems at once.
     """
     problems: list[str] = []
-    available = available_bytes()  # before anything is loaded that the run's stages do not hold
+    available = available_bytes()  # before loading anything that the run's stages do not load
     with _collected(problems):
         check_repository()
     with tempfile.TemporaryDirectory() as scratch:
@@ -83,8 +83,8 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
 
 
 def check_repository() -> None:
-    """Raise InputError where the current folder is a project that DVC cannot run."""
-    if not Path(PIPELINE_FILE).is_file():  # a folder with nothing but data and params.yaml can be checked as well
+    """Raise InputError if DVC cannot run the project in the current folder."""
+    if not Path(PIPELINE_FILE).is_file():  # a folder with only data and params.yaml can be checked as well
         return
     try:
         with Repo() as repo:
@@ -120,11 +120,11 @@ def _look_at_data(
 
 @contextmanager
 def _collected(problems: list[str]) -> Iterator[None]:
-    """Adds what is wrong to the problems, a line each, and goes on behind the block."""
+    """Append each error of the block to the problems, one line each, and continue after the block."""
     try:
         yield
     except L2LError as error:
-        first, *rest = str(error).splitlines()  # several problems stand below a line that counts them
+        first, *rest = str(error).splitlines()  # several problems follow a line that counts them
         problems += [line.strip() for line in rest] or [first]
 
 
@@ -162,7 +162,7 @@ def _say_plan(stages: Sequence[Stage], costs: Costs | None, say: Say) -> None:
 
 
 def _say_memory(stages: Sequence[Stage], available: int, gpu_available: int | None, say: Say) -> None:
-    """The stage that needs most memory, and a warning for each kind of stage that does not fit."""
+    """Print the stage that needs most memory, and a warning for each kind of stage that does not fit."""
     for word, name, free in (("memory", "ram_bytes", available), ("GPU memory", "gpu_bytes", gpu_available)):
         needed = {stage.name: getattr(stage, name) or 0 for stage in stages}
         largest = max(needed, key=needed.__getitem__)
@@ -180,7 +180,7 @@ def _say_memory(stages: Sequence[Stage], available: int, gpu_available: int | No
 
 
 def _disk(stages: Sequence[Stage], sizes: Sizes) -> str:
-    """What the disk has to hold, in one line. Raises InputError where it has no room for that."""
+    """Disk space needed, in one line. Raises InputError if there is too little."""
     needed = sum(stage.size_bytes or 0 for stage in stages) + (checkpoint_bytes(sizes) or 0)
     free = shutil.disk_usage(".").free
     line = f"{_size(needed)} with checkpoints, {_size(free)} are free here"
@@ -190,7 +190,7 @@ def _disk(stages: Sequence[Stage], sizes: Sizes) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    """About: 8 s, 3.4 min, 2.1 h."""
+    """Approximate: 8 s, 3.4 min, 2.1 h."""
     if seconds is None:
         return "-"
     for unit, length in (("h", 3600), ("min", 60)):
@@ -200,7 +200,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _size(size_bytes: float | None) -> str:
-    """About: 12 kB, 3.4 MB, 2.1 GB."""
+    """Approximate: 12 kB, 3.4 MB, 2.1 GB."""
     if size_bytes is None:
         return "-"
     for unit, length in (("GB", 1e9), ("MB", 1e6)):

@@ -1,4 +1,4 @@
-"""Which stages a run has, and how long and how large each will be; the formulas are explained in docs/check.md."""
+"""Stages of a run, with estimates of their time, size and memory; docs/check.md explains the formulas."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from l2l_core.priors.fit import renderings_of_fit
 from l2l_core.priors.proposals import CHUNK_CELLS
 
 VIEWS = 3
-"""Ways in which a teacher is asked about a sentence that it labels: with prior, mirrored, without prior."""
+"""Forward passes of a teacher per sentence that it labels: with prior, mirrored, without prior."""
 ANSWER_BYTES = 500
-"""Of an answer, as it came and as it was read: the prompt's JSON is some 300 characters, and zstd shrinks it."""
+"""Size of a response, raw plus parsed: the prompt's JSON has about 300 characters, and zstd shrinks it."""
 ROW_BYTES = 50
-"""Of a row of a table beside its masks: a dozen numbers."""
+"""Size of a table row without its masks: a dozen numbers."""
 MAP_COPIES = 4
-"""Of all proposals, while a stage reads them: the table, its rows, those in the stage's order, and their array."""
+"""Copies of all proposals while a stage reads them: the table, its rows, the rows in the stage's order, their array."""
 RENDERED_BYTES = 24
-"""Of a cell of the maps that are rendered at once: three numbers of 8 bytes."""
+"""Memory per cell of the maps that are rendered at once: three numbers of 8 bytes."""
 TEXT_BYTES = 1_000
-"""Of a sentence in memory, with its answer and ids: a dozen Python objects."""
+"""Memory of a sentence with its response and ids: a dozen Python objects."""
 CHECKPOINT_MODELS = 4
 """A checkpoint holds student and teacher, and two moments of each weight."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sentences of the data set and of each role, and images of each role."""
+    """Sentences of the dataset and of each role, and images of each role."""
 
     sentences: int
     labeled: int
@@ -42,15 +42,15 @@ class Counts:
 class Costs:
     """Seconds, measured on a sample."""
 
-    start_s: float  # of a stage that does not use the network, until its work begins
-    network_start_s: float  # of one that does
-    read_s: float  # the whole data set
-    decode_s: float  # an image, read and resized for the network
-    proposal_s: float  # a sentence
-    step_s: float  # of training, on decoded images
-    ask_s: float  # a sentence about a decoded image, one way of asking, one pass
-    label_s: float  # a sentence: its candidates and what a policy sees of them
-    mask_s: float  # a mask at its image's size, as run lengths
+    start_s: float  # startup of a stage without the network
+    network_start_s: float  # startup of a stage with the network
+    read_s: float  # the whole dataset
+    decode_s: float  # per image, read and resized for the network
+    proposal_s: float  # per sentence
+    step_s: float  # per training step, on decoded images
+    ask_s: float  # per sentence about a decoded image, one view, one pass
+    label_s: float  # per sentence: its candidates and the policy's features
+    mask_s: float  # per mask at its image's size, as run lengths
     policy_step_s: float
 
 
@@ -67,13 +67,13 @@ class Sizes:
 class Needs:
     """Bytes of memory, measured on a sample."""
 
-    start: int  # a process that does not use the network, before its work begins
-    network_start: int  # one that does
-    read: int  # reading the whole data set
-    train: int  # a training, beside the network's weights
-    ask: int  # labeling a batch, beside the network's weights
-    state: float  # what a policy sees of a sentence
-    train_gpu: int | None  # all on the GPU; None: the network is computed on the CPU
+    start: int  # process without the network, after startup
+    network_start: int  # process with the network, after startup
+    read: int  # reading the whole dataset
+    train: int  # training, without the network's weights
+    ask: int  # labeling a batch, without the network's weights
+    state: float  # the policy's features of a sentence
+    train_gpu: int | None  # total on the GPU; None: the network runs on the CPU
     ask_gpu: int | None
 
 
@@ -81,15 +81,15 @@ class Needs:
 class Stage:
     """One stage of a run."""
 
-    name: str  # as DVC calls it
-    seconds: float | None  # None: not known
-    size_bytes: float | None  # of its outputs; None: not known
-    ram_bytes: float | None  # of all its processes; None: not known
-    gpu_bytes: float | None  # of one GPU; None: not known, or it uses none
+    name: str  # DVC's name
+    seconds: float | None  # None: unknown
+    size_bytes: float | None  # of its outputs; None: unknown
+    ram_bytes: float | None  # of all its processes; None: unknown
+    gpu_bytes: float | None  # of one GPU; None: unknown, or no GPU is used
 
 
 def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
-    """The stages that `dvc repro` runs from scratch, in an order in which it may run them."""
+    """The stages that `dvc repro` runs from scratch, in a valid order."""
     names = ["check", *(["refshapes"] if draws_refshapes else []), "ingest", "split", "ask", "priors", "proposals"]
     names += ["warmup", "predict"]
     for number in range(1, params.round + 1):
@@ -110,7 +110,7 @@ def plan(
 ) -> list[Stage]:
     """Time, size and memory of every stage; costs None: no times; needs None: no memory.
 
-    at_once: fold teachers that train beside each other.
+    at_once: number of fold teachers that train in parallel.
     """
     stages = []
     for name in stage_names(params, draws_refshapes=draws_refshapes):
@@ -121,7 +121,7 @@ def plan(
 
 
 def checkpoint_bytes(sizes: Sizes) -> int | None:
-    """Largest need of .scratch/ while a training runs: a checkpoint, and the next one while it is written."""
+    """Peak size of .scratch/ during training: a checkpoint, and the next one while it is written."""
     return None if sizes.model is None else 2 * CHECKPOINT_MODELS * sizes.model
 
 
@@ -158,7 +158,7 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             steps = select.fold_update_steps if select.fold_update == "further" else select.fold_steps
             return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True))
         case "select":
-            passes = params.retrain.passes if number > 1 else 1  # of the teacher, the round before
+            passes = params.retrain.passes if number > 1 else 1  # of the teacher, from the previous round
             each = VIEWS * passes * costs.ask_s + costs.label_s + len(select.constructed) * costs.mask_s
             judged = counts.labeled if learns else 0
             policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
@@ -180,7 +180,7 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
 
 
 def _decoded(params: Params, counts: Counts, steps: int, *, rounds: bool) -> float:
-    """Images that a training decodes: each once where they fit into the cache, else also the others at every draw."""
+    """Number of image decodes in training: each cached image once, and every other image again at each draw."""
     number, draws = 0.0, steps * params.train.batch_size
     for images, share, room in _streams(params, counts, rounds=rounds):
         kept = min(1.0, room / max(1, images))
@@ -189,7 +189,7 @@ def _decoded(params: Params, counts: Counts, steps: int, *, rounds: bool) -> flo
 
 
 def _streams(params: Params, counts: Counts, *, rounds: bool) -> list[tuple[int, float, int]]:
-    """Images, share of a batch and images that the cache holds, of each stream of a training."""
+    """Images, share of a batch and number of cached images, for each stream of a training."""
     room = IMAGE_CACHE_BYTES // (3 * params.model.image_size_px**2)
     if not rounds:
         return [(counts.labeled_images, 1.0, room)]
@@ -263,7 +263,7 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
             return None if sizes.model is None else params.select.folds * sizes.model
         case "select":
             return labels
-        case "predict":  # what this and all earlier rounds predicted and selected
+        case "predict":  # predictions and selections of this and all earlier rounds
             return counts.evaluated * (3 + 2 * number) * (sizes.mask + ROW_BYTES) + number * labels
         case _:
             return None

@@ -1,4 +1,4 @@
-"""The data set and the label budget of a run, through the functions of the stages `ingest` and `split`."""
+"""Dataset and label budget of a run, read by the functions of the stages `ingest` and `split`."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from l2l_core.preflight.memory import peak_of
 from l2l_core.refshapes.dataset import write_refshapes
 
 SAMPLE_IMAGES = {"train_images": 64, "val_images": 8, "test_images": 8}
-"""Drawn where the embedded data set is not there yet: about a second, and more than a batch of sentences."""
+"""Images drawn if the built-in dataset does not exist yet: takes about a second, and exceeds a batch of sentences."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set as ingest leaves it, in a folder of its own."""
+    """A dataset in the form that ingest produces, in a separate folder."""
 
-    index: Index  # the whole; of the embedded data set that is not drawn yet, a sample
+    index: Index  # all of it; a sample if the built-in dataset is not drawn yet
     paths: records.IndexPaths  # its tables
-    refs: pa.Table  # of the whole: all columns of records.REFS, or those that a split is drawn from
-    read_s: float  # seconds of reading and checking the whole
-    read_bytes: int  # memory that this took
-    share: float  # of the whole that `index` holds
+    refs: pa.Table  # of the whole dataset: all columns of records.REFS, or those that a split needs
+    read_s: float  # seconds to read and check the whole dataset
+    read_bytes: int  # memory used for that
+    share: float  # of the whole dataset in `index`
 
     @property
     def is_sample(self) -> bool:
-        """Whether the data set itself is still to be drawn."""
+        """Whether the dataset itself is not drawn yet."""
         return self.share < 1
 
 
 def read_data(params: Params, folder: Path) -> Data:
-    """Read and check the data set as ingest does, and write its tables into a folder.
+    """Read and check the dataset as ingest does, and write its tables into a folder.
 
     Raises InputError that lists every bad row.
     """
@@ -70,7 +70,7 @@ def read_data(params: Params, folder: Path) -> Data:
 
 
 def describe_data(params: Params, data: Data) -> str:
-    """What the data set holds, in one line."""
+    """Content of the dataset, in one line."""
     if not data.is_sample:
         return f"{params.dataset}: {summary(data.index)}"
     images = data.refs.num_rows // params.refshapes.sentences_per_image
@@ -81,7 +81,7 @@ def describe_data(params: Params, data: Data) -> str:
 
 
 def describe_sizes(params: Params, data: Data) -> str:
-    """How large the images are, and how large the network sees them, in one line."""
+    """Image sizes, original and as the network sees them, in one line."""
     seen = params.model.image_size_px
     width, height = (data.index.images[name].to_numpy() for name in ("width", "height"))
     low, high = f"{width.min()}x{height.min()}", f"{width.max()}x{height.max()}"
@@ -92,7 +92,7 @@ def describe_sizes(params: Params, data: Data) -> str:
 
 
 def draw_split(params: Params, data: Data) -> pa.Table:
-    """Spend the label budget as the stage `split` does: records.SPLIT of the whole data set."""
+    """Spend the label budget as the stage `split` does: records.SPLIT of the whole dataset."""
     if params.split.list_file is None:
         return splits.split_by_fraction(data.refs, params.split.labeled_fraction, params.seed)
     if data.is_sample:
@@ -101,7 +101,7 @@ def draw_split(params: Params, data: Data) -> pa.Table:
 
 
 def describe_split(data: Data, split: pa.Table) -> str:
-    """How many images and sentences have which role, in one line."""
+    """Number of images and sentences per role, in one line."""
     frame = _with_roles(data, split)
     groups = {role: frame[frame["role"] == role] for role in records.ROLES}
     return "; ".join(
@@ -117,13 +117,13 @@ def count_roles(data: Data, split: pa.Table) -> Counts:
 
 
 def check_masks(params: Params, data: Data) -> None:
-    """Raise InputError where the data set has boxes only."""
+    """Raise InputError if the dataset has only boxes."""
     if data.index.boxes_only:
         raise InputError(f"{params.dataset}: no annotation has a segmentation, but training needs masks to learn from")
 
 
 def check_rounds(params: Params, data: Data, split: pa.Table) -> None:
-    """Raise InputError where the rounds have too few labelled images, or no unlabelled sentence."""
+    """Raise InputError if the rounds have too few labeled images, or no unlabeled sentence."""
     if params.round == 0:
         return
     frame = _with_roles(data, split)
@@ -136,7 +136,7 @@ def check_rounds(params: Params, data: Data, split: pa.Table) -> None:
 
 
 def check_evaluation(params: Params, data: Data, split: pa.Table) -> None:
-    """Raise ConfigError where no sentence of evaluate.splits is there to be scored."""
+    """Raise ConfigError if evaluate.splits has no sentence to score."""
     refs, masks = data.index.refs, data.index.masks
     known = splits.split_by_fraction(refs, 1.0, params.seed) if data.is_sample else split
     try:
@@ -146,7 +146,7 @@ def check_evaluation(params: Params, data: Data, split: pa.Table) -> None:
 
 
 def sample_sentences(params: Params, data: Data, split: pa.Table) -> list[int]:
-    """Sentences with masks to measure on, evenly picked: labelled ones, as many as the larger batch holds."""
+    """Sentences with masks to measure on, evenly selected: labeled ones, as many as the larger batch holds."""
     if data.is_sample:
         split = splits.split_by_fraction(data.index.refs, 1.0, params.seed)
     roles = records.to_frame(split)
@@ -162,14 +162,14 @@ def _with_roles(data: Data, split: pa.Table) -> pd.DataFrame:
 
 
 def _draw_sample(params: RefShapesParams, folder: Path) -> float:
-    """Draw some images of each split; the share of all that they are."""
+    """Draw some images of each split; returns their share of all images."""
     counts = {name: min(count, getattr(params, name)) for name, count in SAMPLE_IMAGES.items()}
     write_refshapes(folder, params.model_copy(update=counts))
     return sum(counts.values()) / sum(getattr(params, name) for name in counts)
 
 
 def _refs_to_come(params: RefShapesParams) -> pa.Table:
-    """What a split is drawn from, of all sentences of the embedded data set, with the image ids they will have."""
+    """Inputs of a split for all sentences of the built-in dataset, with the image ids that they will have."""
     images = {"train": params.train_images, "val": params.val_images, "test": params.test_images}
     split = np.repeat(list(images), list(images.values()))
     each = params.sentences_per_image

@@ -1,4 +1,4 @@
-"""How long a training step and the labelling of a sentence take, and in how much memory, measured on a few pairs."""
+"""Measure the time and memory of a training step and of labeling a sentence, on a few pairs."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from l2l_core.training.loop import Stream, stream_sizes, train
 from l2l_core.training.runs import part_of
 
 TRAINING_STEPS = 5
-"""Measured after a first one, which pays for whatever is made once; their median counts."""
+"""Steps measured after a first one, which includes one-time setup; their median counts."""
 POLICY_STEPS = 20
 BUDGET_S = 12.0
-"""For training, and again for labelling: with the rest, a check takes about half a minute at most."""
+"""Limit for training, and again for labeling: with the rest, a check takes about half a minute at most."""
 RENDERED = 4
-"""Images that are fitted by GrabCut: each takes tens of milliseconds."""
+"""Images segmented by GrabCut: each takes tens of milliseconds."""
 
 LIGHT_MODULE, NETWORK_MODULE = "l2l_core.mllm.query", "l2l_core.pseudo_labels.generate"
-"""What stages import that do without the network, and with it."""
+"""Modules imported by stages without the network, and with it."""
 
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """Some pairs with their true masks, and with their true boxes in the place of priors."""
+    """Some pairs with their true masks, and their true boxes in place of priors."""
 
     pairs: Pairs
     targets: Targets
@@ -61,7 +61,7 @@ class Sample:
 
 
 def take_sample(params: Params, index: records.IndexPaths, sent_ids: list[int]) -> Sample:
-    """The sample of some sentences that have masks."""
+    """The sample of the given sentences, which must have masks."""
     wanted = np.array(sent_ids, dtype=np.int64)
     settings = params.proposals
     pairs = load_pairs(index, wanted, None, None, settings.size_px, settings.flat_prob)
@@ -81,14 +81,14 @@ def take_sample(params: Params, index: records.IndexPaths, sent_ids: list[int]) 
 def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, read_bytes: int) -> tuple[Costs, Needs]:
     """Train and label a little.
 
-    read_s, read_bytes: of reading the data set. Raises ConfigError where the loss is not finite, a batch is too small,
-    or the GPU's memory is.
+    read_s, read_bytes: cost of reading the dataset. Raises ConfigError if the loss is not finite, a batch is too small,
+    or the GPU's memory is too small.
     """
     device = choose_device(params.train.engine.device)
     with peak_of(device) as training, _fitting("train.engine.micro_batch_size"):
         step_s = _training_step_s(params, network, sample)
     network.zero_grad(set_to_none=True)
-    # Asking takes about a third of a training step, which also goes back through the network.
+    # A forward pass takes about a third of a training step, which also runs backward.
     fits = int(BUDGET_S * params.train.batch_size / max(step_s, 1e-6))
     count = max(1, min(len(sample.pairs), params.evaluate.batch_size, fits))
     rows = np.arange(count)
@@ -99,7 +99,7 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, r
         predictor = Predictor.of(network, params.train)
         (_, views), view_s = _timed(lambda: next(predictor.views(batches, count, "check")))
         ask_s = view_s / VIEWS / count
-        # An untrained network's masks are noise, which GrabCut takes another time for than for an object.
+        # An untrained network's masks are noise, and GrabCut's time on noise differs from its time on an object.
         seen = replace(views, prob=views.proposal, prob_flipped=views.proposal)
         (masks, candidates), label_s = _timed(lambda: _label(params, seen))
         _, masks_s = _timed(lambda: predictor.masks(batches, count, [True], "check"))
@@ -107,7 +107,7 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, r
     if params.select.policy == "reinforce":
         truth = batches.square_masks(sample.targets.take(rows).label, rows)
         outcome = judge(views.sent_id, masks, truth, params.select.grid)
-        # A step does the same again to unlabelled sentences, unless nothing is known of how far to trust them.
+        # A step repeats the same work for unlabeled sentences, unless their reliability is unknown.
         select = params.select.model_copy(update={"policy_steps": POLICY_STEPS, "unlabeled_weight": 0.0})
         _, policy_s = _timed(lambda: train_policy(candidates, outcome, candidates, select, params.seed))
     (start_s, start), (network_start_s, network_start) = _start(LIGHT_MODULE), _start(NETWORK_MODULE)
@@ -123,7 +123,7 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, r
         mask_s=max(0.0, masks_s / count - ask_s),
         policy_step_s=2 * policy_s / POLICY_STEPS,
     )
-    whole = params.evaluate.batch_size / count  # a batch in a stage is filled up
+    whole = params.evaluate.batch_size / count  # stages pad their batches
     needs = Needs(
         start=start,
         network_start=network_start,
@@ -139,7 +139,7 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, r
 
 @contextmanager
 def _fitting(key: str) -> Iterator[None]:
-    """Raises ConfigError that names a parameter where the GPU's memory is not enough."""
+    """Raises ConfigError that names a parameter if the GPU runs out of memory."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -147,7 +147,7 @@ def _fitting(key: str) -> Iterator[None]:
 
 
 class _EnoughError(Exception):
-    """Ends a training whose steps take long."""
+    """Ends a training with slow steps."""
 
 
 def _training_step_s(params: Params, network: Segmenter, sample: Sample) -> float:
@@ -182,7 +182,7 @@ def _label(params: Params, views: Views) -> tuple[BoolMask, Candidates]:
 
 
 def _proposal_s(params: Params, sample: Sample) -> float:
-    """Seconds of a sentence, while threads cut others; boxes are drawn in far less than a millisecond."""
+    """Seconds per sentence, with threads working in parallel; drawing a box takes far less than a millisecond."""
     if params.proposals.renderer == "box":
         return 0.0
     paths, rows = sample.pairs.image_path, range(min(RENDERED, len(sample.pairs)))
@@ -198,7 +198,7 @@ def _proposal_s(params: Params, sample: Sample) -> float:
 
 
 def _start(module: str) -> tuple[float, int]:
-    """Seconds until a fresh Python has imported a module, and the bytes that it then holds."""
+    """Seconds until a fresh Python has imported a module, and its memory in bytes after that."""
     code = f"import {module}, psutil; print(psutil.Process().memory_info().rss)"
     command = [sys.executable, "-c", code]
     done, seconds = _timed(lambda: subprocess.run(command, cwd=CODE_ROOT, check=True, stdout=subprocess.PIPE))

@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes: of this process, and of a GPU."""
+"""Peak memory of a block of work: of this process, and of a GPU."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import psutil
 import torch
 
 POLL_S = 0.005
-"""Between two looks at the process. What lives shorter can be missed."""
+"""Sampling interval; shorter peaks can be missed."""
 
 
 @dataclass
 class Peak:
-    """Filled in when the work ends."""
+    """Set when the block ends."""
 
-    ram_bytes: int = 0  # above what the process held before
+    ram_bytes: int = 0  # above the process's memory before the block
     gpu_bytes: int | None = None  # all that PyTorch reserved for this process; None: no GPU
 
 
 @contextmanager
 def peak_of(device: torch.device | None = None) -> Iterator[Peak]:
-    """Watch the memory of the block. device: where it computes; None: on the CPU."""
+    """Monitor the memory of the block. device: where it computes; None: on the CPU."""
     process, peak, done = psutil.Process(), Peak(), threading.Event()
     before = process.memory_info().rss
 
@@ -52,7 +52,7 @@ def peak_of(device: torch.device | None = None) -> Iterator[Peak]:
 
 
 def free_gpu_bytes(device: torch.device) -> int | None:
-    """What this process and others have left of a GPU, together with what this process holds; None: no GPU."""
+    """GPU memory that is free for this process, including what it already holds; None: no GPU."""
     if device.type != "cuda":
         return None
     return int(torch.cuda.mem_get_info(device)[0]) + int(torch.cuda.memory_reserved(device))

@@ -1,4 +1,4 @@
-"""How GrabCut should read the priors' boxes: fitted to the masks of the labeled sentences."""
+"""Fit how GrabCut uses the priors' boxes, on the masks of the labeled sentences."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from l2l_core.priors.proposals import read_bgr, render_box, render_grabcut, shri
 
 RINGS = (0.1, 0.0, 0.25, 0.5, 0.75, 1.0)
 CORES = (0.2, 0.0, 0.1, 0.35)
-"""Values tried; the first is where the search starts, and what is used where too few labeled sentences have a box.
-Loose boxes want a wide ring and a small core, tight boxes a narrow ring."""
+"""Values tried; the first is the start of the search and the fallback if too few labeled sentences have a box.
+Loose boxes need a wide ring and a small core, tight boxes a narrow ring."""
 FEWEST, MOST = 10, 200
-"""Labeled sentences with a box: fewer fit nothing; of more, an even selection is compared."""
+"""Limits on labeled sentences with a box: fewer give no fit; of more, an even selection is compared."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The rendering that fits the labeled masks best."""
+    """The rendering parameters that fit the labeled masks best."""
 
     params: ProposalsParams  # with numbers for `ring` and `core`
-    sentences: int  # labeled sentences that were compared; 0: nothing was fitted
-    box_miou: float  # percent, of the boxes' own maps cut at 0.5 with the true masks; 0 where nothing was fitted
+    sentences: int  # labeled sentences compared; 0: no fit
+    box_miou: float  # percent, of the boxes' own maps cut at 0.5 with the true masks; 0 without a fit
     miou: float  # the same, of the maps that `params` renders
 
 
 def unfitted(params: ProposalsParams) -> ProposalsParams:
-    """The parameters with a number for each value that is to be fitted: where the search for it starts."""
+    """The parameters with each `fit` value replaced by the start of its search."""
     starts = {"ring": RINGS[0], "core": CORES[0]}
     return params.model_copy(update={name: start for name, start in starts.items() if getattr(params, name) == "fit"})
 
 
 def renderings_of_fit(params: ProposalsParams, labeled: int) -> int:
-    """Most proposals that `fit_proposals` renders to compare them on so many labeled sentences."""
+    """Maximum number of proposals that `fit_proposals` renders for `labeled` sentences."""
     values = [tried for name, tried in (("ring", RINGS), ("core", CORES)) if getattr(params, name) == "fit"]
     return min(MOST, labeled) * (2 + sum(len(tried) - 1 for tried in values)) if values else 0
 
@@ -51,11 +51,11 @@ def renderings_of_fit(params: ProposalsParams, labeled: int) -> int:
 def fit_proposals(
     priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, truth: Mapping[int, bytes], params: ProposalsParams
 ) -> Fit:
-    """Choose the `ring` and then the `core` that are `fit` in `params`, by mean IoU with the labeled masks.
+    """Choose `ring` and then `core`, if they are `fit` in `params`, by mean IoU with the labeled masks.
 
     priors, refs, images: as in `make_proposals`. truth: sent_id -> true mask of each labeled sentence, as run lengths.
-    A sentence's first answer counts. Where no cut is better than the boxes themselves, the renderer becomes `box`.
-    Raises InputError where an image cannot be read.
+    Only the first response to a sentence counts. If no cut beats the boxes themselves, the renderer becomes `box`.
+    Raises InputError if an image cannot be read.
     """
     settled = unfitted(params)
     if not params.needs_fit:

@@ -1,6 +1,6 @@
-"""A multimodal LLM's answer, however it is written -> what it says is meant and where that is.
+"""Parse a multimodal LLM's response, in any notation, into the described object and its place.
 
-All work is linear in the length of a text: answers come from outside, and a runaway has a megabyte.
+All work is linear in the length of the text: responses are external input, and runaway output can reach a megabyte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCORE_KEYS = ("confidence", "score")
 _FORM_KEYS = ("found", "target")
 """Keys of every prompt that other notations lack."""
 _PROMPT_KEYS = {*_FORM_KEYS, "attributes", "relation", "anchor", "confidence", *_PLACE_KEYS}
-"""All that an answer in a prompt's form may hold, and other names of the place."""
+"""All keys that a response in a prompt's form may hold, and other names of the place."""
 _CORNER_NAMES = (
     ("x1", "y1", "x2", "y2"),
     ("xmin", "ymin", "xmax", "ymax"),
@@ -35,7 +35,7 @@ _NO = (False, 0, None, "false", "no", "none", "null")
 _NOTHING = (None, "", "none", "null")
 
 _MAX_FAILURES = 256
-"""Tries to read a JSON object that may fail; each reads at most the whole text. A text with more is a runaway."""
+"""Maximum failed attempts to read a JSON object; each reads at most the whole text. More mean runaway output."""
 _MAX_DEPTH = 4  # of lists under a box key: boxes > box > corners > numbers
 
 _OBJECT = re.compile(r"\{\s*+[\"}]")
@@ -45,7 +45,7 @@ _BETWEEN_NUMBERS = re.compile(r"[\s,;()\[\]]+")
 _TAG = re.compile(r"<[^<>]*>")
 _DIVIDING_WORD = re.compile(r"\b(?!(?:and|or)\b)\w", re.IGNORECASE)
 _GROUP = re.compile(r"(?:[\[(]|<(?P<tag>box|bbox|quad|point)>)(?P<inner>[^\[\]()<>]*+)(?:[\])]|</(?P=tag)>)")
-"""Innermost brackets, and tags that hold numbers alone: <box>x1 y1 x2 y2</box>, <point>x y</point>."""
+"""Innermost brackets, and tags that hold only numbers: <box>x1 y1 x2 y2</box>, <point>x y</point>."""
 _POINT_TAG = re.compile(r"<points?\s[^<>]*>")
 _POINT_TAG_XY = re.compile(r"\bx1?\s*=\s*\"([^\"]{1,32})\"\s*y1?\s*=\s*\"([^\"]{1,32})\"")
 _POINT_TAG_COORDS = re.compile(r"\bcoords\s*=\s*\"[^\"]*?\b\d{1,4} (\d{3,4}) (\d{3,4})\b")
@@ -60,12 +60,12 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class ParsedPrior:
-    """What an answer says; coordinates in original-image pixels, inside the image."""
+    """A parsed response; coordinates are in original-image pixels, inside the image."""
 
-    status: Literal["ok", "empty", "invalid"]  # it says where, it says that there is nothing, it cannot be used
+    status: Literal["ok", "empty", "invalid"]  # a place, explicitly nothing, or unusable
     target: str = ""
     attributes: tuple[str, ...] = ()
-    relation: str = ""  # with its anchor: "left of the bus"
+    relation: str = ""  # includes its anchor: "left of the bus"
     bbox: Box | None = None  # x1 y1 x2 y2
     point: Point | None = None  # x y
     score: float | None = None  # the model's own confidence in [0, 1]
@@ -76,20 +76,20 @@ class _Frame:
     """The image that coordinates refer to."""
 
     scale_xy: Point  # original-image pixels per unit
-    origin_xy: Point  # original-image pixels at which 0, 0 lies
+    origin_xy: Point  # position of 0, 0 in original-image pixels
     size_wh: Point  # original image
-    is_y_first: bool  # of boxes and points that name no axes
+    is_y_first: bool  # of boxes and points without named axes
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """Numbers that stand together in a text outside of JSON objects."""
+    """Adjacent numbers in a text outside of JSON objects."""
 
     start: int
     end: int
     numbers: list[float]
-    tag: str | None  # of the tag that holds them, if any
-    is_corners: bool  # pairs in brackets of their own
+    tag: str | None  # the tag around them, if any
+    is_corners: bool  # pairs, each in its own brackets
 
 
 Item = TypeVar("Item")
@@ -98,9 +98,9 @@ Item = TypeVar("Item")
 def parse_answer(
     raw_text: str, coord_space: CoordSpace, image_hw: tuple[int, int], input_hw: tuple[int, int] | None = None
 ) -> ParsedPrior:
-    """Read any text without raising.
+    """Parse any text without raising.
 
-    Only what `final_text` leaves is read. Understood are, in this order:
+    Only the part that `final_text` keeps is read. Supported notations, in this order:
 
     - JSON objects (in prose or code fences; keys bbox, bbox_2d, box_2d, box, point, ...; numbers as strings);
     - tokens and tags of families, whose meaning no setting changes: Florence-2's <loc_12>, PaliGemma's <loc0012>,
@@ -109,12 +109,12 @@ def parse_answer(
 
     The first usable place of a list counts, since the prompt asks for the most likely one first. `and` and `or`
     separate places of one list. If other words separate several lists, the last list counts, since earlier ones are
-    reasoning. An object with keys that no prompt has is a remark: it does not replace an answer in a prompt's form.
+    reasoning. An object with keys outside every prompt is a remark: it does not replace a response in a prompt's form.
     Three or more corners are an outline, and the box is its hull. Boxes are clipped to the image. Inverted and
-    non-finite boxes are not used, nor those narrower than MIN_SIDE_PX after clipping: the order of corners is never
-    guessed. `coord_space` says whether y comes before x, except where the axes are named.
+    non-finite boxes are rejected, and so are boxes narrower than MIN_SIDE_PX after clipping: the parser never guesses
+    the order of corners. `coord_space` says whether y comes before x, unless the axes are named.
 
-    image_hw: original image. input_hw: image as the model saw it, needed for `resized_pixel` (ValueError without).
+    image_hw: original image. input_hw: image as the model saw it, required for `resized_pixel` (else ValueError).
 
     >>> parse_answer('{"bbox_2d": [100, 200, 300, 400]}', "norm1000", (480, 640)).bbox
     (64.0, 96.0, 192.0, 192.0)
@@ -125,7 +125,7 @@ def parse_answer(
     prior = _read_objects(text, objects, frame)
     if prior is not None:
         return prior
-    rest = _without(text, objects)  # four numbers inside an object under some other key are no box
+    rest = _without(text, objects)  # four numbers inside an object under another key are not a box
     prior = _read_tokens(rest, image_hw) or _read_shapes(rest, frame)
     return prior or ParsedPrior("invalid")
 
@@ -145,8 +145,8 @@ Span = tuple[int, int, dict[str, object]]
 
 
 def _json_objects(text: str) -> list[Span]:
-    """Every outermost JSON object of a text, with where it begins and ends."""
-    decoder = json.JSONDecoder(parse_int=float)  # an integer of any length is a float, or infinite
+    """Every outermost JSON object of a text, with its start and end."""
+    decoder = json.JSONDecoder(parse_int=float)  # an integer of any length becomes a float, possibly infinite
     found: list[Span] = []
     failures, place = 0, 0
     while failures < _MAX_FAILURES and (match := _OBJECT.search(text, place)):
@@ -159,20 +159,20 @@ def _json_objects(text: str) -> list[Span]:
 
 
 def _with_double_quotes(text: str) -> str:
-    """An object as Python prints it, as JSON of the same length."""
+    """An object in Python's notation -> JSON of the same length."""
     names = {"'": '"', "None": "null", "True": "true", "False": "false"}
     return re.sub(r"'|\b(?:None|True|False)\b", lambda match: names[match[0]], text) if "'" in text else ""
 
 
 def _without(text: str, objects: Iterable[Span]) -> str:
-    """A text with a word in place of each object."""
+    """The text with each object replaced by a word."""
     ends = [0, *(end for _, end, _ in objects)]
     starts = [*(start for start, _, _ in objects), len(text)]
     return " _ ".join(text[end:start] for end, start in zip(ends, starts, strict=True))
 
 
 def _in_lists(text: str, items: Iterable[tuple[int, int, Item]]) -> list[list[Item]]:
-    """Items (start, end, item) in lists: the neighbors that no word but `and` and `or` divides; tags are no words."""
+    """Group items (start, end, item) into lists: neighbors with no word but `and` and `or` between them, tags aside."""
     lists: list[list[Item]] = []
     last = 0
     for start, end, item in items:
@@ -185,10 +185,10 @@ def _in_lists(text: str, items: Iterable[tuple[int, int, Item]]) -> list[list[It
 
 
 def _read_objects(text: str, objects: Iterable[Span], frame: _Frame) -> ParsedPrior | None:
-    """What the last list of answers says; None where no object says anything of a place.
+    """The content of the last list of responses; None if no object mentions a place.
 
-    Where one answer is in a prompt's form, objects with keys that no prompt has are remarks: they count only if nothing
-    else does.
+    If one response is in a prompt's form, objects with keys outside every prompt are remarks: they count only if
+    nothing else does.
     """
     unusable: ParsedPrior | None = None
     lists = [[item for value in values for item in _places(value)] for values in _in_lists(text, objects)]
@@ -205,14 +205,14 @@ def _read_objects(text: str, objects: Iterable[Span], frame: _Frame) -> ParsedPr
 
 
 def _are_remarks(items: list[dict[str, object]]) -> bool:
-    """Whether no object is in a prompt's form, and each has keys that no prompt has."""
+    """Whether no object is in a prompt's form, and each has keys outside every prompt."""
     return not any(key in item for item in items for key in _FORM_KEYS) and all(
         not item.keys() <= _PROMPT_KEYS for item in items
     )
 
 
 def _places(value: object) -> Iterator[dict[str, object]]:
-    """The outermost objects in a JSON value that say something of a place, in order; keys in lower case."""
+    """The outermost objects in a JSON value that mention a place, in order; keys in lower case."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -270,7 +270,7 @@ def _is_nothing(value: object) -> bool:
 
 
 def _boxes(value: object, frame: _Frame, depth: int = _MAX_DEPTH) -> Iterator[Box]:
-    """The usable boxes in what stands under a box key, in order."""
+    """The usable boxes in the value of a box key, in order."""
     if isinstance(value, str):
         value = _numbers(_BETWEEN_NUMBERS.sub(" ", _TAG.sub(" ", value)))
     if isinstance(value, dict):
@@ -290,7 +290,7 @@ def _boxes(value: object, frame: _Frame, depth: int = _MAX_DEPTH) -> Iterator[Bo
 
 
 def _points(value: object, frame: _Frame) -> Iterator[Point]:
-    """The usable points in what stands under a point key, in order."""
+    """The usable points in the value of a point key, in order."""
     for entry in value if isinstance(value, list) and value and isinstance(value[0], list | dict) else [value]:
         match entry:
             case [first, second]:
@@ -313,7 +313,7 @@ def _read_tokens(text: str, image_hw: tuple[int, int]) -> ParsedPrior | None:
         bins = [float(number) + 0.5 for number in re.findall(r"\d+", run[0])]  # a bin's center
         fours = [bins[place : place + 4] for place in range(0, len(bins), 4)]
         boxes = [_to_box(four, thousandths) for four in fours]
-        # Several boxes of a phrase and an outline look alike; an outline turns back somewhere.
+        # Several boxes of a phrase look like an outline; an outline turns back somewhere.
         box = boxes[0] if all(boxes) else _to_box(bins, thousandths)
         if box:
             return ParsedPrior("ok", bbox=box)
@@ -338,7 +338,7 @@ def _read_tokens(text: str, image_hw: tuple[int, int]) -> ParsedPrior | None:
 def _patch_box(first: int, last: int, frame: _Frame) -> Box | None:
     """The box between two of Kosmos-2's patches, which are numbered row by row.
 
-    It reaches from center to center, and over whole patches where both stand in one row or column.
+    It extends from center to center, or over whole patches if both are in one row or column.
     """
     if max(first, last) >= _KOSMOS_SIDE**2:
         return None
@@ -362,7 +362,7 @@ def _read_shapes(text: str, frame: _Frame) -> ParsedPrior | None:
 
 
 def _shapes(text: str) -> list[_Shape]:
-    """Groups of numbers in order; pairs that only separators divide are the corners of one shape."""
+    """Groups of numbers in order; pairs with only separators between them are the corners of one shape."""
     found: list[_Shape] = []
     for match in _GROUP.finditer(text):
         numbers = _numbers(match["inner"])
@@ -378,13 +378,13 @@ def _shapes(text: str) -> list[_Shape]:
 
 
 def _numbers(text: str) -> list[float] | None:
-    """The numbers of a text that holds nothing else but separators."""
+    """The numbers of a text that contains only numbers and separators."""
     words = re.findall(r"[^\s,;]+", text)
     return [float(word) for word in words] if all(_NUMBER.fullmatch(word) for word in words) else None
 
 
 def _to_number(value: object) -> float | None:
-    """A finite number, or a string that holds one."""
+    """A finite number, or a string that contains one."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -395,7 +395,7 @@ def _to_number(value: object) -> float | None:
 
 
 def _to_box(values: Iterable[object], frame: _Frame) -> Box | None:
-    """Four numbers as x1 y1 x2 y2; six and more as corners x y, whose hull it is. None where they cannot be used."""
+    """Four numbers are x1 y1 x2 y2; six and more are corners x y, and the box is their hull. None if unusable."""
     numbers = [_to_number(value) for value in values]
     known = [number for number in numbers if number is not None]
     if len(known) != len(numbers) or len(known) < 4 or len(known) % 2:
@@ -413,7 +413,7 @@ def _clip(value: float, high: float) -> float:
 
 
 def _to_point(values: Iterable[object], frame: _Frame) -> Point | None:
-    """A point is used only where it lies in the image: unlike a box it has no part that could."""
+    """A point is usable only inside the image; unlike a box, it cannot be clipped."""
     first, second = (_to_number(value) for value in values)
     if first is None or second is None:
         return None
@@ -423,7 +423,7 @@ def _to_point(values: Iterable[object], frame: _Frame) -> Point | None:
 
 
 def _to_score(value: object) -> float | None:
-    """A confidence in [0, 1]; percentages ("80%", 80) are understood."""
+    """A confidence in [0, 1]; percentages ("80%", 80) are accepted."""
     if isinstance(value, str) and value.strip().endswith("%"):
         percent = _to_number(value.strip()[:-1])
         score = None if percent is None else percent / 100.0
@@ -434,7 +434,7 @@ def _to_score(value: object) -> float | None:
 
 
 def _with_anchor(relation: str, anchor: str) -> str:
-    """Many models name the anchor within the relation as well; then it is not repeated."""
+    """Append the anchor unless the relation already contains it, as it does for many models."""
     return relation if anchor.lower() in relation.lower() else f"{relation} {anchor}".strip()
 
 

@@ -1,4 +1,4 @@
-"""Priors -> soft proposals: maps in [0, 1] of where the referred object is, on a square grid over the whole image."""
+"""Priors -> soft proposals: probability maps of the referred object in [0, 1], on a square grid over the image."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ Map = NDArray[np.float32]
 Image = NDArray[np.uint8]
 
 POINT_SIDE = 0.4
-"""Side of the object that a point is taken to mark, as a share of sqrt(height * width): the median of sqrt(box area)
-over RefCOCO's val, testA and testB objects is 0.39 of it."""
+"""Assumed side of the object around a point, as a share of sqrt(height * width): the median of sqrt(box area) over
+RefCOCO's val, testA and testB objects is 0.39 of it."""
 MIN_CONFIDENCE = 0.01
-"""Keeps a proposal's score above 0, which means `no prior`, where a model says that its confidence is 0."""
+"""Keeps a proposal's score above 0, which means `no prior`, if a model reports confidence 0."""
 
-_GRABCUT_CHUNK = 64  # sentences between two steps of the progress bar
+_GRABCUT_CHUNK = 64  # sentences between two updates of the progress bar
 CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary array
 _BINARY_CHUNK_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class PriorSamples:
-    """N sentences with K answers each; coordinates in original-image pixels, zeros where there is none."""
+    """N sentences with K responses each; coordinates in original-image pixels, zeros if missing."""
 
     sent_id: NDArray[np.int64]  # [N] ascending
     image_row: NDArray[np.int64]  # [N] row of the images table
@@ -48,18 +48,18 @@ class PriorSamples:
     has_box: NDArray[np.bool_]  # [N, K]
     point_xy: FloatArray  # [N, K, 2]
     has_point: NDArray[np.bool_]  # [N, K] a point and no box
-    confidence: FloatArray  # [N, K] in [0, 1], the model's own; 1 where it gave none
+    confidence: FloatArray  # [N, K] in [0, 1], reported by the model; 1 if missing
 
     def take(self, rows: NDArray[np.int64]) -> PriorSamples:
-        """The sentences of some rows, in that order."""
+        """The sentences of the given rows, in that order."""
         return PriorSamples(**{name: column[rows] for name, column in vars(self).items()})
 
 
 def render_box(box_xyxy: ArrayLike, image_hw: ArrayLike, params: ProposalsParams) -> Map:
     """Boxes [..., 4] in pixels of images [..., 2] (height, width) -> maps [..., S, S] with S = size_px.
 
-    The value is inside_prob inside, 1 - inside_prob outside and exactly 0.5 on the box's border; between them it rises
-    smoothly over `falloff` of the box's side (at least a cell). A box thinner than a cell is widened to one.
+    The value is inside_prob inside, 1 - inside_prob outside and exactly 0.5 on the box's border. It changes smoothly
+    over `falloff` of the box's side (at least a cell). A box thinner than a cell is widened to one.
 
     >>> from l2l_core.config import load_params
     >>> render_box([0, 0, 240, 480], (480, 640), load_params("params.yaml").proposals).shape
@@ -80,7 +80,7 @@ def render_box(box_xyxy: ArrayLike, image_hw: ArrayLike, params: ProposalsParams
 
 
 def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsParams) -> Map:
-    """Points [..., 2] in pixels -> Gaussian blobs [..., S, S], 0.5 at the border of a disc POINT_SIDE wide.
+    """Points [..., 2] in pixels -> Gaussian blobs [..., S, S], 0.5 at the border of a disc of width POINT_SIDE.
 
     >>> from l2l_core.config import load_params
     >>> soft = render_point([320, 240], (480, 640), load_params("params.yaml").proposals)
@@ -98,7 +98,7 @@ def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsPara
 
 
 def shrink(image_bgr: Image) -> Image:
-    """An image [H, W, 3] at the size that GrabCut works on: its longer side has at most GRABCUT_SIDE_PX pixels."""
+    """Resize an image [H, W, 3] for GrabCut: its longer side becomes at most GRABCUT_SIDE_PX pixels."""
     height, width = image_bgr.shape[:2]
     scale = min(1.0, grabcut.GRABCUT_SIDE_PX / max(height, width))
     size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -106,12 +106,12 @@ def shrink(image_bgr: Image) -> Image:
 
 
 def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, image_hw: tuple[int, int], params: ProposalsParams) -> Map:
-    """The object that GrabCut finds in a box [4] of an image -> map [S, S].
+    """Segment the object in a box [4] of an image with GrabCut -> map [S, S].
 
     image_bgr: as `shrink` returns it (BGR, as OpenCV reads it). box_xyxy: in pixels of the image of size image_hw.
-    A cell's value is inside_prob where GrabCut's mask covers it, 1 - inside_prob where it does not, and between them at
-    the mask's border. Where GrabCut finds next to nothing, the map is the box's. Raises ValueError where ring or core
-    of `params` are still to be fitted.
+    A cell's value is inside_prob inside GrabCut's mask, 1 - inside_prob outside, and in between at the mask's border.
+    If GrabCut finds almost nothing, the result is the box's map. Raises ValueError if ring or core of `params` are not
+    fitted yet.
     """
     if params.ring == "fit" or params.core == "fit":
         raise ValueError("proposals.ring and proposals.core must be numbers here; see l2l_core/priors/fit.py")
@@ -128,10 +128,10 @@ def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, image_hw: tuple[int, i
 
 
 def prior_score(samples: PriorSamples) -> FloatArray:
-    """[N] how much a proposal can be trusted, in (0, 1]; 0 for a sentence without any located answer.
+    """[N] reliability of a proposal, in (0, 1]; 0 for a sentence without any response that gives a place.
 
-    Share of the answers that give a place x their agreement x their mean confidence. Agreement is the expected IoU of
-    two of them drawn with replacement: 1 for one answer or equal ones, 1 / m for m disjoint ones.
+    Share of the responses that give a place x their agreement x their mean confidence. Agreement is the expected IoU of
+    two of them drawn with replacement: 1 for one response or equal ones, 1 / m for m disjoint ones.
     """
     located = samples.has_box | samples.has_point
     boxes = np.where(samples.has_box[..., None], samples.box_xyxy, _point_box(samples.point_xy, samples.image_hw))
@@ -144,10 +144,10 @@ def prior_score(samples: PriorSamples) -> FloatArray:
 
 
 def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, params: ProposalsParams) -> pa.Table:
-    """Tables records.PRIORS -> records.PROPOSALS, one row a sentence, sorted by sent_id.
+    """Tables records.PRIORS -> records.PROPOSALS, one row per sentence, sorted by sent_id.
 
-    refs: sent_id, image_id. images: image_id, file_name, height, width. The maps of a sentence's answers are averaged;
-    an answer without a place counts as a flat map at flat_prob. Images are read for GrabCut alone.
+    refs: sent_id, image_id. images: image_id, file_name, height, width. A sentence's map is the average over its
+    responses; a response without a place counts as a flat map at flat_prob. Only GrabCut reads the images.
     """
     samples = to_samples(priors, refs, images)
     files = images["file_name"].tolist()
@@ -162,7 +162,7 @@ def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, p
 
 
 def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[str]) -> Map:
-    """[N, S, S]: each sentence's maps, averaged over its answers."""
+    """[N, S, S]: each sentence's maps, averaged over its responses."""
     maps = np.full((*samples.has_box.shape, params.size_px, params.size_px), params.flat_prob, dtype=np.float32)
     row, answer = np.nonzero(samples.has_point)
     maps[row, answer] = render_point(samples.point_xy[row, answer], samples.image_hw[row], params)
@@ -171,7 +171,7 @@ def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[s
         case "box":
             maps[row, answer] = render_box(samples.box_xyxy[row, answer], samples.image_hw[row], params)
         case "grabcut":
-            # OpenCV works outside Python's lock, so that threads share the work. Each reads an image once.
+            # OpenCV releases the GIL, so threads run in parallel. Each reads an image once.
             image_row = samples.image_row[row]
 
             def cut(image: int) -> None:
@@ -189,25 +189,25 @@ def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[s
 
 
 def _smooth_step(ramp: FloatArray) -> FloatArray:
-    """0 below 0, 1 above 1, and a cubic with flat ends between; 0.5 stays 0.5."""
+    """0 below 0, 1 above 1, and a cubic with flat ends in between; 0.5 stays 0.5."""
     t = np.clip(ramp, 0.0, 1.0)
     return np.asarray(t * t * (3 - 2 * t))
 
 
 def _to_prob(inside: NDArray[np.floating[Any]], params: ProposalsParams) -> Map:
-    """How much a cell is inside, 0..1 -> probability between 1 - inside_prob and inside_prob."""
+    """Coverage of a cell, 0..1 -> probability between 1 - inside_prob and inside_prob."""
     low = 1 - params.inside_prob
     return np.asarray(low + (params.inside_prob - low) * inside, dtype=np.float32)
 
 
 def _point_box(point_xy: FloatArray, image_hw: NDArray[np.int64]) -> FloatArray:
-    """[N, K, 2] points -> [N, K, 4] squares of the size that a point is taken to mark."""
+    """[N, K, 2] points -> [N, K, 4] squares with the assumed side of an object around a point."""
     half = POINT_SIDE / 2 * np.sqrt(image_hw[:, 0] * image_hw[:, 1])[:, None, None]
     return np.concatenate([point_xy - half, point_xy + half], axis=-1)
 
 
 def read_bgr(path: str) -> Image:
-    """The image [H, W, 3] in OpenCV's order of channels, in which GrabCut sees it. Raises InputError."""
+    """The image [H, W, 3] in OpenCV's channel order (BGR). Raises InputError."""
     try:
         return np.ascontiguousarray(read_image(path)[..., ::-1])
     except InputError as error:
@@ -215,7 +215,7 @@ def read_bgr(path: str) -> Image:
 
 
 def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> PriorSamples:
-    """The answers of all sentences; tables as in `make_proposals`. Raises ArtifactError where they do not fit."""
+    """The responses of all sentences; tables as in `make_proposals`. Raises ArtifactError if they do not match."""
     priors = priors.sort_by([("sent_id", "ascending"), ("sample_index", "ascending")])
     sent_id = priors["sent_id"].to_numpy()
     answers = int(pc.max(priors["sample_index"]).as_py() or 0) + 1
@@ -243,7 +243,7 @@ def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> Pr
 
 
 def _fixed_lists(column: pa.ChunkedArray, length: int) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """A column of lists or nulls -> [N, length] with zeros for null, and [N] which are there."""
+    """A column of lists or nulls -> [N, length] with zeros for null, and [N] whether a list is present."""
     is_there = column.is_valid().to_numpy()
     values = np.zeros((len(column), length))
     values[is_there] = column.drop_null().combine_chunks().flatten().to_numpy().reshape(-1, length)
@@ -252,7 +252,7 @@ def _fixed_lists(column: pa.ChunkedArray, length: int) -> tuple[FloatArray, NDAr
 
 def _to_table(sent_id: NDArray[np.int64], soft: NDArray[np.uint8], score: FloatArray) -> pa.Table:
     count, size = soft.shape[:2]
-    # One chunk a block of rows: Arrow's binary arrays hold less than 2 GiB each.
+    # One chunk per block of rows: Arrow's binary arrays hold less than 2 GiB each.
     step = max(1, _BINARY_CHUNK_BYTES // (size * size))
     blocks = [_to_binary(soft[start : start + step].reshape(-1, size * size)) for start in range(0, count, step)]
     columns = {
@@ -266,6 +266,6 @@ def _to_table(sent_id: NDArray[np.int64], soft: NDArray[np.uint8], score: FloatA
 
 
 def _to_binary(rows: NDArray[np.uint8]) -> pa.Array:
-    """[N, bytes] -> N binary values, without going through N Python objects."""
+    """[N, bytes] -> N binary values, without N intermediate Python objects."""
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * np.int32(rows.shape[1])
     return pa.Array.from_buffers(pa.binary(), len(rows), [None, pa.py_buffer(offsets), pa.py_buffer(rows)])

@@ -1,4 +1,4 @@
-"""Raw answers -> the priors table. Runs without any model: a better parser only reads again what was answered."""
+"""Raw responses -> the priors table, without any model: a better parser only re-parses the stored responses."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def interpret(answers: pa.Table) -> pa.Table:
 
 
 def precision_of(answers: pa.Table) -> Summary:
-    """`precision`: bf16 or fp32, in which the multimodal LLM was computed; no key where no answer says so."""
+    """`precision`: bf16 or fp32, the precision of the multimodal LLM; no key if no response reports it."""
     found = sorted(set(answers["precision"].to_pylist()) - {None})
     return {"precision": ", ".join(found)} if found else {}
 
 
 def summarize(priors: pa.Table, prices: PricesParams) -> Summary:
-    """How many answers were usable, and what they cost: a wrong coordinate space shows here first.
+    """Counts of usable responses, and their cost: a wrong coordinate space shows here first.
 
     Keys: answers, ok, empty, invalid, error, prompt_tokens, completion_tokens; with prices, cost_per_1000 answers.
     """

@@ -1,1 +1,1 @@
-"""Candidate masks, what the policy sees of them, the policy, and what it selects."""
+"""Candidate masks, their features, the policy, and the selection of pseudo-labels."""

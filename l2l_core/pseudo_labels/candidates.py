@@ -1,4 +1,4 @@
-"""Candidate labels: several masks for one sentence, from which the policy chooses."""
+"""Candidate masks: several masks per sentence, from which the policy chooses the pseudo-label."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from l2l_core.data.views import Views
 from l2l_core.pseudo_labels.features import LABEL_THRESHOLD, BoolArray
 
 CORE = 1 / 48
-"""What lies deeper than this share of the image side inside a mask is taken as sure when it is sharpened: a teacher's
-borders are soft by a pixel or two of its coarse output."""
+"""Sharpening keeps pixels that are deeper inside a mask than this fraction of the image side. A teacher's borders are
+soft by a pixel or two of its coarse output."""
 
 REACH = 1 / 16
-"""How far beyond a mask its sharpened form may go, as a share of the image side."""
+"""How far a sharpened mask may extend beyond the original, as a fraction of the image side."""
 
 
 def construct(views: Views, names: Sequence[str]) -> BoolArray:
-    """The labels of B sentences in the ways `names` (of features.CANDIDATES): [B, K, M, M].
+    """Build the K candidates `names` (of features.CANDIDATES) for each of B sentences: bool [B, K, M, M].
 
-    teacher: probability above 0.5, as evaluation cuts it.
+    teacher: probability above 0.5, the threshold of evaluation.
     ensemble: mean of the teacher's three views (with prior, mirrored, without prior) above 0.5.
-    sharpened: mean of the two views with the prior above 0.5, fitted to the image's colours (`sharpen`).
-    prior: the proposal above 0.5. Where the teacher follows neither, this can still be right.
-    overlap, union: of sharpened and prior.
+    sharpened: mean of the two views with the prior above 0.5, fitted to the image's colors (`sharpen`).
+    prior: the proposal above 0.5. It can be right even if the teacher ignores it.
+    overlap, union: intersection and union of sharpened and prior.
     """
     made: dict[str, BoolArray] = {}
     if "teacher" in names:
@@ -51,8 +51,8 @@ def construct(views: Views, names: Sequence[str]) -> BoolArray:
 def sharpen(image: NDArray[np.uint8], mask: BoolArray) -> BoolArray:
     """Fit a mask [M, M] to the colors of its image [M, M, 3] (RGB) by GrabCut.
 
-    What lies deeper inside the mask than CORE stays. The rest of the mask and a ring around it are decided. Where
-    GrabCut fails the mask is returned as it is.
+    Pixels deeper inside the mask than CORE stay. GrabCut decides the rest of the mask and a ring of REACH around it.
+    If GrabCut fails, the mask is returned unchanged.
     """
     side = mask.shape[0]
     work = min(side, GRABCUT_SIDE_PX)
@@ -68,11 +68,11 @@ def sharpen(image: NDArray[np.uint8], mask: BoolArray) -> BoolArray:
 
 
 def _sharpen_all(images: NDArray[np.uint8], masks: BoolArray) -> BoolArray:
-    """`sharpen` for B pairs; OpenCV works outside Python's lock, so that threads share the work."""
+    """`sharpen` for B pairs, in threads: OpenCV releases Python's global lock."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return np.stack(list(pool.map(sharpen, images, masks)))
 
 
 def _resized(mask: BoolArray, side: int) -> BoolArray:
-    """[m, m] -> [side, side], bilinear, cut at one half."""
+    """[m, m] -> [side, side], bilinear, thresholded at 0.5."""
     return resize_prob(mask.astype(np.float32), side, side) > LABEL_THRESHOLD

@@ -1,4 +1,4 @@
-"""The critic: how good each candidate label is, estimated from what the policy sees of it and of its rivals."""
+"""The critic: estimates each candidate's IoU from its features and those of the sentence's other candidates."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates, Float
 
 ESTIMATE = SENTENCE_FEATURES.index("estimate")
 FOLDS = 5
-"""Parts of the labeled images; each is left out by one member of the ensemble."""
+"""Folds of the labeled images. Each member of the ensemble leaves out one fold."""
 MOST = 500
-"""Labeled sentences that a member learns from, evenly picked: its time grows with their number."""
+"""Maximum labeled sentences per member, evenly picked: training time grows with their number."""
 PENALTY, WIDTH, TOLERANCE = 0.3, 0.5, 0.05
 """C, gamma times the number of features, and epsilon of the support vector regression. A small C keeps the estimates
-smooth: there are few labeled sentences."""
+smooth, since there are few labeled sentences."""
 
 
 @dataclass(frozen=True)
 class Critic:
-    """An ensemble of support vector regressions, one for each fold that it left out."""
+    """An ensemble of support vector regressions, one per left-out fold."""
 
     members: tuple[Pipeline, ...]
 
     def judge(self, candidates: Candidates) -> Candidates:
-        """The candidates with the feature `estimate`: the expected IoU with the truth, in [0, 1]."""
+        """Fill in the feature `estimate`: the expected IoU with the ground truth, in [0, 1]."""
         if not len(candidates.sent_id):
             return candidates
         features = _features(candidates)
@@ -41,11 +41,11 @@ class Critic:
 def train_critic(
     labeled: Candidates, outcome: Outcome, image: NDArray[np.int64], seed: int
 ) -> tuple[Critic, Candidates]:
-    """Learn each candidate's IoU: the critic, and the labeled candidates with honest estimates.
+    """Learn each candidate's IoU. Return the critic, and the labeled candidates with out-of-fold estimates.
 
-    image: [N] whose sentence it is. Sentences of one image often mean the same object, so that whole images are left
-    out: the estimate of a labeled sentence comes from the member that saw no sentence of its image. With a single image
-    there is nothing to leave out, and the member knows it.
+    image: int64 [N], image of each sentence. Sentences of one image often refer to the same object, so folds consist of
+    whole images: the estimate of a labeled sentence comes from the member that saw no sentence of its image. With a
+    single image, nothing can be left out, and the estimates are in-sample.
     """
     kinds = labeled.sentence.shape[1]
     folds = min(FOLDS, len(np.unique(image)))
@@ -66,7 +66,7 @@ def train_critic(
 
 
 def _features(candidates: Candidates) -> FloatArray:
-    """[N * K, 2 D]: a candidate's features, and how they differ from the mean of the sentence's candidates."""
+    """[N * K, 2 D]: a candidate's features, and their differences from the mean over the sentence's candidates."""
     features = candidates.sentence.copy()
     features[..., ESTIMATE] = 0
     relative = features - features.mean(axis=1, keepdims=True)
@@ -74,7 +74,7 @@ def _features(candidates: Candidates) -> FloatArray:
 
 
 def _with_estimate(candidates: Candidates, estimate: NDArray[np.float64]) -> Candidates:
-    """estimate: [N * K]."""
+    """The candidates with new estimates [N * K], clipped to [0, 1]."""
     sentence = candidates.sentence.copy()
     sentence[..., ESTIMATE] = estimate.clip(0, 1).reshape(sentence.shape[:2])
     return replace(candidates, sentence=sentence)

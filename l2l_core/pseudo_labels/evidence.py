@@ -1,4 +1,4 @@
-"""What the image says of a candidate label, whatever the teacher and the prior say: does it look like one object?"""
+"""Image evidence: does a candidate look like one object? Independent of the teacher and the prior."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from numpy.typing import NDArray
 from l2l_core.core.masks import square_px
 
 EVIDENCE = (
-    "contrast",  # distance between the mean colors of the label's rim and of its surroundings
-    "border_gradient",  # mean color gradient on the label's border
-    "border_edges",  # share of the border that lies on the image's strongest edges
-    "spread",  # deviation of the colors inside the label
-    "spread_outside",  # deviation of the colors in its surroundings
-    "largest_part",  # share of the label's area in its largest connected part
-    "box_fill",  # share of its bounding box that the label covers
-    "at_image_edge",  # share of the label's outermost pixels that lie on the image's edge
+    "contrast",  # distance between the mean colors of the mask's rim and of its surroundings
+    "border_gradient",  # mean color gradient on the mask's border
+    "border_edges",  # fraction of the border on the image's strongest edges
+    "spread",  # standard deviation of the colors inside the mask
+    "spread_outside",  # standard deviation of the colors in its surroundings
+    "largest_part",  # fraction of the mask's area in its largest connected component
+    "box_fill",  # fraction of its bounding box that the mask covers
+    "at_image_edge",  # fraction of the mask's outermost pixels on the image's edge
 )
-"""Columns of `image_evidence`, 0 where a label is empty. Colors are Lab, each channel in [0, 1]. Distances and
-gradients are divided by their largest value: all columns lie in [0, 1]."""
+"""Columns of `image_evidence`, each in [0, 1]; 0 if the mask is empty. Colors are Lab, each channel in [0, 1].
+Distances and gradients are divided by their maximum."""
 
 LARGEST_DISTANCE = 3**0.5
-"""Between two colors of three channels in [0, 1]."""
+"""Maximum distance between two colors of three channels in [0, 1]."""
 LARGEST_GRADIENT = 4 * 6**0.5
-"""Of OpenCV's 3 x 3 Sobel filters: at most 4 in each of three channels and two directions."""
+"""Maximum gradient of OpenCV's 3 x 3 Sobel filters: 4 in each of three channels and two directions."""
 
 RIM = 1 / 32
-"""Width of the rim inside a label and of the surroundings outside, as a share of the image side."""
+"""Width of the rim inside a mask and of the surroundings outside, as a fraction of the image side."""
 STRONG_EDGE = 0.9
-"""Edges count as strong above this quantile of the image's gradients."""
+"""An edge is strong above this quantile of the image's gradients."""
 
 
 def image_evidence(images: NDArray[np.uint8], labels: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Images [B, M, M, 3] (RGB) and their labels [B, K, M, M] -> EVIDENCE [B, K, 8]."""
+    """RGB images uint8 [B, M, M, 3] and their candidates bool [B, K, M, M] -> EVIDENCE float32 [B, K, 8]."""
     return np.stack([_of_image(image, masks) for image, masks in zip(images, labels, strict=True)])
 
 
@@ -56,7 +56,7 @@ def _of_label(
     outside = (cv2.dilate(label, wide) > 0) & ~mask
     rim = mask & ~(cv2.erode(label, wide) > 0)
     border = (cv2.dilate(label, thin) > 0) & ~(cv2.erode(label, thin, borderValue=0) > 0)
-    around = colors[outside] if outside.any() else colors[mask]  # a label of the whole image has no surroundings
+    around = colors[outside] if outside.any() else colors[mask]  # a mask of the whole image has no surroundings
     inner = colors[rim] if rim.any() else colors[mask]
     parts = cv2.connectedComponentsWithStats(label, connectivity=8)[2][1:, cv2.CC_STAT_AREA]
     _, _, width, height = cv2.boundingRect(label)

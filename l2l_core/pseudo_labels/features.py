@@ -1,4 +1,4 @@
-"""What the policy sees of candidate labels, and what the truth says of them where there is truth."""
+"""Features of the candidate masks for the policy, and their scores against the ground truth if it is available."""
 
 from __future__ import annotations
 
@@ -19,69 +19,69 @@ BoolArray = NDArray[np.bool_]
 CANDIDATES: tuple[str, ...] = get_args(Candidate)
 
 LABEL_THRESHOLD = 0.5
-"""A pixel is foreground where its probability exceeds this: the same cut as in evaluation."""
+"""A pixel is foreground if its probability exceeds this. Evaluation uses the same threshold."""
 
 CELL_FEATURES = (
     "prob",  # teacher's foreground probability
-    "label",  # share of the pixels that the label calls foreground
+    "label",  # fraction of foreground pixels in the candidate
     "proposal",
     "disagreement",  # |prob - proposal|
     "entropy",  # of the probability, in bits
     "flip_change",  # |prob - prob_flipped|
     "prior_change",  # |prob - prob_no_prior|
-    "votes",  # share of the three other opinions (flipped, no prior, proposal) that say foreground
-    "label_votes",  # the same, counted inside the label only: with `votes` it gives the agreement on the cell
-    "distance",  # from the label's centre of gravity, in label radii, scaled to [0, 1] at FAR_RADII
+    "votes",  # fraction of the three other predictions (flipped, no prior, proposal) that vote foreground
+    "label_votes",  # the same, counted only inside the candidate; with `votes` it gives the cell's agreement
+    "distance",  # from the candidate's centroid, in radii of the candidate, scaled to [0, 1] at FAR_RADII
 )
-"""Channels of `Candidates.cells`, means over a cell's pixels, each in [0, 1]."""
+"""Channels of `Candidates.cells`: means over a cell's pixels, each in [0, 1]."""
 
 SENTENCE_FEATURES = (
     "confidence",
     "prior_iou",
-    "prob_iou",  # soft IoU of the label with prob
+    "prob_iou",  # soft IoU of candidate and prob
     "flip_iou",  # soft IoU of prob and prob_flipped
     "no_prior_iou",  # soft IoU of prob and prob_no_prior
-    "no_prior_proposal_iou",  # soft IoU of prob_no_prior and proposal: do both find the object on their own?
-    "agreement_iou",  # soft IoU of the label with the votes of the three other opinions
-    "label_prob",  # mean probability inside the label
-    "label_flipped",  # mean prob_flipped inside the label
-    "label_no_prior",  # mean prob_no_prior inside the label
-    "label_proposal",  # mean proposal inside the label
-    "outside",  # share of prob's mass that lies outside the label
-    "outside_no_prior",  # share of prob_no_prior's mass that lies outside the label
-    "size",  # square root of the label's share of the image
-    "compactness",  # 4 sqrt(area) / perimeter: 1 for a square, less for ragged or scattered labels
+    "no_prior_proposal_iou",  # soft IoU of prob_no_prior and proposal: do both find the object independently?
+    "agreement_iou",  # soft IoU of candidate and the votes of the three other predictions
+    "label_prob",  # mean prob inside the candidate
+    "label_flipped",  # mean prob_flipped inside the candidate
+    "label_no_prior",  # mean prob_no_prior inside the candidate
+    "label_proposal",  # mean proposal inside the candidate
+    "outside",  # fraction of prob's mass outside the candidate
+    "outside_no_prior",  # fraction of prob_no_prior's mass outside the candidate
+    "size",  # square root of the candidate's fraction of the image area
+    "compactness",  # 4 sqrt(area) / perimeter: 1 for a square, less for ragged or scattered masks
     "proposal_score",
     "has_prior",  # 1 or 0
     "words",  # log(1 + words in the sentence)
-    *(f"is_{name}" for name in CANDIDATES),  # 1 or 0: how the label was constructed
-    *(f"with_{name}_iou" for name in CANDIDATES),  # IoU with the sentence's label of that kind; 0 where there is none
-    *EVIDENCE,  # what the image says of the label: see evidence.py
-    "estimate",  # the critic's estimate of the label's IoU with the truth; 0 before the critic has judged it
+    *(f"is_{name}" for name in CANDIDATES),  # 1 or 0: kind of the candidate
+    *(f"with_{name}_iou" for name in CANDIDATES),  # IoU with the sentence's candidate of that kind; 0 if there is none
+    *EVIDENCE,  # image evidence: see evidence.py
+    "estimate",  # the critic's estimate of the IoU with the ground truth; 0 before the critic runs
 )
-"""Columns of `Candidates.sentence`; all in [0, 1] but `words`, which is >= 0. 0 where a label is empty."""
+"""Columns of `Candidates.sentence`. All are in [0, 1], except `words` >= 0. Means over an empty mask are 0."""
 
 FAR_RADII = 4.0
-"""Distances beyond this many label radii look alike to the policy: such cells are far from any boundary."""
+"""Distances are capped at this many radii of the candidate: such cells are far from any boundary."""
 
 SURROUNDINGS = 1 / 16
-"""Width of a label's surroundings as a share of the image side: wide enough to hold the doubtful border of a label,
-narrow enough that easy far background does not drown it."""
+"""Width of a candidate's surroundings, as a fraction of the image side: wide enough to cover its uncertain border,
+narrow enough that easy, distant background does not dominate."""
 
 EPSILON = 1e-6
-"""Keeps ratios of areas finite; far below one pixel's share of an image of any size used here."""
+"""Keeps area ratios finite. It is far below the area fraction of one pixel at any image size used here."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """K candidate labels for each of N sentences, as a policy sees them, on a grid of G x G cells."""
+    """Features of K candidate masks for each of N sentences, on a grid of G x G cells."""
 
     sent_id: NDArray[np.int64]  # [N]
-    cells: NDArray[np.float16]  # [N, K, G, G, C] CELL_FEATURES; half precision: this is what fills the memory
+    cells: NDArray[np.float16]  # [N, K, G, G, C] CELL_FEATURES; half precision, since it dominates memory
     sentence: FloatArray  # [N, K, D] SENTENCE_FEATURES
-    # Of each sentence's first candidate, which is what the fixed rules rank:
-    confidence: FloatArray  # [N] mean of max(p, 1 - p) over the label's foreground and its surroundings, in [0.5, 1]
-    prior_iou: FloatArray  # [N] IoU of the label with the proposal cut at 0.5; 0 where there is no prior
+    # Of each sentence's first candidate, which the fixed rules rank:
+    confidence: FloatArray  # [N] mean of max(p, 1 - p) over the foreground and its surroundings, in [0.5, 1]
+    prior_iou: FloatArray  # [N] IoU with the proposal thresholded at 0.5; 0 without a prior
 
     def take(self, rows: NDArray[np.int64]) -> Candidates:
         """The sentences of some rows, in that order."""
@@ -90,12 +90,12 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The truth about the candidates of N sentences; exists for labelled sentences only (and for the oracle)."""
+    """Scores of the candidates of N sentences against the ground truth: for labeled sentences and the oracle only."""
 
     sent_id: NDArray[np.int64]  # [N]
-    # [N, K, G, G, 4] shares of a cell's pixels: foreground right, foreground wrong, background right, background wrong
+    # [N, K, G, G, 4] fractions of a cell's pixels: true positives, false positives, true negatives, false negatives
     cells: FloatArray
-    iou: FloatArray  # [N, K] IoU of the label with the true mask
+    iou: FloatArray  # [N, K] IoU with the true mask
 
     def take(self, rows: NDArray[np.int64]) -> Outcome:
         """The sentences of some rows, in that order."""
@@ -106,9 +106,9 @@ Rows = TypeVar("Rows", Candidates, Outcome)
 
 
 def describe(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -> Candidates:
-    """What the policy sees of the candidates [B, K, M, M] that were constructed in the ways `names` (of CANDIDATES).
+    """Compute the features of the candidates `labels`, bool [B, K, M, M], whose kinds are `names` (of CANDIDATES).
 
-    Cells are area-weighted means, so that any map side M works with any grid. Memory is a few maps of the batch.
+    Cells are area-weighted means, so any map side M works with any grid. Memory is a few maps of the batch.
     """
     masks = [label.astype(np.float32) for label in labels.swapaxes(0, 1)]
     shared = _share(views, grid)
@@ -133,15 +133,15 @@ def describe(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -
 
 @dataclass(frozen=True)
 class _Shared:
-    """What is described alike for all candidates of B sentences."""
+    """Features that all candidates of a sentence share, for B sentences."""
 
-    votes: FloatArray  # [B, M, M] share of the other opinions that say foreground
+    votes: FloatArray  # [B, M, M] fraction of the other predictions that vote foreground
     cells: dict[str, FloatArray]  # [B, G, G] each
     sentence: dict[str, NDArray[Any]]  # [B] each
 
 
 def _share(views: Views, grid: int) -> _Shared:
-    """Computed once, whatever the number of candidates."""
+    """Compute the shared features once for all candidates."""
     prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
     votes = np.stack([opinion > LABEL_THRESHOLD for opinion in (flipped, no_prior, proposal)]).mean(0, dtype=np.float32)
     cells = {
@@ -167,7 +167,7 @@ def _share(views: Views, grid: int) -> _Shared:
 def _describe(
     views: Views, shared: _Shared, label: FloatArray, grid: int
 ) -> tuple[NDArray[np.float16], dict[str, NDArray[Any]]]:
-    """One candidate [B, M, M] (0 or 1) of each sentence: its cells [B, G, G, C] and its sentence features, each [B]."""
+    """One candidate [B, M, M] (0 or 1) per sentence -> its cells [B, G, G, C] and its sentence features, each [B]."""
     prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
     side = label.shape[-1]
     nearby = label_and_surroundings(label)
@@ -198,7 +198,7 @@ def _describe(
 
 
 def judge(sent_id: NDArray[np.int64], labels: BoolArray, truth: BoolArray, grid: int) -> Outcome:
-    """Compare candidates [B, K, M, M] with true masks [B, M, M]; the IoU of two empty masks is 0."""
+    """Score candidates [B, K, M, M] against true masks [B, M, M], all bool. The IoU of two empty masks is 0."""
     true = truth.astype(np.float32)
     cells, iou = [], []
     for label in labels.swapaxes(0, 1):
@@ -209,19 +209,19 @@ def judge(sent_id: NDArray[np.int64], labels: BoolArray, truth: BoolArray, grid:
 
 
 def agreement(cells: NDArray[np.float16]) -> FloatArray:
-    """The other opinions in the place of the truth: [..., C] cell features -> shares [..., 4] like `Outcome.cells`."""
+    """Score against the other predictions, not the truth: cell features [..., C] -> [..., 4] as `Outcome.cells`."""
     label, votes, label_votes = (
         cells[..., CELL_FEATURES.index(name)].astype(np.float32) for name in ("label", "votes", "label_votes")
     )
     background_votes = votes - label_votes
     shares = np.stack([label_votes, label - label_votes, 1 - label - background_votes, background_votes], axis=-1)
-    return np.clip(shares, 0.0, 1.0)  # half precision leaves shares a hair below 0
+    return np.clip(shares, 0.0, 1.0)  # half precision can give values slightly below 0
 
 
 def concatenate(parts: Sequence[Rows], places: Sequence[NDArray[np.int64]] | None = None) -> Rows:
-    """Batches -> one, rows in order; at least one batch.
+    """Concatenate at least one batch, with rows in order.
 
-    places: of each batch, [B] where its rows stand in the whole; together they are 0..N-1.
+    places: for each batch, the positions [B] of its rows in the result; together they are 0..N-1.
     """
     first = parts[0]
     order = slice(None) if places is None else np.argsort(np.concatenate(places))
@@ -235,12 +235,12 @@ def _taken(table: Rows, rows: NDArray[np.int64]) -> Rows:
 
 
 def confident_pixels(prob: NDArray[np.floating[Any]], threshold: float) -> BoolArray:
-    """Pixels whose confidence max(p, 1 - p) reaches the threshold; any shape, same shape out."""
+    """Pixels whose confidence max(p, 1 - p) reaches the threshold: any shape -> bool of the same shape."""
     return np.asarray(np.maximum(prob, 1 - prob) >= threshold)
 
 
 def expand_cells(keep_cells: BoolArray, height: int, width: int) -> BoolArray:
-    """[N, G, G] cells -> [N, height, width] pixels; a pixel belongs to the cell that holds its centre."""
+    """Cells [N, G, G] -> pixels [N, height, width]. A pixel belongs to the cell that contains its center."""
     grid = keep_cells.shape[-1]
     rows = ((np.arange(height) + 0.5) * grid / height).astype(np.int64)
     columns = ((np.arange(width) + 0.5) * grid / width).astype(np.int64)
@@ -248,7 +248,7 @@ def expand_cells(keep_cells: BoolArray, height: int, width: int) -> BoolArray:
 
 
 def to_cells(maps: FloatArray, grid: int) -> FloatArray:
-    """[B, M, M] -> [B, G, G] area-weighted means; a pixel on a cell border counts for both by its overlap."""
+    """[B, M, M] -> [B, G, G] area-weighted means. A pixel on a cell border counts for both cells by its overlap."""
     pool = _overlaps(maps.shape[-1], grid)
     return np.asarray(pool @ maps @ pool.T)
 
@@ -261,7 +261,7 @@ def soft_iou(first: FloatArray, second: FloatArray) -> FloatArray:
 
 
 def label_and_surroundings(label: FloatArray) -> FloatArray:
-    """[B, M, M] 0/1 label -> 0/1 map of the label widened by SURROUNDINGS (a square neighbourhood)."""
+    """0/1 mask [B, M, M] -> the mask dilated by SURROUNDINGS with a square, also 0/1."""
     side = label.shape[-1]
     reach = max(1, round(SURROUNDINGS * side))
     near = (np.abs(np.subtract.outer(np.arange(side), np.arange(side))) <= reach).astype(np.float32)
@@ -269,7 +269,7 @@ def label_and_surroundings(label: FloatArray) -> FloatArray:
 
 
 def _mean_inside(values: FloatArray, weight: FloatArray) -> FloatArray:
-    """Weighted mean over the pixels, 0 where the weight is 0 everywhere; [B, M, M] x 2 -> [B]."""
+    """Weighted mean over the pixels, 0 if all weights are 0: two [B, M, M] maps -> [B]."""
     return np.asarray((values * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), EPSILON))
 
 
@@ -280,9 +280,9 @@ def _entropy_bits(prob: FloatArray) -> FloatArray:
 
 
 def _distance_in_radii(label_cells: FloatArray) -> FloatArray:
-    """Distance of each cell from the label's centre of gravity, in radii of a disc of its area, at most FAR_RADII.
+    """Distance of each cell from the mask's centroid, in radii of a disc of the same area, at most FAR_RADII.
 
-    [B, G, G] label shares -> [B, G, G]; an empty label is far from everywhere.
+    [B, G, G] foreground fractions -> [B, G, G]. For an empty mask, every distance is FAR_RADII.
     """
     grid = label_cells.shape[-1]
     centres = (np.arange(grid, dtype=np.float32) + 0.5) / grid
@@ -297,7 +297,7 @@ def _distance_in_radii(label_cells: FloatArray) -> FloatArray:
 
 
 def _overlaps(side: int, grid: int) -> FloatArray:
-    """[grid, side] share of each cell's length that each pixel covers; rows add up to 1."""
+    """[grid, side] fraction of each cell's length that each pixel covers; rows sum to 1."""
     edges = np.arange(grid + 1) * side / grid
     pixels = np.arange(side)
     low = np.maximum(edges[:-1, None], pixels[None, :])

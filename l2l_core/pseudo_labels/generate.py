@@ -1,4 +1,4 @@
-"""A teacher's masks of sentences, as a policy sees them and as the truth judges them."""
+"""Candidate masks from a teacher, their features, and their scores against the ground truth."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ from l2l_core.pseudo_labels.select import Decision
 
 @dataclass(frozen=True)
 class Labels:
-    """What N pairs may be labelled with; masks at their images' own size as run lengths."""
+    """Candidate pseudo-labels of N pairs. Masks have the size of their images and are run-length encoded."""
 
     pairs: Pairs
-    candidates: list[list[bytes]]  # of each pair, one a name in `SelectParams.constructed`
-    confident: list[bytes]  # `threshold`: pixels that pass the fixed confidence threshold; else empty
-    weight: list[bytes]  # `semires`: how much the pixels teach, as in records.PSEUDO_LABELS; else empty
+    candidates: list[list[bytes]]  # for each pair, one per name in `SelectParams.constructed`
+    confident: list[bytes]  # `threshold`: pixels that reach the fixed confidence threshold; else empty
+    weight: list[bytes]  # `semires`: pixel weights, as in records.PSEUDO_LABELS; else empty
 
     def in_order(self, rows: NDArray[np.int64]) -> Labels:
-        """Labels that were made in another order than the pairs': the k-th of pair `rows[k]`."""
+        """Sort labels into the order of the pairs. The k-th label belongs to pair `rows[k]`."""
         order = np.argsort(rows)
         confident, weight = ([part[row] for row in order] if part else [] for part in (self.confident, self.weight))
         return Labels(self.pairs, [self.candidates[row] for row in order], confident, weight)
 
 
 def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candidates]:
-    """What the teacher says of every unlabelled sentence: its candidate labels, and how a policy sees them.
+    """Build the candidate masks of every unlabeled sentence and compute their features.
 
-    Raises InputError where no sentence is unlabelled.
+    Raises InputError if no sentence is unlabeled.
     """
     batches = batches_of(params, pairs_of(params, "unlabeled"))
     if not len(batches.pairs):
@@ -67,11 +67,11 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
         masks = construct(views, names)
         parts.append(describe(views, masks, names, params.select.grid))
         for (height, width), prob, made in zip(batches.pairs.hw[rows].tolist(), views.prob, masks, strict=True):
-            # The teacher's own mask is cut after resizing, as in evaluation.
+            # The teacher's mask is thresholded after resizing, as in evaluation.
             soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
             full = [resize_prob(one.astype(np.float32), height, width) for one in soft]
             labels.candidates.append([encode_rle(one > LABEL_THRESHOLD) for one in full])
-            if params.select.policy == "threshold":  # whose first candidate is the teacher's mask
+            if params.select.policy == "threshold":  # the first candidate is then the teacher's mask
                 labels.confident.append(encode_rle(confident_pixels(full[0], params.select.pixel_threshold)))
             if params.select.policy == "semires":
                 weight = semires_weight(resize_prob(prob, params.proposals.size_px, params.proposals.size_px))
@@ -80,7 +80,7 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
 
 
 def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]:
-    """How teachers would label the labelled sentences of images that they never saw, and how right that is."""
+    """Score the fold teachers' candidates on labeled sentences whose images they never saw."""
     labeled = pairs_of(params, "labeled")
     fold = fold_of_images(labeled.image_row, params.select.folds, params.seed)
     parts = []
@@ -95,14 +95,14 @@ def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]
 
 
 def images_of(params: Params, sent_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[N] labeled sentences -> the row of each one's image."""
+    """IDs of labeled sentences [N] -> image row of each sentence [N]."""
     return pairs_of(params, "labeled").with_sent_ids(sent_ids).image_row
 
 
 def judge_labeled(
     params: Params, teacher: Predictor, batches: BatchMaker, targets: Targets, what: str
 ) -> tuple[Candidates, Outcome]:
-    """How a teacher would label pairs whose truth is known, and how right that is, in the order of the pairs."""
+    """Features and scores of a teacher's candidates for pairs with ground truth, in the order of the pairs."""
     names = params.select.constructed
     candidates, outcomes, visited = [], [], []
     for rows, views in teacher.views(batches, params.evaluate.batch_size, what):
@@ -115,9 +115,9 @@ def judge_labeled(
 
 
 def judge_unlabeled(params: Params, labels: Labels, masks_path: Path) -> Outcome:
-    """The truth about candidate labels, for the oracle alone.
+    """Score the candidates of unlabeled sentences against the ground truth. Only the oracle uses this.
 
-    Raises ArtifactError where the data set has no truth for an unlabelled sentence.
+    Raises ArtifactError if the dataset has no ground truth for an unlabeled sentence.
     """
     batches = batches_of(params, labels.pairs)
     truth = load_targets(masks_path, records.INDEX, labels.pairs)
@@ -132,7 +132,7 @@ def judge_unlabeled(params: Params, labels: Labels, masks_path: Path) -> Outcome
 
 
 def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candidates, decision: Decision) -> pa.Table:
-    """The round's pseudo-labels (records.PSEUDO_LABELS), one row an unlabelled sentence."""
+    """The round's pseudo-labels (records.PSEUDO_LABELS), one row per unlabeled sentence."""
     keep = [
         _keep_rle(params, labels, decision, row, height, width)
         for row, (height, width) in enumerate(labels.pairs.hw.tolist())
@@ -159,7 +159,7 @@ def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candid
 
 
 def _keep_rle(params: Params, labels: Labels, decision: Decision, row: int, height: int, width: int) -> bytes:
-    """Pixels of one label that may teach; none of a rejected one."""
+    """Valid pixels of one pseudo-label, run-length encoded. A rejected one has none."""
     if not decision.accepted[row]:
         return encode_rle(np.zeros((height, width), dtype=bool))
     if params.select.policy == "threshold":

@@ -1,4 +1,4 @@
-"""The policy: a critic's estimates, and actors that say how much each candidate is wanted and which cells are kept."""
+"""The policy: a critic that estimates IoU, and actors that choose a candidate and the cells to keep."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from l2l_core.pseudo_labels.critic import Critic
 from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, BoolArray, Candidates, FloatArray
 
 HIDDEN = 16
-"""Width of the hidden layers: about 1,900 weights, since a few hundred labelled sentences must not be learnt by
-heart."""
+"""Width of the hidden layers. It gives about 1,900 weights, few enough not to overfit a few hundred labeled
+sentences."""
 
 KEEP_BIAS = 3.0
-"""Where the cells' logits start: 95 % are kept. From 50 % every label looks worthless at first, right ones too, and
-with a `wrong_cost` of 2 the policy learns to reject all of them before it learns which cells are wrong."""
+"""Initial logit of the cells: 95 % are kept. At 50 %, even correct candidates look worthless at first. With a
+`wrong_cost` of 2, the policy then learns to reject all of them before it learns which cells are wrong."""
 
 MAX_DEVIATIONS = 4.0
-"""Standardised features are cut here, so that no outlier of an unlabelled sentence drives a decision."""
+"""Standardized features are clipped here, so that no outlier of an unlabeled sentence drives a decision."""
 
 ROWS_AT_ONCE = 512
 """Sentences per forward pass outside training: a few tens of MB."""
 
 
 class Actor(nn.Module):
-    """Two heads over the standardized features of one candidate: how much it is wanted, and which cells to keep.
+    """Two heads over the standardized features of one candidate: a choice logit, and a keep logit for each cell.
 
-    One of a sentence's candidates is taken, or none: the softmax of their logits and of 0 for "none". The cell head
-    sees a cell, the mean of its 3 x 3 neighbourhood and the sentence, so that mirrored input gives mirrored decisions.
-    It starts undecided about labels (all are as likely as "none") and with nearly all of their cells (KEEP_BIAS).
+    The policy takes one of a sentence's candidates or none: a softmax over their choice logits and 0 for "none". The
+    cell head sees the cell, the mean of its 3 x 3 neighborhood and the sentence features, so mirrored input gives
+    mirrored decisions. At the start, all candidates are as likely as "none", and nearly all cells are kept (KEEP_BIAS).
     """
 
     sentence_mean: Tensor
@@ -45,7 +45,7 @@ class Actor(nn.Module):
     cell_std: Tensor
 
     def __init__(self, generator: torch.Generator) -> None:
-        """Random hidden layers from the generator, identity scaling."""
+        """Draw the hidden layers from the generator; set the scaling to identity."""
         super().__init__()
         sentences, cells = len(SENTENCE_FEATURES), len(CELL_FEATURES)
         self.sentence_hidden = _weights(HIDDEN, sentences, generator)
@@ -67,14 +67,14 @@ class Actor(nn.Module):
         self.register_buffer("cell_std", torch.ones(cells))
 
     def standardize(self, cells: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
-        """Features in standard deviations from their mean, within MAX_DEVIATIONS; shapes stay, float32."""
+        """Standardize features and clip them to MAX_DEVIATIONS: same shapes, float32."""
         return (
             ((cells.float() - self.cell_mean) / self.cell_std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS),
             ((sentence - self.sentence_mean) / self.sentence_std).clamp(-MAX_DEVIATIONS, MAX_DEVIATIONS),
         )
 
     def forward(self, cells: Tensor, sentence: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised cells [..., G, G, C] and sentences [..., D] -> take logits [...], keep logits [..., G, G]."""
+        """Standardized cells [..., G, G, C] and sentences [..., D] -> choice logits [...], keep logits [..., G, G]."""
         leading, (grid, channels) = sentence.shape[:-1], cells.shape[-2:]
         sentence = sentence.reshape(-1, sentence.shape[-1])
         cells = cells.reshape(-1, grid, grid, channels)
@@ -91,21 +91,21 @@ class Actor(nn.Module):
 
 @dataclass(frozen=True)
 class Action:
-    """What a policy does with N sentences: the candidate that it wants most stands for the sentence."""
+    """The policy's action for N sentences. It chooses the candidate with the highest choice logit."""
 
     choice: NDArray[np.int64]  # [N]
-    accept_logit: FloatArray  # [N] of taking any candidate rather than none
-    accept_prob: FloatArray  # [N] calibrated probability that the label of the chosen candidate is right
-    accepted: BoolArray  # [N] may it teach?
-    keep_prob: FloatArray  # [N, G, G] of its cells
+    accept_logit: FloatArray  # [N] logit of taking any candidate rather than none
+    accept_prob: FloatArray  # [N] calibrated probability that the chosen candidate is correct
+    accepted: BoolArray  # [N] whether it becomes a pseudo-label
+    keep_prob: FloatArray  # [N, G, G] keep probability of its cells
 
 
 def act(actors: Sequence[Actor], candidates: Candidates, slope: float = 1.0) -> Action:
-    """What the mean of the actors' logits chooses for every sentence.
+    """Choose a candidate for every sentence by the mean of the actors' logits.
 
-    slope: calibrates accept_prob, which exceeds 0.5 exactly where the actors' own probability does. A candidate without
-    a kept foreground cell would teach "there is nothing", which is never what a sentence means: it is not accepted, and
-    chosen only where the sentence has no other.
+    slope: calibrates accept_prob, which exceeds 0.5 exactly if the actors' probability does. A candidate without a kept
+    foreground cell would teach an empty mask, but every sentence refers to something. Such a candidate is never
+    accepted. It is chosen only if the sentence has no other.
     """
     count, _, grid = candidates.cells.shape[:3]
     choice = np.empty(count, dtype=np.int64)
@@ -133,20 +133,20 @@ def act(actors: Sequence[Actor], candidates: Candidates, slope: float = 1.0) -> 
 
 @dataclass(frozen=True)
 class Policy:
-    """A trained critic with the actors that improve on it."""
+    """A trained critic and the actors that improve on it."""
 
     critic: Critic
     actors: tuple[Actor, ...]
     slope: float  # see `act`
 
     def act(self, candidates: Candidates) -> Action:
-        """What is chosen of every sentence's candidates, which the critic judges first."""
+        """Estimate IoU with the critic, then choose a candidate for every sentence."""
         return act(self.actors, self.critic.judge(candidates), self.slope)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread: sums come out the same to the bit whatever the machine's cores."""
+    """Run torch on one thread, so that sums are bitwise equal on any number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -156,7 +156,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _weights(outputs: int, inputs: int, generator: torch.Generator | None = None) -> nn.Parameter:
-    """[outputs, inputs] normal weights that keep the variance of standardized input, or zeros without a generator."""
+    """[outputs, inputs] normal weights that preserve the variance of standardized input; zeros without a generator."""
     if generator is None:
         return nn.Parameter(torch.zeros(outputs, inputs))
     return nn.Parameter(torch.randn(outputs, inputs, generator=generator) / math.sqrt(inputs))

@@ -1,8 +1,8 @@
-"""Training of the policy: actors that start from the critic's estimates and improve on them by REINFORCE.
+"""Policy training: actors start from the critic's estimates and improve on them by REINFORCE.
 
-The baseline of a drawn action is the mean reward of the others of its group. A KL term holds an actor near the critic,
-so that a candidate that has become unlikely keeps being explored. The actors of an ensemble are averaged. There is no
-ratio clipping, and advantages are not divided by their spread.
+The baseline of an action is the mean reward of the other actions in its group. A KL term keeps an actor near the
+critic, so that it still explores unlikely candidates. The actors form an ensemble and are averaged. There is no ratio
+clipping, and advantages are not divided by their standard deviation.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ from l2l_core.pseudo_labels.policy import Actor, Policy, act, one_thread
 from l2l_core.pseudo_labels.reward import RIGHT_IOU, agreement_reliability, utility, utility_of_sums
 
 SENTENCES_PER_STEP = 64
-"""Labelled sentences in a step, and as many unlabelled ones; bounds the memory of a step whatever the label budget."""
+"""Labeled sentences per step, and as many unlabeled ones. This bounds a step's memory for any label budget."""
 
 ACTORS = 3
-"""Actors that are trained and averaged: the seed of one no longer decides."""
+"""Number of actors in the ensemble. Averaging reduces the effect of the seed."""
 
 NOISES = (0.5, 0.0)
-"""Deviations tried for the normal noise on standardized sentence features, against learning a few sentences by heart.
-The critic's estimate gets none. The one of the highest out-of-fold reward is taken; of equal ones the first."""
+"""Standard deviations to try for Gaussian noise on the standardized sentence features, against overfitting. The
+critic's estimate gets no noise. The value with the highest out-of-fold reward wins; in a tie, the first."""
 NOISE_FOLDS = 2
 NOISE_STEPS = 4
-"""The noise is chosen by actors of one in NOISE_STEPS steps, on labeled sentences that they did not learn from."""
+"""The actors that choose the noise train for 1 / NOISE_STEPS of the steps and are scored on held-out sentences."""
 FEWEST_FOR_NOISE = 20
-"""Labeled sentences; with fewer, the first noise is taken."""
+"""With fewer labeled sentences, the first noise is used."""
 
 CRITIC_SHARPNESS = 8.0
-"""Logit of taking a candidate, per unit of the utility that the critic's estimate promises: where an actor starts."""
+"""An actor's initial choice logit, per unit of the utility that the critic's estimate implies."""
 
 CRITIC_WEIGHT = 0.1
-"""Weight of the KL divergence between an actor's choice and the critic's."""
+"""Weight of the KL divergence between the choices of an actor and the critic."""
 
 WEIGHT_DECAY = 0.01
-"""AdamW's usual value."""
+"""The usual value of AdamW."""
 
 UNLABELED_SENTENCES = 2000
-"""Evenly picked unlabeled sentences that the training reads: for the scaling of the features and for agreement."""
+"""Maximum unlabeled sentences in training, evenly picked. They set the feature scaling and the agreement reward."""
 
 SMALLEST_STD = 1e-3
-"""A feature that varies less counts as constant (proposal_score when every score is 1): it stays near 0 and gets no
-noise, instead of drowning the others."""
+"""A feature with a smaller standard deviation counts as constant (proposal_score if every score is 1). It stays near 0
+and gets no noise, so that it does not dominate the others."""
 
 CURVE_COLUMNS = ("step", "reward", "keep_rate", "accept_rate", "entropy", "advantage_std")
 """Columns of the training curve: see `TrainedPolicy`."""
 
 CURVE_EVERY = 10
-"""Steps averaged into one row of the curve."""
+"""Number of steps averaged into one row of the curve."""
 
 SLOPES = np.logspace(-2, 1, 301)
-"""Calibrations tried, from far too sure to far too shy."""
+"""Calibration slopes to try: small ones for overconfident actors, large ones for underconfident ones."""
 
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A policy and the curve of its first actor: one dict each CURVE_EVERY steps.
+    """A policy and the curve of its first actor: one dict per CURVE_EVERY steps.
 
-    step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probabilities of
-    taking any candidate, keeping a cell. entropy: of the choice plus the mean of the cells', in nats.
-    advantage_std: spread of the advantages. All over the labelled sentences of the steps.
+    step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probability of
+    taking any candidate, and of keeping a cell. entropy: of the choice plus the mean over the cells, in nats.
+    advantage_std: standard deviation of the advantages. All are over the labeled sentences of the steps.
     """
 
     policy: Policy
@@ -86,14 +86,14 @@ def train_policy(
     seed: int,
     image: NDArray[np.int64] | None = None,
 ) -> TrainedPolicy:
-    """Learn which candidates to accept and which cells to keep, on one CPU thread; the same bits for the same input.
+    """Learn which candidates to accept and which cells to keep. Runs on one CPU thread and is bitwise reproducible.
 
     labeled, outcome: the same labeled sentences in the same order. Their candidates come from teachers that never saw
     their images.
     unlabeled: may be empty. Training reads at most UNLABELED_SENTENCES of them.
     image: [N] image row of each labeled sentence. None: every sentence belongs to a different image.
 
-    If all labels are wrong, the policy learns to keep nothing. If all are right, it learns to keep nearly everything.
+    If all candidates are wrong, the policy learns to keep nothing. If all are correct, it keeps nearly everything.
     Below FEWEST_FOR_NOISE labeled sentences, the first of NOISES is used. Raises ValueError if there is no labeled
     sentence or if the rows do not match.
     """
@@ -118,13 +118,13 @@ def train_policy(
 def policy_gradient_loss(
     take_logit: Tensor, keep_logit: Tensor, take: Tensor, keep: Tensor, advantage: Tensor
 ) -> Tensor:
-    """A scalar whose gradient is minus the REINFORCE estimate of the gradient of the mean expected reward.
+    """A scalar whose gradient is the negative REINFORCE estimate of the gradient of the mean expected reward.
 
-    take_logit [B, K] and keep_logit [B, K, G, G] require gradients; take [S, B] and keep [S, B, G, G] are drawn
-    actions: the candidate that is taken, K where none is, and 1 where a cell of it is kept, else 0; advantage [S, B].
-    Where none is taken, the cells are no part of the action: they cannot change the reward.
+    take_logit [B, K] and keep_logit [B, K, G, G] require gradients. take [S, B] and keep [S, B, G, G] are drawn
+    actions: the candidate taken (K for none), and 1 for each of its cells that is kept, else 0. advantage: [S, B].
+    If none is taken, the cells are not part of the action, since they cannot change the reward.
     """
-    # Products of matrices over the cells: maps of every drawn action would cost many times as much.
+    # Matrix products over the cells are far cheaper than one map per drawn action.
     kept = torch.einsum("sbij,bkij->sbk", keep, keep_logit)
     of_cells = _of_taken(kept - functional.softplus(keep_logit).sum((-2, -1)), take)
     log_prob = _with_none(take_logit).log_softmax(1)[torch.arange(len(take_logit)), take] + of_cells
@@ -132,7 +132,7 @@ def policy_gradient_loss(
 
 
 def group_advantage(reward: Tensor) -> Tensor:
-    """Reward minus the mean reward of the OTHER actions of the group: [S, B] -> [S, B], S >= 2, unbiased."""
+    """Reward minus the mean reward of the OTHER actions in the group: [S, B] -> [S, B], S >= 2, unbiased."""
     size = reward.shape[0]
     return (reward - reward.mean(0)) * (size / (size - 1))
 
@@ -146,7 +146,7 @@ def _choose_noise(
     params: SelectParams,
     seed: int,
 ) -> float:
-    """The noise of NOISES whose actors earn most on labeled images that they did not learn from."""
+    """The noise of NOISES whose actors earn the highest reward on held-out labeled images."""
     steps = params.policy_steps // NOISE_STEPS
     if len(image) < FEWEST_FOR_NOISE or len(np.unique(image)) < NOISE_FOLDS or not steps:
         return NOISES[0]
@@ -166,7 +166,7 @@ def _choose_noise(
 
 
 def _expected_reward(actor: Actor, candidates: Candidates, outcome: Outcome, params: SelectParams) -> float:
-    """Summed over the sentences: what is earned by drawing the candidate and keeping the likely cells of it."""
+    """Reward summed over sentences, if candidates are drawn and cells with positive keep logits are kept."""
     with torch.no_grad():
         take_logit, keep_logit = actor(
             *actor.standardize(torch.from_numpy(candidates.cells), torch.from_numpy(candidates.sentence))
@@ -176,21 +176,21 @@ def _expected_reward(actor: Actor, candidates: Candidates, outcome: Outcome, par
 
 
 def _new_actor(scaling: Mapping[str, Tensor], params: SelectParams, generator: torch.Generator) -> Actor:
-    """An actor that chooses as the critic does: its logit is CRITIC_SHARPNESS times the utility that is promised."""
+    """An actor that chooses as the critic does: its logit is CRITIC_SHARPNESS times the estimated utility."""
     actor = Actor(generator)
     for name, values in scaling.items():
         getattr(actor, name).copy_(values)
     mean, std = actor.sentence_mean[ESTIMATE], actor.sentence_std[ESTIMATE]
     best, worst = (_critic_logit(torch.tensor(estimate), params) for estimate in (1.0, 0.0))
     with torch.no_grad():
-        # The logit is linear in the estimate, of which the actor sees (estimate - mean) / std.
+        # The logit is linear in the estimate. The actor sees it as (estimate - mean) / std.
         actor.accept_bias.fill_(_critic_logit(mean, params))
         actor.accept_direct[0, ESTIMATE] = (best - worst) * std
     return actor
 
 
 def _critic_logit(estimate: Tensor, params: SelectParams) -> Tensor:
-    """Logit of taking a label of that IoU, by the utility that it promises; any shape, same shape out."""
+    """Choice logit of a candidate with this estimated IoU, by its utility: any shape -> same shape."""
     return CRITIC_SHARPNESS * ((1 + params.wrong_cost) * estimate - params.wrong_cost)
 
 
@@ -204,7 +204,7 @@ def _improve(
     noise: float,
     generator: torch.Generator,
 ) -> list[dict[str, float]]:
-    """Train in place; returns the curve."""
+    """Train the actor in place and return the curve."""
     weight = params.unlabeled_weight * _reliability(labeled, outcome, params)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps_to_do))
@@ -242,7 +242,7 @@ def _explore(
     feature_noise: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Draw a group of actions for each of the rows, score them by `shares` [B, K, G, G, 4]: loss and curve values."""
+    """Draw a group of actions per row and score them by `shares` [B, K, G, G, 4]. Return loss and curve values."""
     cells, sentence = policy.standardize(
         torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
     )
@@ -273,33 +273,33 @@ def _explore(
 
 
 def _of_taken(values: Tensor, take: Tensor) -> Tensor:
-    """Values of drawn actions: values [S, B, K] of each candidate, take [S, B] -> [S, B], 0 where none is taken."""
+    """Candidate values [S, B, K] and drawn actions take [S, B] -> values of the actions [S, B], 0 for none."""
     return functional.pad(values, (0, 1)).gather(2, take[..., None])[..., 0]
 
 
 def _with_none(take_logit: Tensor) -> Tensor:
-    """Logits of the candidates and, last, of taking none: [..., K] -> [..., K + 1]."""
+    """Append the logit 0 for "none" to the candidates' logits: [..., K] -> [..., K + 1]."""
     return functional.pad(take_logit, (0, 1))
 
 
 def _divergence(take_logit: Tensor, critic_logit: Tensor) -> Tensor:
-    """Mean KL(actor || critic) of the choice among the candidates and none, in nats; [B, K] x 2."""
+    """Mean KL(actor || critic) of the choice among the candidates and none, in nats; both logits are [B, K]."""
     actor, critic = (_with_none(logit).log_softmax(1) for logit in (take_logit, critic_logit))
     return (actor.exp() * (actor - critic)).sum(1).mean()
 
 
 def _entropy(take_logit: Tensor, keep_logit: Tensor) -> Tensor:
-    """Mean entropy of the choice plus that of a cell's decision, in nats."""
+    """Mean entropy of the choice plus mean entropy of a cell's decision, in nats."""
     log_prob = _with_none(take_logit).log_softmax(1)
     of_cells = functional.softplus(keep_logit) - torch.sigmoid(keep_logit) * keep_logit
     return of_cells.mean() - (log_prob.exp() * log_prob).sum(1).mean()
 
 
 def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> float:
-    """How well agreement predicts the truth of the labelled sentences' candidates, in [0, 1].
+    """How well agreement predicts whether the candidates of labeled sentences are correct, in [0, 1].
 
-    Over all kinds together, since it is heard where they compete: the proposal is one of the opinions that agree, so
-    that a label made of it agrees by construction, and where such labels are wrong this counts against agreement.
+    All kinds of candidates count together, since the agreement reward compares them. The proposal is one of the
+    predictions that vote, so candidates built from it agree by construction. If they are wrong, reliability drops.
     """
     shares = torch.from_numpy(agreement(labeled.cells))
     by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost).numpy()
@@ -307,7 +307,7 @@ def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) ->
 
 
 def _scaling(labeled: Candidates, unlabeled: Candidates) -> dict[str, Tensor]:
-    """Means and deviations of the features, by their names in an actor."""
+    """Means and standard deviations of the features, keyed by the actor's buffer names."""
     sentence = np.concatenate([labeled.sentence, unlabeled.sentence]).astype(np.float64)
     cells = np.concatenate([labeled.cells, unlabeled.cells]).astype(np.float32)
     found = {
@@ -320,11 +320,11 @@ def _scaling(labeled: Candidates, unlabeled: Candidates) -> dict[str, Tensor]:
 
 
 def _calibrate(actors: Sequence[Actor], labeled: Candidates, outcome: Outcome) -> float:
-    """The slope by which the chosen label's probability is that of being right, by least log loss.
+    """The slope that minimizes the log loss of accept_prob as the probability that the chosen candidate is correct.
 
-    Of the labeled sentences, with their honest estimates. A slope without offset leaves every decision as it is.
-    Targets are Platt's (1999), drawn in from 0 and 1 by the count of their class, so that few sentences never make the
-    policy certain.
+    Uses the labeled sentences with their out-of-fold estimates. A slope without offset leaves every decision unchanged.
+    Targets follow Platt (1999): class counts pull them away from 0 and 1, so a few sentences never make the policy
+    certain.
     """
     action = act(actors, labeled)
     logit = action.accept_logit.astype(np.float64)

@@ -1,4 +1,4 @@
-"""What a decision is worth: the utility of the kept pixels, and how far agreement may stand in for the truth."""
+"""The reward: the utility of the kept pixels, and the reliability of agreement as a substitute for the truth."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from l2l_core.core.metrics import auroc
 from l2l_core.pseudo_labels.features import FloatArray
 
 RIGHT_IOU = 0.5
-"""A label whose IoU with the truth exceeds this is right; at wrong_cost 1 keeping all of it has a utility > 0."""
+"""A mask is correct if its IoU with the truth exceeds this. At wrong_cost 1, keeping all of it has a utility > 0."""
 
 SMALLEST_SHARE = 1e-6
-"""Lower bound of a denominator, far below one pixel's share of an image: only an empty mask reaches it."""
+"""Lower bound of a denominator. It is far below the area fraction of one pixel, so only an empty mask reaches it."""
 
 
 def utility(cells: Tensor, keep: Tensor, wrong_cost: float) -> Tensor:
-    """How much the kept pixels teach, in [-wrong_cost, 1]; 0 where nothing is kept.
+    """Utility of the kept pixels, in [-wrong_cost, 1]; 0 if nothing is kept.
 
-    u = r (1 + b) / 2 - wrong_cost * w, with the kept shares, out of all the label's pixels of that kind,
-    r: right foreground over the union of label and truth, so that small objects count like large ones,
-    w: wrong pixels of both kinds over the same union,
-    b: right background over all right background. It only counts times r: background alone is worth nothing.
-    All kept: u = (1 + wrong_cost) IoU - wrong_cost.
+    u = r (1 + b) / 2 - wrong_cost * w, where
+    r: kept correct foreground over the union of mask and truth, so that small objects count like large ones,
+    w: kept wrong pixels, foreground and background, over the same union,
+    b: kept correct background over all correct background. It counts only times r: background alone is worth nothing.
+    If all pixels are kept: u = (1 + wrong_cost) IoU - wrong_cost.
 
     cells: [..., G, G, 4] as in Outcome; keep: [..., G, G] in [0, 1], leading axes broadcast; returns [...].
     """
@@ -29,7 +29,7 @@ def utility(cells: Tensor, keep: Tensor, wrong_cost: float) -> Tensor:
 
 
 def utility_of_sums(kept: Tensor, whole: Tensor, wrong_cost: float) -> Tensor:
-    """`utility`, from a label's cells [..., 4] summed over those that are kept and over all; returns [...]."""
+    """`utility` from sums over the kept cells and over all cells, both [..., 4]; returns [...]."""
     right_foreground, wrong_foreground, right_background, wrong_background = whole.unbind(-1)
     union = (right_foreground + wrong_foreground + wrong_background).clamp_min(SMALLEST_SHARE)
     r = kept[..., 0] / union
@@ -39,9 +39,10 @@ def utility_of_sums(kept: Tensor, whole: Tensor, wrong_cost: float) -> Tensor:
 
 
 def agreement_reliability(agreement_utility: FloatArray, iou: FloatArray) -> float:
-    """How well the utility by agreement tells right labels from wrong ones: max(0, 2 AUROC - 1) in [0, 1].
+    """How well the agreement utility separates correct from wrong masks: max(0, 2 AUROC - 1) in [0, 1].
 
-    Both [N], of labelled sentences. 0 where all labels are right or all are wrong: then nothing is known about it.
+    Both inputs are [N], from labeled sentences. Returns 0 if all masks are correct or all are wrong, since AUROC is
+    then undefined.
     """
     percent = auroc(agreement_utility, iou > RIGHT_IOU)
     return 0.0 if percent is None else max(0.0, 2 * percent / 100 - 1)

@@ -1,4 +1,4 @@
-"""Fixed rules: rank the labels by a score and accept the best share."""
+"""Fixed rules: rank the pseudo-labels by a score and accept the best fraction."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from l2l_core.pseudo_labels.features import BoolArray, Candidates, FloatArray
 
 
 def mean_rank(score: NDArray[np.floating[Any]]) -> FloatArray:
-    """Rank of each score, 1 / N for the lowest to 1 for the highest; equal scores share the mean of theirs. [N]."""
+    """Ranks of scores [N], from 1 / N for the lowest to 1 for the highest. Ties get their mean rank."""
     _, group, sizes = np.unique(score, return_inverse=True, return_counts=True)
     last = np.cumsum(sizes)
     return ((last - (sizes - 1) / 2)[group] / max(len(score), 1)).astype(np.float32)
 
 
 def rank_sum(candidates: Candidates) -> FloatArray:
-    """Mean of the ranks by confidence and by agreement with the prior, [N] in (0, 1]."""
+    """Mean rank by confidence and by agreement with the prior, [N] in (0, 1]."""
     return np.float32(0.5) * (mean_rank(candidates.confidence) + mean_rank(candidates.prior_iou))
 
 
 def best_fraction(score: FloatArray, sent_id: NDArray[np.int64], fraction: float) -> BoolArray:
-    """Mark the round(fraction * N) highest scores, at least one; of equal scores the smaller sent_id goes first."""
+    """Mark the round(fraction * N) highest scores, at least one. The smaller sent_id wins ties. Returns bool [N]."""
     count = max(1, math.floor(fraction * len(score) + 0.5))
     accepted = np.zeros(len(score), dtype=bool)
     accepted[np.lexsort((sent_id, -score))[:count]] = True
@@ -32,10 +32,10 @@ def best_fraction(score: FloatArray, sent_id: NDArray[np.int64], fraction: float
 
 
 def semires_weight(prob: FloatArray) -> FloatArray:
-    """How much a pixel teaches, from the teacher's foreground probability; any shape in [0, 1], same shape out.
+    """Pixel weight from the teacher's foreground probability in [0, 1]: any shape -> same shape.
 
-    1.3 - N(p; mean 0.5, variance 0.1), a normal density: 0.038 where the teacher is undecided, 0.939 where it is sure.
-    SemiRES ("SAM as the Guide", ICML 2024) weighs so the pixels of labels for which it finds no matching mask of SAM.
+    1.3 - N(p; mean 0.5, variance 0.1), a normal density: 0.038 if the teacher is undecided, 0.939 if it is certain.
+    SemiRES ("SAM as the Guide", ICML 2024) applies this weight to pseudo-labels without a matching SAM mask.
     """
     density = np.exp(-((prob - 0.5) ** 2) / (2 * 0.1)) / math.sqrt(2 * math.pi * 0.1)
     return np.asarray(1.3 - density, dtype=np.float32)

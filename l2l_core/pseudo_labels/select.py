@@ -1,4 +1,4 @@
-"""Which labels are accepted and which of their cells may teach, by the rule that params.yaml names."""
+"""Apply the selection rule of params.yaml: accept pseudo-labels and keep their cells."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from l2l_core.pseudo_labels.rules import best_fraction, mean_rank, rank_sum
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided about N sentences."""
+    """The selection for N sentences."""
 
-    choice: NDArray[np.int64]  # [N] candidate that is the sentence's label
-    accept_prob: FloatArray  # [N] in [0, 1], what the labels are ranked by: see `decide`
-    accepted: BoolArray  # [N] may the label teach?
-    keep_cells: BoolArray  # [N, G, G] its cells that may teach; none of a rejected label
-    reward: FloatArray  # [N] utility of the kept cells: by the truth where it is given, else by agreement
+    choice: NDArray[np.int64]  # [N] candidate that becomes the sentence's pseudo-label
+    accept_prob: FloatArray  # [N] ranking score in [0, 1]: see `decide`
+    accepted: BoolArray  # [N] whether the pseudo-label is used in training
+    keep_cells: BoolArray  # [N, G, G] valid cells; none if rejected
+    reward: FloatArray  # [N] utility of the kept cells: by the truth if given, else by agreement
 
 
 def decide(
     params: SelectParams, candidates: Candidates, policy: Policy | None, outcome: Outcome | None = None
 ) -> Decision:
-    """Apply `params.policy`; every rule but `reinforce` keeps all cells of the labels that it accepts.
+    """Apply `params.policy`. Every rule except `reinforce` keeps all cells of the pseudo-labels that it accepts.
 
-    Fixed rules take each sentence's first candidate, the oracle the one of the highest IoU. accept_prob is the
-    calibrated probability of a right label (reinforce), the rank of the rule's score (topk, agreement, ranksum), the
-    IoU (oracle), 1 (all, threshold, semires, mean_teacher) or 0 (none). `threshold` accepts everything: it drops
-    pixels, not cells, by `confident_pixels`; `semires` weighs them; `mean_teacher` labels anew while it trains. Raises
-    ValueError where the rule lacks its policy or outcome.
+    Fixed rules take each sentence's first candidate, the oracle the one with the highest IoU. accept_prob is the
+    calibrated probability of a correct pseudo-label (reinforce), the rank of the rule's score (topk, agreement,
+    ranksum), the IoU (oracle), 1 (all, threshold, semires, mean_teacher) or 0 (none). `threshold` accepts everything
+    and drops pixels instead of cells, by `confident_pixels`. `semires` weights pixels. `mean_teacher` relabels during
+    training. Raises ValueError if the rule lacks its policy or outcome, or if the outcome is of other sentences.
     """
     count, grid = len(candidates.sent_id), candidates.cells.shape[2]
     everyone, choice = np.arange(count), np.zeros(count, dtype=np.int64)
@@ -77,7 +77,7 @@ def decide(
 def _reward(
     params: SelectParams, candidates: Candidates, outcome: Outcome | None, choice: NDArray[np.int64], keep: BoolArray
 ) -> FloatArray:
-    """Utility of the kept cells of each sentence's label, [N]."""
+    """Utility of the kept cells of each sentence's pseudo-label, [N]."""
     reward = np.empty(len(keep), dtype=np.float32)
     with one_thread():
         for start in range(0, len(keep), ROWS_AT_ONCE):

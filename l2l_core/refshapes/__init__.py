@@ -1,1 +1,1 @@
-"""The built-in data set: scenes, their sentences, and the solver that checks them."""
+"""The built-in dataset: scenes, their sentences, and the solver that checks them."""

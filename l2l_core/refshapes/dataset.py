@@ -1,8 +1,8 @@
-"""RefShapes, the embedded data set: procedural scenes with sentences that a solver found unambiguous.
+"""RefShapes, the built-in dataset: procedural scenes with sentences that a solver found unambiguous.
 
-Written in the layout of lichengunc/refer, so that the reader of RefCOCO reads it: refs(refshapes).json,
-instances.json, images/*.png. The same parameters give the same bytes. It is a benchmark: whatever changes a scene or a
-sentence raises REFSHAPES_VERSION.
+The files follow the layout of lichengunc/refer, so the RefCOCO reader reads them: refs(refshapes).json,
+instances.json, images/*.png. The same parameters give the same bytes. RefShapes is a benchmark: any change of a scene
+or a sentence must raise REFSHAPES_VERSION.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from l2l_core.refshapes.solver import World, measure, solve
 REFSHAPES_VERSION = "1"
 
 SPLIT_STREAMS = {"train": 0, "val": 1, "test": 2, "extra": 3}
-"""Number that keeps a split's random stream apart; `extra` is for scenes beyond the written data set."""
+"""Number that separates a split's random stream; `extra` is for scenes beyond the written dataset."""
 
-TRIES_PER_OBJECT = 12  # draws of a sentence before another object is tried; a style suits an object soon or never
+TRIES_PER_OBJECT = 12  # sentence draws before trying another object; a style fits an object soon or never
 IMAGES_PER_PROCESS = 200
-"""Fewest images for which another process pays: drawing them takes some seconds, its start about one."""
-SAME_OBJECT_SHARE = 0.4  # of an image's further sentences, those that name an object named before
+"""Fewest images that justify another process: drawing them takes a few seconds, starting it about one."""
+SAME_OBJECT_SHARE = 0.4  # share of an image's further sentences that repeat an earlier target
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A sentence that means objects[target] of its scene and nothing else."""
+    """A sentence that refers to objects[target] of its scene and to no other object."""
 
     target: int
     style: str
@@ -55,7 +55,7 @@ def make_scene(
 ) -> tuple[Scene, tuple[Expression, ...]]:
     """Scene `index` of a split with its sentences, grouped by target; any index >= 0 exists.
 
-    Different (seed, split, index) draw from different random streams. Styles take turns over the sentences of a split.
+    Different (seed, split, index) use different random streams. Styles alternate over the sentences of a split.
     """
     rng = np.random.default_rng([seed, SPLIT_STREAMS[split], index])
     styles = [STYLES[(index * sentences + k) % len(STYLES)] for k in range(sentences)]
@@ -67,7 +67,7 @@ def make_scene(
 
 
 def write_refshapes(folder: str | Path, params: RefShapesParams) -> None:
-    """Write the data set as a whole, in place of what was there; on failure the old folder stays."""
+    """Write the dataset atomically, replacing the folder; on failure, the old folder stays."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     building, retired = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
@@ -83,7 +83,7 @@ def write_refshapes(folder: str | Path, params: RefShapesParams) -> None:
 
 
 def _describe(scene: Scene, styles: list[str], rng: np.random.Generator) -> list[Expression] | None:
-    """One expression a style, no sentence twice; None where the scene has none for some style."""
+    """One expression per style, all distinct; None if the scene has none for some style."""
     world = measure(scene.objects, scene.masks)
     named: list[Expression] = []
     for style in styles:
@@ -112,7 +112,7 @@ def _unambiguous(target: int, scene: Scene, world: World, style: str, rng: np.ra
 def _scenes(
     wanted: Sequence[tuple[str, int]], params: RefShapesParams
 ) -> Iterator[tuple[Scene, tuple[Expression, ...]]]:
-    """`make_scene` of every (split, index), in order; many of them by one process a core."""
+    """`make_scene` of every (split, index), in order; large numbers run in one process per core."""
     splits, indices = zip(*wanted, strict=True)
     make = partial(_make, params)
     workers = min(thread_count(), len(wanted) // IMAGES_PER_PROCESS)
@@ -176,7 +176,7 @@ def _fill(folder: Path, params: RefShapesParams) -> None:
 
 
 def _annotation(scene: Scene, index: int, ann_id: int, image_id: int) -> dict[str, Any]:
-    """COCO annotation of one object's visible pixels, with its attributes beside it."""
+    """COCO annotation of one object's visible pixels, plus its attributes."""
     mask, item = scene.masks[index], scene.objects[index]
     ys, xs = np.nonzero(mask)
     left, top = int(xs.min()), int(ys.min())

@@ -1,6 +1,6 @@
-"""Sentences that a person might say of a scene's object: random draws, true by intention, judged by the solver later.
+"""Random natural sentences about a scene's object; they are meant to be true, and the solver checks them later.
 
-Three styles: short (terse, places allowed), attribute (no word of place), long (full phrases with relations, negation).
+Three styles: short (terse, places allowed), attribute (no places), long (full phrases with relations, negation).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ STYLES = ("short", "attribute", "long")
 
 MAIN_WORD_SHARE = 0.75  # the first synonym is the usual one
 OPENER_SHARE = 0.15
-FILLER_SHARE = 0.4  # a relation after `sitting`, `located` or nothing instead of `that is`
+FILLER_SHARE = 0.4  # relations after `sitting`, `located` or nothing instead of `that is`
 GENERIC_NOUN_SHARE = 0.2  # "the red one" instead of "the red star"
-FULL = (0.1, 0.5, 0.3, 0.1)  # shares of 0, 1, 2, 3 adjectives where they alone must do ...
-BRIEF = (0.4, 0.5, 0.1, 0.0)  # ... and beside a place or a relation, which would be idle talk otherwise
+FULL = (0.1, 0.5, 0.3, 0.1)  # shares of 0, 1, 2, 3 adjectives in a phrase with nothing else ...
+BRIEF = (0.4, 0.5, 0.1, 0.0)  # ... and in a phrase with a place or a relation, which needs fewer
 
 
 def say(index: int, objects: Sequence[SceneObject], world: World, style: str, rng: np.random.Generator) -> str:
-    """A random sentence of a style for objects[index]; it may fit other objects too."""
+    """A random sentence of a style for objects[index]; it may also fit other objects."""
     speaker = _Speaker(index, objects, world, rng)
     match style:
         case "short":
@@ -51,7 +51,7 @@ class _Speaker:
     # --- words ---
 
     def pick(self, options: Sequence[str]) -> str:
-        """The first option most of the time, else any."""
+        """The first option most of the time, else a random one."""
         if len(options) == 1 or self.rng.random() < MAIN_WORD_SHARE:
             return options[0]
         return options[int(self.rng.integers(1, len(options)))]
@@ -63,7 +63,7 @@ class _Speaker:
         return options[int(self.rng.integers(len(options)))]
 
     def noun_phrase(self, index: int, counts: Sequence[float] = FULL, skip: str = "") -> str:
-        """Adjectives and a noun; `skip` names an attribute that must not be said."""
+        """Adjectives and a noun; `skip` names an attribute to omit."""
         item = self.objects[index]
         said = {
             "size": self.pick(words.SIZE_WORDS[item.size]),
@@ -71,7 +71,7 @@ class _Speaker:
             "texture": self.pick(words.TEXTURE_WORDS[item.texture]),
         }
         said.pop(skip, None)
-        weights = {"size": 0.3, "colour": 0.5, "texture": 0.2}  # people name colours first
+        weights = {"size": 0.3, "colour": 0.5, "texture": 0.2}  # people name colors first
         share = np.array([weights[key] for key in said])
         count = min(int(self.rng.choice(len(counts), p=counts)), len(said))
         generic = skip == "shape" or self.chance(GENERIC_NOUN_SHARE)
@@ -86,7 +86,7 @@ class _Speaker:
     # --- places of the target ---
 
     def sides(self) -> list[str]:
-        """Sides of the image that the target is on, the clearest first; empty in the middle."""
+        """Sides of the image where the target is, clearest first; empty in the middle."""
         x, y = self.world.centre_xy[self.index]
         off = {"left": 0.5 - x, "right": x - 0.5, "top": 0.5 - y, "bottom": y - 0.5}
         ordered = sorted(off, key=lambda side: -off[side])
@@ -121,7 +121,7 @@ class _Speaker:
         return f"{phrase} {after}"
 
     def with_rank(self) -> str:
-        """Counts among the objects of the same noun phrase are not known here: guess, and let the solver judge."""
+        """The rank among objects of the same noun phrase is unknown here: guess, and let the solver check."""
         side = self.any_of(tuple(words.SIDE_WORDS))
         rank = self.pick(words.RANK_WORDS[2 if self.chance(0.8) else 3])
         return f"{rank} {self.noun_phrase(self.index, BRIEF)} from the {side}"
@@ -144,7 +144,7 @@ class _Speaker:
         return f"{superlative} {self.noun_phrase(self.index, BRIEF, skip='size')}"
 
     def negation(self) -> tuple[str, str]:
-        """An attribute, and a negative remark on it that another object of the scene deserves."""
+        """An attribute, and a negation that excludes another object of the scene by this attribute."""
         target = self.objects[self.index]
         tables: dict[str, Mapping[str, tuple[str, ...]]] = {
             "shape": words.SHAPE_WORDS,
@@ -177,13 +177,13 @@ class _Speaker:
         return self.the(f"{self.noun_phrase(self.index, BRIEF, skip=kind)} {place} that is {remark}")
 
     def anchor(self, avoid: int = -1) -> int:
-        """Another object to relate the target to, often its neighbour."""
+        """Another object as the anchor of a relation, often a neighbor."""
         others = [k for k in range(len(self.objects)) if k not in (self.index, avoid)]
         gaps = self.world.gap[self.index]
         return min(others, key=lambda k: gaps[k]) if self.chance(0.4) else others[int(self.rng.integers(len(others)))]
 
     def relation(self, anchor: int) -> str:
-        """What the target is to another object, such as `to the left of the big red star`."""
+        """The target's relation to another object, such as `to the left of the big red star`."""
         dx, dy = self.world.centre_xy[self.index] - self.world.centre_xy[anchor]
         name = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
         if self.chance(0.15):
@@ -196,7 +196,7 @@ class _Speaker:
         return self.the(" ".join(filter(None, said)))
 
     def related_and(self) -> str:
-        """Two relations, or a negative remark and a relation."""
+        """Two relations, or a negation and a relation."""
         first = self.anchor()
         if self.chance(0.4):
             relations = f"{self.relation(first)} and {self.relation(self.anchor(avoid=first))}"

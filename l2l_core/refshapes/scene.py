@@ -1,6 +1,6 @@
-"""RefShapes scenes: which objects lie where, and the picture and exact masks of them.
+"""RefShapes scenes: objects, their places, the rendered image and exact masks.
 
-A scene has few distinct shapes and colours, so that objects share them: a colour or a shape alone rarely names one.
+A scene has few distinct shapes and colors, so that objects share them: a color or a shape alone is rarely unique.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 SIZES = ("small", "big")
 TEXTURES = ("plain", "striped", "dotted", "outlined")
-COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; hues or lightness far enough apart to survive the lighting
+COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; hue or lightness distinct enough under any lighting
     "red": (212, 36, 36),
     "yellow": (248, 228, 50),
     "green": (40, 158, 60),
@@ -24,30 +24,30 @@ COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; hues or lightness far enoug
 }
 
 OBJECTS_RANGE = (3, 5)
-DISTINCT_SHAPES_RANGE = (2, 3)  # with 3-5 objects most have a namesake of their shape ...
-DISTINCT_COLOURS_RANGE = (2, 3)  # ... and of their colour
-PLAIN_SHARE = 0.6  # plain objects outnumber each texture, as most things in a picture do
+DISTINCT_SHAPES_RANGE = (2, 3)  # with 3-5 objects, most share their shape ...
+DISTINCT_COLOURS_RANGE = (2, 3)  # ... and their color
+PLAIN_SHARE = 0.6  # plain objects outnumber each texture, as in most images
 DIAMETER_RANGE = {"small": (0.2, 0.23), "big": (0.36, 0.42)}  # image sides; areas differ 2.4 times or more
 TILT_LIMIT_RAD = math.radians(12)  # more would turn a square into a diamond
-CLOSENESS = 0.8  # centres lie this share of the summed radii apart: mild occlusion, and no ring's hole is covered
+CLOSENESS = 0.8  # least center distance as a share of the summed radii: mild occlusion, no ring's hole is covered
 MIN_VISIBLE_SHARE = 0.7
 MIN_VISIBLE_PX = 40
-SAME_COLOUR_GAP = 0.03  # share of the image side; touching objects of one colour would read as one
-BORDER = 0.02  # share of the image side kept free at the rim, so that no object is cut
+SAME_COLOUR_GAP = 0.03  # share of the image side; touching objects of one color would look like one
+BORDER = 0.02  # share of the image side kept free at the edge, so that no object is cut
 
 CLUTTER_RANGE = (8, 20)  # scribbles and specks in the background
-RIBBED_SHARE = 0.4  # backgrounds with faint ribs, so that stripes alone do not mean an object
+RIBBED_SHARE = 0.4  # backgrounds with faint ribs, so that stripes alone do not indicate an object
 SUPERSAMPLING = 4
 TEXTURE_PERIOD = 0.056  # share of the image side, about four stripes on a small object
-OUTLINE_WIDTH = 0.016  # share of the image side; thinner is lost, thicker fills the arms of a small star
+OUTLINE_WIDTH = 0.016  # share of the image side; thinner lines vanish, thicker ones fill the arms of a small star
 STRIPE_SHARE, DOT_RADIUS = 0.45, 0.3  # of the period
-TEXTURE_SHADE = 0.24  # dark parts of a texture relative to the colour; darker than any background, or white would fray
-NOISE_STD = 5.0  # grey levels of sensor noise
+TEXTURE_SHADE = 0.24  # dark parts of a texture relative to the color; darker than any background, to keep white intact
+NOISE_STD = 5.0  # gray levels of sensor noise
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """What can be said of one object without looking at the others."""
+    """Attributes of one object, independent of the others."""
 
     shape: str
     colour: str
@@ -74,7 +74,7 @@ class _Placement:
 
 
 def _outline(name: str) -> list[NDArray[np.float64]]:
-    """Contours of a shape of diameter 2 around the origin (even-odd filled), each [K, 2], y down."""
+    """Contours of a shape of diameter 2 around the origin (even-odd fill), each [K, 2], y down."""
     turn = 2 * math.pi
     angles = [turn * k / 48 for k in range(48)]
     circle = [(math.cos(t), math.sin(t)) for t in angles]
@@ -100,11 +100,11 @@ def _outline(name: str) -> list[NDArray[np.float64]]:
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 _OUTLINES = {name: _outline(name) for name in SHAPES}
 REACH = max(float(np.hypot(*c.T).max()) for contours in _OUTLINES.values() for c in contours)
-"""Radii from the centre of an object to the farthest corner that any shape has."""
+"""Distance in radii from an object's center to the farthest corner of any shape."""
 
 
 def draw_scene(rng: np.random.Generator, side_px: int) -> Scene:
-    """One random scene of side_px x side_px; every object is nameable and visible to at least MIN_VISIBLE_SHARE."""
+    """One random scene of side_px x side_px; at least MIN_VISIBLE_SHARE of every object is visible."""
     while True:
         objects = _draw_objects(rng)
         placements = _place(rng, objects)
@@ -119,14 +119,14 @@ def draw_scene(rng: np.random.Generator, side_px: int) -> Scene:
 
 
 def has_rivals(objects: tuple[SceneObject, ...], index: int) -> bool:
-    """Whether another object has the same shape and another (or the same one) the same colour."""
+    """Whether one other object has the same shape, and one (possibly the same) has the same color."""
     others = objects[:index] + objects[index + 1 :]
     target = objects[index]
     return any(o.shape == target.shape for o in others) and any(o.colour == target.colour for o in others)
 
 
 def _draw_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
-    """Attributes of a scene's objects, from a few shapes and colours; at least two objects have rivals."""
+    """Attributes of a scene's objects, from few shapes and colors; at least two objects have rivals."""
     while True:
         shapes = rng.permutation(SHAPES)[: rng.integers(*DISTINCT_SHAPES_RANGE, endpoint=True)]
         colours = rng.permutation(list(COLOURS))[: rng.integers(*DISTINCT_COLOURS_RANGE, endpoint=True)]
@@ -144,7 +144,7 @@ def _draw_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
 
 
 def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_Placement] | None:
-    """Random places, or None where the objects did not fit."""
+    """Random places, or None if the objects do not fit."""
     placements: list[_Placement] = []
     for index, item in enumerate(objects):
         for _ in range(60):  # tries per object; a crowded scene is redrawn as a whole
@@ -165,14 +165,14 @@ def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_
 
 
 def _least_distance(first: float, second: float, same_colour: bool) -> float:
-    """How far apart the centres of objects of these diameters must lie, in image sides."""
+    """Least distance between the centers of objects of these diameters, in image sides."""
     if same_colour:
         return REACH * (first + second) / 2 + SAME_COLOUR_GAP
     return CLOSENESS * (first + second) / 2
 
 
 def _rasterise(item: SceneObject, place: _Placement, side_px: int) -> NDArray[np.bool_]:
-    """The whole object (occlusion ignored) on the supersampled grid."""
+    """The complete object (ignoring occlusion) on the supersampled grid."""
     fine = side_px * SUPERSAMPLING
     cos, sin = math.cos(place.tilt), math.sin(place.tilt)
     turn = np.array([[cos, sin], [-sin, cos]])
@@ -186,7 +186,7 @@ def _rasterise(item: SceneObject, place: _Placement, side_px: int) -> NDArray[np
 
 
 def _visible_masks(layers: list[NDArray[np.bool_]], side_px: int) -> NDArray[np.bool_]:
-    """Later layers cover earlier ones; a pixel belongs to the object that fills more than half of it."""
+    """Visible masks: later layers cover earlier ones; a pixel belongs to the object that fills more than half of it."""
     top = np.zeros(layers[0].shape, dtype=np.uint8)
     for index, layer in enumerate(layers):
         top[layer] = index + 1
@@ -215,21 +215,21 @@ def _paint(
         canvas[window][dark] = (TEXTURE_SHADE * colour).astype(np.uint8)
     image = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(np.float32)
     ramp = np.linspace(-1, 1, side_px, dtype=np.float32)
-    slope_x, slope_y = rng.uniform(-0.1, 0.1, size=2)  # light falls off by at most a fifth to either side
+    slope_x, slope_y = rng.uniform(-0.1, 0.1, size=2)  # light varies by at most a fifth per axis
     light = 1.0 + slope_x * ramp[None, :] + slope_y * ramp[:, None]
     noisy = image * light[..., None] + rng.normal(0.0, NOISE_STD, size=image.shape)
     return np.asarray(np.clip(np.rint(noisy), 0, 255), dtype=np.uint8)
 
 
 def _window(place: _Placement, fine: int) -> tuple[slice, slice]:
-    """Rows and columns of the supersampled grid that hold the object; BORDER keeps them inside the image."""
+    """Rows and columns of the supersampled grid that contain the object; BORDER keeps them inside the image."""
     half = math.ceil(REACH * place.diameter / 2 * fine) + 1
     x, y = (round(share * fine) for share in place.centre_xy)
     return slice(y - half, y + half), slice(x - half, x + half)
 
 
 def _dark_part(rng: np.random.Generator, texture: str, part: NDArray[np.bool_], fine: int) -> NDArray[np.bool_]:
-    """Where a texture is dark around an object, [h, w] bool like part, its pixels; fine: the grid's side."""
+    """Dark pixels of a texture, [h, w] bool like part, the object's pixels; fine: the grid's side."""
     if texture == "plain":
         return np.zeros(part.shape, dtype=bool)
     if texture == "outlined":
@@ -246,9 +246,9 @@ def _dark_part(rng: np.random.Generator, texture: str, part: NDArray[np.bool_], 
 
 
 def _background(rng: np.random.Generator, fine: int) -> NDArray[np.uint8]:
-    """Dull blotches, sometimes ribbed, with scribbles and specks that are no objects; [fine, fine, 3] uint8."""
+    """Dull blotches, sometimes ribbed, with scribbles and specks as distractors; [fine, fine, 3] uint8."""
     cells = int(rng.integers(2, 8))
-    tone = rng.uniform(90, 150) + rng.uniform(-16, 16, size=3)  # dull: every object colour stands out
+    tone = rng.uniform(90, 150) + rng.uniform(-16, 16, size=3)  # dull, so that every object color stands out
     blotches = tone + rng.uniform(-28, 28, size=(cells, cells, 1)) + rng.uniform(-10, 10, size=(cells, cells, 3))
     canvas = cv2.resize(np.clip(blotches, 0, 255).astype(np.uint8), (fine, fine), interpolation=cv2.INTER_CUBIC)
     if rng.random() < RIBBED_SHARE:

@@ -1,7 +1,7 @@
-"""Which object of a scene does a sentence mean? Reads the words and measures the masks; knows nothing of the generator.
+"""Finds the object that a sentence refers to, from the words and the masks, independent of the generator.
 
-Every judgement has three outcomes: sure, impossible, or too close to call. A sentence has an answer only where exactly
-one object surely fits and every other surely does not, so that no answer hangs on a pixel.
+Every test has three outcomes: sure, impossible, or too close to call. A sentence has a solution only if exactly one
+object surely fits and every other surely does not, so that no solution depends on a single pixel.
 
     sentence    = [opener] phrase
     phrase      = ["the" | "a"] {adjective | place | rank} noun {"with" texture | "without" texture | place | relation
@@ -11,7 +11,7 @@ one object surely fits and every other surely does not, so that no answer hangs 
     anchor      = ["the" | "a"] {adjective} noun ["with" texture | "without" texture]      (must be one object)
 
 Adjectives and relations are filters. Places ("left", "top right"), ranks ("second ... from the left") and superlatives
-choose among what passes all filters, wherever they stand.
+choose among the objects that pass all filters, regardless of word order.
 """
 
 from __future__ import annotations
@@ -63,23 +63,23 @@ FILLERS = ("located", "placed", "sitting")
 
 SIDES_XY = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 
-# Margins; lengths are shares of the image side (0.1 is 10 pixels of 96). Between sure and impossible nothing is said.
-RANK_MARGIN = 0.07  # centres this far apart are in a clear order
-SIDE_MARGIN = 0.15  # "left" needs a lead over the others that nobody would argue with
-HALF_SURE, HALF_POSSIBLE = 0.41, 0.55  # a thing on the left has its centre left of the first, never right of the second
-CORNER_POSSIBLE = 0.48  # what lies at the very centre is in no corner
-MIDDLE_SURE, MIDDLE_POSSIBLE = 0.14, 0.22  # offset of the centre from the image's centre, per axis
-BESIDE_SURE, BESIDE_POSSIBLE = 0.07, 0.16  # free space between neighbours
-DIRECTION_SURE, DIRECTION_POSSIBLE = 0.10, 0.03  # offset between centres; sure also needs it to be the longer axis
-SMALL_BELOW, BIG_ABOVE = 0.25, 0.29  # geometric mean of a box's sides; objects are drawn clear of the gap between
-SIZE_RATIO = 1.3  # the biggest is this many times as long as the runner-up
-CLOSEST_RATIO = 1.5  # the runner-up is this many times as far
-CLOSEST_OFFSET = 0.03  # added to distances, so that touching or nearly touching is a tie
+# Margins; lengths are shares of the image side (0.1 is 10 pixels of 96). Between sure and impossible is undecided.
+RANK_MARGIN = 0.07  # centers this far apart have a clear order
+SIDE_MARGIN = 0.15  # "left" needs a clear lead over the others
+HALF_SURE, HALF_POSSIBLE = 0.41, 0.55  # an object on the left has its center left of the first, never right of the second
+CORNER_POSSIBLE = 0.48  # an object at the exact center is in no corner
+MIDDLE_SURE, MIDDLE_POSSIBLE = 0.14, 0.22  # offset from the image's center, per axis
+BESIDE_SURE, BESIDE_POSSIBLE = 0.07, 0.16  # free space between neighbors
+DIRECTION_SURE, DIRECTION_POSSIBLE = 0.10, 0.03  # offset between centers; sure also requires the longer axis
+SMALL_BELOW, BIG_ABOVE = 0.25, 0.29  # geometric mean of a box's sides; no object is drawn in the gap between them
+SIZE_RATIO = 1.3  # the biggest is at least this many times as long as the runner-up
+CLOSEST_RATIO = 1.5  # the runner-up is at least this many times as far
+CLOSEST_OFFSET = 0.03  # added to distances, so that touching and nearly touching objects tie
 
 
 @dataclass(frozen=True)
 class World:
-    """What is measured: attributes [N], centre_xy [N, 2] and extent [N] and free space gap [N, N] in image sides."""
+    """Measurements: attributes [N]; centre_xy [N, 2], extent [N] and free space gap [N, N] in image sides."""
 
     shape: NDArray[np.str_]
     colour: NDArray[np.str_]
@@ -103,14 +103,14 @@ class Verdict:
         return Verdict(~self.possible, ~self.sure)
 
     def only(self) -> int | None:
-        """The one object that surely fits while no other possibly does."""
+        """The one object that surely fits if no other possibly fits, else None."""
         if self.sure.sum() == 1 and self.possible.sum() == 1:
             return int(self.sure.argmax())
         return None
 
 
 def measure(objects: Sequence[SceneObject], masks: NDArray[np.bool_]) -> World:
-    """Measure visible masks [N, S, S]; every object needs a pixel. Sizes are read off the masks, not the objects."""
+    """Measure visible masks [N, S, S]; every object needs a pixel. Sizes come from the masks, not the objects."""
     side = masks.shape[-1]
     centres, extents = np.empty((len(masks), 2)), np.empty(len(masks))
     gaps = np.zeros((len(masks), len(masks)))
@@ -131,9 +131,9 @@ def measure(objects: Sequence[SceneObject], masks: NDArray[np.bool_]) -> World:
 
 
 def solve(sentence: str, world: World) -> int | None:
-    """Index of the one object that the sentence means; None where none, several or an unclear number fit.
+    """Index of the one object that the sentence refers to; None if none, several or an unclear number fit.
 
-    Raises ValueError where the sentence is not of the grammar above.
+    Raises ValueError if the sentence does not match the grammar above.
     """
     return _Reader(sentence.split(), world).sentence().only()
 
@@ -152,7 +152,7 @@ _VERTICAL = {"top": "top", "upper": "top", "bottom": "bottom", "lower": "bottom"
 
 @dataclass
 class _Phrase:
-    """What is known of the object so far: a filter, and choices to be made among what passes it."""
+    """The state of a phrase: a filter, and choices among the objects that pass it."""
 
     passing: Verdict
     choices: list[Callable[[Verdict], Verdict]] = field(default_factory=list)
@@ -160,7 +160,7 @@ class _Phrase:
 
 
 class _Reader:
-    """Recursive descent over the words, evaluated on the way."""
+    """Recursive-descent parser that evaluates the words as it reads."""
 
     def __init__(self, words: Sequence[str], world: World) -> None:
         self.words, self.at, self.world = tuple(words), 0, world
@@ -171,7 +171,7 @@ class _Reader:
         return self.words[self.at : self.at + count]
 
     def take(self, *phrases: str) -> bool:
-        """Consume the first of the phrases that comes next."""
+        """Consume the first of the phrases that matches the next words."""
         for phrase in phrases:
             wanted = tuple(phrase.split())
             if self.peek(len(wanted)) == wanted:
@@ -180,7 +180,7 @@ class _Reader:
         return False
 
     def lookup(self, *tables: dict[str, str]) -> str | None:
-        """Consume the next word where a table knows it, and return its meaning."""
+        """Consume the next word if a table contains it, and return its meaning."""
         word = self.peek()
         for table in tables:
             if word and word[0] in table:
@@ -221,7 +221,7 @@ class _Reader:
                 raise self.fail("an adjective or a noun")
 
     def tail(self, phrase: _Phrase) -> None:
-        """One thing said after the noun."""
+        """One modifier after the noun."""
         self.take(*FILLERS)
         if self.texture_tail(phrase) or self.relation(phrase):
             return
@@ -319,7 +319,7 @@ class _Reader:
         described = self.head(_Phrase(self.everything()), places=False)
         self.texture_tail(described)
         anchor = described.passing.only()
-        if anchor is None:  # a relation to nothing in particular says nothing of anyone, whichever side it is on
+        if anchor is None:  # without a unique anchor, the relation is surely true of no object
             phrase.passing = Verdict(phrase.passing.sure & False, phrase.passing.possible)
             return True
         phrase.passing &= self.other_than(anchor)
@@ -351,7 +351,7 @@ class _Reader:
         return Verdict((ahead >= DIRECTION_SURE) & (ahead > aside), ahead >= DIRECTION_POSSIBLE)
 
     def choose(self, phrase: _Phrase) -> Verdict:
-        """Make every choice among all that passes the filters, so that the order of the choices is immaterial."""
+        """Make every choice among all objects that pass the filters, so that the order of choices does not matter."""
         if phrase.rank is not None:
             raise self.fail("'from the' and a side")
         chosen = phrase.passing
@@ -360,7 +360,7 @@ class _Reader:
         return chosen
 
     def on_side(self, side: str, group: Verdict) -> Verdict:
-        """In that half of the image, and well ahead of the rest of the group."""
+        """In that half of the image, and clearly ahead of the rest of the group."""
         position = self.toward(side)
         in_half = Verdict(position <= HALF_SURE, position <= HALF_POSSIBLE)
         return in_half & self.ranked(group, position, 1, SIDE_MARGIN)
@@ -385,13 +385,13 @@ class _Reader:
         return self.ranked(group, distance, 1, float(np.log(CLOSEST_RATIO)))
 
     def toward(self, side: str) -> NDArray[np.float64]:
-        """Distance of the centres from that side of the image, 0..1."""
+        """Distance of the centers from that side of the image, 0..1."""
         sign = np.array(SIDES_XY[side])
         position = self.world.centre_xy @ np.abs(sign)
         return np.asarray(position if sign.sum() < 0 else 1 - position)
 
     def ranked(self, group: Verdict, values: NDArray[np.float64], rank: int, margin: float) -> Verdict:
-        """Who is the rank-th smallest of the group, where values closer than the margin are in no clear order."""
+        """The rank-th smallest of the group; values closer than the margin have no clear order."""
         lead = values[:, None] - values[None, :]  # [i, j] > 0: j comes before i
         others = ~np.eye(len(values), dtype=bool)
         surely_before = ((lead >= margin) & group.sure & others).sum(axis=1)

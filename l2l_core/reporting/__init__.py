@@ -1,1 +1,1 @@
-"""The report, comparisons, and progress of a run."""
+"""Report, comparison of experiments, and progress of a run."""

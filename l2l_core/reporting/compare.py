@@ -1,4 +1,4 @@
-"""Two or more experiments on one page: parameters that differ, scores, and how the same sentences fared in each."""
+"""Two or more experiments on one page: changed parameters, scores, and a paired comparison on the same sentences."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 PARAMS_PATH = Path("params.yaml")
 
 NEEDED = (PARAMS_PATH, records.METRICS_PATH, records.PER_SENTENCE_PATH, records.INDEX.refs)
-"""What is read of an experiment: small files, of which Git or DVC's cache has every version."""
+"""Files read from an experiment: small, and in Git or DVC's cache for every version."""
 
 LETTERS = string.ascii_uppercase
-"""Names of the experiments in the tables: their own are too long to stand beside each other on a phone."""
+"""Short names of the experiments in the tables: full names are too wide for a phone."""
 
 SEED = 0
-"""Of the bootstrap: the same experiments give the same page."""
+"""Bootstrap seed: the same experiments give the same page."""
 
 CHANGE_NAMES = {
     "better": "better",
@@ -41,27 +41,27 @@ CHANGE_NAMES = {
     "reached": f"reached IoU {GOOD_IOU}",
     "lost": f"fell below {GOOD_IOU}",
 }
-"""Of `breakdown.changes`, as shares of the sentences."""
+"""Keys of `error_analysis.changes` shown as shares of the sentences."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a page says of one experiment."""
+    """Data of one experiment shown on a page."""
 
     name: str
     params: Mapping[str, object]  # flat: "section.key" -> value
-    version: str | None  # of the data set, where it has one
+    version: str | None  # of the dataset, if it has one
     last_round: int
     per_sentence: pd.DataFrame  # records.PER_SENTENCE with image_id and sentence; sorted by method and sent_id
 
     @property
     def final(self) -> pd.DataFrame:
-        """Rows of the evaluated model, asked with priors, by sent_id."""
+        """Rows of the evaluated model with priors, by sent_id."""
         return self.per_sentence[self.per_sentence["method"] == f"round_{self.last_round}"].set_index("sent_id")
 
     @property
     def data_set(self) -> str:
-        """Name and version, as a person says it."""
+        """Name and version of the dataset, for display."""
         name = Path(str(self.params.get("dataset"))).name
         return name if self.version is None else f"{name}, version {self.version}"
 
@@ -69,7 +69,7 @@ class Experiment:
 def read_experiment(name: str) -> Experiment:
     """name: folder of a project, or a Git revision or DVC experiment of the project in the current folder.
 
-    Raises InputError where it is none of these, or its evaluation is not there or of another version.
+    Raises InputError if it is none of these, or its evaluation is missing or of another version.
     """
     with _files_of(name) as folder:
         missing = [path.as_posix() for path in NEEDED if not (folder / path).is_file()]
@@ -98,9 +98,9 @@ def read_experiment(name: str) -> Experiment:
 
 
 def render_comparison(experiments: Sequence[Experiment]) -> tuple[str, list[str]]:
-    """The whole page, and a line on each experiment but the first, which is what the others are measured against.
+    """The whole page, and one line per experiment except the first, which is the baseline.
 
-    Raises InputError where there are fewer than two, or they were not evaluated on the same sentences.
+    Raises InputError if there are fewer than two, or they were not evaluated on the same sentences.
     """
     if not 2 <= len(experiments) <= len(LETTERS):
         raise InputError(f"compare: got {len(experiments)} run(s), expected 2 to {len(LETTERS)} to compare")
@@ -129,7 +129,7 @@ def render_comparison(experiments: Sequence[Experiment]) -> tuple[str, list[str]
 
 
 def _differences(experiments: Sequence[Experiment], paired: Sequence[Table]) -> list[str]:
-    """A line for each experiment but the first: how its mIoU differs from the first one's, by split."""
+    """One line per experiment except the first: the difference of its mIoU to the first one's, by split."""
     said: dict[str, list[str]] = {other.name: [] for other in experiments[1:]}
     for split, table in zip(_splits(experiments), paired, strict=True):
         for name, (_, (mean, low, high, *_)) in zip(said, table.rows, strict=True):
@@ -140,11 +140,11 @@ def _differences(experiments: Sequence[Experiment], paired: Sequence[Table]) -> 
 
 @contextmanager
 def _files_of(name: str) -> Iterator[Path]:
-    """A folder with those of NEEDED that the experiment has."""
+    """A folder with the files of NEEDED that the experiment has."""
     if Path(name).is_dir():
         yield Path(name)
         return
-    # Imported here: DVC takes a second, which a comparison of folders has no use for.
+    # Imported here: DVC takes a second to import, and a comparison of folders does not need it.
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException
 
@@ -166,7 +166,7 @@ def _files_of(name: str) -> Iterator[Path]:
 
 
 def _below_git_root(files: DVCFileSystem) -> Path:
-    """Where the project of the current folder lies in its Git repository: `.` where it is the repository."""
+    """Path of the current folder's project within its Git repository: `.` if it is the root."""
     return Path.cwd().resolve().relative_to(Path(files.repo.scm.root_dir).resolve())
 
 
@@ -179,7 +179,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _require_same_sentences(first: Experiment, other: Experiment) -> None:
-    """Raise InputError where a difference of scores could come from other data."""
+    """Raise InputError if score differences could come from different data."""
     both = f"compare: {first.name} and {other.name}:"
     if first.data_set != other.data_set:
         raise InputError(f"{both} different data sets, {first.data_set} and {other.data_set}; scores do not compare")
@@ -195,7 +195,7 @@ def _require_same_sentences(first: Experiment, other: Experiment) -> None:
 
 
 def _different_params(experiments: Sequence[Experiment]) -> list[tuple[str, list[str]]]:
-    """Parameters that are not the same in all, with each one's value as YAML writes it; "not there" if it has none."""
+    """Parameters that differ, with each experiment's value as YAML writes it; "not there" if it has none."""
     keys = dict.fromkeys(key for experiment in experiments for key in experiment.params)
     absent = object()
     rows = []
@@ -211,7 +211,7 @@ def _said(value: object) -> str:
 
 
 def _beside(title: str, rows: Mapping[str, Sequence[float]]) -> Table:
-    """rows: name -> a number of each experiment. A column an experiment, each but the first with a difference to it."""
+    """rows: name -> one number per experiment. One column per experiment; all but the first add their difference."""
     columns = {LETTERS[0]: PERCENT}
     for letter in LETTERS[1 : len(next(iter(rows.values())))]:
         columns |= {letter: PERCENT, _difference(letter): DIFFERENCE}
@@ -255,7 +255,7 @@ def _score_tables(experiments: Sequence[Experiment]) -> list[Table]:
 
 
 def _paired_tables(experiments: Sequence[Experiment]) -> list[Table]:
-    """How each experiment's answers differ from the first one's to the same sentences, a table a split."""
+    """How each experiment's predictions differ from the first one's on the same sentences, one table per split."""
     first, *others = experiments
     columns = {"mIoU": DIFFERENCE, "95 % from": DIFFERENCE, "to": DIFFERENCE}
     columns |= dict.fromkeys(CHANGE_NAMES.values(), PERCENT)
@@ -274,7 +274,7 @@ def _paired_tables(experiments: Sequence[Experiment]) -> list[Table]:
 
 
 def _style_tables(experiments: Sequence[Experiment]) -> list[Table]:
-    """mIoU by kind of sentence, where the data set names at least two kinds."""
+    """mIoU by sentence style, if the dataset has at least two styles."""
     tables = []
     for split in _splits(experiments):
         finals = [one.final[one.final["split"] == split] for one in experiments]

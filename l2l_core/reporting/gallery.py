@@ -1,4 +1,4 @@
-"""Cases in pictures: which sentences a report shows, of which kind each is, and what was made of them."""
+"""Example cases: choose the sentences that a report shows, by kind, and draw their pictures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from l2l_core.evaluation.error_analysis import OUTCOMES, outcomes, size_limits, 
 from l2l_core.viz import overlays
 
 PANEL_PX = 224
-"""Longer side of a picture: six fit beside each other on a laptop, and a hundred cases stay near ten megabytes."""
+"""Longer side of a picture: six fit in a row on a laptop, and a hundred cases stay near ten megabytes."""
 
 CHANGED_SHARE = 0.1
-"""What changed between rounds is drawn from this share of the sentences, and not only from the very most changed."""
+"""Changed cases are drawn from this share of the sentences, not only from the most changed ones."""
 
 UNKNOWN = "unknown"
 """Size of an object without a true mask."""
@@ -31,7 +31,7 @@ Titled = tuple[str, overlays.Picture]
 
 @dataclass(frozen=True)
 class Run:
-    """The tables that a report shows, as data frames; `records` says what is in them."""
+    """The tables that a report shows, as data frames; `records` defines their columns."""
 
     images: pd.DataFrame
     refs: pd.DataFrame
@@ -44,7 +44,7 @@ class Run:
     pseudo_labels: pd.DataFrame
     per_sentence: pd.DataFrame
     metrics: Mapping[str, float | int | str]
-    curves: Mapping[str, pd.DataFrame]  # as `evaluation.Evaluation.curves`
+    curves: Mapping[str, pd.DataFrame]  # as `evaluate.Evaluation.curves`
     last_round: int
 
 
@@ -61,12 +61,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Case:
-    """One sentence, what is known about it, and its pictures."""
+    """One sentence, its facts, and its pictures."""
 
     sentence: str
     split: str
     style: str
-    size: str  # a name in breakdown.SIZES, or UNKNOWN
+    size: str  # a name in error_analysis.SIZES, or UNKNOWN
     facts: list[str]
     panels: list[Panel]
 
@@ -82,7 +82,7 @@ class Gallery:
 
 
 def area_share(run: Run) -> pd.Series[float]:
-    """Share of the image, 0..1, that the object of each sentence covers, by sent_id; of those whose truth is known."""
+    """Share of the image, 0..1, covered by each sentence's object, by sent_id; only if its truth is known."""
     known = run.refs[["sent_id", "ann_id"]].merge(run.masks, on="ann_id").set_index("sent_id")
     return known["area_px"] / (known["height"] * known["width"])
 
@@ -143,7 +143,7 @@ def spread(candidates: pd.DataFrame, by: str, count: int) -> pd.DataFrame:
 
 
 def _two_rounds(now: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
-    """Masks of two rounds of the same sentences: columns of `before` end in _before; agreement is the IoU of both."""
+    """Masks of two rounds for the same sentences: columns of `before` end in _before; agreement is the IoU of both."""
     both = now.merge(before, on="sent_id", suffixes=("", "_before"))
     sizes_hw = both[["height", "width"]].to_numpy(np.int64)
     pixels = intersection_union_px(both["rle_counts_before"].tolist(), both["rle_counts"].tolist(), sizes_hw)
@@ -157,7 +157,7 @@ def _most_changed(both: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 class _Cases:
-    """Draws sentences: what they mean in the image, and what was made of them."""
+    """Draws the cases: the image, the priors, and the masks of a sentence."""
 
     def __init__(self, run: Run, read_image: Callable[[str], overlays.Picture]) -> None:
         columns = ["sent_id", "image_id", "ann_id", "sentence", "style", "split"]
@@ -186,7 +186,7 @@ class _Cases:
             yield self._case(row.sent_id, facts, panels)
 
     def of_changed_labels(self, labels: pd.DataFrame) -> Iterator[Case]:
-        """Pseudo-labels of the last round beside those of the round before (from `_two_rounds`)."""
+        """Pseudo-labels of the last round next to those of the previous round (from `_two_rounds`)."""
         for row in labels.itertuples():
             names = [f"label ({candidate})" for candidate in (row.candidate_before, row.candidate)]
             answers = ((row.accepted_before, row.accept_prob_before), (row.accepted, row.accept_prob))
@@ -194,7 +194,7 @@ class _Cases:
             yield self._changed(row, names, said)
 
     def of_changed_predictions(self, predictions: pd.DataFrame) -> Iterator[Case]:
-        """Predictions of the last round beside those of the round before (from `_two_rounds`)."""
+        """Predictions of the last round next to those of the previous round (from `_two_rounds`)."""
         for row in predictions.itertuples():
             yield self._changed(row, ["prediction", "prediction"], ["", ""])
 
@@ -210,7 +210,7 @@ class _Cases:
             yield self._case(row.sent_id, [f"IoU {row.iou:.2f}"], panels)
 
     def _changed(self, row: Any, names: Sequence[str], said: Sequence[str]) -> Case:
-        """A row of `_two_rounds`; a name and what else is known of the mask of either round."""
+        """A row of `_two_rounds`; names and said: a title and a remark for the mask of each round."""
         image, panels, truth = self._common(row.sent_id)
         rounds = self._last_round - 1, self._last_round
         masks = [decode_rle(rle, row.height, row.width) for rle in (row.rle_counts_before, row.rle_counts)]
@@ -224,7 +224,7 @@ class _Cases:
         return self._case(row.sent_id, facts, [*shown, *compared])
 
     def _common(self, sent_id: int) -> tuple[overlays.Picture, list[Titled], BoolMask | None]:
-        """The image at the size of a panel, the panels that begin a case, and the true mask if known."""
+        """The image at the size of a panel, the first panels of a case, and the true mask if known."""
         where = self._where.loc[sent_id]
         image = overlays.fit(self._read_image(where["file_name"]), PANEL_PX)
         answers = self._priors[self._priors["sent_id"] == sent_id]

@@ -1,4 +1,4 @@
-"""What the HTML pages share: tables of numbers, templates, and a policy that nothing but the file itself is loaded."""
+"""Shared parts of the HTML pages: tables, templates, and a policy that forbids loading anything but the file itself."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ PARTS = "page.html.jinja"
 """Macros of every page: its head, with the one style sheet, and tables."""
 
 PERCENT, DIFFERENCE, COUNT = "%.2f", "%+.2f", "%d"
-"""How numbers are written. A number that is written with its sign is also coloured: above 0 is good."""
+"""Number formats. A signed number is also colored: above 0 is good."""
 
 SCORE_NAMES = {"miou": "mIoU", "oiou": "oIoU", **{f"pr{round(100 * x)}": f"Pr@{x}" for x in PR_THRESHOLDS}}
-"""Of `metrics.segmentation_scores`."""
+"""Display names of the keys of `metrics.segmentation_scores`."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers with a name for each row and column; None where a number is undefined."""
+    """Numbers with a name for each row and column; None for an undefined number."""
 
     title: str
-    columns: Mapping[str, str]  # name -> how its numbers are written
+    columns: Mapping[str, str]  # name -> number format
     rows: list[tuple[str, list[float | None]]]
     unit: str = "%"
-    marked: str = ""  # the row that the page is about
+    marked: str = ""  # the highlighted row
 
 
 def render_page(template: str, script: str = "", **values: object) -> str:
-    """A template beside this file, filled; text in `values` is escaped. script: name of a file that the page runs."""
+    """Fill a template of this folder; text in `values` is escaped. script: file name of a script to embed."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -51,9 +51,9 @@ def render_page(template: str, script: str = "", **values: object) -> str:
 
 
 def _policy(script: str) -> str:
-    """Content-Security-Policy of a page that runs one script of its own, or none, and asks no network for anything."""
+    """Content-Security-Policy of a page that runs at most one embedded script and uses no network."""
     allowed = {"default-src": "'none'", "base-uri": "'none'", "form-action": "'none'", "img-src": "data:"}
-    allowed["style-src"] = "'unsafe-inline'"  # drawings and the legend colour their parts by attributes
+    allowed["style-src"] = "'unsafe-inline'"  # drawings and the legend color their parts by attributes
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
         allowed["script-src"] = f"'sha256-{digest}'"

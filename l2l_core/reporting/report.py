@@ -1,6 +1,6 @@
 """One self-contained HTML page: scores, curves, and pictures of pseudo-labels and predictions, good and bad.
 
-One small script, which filters the pictures, and no network. Sentences are other people's text and are escaped.
+One small script filters the pictures; the page uses no network. Sentences are untrusted text and are escaped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHANGE_NAMES = {
     "lost": (f"fell below {GOOD_IOU}", COUNT),
     "mean": ("mIoU", DIFFERENCE),
 }
-"""Of `breakdown.changes`: name on the page, and how the number is written."""
+"""Keys of `error_analysis.changes`: name on the page, and number format."""
 
 
 def render_report(run: Run, params: Params, read_image: Callable[[str], overlays.Picture]) -> str:
@@ -114,7 +114,7 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
 
 
 def _tiles(run: Run) -> list[tuple[str, float, float, float]]:
-    """For each split: its name, the final mIoU, the gain over supervised only and over the prior alone."""
+    """For each split: its name, the final mIoU, and its gain over the supervised model and over the prior alone."""
     tiles = []
     for split in run.per_sentence["split"].unique():
         final = float(run.metrics[f"{split}_miou"])
@@ -143,7 +143,7 @@ def _score_tables(run: Run) -> list[Table]:
 
 
 def _style_tables(run: Run) -> list[Table]:
-    """mIoU by kind of sentence, where the data set names at least two kinds."""
+    """mIoU by sentence style, if the dataset has at least two styles."""
     rows = run.per_sentence
     several = rows.groupby("split")["style"].transform("nunique") > 1
     return _miou_tables(run, rows[several].assign(group=rows["style"].replace("", "unnamed")), "kind of sentence")
@@ -156,7 +156,7 @@ def _size_tables(run: Run) -> list[Table]:
 
 
 def _miou_tables(run: Run, grouped: pd.DataFrame, what: str) -> list[Table]:
-    """mIoU of each `group` of sentences, a table a split."""
+    """mIoU of each `group` of sentences, one table per split."""
     final = f"round_{run.last_round}"
     tables = []
     for split, rows in grouped.groupby("split", sort=False):
@@ -174,13 +174,13 @@ def _miou_tables(run: Run, grouped: pd.DataFrame, what: str) -> list[Table]:
 
 
 def _telling_methods(run: Run) -> list[str]:
-    """The final model and what it is to be measured against."""
+    """The final model and its baselines."""
     final = f"round_{run.last_round}"
     return list(dict.fromkeys([PRIOR, SUPERVISED, "round_0", final, f"{final}_no_prior"]))
 
 
 def _outcome_tables(run: Run) -> list[Table]:
-    """Share of the sentences that ended so, a table a split."""
+    """Share of the sentences by outcome, one table per split."""
     named = run.per_sentence.assign(outcome=outcomes(run.per_sentence))
     methods = [PRIOR, SUPERVISED, *(f"round_{number}" for number in range(run.last_round + 1))]
     tables = []
@@ -199,7 +199,7 @@ def _outcome_tables(run: Run) -> list[Table]:
 
 
 def _change_tables(run: Run) -> list[Table]:
-    """How many sentences each round made better or worse, a table a split; none without a round."""
+    """How many sentences each round made better or worse, one table per split; none without a round."""
     columns = dict(CHANGE_NAMES.values())
     tables = []
     for split, rows in run.per_sentence.groupby("split", sort=False):
@@ -229,7 +229,7 @@ def _label_table(run: Run) -> Table:
 
 
 def _filters(galleries: list[Gallery]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Selections above the cases: the case's attribute, its label, values and what they are called."""
+    """Filters above the cases: the case's attribute, its label, its values and their display names."""
     cases = [case for gallery in galleries for case in gallery.cases]
     kinds = [(gallery.anchor, gallery.title) for gallery in galleries if gallery.cases]
     found = {
@@ -243,7 +243,7 @@ def _filters(galleries: list[Gallery]) -> list[tuple[str, str, list[tuple[str, s
 
 
 def _legend() -> list[tuple[str, str]]:
-    """CSS background and meaning of every colour in the pictures."""
+    """CSS background and meaning of every color in the pictures."""
     ramp = mpl.colormaps[overlays.SOFT_MAP](np.linspace(0, 1, 5))
     stops = ", ".join(mpl.colors.to_hex(colour) for colour in ramp)
     plain = {

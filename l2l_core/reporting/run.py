@@ -1,8 +1,8 @@
 """`dvc repro` with a line before each stage: how many stages are done, and about how long the others take.
 
-The time left is the sum of the estimates of preflight/estimate.py at REFERENCE costs. Each is scaled by how long the
-finished stages of its kind took relative to their estimate or, while there is none, all finished stages whose speed is
-the device's. Before that, and while a stage without an estimate is left, no time is shown.
+The time left is the sum of the estimates of preflight/estimate.py at REFERENCE costs. Each estimate is scaled by the
+measured-to-estimated ratio of the finished stages of its kind, or, if none is finished, of all finished stages that
+depend on the device's speed. Before that, and while a stage without an estimate is left, no time is shown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REFERENCE = Costs(
     start_s=1.0,
     network_start_s=6.0,
     read_s=1.0,
-    decode_s=0.0,  # a part of the steps and of asking
+    decode_s=0.0,  # included in the steps and in the queries
     proposal_s=0.0003,
     step_s=0.1,
     ask_s=0.002,
@@ -45,13 +45,13 @@ REFERENCE = Costs(
     policy_step_s=0.05,
 )
 """Seconds of the default run on two cores (bench/results/default_run.jsonl). Only their ratios matter: finished stages
-give the scale."""
+set the scale."""
 EMBEDDED_ASK_S, EVALUATE_S, REPORT_S = 0.02, 2.7, 7.2
-"""The same for stages that `check` does not estimate; the first is a sentence of the embedded model."""
+"""The same for stages that `check` does not estimate; the first is per sentence of the built-in model."""
 
 TRAININGS = ("warmup", "crossfit-0", "crossfit", "retrain")
 COMPUTES = ("ask", "training", "predict", "select")
-"""Kinds of stages whose speed is that of the device."""
+"""Kinds of stages whose speed depends on the device."""
 
 STARTS = re.compile(rb"Running stage '(?:[^']*:)?([^':]+)'")
 ENDS = re.compile(rb"Stage '(?:[^']*:)?([^':]+)' (?:didn't change, skipping|is cached - skipping run)")
@@ -64,9 +64,9 @@ def kind_of(stage: str) -> str:
 
 
 def seconds_left(left: Sequence[str], expected: Mapping[str, float | None], took: Mapping[str, float]) -> float | None:
-    """Seconds that the stages `left` take; None where that is not known.
+    """Seconds for the stages `left`; None if unknown.
 
-    expected: seconds of each stage at REFERENCE; took: of those that ran.
+    expected: seconds of each stage at REFERENCE; took: measured seconds of the finished stages.
     """
     ours, theirs = defaultdict[str, float](float), defaultdict[str, float](float)
     for name, seconds in took.items():
@@ -87,11 +87,11 @@ def seconds_left(left: Sequence[str], expected: Mapping[str, float | None], took
 
 
 def reference_seconds() -> dict[str, float | None]:
-    """Seconds of each stage at REFERENCE costs; empty before the split is drawn, which says how much there is to do."""
+    """Seconds of each stage at REFERENCE costs; empty before the split is drawn, which sets the amount of work."""
     try:
         params = load_params()
         roles = Counter(records.read_table(records.SPLIT_PATH, records.SPLIT, ["role"])["role"].to_pylist())
-    except L2LError:  # DVC's own stages say what is wrong
+    except L2LError:  # DVC's own stages report the error
         return {}
     counts = Counts(roles.total(), roles["labeled"], roles["unlabeled"], roles["eval"], 0, 0, 0)
     stages = plan(params, counts, REFERENCE, Sizes(0, 0, None), draws_refshapes=params.is_embedded)
@@ -108,17 +108,17 @@ def _not_estimated(params: Params, counts: Counts) -> dict[str, float | None]:
 
 @dataclass
 class Progress:
-    """What is known of a run from the lines that DVC prints."""
+    """State of a run, derived from the lines that DVC prints."""
 
-    stages: list[str]  # all that DVC looks at, in its order
+    stages: list[str]  # all stages that DVC checks, in its order
     expected: Callable[[], Mapping[str, float | None]] = reference_seconds
     clock: Callable[[], float] = time.monotonic
     seen: list[str] = field(default_factory=list)
     took: dict[str, float] = field(default_factory=dict)
-    running: tuple[str, float] | None = None  # since when
+    running: tuple[str, float] | None = None  # name and start time
 
     def before(self, line: bytes) -> str | None:
-        """What to print before a line of DVC: something where it starts a stage."""
+        """What to print before a line of DVC: progress if the line starts a stage, else None."""
         started, skipped = STARTS.match(line), ENDS.match(line)
         if not (started or skipped):
             return None
@@ -155,8 +155,8 @@ def _about(seconds: float) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
-    """Options of `dvc repro`; None where it only prints its help or refuses them, without a word from here."""
-    logging.disable()  # DVC's log keeps the stderr that it found when it was imported
+    """Options of `dvc repro`; None, without any output, if it only prints its help or rejects the options."""
+    logging.disable()  # DVC's log keeps the stderr of its import time
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return get_main_parser().parse_args(["repro", *arguments])
@@ -167,7 +167,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
 
 
 def planned_stages(arguments: Sequence[str]) -> list[str]:
-    """Names of the stages that `dvc repro` with these arguments looks at, in its order; none where it would refuse.
+    """Names of the stages that `dvc repro` with these arguments checks, in its order; none if it rejects them.
 
     Data files that DVC tracks (`.dvc`) have no command to run and are left out.
     """
@@ -182,15 +182,15 @@ def planned_stages(arguments: Sequence[str]) -> list[str]:
             if not parsed.single_item:
                 stages = plan_repro(graph, stages, pipeline=parsed.pipeline, downstream=parsed.downstream)
             return [stage.addressing.rpartition(":")[2] for stage in stages or [] if stage.cmd]
-    except DvcException:  # which `dvc repro` itself reports
+    except DvcException:  # `dvc repro` itself reports it
         return []
 
 
 def reproduce(arguments: Sequence[str]) -> int:
     """Run `dvc repro`, pass its output on unchanged with a line before each stage, and return its exit code.
 
-    DVC and its stages form a process group of their own. Ctrl-C, SIGTERM and SIGHUP go to all of it, so that no stage
-    is left running; the last lines and the exit code still count.
+    DVC and its stages form a separate process group. Ctrl-C, SIGTERM and SIGHUP go to the whole group, so that no stage
+    keeps running; the last lines and the exit code are still passed on.
 
     Raises InputError for `--interactive`.
     """
@@ -198,11 +198,11 @@ def reproduce(arguments: Sequence[str]) -> int:
     if parsed and parsed.interactive:
         raise InputError("run: --interactive: DVC cannot ask here; leave it out, or use dvc repro --interactive")
     command = [sys.executable, "-m", "dvc", "repro", *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # stages write into a pipe: their lines must not wait
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # stages write into a pipe: their lines must not be buffered
     with subprocess.Popen(
         command,
         env=environment,
-        stdin=subprocess.DEVNULL,  # a group in the background is stopped if it reads from the terminal
+        stdin=subprocess.DEVNULL,  # a background group is stopped if it reads from the terminal
         stdout=subprocess.PIPE,
         process_group=0,
     ) as process:

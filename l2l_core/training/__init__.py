@@ -1,1 +1,1 @@
-"""The training loop, its checkpoints, and the runs that stages start."""
+"""The training loop, its checkpoints, and the runs of the stages."""

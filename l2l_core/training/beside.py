@@ -1,4 +1,4 @@
-"""Run independent trainings as parallel processes, each with its share of the threads or its own GPU."""
+"""Run independent trainings as parallel processes, each with a share of the threads or its own GPU."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ from l2l_core.model.encoders import TINY
 
 POLL_S = 0.1
 PROCESS_BYTES = 3 << 28
-"""Of a training's process without its network and images: 0.5 GB with all imports; the rest is for tables."""
+"""Memory of a training process without network and images: 0.5 GB with all imports; the rest is for tables."""
 NETWORK_BYTES = {True: 1 << 26, False: 1 << 32}
-"""Of weights, gradients, two moments and the teacher's weights: of tiny encoders (five times 5 MB), and of others (five
-times 0.8 GB, as of Swin-B with BERT-base)."""
+"""Memory of weights, gradients, two moments and the teacher's weights, by whether the encoders are tiny. Tiny: five
+times 5 MB. Others: five times 0.8 GB, as for Swin-B with BERT-base."""
 PIXEL_BYTES = {True: 2_000, False: 15_000}
-"""Of a training step beside that, per pixel of the images that are computed at once; with tiny encoders, with others.
+"""Additional memory of a training step, per pixel of the images computed at once, by whether the encoders are tiny.
 
-Measured in fp32 by `preflight.memory.peak_of` around two steps of `train` with random weights, less NETWORK_BYTES of
+Measured in fp32 by `preflight.memory.peak_of` around two steps of `train` with random weights, minus NETWORK_BYTES of
 their weights: tiny 1,000 (8 images of 224 px) and 1,200 (32 of 96 px), ResNet-50 3,300, Swin-T 3,500, Swin-B with
 windows of 12 12,000 (4 images of 224 px each)."""
 ERROR = re.compile(rb"(?:\A|(?<=[\r\n]))error: ")
-"""What `errors.exit_code` writes before the message of an L2LError, at the start of a line or over a progress bar."""
+"""Prefix that `errors.exit_code` writes before the message of an L2LError, at line start or over a progress bar."""
 ERROR_CODE = 2
-"""What `errors.exit_code` returns for an L2LError."""
+"""Exit code that `errors.exit_code` returns for an L2LError."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """How some independent trainings run."""
+    """How a set of independent trainings runs."""
 
-    at_once: int  # 1: in turn
-    threads: int  # of each, whether they run beside each other or in turn
-    gpus: tuple[str, ...] = ()  # one for each that runs at once; none: the CPU, or the only GPU
+    at_once: int  # 1: sequentially
+    threads: int  # per training, parallel or sequential
+    gpus: tuple[str, ...] = ()  # one per parallel training; empty: the CPU, or the only GPU
 
 
 @dataclass(frozen=True)
 class Training:
-    """One of some independent trainings, and the two ways to start it."""
+    """One of a set of independent trainings, and two ways to start it."""
 
-    output: Path  # a file or folder that it writes whole, as its last act
+    output: Path  # file or folder that it writes atomically at its end
     train: Callable[[], None]  # in this process
-    command: Sequence[str]  # arguments of this Python in a separate process (`-m stages.crossfit ...`)
+    command: Sequence[str]  # Python arguments for a separate process (`-m stages.crossfit ...`)
 
 
 def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
-    """Run named independent trainings, beside each other or in turn; those whose output exists are done already."""
+    """Run named independent trainings, in parallel or sequentially. Skip those whose output exists."""
     missing = {name: training for name, training in trainings.items() if not training.output.exists()}
     for name in trainings:
         if name not in missing:
@@ -76,12 +76,12 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
 
 
 def find_places(params: Params, count: int, images: int) -> Places:
-    """How `count` independent trainings on a data set of so many images run on this machine.
+    """How `count` independent trainings on a dataset of `images` images run on this machine.
 
-    On a CPU each gets the same share of the threads, and they run beside each other if there are two threads and enough
-    memory. The share depends only on the number of threads and trainings: a training's bytes depend on its threads, and
-    must not depend on how much memory is free. On several GPUs each training gets one; on one GPU they run in turn.
-    Trainings that a launcher spreads over several processes (torchrun) run in turn.
+    On a CPU, each training gets the same share of the threads. They run in parallel if there are at least two threads
+    and enough memory. The share depends only on the number of threads and trainings: the output bytes of a training
+    depend on its threads, and must not depend on free memory. On several GPUs, each training gets one. On one GPU, they
+    run sequentially. Trainings that a launcher (torchrun) spreads over several processes also run sequentially.
     """
     threads = torch.get_num_threads()
     if is_launched():
@@ -99,21 +99,21 @@ def find_places(params: Params, count: int, images: int) -> Places:
 
 
 def is_launched() -> bool:
-    """Whether torchrun or accelerate launch started this process beside others."""
+    """Whether torchrun or accelerate launch started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs of this process, named as in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
 
 
 def training_bytes(params: Params, images: int, at_once: int) -> int:
-    """Memory of one training on a CPU in bytes, rounded up; it must be known before encoders are loaded.
+    """Upper estimate of the memory of one training on a CPU, in bytes. It does not load the encoders.
 
-    images: of the data set, which a training keeps decoded within its share of the cache. at_once: trainings that share
-    the cache.
+    images: number of images in the dataset. A training keeps them decoded within its share of the cache.
+    at_once: number of trainings that share the cache.
     `check` measures a step of the configured network and lists the memory of each stage.
     """
     engine, model = params.train.engine, params.model
@@ -127,8 +127,8 @@ def training_bytes(params: Params, images: int, at_once: int) -> int:
 def run_beside(commands: Mapping[str, Sequence[str]], places: Places) -> None:
     """Run named commands of this Python (`-m stages.crossfit ...`), `places.at_once` at a time.
 
-    They end with this process (see `end_with_parent`). What they write to stderr is passed on as it comes.
-    Raises L2LError with the message of the first one that fails, after the others were ended.
+    They end with this process (see `end_with_parent`). Their stderr is forwarded as it arrives. If one fails, the
+    others are killed, and L2LError is raised with its message.
     """
     waiting, free = list(commands.items()), list(range(places.at_once))
     running: dict[int, _Child] = {}
@@ -149,10 +149,10 @@ def run_beside(commands: Mapping[str, Sequence[str]], places: Places) -> None:
 
 
 def end_with_parent() -> None:
-    """Let this process end as soon as the one that started it by `run_beside` ends, however it does."""
+    """End this process as soon as the process that started it with `run_beside` ends for any reason."""
 
     def watch() -> None:
-        os.read(0, 1)  # returns when the other end of the pipe is closed: nothing is ever written
+        os.read(0, 1)  # returns when the other end of the pipe closes, since nothing is ever written
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -167,8 +167,8 @@ def _environment(places: Places, slot: int) -> dict[str, str]:
 class _Child:
     """A running command. Its stderr goes to a separate file, so that errors of different commands do not mix.
 
-    A line `error: ...` may be the message of an L2LError, or a warning of a library. It is held back, with what follows
-    at once, until more text comes or the process ends.
+    A line `error: ...` can be the message of an L2LError or a library's warning. It is held back, with the text that
+    follows immediately, until more text arrives or the process ends.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
@@ -179,12 +179,12 @@ class _Child:
         )
 
     def is_running(self) -> bool:
-        """Whether it still runs; what it wrote is passed on."""
+        """Whether the command still runs. Forwards its new output."""
         self._pass_on(to_the_end=False)
         return self._process.poll() is None
 
     def finish(self) -> None:
-        """After its end. Raises L2LError where it failed."""
+        """Clean up after the command ended. Raises L2LError if it failed."""
         code = self._process.wait()
         self._pass_on(to_the_end=True)
         self._close()
@@ -197,21 +197,21 @@ class _Child:
             raise L2LError(f"{self._name}: {ended}{hint}")
 
     def end(self) -> None:
-        """Kill it: what it had done since its last checkpoint is done again. An error that is held is not shown."""
+        """Kill the command. Work since its last checkpoint is lost, and a held error is not shown."""
         self._process.kill()
         self._process.wait()
         self._pass_on(to_the_end=True)
         self._close()
 
     def _pass_on(self, *, to_the_end: bool) -> None:
-        # pread: the position of the file belongs to the child, which shares it.
+        # pread: the child shares the file position, so it must not move.
         file = self._stderr.fileno()
         text = os.pread(file, os.fstat(file).st_size - self._read, self._read)
         lines = text[: len(text) if to_the_end else text.rfind(b"\n") + 1]
         if not lines:
             return
         self._read += len(lines)
-        searched = 0 if to_the_end else len(self._held)  # of a running process, what was held is no last word
+        searched = 0 if to_the_end else len(self._held)  # the process still runs, so held text was not its final error
         lines = self._held + lines
         start = max((match.start() for match in ERROR.finditer(lines, searched)), default=len(lines))
         _show(lines[:start])

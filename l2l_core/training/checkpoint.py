@@ -1,4 +1,4 @@
-"""Checkpoints from which a killed training continues."""
+"""Checkpoints from which a killed training resumes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write atomically: after a kill there is the old checkpoint or the whole new one."""
+    """Write atomically: a kill leaves either the old checkpoint or the complete new one."""
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint, or None where there is none yet."""
+    """Load the checkpoint to the CPU, or return None if it does not exist."""
     if not path.exists():
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -10,15 +10,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage:
-    """Keeps a teacher's weights as the moving average of a student's; both are looked through once."""
+    """Keeps a teacher's weights as the moving average of a student's. The tensors of both are collected once."""
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
-        """Two networks of one architecture, whose tensors stay the same objects from here on."""
+        """Both networks have the same architecture. Their tensors must stay the same objects."""
         self._means: list[Tensor] = []
         self._values: list[Tensor] = []
         self._counts: list[tuple[Tensor, Tensor]] = []
         for mean, value in zip(_tensors(teacher), _tensors(student), strict=True):
-            if mean.is_floating_point():  # running statistics too: they must belong to the averaged weights
+            if mean.is_floating_point():  # also running statistics, which must match the averaged weights
                 self._means.append(mean)
                 self._values.append(value)
             else:
@@ -27,7 +27,7 @@ class MovingAverage:
     def update(self, step: int, decay: float) -> None:
         """teacher <- d * teacher + (1 - d) * student with d = min(decay, 1 - 1 / (step + 1)), step counted from 1.
 
-        The ramp makes the teacher the plain mean of the first students instead of a trace of the random start.
+        With this ramp, the teacher starts as the plain mean of the first students, not as a trace of the random start.
         """
         move = get_ema_multi_avg_fn(min(decay, 1 - 1 / (step + 1)))  # type: ignore[no-untyped-call]
         move(self._means, self._values, step)

@@ -1,4 +1,4 @@
-"""Out-of-fold teachers: each never saw a share of the labelled images, so that labels can be judged there."""
+"""Out-of-fold teachers: each leaves out one fold of the labeled images, on which its candidates are scored."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from l2l_core.training.runs import (
 
 
 def pseudo_labels_of(number: int) -> Path:
-    """The table of a round's pseudo-labels."""
+    """Path of a round's pseudo-label table."""
     return records.round_folder(number) / "pseudo_labels.parquet"
 
 
 def learn_nothing_new(params: Params, number: int) -> bool:
-    """Whether a round leaves the teachers as they are: a fixed rule does not use them. In round 0 there are none."""
+    """Whether a round trains no fold teachers: a fixed rule does not use them, or `fold_update` is `kept`."""
     if number == 0:
         return params.select.policy != "reinforce"
     return policy_of(pseudo_labels_of(number)) != "reinforce" or params.select.fold_update == "kept"
 
 
 def folds_key(params: Params, number: int) -> str:
-    """Fingerprint of all teachers of a round."""
+    """Fingerprint of all fold teachers of a round."""
     settings = f"{training_settings(params)} {params.select.fold_steps}"
     if number:
         settings += f" {params.select.fold_update} {params.select.fold_update_steps}"
@@ -45,7 +45,7 @@ def folds_key(params: Params, number: int) -> str:
 
 
 def train_teacher(params: Params, number: int, left_out: int, into: Path) -> None:
-    """Train the teacher of a round that never sees the images of one fold."""
+    """Train the teacher of a round that leaves out the images of one fold, and save it to `into`."""
     labeled = labeled_stream(params, 1.0 if number == 0 else params.retrain.labeled_share)
     pairs = labeled.batches.pairs
     fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
@@ -57,9 +57,9 @@ def train_teacher(params: Params, number: int, left_out: int, into: Path) -> Non
     else:
         network = new_network(params, purpose)
     if number:
-        network.passes = params.retrain.passes  # the teachers stand for the round's model
+        network.passes = params.retrain.passes  # the teachers stand in for the round's model
         pseudo = pseudo_stream(params, pseudo_labels_of(number), 1 - params.retrain.labeled_share)
-        # An image that is labelled in part also has pseudo-labels, by a teacher that knows its labels.
+        # A partly labeled image also has pseudo-labels, from a teacher that has seen its labels.
         others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
         streams += [] if others is None else [others]
     run_training(params, purpose, network, streams, steps, _inputs(params, number), into, None)
@@ -70,7 +70,7 @@ def _goes_further(params: Params, number: int) -> bool:
 
 
 def _inputs(params: Params, number: int) -> list[Path]:
-    """What the teachers of a round learn from; those of the last round only where they start from them."""
+    """Input files of a round's teachers, including the last round's teachers if training continues from them."""
     inputs = [*LABEL_INPUTS, *PRIOR_INPUTS]
     inputs += [records.round_folder(number - 1) / "folds"] if _goes_further(params, number) else []
     return inputs + ([pseudo_labels_of(number)] if number else [])

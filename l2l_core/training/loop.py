@@ -1,4 +1,4 @@
-"""The training loop. Warm-up, fold teachers and retraining are this one loop over one or two streams of pairs."""
+"""The training loop. Warm-up, fold teachers and retraining run it over one or two streams of pairs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from l2l_core.model.segmenter import Segmenter, attention_kernels
 from l2l_core.training.checkpoint import load_checkpoint, save_checkpoint
 from l2l_core.training.ema import MovingAverage
 
-if TYPE_CHECKING:  # it takes seconds to import, and what only predicts has no use for it
+if TYPE_CHECKING:  # takes seconds to import, and inference does not need it
     from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Pairs with what they teach, and their share of every batch."""
+    """Pairs with their targets, and their share of every batch."""
 
     batches: BatchMaker
     targets: Targets
@@ -46,10 +46,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class OnlineStream:
-    """Pairs that the EMA teacher of the running training labels anew at every step, and their share of every batch."""
+    """Pairs that the EMA teacher relabels at every training step, and their share of every batch."""
 
     batches: BatchMaker
-    threshold: float  # a pixel teaches where the teacher's confidence max(p, 1 - p) reaches this
+    threshold: float  # a pixel is valid if the teacher's confidence max(p, 1 - p) reaches this
     share: float
 
 
@@ -57,14 +57,14 @@ class OnlineStream:
 class Trained:
     """The result of a training."""
 
-    teacher: Segmenter  # the moving average, which is what is evaluated and what labels
+    teacher: Segmenter  # the moving average; used for evaluation and pseudo-labels
     curve: list[dict[str, float]]  # rows of step, loss, bce, dice, lr
 
 
 def use_share_of_cores() -> None:
-    """Give a process that was launched beside others its share of the cores; a user's OMP_NUM_THREADS stays.
+    """Give each launched process its share of the cores. A user's OMP_NUM_THREADS takes precedence.
 
-    `threads.share_of_launched` says how a user's value is told from torchrun's default of 1.
+    `threads.share_of_launched` distinguishes a user's value from torchrun's default of 1.
     """
     share = share_of_launched()
     if share is not None:
@@ -83,14 +83,15 @@ def train(
 ) -> Trained:
     """Train for a number of steps and return the EMA teacher.
 
-    Every random choice of a step is a function of (seed, step): a run that resumes from `checkpoint` ends with the
-    same bytes as one that was never interrupted. `log` gets every row of the curve, after a resume the old ones too.
-    Where several processes were launched (torchrun, accelerate launch), each computes a part of every batch, and where
-    `micro_batch_size` says so, in several steps: the losses are those of the whole batch. Layers that look at more than
-    one sample (batch norm) see a part only; on GPUs its statistics are shared between the processes. The first process
-    writes the checkpoints.
-    Raises InputError where a stream is empty, ConfigError where the loss is not finite or a batch has no room for every
-    stream or process.
+    Every random choice of a step is a function of (seed, step), so a run that resumes from `checkpoint` ends with the
+    same bytes as an uninterrupted run. `log` receives every row of the curve; after a resume, also the old rows.
+
+    With several launched processes (torchrun, accelerate launch), each computes a part of every batch, and
+    `micro_batch_size` splits this part further. The loss is that of the whole batch. Batch norm sees only a part of the
+    batch, but on GPUs the processes share its statistics. The first process writes the checkpoints.
+
+    Raises InputError if a stream is empty. Raises ConfigError if the loss is not finite or if a batch is too small for
+    all streams or processes.
     """
     for stream in streams:
         if not len(stream.batches.pairs):
@@ -109,7 +110,7 @@ def train(
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     network = network.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     teacher = copy.deepcopy(network).eval().requires_grad_(False)
-    # Fused: one kernel for all parameters, of which there are hundreds of small ones.
+    # Fused: one kernel for hundreds of small parameters.
     optimizer = torch.optim.AdamW(
         network.parameter_groups(params.lr, params.encoder_lr_scale, params.weight_decay), fused=True
     )
@@ -151,15 +152,15 @@ def train(
         for number, batch in enumerate(batches, start=1):
             tokens = to_device(network.tokenize(batch, padding="longest"), accelerator.device)
             batch = move_batch(batch, accelerator.device)
-            assert batch.label is not None  # every stream has targets or is given them online
+            assert batch.label is not None  # every stream has targets or gets them online
             with nullcontext() if number == len(batches) else accelerator.no_sync(student), enough_samples():
                 with autocast(device, precision):
                     output = student(batch, tokens)
                 loss = segmentation_loss(output, batch.label, _keep(batch), count)
                 with attention_kernels(accelerator.device):
-                    accelerator.backward(loss.total * accelerator.num_processes)  # which divides by that number
+                    accelerator.backward(loss.total * accelerator.num_processes)  # backward divides by it
             losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
-        torch.nn.utils.clip_grad_norm_(learning, params.grad_clip)  # not the accelerator's: it looks for them each time
+        torch.nn.utils.clip_grad_norm_(learning, params.grad_clip)  # accelerate's version looks them up each time
         stepper.step()
         average.update(step + 1, params.ema_decay)
         done = step + 1
@@ -189,26 +190,26 @@ def train(
 
 
 def _accelerator(device: torch.device) -> Accelerator:
-    """What moves the training to its device and shares it between launched processes. Precision is not its concern."""
+    """Moves the training to its device and splits it between launched processes. It does not handle precision."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
     if "WORLD_SIZE" not in os.environ:
-        # It keeps the first training's device for the whole process; launched processes share one kind of device.
+        # Accelerate keeps the first training's device for the whole process. Launched processes share a device type.
         AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="no",  # by `autocast` instead: the accelerator would keep the first training's precision too
-        # A pretrained text encoder brings a pooling layer that is not asked.
+        mixed_precision="no",  # `autocast` sets it; the accelerator would keep the first training's precision
+        # A pretrained text encoder has an unused pooling layer.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
 
 def schedule(step: int, steps: int, warmup_fraction: float, decay: Literal["cosine", "poly"]) -> float:
-    """Factor of the peak learning rate at a step: linear rise, then down to 0.
+    """Factor of the peak learning rate at a step: linear warm-up, then decay to 0.
 
-    By half a cosine, or by (1 - share of the way) ** 0.9, as LAVT and those who build on it.
+    The decay is half a cosine, or (1 - progress) ** 0.9 as in LAVT and its successors.
     """
     rise = max(1, round(steps * warmup_fraction))
     if step < rise:
@@ -218,9 +219,9 @@ def schedule(step: int, steps: int, warmup_fraction: float, decay: Literal["cosi
 
 
 def batch_parts(batch_size: int, micro_batch_size: int | None, processes: int) -> list[NDArray[np.int64]]:
-    """The places of a batch that are computed at once: as many parts a process, of at most micro_batch_size places.
+    """Split the positions of a batch into parts of at most micro_batch_size, equally many parts per process.
 
-    Part p is process p % processes's. Raises ConfigError where the batch cannot be shared evenly.
+    Part p belongs to process p % processes. Raises ConfigError if the batch size is not a multiple of `processes`.
     """
     share, rest = divmod(batch_size, processes)
     if rest:
@@ -228,13 +229,13 @@ def batch_parts(batch_size: int, micro_batch_size: int | None, processes: int) -
             f"params.yaml: train.batch_size: got {batch_size}, expected a multiple of the {processes} processes"
         )
     count = processes * math.ceil(share / (micro_batch_size or share))
-    # Every n-th place, so that each part has its share of every stream.
+    # Every n-th position, so that each part has its share of every stream.
     return [np.arange(first, batch_size, count) for first in range(count)]
 
 
 @contextmanager
 def enough_samples() -> Iterator[None]:
-    """Raises ConfigError where batch norm sees one value per channel: one sample whose map has one pixel."""
+    """Raise ConfigError if batch norm sees one value per channel: one sample whose map has one pixel."""
     try:
         yield
     except ValueError as error:
@@ -247,13 +248,13 @@ def enough_samples() -> Iterator[None]:
 
 
 def sum_of(accelerator: Accelerator, values: Sequence[Tensor]) -> Tensor:
-    """The sum of equally shaped tensors over all of them and all processes, on the training's device."""
+    """Sum equally shaped tensors over the sequence and all processes, on the training's device."""
     summed: Tensor = accelerator.reduce(torch.stack(list(values)).sum(0).to(accelerator.device), "sum")
     return summed
 
 
 def epoch_rows(count: int, batch: int, seed: int, step: int) -> NDArray[np.int64]:
-    """[batch] rows of step `step` in an endless walk through shuffled epochs of `count` rows; a pure function."""
+    """[batch] int64 rows of step `step` in an endless sequence of shuffled epochs of `count` rows; a pure function."""
     positions = np.arange(step * batch, (step + 1) * batch)
     rows = np.empty(batch, dtype=np.int64)
     for epoch in np.unique(positions // count):
@@ -262,7 +263,7 @@ def epoch_rows(count: int, batch: int, seed: int, step: int) -> NDArray[np.int64
     return rows
 
 
-@lru_cache(maxsize=8)  # the current epochs of a training's streams: an order lasts for many steps
+@lru_cache(maxsize=8)  # the current epochs of all streams: an order lasts many steps
 def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     order = generator("epoch", seed, epoch).permutation(count)
     order.flags.writeable = False
@@ -270,9 +271,9 @@ def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:
-    """The streams with their shares of IMAGE_CACHE_BYTES, which all streams of all processes of a machine share.
+    """Give each stream its share of IMAGE_CACHE_BYTES. All streams of all processes on a machine share it.
 
-    Processes are those that a launcher started (torchrun), and trainings beside this one.
+    Processes are those started by a launcher (torchrun), and parallel trainings.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(BESIDE_VARIABLE, "1"))
     room = IMAGE_CACHE_BYTES // (len(streams) * processes)
@@ -280,9 +281,9 @@ def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream |
 
 
 def stream_sizes(streams: Sequence[Stream | OnlineStream], batch_size: int) -> list[int]:
-    """Samples of each stream in a batch: shares rounded, at least one each, `batch_size` in all (the last fills up).
+    """Samples per stream in a batch: rounded shares, at least one each. The last stream fills up to `batch_size`.
 
-    Raises ConfigError where there are more streams than samples.
+    Raises ConfigError if there are more streams than samples.
     """
     if batch_size < len(streams):
         raise ConfigError(
@@ -291,15 +292,15 @@ def stream_sizes(streams: Sequence[Stream | OnlineStream], batch_size: int) -> l
         )
     sizes: list[int] = []
     for after, stream in zip(range(len(streams) - 1, 0, -1), streams, strict=False):
-        room = batch_size - sum(sizes) - after  # one sample for each of the streams after this one
+        room = batch_size - sum(sizes) - after  # one sample for each later stream
         sizes.append(min(max(1, round(stream.share * batch_size)), room))
     return [*sizes, batch_size - sum(sizes)]
 
 
 def label_online(batch: Batch, prob: Tensor, threshold: float) -> Batch:
-    """The batch with a teacher's labels: prob [B, 1, S, S] in 0..1 is its foreground probability.
+    """The batch with pseudo-labels from a teacher's foreground probability prob [B, 1, S, S] in [0, 1].
 
-    The label is prob > 0.5, the cut of evaluation; the pixels with max(p, 1 - p) >= threshold may teach.
+    The pseudo-label is prob > 0.5, the threshold of evaluation. Pixels with max(p, 1 - p) >= threshold are valid.
     """
     return replace(batch, label=(prob > 0.5).float(), keep=(torch.maximum(prob, 1 - prob) >= threshold).float())
 
@@ -312,7 +313,7 @@ def _draw(
     ask_teacher: Callable[[Batch], Tensor],
     places: NDArray[np.int64] | None = None,
 ) -> Batch:
-    """The step's batch, or the samples at some of its places, in ascending order."""
+    """The step's batch, or its samples at the positions `places`, in ascending order."""
     parts, first = [], 0
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
         rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, number), step)
@@ -324,7 +325,7 @@ def _draw(
         if not len(rows):
             continue
         if isinstance(stream, OnlineStream):
-            # The teacher sees every prior and the image as it is; what the student sees is made harder afterwards.
+            # The teacher sees every prior and the original image. The student's input is augmented afterwards.
             prob = ask_teacher(stream.batches(rows))
             parts.append(label_online(stream.batches(rows, None, no_prior), prob, stream.threshold))
         else:
@@ -333,7 +334,7 @@ def _draw(
 
 
 def _keep(batch: Batch) -> Tensor:
-    assert batch.keep is not None  # every stream has targets or is given them online
+    assert batch.keep is not None  # every stream has targets or gets them online
     return batch.keep
 
 

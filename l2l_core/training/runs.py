@@ -1,4 +1,4 @@
-"""What the training stages have in common: a resumable run, a saved teacher, its curve."""
+"""Shared code of the training stages: streams, a resumable run, the saved teacher and its curve."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ LABEL_INPUTS = (records.SPLIT_PATH, records.LABELED_MASKS_PATH, records.INDEX.re
 PRIOR_INPUTS = (records.PRIORS_PATH, records.PROPOSALS_PATH)
 
 ONLINE_THRESHOLD = 0.7
-"""Confidence from which a pixel teaches under an online teacher: the fixed one of DAM-Net (2025), which trains so."""
+"""Minimum confidence of a valid pixel under an online teacher: the fixed threshold of DAM-Net (2025)."""
 
 
 def new_network(params: Params, purpose: str, *, with_priors: bool = True) -> Segmenter:
-    """A network with random (or pretrained) weights whose tokenizer knows the training sentences."""
+    """A network with random (or pretrained) weights and a tokenizer that knows the training sentences."""
     pairs = [pairs_of(params, role, with_priors=with_priors) for role in ("labeled", "unlabeled")]
     return Segmenter.create(params.model, corpus(pairs), derive_seed(params.seed, purpose))
 
 
 def labeled_stream(params: Params, share: float, *, with_priors: bool = True) -> Stream:
-    """All labelled pairs with their true masks."""
+    """All labeled pairs with their ground-truth masks."""
     pairs = pairs_of(params, "labeled", with_priors=with_priors)
     return Stream(batches_of(params, pairs), labeled_targets(pairs), share)
 
 
 def pseudo_stream(params: Params, pseudo_labels: Path, share: float) -> Stream | None:
-    """The accepted pseudo-labels with the pixels that may teach and how much; None where nothing was accepted."""
+    """The accepted pseudo-labels with their valid pixels and pixel weights; None if none is accepted."""
     wanted = ["sent_id", "rle_counts", "keep_rle", "weight", "accepted"]
     table = records.to_frame(records.read_table(pseudo_labels, records.PSEUDO_LABELS, wanted))
     table = table[table["accepted"]]
@@ -58,31 +58,31 @@ def pseudo_stream(params: Params, pseudo_labels: Path, share: float) -> Stream |
 
 
 def online_stream(params: Params, share: float) -> OnlineStream:
-    """All unlabelled pairs, to be labelled while the training runs."""
+    """All unlabeled pairs, for pseudo-labels that are computed during training."""
     return OnlineStream(batches_of(params, pairs_of(params, "unlabeled")), ONLINE_THRESHOLD, share)
 
 
 def policy_of(pseudo_labels: Path) -> str | None:
-    """The rule that selected a round's pseudo-labels; None where the table has no row."""
+    """The rule that selected a round's pseudo-labels; None if the table is empty."""
     policies = records.read_table(pseudo_labels, records.PSEUDO_LABELS, ["policy"])["policy"]
     return policies[0].as_py() if len(policies) else None
 
 
 def part_of(stream: Stream, rows: NDArray[np.int64]) -> Stream:
-    """The stream reduced to some of its pairs."""
+    """The stream restricted to the pairs at `rows`."""
     pairs: Pairs = stream.batches.pairs.take(rows)
     return Stream(replace(stream.batches, pairs=pairs), stream.targets.take(rows), stream.share)
 
 
 def without_images(stream: Stream, image_row: NDArray[np.int64]) -> Stream | None:
-    """The stream without the pairs of some images; None where none is left."""
+    """The stream without the pairs of the given images; None if no pair remains."""
     rows = (~np.isin(stream.batches.pairs.image_row, image_row)).nonzero()[0]
     return part_of(stream, rows) if len(rows) else None
 
 
 def training_settings(params: Params) -> str:
-    """The parameters on which a training's result depends, for fingerprints; not how it runs (`train.engine`)."""
-    # Another machine may choose another precision. What a fold teacher sees depends on the number of folds.
+    """The parameters that determine a training's result, for fingerprints. Excludes `train.engine`."""
+    # `auto` precision depends on the machine. The data of a fold teacher depends on the number of folds.
     precision = resolve_precision(params.train.precision, choose_device(params.train.engine.device))
     train = f"{_tracked(params.train)} {precision}"
     return f"{params.seed} {params.model!r} {train} {params.proposals!r} {params.select.folds}"
@@ -102,7 +102,7 @@ def run_training(
     model_out: Path,
     curves_out: Path | None,
 ) -> None:
-    """Train, resuming where a killed run of the same inputs stopped, and write the teacher (and its curve)."""
+    """Train and write the teacher (and its curve). Resumes a killed run with the same inputs."""
     device, proposals = choose_device(params.train.engine.device), records.read_rendering()
     print_device(device, resolve_precision(params.train.precision, device))
     settings = f"{training_settings(params)} {steps} {[stream.share for stream in streams]}"

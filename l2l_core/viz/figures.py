@@ -1,4 +1,4 @@
-"""Curves as SVG drawings for the inside of a page: text stays text, in the page's own colour, light or dark."""
+"""Curves as SVG drawings for embedding in a page: text stays text, in the page's own color, light or dark."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from l2l_core.artifacts.records import EVAL_SPLITS
 from l2l_core.evaluation.evaluate import GOOD_IOU, SUPERVISED
 
 INK = "#010203"
-"""Stands for the page's text colour while matplotlib draws; no curve has it."""
+"""Placeholder for the page's text color while matplotlib draws; no curve uses it."""
 
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e63", "#a855c7", "#c2415c", "#7d7d7d")
-"""Told apart on a light and on a dark page, in the order in which lines are drawn."""
+"""Line colors in drawing order, distinguishable on light and dark pages."""
 
 Curves = Mapping[str, pd.DataFrame]
 
 
 def draw_figures(curves: Curves) -> dict[str, list[Markup]]:
-    """Drawings by what they show: rounds, coverage, reliability, training, policy; empty lists where there is no data.
+    """Drawings by topic: rounds, coverage, reliability, training, policy; empty lists for missing data.
 
-    curves: as `evaluation.Evaluation.curves`. Equal curves give equal bytes.
+    curves: as `evaluate.Evaluation.curves`. Equal curves give equal bytes.
     """
     rounds, coverage, reliability, training, policy = (
         _of_kind(curves, kind) for kind in ("rounds", "coverage", "reliability", "training", "policy")
@@ -49,16 +49,16 @@ def draw_figures(curves: Curves) -> dict[str, list[Markup]]:
 
 
 def _of_kind(curves: Curves, kind: str) -> dict[str, pd.DataFrame]:
-    """The curves `<kind>/<name>` that have data, by name."""
+    """The nonempty curves `<kind>/<name>`, by name."""
     named = {name.removeprefix(f"{kind}/"): rows for name, rows in curves.items() if name.startswith(f"{kind}/")}
     order = [*EVAL_SPLITS, SUPERVISED, *sorted(named)]
     return {name: named[name] for name in sorted(named, key=order.index) if not named[name].empty}
 
 
 def _svg(label: str, title: str, data: Any, draw: Callable[[Axes, str, Any], None]) -> Markup:
-    """One drawing. `label` is what a screen reader says, and different for each drawing of a page."""
+    """One drawing. `label` is the text for screen readers, and unique within a page."""
     settings: Any = {
-        "svg.hashsalt": label,  # ids inside the SVG: the same in every run, different between the drawings of a page
+        "svg.hashsalt": label,  # ids inside the SVG: the same in every run, unique within a page
         "svg.fonttype": "none",
         "font.family": "sans-serif",
         "axes.prop_cycle": cycler(color=COLOURS),
@@ -70,16 +70,16 @@ def _svg(label: str, title: str, data: Any, draw: Callable[[Axes, str, Any], Non
         **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], INK),
     }
     with mpl.rc_context(settings):
-        figure = Figure(figsize=(4.4, 3.1), layout="constrained")  # inches of 96 CSS pixels: three beside each other
+        figure = Figure(figsize=(4.4, 3.1), layout="constrained")  # inches of 96 CSS pixels: three fit in a row
         axes = figure.add_subplot()
         draw(axes, title, data)
         axes.grid(alpha=0.25)
-        figure.legend(loc="outside lower center", ncols=2)  # below the axes, where no line can run under it
+        figure.legend(loc="outside lower center", ncols=2)  # below the axes, so that no line crosses it
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", text)  # names such as axes_1, which every drawing has
+    text = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", text)  # names such as axes_1, which repeat in every drawing
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))
 
 
@@ -108,6 +108,6 @@ def _draw_reliability(axes: Axes, title: str, rounds: Curves) -> None:
 
 def _draw_steps(axes: Axes, column: str, models: Curves) -> None:
     for name, rows in models.items():
-        marker = "o" if len(rows) == 1 else None  # a line of one point is not seen
+        marker = "o" if len(rows) == 1 else None  # a line of one point is invisible
         axes.plot(rows["step"], rows[column], label=name.replace("_", " "), linewidth=1.2, marker=marker)
     axes.set(title=column.replace("_", " "), xlabel="step")

@@ -1,4 +1,4 @@
-"""Small pictures of what a model saw, said and got wrong: image, box, soft map, mask, kept pixels, errors."""
+"""Small pictures of the model's input, its output and its errors: image, box, soft map, mask, kept pixels, errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Picture = NDArray[np.uint8]  # [H, W, 3] RGB
 Colour = tuple[int, int, int]
 
 JPEG_QUALITY = 75
-"""Of 100: at the size of a report's pictures no difference shows, and a page is a third smaller than at 88."""
+"""Out of 100: at the size of a report's pictures no difference is visible, and a page is a third smaller than at 88."""
 
 BOX: Colour = (255, 212, 0)
 MASK: Colour = (176, 58, 255)
@@ -23,17 +23,17 @@ RIGHT: Colour = (38, 166, 65)
 WRONG: Colour = (224, 49, 49)
 MISSED: Colour = (25, 113, 240)
 OUTLINE: Colour = (255, 255, 255)
-SOFT_MAP = "viridis"  # equal steps look equal, in colour, in grey and to colour-blind readers
+SOFT_MAP = "viridis"  # perceptually uniform, in color, in gray and for color-blind readers
 
 TINT = 0.6
-"""Share of a mask's colour over the image: strong enough to tell apart, weak enough to see what is below."""
+"""Opacity of a mask's color: the mask stands out, and the image below stays visible."""
 
 DIMMED = 0.25
-"""Brightness left where nothing is taught."""
+"""Brightness of pixels that do not train the network."""
 
 
 def fit(image: Picture, longest_px: int) -> Picture:
-    """The image with its longer side `longest_px` long, so that every line drawn on it has the same width."""
+    """Resize the image so that its longer side is `longest_px`; all lines drawn on it then have the same width."""
     height, width = image.shape[:2]
     scale = longest_px / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -43,12 +43,12 @@ def fit(image: Picture, longest_px: int) -> Picture:
 def with_boxes(
     image: Picture, boxes_xyxy: Iterable[NDArray[np.float64]], points_xy: Iterable[NDArray[np.float64]]
 ) -> Picture:
-    """Boxes x1 y1 x2 y2 and points x y, both as shares 0..1 of the width and height, drawn on a copy."""
+    """Draw boxes x1 y1 x2 y2 and points x y, both as shares 0..1 of the width and height, on a copy."""
     picture, (height, width) = image.copy(), image.shape[:2]
     for box in boxes_xyxy:
         left, top, right, bottom = np.round(box * [width, height, width, height]).astype(int).tolist()
         corners = (left, top), (max(right - 1, left), max(bottom - 1, top))
-        cv2.rectangle(picture, *corners, (0, 0, 0), 4)  # a dark rim: the line must show on any image
+        cv2.rectangle(picture, *corners, (0, 0, 0), 4)  # a dark rim: the line must be visible on any image
         cv2.rectangle(picture, *corners, BOX, 2)
     for point in points_xy:
         centre = tuple(np.round(point * [width, height]).astype(int).tolist())
@@ -58,7 +58,7 @@ def with_boxes(
 
 
 def with_soft_map(image: Picture, soft: NDArray[np.uint8]) -> Picture:
-    """A soft map [h, w] (0..255 is 0..1, over the whole image) as a heat map over the grey image."""
+    """A soft map [h, w] (0..255 is 0..1, over the whole image) as a heat map over the gray image."""
     height, width = image.shape[:2]
     large = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR)
     heat = 255 * colormaps[SOFT_MAP](large)[..., :3]
@@ -72,22 +72,22 @@ def with_mask(image: Picture, mask: BoolMask) -> Picture:
 
 
 def with_kept(image: Picture, mask: BoolMask, keep: BoolMask) -> Picture:
-    """The kept pixels of a label: its foreground tinted, its background as it is, everything that is dropped dark."""
+    """The valid pixels of a label: its foreground tinted, its background unchanged, invalid pixels dark."""
     mask, keep = _like(mask, image), _like(keep, image)
     picture = _tinted(image, mask & keep, MASK)
     return _bytes(np.where(keep[..., None], picture, DIMMED * _grey(image)))
 
 
 def with_errors(image: Picture, mask: BoolMask, truth: BoolMask) -> Picture:
-    """A mask against the truth: right, wrong and missed foreground in three colours, the truth outlined."""
+    """A mask against the truth: right, wrong and missed foreground in three colors, the truth outlined."""
     mask, truth = _like(mask, image), _like(truth, image)
-    picture = _tinted(_bytes(np.repeat(_grey(image), 3, axis=2)), mask & truth, RIGHT)  # grey: the colours are the news
+    picture = _tinted(_bytes(np.repeat(_grey(image), 3, axis=2)), mask & truth, RIGHT)  # gray: the colors stand out
     picture = _tinted(picture, mask & ~truth, WRONG)
     return _outlined(_tinted(picture, truth & ~mask, MISSED), truth)
 
 
 def jpeg(picture: Picture) -> bytes:
-    """The picture as a JPEG file; colour at full resolution, since thin coloured lines smear otherwise."""
+    """The picture as a JPEG file; color at full resolution, since thin colored lines smear otherwise."""
     sampling = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY, *sampling]
     return bytes(cv2.imencode(".jpg", picture[..., ::-1], options)[1])

@@ -1,1 +1,1 @@
-"""Annotations of other tools as lines of JSON that `dataset` takes."""
+"""Converters from annotations of other tools to JSON lines for `dataset`."""

@@ -1,4 +1,4 @@
-"""COCO annotations and a file of sentences about them."""
+"""Importer of COCO annotations with a file of sentences."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SENTENCE_KEYS = ("sentence", "caption")
 
 
 def import_coco(instances: Path, sentences: Path, images: Path, out: Path) -> Imported:
-    """COCO's instances and sentences -> JSON lines for a file in the folder `out`.
+    """COCO instances and sentences -> JSON lines for a file in the folder `out`.
 
-    instances: `images` (id, file_name, height, width) and `annotations` (id, image_id, segmentation). sentences: JSON
-    lines, a JSON list, or an object with the list `annotations` as in COCO's captions. A sentence has annotation_id (or
-    ann_id), or image_id alone for a pair without a mask; sentence (or caption); and optionally split and sent_id.
-    images: folder of the file_names. Raises InputError that lists every bad entry.
+    instances: file with `images` (id, file_name, height, width) and `annotations` (id, image_id, segmentation).
+    sentences: JSON lines, a JSON list, or an object with the list `annotations` as in COCO captions. An entry has
+    annotation_id (or ann_id), or only image_id for a pair without a mask; sentence (or caption); and optionally split
+    and sent_id. images: folder of the file_names. Raises InputError that lists every bad entry.
     """
     source = project_path(instances)
     document = read_json(instances)
@@ -65,7 +65,7 @@ def _by_id(document: Any, key: str) -> dict[int, Any]:
 
 
 def _sentence_rows(path: Path) -> list[tuple[str, Any]]:
-    """The entries of the file of sentences, each with what messages call it."""
+    """The entries of the sentences file, each with its name in error messages."""
     source = project_path(path)
     if path.suffix != ".jsonl":
         document = read_json(path)

@@ -1,4 +1,4 @@
-"""What all importers end in: entries of another tool's files, checked as ingest checks them, as lines of JSON."""
+"""Common output of all importers: entries of another tool's files, checked as in ingest, as JSON lines."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ SHOWN_CHARACTERS = 60  # of a wrong value in a message: a polygon would fill the
 
 @dataclass(frozen=True)
 class Entry:
-    """One pair as another tool keeps it."""
+    """One pair from another tool."""
 
     where: str  # file and entry, for messages
     image: Path
     sentence: str
-    size_hw: tuple[int, int] | None  # height, width of the image as the file states them; None: not stated
+    size_hw: tuple[int, int] | None  # height, width of the image stated in the file; None: not stated
     rle: bytes | None  # COCO compressed run lengths at that size; None: no mask
     split: str = records.TRAIN
     id: int | None = None
-    photo: bytes | None = None  # of an image that the file itself holds; `image` is then where it is to be written
+    photo: bytes | None = None  # of an embedded image; `image` is then its output path
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What an importer makes of another tool's files."""
+    """The result of an importer."""
 
     lines: str  # of FILE_NAME
-    photos: dict[str, bytes]  # name in the folder of FILE_NAME -> content, of images that the files themselves hold
-    warnings: list[str]  # what is doubtful, and what was left out, in a line each
+    photos: dict[str, bytes]  # name in the folder of FILE_NAME -> content, for embedded images
+    warnings: list[str]  # one line each; includes what was left out
 
 
 class UnknownShapeError(ValueError):
-    """A shape of a kind that has no mask; --skip-unknown leaves such shapes out."""
+    """A shape of a kind without a mask; --skip-unknown leaves such shapes out."""
 
     def __init__(self, kind: object, expected: str) -> None:
         super().__init__(f"got {shown(kind)}, expected {expected}; --skip-unknown leaves such shapes out")
@@ -61,7 +61,7 @@ class UnknownShapeError(ValueError):
 
 
 def left_out(what: str, counts: Counter[str], source: str) -> list[str]:
-    """One line on what was left out and how often, by kind; none where nothing was."""
+    """One line with the counts of what was left out, by kind; empty if nothing was."""
     kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
     return [f"{source}: {counts.total()} {what} left out: {kinds}"] if counts else []
 
@@ -69,10 +69,10 @@ def left_out(what: str, counts: Counter[str], source: str) -> list[str]:
 def to_json_lines(
     entries: Sequence[Entry], out: Path, source: str, problems: Sequence[str], warnings: Sequence[str] = ()
 ) -> Imported:
-    """Entries -> lines of image (relative to the folder `out`), sentence, mask, split and, where they have one, id.
+    """Entries -> JSON lines with image (relative to the folder `out`), sentence, mask, split and optional id.
 
-    problems: what was wrong with entries that could not be read. warnings: what was left out of them. Every image is
-    decoded. Raises InputError that lists the problems and all that ingest would refuse.
+    problems: errors of unreadable entries. warnings: what was left out. Every image is decoded. Raises InputError that
+    lists the problems and everything that ingest would refuse.
     """
     found = list(problems)
     if not entries and not found:
@@ -141,7 +141,7 @@ def to_json_lines(
 
 
 def read_json(path: Path) -> Any:
-    """A JSON document. Raises InputError where it cannot be read."""
+    """A JSON document. Raises InputError if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -151,7 +151,7 @@ def read_json(path: Path) -> Any:
 
 
 def whole_number(row: Any, key: str, low: int = 0) -> int:
-    """row[key]. Raises ValueError where it is no whole number from low to 2**63 - 1."""
+    """row[key]. Raises ValueError if it is not an integer from low to 2**63 - 1."""
     value = _value(row, key)
     if type(value) is not int or not low <= value < 2**63:
         limits = f">= {low}" if type(value) is not int or value < low else f"< {2**63}"
@@ -160,7 +160,7 @@ def whole_number(row: Any, key: str, low: int = 0) -> int:
 
 
 def text(row: Any, key: str) -> str:
-    """row[key]. Raises ValueError where it is no text, or an empty one."""
+    """row[key]. Raises ValueError if it is not a non-empty string."""
     value = _value(row, key)
     if not isinstance(value, str) or not value or not is_utf8(value):
         raise ValueError(f"{key}: got {shown(value)}, expected a text")
@@ -168,7 +168,7 @@ def text(row: Any, key: str) -> str:
 
 
 def rows_of(row: Any, key: str) -> list[Any]:
-    """row[key]. Raises ValueError where it is no list."""
+    """row[key]. Raises ValueError if it is not a list."""
     value = _value(row, key)
     if not isinstance(value, list):
         raise ValueError(f"{key}: got {shown(value)}, expected a list")
@@ -176,25 +176,25 @@ def rows_of(row: Any, key: str) -> list[Any]:
 
 
 def image_size(row: Any, height_key: str, width_key: str) -> tuple[int, int]:
-    """Height and width of an image as a row states them. Raises ValueError where they are no size of an image."""
+    """Height and width of an image, stated in a row. Raises ValueError if they are not a valid image size."""
     height, width = whole_number(row, height_key, 1), whole_number(row, width_key, 1)
-    if height * width > MAX_PIXELS:  # a mask of it would be made before the image is looked at
+    if height * width > MAX_PIXELS:  # the mask is built before the image is read
         raise ValueError(f"{height_key}, {width_key}: got {height}, {width}, expected an image's size")
     return height, width
 
 
 def points_of(row: Any, key: str = "points") -> list[tuple[float, float]]:
-    """row[key] as points x, y. Raises ValueError where it is no list of pairs of numbers."""
+    """row[key] as points x, y. Raises ValueError if it is not a list of pairs of numbers."""
     points = rows_of(row, key)
     for point in points:
-        # Exact types: a bool is no coordinate.
+        # Exact types: a bool is not a coordinate.
         if not isinstance(point, list) or len(point) != 2 or not all(map(_is_number, point)):
             raise ValueError(f"{key}: got {shown(point)}, expected pairs of numbers x, y")
     return [(float(x), float(y)) for x, y in points]
 
 
 def number(row: Any, key: str, default: float | None = None) -> float:
-    """row[key] as a number. Raises ValueError where it is none; default: where it is missing."""
+    """row[key] as a number; default: value of a missing key. Raises ValueError if it is not a number."""
     value = _value(row, key)
     if value is None and default is not None:
         return default
@@ -204,23 +204,23 @@ def number(row: Any, key: str, default: float | None = None) -> float:
 
 
 def mask_rle(mask: BoolMask) -> bytes:
-    """A mask as run lengths. Raises ValueError where it is empty."""
+    """A mask as run lengths. Raises ValueError if it is empty."""
     if not mask.any():
         raise ValueError("mask: empty, expected at least one pixel inside the image")
     return encode_rle(mask)
 
 
 def shown(value: object) -> str:
-    """A value as messages show it."""
+    """A value as shown in messages."""
     try:
         whole = repr(value)
-    except ValueError:  # Python refuses to write a whole number of more than some thousand digits
+    except ValueError:  # Python refuses to print integers of more than some thousand digits
         whole = "a number of thousands of digits"
     return whole if len(whole) <= SHOWN_CHARACTERS else f"{whole[:SHOWN_CHARACTERS]}..."
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a number of usual size: no bool, and no whole number that float cannot hold."""
+    """Whether a value is a number, excluding bools and integers that float cannot hold."""
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 

@@ -1,4 +1,4 @@
-"""Label Studio's JSON export of tasks with an image and sentences, such as those for review."""
+"""Importer of Label Studio's JSON export: tasks with an image and sentences, such as review tasks."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ from l2l_core.errors import InputError
 KINDS = "polygon, rectangle, ellipse or brush"
 TEXT = "textarea"
 GEOMETRY = frozenset({"points", "x", "y", "rle", "vertices", "imageDataURL"})
-"""Keys of a value that is a place in the image; results without any are relations, choices, ratings and the like."""
+"""Keys of a value with a place in the image; results without any are relations, choices, ratings and the like."""
 LOCAL_FILES = "?d="
-"""In an address of a local file, comes before its path from the served folder."""
+"""Marker in the address of a local file; the path from the served folder follows it."""
 UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")
-"""What Label Studio puts before the name of an uploaded file."""
+"""Prefix that Label Studio adds to the name of an uploaded file."""
 
-CHANNELS = 4  # a brush's mask is an RGBA image, of which alpha says where the brush was
+CHANNELS = 4  # a brush mask is an RGBA image; alpha holds the mask
 HALF_COVERED = 128
-"""Of 255: a brush's rim is soft, and a pixel belongs to the mask from half on."""
+"""Threshold of 255: a brush has a soft edge, and a pixel at least half covered belongs to the mask."""
 
 
 def import_label_studio(export: Path, images: Path, out: Path, *, skip_unknown: bool = False) -> Imported:
     """A JSON export -> JSON lines for a file in the folder `out`.
 
-    A task's data has image (an address, of which the path is looked for below `images`, without its first folders where
-    it is not found), and optionally sentence, split and sent_id. Its sentence means all its regions, united. Without a
-    sentence, the texts that were written to a region mean this region (those of one text are united), and texts that
-    were written to the task mean all regions. Of several annotations the one marked as ground truth counts; skipped
-    ones do not. A task that is not annotated, or whose annotation has no region, gives a pair without a mask; one
-    without any text is left out and counted.
+    A task's data has image (an address, whose path is searched below `images`, without its first folders if needed),
+    and optionally sentence, split and sent_id. Its sentence means the union of its regions. Without a sentence, a text
+    written for a region means this region (regions with the same text are united), and a text written for the task
+    means all regions. Of several annotations, the one marked as ground truth counts; skipped ones do not. A task
+    without an annotation, or with an annotation without regions, gives a pair without a mask. A task without any text
+    is left out and counted.
     skip_unknown: regions of other kinds are left out and counted. Raises InputError that lists every bad task.
     """
     source = project_path(export)
@@ -85,9 +85,9 @@ def import_label_studio(export: Path, images: Path, out: Path, *, skip_unknown: 
 def brush_alpha(rle: object, height: int, width: int) -> NDArray[np.uint8]:
     """The bytes of a brush's `rle` -> its alpha channel [height, width], 0..255.
 
-    The format is @thi.ng/rle-pack's. Head: number of values (32 bits), bits of a value - 1 (5), bits of the four kinds
-    of length - 1 (4 each). Then entries: a bit (set: one value that is repeated; else: each value by itself), the kind
-    (2 bits), length - 1, value or values. Raises ValueError where it is another format, or of another size.
+    The format is that of @thi.ng/rle-pack. Header: number of values (32 bits), bits per value - 1 (5), bits of the four
+    kinds of length - 1 (4 each). Then entries: a bit (set: one repeated value; else: separate values), the kind
+    (2 bits), length - 1, value or values. Raises ValueError if the format or the size is different.
     """
     if not isinstance(rle, list) or not all(type(byte) is int and 0 <= byte <= 255 for byte in rle):
         raise ValueError(f"rle: got {shown(rle)}, expected a list of bytes")
@@ -119,7 +119,7 @@ def brush_alpha(rle: object, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def _entries(task: Any, where: str, images: Path, unknown: Counter[str] | None) -> list[Entry]:
-    """A task's pairs; unknown: where regions of other kinds are counted (None: they raise UnknownShapeError)."""
+    """A task's pairs; unknown: counter of regions of other kinds (None: they raise UnknownShapeError)."""
     if not isinstance(task, dict) or not isinstance(task.get("annotations"), list):
         raise ValueError("annotations: missing, expected a list (export as JSON, not as JSON-MIN)")
     data: Any = task.get("data")
@@ -146,7 +146,7 @@ def _entries(task: Any, where: str, images: Path, unknown: Counter[str] | None) 
 
 
 def _is_region(row: Any, unknown: Counter[str] | None) -> bool:
-    """Whether a result is a shape. Raises UnknownShapeError where it is one of another kind, unless it is counted."""
+    """Whether a result is a shape. Raises UnknownShapeError for a shape of another kind, unless these are counted."""
     kind = row.get("type") if isinstance(row, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f"result: got {shown(row)}, expected an object with a type")
@@ -155,7 +155,7 @@ def _is_region(row: Any, unknown: Counter[str] | None) -> bool:
     value = row.get("value")
     if not isinstance(value, dict) or not GEOMETRY & value.keys():
         return False
-    # What is said of a region has the region's place beside it: `choices`, `rating`, `labels` under their own names.
+    # Annotations of a region repeat the region's place, with `choices`, `rating` or `labels` under their own names.
     if kind in (TEXT, "labels") or (kind in value and not kind.endswith("labels")):
         return False
     if unknown is None:
@@ -165,12 +165,12 @@ def _is_region(row: Any, unknown: Counter[str] | None) -> bool:
 
 
 def _kind(kind: str) -> str:
-    """A type with or without labels of its own: polygonlabels is a polygon."""
+    """The kind of a type with or without labels: polygonlabels is a polygon."""
     return kind.removesuffix("labels")
 
 
 def _written(results: list[Any], regions: list[Any]) -> dict[str, list[Any]]:
-    """Texts that were written instead of a sentence of the task -> the regions that they mean."""
+    """Written texts, used if the task has no sentence -> the regions that they mean."""
     by_id = {row.get("id"): row for row in regions if row.get("id") is not None}
     said = [(row.get("id"), one) for row in results if row.get("type") == TEXT for one in _texts(row)]
     meant: dict[str, list[Any]] = {}
@@ -200,7 +200,7 @@ def _texts(row: dict[str, Any]) -> list[str]:
 
 
 def _results(annotations: list[Any]) -> list[Any]:
-    """The results of the annotation that counts; none where there is no annotation."""
+    """The results of the annotation that counts; empty without an annotation."""
     finished = [one for one in annotations if not (isinstance(one, dict) and one.get("was_cancelled"))]
     if len(finished) > 1:
         finished = [one for one in finished if isinstance(one, dict) and one.get("ground_truth")]
@@ -227,7 +227,7 @@ def _mask(regions: list[Any]) -> tuple[tuple[int, int], bytes]:
 
 
 def _drawn(value: Any, kind: str, height: int, width: int) -> BoolMask:
-    """The mask of one region; its places are percent of the image's sides."""
+    """The mask of one region; its coordinates are percent of the image's sides."""
     match kind:
         case "brush":
             return brush_alpha(value.get("rle") if isinstance(value, dict) else value, height, width) >= HALF_COVERED
@@ -239,7 +239,7 @@ def _drawn(value: Any, kind: str, height: int, width: int) -> BoolMask:
             across = np.array([-math.sin(angle), math.cos(angle)])
             start = np.array([number(value, "x") / 100 * width, number(value, "y") / 100 * height])
             if kind == "ellipse":
-                rows, columns = np.ogrid[:height, :width]  # pixels whose centers lie in it
+                rows, columns = np.ogrid[:height, :width]  # pixels with their centers inside
                 x, y = columns + 0.5 - start[0], rows + 0.5 - start[1]
                 radii = number(value, "radiusX") / 100 * width, number(value, "radiusY") / 100 * height
                 if min(radii) <= 0:
@@ -253,7 +253,7 @@ def _drawn(value: Any, kind: str, height: int, width: int) -> BoolMask:
 
 
 def _find_image(address: str, folder: Path) -> Path:
-    """The file below a folder that an address means: with as much of the address's path as is there."""
+    """The file below a folder that an address means, matched by the longest existing end of the address's path."""
     path = address.partition(LOCAL_FILES)[2] if LOCAL_FILES in address else urlsplit(address).path
     parts = [part for part in unquote(path).replace("\\", "/").split("/") if part not in ("", ".", "..")]
     names = ["/".join(parts[start:]) for start in range(len(parts))]

@@ -1,4 +1,4 @@
-"""LabelMe's annotations, those of X-AnyLabeling and of ReasonSeg: a JSON file beside every image."""
+"""Importer of LabelMe, X-AnyLabeling and ReasonSeg annotations: a JSON file next to every image."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from l2l_core.datasets.importers.entries import (
 from l2l_core.errors import InputError
 
 RESERVED = re.compile(r"_+\w+_+|ignore|background|void|unlabeled", re.IGNORECASE)
-"""Labels that name no object: LabelMe's `__ignore__` and `_background_`, and the usual words for the same."""
+"""Labels that name no object: LabelMe's `__ignore__` and `_background_`, and their usual synonyms."""
 REASONSEG_LABELS = {"target", "ignore", "flag"}
-"""ReasonSeg's labels: what its `text` means, what is not to count, and what its readers skip."""
+"""ReasonSeg's labels: the target of its `text`, ignored areas, and what its readers skip."""
 KINDS = "polygon, rectangle, rotation, circle or mask"
 
 
 @dataclass
 class _Object:
-    """The shapes that are parts of one object."""
+    """The union of the shapes that are parts of one object."""
 
     where: str  # of the first
     label: str
@@ -53,7 +53,7 @@ class _Object:
 
 @dataclass
 class _Report:
-    """What is wrong with shapes, and what was left out."""
+    """Problems of shapes, and counts of what was left out."""
 
     skip_unknown: bool
     problems: list[str] = field(default_factory=list)
@@ -64,11 +64,11 @@ class _Report:
 def import_labelme(folder: Path, out: Path, *, skip_unknown: bool = False) -> Imported:
     """The *.json of a folder -> JSON lines for a file in the folder `out`.
 
-    Each shape is a pair: its sentence is its `description`, or its `label` where that is empty. Shapes of an image with
-    one group_id and one label (or description) are parts of one object: one mask, and one pair for each description.
-    In ReasonSeg's files, each sentence of `text` means all shapes that are not to be ignored. Reserved labels are left
-    out and counted. A text `split` among the file's flags names the split of its image. An image that is not at
-    `imagePath` is taken from `imageData`.
+    Each shape is a pair: its sentence is its `description`, or its `label` if that is empty. Shapes of an image with
+    the same group_id and label (or description) are parts of one object: one mask, and one pair per description.
+    In ReasonSeg files, each sentence of `text` means all shapes except ignored ones. Reserved labels are left out and
+    counted. A text `split` in the file's flags names the split of its image. An image missing at `imagePath` is taken
+    from `imageData`.
     skip_unknown: shapes of other kinds are left out and counted. Raises InputError that lists every bad file and shape.
     """
     source = project_path(folder)
@@ -94,7 +94,7 @@ def _entries(document: Any, file: Path, out: Path, report: _Report) -> list[Entr
     sentences = _reasonseg_sentences(document, shapes)
     image, photo = _image(document, file, out)
     if sentences is not None and document.get("imageHeight") is None and photo is None:
-        height, width = read_image(image).shape[:2]  # ReasonSeg's files state no size
+        height, width = read_image(image).shape[:2]  # ReasonSeg files state no size
     else:
         height, width = image_size(document, "imageHeight", "imageWidth")
     flags = document.get("flags")
@@ -113,7 +113,7 @@ def _entries(document: Any, file: Path, out: Path, report: _Report) -> list[Entr
 
 
 def _reasonseg_sentences(document: dict[str, Any], shapes: list[Any]) -> list[str] | None:
-    """What ReasonSeg says of the shapes together; None for a file of another tool."""
+    """ReasonSeg's sentences for all shapes together; None for a file of another tool."""
     labels = {shape.get("label") if isinstance(shape, dict) else None for shape in shapes}
     described = any(isinstance(shape, dict) and shape.get("description") for shape in shapes)
     if "text" not in document and (described or "target" not in labels or not labels <= REASONSEG_LABELS):
@@ -129,13 +129,13 @@ def _reasonseg_sentences(document: dict[str, Any], shapes: list[Any]) -> list[st
 
 
 def _image(document: dict[str, Any], file: Path, out: Path) -> tuple[Path, bytes | None]:
-    """The file of the image; or where it is to be written, and its content, if only `imageData` has it."""
-    if document.get("imagePath") is None and "text" in document:  # ReasonSeg's images have their files' names
+    """The image file; if only `imageData` holds the image, its output path and its content."""
+    if document.get("imagePath") is None and "text" in document:  # ReasonSeg images share the names of their files
         beside = [path for path in visible(file.parent.glob(f"{file.stem}.*")) if path != file]
         if len(beside) != 1:
             raise ValueError(f"image: found {len(beside)} files {file.stem}.* beside it, expected one")
         return beside[0], None
-    image = file.parent / text(document, "imagePath").replace("\\", "/")  # as written on Windows
+    image = file.parent / text(document, "imagePath").replace("\\", "/")  # Windows paths
     data = document.get("imageData")
     if not data or image.is_file():
         return image, None
@@ -185,16 +185,16 @@ def _mask(shape: Any, height: int, width: int) -> BoolMask:
     match kind:
         case "polygon":
             polygon = points
-        case "rotation":  # X-AnyLabeling's rectangle that stands askew
+        case "rotation":  # X-AnyLabeling's rotated rectangle
             polygon = _corners(points, 4, "four corners")
-        case "rectangle" if len(points) == 4:  # as X-AnyLabeling writes it
+        case "rectangle" if len(points) == 4:  # X-AnyLabeling's form
             polygon = points
         case "rectangle":
             (x1, y1), (x2, y2) = _corners(points, 2, "two opposite corners, or four corners")
             polygon = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
         case "circle":
             (x, y), edge = _corners(points, 2, "the center and a point on the edge")
-            rows, columns = np.ogrid[:height, :width]  # pixels whose centers lie in it
+            rows, columns = np.ogrid[:height, :width]  # pixels with their centers inside
             inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= math.dist((x, y), edge) ** 2
             return np.asarray(inside)
         case "mask":
@@ -206,7 +206,7 @@ def _mask(shape: Any, height: int, width: int) -> BoolMask:
 
 
 def _pasted(shape: dict[str, Any], corners: list[tuple[float, float]], height: int, width: int) -> BoolMask:
-    """A mask that is stored as a picture of its own box; its corners are the first and the last pixel."""
+    """A mask stored as an image of its own box; the box corners are the first and the last pixel."""
     (x1, y1), (x2, y2) = corners
     if not all(map(math.isfinite, (x1, y1, x2, y2))):
         raise ValueError("points: expected finite numbers")
@@ -219,7 +219,7 @@ def _pasted(shape: dict[str, Any], corners: list[tuple[float, float]], height: i
         with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
             size = picture.size
             drawn = np.asarray(picture.convert("L")) if size == (right - left, bottom - top) else None
-    except Exception as error:  # decoders raise whatever they trip over first in a damaged file
+    except Exception as error:  # decoders raise many exception types on a damaged file
         raise ValueError(f"mask: not a readable PNG: {error}") from None
     if drawn is None:
         raise ValueError(f"mask: {size[0]}x{size[1]} px, expected {right - left}x{bottom - top} as its points say")
