@@ -121,23 +121,23 @@ def predict(
     from l2l_core.config import load_params
     from l2l_core.core.masks import rle_area_px_all
     from l2l_core.datasets.index import turned_note
-    from l2l_core.inference import predict_files as predictions
+    from l2l_core.inference import predict_files
     from l2l_core.model.predictor import Predictor
 
     if pairs and words:
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
     folder = model_folder(run)
     device = load_params().train.engine.device if Path("params.yaml").is_file() else "auto"
-    asked = predictions.ask_file(pairs) if pairs else predictions.ask_about(words or [])
-    turned = predictions.turned_images(asked)
+    asked = predict_files.ask_file(pairs) if pairs else predict_files.ask_about(words or [])
+    turned = predict_files.turned_images(asked)
     if turned:
         print(f"note: {turned_note(turned)}")
-    with predictions.predictions_folder(out) as building:
-        predictions.try_names(asked, building)
+    with predict_files.predictions_folder(out) as building:
+        predict_files.try_names(asked, building)
         predictor = Predictor.from_run(folder, device=device)
-        told = predictions.find_priors(asked, predictor.fitted(load_params())) if with_priors else None
-        answered = predictions.answer(predictor, asked, told, batch_size)
-        trouble = predictions.write_predictions(asked, answered, building, polygons=polygons)
+        told = predict_files.find_priors(asked, predictor.fitted(load_params())) if with_priors else None
+        answered = predict_files.answer(predictor, asked, told, batch_size)
+        trouble = predict_files.write_predictions(asked, answered, building, polygons=polygons)
     empty = (rle_area_px_all(answered.rle, answered.pairs.hw) == 0).sum()
     if trouble:
         raise InputError(f"--out: {out}: {trouble}")
@@ -238,7 +238,7 @@ def check(
 ) -> None:
     """Check data and parameters before a run, and estimate time and memory.
 
-    Checks parameters, data, label budget, priors, encoders, device, and disk. Then estimates the time and output size of
+    Checks parameters, data, label budget, priors, encoders, device, and disk. Then estimates time and output size of
     each stage. Writes nothing.
     """
     from l2l_core.config import load_params

@@ -1,4 +1,4 @@
-"""Calls the command line as a person does, in this process."""
+"""Calls the command line in this process."""
 
 import sys
 

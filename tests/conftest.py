@@ -1,4 +1,4 @@
-"""Fixtures that several parts share."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need an environment of their own run only where `-m` names them, whatever else it says."""
+    """Tests that need a separate environment run only if `-m` names their marker."""
     if "vllm" not in config.option.markexpr:
         apart = [item for item in items if item.get_closest_marker("vllm")]
         items[:] = [item for item in items if item not in apart]
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def real_data() -> Path:
-    """The folder of real data sets; tests that need it are skipped where it is absent."""
+    """The folder of real datasets; tests that need it are skipped if it is missing."""
     folder = os.environ.get("L2L_REAL_DATA")
     if not folder:
         pytest.skip("L2L_REAL_DATA is not set: no real data to test with")
@@ -34,7 +34,7 @@ def real_data() -> Path:
 
 @dataclass
 class TinyRefcoco:
-    """A data set in RefCOCO's layout on disk. Change its rows, `save()`, and read it again."""
+    """A dataset in RefCOCO's layout on disk. Change its rows, `save()`, and read it again."""
 
     folder: Path
     refs: list[dict[str, Any]]
@@ -89,7 +89,7 @@ def tiny_refcoco(tmp_path: Path) -> TinyRefcoco:
     """Six images (four train, one val, one testA), masks as polygon, polygons, compressed and uncompressed runs.
 
     ref_id, ann_id and image_id are 10 k, 100 k and k for k = 1..6; sent_ids are 1000 k and 1000 k + 1. Annotation 999
-    of image 1 is an object that no sentence means.
+    of image 1 is an object that no sentence refers to.
     """
     folder = tmp_path / "tiny"
     (folder / "images").mkdir(parents=True)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def prior_params(engine: dict[str, object] | None = None, **changes: object) -> PriorsParams:
-    """The shipped parameters with changes; no model is named, simulated priors are."""
+    """The shipped parameters with changes; by default, priors are simulated and no model is named."""
     shipped = load_params(ROOT / "params.yaml").priors.model_dump()
     plain = {"backend": "simulated", "model": None, "structured_output": True}
     return PriorsParams.model_validate(shipped | plain | changes | {"engine": shipped["engine"] | (engine or {})})
@@ -35,7 +35,7 @@ def collect_priors(backend: PriorBackend, questions: Sequence[Question]) -> pa.T
 
 @dataclass(frozen=True)
 class Index:
-    """The three tables that priors read, as frames; `save` writes them where ingest would."""
+    """The three tables that priors read, as frames; `save` writes them like ingest."""
 
     images: pd.DataFrame
     refs: pd.DataFrame
@@ -139,4 +139,4 @@ BOX_2 = {
     "point": None,
     "confidence": 1,
 }
-"""A whole answer to the prompt box-2."""
+"""A complete response to the prompt box-2."""

@@ -1,4 +1,4 @@
-"""A small made-up run on disk: everything that evaluation and the report read, without training anything."""
+"""A small synthetic run on disk: everything that evaluation and the report read, without any training."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from l2l_core.core.masks import encode_rle
 
 WORDS = ("left", "right", "dark", "bright", "big", "small", "upper", "lower")
 TRAP = '<script>alert("pwned")</script> & the "dot"'
-"""A sentence that a report must show, not run."""
+"""A sentence that a report must show but not execute."""
 
 
 def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: int = 48, width: int = 64) -> None:
     """Write index, split, priors, proposals and the history of round `rounds` below `root`.
 
-    Splits train (labelled and unlabelled), val and test; each image holds an ellipse and two sentences about it. Models
-    predict the true mask moved by a few pixels, less with each round; every fifth prior answer is missing.
+    Splits train (labeled and unlabeled), val and test; each image holds an ellipse and two sentences about it. Models
+    predict the true mask moved by a few pixels, less with each round; every fifth prior response is missing.
     """
     generator = np.random.default_rng(5)
     images, refs, masks, split, priors, proposals, true = [], [], [], [], [], [], {}
@@ -87,7 +87,7 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
 
 
 def shifted(mask: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    """The mask moved by dx, dy pixels; what leaves the image is lost."""
+    """The mask moved by dx, dy pixels; pixels that leave the image are dropped."""
     moved = np.zeros_like(mask)
     height, width = mask.shape
     moved[max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)] = mask[

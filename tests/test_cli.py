@@ -23,7 +23,7 @@ METRICS = {
 }
 
 
-def test_a_row_a_method_and_the_other_scores_for_the_final_model_alone():
+def test_score_table_has_one_row_per_method_and_full_scores_for_the_final_model():
     table = score_table(METRICS)
     assert list(table["method"]) == ["prior", "supervised", "round 0 (warm-up)", "round 1", "round 1, no prior"]
     assert list(table["mIoU"]) == [33.1, 22.2, 40.0, 44.4, 30.3]
@@ -32,7 +32,7 @@ def test_a_row_a_method_and_the_other_scores_for_the_final_model_alone():
     assert table.loc[table["method"] != "round 1", ["oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"]].isna().all(axis=None)
 
 
-def test_every_split_has_its_rows():
+def test_score_table_has_rows_for_every_split():
     both = METRICS | {key.replace("val_", "testA_"): value for key, value in METRICS.items()} | {"n_testA": 7}
     both["testA_supervised_miou"] = 1.5
     table = score_table(both)
@@ -40,7 +40,7 @@ def test_every_split_has_its_rows():
     assert table.loc[(table["split"] == "testA") & (table["method"] == "supervised"), "mIoU"].item() == 1.5
 
 
-def test_show_prints_scores_and_where_the_report_lies(tmp_path, monkeypatch, capsys):
+def test_scores_prints_the_table_and_the_report_path(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps(METRICS))
@@ -50,12 +50,12 @@ def test_show_prints_scores_and_where_the_report_lies(tmp_path, monkeypatch, cap
     assert next(line for line in printed.splitlines() if "supervised" in line).split() == ["val", "supervised", "22.2"]
 
 
-def test_before_any_evaluation_it_says_what_to_run(tmp_path, monkeypatch, capsys):
+def test_scores_before_any_evaluation_names_the_command_to_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "scores") == 2
     assert re.fullmatch(r"error: metrics/evaluate\.json: not found, .*dvc repro\n", capsys.readouterr().err)
 
 
-def test_a_command_is_needed(monkeypatch, capsys):
+def test_requires_a_command(monkeypatch, capsys):
     assert call(monkeypatch) == 2
     assert "COMMAND" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""params.yaml: the shipped file is valid, and every mistake is explained by key, value and what is allowed."""
+"""params.yaml: the shipped file is valid, and every error names the key, the value and what is allowed."""
 
 import copy
 from pathlib import Path
@@ -27,7 +27,7 @@ def changed(key: str, value: object) -> dict[str, Any]:
     return raw
 
 
-def test_the_shipped_file_is_valid_and_says_what_it_means():
+def test_shipped_params_file_is_valid_and_round_trips():
     params = load_params(PARAMS)
     assert params.model_dump(mode="json") == SHIPPED
 
@@ -87,7 +87,7 @@ def test_the_shipped_file_is_valid_and_says_what_it_means():
         ("evaluate.splits", [], r"evaluate\.splits: got \[\], expected"),
     ],
 )
-def test_a_wrong_value_is_explained(key, value, message):
+def test_explains_invalid_values(key, value, message):
     with pytest.raises(ConfigError, match=rf"params\.yaml: {message}"):
         parse_params(changed(key, value))
 
@@ -95,7 +95,7 @@ def test_a_wrong_value_is_explained(key, value, message):
 @pytest.mark.parametrize(
     "priors", [{"backend": "replay", "replay_file": "x"}, {"backend": "none"}, {"model": "Qwen/Qwen3-VL-8B"}]
 )
-def test_other_data_need_another_source_of_priors(priors):
+def test_accepts_other_datasets_with_another_prior_source(priors):
     raw = changed("dataset", "mine")
     raw["priors"] |= priors
     assert parse_params(raw).dataset == "mine"
@@ -104,7 +104,7 @@ def test_other_data_need_another_source_of_priors(priors):
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm", "openai"])
-def test_json_is_enforced_where_that_takes_no_further_package(backend):
+def test_enforces_json_by_default_only_without_extra_packages(backend):
     raw = changed("priors.backend", backend)
     assert parse_params(raw).priors.is_structured == (backend != "transformers")
     for said in (True, False):
@@ -112,7 +112,7 @@ def test_json_is_enforced_where_that_takes_no_further_package(backend):
         assert parse_params(raw).priors.is_structured == said
 
 
-def test_all_mistakes_are_listed_at_once():
+def test_lists_all_errors_at_once():
     raw = changed("round", 99)
     raw["seed"] = None
     del raw["train"]["lr"]
@@ -126,12 +126,12 @@ def test_all_mistakes_are_listed_at_once():
 
 
 @pytest.mark.parametrize("raw", [None, [], "seed: 1", 3])
-def test_what_is_no_mapping_is_refused(raw):
+def test_refuses_params_that_are_not_a_mapping(raw):
     with pytest.raises(ConfigError, match="expected a mapping of sections"):
         parse_params(raw)
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_names_an_unreadable_params_file(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: not found"):
         load_params(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("seed: [1,\nround: }")
@@ -139,11 +139,11 @@ def test_files_that_cannot_be_read(tmp_path):
         load_params(tmp_path / "bad.yaml")
 
 
-@settings(max_examples=25, deadline=None)  # each writes and reads the whole file
+@settings(max_examples=25, deadline=None)  # each example writes and reads the whole file
 @given(lr=st.floats(1e-12, 1.0))
 @example(lr=1e-5)
-def test_numbers_as_dvc_writes_them_are_numbers(lr, tmp_path_factory):
-    """`dvc exp run -S train.lr=0.00001` leaves 1e-05 in the file, which YAML 1.1 reads as a text."""
+def test_reads_numbers_as_written_by_dvc(lr, tmp_path_factory):
+    """`dvc exp run -S train.lr=0.00001` writes 1e-05 to the file, which YAML 1.1 reads as a string."""
     path = tmp_path_factory.mktemp("params") / "params.yaml"
     path.write_text(PARAMS.read_text())
     with modify_yaml(path) as raw:
@@ -152,13 +152,13 @@ def test_numbers_as_dvc_writes_them_are_numbers(lr, tmp_path_factory):
     assert load_params(path).train.lr == lr
 
 
-def test_params_do_not_change_after_loading():
+def test_params_are_immutable():
     params = load_params(PARAMS)
     with pytest.raises(ValueError, match="frozen"):
         params.seed = 3
 
 
-def test_a_mistake_ends_a_command_with_code_2_and_one_line(tmp_path, capsys):
+def test_invalid_params_exit_with_code_2_and_one_line(tmp_path, capsys):
     (tmp_path / "params.yaml").write_text(PARAMS.read_text().replace("round: 2", "round: two"))
 
     assert exit_code(lambda: print(load_params(tmp_path / "params.yaml"))) == 2
@@ -168,14 +168,14 @@ def test_a_mistake_ends_a_command_with_code_2_and_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("policy", ["threshold", "semires"])
-def test_rules_that_weigh_pixels_want_the_teachers_own_mask(policy):
+def test_pixel_weighting_rules_require_the_teacher_mask_first(policy):
     raw = changed("select.policy", policy)
     raw["select"]["candidates"] = ["overlap", "teacher"]
     with pytest.raises(ConfigError, match=rf"select\.candidates: got .*, expected teacher as the first .* {policy}"):
         parse_params(raw)
 
 
-def test_a_fixed_rule_makes_use_of_the_first_candidate_alone():
+def test_fixed_rules_use_only_the_first_candidate():
     def constructed(policy):
         return parse_params(changed("select.policy", policy)).select.constructed
 

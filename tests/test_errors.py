@@ -3,24 +3,24 @@ import pytest
 from l2l_core.errors import MAX_PROBLEMS_SHOWN, ArtifactError, ConfigError, InputError, L2LError, exit_code, raise_all
 
 
-def test_no_problem_raises_nothing():
+def test_raises_nothing_without_problems():
     assert raise_all([]) is None
 
 
-def test_one_problem_is_the_whole_message():
+def test_single_problem_is_the_whole_message():
     with pytest.raises(InputError) as caught:
         raise_all(["pairs.jsonl: row 3: sentence is empty"])
     assert str(caught.value) == "pairs.jsonl: row 3: sentence is empty"
 
 
-def test_several_problems_are_listed_in_order_with_their_number():
+def test_lists_several_problems_in_order_with_their_count():
     with pytest.raises(ConfigError) as caught:
         raise_all(["first", "second", "third"], ConfigError)
     assert str(caught.value) == "3 problems:\n  first\n  second\n  third"
 
 
 @pytest.mark.parametrize("more", [0, 1, 1000])
-def test_a_flood_of_problems_is_cut_and_counted(more):
+def test_truncates_and_counts_many_problems(more):
     problems = [f"row {number}" for number in range(MAX_PROBLEMS_SHOWN + more)]
     with pytest.raises(InputError) as caught:
         raise_all(problems)
@@ -31,7 +31,7 @@ def test_a_flood_of_problems_is_cut_and_counted(more):
 
 
 @pytest.mark.parametrize("kind", [L2LError, ConfigError, InputError, ArtifactError])
-def test_an_error_of_the_users_ends_with_code_2_and_its_text(kind, capsys):
+def test_user_errors_exit_with_code_2_and_their_message(kind, capsys):
     def main() -> None:
         raise kind("params.yaml: what is wrong")
 
@@ -40,11 +40,11 @@ def test_an_error_of_the_users_ends_with_code_2_and_its_text(kind, capsys):
     assert (captured.out, captured.err) == ("", "error: params.yaml: what is wrong\n")
 
 
-def test_success_is_code_0_and_silent(capsys):
+def test_success_exits_with_code_0_and_prints_nothing(capsys):
     assert exit_code(lambda: None) == 0
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_defect_of_the_program_is_not_dressed_up_as_the_users():
+def test_program_errors_are_not_reported_as_user_errors():
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: print(1 // 0))

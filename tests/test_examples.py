@@ -1,4 +1,4 @@
-"""The example data set is what its script draws, and what ingest reads."""
+"""The example dataset matches its script, and ingest reads it."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TABLETOP = EXAMPLES / "tabletop"
 
 
-def test_the_script_draws_what_is_there(tmp_path):
+def test_script_reproduces_the_stored_example(tmp_path):
     subprocess.run([sys.executable, EXAMPLES / "draw_tabletop.py", tmp_path / "tabletop"], check=True)
     stored = [EXAMPLES / "tabletop_answers.jsonl", *TABLETOP.rglob("*")]
     names = sorted(path.relative_to(EXAMPLES) for path in stored if path.is_file())
@@ -32,7 +32,7 @@ def test_the_script_draws_what_is_there(tmp_path):
             assert np.abs(drawn - stored).mean() < 2
 
 
-def test_ingest_reads_it():
+def test_ingest_reads_the_example():
     index = read_jsonl(TABLETOP / "pairs.jsonl")
     refs = index.refs.to_pylist()
     assert index.images.num_rows == 12
@@ -40,9 +40,9 @@ def test_ingest_reads_it():
     assert sum(row["ann_id"] >= 0 for row in refs) == 16
 
 
-def test_masks_lie_on_what_is_meant():
-    """The mean colour of the pixels of a mask, against the colour that its sentence names."""
-    hue = {"red": (0, 1), "orange": (0, 2), "yellow": (0, 2), "green": (1, 0), "blue": (2, 0)}  # the more, the less
+def test_masks_cover_objects_of_the_named_color():
+    """The mean color of a mask, against the color that its sentence names."""
+    hue = {"red": (0, 1), "orange": (0, 2), "yellow": (0, 2), "green": (1, 0), "blue": (2, 0)}  # higher, lower channel
     index = read_jsonl(TABLETOP / "pairs.jsonl")
     paths = {row["image_id"]: row["file_name"] for row in index.images.to_pylist()}
     masks = {row["ann_id"]: row for row in index.masks.to_pylist()}
@@ -58,7 +58,7 @@ def test_masks_lie_on_what_is_meant():
     assert seen > 8
 
 
-def test_answers_are_boxes_near_the_masks():
+def test_recorded_responses_are_boxes_near_the_masks():
     index = read_jsonl(TABLETOP / "pairs.jsonl")
     refs, images = (records.to_frame(table) for table in (index.refs, index.images))
     answers = load_recorded(EXAMPLES / "tabletop_answers.jsonl", refs, images, "auto")
@@ -70,5 +70,5 @@ def test_answers_are_boxes_near_the_masks():
         for row in refs.itertuples()
         if row.bbox is not None and row.sent_id in texts
     ]
-    assert sorted(off)[-1] > 20  # another object's
+    assert sorted(off)[-1] > 20  # a box of another object
     assert sorted(off)[-2] <= 6

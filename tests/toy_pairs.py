@@ -1,4 +1,4 @@
-"""A few tiny pairs with pictures on disk, parameters for a network that trains in a test, and one such network."""
+"""Tiny image-sentence pairs on disk, parameters for a network that trains within a test, and such a network."""
 
 from pathlib import Path
 

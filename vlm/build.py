@@ -21,8 +21,7 @@ from transformers import (
 
 from l2l_core.mllm.prompt import prompt_text
 from l2l_core.mllm.simulated import describe_sentence
-from l2l_core.refshapes import language as refshapes_language
-from l2l_core.refshapes import solver as refshapes_solver
+from l2l_core.refshapes import language, solver
 from vlm.scenes import GRID, IMAGE_SIZE_PX, PATCH_PX
 
 PROMPT, COORD_SPACE = "box-2", "percent"
@@ -174,7 +173,6 @@ def make_config(vocabulary: int) -> LlavaConfig:
 
 def _words() -> set[str]:
     """Every word that RefShapes says, and those that answers are made of."""
-    solver = refshapes_solver
     tables = (
         solver.SHAPE_WORDS,
         solver.COLOUR_WORDS,
@@ -190,5 +188,5 @@ def _words() -> set[str]:
     phrases = [phrase for table in tables for synonyms in table.values() for phrase in synonyms]
     phrases += [*solver.ANY_WORDS, *solver.OPENERS, *solver.FILLERS]
     phrases += ["the a an that is not neither nor and with without from of to in on at", "upper lower corner side"]
-    phrases += ["middle center", *refshapes_language.STYLES]
+    phrases += ["middle center", *language.STYLES]
     return {word for phrase in phrases for word in phrase.split()}

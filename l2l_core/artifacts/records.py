@@ -137,7 +137,7 @@ PSEUDO_LABELS = pa.schema(  # one row per unlabeled sentence and round; masks at
         ("policy", pa.string()),
     ]
 )
-PREDICTIONS = pa.schema(  # one row per evaluated sentence, model and query mode
+PREDICTIONS = pa.schema(  # one row per evaluated sentence, model and prior setting
     [
         ("model", pa.string()),  # "supervised" or "round_<k>"
         ("with_prior", pa.bool_()),

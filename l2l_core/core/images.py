@@ -110,7 +110,7 @@ def project_path(path: Path) -> str:
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
-    """Sorted paths without hidden files such as `._photo.jpg`, which macOS adds beside each file."""
+    """Sorted paths without hidden files such as `._photo.jpg`, which macOS adds to each file."""
     return sorted(path for path in paths if not path.name.startswith("."))
 
 

@@ -66,7 +66,7 @@ SIDES_XY = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 # Margins; lengths are shares of the image side (0.1 is 10 pixels of 96). Between sure and impossible is undecided.
 RANK_MARGIN = 0.07  # centers this far apart have a clear order
 SIDE_MARGIN = 0.15  # "left" needs a clear lead over the others
-HALF_SURE, HALF_POSSIBLE = 0.41, 0.55  # an object on the left has its center left of the first, never right of the second
+HALF_SURE, HALF_POSSIBLE = 0.41, 0.55  # "left" means a center left of the first, never right of the second
 CORNER_POSSIBLE = 0.48  # an object at the exact center is in no corner
 MIDDLE_SURE, MIDDLE_POSSIBLE = 0.14, 0.22  # offset from the image's center, per axis
 BESIDE_SURE, BESIDE_POSSIBLE = 0.07, 0.16  # free space between neighbors

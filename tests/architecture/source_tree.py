@@ -37,7 +37,7 @@ def imported_names(module: str) -> set[str]:
 
 @cache
 def imported_modules(module: str) -> set[str]:
-    """The project's modules that a module imports; a package only where something of its own __init__.py is."""
+    """Project modules that a module imports; a package counts only if a name of its __init__.py is imported."""
     found = set()
     for name in imported_names(module):
         if name.split(".")[0] in ("l2l_core", "stages"):
@@ -46,7 +46,7 @@ def imported_modules(module: str) -> set[str]:
 
 
 def closure(module: str) -> set[str]:
-    """A module and all of the project's modules that it imports, directly or not."""
+    """A module and all project modules that it imports, directly or indirectly."""
     seen, waiting = set(), [module]
     while waiting:
         current = waiting.pop()

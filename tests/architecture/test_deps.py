@@ -15,13 +15,13 @@ from source_tree import FILES, ROOT, closure, parse
 from l2l_core.config import SelectParams, TrainParams
 
 LEARNERS = ("warmup", "crossfit-0", "crossfit", "select", "retrain")
-"""Stages from which the truth of unlabelled and evaluated sentences is kept away. (select's `oracle` opens the masks by
-itself: a policy for comparison, whose result does not depend on when that table was written.)"""
+"""Stages that must not see the ground truth of unlabeled and evaluated sentences. (select's `oracle`, a policy for
+comparison, opens the masks itself; its result does not depend on when that table was written.)"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of a DVC file; for a `foreach`, what it does for each item."""
+    """One entry of a DVC file; for a `foreach`, its `do` block."""
 
     file: str
     name: str
@@ -44,7 +44,7 @@ def load_stages() -> list[Stage]:
     for file in ("dvc.yaml", "stages/dvc.yaml", "data/dvc.yaml"):
         for name, entry in yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))["stages"].items():
             body = entry.get("do", entry)
-            # Paths and commands count from the project's root.
+            # Paths and commands are relative to the project's root.
             assert (PurePosixPath(file).parent / body.get("wdir", ".")) in (
                 PurePosixPath("."),
                 PurePosixPath("stages/.."),
@@ -70,7 +70,7 @@ def code_of(module: str) -> set[str]:
 
 
 def files_in(dep: str) -> list[str]:
-    """A file itself, or the code in a folder and below, but for each __init__.py."""
+    """A file itself, or all code below a folder except each __init__.py."""
     if not (ROOT / dep).is_dir():
         return [dep]
     found = [path for path in (ROOT / dep).rglob("*") if path.suffix in (".py", ".jinja", ".js")]
@@ -87,14 +87,14 @@ def test_every_script_is_a_stage():
 
 
 @each_stage
-def test_a_stage_depends_on_all_its_code(stage):
+def test_stage_depends_on_all_its_code(stage):
     missing = sorted(path for path in code_of(stage.module) if not stage.depends_on(path))
     assert not missing, "add to deps: " + ", ".join(missing)
 
 
 @each_stage
-def test_a_stage_depends_on_little_other_code(stage):
-    """A folder stands for its files where the stage runs more than half of them."""
+def test_stage_depends_on_little_unused_code(stage):
+    """A stage may depend on a folder if it runs more than half of the files in it."""
     code = code_of(stage.module)
     for dep in filter(is_code, stage.deps):
         files = files_in(dep)
@@ -108,7 +108,7 @@ def test_code_dependencies_exist(stage):
 
 
 @each_stage
-def test_parameters_exist(stage):
+def test_stage_parameters_exist(stage):
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for path in stage.body["params"]:
         value = params
@@ -118,13 +118,13 @@ def test_parameters_exist(stage):
 
 
 @each_stage
-def test_no_stage_reruns_for_the_number_of_rounds(stage):
-    """`round` only chooses what evaluate and report look at; they take it from their command line."""
+def test_only_check_depends_on_the_number_of_rounds(stage):
+    """`round` only selects the input of evaluate and report, which read it from their command line."""
     assert ("round" in stage.body["params"]) == (stage.name == "check")
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_learning_never_depends_on_the_truth_of_others(name):
+def test_learning_stages_never_depend_on_hidden_ground_truth(name):
     for stage in (stage for stage in STAGES if stage.name == name):
         assert not stage.depends_on("data/index/masks.parquet")
         assert not stage.depends_on("data/index/objects.parquet")
@@ -133,23 +133,23 @@ def test_learning_never_depends_on_the_truth_of_others(name):
 
 WITHOUT_EFFECT: dict[str, set[str]] = {
     "ask": {"priors.engine"},
-    # How training runs; and what is read in other rounds than the stage's.
+    # How training runs, and keys that only other rounds read.
     "crossfit-0": {
         *("retrain.labeled_share", "retrain.passes", "select.fold_update", "select.fold_update_steps"),
         "train.engine",
     },
     "crossfit": {"select.policy", "train.engine"},
-    # Part of every checkpoint's name, and of nothing that the stage writes.
+    # Part of the checkpoint names, but of no stage output.
     **{name: {"select.folds", "train.engine"} for name in ("warmup", "retrain")},
 }
-"""What a stage's functions read without an effect on its outputs."""
+"""Parameters that a stage's functions read without an effect on its outputs."""
 
 
 DERIVED = {"select.constructed": {"select.policy", "select.candidates"}}
-"""Properties of a section, and what they are made of."""
+"""Properties of a section, and the parameters they derive from."""
 
 
-# Parameters: which `params.section.key` the functions that a stage reaches read.
+# Parameters: the `params.section.key` reads of all functions that a stage reaches.
 
 
 def is_params(node: ast.expr, names: set[str]) -> bool:
@@ -162,13 +162,13 @@ def is_params(node: ast.expr, names: set[str]) -> bool:
 
 
 def reads_of(function: ast.FunctionDef) -> set[str]:
-    """`section.key` (or `section`, where it is handed on whole) of the Params that a function holds."""
+    """`section.key` (or `section`, if it is passed whole) that a function reads from Params."""
     arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     names = {arg.arg for arg in arguments if isinstance(arg.annotation, ast.Name) and arg.annotation.id == "Params"}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and is_params(node.value, names):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    for node in ast.walk(function):  # a section under a name of its own: ingest = params.ingest
+    for node in ast.walk(function):  # a section assigned to a variable: ingest = params.ingest
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
             assert not is_params(node.value.value, names) or function.name == "main"
     attributes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
@@ -190,7 +190,7 @@ def functions_of(module: str) -> dict[str, ast.FunctionDef]:
 
 
 def reached(module: str) -> list[ast.FunctionDef]:
-    """Functions of the project that `main` reaches, by name: a little more than it calls, never less."""
+    """Project functions that `main` reaches, by name: slightly more than it calls, never fewer."""
     by_name: dict[str, list[ast.FunctionDef]] = {}
     for name in closure(module):
         for function in functions_of(name).values():
@@ -210,7 +210,7 @@ def reached(module: str) -> list[ast.FunctionDef]:
 
 
 @each_stage
-def test_a_stage_tracks_the_parameters_it_reads(stage):
+def test_stage_tracks_the_parameters_it_reads(stage):
     tracked = set(stage.body["params"])
     sections = {path.split(".")[0] for path in tracked}
     reads = set().union(*(reads_of(function) for function in reached(stage.module)))
@@ -226,26 +226,26 @@ def test_a_stage_tracks_the_parameters_it_reads(stage):
     assert not idle, "remove from params: " + ", ".join(sorted(idle))
 
 
-def test_select_tracks_all_of_its_section_but_what_only_crossfit_reads():
+def test_select_tracks_its_whole_section_except_crossfit_parameters():
     (select,) = (stage for stage in STAGES if stage.name == "select")
     tracked = {path.removeprefix("select.") for path in select.body["params"] if path.startswith("select.")}
     assert SelectParams.model_fields.keys() - tracked == {"fold_steps", "fold_update", "fold_update_steps"}
 
 
 @pytest.mark.parametrize("name", [name for name in LEARNERS if name != "select"])
-def test_training_tracks_all_of_its_section_but_how_it_runs(name):
+def test_training_tracks_its_whole_section_except_the_engine(name):
     for stage in (stage for stage in STAGES if stage.name == name):
         tracked = {path.removeprefix("train.") for path in stage.body["params"] if path.startswith("train")}
         assert TrainParams.model_fields.keys() - tracked == {"engine"}
 
 
-def test_reads_are_found():
-    """The oracle of the test above, on a function read by hand."""
+def test_finds_parameter_reads():
+    """Checks `reads_of` on a hand-written function."""
     source = "def f(params: Params):\n    p = params\n    g(p.train)\n    return load_params().seed + params.model.dim"
     assert reads_of(ast.parse(source).body[0]) == {"train", "seed", "model.dim"}
 
 
-def test_plots_lie_where_evaluate_writes_them():
+def test_plots_are_outputs_of_evaluate():
     root = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     outs = root["stages"]["evaluate"]["outs"]
     assert all(any(Path(folder).is_relative_to(out) for out in outs) for entry in root["plots"] for folder in entry)

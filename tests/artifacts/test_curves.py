@@ -8,7 +8,7 @@ from l2l_core.artifacts.curves import live_curve, read_curve, read_rows, write_r
 ROWS = [{"step": 20, "loss": 1.25, "lr": 1e-05}, {"step": 40, "loss": 0.5, "lr": 2.5e-07}]
 
 
-def test_a_logged_curve_is_read_back(tmp_path):
+def test_reads_back_a_logged_curve(tmp_path):
     with live_curve(tmp_path / "curves") as log:
         for row in ROWS:
             log(row)
@@ -19,14 +19,14 @@ def test_a_logged_curve_is_read_back(tmp_path):
     assert summary == {"step": 40, "loss": 0.5, "lr": 2.5e-07}
 
 
-def test_columns_come_in_the_order_asked_for(tmp_path):
+def test_returns_columns_in_the_requested_order(tmp_path):
     with live_curve(tmp_path) as log:
         log(ROWS[0])
     assert list(read_curve(tmp_path, ("lr", "loss"))[0]) == ["step", "lr", "loss"]
 
 
-def test_a_second_run_into_the_same_folder_starts_anew_and_writes_the_same_bytes(tmp_path):
-    """Of a killed run the first rows are on disk; the resumed run logs them again."""
+def test_rerun_into_the_same_folder_writes_the_same_bytes(tmp_path):
+    """A killed run leaves its first rows on disk. The resumed run logs them again."""
     with live_curve(tmp_path / "whole") as log:
         for row in ROWS:
             log(row)
@@ -43,7 +43,7 @@ def test_a_second_run_into_the_same_folder_starts_anew_and_writes_the_same_bytes
     assert whole == killed
 
 
-def test_nothing_is_written_beside_the_folder(tmp_path, monkeypatch):
+def test_writes_only_inside_the_given_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with live_curve(tmp_path / "here" / "curves") as log:
         log(ROWS[0])
@@ -51,7 +51,7 @@ def test_nothing_is_written_beside_the_folder(tmp_path, monkeypatch):
     assert not list((tmp_path / "here").rglob("*.yaml"))
 
 
-def test_rows_as_csv(tmp_path):
+def test_writes_and_reads_rows_as_csv(tmp_path):
     path = tmp_path / "new" / "rows.csv"
     write_rows(path, ("name", "value"), [{"name": 'a, "b"', "value": 1}, {"name": "", "value": 0.5}])
     assert read_rows(path) == [{"name": 'a, "b"', "value": "1"}, {"name": "", "value": "0.5"}]
@@ -61,6 +61,6 @@ def test_rows_as_csv(tmp_path):
     assert read_rows(tmp_path / "none.csv") == []
 
 
-def test_a_row_with_an_unknown_column_is_a_defect(tmp_path):
+def test_refuses_a_row_with_an_unknown_column(tmp_path):
     with pytest.raises(ValueError, match="fields not in fieldnames"):
         write_rows(tmp_path / "rows.csv", ("name",), [{"name": 1, "other": 2}])

@@ -1,4 +1,4 @@
-"""Tables on disk: what is written is read, the same rows give the same bytes, and nothing is left half-written."""
+"""Tables on disk: they read back unchanged, equal rows give equal bytes, and no write leaves a partial file."""
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ MASK_ROWS = [
 ]
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+def test_reads_back_written_rows(tmp_path):
     path = tmp_path / "below" / "masks.parquet"
     records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
 
@@ -26,8 +26,8 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_every_schema_survives_the_disk(tmp_path, name):
-    """One row of nulls and none at all; read back with the very types that were asked for."""
+def test_reads_back_every_schema(tmp_path, name):
+    """An empty table and a table with one row of nulls keep their column types."""
     schema = SCHEMAS[name]
     for rows in ([], [{}]):
         records.write_table(records.make_table(rows, schema), tmp_path / "t.parquet", schema)
@@ -42,13 +42,13 @@ def test_identical_rows_give_identical_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_some_columns_in_the_order_asked_for(tmp_path):
+def test_reads_selected_columns_in_the_requested_order(tmp_path):
     records.write_table(records.make_table(MASK_ROWS, records.MASKS), tmp_path / "t", records.MASKS)
     table = records.read_table(tmp_path / "t", records.MASKS, columns=["area_px", "ann_id"])
     assert table.to_pylist() == [{"area_px": row["area_px"], "ann_id": row["ann_id"]} for row in MASK_ROWS]
 
 
-def test_boxes_and_missing_boxes(tmp_path):
+def test_stores_boxes_and_missing_boxes(tmp_path):
     rows = [{"sent_id": 1, "bbox": [1.5, 2, 3, 4]}, {"sent_id": 2, "bbox": None}]
     records.write_table(records.make_table(rows, records.REFS), tmp_path / "t", records.REFS)
 
@@ -57,7 +57,7 @@ def test_boxes_and_missing_boxes(tmp_path):
     assert frame["bbox"][1] is None
 
 
-def test_a_table_of_another_schema_is_not_written(tmp_path):
+def test_refuses_to_write_a_table_of_another_schema(tmp_path):
     path = tmp_path / "masks.parquet"
     records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
     before = path.read_bytes()
@@ -67,8 +67,8 @@ def test_a_table_of_another_schema_is_not_written(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_another_link_to_the_old_file_keeps_its_bytes(tmp_path):
-    """DVC's cache may hard-link what a stage wrote; writing in place would corrupt it."""
+def test_hard_link_to_the_old_file_keeps_its_bytes(tmp_path):
+    """DVC's cache may hard-link a stage's output; writing in place would corrupt it."""
     path, link = tmp_path / "masks.parquet", tmp_path / "cached"
     records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
     link.hardlink_to(path)
@@ -79,7 +79,7 @@ def test_another_link_to_the_old_file_keeps_its_bytes(tmp_path):
     assert records.read_table(path, records.MASKS).num_rows == 1
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "masks.parquet"
     records.write_table(records.make_table(MASK_ROWS, records.MASKS), path, records.MASKS)
     before = path.read_bytes()
@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["masks.parquet"]
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_names_an_unreadable_table(tmp_path):
     with pytest.raises(ArtifactError, match=r"none\.parquet: not found.*dvc repro"):
         records.read_table(tmp_path / "none.parquet", records.MASKS)
 
@@ -112,13 +112,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
         records.read_table(tmp_path / "narrow", records.SPLIT)
 
 
-def test_what_training_may_see_of_the_refs_holds_no_truth():
+def test_training_columns_of_refs_contain_no_ground_truth():
     assert set(records.SENTENCE_COLUMNS) < set(records.REFS.names)
     assert not {"bbox", "ann_id", "category"} & set(records.SENTENCE_COLUMNS)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"proposals": {"renderer": "circle"}}'])
-def test_a_rendering_that_cannot_be_read_is_named(tmp_path, monkeypatch, content):
+def test_names_an_unreadable_rendering_file(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     if content is not None:
         records.RENDERING_PATH.parent.mkdir(parents=True)

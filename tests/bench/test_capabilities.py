@@ -1,4 +1,4 @@
-"""What benches store of the machine, for machines that are not at hand."""
+"""The machine description that benchmarks store, for mocked machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_a_cpu_is_described_by_cores_instructions_and_bf16(machine: pytest.MonkeyPatch) -> None:
+def test_describes_a_cpu_by_cores_instruction_set_and_bf16(machine: pytest.MonkeyPatch) -> None:
     found = subject.capabilities()
     assert found == {
         "device": "cpu, 8 cores, x86_64, AVX2, no native bf16",
@@ -36,13 +36,13 @@ def test_a_cpu_is_described_by_cores_instructions_and_bf16(machine: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"])
-def test_bf16_is_native_where_torch_reports_an_instruction_for_it(machine: pytest.MonkeyPatch, name: str) -> None:
+def test_bf16_is_native_if_torch_reports_an_instruction_for_it(machine: pytest.MonkeyPatch, name: str) -> None:
     machine.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "any", name: True})
     assert subject.capabilities()["native_bf16"] is True
     assert str(subject.capabilities()["device"]).endswith(", native bf16")
 
 
-def test_a_gpu_is_named_with_its_memory(machine: pytest.MonkeyPatch) -> None:
+def test_describes_a_gpu_by_name_and_memory(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(torch.cuda, "is_available", lambda: True)
     properties = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
     machine.setattr(torch.cuda, "get_device_properties", lambda _: properties)

@@ -1,4 +1,4 @@
-"""The bench of the default run: what it measures, which rows it keeps, and what it compares."""
+"""The default-run benchmark: what it measures, which rows it keeps and what it compares."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cells(text: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in lines}
 
 
-def test_rows_of_other_commits_settings_and_machines_are_kept() -> None:
+def test_keeps_rows_of_other_commits_settings_and_machines() -> None:
     others = [
         row("aaa", OLD, 1),
         row("bbb", NEW, 2, "train.precision=fp32"),
@@ -45,19 +45,19 @@ def test_rows_of_other_commits_settings_and_machines_are_kept() -> None:
     assert default_run.with_new([row("bbb", NEW, 4), *others], [row("bbb", NEW, 5)]) == [*others, row("bbb", NEW, 5)]
 
 
-def test_the_readme_speaks_of_the_youngest_commit_as_it_is() -> None:
+def test_readme_line_describes_the_latest_commit_with_default_settings() -> None:
     rows = [row("ccc", NEWER, 60), nothing("ccc", NEWER), row("ddd", NEWER, 6, "round=1"), row("aaa", OLD, 600)]
     assert default_run.newest(rows)["commit"] == "ccc"
     assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores), and 2.0 s" in default_run.line(rows)
 
 
-def test_a_stored_row_without_a_date_is_the_oldest() -> None:
+def test_row_without_a_date_counts_as_the_oldest() -> None:
     undated = {key: value for key, value in row("aaa", OLD, 9).items() if key not in ("committed", "settings")}
     assert default_run.newest([row("bbb", NEW, 1), undated])["commit"] == "bbb"
     assert default_run.before([row("bbb", NEW, 1), undated]) == [undated]
 
 
-def test_before_and_after_stand_beside_each_other_with_the_ratio() -> None:
+def test_table_shows_before_and_after_with_their_ratio() -> None:
     rows = [
         row("aaa", OLD, 120),
         row("aaa", OLD, 90, "train.precision=fp32"),
@@ -75,7 +75,7 @@ def test_before_and_after_stand_beside_each_other_with_the_ratio() -> None:
     assert found["aaa train.precision=fp32"] == ["50.0"]
 
 
-def test_stages_that_only_one_of_two_revisions_has_are_left_empty() -> None:
+def test_table_leaves_cells_empty_for_stages_missing_in_a_revision() -> None:
     after = row("bbb", NEW, 30) | {"stage_seconds": {"fit": 10.0, "ask": 20.0}}
     before = row("aaa", OLD, 60) | {"stage_seconds": {"ask": 40.0, "warmup": 20.0}}
     found = cells(default_run.table([before, after]))
@@ -84,7 +84,7 @@ def test_stages_that_only_one_of_two_revisions_has_are_left_empty() -> None:
     assert found["warmup"] == ["20.0", "", ""]
 
 
-def test_scores_of_every_model_are_read() -> None:
+def test_reads_the_scores_of_every_model() -> None:
     metrics = {
         "val_miou": 3.0,
         "val_supervised_miou": 1.0,
@@ -105,7 +105,7 @@ def git(folder: Path, *words: str) -> str:
     return subprocess.check_output(["git", *identity, *words], cwd=folder, text=True).strip()
 
 
-def test_another_revision_is_measured_with_changed_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepares_another_revision_with_changed_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = tmp_path / "project"
     git(tmp_path, "init", "-q", str(project))
     for steps in (1, 2):
@@ -122,7 +122,7 @@ def test_another_revision_is_measured_with_changed_parameters(tmp_path: Path, mo
 
 
 @pytest.mark.pipeline
-def test_stages_are_timed_in_the_order_in_which_they_run(tmp_path: Path) -> None:
+def test_times_stages_in_execution_order(tmp_path: Path) -> None:
     stages = {
         "first": {
             "cmd": "python -c 'sum(range(3000000))' && echo policy 'trained' in 1.5 s && touch one",

@@ -1,4 +1,4 @@
-"""The script for a GPU, at sizes for a CPU: every measurement gives its row, and its checks are met."""
+"""The GPU benchmark at CPU sizes: every measurement writes its row and passes its checks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from bench import gpu
 ROOT = Path(__file__).parents[2]
 
 
-def test_without_a_gpu_it_says_so_and_ends_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_skips_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["gpu"])
     gpu.main()
     assert capsys.readouterr().out == "bench.gpu: skipped, PyTorch sees no CUDA device\n"
 
 
-def test_curves_are_compared_by_the_mean_of_their_last_third() -> None:
+def test_compares_curves_by_the_mean_of_their_last_third() -> None:
     assert gpu.relative_difference([9, 9, 9, 9, 2, 4], [1, 1, 1, 1, 3, 3.3]) == pytest.approx(0.05)
     assert gpu.relative_difference([2.0], [2.0]) == 0
 
 
 @pytest.mark.pipeline
-def test_every_measurement_of_a_network_gives_a_row_and_is_met(tmp_path: Path) -> None:
+def test_every_measurement_of_a_network_writes_a_row_and_passes(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""The bench of selection methods: what it runs and skips, what it reads of a run, and what it concludes from rows."""
+"""The label-efficiency benchmark: what it runs and skips, what it reads from a run, and its claims."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def row(
     return place | {"miou": miou, "commit": "abc1234"} | more
 
 
-# ---- what is run ----
+# ---- planned runs ----
 
 
-def test_all_labels_are_trained_once_for_all_rates() -> None:
+def test_plans_full_supervision_once_for_all_label_rates() -> None:
     runs = planned(["all", "fully_supervised"], [0.01, 0.05], [LLAVA], [0, 1], rounds=2)
     assert [(run.method, run.rate, run.seed, run.rounds) for run in runs] == [
         ("all", 0.01, 0, 2),
@@ -64,7 +64,7 @@ def test_all_labels_are_trained_once_for_all_rates() -> None:
     ]
 
 
-def test_a_run_is_skipped_only_where_all_its_rows_are_stored() -> None:
+def test_skips_a_run_only_if_all_its_rows_are_stored() -> None:
     one, two = Run("all", 0.05, LLAVA, 0, 1), Run("all", 0.05, LLAVA, 0, 2)
     labels = Run("labels_only", 0.05, LLAVA, 0, 0)
     rows = [row("all", 1, 0, 50.0), row("supervised", 0, 0, 30.0)]
@@ -76,7 +76,7 @@ def test_a_run_is_skipped_only_where_all_its_rows_are_stored() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_the_parameters_of_every_method_are_valid(method: str, tmp_path: Path) -> None:
+def test_parameters_of_every_method_are_valid(method: str, tmp_path: Path) -> None:
     (run,) = planned([method], [0.1], [QWEN], [3], rounds=2)
     file = tmp_path / "params.yaml"
     file.write_text(yaml.safe_dump(run.params(DEFAULTS)), encoding="utf-8")
@@ -89,7 +89,7 @@ def test_the_parameters_of_every_method_are_valid(method: str, tmp_path: Path) -
     assert params.warmup.steps == (800 if as_long_as_a_round else 400)
 
 
-def test_results_do_not_depend_on_the_training_settings_of_params_yaml() -> None:
+def test_benchmark_overrides_the_training_settings_of_params_yaml() -> None:
     (run,) = planned(["reinforce"], [0.05], [LLAVA], [0], rounds=1)
     shorter = DEFAULTS | {
         "warmup": {"steps": 1},
@@ -103,20 +103,20 @@ def test_results_do_not_depend_on_the_training_settings_of_params_yaml() -> None
     assert (found["select"]["fold_steps"], found["select"]["fold_update_steps"]) == (300, 150)
 
 
-def test_the_benchmark_leaves_open_how_a_training_runs() -> None:
-    """Precision and device are the machine's; every other key of the sections that decide about results is fixed."""
+def test_benchmark_fixes_all_settings_except_how_training_runs() -> None:
+    """Precision and device depend on the machine. Every other key of the sections that affect results is fixed."""
     free = {key for section in BENCHMARK for key in DEFAULTS[section].keys() - BENCHMARK[section].keys()}
     assert "precision" in free
     assert free <= {"precision", "engine", "log_every"}
 
 
-def test_the_embedded_model_is_asked_as_it_is_shipped() -> None:
+def test_built_in_model_uses_the_default_prior_parameters() -> None:
     (run,) = planned(["reinforce"], [0.1], ["refshapes-vlm"], [3], rounds=2)
     assert run.params(DEFAULTS)["priors"] == DEFAULTS["priors"]
 
 
-def test_rows_of_earlier_editions_are_measured_again_and_dropped(tmp_path: Path) -> None:
-    """The first edition's rows do not name theirs."""
+def test_reruns_and_drops_rows_of_earlier_editions(tmp_path: Path) -> None:
+    """Rows of the first edition have no edition field."""
     file = tmp_path / "rows.jsonl"
     old = row("all", 1, 0, 40.0)
     del old["edition"]
@@ -126,7 +126,7 @@ def test_rows_of_earlier_editions_are_measured_again_and_dropped(tmp_path: Path)
     assert [(r["method"], r["edition"]) for r in stored(file)] == [("none", EDITION)]
 
 
-def test_stored_rows_are_replaced_by_key(tmp_path: Path) -> None:
+def test_replaces_stored_rows_by_key(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     store(file, [row("all", 1, 1, 50.0), row("all", 1, 0, 40.0)])
     store(file, [row("all", 1, 1, 60.0), row("all", 1, 1, 70.0, split="test")])
@@ -135,12 +135,12 @@ def test_stored_rows_are_replaced_by_key(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-# ---- what is read of a run ----
+# ---- reading a run ----
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A made-up run of two rounds, evaluated."""
+    """A synthetic run of two rounds, evaluated."""
     folder = tmp_path_factory.mktemp("run")
     write_run(folder, rounds=2)
     shutil.copy("params.yaml", folder)
@@ -153,7 +153,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_round_of_a_run_gives_rows(evaluated: Path) -> None:
+def test_reads_rows_for_every_round(evaluated: Path) -> None:
     metrics = json.loads((evaluated / "metrics/evaluate.json").read_text())
     rows = {(r["round"], r["split"]): r for r in read_scores(evaluated, Run("topk", 0.05, LLAVA, 4, 2), DEFAULTS)}
     assert set(rows) == {(number, split) for number in (1, 2) for split in ("val", "test")}
@@ -162,13 +162,13 @@ def test_every_round_of_a_run_gives_rows(evaluated: Path) -> None:
         assert found["miou"] == metrics[f"{split}_round_{number}_miou"]
         assert found["label_miou_all"] == metrics[f"pseudo_round_{number}_miou_all"]
         assert found["foreground_error_kept"] == metrics[f"pseudo_round_{number}_foreground_error_kept"]
-        # By default a round continues from the last model: its steps and the warm-up's count as well.
+        # By default, a round continues from the last model, so all earlier steps count as well.
         assert found["steps"] == DEFAULTS["warmup"]["steps"] + number * DEFAULTS["retrain"]["steps"]
         assert found["dataset"] == "refshapes-7"
     assert rows[2, "val"]["no_prior_miou"] == metrics["val_no_prior_miou"]
 
 
-def test_a_run_without_a_round_gives_its_references(evaluated: Path) -> None:
+def test_run_without_rounds_gives_the_reference_scores(evaluated: Path) -> None:
     metrics = json.loads((evaluated / "metrics/evaluate.json").read_text())
 
     def scores(method: str) -> dict[tuple[str, str], float]:
@@ -184,7 +184,7 @@ def test_a_run_without_a_round_gives_its_references(evaluated: Path) -> None:
     assert labels_only["supervised_priors", "val"] == at["round_0"]
 
 
-def test_curves_are_those_of_each_round(evaluated: Path) -> None:
+def test_reads_the_curves_of_each_round(evaluated: Path) -> None:
     curves = read_curves(evaluated, Run("topk", 0.05, LLAVA, 0, 2))
     assert [curve["round"] for curve in curves] == [1, 2]
     for curve in curves:
@@ -195,7 +195,7 @@ def test_curves_are_those_of_each_round(evaluated: Path) -> None:
     assert read_curves(evaluated, Run("warmup", 0.05, LLAVA, 0, 0)) == []
 
 
-# ---- what is concluded ----
+# ---- claims ----
 
 LABELS = [
     {"auroc": 91.0, "pixel_error_kept": 2.0, "pixel_error_all": 4.0, "foreground_error_kept": 10.0},
@@ -207,7 +207,7 @@ TEACHER = {"pixel_error_all": 3.9, "foreground_error_all": 20.0}
 
 
 def made_up() -> list[dict[str, Any]]:
-    """Two seeds of the main setting; two methods of 10 % of the labels."""
+    """Two seeds of the main setting, and some methods at 10 % of the labels."""
     by_method = {"all": (50, 52), "topk": (51, 49), **dict.fromkeys(("agreement", "ranksum", "semires"), (40, 40))}
     by_method |= {"threshold_0.7": (45, 40), "threshold_0.95": (40, 45), "oracle": (55, 56)}
     rows = [
@@ -223,7 +223,7 @@ def made_up() -> list[dict[str, Any]]:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, tuple[str, bool | None]]:
-    """By the claim's letter and the split, or what else ends its text; of a letter's claims the first."""
+    """Results by the claim's letter and last word (usually the split); the first claim of each key counts."""
     found = page.claims(pd.DataFrame(rows))
     return {
         f"{claim.what[:3]} {claim.what.split()[-1]}": (claim.found, claim.met)
@@ -232,7 +232,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, tuple[str, bool | None]]:
     }
 
 
-def test_claims_counted_on_paper() -> None:
+def test_claims_match_hand_computed_values() -> None:
     found = verdicts(made_up())
     # Means: reinforce 54, best rule `all` 51. Best per seed: topk 51, all 52.
     assert found["(a) val"] == ("+3.00 to all; seeds +2.00, +3.00", True)
@@ -250,15 +250,15 @@ def test_claims_counted_on_paper() -> None:
     ]
 
 
-def test_claims_on_each_seed_are_open_while_seeds_are_missing() -> None:
+def test_per_seed_claims_stay_open_while_seeds_are_missing() -> None:
     rows = [one for one in made_up() if not (one["method"] == "reinforce" and one["seed"] == 1)]
     labels = [claim for claim in page.claims(pd.DataFrame(rows)) if "(d)" in claim.what]
     assert [(claim.found.split(", ")[0], claim.met) for claim in labels][:2] == [("91.00", None), ("2.00 / 4.00", None)]
     assert {claim.met for claim in labels} == {None}
 
 
-def test_weights_that_go_on_count_the_steps_that_they_had() -> None:
-    """400 of the warm-up and 800 a round."""
+def test_continued_training_counts_all_earlier_steps() -> None:
+    """400 steps of warm-up and 800 steps per round."""
     params = {"warmup": {"steps": 400}, "retrain": {"steps": 800, "start": "scratch"}, "select": {"policy": "all"}}
     assert [trained_steps(params, number) for number in (0, 1, 2)] == [400, 800, 800]
     online = params | {"select": {"policy": "mean_teacher"}}
@@ -267,8 +267,8 @@ def test_weights_that_go_on_count_the_steps_that_they_had() -> None:
         assert [trained_steps(goes_on, number) for number in (0, 1, 2)] == [400, 1200, 2000]
 
 
-def test_the_stricter_claims_compare_with_their_own_rules_and_bounds() -> None:
-    """Priors alone give 40: 14 of 25 points are closed. The best candidates give 60: 9 of 15 points."""
+def test_stricter_claims_use_separate_rules_and_bounds() -> None:
+    """Supervised priors score 40, so 14 of 25 points are closed. The best candidates score 60: 9 of 15 points."""
     rows = made_up() + [row("supervised_priors", 0, seed, 40) for seed in (0, 1)]
     rows += [row("oracle_constructed", 1, seed, 60) for seed in (0, 1)]
     rows += [row(rule, 1, seed, 53 + seed) for rule in page.CONSTRUCTED_RULES for seed in (0, 1)]
@@ -279,7 +279,7 @@ def test_the_stricter_claims_compare_with_their_own_rules_and_bounds() -> None:
     assert [texts[what] for what in texts if "all candidates" in what] == ["60.0 % (+9.00 of +15.00 points)"]
 
 
-def test_the_commands_above_a_table_run_its_rows_and_nothing_else() -> None:
+def test_commands_above_a_table_run_exactly_its_rows() -> None:
     rows = [row("warmup", 0, seed, 40) for seed in (0, 1)] + [row("prior", 0, 0, 30), row("supervised", 0, 0, 30)]
     rows += [row(method, 1, seed, 50) for method in ("all", "reinforce") for seed in (0, 1)]
     rows += [row("reinforce", 2, 0, 52), row("fully_supervised", 0, 0, 70, rate=1.0)]
@@ -292,7 +292,7 @@ def test_the_commands_above_a_table_run_its_rows_and_nothing_else() -> None:
     ]
 
 
-def test_lost_points_are_compared_on_the_seeds_that_all_have() -> None:
+def test_compares_lost_points_on_common_seeds() -> None:
     rows = [row("warmup", 0, seed, 40 + seed, lost_objects=30 + seed, lost_borders=30 - 2 * seed) for seed in (0, 1)]
     rows += [row("fully_supervised", 0, 1, 70, rate=1.0, lost_objects=10, lost_borders=20)]
     lines = page.limits(pd.DataFrame(rows)).split("\n")[2:]
@@ -301,7 +301,7 @@ def test_lost_points_are_compared_on_the_seeds_that_all_have() -> None:
     assert page.limits(pd.DataFrame([row("supervised", 0, 0, 30, lost_objects=1, lost_borders=1)])) == ""
 
 
-def test_a_lead_below_two_points_on_one_seed_is_missed() -> None:
+def test_lead_below_two_points_on_one_seed_fails_the_claim() -> None:
     rows = made_up()
     for one in rows:
         if one["method"] == "reinforce" and one["seed"] == 0 and one["labeled_fraction"] == 0.05:
@@ -309,7 +309,7 @@ def test_a_lead_below_two_points_on_one_seed_is_missed() -> None:
     assert verdicts(rows)["(a) val"] == ("+2.99 to all; seeds +1.98, +3.00", False)
 
 
-def test_a_claim_of_which_a_rule_is_missing_is_open() -> None:
+def test_claim_with_a_missing_rule_stays_open() -> None:
     rows = [one for one in made_up() if one["method"] not in ("semires", "oracle")]
     found = verdicts(rows)
     assert found["(a) val"] == ("no rows of semires", None)
@@ -317,22 +317,22 @@ def test_a_claim_of_which_a_rule_is_missing_is_open() -> None:
     assert found["(b) val"][1] is True
 
 
-def test_only_seeds_that_all_methods_have_are_compared_and_the_claim_stays_open() -> None:
+def test_compares_only_common_seeds_and_leaves_the_claim_open() -> None:
     rows = [one for one in made_up() if (one["method"], one["seed"]) != ("topk", 1)]
-    assert verdicts(rows)["(a) val"] == ("+2.00 to topk; seeds +2.00 (seeds 0 only)", None)  # 53 against 51, of seed 0
+    assert verdicts(rows)["(a) val"] == ("+2.00 to topk; seeds +2.00 (seeds 0 only)", None)  # 53 against 51 on seed 0
 
 
-# ---- what is shown ----
+# ---- page ----
 
 
 def full_rows() -> pd.DataFrame:
-    """The made-up rows with all columns and both splits; test is 1 point lower."""
+    """The synthetic rows with all columns and both splits; test is 1 point lower."""
     columns = ["no_prior_miou", "coverage", "precision"]
     rows = [dict.fromkeys(columns, 20.0) | one for one in made_up()]
     return pd.DataFrame(rows + [one | {"split": "test", "miou": one["miou"] - 1} for one in rows])
 
 
-def test_the_tables_hold_means_and_ranges_of_each_setting() -> None:
+def test_tables_show_means_and_ranges_of_each_setting() -> None:
     rows = full_rows()
     assert page.settings(rows) == [(0.05, LLAVA), (0.1, LLAVA)]
     lines = page.table(page.rows_of(rows, (0.05, LLAVA))).splitlines()
@@ -346,7 +346,7 @@ def test_the_tables_hold_means_and_ranges_of_each_setting() -> None:
     assert methods[-3:] == ["reinforce", "oracle", "fully supervised"]
 
 
-def test_a_page_of_round_0_alone_has_no_pseudo_labels() -> None:
+def test_page_with_only_round_0_has_no_pseudo_labels() -> None:
     rows = full_rows()[
         ["method", "round", "split", "labeled_fraction", "prior", "seed", "miou", "no_prior_miou", "commit"]
     ]
@@ -355,7 +355,7 @@ def test_a_page_of_round_0_alone_has_no_pseudo_labels() -> None:
     assert "pseudo_labels" not in page.page(rows)
 
 
-def test_settings_are_compared_by_their_first_round() -> None:
+def test_summary_compares_settings_by_their_first_round() -> None:
     rows = [row(method, 1, seed, 50 + seed) for method in ("all", "reinforce") for seed in (0, 1)]
     rows += [row("reinforce", 2, 0, 90), row("warmup", 0, 0, 26, rate=0.01), row("reinforce", 1, 0, 51, rate=0.01)]
     rows += [row("reinforce", 1, 0, 99, split="test")]
@@ -372,13 +372,13 @@ def test_settings_are_compared_by_their_first_round() -> None:
     ]
 
 
-def test_how_well_like_labels_are_ranked_is_a_claim_of_its_own() -> None:
+def test_auroc_on_teacher_masks_is_a_separate_claim() -> None:
     rows = made_up() + [row("reinforce_teacher_only", 1, seed, 60, auroc=91 - 2 * seed) for seed in (0, 1)]
     found = {claim.what: (claim.found, claim.met) for claim in page.claims(pd.DataFrame(rows))}
     assert found["(d) AUROC of accept_prob on the teacher's own masks, round 1"] == ("91.00, 89.00", False)
 
 
-def test_later_rounds_are_compared_with_what_was_run_there() -> None:
+def test_compares_later_rounds_only_with_methods_run_there() -> None:
     rows = made_up() + [row("reinforce", 2, seed, 60) for seed in (0, 1)]
     rows += [row("agreement_overlap", 2, seed, 57 + seed) for seed in (0, 1)]
     found = {claim.what: claim for claim in page.claims(pd.DataFrame(rows)) if "round 2, val" in claim.what}
@@ -390,7 +390,7 @@ def test_later_rounds_are_compared_with_what_was_run_there() -> None:
     assert (lead.found, lead.met) == ("+3.00 to agreement overlap; seeds +3.00 (seeds 0 only)", None)
 
 
-def test_an_ablation_stands_in_the_results_but_not_in_the_summary() -> None:
+def test_page_lists_an_ablation_but_the_summary_does_not() -> None:
     rows = full_rows()
     ablation = rows[rows["method"] == "reinforce"].assign(method="reinforce_blind")
     rows = pd.concat([rows, ablation])
@@ -398,8 +398,8 @@ def test_an_ablation_stands_in_the_results_but_not_in_the_summary() -> None:
     assert "blind" not in page.summary_table(rows)
 
 
-def test_pictures_are_those_that_the_page_shows() -> None:
-    """One for all settings, and one for the pseudo-labels of each setting."""
+def test_draws_exactly_the_figures_that_the_page_shows() -> None:
+    """One figure for all settings, and one for the pseudo-labels of each setting."""
     rows = full_rows()
     curve = {"coverage": [50.0, 100.0], "precision": [90.0, 60.0], "prob": [20.0, 80.0], "share": [10.0, 90.0]}
     place = {"method": "reinforce", "round": 1, "prior": LLAVA}
@@ -409,7 +409,7 @@ def test_pictures_are_those_that_the_page_shows() -> None:
     assert all(f"](images/{name})" in page.page(rows) for name in drawn)
 
 
-def test_the_summary_shows_the_mean_of_each_method_in_each_setting() -> None:
+def test_summary_figure_shows_the_mean_of_each_method_in_each_setting() -> None:
     curve = {"coverage": [50.0, 100.0], "precision": [90.0, 60.0], "prob": [20.0, 80.0], "share": [10.0, 90.0]}
     place = {"method": "reinforce", "round": 1, "prior": LLAVA, "seed": 0}
     curves = pd.DataFrame([place | curve | {"labeled_fraction": rate} for rate in (0.05, 0.1)])
@@ -421,8 +421,8 @@ def test_the_summary_shows_the_mean_of_each_method_in_each_setting() -> None:
     assert dots[list(page.COMPARED).index("warmup")] == 45.0
 
 
-def test_lost_points_by_hand():
-    """IoU 1, 0.8, 0.5 lose 0, 20, 50 at borders, 0.2 and 0 lose 80 and 100 in objects; all over five sentences."""
+def test_lost_points_match_hand_computed_values():
+    """IoUs 1, 0.8 and 0.5 lose 0, 20 and 50 at borders; 0.2 and 0 lose 80 and 100 in objects; mean of five."""
     lost = lost_points(pd.Series([1.0, 0.8, 0.5, 0.2, 0.0]))
     assert lost == {"lost_objects": 36.0, "lost_borders": 14.0}
     assert sum(lost.values()) == 100 - 50  # the mean IoU is 0.5

@@ -1,4 +1,4 @@
-"""Precision and device follow what PyTorch reports, which is mocked here both ways."""
+"""Precision and device selection with mocked PyTorch capabilities."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cpu_with(monkeypatch, *instructions: str, kernels: bool = True) -> None:
 
 
 @pytest.mark.parametrize("instructions", [["avx512_bf16"], ["amx_tile", "amx_bf16"], ["neon", "bf16"]])
-def test_auto_is_bf16_on_a_cpu_with_bf16_instructions(monkeypatch, capsys, instructions):
+def test_auto_precision_is_bf16_on_a_cpu_with_bf16_instructions(monkeypatch, capsys, instructions):
     cpu_with(monkeypatch, *instructions)
     assert resolve_precision("auto", CPU) == "bf16"
     assert resolve_precision("bf16", CPU) == "bf16"
@@ -43,13 +43,13 @@ def test_auto_is_bf16_on_a_cpu_with_bf16_instructions(monkeypatch, capsys, instr
     ("instructions", "kernels"),
     [([], True), (["avx512_f", "avx512_vl"], True), (["amx_tile", "amx_int8"], True), (["bf16"], False)],
 )
-def test_auto_is_fp32_on_a_cpu_that_emulates_bf16(monkeypatch, capsys, instructions, kernels):
+def test_auto_precision_is_fp32_on_a_cpu_that_emulates_bf16(monkeypatch, capsys, instructions, kernels):
     cpu_with(monkeypatch, *instructions, kernels=kernels)
     assert resolve_precision("auto", CPU) == "fp32"
     assert capsys.readouterr().err == ""
 
 
-def test_an_explicit_bf16_that_is_emulated_stays_and_gets_one_warning_line(monkeypatch, capsys):
+def test_keeps_explicit_bf16_on_a_cpu_that_emulates_it_and_warns_once(monkeypatch, capsys):
     cpu_with(monkeypatch)
     assert [resolve_precision("bf16", CPU, "priors.precision") for _ in range(3)] == ["bf16"] * 3
     (line,) = capsys.readouterr().err.splitlines()
@@ -57,7 +57,7 @@ def test_an_explicit_bf16_that_is_emulated_stays_and_gets_one_warning_line(monke
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_auto_follows_the_compute_capability_of_the_gpu(monkeypatch, capability, precision):
+def test_auto_precision_follows_the_gpu_compute_capability(monkeypatch, capability, precision):
     class Properties:
         major, minor = capability
 
@@ -68,12 +68,12 @@ def test_auto_follows_the_compute_capability_of_the_gpu(monkeypatch, capability,
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_auto_follows_torch_on_an_apple_gpu(monkeypatch, native):
+def test_native_bf16_follows_torch_on_an_apple_gpu(monkeypatch, native):
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: native)
     assert computes_bf16(MPS) == native
 
 
-def test_auto_is_cuda_if_there_is_a_gpu_and_other_devices_go_by_name(monkeypatch):
+def test_auto_device_prefers_cuda_and_named_devices_are_used_as_given(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     for there, kind in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
@@ -83,14 +83,14 @@ def test_auto_is_cuda_if_there_is_a_gpu_and_other_devices_go_by_name(monkeypatch
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
-def test_a_device_that_torch_does_not_see_is_refused(monkeypatch, name):
+def test_refuses_a_device_that_torch_does_not_see(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=rf"priors\.engine\.device: got '{name}'"):
         choose_device(name, "priors.engine.device")
 
 
-def test_the_choice_is_printed_once(capsys):
+def test_prints_the_device_once(capsys):
     for _ in range(2):
         print_device(CPU, "fp32")
     assert capsys.readouterr().out == f"device: {describe_device(CPU, 'fp32')}\n"
@@ -98,8 +98,8 @@ def test_the_choice_is_printed_once(capsys):
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_one_process_trains_in_two_precisions_and_stores_each_with_its_model(tmp_path, monkeypatch, native):
-    """And `auto` gives the same bytes as the precision that it stands for."""
+def test_trains_in_two_precisions_in_one_process_and_saves_each_with_its_model(tmp_path, monkeypatch, native):
+    """`auto` gives the same bytes as the precision it resolves to."""
     cpu_with(monkeypatch, *(["avx512_bf16"] if native else []))
     pairs, targets = toy_pairs(tmp_path / "images")
     weights = {}

@@ -11,7 +11,7 @@ from l2l_core.core.files import added_to
 from l2l_core.errors import ArtifactError, InputError
 
 
-def test_files_join_those_that_are_there(tmp_path):
+def test_adds_files_to_an_existing_folder(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -24,7 +24,7 @@ def test_files_join_those_that_are_there(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_nothing_is_left_of_what_fails(tmp_path):
+def test_leaves_no_files_after_an_error(tmp_path):
     def fail() -> None:
         with added_to(tmp_path / "deep" / "out") as folder:
             (folder / "half").write_text("half")
@@ -36,7 +36,7 @@ def test_nothing_is_left_of_what_fails(tmp_path):
     assert not (tmp_path / "deep" / "out").exists()
 
 
-def test_nothing_is_left_of_a_command_that_sigterm_ends(tmp_path):
+def test_leaves_no_files_after_sigterm(tmp_path):
     script = """if True:
         import time
         from pathlib import Path
@@ -57,7 +57,7 @@ def test_nothing_is_left_of_a_command_that_sigterm_ends(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_refuses_an_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(InputError, match=r"--out: .*out is a file"), added_to(tmp_path / "out"):
         pass
@@ -66,7 +66,7 @@ def test_a_file_is_no_folder(tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_the_newest_round_is_the_highest_number_that_left_the_part(tmp_path, monkeypatch):
+def test_latest_round_is_the_highest_round_with_the_requested_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError, match=r"data/rounds: no round has model; .*dvc repro"):
         newest_round("model")
@@ -76,8 +76,8 @@ def test_the_newest_round_is_the_highest_number_that_left_the_part(tmp_path, mon
     assert newest_round("model") == 10
 
 
-def test_later_rounds_of_an_earlier_run_are_passed_over(tmp_path, monkeypatch):
-    """A run of three rounds, then one of another data set with one, which leaves the folders of rounds 2 and 3."""
+def test_ignores_later_rounds_left_by_an_earlier_run(tmp_path, monkeypatch):
+    """A run of three rounds, then a run of one round on another dataset: the folders of rounds 2 and 3 remain."""
     monkeypatch.chdir(tmp_path)
     for number in (0, 1, 2, 3):
         (tmp_path / f"data/rounds/{number}/model").mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_later_rounds_of_an_earlier_run_are_passed_over(tmp_path, monkeypatch):
         newest_round("pseudo_labels.parquet")
 
 
-def test_a_model_is_found_by_its_folder_or_its_rounds(tmp_path, monkeypatch):
+def test_finds_a_model_by_its_folder_or_its_round(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "data/rounds/3/model"
     model.mkdir(parents=True)

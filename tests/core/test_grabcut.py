@@ -1,4 +1,4 @@
-"""GrabCut on drawn disks, whose truth is known."""
+"""GrabCut on drawn disks with known ground truth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def noisy(colors: np.ndarray) -> np.ndarray:
 
 
 def disk_and_trimap(center_yx: tuple[int, int], radius: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """A disk [H, W], and a box around it that is probable foreground, with a ring of probable background."""
+    """A disk [H, W] and its trimap: a box of probable foreground inside a ring of probable background."""
     (y, x), reach = center_yx, radius + 3
     trimap = np.full((SIDE, SIDE), cv2.GC_BGD, dtype=np.uint8)
     trimap[max(0, y - reach - 4) : y + reach + 5, max(0, x - reach - 4) : x + reach + 5] = cv2.GC_PR_BGD
@@ -27,7 +27,7 @@ def disk_and_trimap(center_yx: tuple[int, int], radius: int = 10) -> tuple[np.nd
 
 
 @pytest.mark.parametrize("center_yx", [(48, 48), (14, 70), (90, 92), (4, 4)])
-def test_a_disk_is_cut_out_of_its_box_anywhere_in_the_image(center_yx):
+def test_segments_a_disk_anywhere_in_the_image(center_yx):
     disk, trimap = disk_and_trimap(center_yx)
     cut = grabcut(noisy(np.where(disk[..., None], [200, 60, 40], [60, 120, 180])), trimap)
     assert cut is not None
@@ -35,18 +35,18 @@ def test_a_disk_is_cut_out_of_its_box_anywhere_in_the_image(center_yx):
     assert (cut & disk).sum() / (cut | disk).sum() > 0.9
 
 
-def test_pixels_far_away_change_nothing():
+def test_distant_pixels_do_not_change_the_mask():
     disk, trimap = disk_and_trimap((30, 30))
     image = noisy(np.where(disk[..., None], [200, 60, 40], [60, 120, 180]))
     far = ((Y >= 70) | (X >= 70))[..., None]
-    other = np.where(far, noisy(np.full((SIDE, SIDE, 3), (200, 60, 40))), image)  # of the disk's own color
+    other = np.where(far, noisy(np.full((SIDE, SIDE, 3), (200, 60, 40))), image)  # in the disk's color
     first, second = grabcut(image, trimap), grabcut(other, trimap)
     assert first is not None
     assert second is not None
     assert (first == second).all()
 
 
-def test_the_trimap_stays():
+def test_does_not_modify_the_trimap():
     _, trimap = disk_and_trimap((48, 48))
     before = trimap.copy()
     grabcut(noisy(np.full((SIDE, SIDE, 3), 128.0)), trimap)
@@ -54,6 +54,6 @@ def test_the_trimap_stays():
 
 
 @pytest.mark.parametrize("value", [cv2.GC_BGD, cv2.GC_PR_FGD, cv2.GC_FGD])
-def test_one_side_alone_cannot_be_cut(value):
+def test_returns_none_for_a_trimap_of_only_foreground_or_background(value):
     trimap = np.full((SIDE, SIDE), value, dtype=np.uint8)
     assert grabcut(noisy(np.full((SIDE, SIDE, 3), 128.0)), trimap) is None

@@ -1,4 +1,4 @@
-"""The one reader of images: every entrance sees the same pixels, and refuses the same files."""
+"""Image reading: every entry point sees the same pixels and refuses the same files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def of_mode(mode: str) -> Image.Image:
 
 
 class Recorder:
-    """An engine that keeps what it is sent."""
+    """An engine that records the images it receives."""
 
     precision = None
 
@@ -55,7 +55,7 @@ class Recorder:
 
 
 def seen_by_mllm(path: Path) -> np.ndarray | str:
-    """The pixels that a multimodal LLM is sent, or why it is sent none."""
+    """The pixels sent to a multimodal LLM, or the reason why none are sent."""
     engine = Recorder()
     params = load_params().priors.model_copy(
         update={"backend": "openai", "model": "qwen3-vl", "coord_space": "norm1000", "retries": 0}
@@ -64,7 +64,7 @@ def seen_by_mllm(path: Path) -> np.ndarray | str:
     return np.asarray(engine.images[0]) if engine.images else answer.reason
 
 
-def test_reads_rgb_grey_and_alpha_as_rgb(tmp_path):
+def test_reads_rgb_gray_and_alpha_images_as_rgb(tmp_path):
     alpha = np.dstack([RGB, np.full((40, 50), 9, np.uint8)])
     for name, stored, expected in (
         ("rgb.png", RGB, RGB),
@@ -78,7 +78,7 @@ def test_reads_rgb_grey_and_alpha_as_rgb(tmp_path):
         assert pixels.flags.c_contiguous
 
 
-def test_reads_a_palette_by_its_colors_and_the_first_picture_of_an_animation(tmp_path):
+def test_reads_palette_colors_and_the_first_frame_of_an_animation(tmp_path):
     palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), mode="P")
     palette.putpalette([10, 20, 30, 200, 100, 0])
     expected = [[[10, 20, 30], [200, 100, 0]], [[200, 100, 0], [10, 20, 30]]]
@@ -89,7 +89,7 @@ def test_reads_a_palette_by_its_colors_and_the_first_picture_of_an_animation(tmp
         assert read_image(moving).tolist() == np.asarray(red).tolist()
 
 
-def test_takes_the_high_byte_of_16_bits(tmp_path):
+def test_reads_the_high_byte_of_16_bit_images(tmp_path):
     expected = np.repeat((DEEP >> 8).astype(np.uint8)[..., None], 3, axis=2)
     for name in ("deep.png", "deep.tif"):
         np.testing.assert_array_equal(read_image(saved(Image.fromarray(DEEP), tmp_path / name)), expected)
@@ -98,7 +98,7 @@ def test_takes_the_high_byte_of_16_bits(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "color.png"), (color >> 8).astype(np.uint8))
 
 
-def test_gives_the_bytes_that_opencv_gives_for_ordinary_photos(tmp_path):
+def test_reads_ordinary_photos_bit_identically_to_opencv(tmp_path):
     smooth = cv2.GaussianBlur(RNG.integers(0, 256, (99, 131, 3), dtype=np.uint8), (0, 0), 2)
     for name in ("95.jpg", "75.jpg", "png.png", "grey.jpg"):
         photo = Image.fromarray(smooth if name != "grey.jpg" else smooth[..., 0])
@@ -109,12 +109,12 @@ def test_gives_the_bytes_that_opencv_gives_for_ordinary_photos(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16", "PA"])
 @pytest.mark.parametrize("kind", images.FORMATS)
-def test_every_entrance_sees_the_same_pixels_or_refuses(tmp_path, kind, mode):
+def test_every_entry_point_reads_the_same_pixels_or_refuses_the_file(tmp_path, kind, mode):
     for compression in COMPRESSIONS if kind == "TIFF" else COMPRESSIONS[:1]:
         path = tmp_path / f"{compression}.bin"
         try:
             of_mode(mode).save(path, format=kind, **({"compression": compression} if compression else {}))
-        except (OSError, RuntimeError, ValueError):  # a combination that the format does not have
+        except (OSError, RuntimeError, ValueError):  # a combination that the format does not support
             continue
         (found,) = inspect_images([path], 1)
         if isinstance(found, ImageFile):
@@ -133,7 +133,7 @@ def test_every_entrance_sees_the_same_pixels_or_refuses(tmp_path, kind, mode):
 
 
 def png(width: int, height: int, *, end: bool = True) -> bytes:
-    """A PNG by hand, black, of one bit a pixel."""
+    """A black PNG with one bit per pixel, built by hand."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -143,7 +143,7 @@ def png(width: int, height: int, *, end: bool = True) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + (chunk(b"IEND", b"") if end else b"")
 
 
-def test_a_file_without_its_end_is_seen_alike_by_check_and_training(tmp_path):
+def test_check_and_training_treat_truncated_files_alike(tmp_path):
     (tmp_path / "noend.png").write_bytes(png(20, 20, end=False))
     assert isinstance(inspect_images([tmp_path / "noend.png"], 1)[0], ImageFile)
     assert not read_image(tmp_path / "noend.png").any()
@@ -157,7 +157,7 @@ def test_a_file_without_its_end_is_seen_alike_by_check_and_training(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(9500, 9500), (14000, 14000), (60000, 60000)])
-def test_refuses_more_pixels_than_the_bound_in_one_line(tmp_path, size):
+def test_refuses_images_above_the_pixel_limit(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png(*size))
     expected = "bomb.png: too many pixels, expected at most 89 megapixels; make it smaller"
     assert inspect_images([tmp_path / "bomb.png"], 1)[0].endswith(expected)
@@ -165,7 +165,7 @@ def test_refuses_more_pixels_than_the_bound_in_one_line(tmp_path, size):
         read_image(tmp_path / "bomb.png")
 
 
-def test_names_a_file_that_cannot_be_read(tmp_path):
+def test_names_an_unreadable_image(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_bytes(b"this is no picture")
     (tmp_path / "cut.png").write_bytes(png(9, 9)[:30])
@@ -183,7 +183,7 @@ def test_names_a_file_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_pixels_are_as_stored_and_the_turn_is_noticed(tmp_path, orientation, suffix):
+def test_keeps_stored_pixels_and_detects_exif_rotation(tmp_path, orientation, suffix):
     note = Image.Exif()
     note[images.EXIF_ORIENTATION] = orientation
     path = saved(Image.fromarray(RGB), tmp_path / f"photo.{suffix}", exif=note)
@@ -193,7 +193,7 @@ def test_pixels_are_as_stored_and_the_turn_is_noticed(tmp_path, orientation, suf
     assert read_image(path).shape == (found.height, found.width, 3) == (40, 50, 3)
 
 
-def test_a_broken_exif_block_does_not_hide_whole_pixels(tmp_path):
+def test_reads_an_image_with_a_broken_exif_block(tmp_path):
     path = saved(Image.fromarray(RGB), tmp_path / "photo.png", exif=b"Exif\0\0garbage that is no TIFF header")
     (found,) = inspect_images([path], 1)
     assert isinstance(found, ImageFile)
@@ -201,7 +201,7 @@ def test_a_broken_exif_block_does_not_hide_whole_pixels(tmp_path):
     assert np.array_equal(read_image(path), RGB)
 
 
-def test_hidden_files_are_not_listed(tmp_path):
+def test_skips_hidden_files(tmp_path):
     for name in ("b.jpg", "a.jpg", "._a.jpg", ".DS_Store"):
         (tmp_path / name).touch()
     assert [path.name for path in visible(tmp_path.iterdir())] == ["a.jpg", "b.jpg"]

@@ -1,4 +1,4 @@
-"""Lines of JSON as tools write them, in every encoding and with every line end."""
+"""JSON lines in every encoding and with every line ending."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = '{"a": "dog \u2028 h\u00fcndchen \u72ac"}', '{"b": 2}'
         ("utf-32-le", codecs.BOM_UTF32_LE),
     ],
 )
-def test_every_encoding_and_line_end_gives_the_same_rows(tmp_path: Path, encoding: str, mark: bytes, end: str) -> None:
+def test_reads_the_same_rows_in_every_encoding(tmp_path: Path, encoding: str, mark: bytes, end: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(mark + end.join([ROWS[0], "", "  ", ROWS[1]]).encode(encoding))
     lines = numbered_lines(path)
@@ -33,13 +33,13 @@ def test_every_encoding_and_line_end_gives_the_same_rows(tmp_path: Path, encodin
     assert [json_object(line) for _, line in lines] == [{"a": "dog \u2028 h\u00fcndchen \u72ac"}, {"b": 2}]
 
 
-def test_files_joined_with_their_marks_are_read(tmp_path: Path) -> None:
+def test_reads_concatenated_files_with_byte_order_marks(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(codecs.BOM_UTF8 + b'{"a": 1}\n' + codecs.BOM_UTF8 + b'{"a": 2}\n')
     assert [json_object(line) for _, line in numbered_lines(path)] == [{"a": 1}, {"a": 2}]
 
 
-def test_only_the_line_with_foreign_bytes_is_refused(tmp_path: Path) -> None:
+def test_refuses_only_the_line_with_invalid_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "\xe9"}\n{"a": 3}')
     (_, first), (number, second), (_, third) = numbered_lines(path)
@@ -48,7 +48,7 @@ def test_only_the_line_with_foreign_bytes_is_refused(tmp_path: Path) -> None:
         json_object(second)
 
 
-def test_broken_utf_16_is_said_in_one_line(tmp_path: Path) -> None:
+def test_reports_broken_utf_16_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"a": 1}'.encode("utf-16") + b"\x00")
     with pytest.raises(
@@ -67,6 +67,6 @@ def test_broken_utf_16_is_said_in_one_line(tmp_path: Path) -> None:
         ('{"a": ' * 100_000, "not JSON that can be read: nested too deeply"),
     ],
 )
-def test_a_line_that_is_no_object_is_said_in_one_line(line: str, message: str) -> None:
+def test_refuses_a_line_that_is_not_a_json_object(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         json_object(line)

@@ -1,4 +1,4 @@
-"""Run lengths against numpy pixels, pycocotools and hand-made strings; malformed ones must not reach the C code."""
+"""Run-length encoding against NumPy, pycocotools and hand-made strings. Malformed input must not reach the C code."""
 
 import numpy as np
 import pytest
@@ -36,25 +36,25 @@ def runs_of(mask: np.ndarray) -> list[int]:
 
 
 @given(mask=masks)
-def test_encoding_and_decoding_are_inverse(mask):
+def test_decoding_inverts_encoding(mask):
     counts = encode_rle(mask)
 
     np.testing.assert_array_equal(decode_rle(counts, *mask.shape), mask)
     assert rle_area_px(counts, *mask.shape) == mask.sum()
 
 
-def test_anything_but_zero_is_foreground():
+def test_every_nonzero_value_is_foreground():
     values = np.array([[0, 255, 1], [256, 0, 7]], dtype=np.int32)  # 256 is 0 in 8 bits
     np.testing.assert_array_equal(decode_rle(encode_rle(values), 2, 3), [[False, True, True], [True, False, True]])
 
 
-def test_a_hand_made_string():
+def test_encodes_a_mask_to_a_hand_computed_string():
     """[[0, 1], [1, 1]] down the columns: 1 background, 3 foreground pixels -> characters 48 + 1 and 48 + 3."""
     assert encode_rle(np.array([[0, 1], [1, 1]])) == b"13"
 
 
 @given(mask=arrays(bool, shapes, elements=st.booleans()).filter(np.any))
-def test_the_box_is_tight(mask):
+def test_box_encloses_the_mask_tightly(mask):
     ys, xs = np.nonzero(mask)
     expected = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
     x1, y1, x2, y2 = rle_box_xyxy(encode_rle(mask), *mask.shape)
@@ -73,8 +73,8 @@ def test_pixel_counts_agree_with_numpy(data, shape):
     assert wrong_kept_px([a], [b], [k], sizes).tolist() == [[keep.sum(), (keep & (first != second)).sum()]]
 
 
-def test_many_pairs_of_different_sizes():
-    """More than 255, at which pycocotools' own list form fails under numpy 2."""
+def test_counts_pixels_of_many_masks_of_different_sizes():
+    """More than 255 masks, where pycocotools' list form fails under NumPy 2."""
     rng = np.random.default_rng(0)
     pairs = [rng.random((2, 3 + k % 5, 4 + k % 3)) < 0.5 for k in range(600)]
     first, second = ([encode_rle(pair[n]) for pair in pairs] for n in (0, 1))
@@ -88,7 +88,7 @@ def test_many_pairs_of_different_sizes():
 
 
 @given(mask=masks)
-def test_all_forms_of_runs_give_the_same_counts(mask):
+def test_converts_every_rle_format_to_the_same_counts(mask):
     height, width = mask.shape
     size, expected = [height, width], encode_rle(mask)
 
@@ -97,8 +97,8 @@ def test_all_forms_of_runs_give_the_same_counts(mask):
     assert segmentation_to_rle({"size": size, "counts": expected.decode()}, height, width) == expected
 
 
-def test_long_runs_need_several_characters():
-    """Runs beyond 16 bits, as in photos: 40 million background pixels, then 24 million of foreground."""
+def test_encodes_runs_longer_than_16_bits():
+    """Runs of a large photo: 40 million background pixels, then 24 million foreground pixels."""
     runs = [40_000_000, 24_000_000]
     counts = segmentation_to_rle({"size": [8000, 8000], "counts": runs}, 8000, 8000)
     assert rle_area_px(counts, 8000, 8000) == 24_000_000
@@ -106,8 +106,8 @@ def test_long_runs_need_several_characters():
 
 
 @given(mask=masks, data=st.data())
-def test_empty_runs_are_merged(mask, data):
-    """A run split by an empty one is the same mask; left in, it would end pycocotools' merge too early."""
+def test_merges_empty_runs(mask, data):
+    """A run split by an empty run is the same mask. The empty run would end pycocotools' merge too early."""
     runs = runs_of(mask)
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(runs) - 1))
@@ -119,7 +119,7 @@ def test_empty_runs_are_merged(mask, data):
 
 
 @given(x=st.integers(0, 20), y=st.integers(0, 14), width=st.integers(1, 9), height=st.integers(1, 5))
-def test_a_rectangle_covers_its_pixels(x, y, width, height):
+def test_rasterizes_a_rectangle_to_its_exact_pixels(x, y, width, height):
     polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
     expected = np.zeros((20, 30), dtype=bool)
     expected[y : y + height, x : x + width] = True
@@ -127,7 +127,7 @@ def test_a_rectangle_covers_its_pixels(x, y, width, height):
     np.testing.assert_array_equal(decode_rle(segmentation_to_rle([polygon], 20, 30), 20, 30), expected)
 
 
-def test_several_polygons_are_united():
+def test_merges_several_polygons():
     left, right = [1.0, 1, 6, 1, 6, 6, 1, 6], [4.0, 4, 9, 4, 9, 9, 4, 9]
     expected = np.zeros((10, 12), dtype=bool)
     expected[1:6, 1:6] = expected[4:9, 4:9] = True
@@ -137,8 +137,8 @@ def test_several_polygons_are_united():
 
 @settings(max_examples=50)
 @given(seed=st.integers(0, 10_000))
-def test_polygons_agree_with_another_rasteriser(seed):
-    """Pillow draws outlines as well, so the two may differ by a pixel along the border and nowhere else."""
+def test_polygon_masks_agree_with_pillow(seed):
+    """Pillow also draws outlines, so the masks may differ by one pixel along the border."""
     rng = np.random.default_rng(seed)
     angles = np.sort(rng.uniform(0, 2 * np.pi, 12))
     points = np.stack([32 + 27 * np.cos(angles), 30 + 22 * np.sin(angles)], axis=1).round(2)  # convex: no thin gaps
@@ -152,7 +152,7 @@ def test_polygons_agree_with_another_rasteriser(seed):
     assert not (np.all(shifted, axis=0) & ~found).any()
 
 
-def test_a_polygon_beyond_the_border_is_clipped():
+def test_clips_a_polygon_at_the_image_border():
     mask = decode_rle(segmentation_to_rle([[-3, -2, 4, -2, 4, 3, -3, 3]], 6, 8), 6, 8)
     expected = np.zeros((6, 8), dtype=bool)
     expected[:3, :4] = True
@@ -198,7 +198,7 @@ NAN, INF = float("nan"), float("inf")
         ({"size": [5, 6], "counts": [2**64, 30]}, "whole numbers >= 0"),
         ({"size": [5, 6], "counts": [2**32, 30]}, "whole numbers >= 0"),
         ({"size": [5, 6], "counts": ""}, "cut off"),
-        ({"size": [5, 6], "counts": "n"}, "cut off"),  # more would follow
+        ({"size": [5, 6], "counts": "n"}, "cut off"),  # more characters must follow
         ({"size": [5, 6], "counts": "é0"}, "not a COCO"),
         ({"size": [5, 6], "counts": "\ud800"}, "not a COCO"),
         ({"size": [5, 6], "counts": " "}, "not a COCO"),
@@ -207,13 +207,13 @@ NAN, INF = float("nan"), float("inf")
         ({"size": [5, 6], "counts": "oooooooo0"}, "longer than any image"),
     ],
 )
-def test_malformed_segmentations_are_refused(segmentation, message):
+def test_refuses_malformed_segmentations(segmentation, message):
     with pytest.raises(ValueError, match=message):
         segmentation_to_rle(segmentation, 5, 6)
 
 
 def characters(number: int) -> str:
-    """A number in COCO's characters: two's complement, 5 bits each from the lowest on, bit 6 says that more follow."""
+    """A number in COCO's characters: two's complement, 5 bits each, lowest first; bit 6 marks continuation."""
     text = ""
     while True:
         low, number = number & 31, number >> 5
@@ -224,12 +224,12 @@ def characters(number: int) -> str:
 
 
 def compress(runs: list[int]) -> str:
-    """COCO's compressed counts, also of runs that no mask has."""
+    """COCO's compressed counts, even for runs that no mask has."""
     return "".join(characters(run - runs[k - 2] if k > 2 else run) for k, run in enumerate(runs))
 
 
 @given(mask=masks)
-def test_the_test_writes_cocos_characters(mask):
+def test_encoder_of_this_test_matches_coco(mask):
     assert compress(runs_of(mask)).encode() == encode_rle(mask)
 
 
@@ -238,8 +238,8 @@ def test_the_test_writes_cocos_characters(mask):
     runs=st.lists(st.integers(-2, 5) | st.integers(0, 5000), min_size=1, max_size=12),
     beyond=st.sampled_from([0, 0, 1, -1, 2**31]),
 )
-def test_counts_are_accepted_where_they_fill_the_image_and_only_there(runs, beyond):
-    """Negative runs and too many or too few pixels never reach the C decoder, which would overrun."""
+def test_accepts_counts_only_if_they_fill_the_image(runs, beyond):
+    """Negative runs and wrong pixel totals never reach the C decoder, which would overrun."""
     width = max(1, sum(runs) + beyond)
     segmentation = {"size": [1, width], "counts": compress(runs)}
     if min(runs) < 0 or sum(runs) != width:
@@ -251,7 +251,7 @@ def test_counts_are_accepted_where_they_fill_the_image_and_only_there(runs, beyo
 
 
 @given(mask=masks)
-def test_cut_counts_are_refused(mask):
+def test_refuses_truncated_counts(mask):
     """A shorter string lacks pixels or ends inside a number."""
     height, width = mask.shape
     counts = encode_rle(mask)
@@ -261,7 +261,7 @@ def test_cut_counts_are_refused(mask):
 
 
 @given(counts=st.binary(max_size=40))
-def test_any_bytes_are_refused_or_canonical(counts):
+def test_refuses_arbitrary_bytes_or_makes_them_canonical(counts):
     try:
         accepted = segmentation_to_rle({"size": [7, 9], "counts": counts}, 7, 9)
     except ValueError:
@@ -269,8 +269,8 @@ def test_any_bytes_are_refused_or_canonical(counts):
     assert accepted == encode_rle(decode_rle(accepted, 7, 9))
 
 
-def test_accepted_counts_are_pycocotools_own():
-    """The same mask through the library's own annotation path."""
+def test_counts_match_pycocotools():
+    """Convert the same mask with pycocotools' annotation functions."""
     rng = np.random.default_rng(1)
     mask = rng.random((33, 47)) < 0.3
     ours = segmentation_to_rle({"size": [33, 47], "counts": runs_of(mask)}, 33, 47)
@@ -278,14 +278,14 @@ def test_accepted_counts_are_pycocotools_own():
     assert ours == theirs["counts"]
 
 
-def test_resizing_a_mask_by_a_whole_factor_repeats_its_pixels():
+def test_resizing_a_mask_by_an_integer_factor_repeats_its_pixels():
     mask = np.array([[True, False], [False, True]])
     np.testing.assert_array_equal(resize_mask(mask, 4, 6), np.kron(mask, np.ones((2, 3), dtype=bool)))
     np.testing.assert_array_equal(resize_mask(resize_mask(mask, 4, 6), 2, 2), mask)
 
 
-def test_a_mask_that_shrinks_stays_where_it_was():
-    """Bars of a 480 x 640 photo read at 96 px: on average their centres must not move against the picture's."""
+def test_downsampling_does_not_shift_a_mask():
+    """Rectangles in a 480 x 640 photo, resized to 96 px: on average, their centers must not shift."""
     generator = np.random.default_rng(0)
     moved = []
     for _ in range(300):
@@ -296,12 +296,10 @@ def test_a_mask_that_shrinks_stays_where_it_was():
         rows, columns = np.nonzero(resize_mask(mask, 96, 96))
         centre = (rows.mean() + 0.5) * 480 / 96, (columns.mean() + 0.5) * 640 / 96
         moved.append((centre[0] - (top + height / 2), centre[1] - (left + width / 2)))
-    assert (
-        np.abs(np.mean(moved, axis=0)).max() < 0.4
-    )  # pixels of the photo; half a pixel of the small mask is 2.5 to 3.3
+    assert np.abs(np.mean(moved, axis=0)).max() < 0.4  # in photo pixels; half a pixel of the small mask is 2.5 to 3.3
 
 
-def test_resizing_a_probability_keeps_its_range_and_its_mean():
+def test_resizing_probabilities_preserves_their_range_and_mean():
     prob = np.random.default_rng(0).random((8, 8), dtype=np.float32)
     larger = resize_prob(prob, 32, 16)
     assert larger.shape == (32, 16)

@@ -1,4 +1,4 @@
-"""Memory that is left, of the machine and of a container."""
+"""Available memory of the machine and of a container."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from l2l_core.core import memory
 GIB = 1 << 30
 
 
-def test_memory_of_the_control_group_counts(monkeypatch, tmp_path):
+def test_available_memory_respects_the_control_group_limit(monkeypatch, tmp_path):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 * GIB))
     monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
     assert memory.available_bytes() == 5 * GIB

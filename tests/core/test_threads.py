@@ -1,4 +1,4 @@
-"""How many threads a process gets, and that they are set before any library starts threads."""
+"""The number of threads of a process, set before any library starts threads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "OPENCV_FOR
 
 @pytest.fixture
 def unset(monkeypatch):
-    """As if nobody had set a variable; what a test sets is undone."""
+    """Unset all thread variables; changes by a test are undone."""
     for name in VARIABLES:
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.setenv(name, "")  # so that it is restored afterwards
         monkeypatch.delenv(name)
     return monkeypatch
 
@@ -34,7 +34,7 @@ def machine(root: Path, files: dict[str, str]) -> Path:
 
 
 def siblings(*cores: str) -> dict[str, str]:
-    """Files of logical CPUs 0..N-1, each with the list of those that share its core."""
+    """Files of logical CPUs 0..N-1, each listing the CPUs that share its core."""
     return {f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{c}\n" for n, c in enumerate(cores)}
 
 
@@ -84,32 +84,32 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_usable_cores_are_bounded_by_cgroups_and_hyperthreads(tmp_path, monkeypatch, case):
+def test_cgroups_and_hyperthreads_limit_usable_cores(tmp_path, monkeypatch, case):
     files, cores = CASES[case]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert usable_cores(machine(tmp_path, files)) == cores
 
 
-def test_usable_cores_are_bounded_by_the_affinity(tmp_path, monkeypatch):
-    """CPUs 0 and 4 are one core."""
+def test_cpu_affinity_limits_usable_cores(tmp_path, monkeypatch):
+    """CPUs 0 and 4 share one core."""
     files = siblings("0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 4, 5}, raising=False)
     assert usable_cores(machine(tmp_path, files)) == 2
 
 
-def test_all_cores_are_usable_where_python_cannot_read_the_affinity(monkeypatch):
+def test_all_cores_are_usable_if_the_affinity_cannot_be_read(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert usable_cores() == 5
 
 
-def test_the_policy_sets_what_nobody_has_set(unset):
+def test_thread_policy_sets_unset_variables(unset):
     unset.setattr(threads, "usable_cores", lambda: 3)
     set_thread_policy()
     assert [os.environ[name] for name in VARIABLES] == ["PASSIVE", "1000", "3", "3", "3"]
 
 
-def test_the_policy_keeps_what_is_set(unset):
+def test_thread_policy_keeps_existing_variables(unset):
     unset.setenv("OMP_WAIT_POLICY", "ACTIVE")
     unset.setenv("OMP_NUM_THREADS", "7")
     unset.setenv("OPENCV_FOR_THREADS_NUM", "2")
@@ -117,15 +117,15 @@ def test_the_policy_keeps_what_is_set(unset):
     assert [os.environ.get(name) for name in VARIABLES] == ["ACTIVE", None, "7", "2", None]
 
 
-def test_opencv_of_a_child_with_a_share_of_the_threads_keeps_to_the_share(unset):
-    unset.setenv("OPENCV_FOR_THREADS_NUM", "8")  # of the parent
+def test_opencv_in_a_child_process_uses_the_child_thread_count(unset):
+    unset.setenv("OPENCV_FOR_THREADS_NUM", "8")  # set by the parent
     unset.setenv("OMP_NUM_THREADS", "2")
     set_thread_policy()
     assert os.environ["OPENCV_FOR_THREADS_NUM"] == "2"
 
 
 @pytest.mark.parametrize(("value", "count"), [("4", 4), ("2,1", 2), (" 3 ", 3), ("", 6), ("0", 6), ("many", 6)])
-def test_the_thread_count_is_read_as_openmp_reads_it(unset, value, count):
+def test_parses_the_thread_count_like_openmp(unset, value, count):
     unset.setattr(threads, "usable_cores", lambda: 6)
     unset.setenv("OMP_NUM_THREADS", value)
     assert thread_count() == count
@@ -140,11 +140,11 @@ LAUNCHED = {
     "a user's value below such a default": ("1", {"OMP_NUM_THREADS": "1", DEFAULT_VARIABLE: "7"}, None),
     "a launcher whose environment is unreadable": ("1", None, 3),
 }
-"""OMP_NUM_THREADS of one of two processes on 7 cores, the environment that their launcher was started with, threads."""
+"""OMP_NUM_THREADS of one of two processes on 7 cores, the environment of their launcher, the expected threads."""
 
 
 @pytest.mark.parametrize("case", LAUNCHED)
-def test_launched_processes_share_the_cores_unless_the_user_has_set_a_number(tmp_path, unset, case):
+def test_launched_processes_share_cores_unless_the_user_sets_a_thread_count(tmp_path, unset, case):
     value, launcher, expected = LAUNCHED[case]
     unset.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     unset.setattr(os, "getppid", lambda: 41)
@@ -155,7 +155,7 @@ def test_launched_processes_share_the_cores_unless_the_user_has_set_a_number(tmp
     assert share_of_launched(root) == expected
 
 
-def test_a_share_of_launched_processes_follows_the_cpu_quota(tmp_path, unset):
+def test_share_of_launched_processes_follows_the_cpu_quota(tmp_path, unset):
     unset.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     unset.setenv("LOCAL_WORLD_SIZE", "2")
     unset.setenv("OMP_NUM_THREADS", "1")
@@ -163,15 +163,15 @@ def test_a_share_of_launched_processes_follows_the_cpu_quota(tmp_path, unset):
     assert share_of_launched(machine(tmp_path, files)) == 4
 
 
-def test_a_process_alone_has_no_share(unset):
+def test_single_process_has_no_share(unset):
     unset.setenv("OMP_NUM_THREADS", "1")
     unset.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert share_of_launched() is None
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, usable_cores() // 2 or 1), ({"OMP_NUM_THREADS": "1"}, None)])
-def test_a_child_sees_with_which_threads_its_launcher_was_started(given, expected):
-    """The launcher sets the variable as torchrun does, once it runs."""
+def test_child_detects_the_thread_setting_of_its_launcher(given, expected):
+    """Like torchrun, the launcher sets the variable after it starts."""
     child = "from l2l_core.core.threads import share_of_launched; print(share_of_launched())"
     launcher = f"""
 import os, subprocess, sys
@@ -185,7 +185,7 @@ subprocess.run([sys.executable, "-c", {child!r}], check=True)
     assert done.stdout.split() == [str(expected)]
 
 
-def test_libraries_use_the_threads_that_are_set():
+def test_libraries_use_the_configured_thread_count():
     code = (
         "import l2l_core, cv2, pyarrow, torch; print(torch.get_num_threads(), cv2.getNumThreads(), pyarrow.cpu_count())"
     )
@@ -209,7 +209,7 @@ NEEDED = dict.fromkeys(("warmup", "crossfit", "retrain", "select", "predict"), N
     "report": ("torch", "matplotlib"),
     "select": (*NETWORK, "sklearn", "scipy"),  # the critic
 }
-"""Heavy packages that importing a stage may load; others are loaded where they are used, or never."""
+"""Heavy packages that importing a stage may load. Other packages load on use or never."""
 
 WATCH = """
 import os, sys
@@ -226,7 +226,7 @@ print(os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"])
 
 
 def imported(module: str) -> list[str]:
-    """What a fresh process says that imports a module with none of the variables set."""
+    """Output lines of a fresh process that imports a module with no thread variables set."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-c", WATCH, module, *HEAVY]
     return subprocess.run(
@@ -235,22 +235,22 @@ def imported(module: str) -> list[str]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_sets_the_policy_first_and_imports_only_what_it_needs(stage):
+def test_stage_sets_the_thread_policy_first_and_imports_only_what_it_needs(stage):
     loaded, policy = imported(f"stages.{stage}")
     assert policy == f"PASSIVE {usable_cores()}"
     assert set(loaded.split()) <= set(NEEDED.get(stage, ()))
 
 
 @pytest.mark.parametrize("module", ["l2l_core.__main__", "bench.training", "vlm.losses"])
-def test_commands_benches_and_the_training_of_the_mllm_set_the_policy_first(module):
+def test_other_entry_points_set_the_thread_policy_first(module):
     loaded, policy = imported(module)
     assert policy == f"PASSIVE {usable_cores()}"
     if module == "l2l_core.__main__":
         assert loaded == ""
 
 
-def test_help_loads_no_tables_and_no_parameters():
-    """`python -m l2l_core --help` takes 0.2 CPU-seconds: what it must not load takes that again each."""
+def test_help_loads_no_heavy_packages():
+    """`python -m l2l_core --help` takes 0.2 CPU-seconds; each of these packages would add as much."""
     code = """
 import runpy, sys
 sys.argv = ["l2l_core", "--help"]
@@ -264,7 +264,7 @@ except SystemExit:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_asking_a_network_loads_neither_accelerate_nor_sklearn(tmp_path):
+def test_prediction_loads_neither_accelerate_nor_sklearn(tmp_path):
     code = """
 import sys
 from toy_pairs import toy_batches, toy_network, toy_pairs, TRAIN

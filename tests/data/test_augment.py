@@ -16,7 +16,7 @@ SIDE = 64
 
 
 def squares(count: int, inside: int = 255) -> Batch:
-    """Black images with one light square each, in different places; label, box and proposal are that square."""
+    """Black images with one bright rectangle each, in different places; label, box and proposal mark that rectangle."""
     image = torch.zeros(count, 3, SIDE, SIDE, dtype=torch.uint8)
     label = torch.zeros(count, 1, SIDE, SIDE)
     box = torch.zeros(count, 4)
@@ -39,12 +39,12 @@ def squares(count: int, inside: int = 255) -> Batch:
 
 
 def seeds_of(batch: Batch, seed: int) -> list[int]:
-    """A seed a sample."""
+    """One seed per sample."""
     return [1000 * seed + place for place in range(len(batch.sentence))]
 
 
 def centre(weight: Tensor) -> np.ndarray:
-    """Centre of gravity (x, y) of a [H, W] map in pixels."""
+    """Center of mass (x, y) of an [H, W] map in pixels."""
     y, x = np.mgrid[: weight.shape[0], : weight.shape[1]] + 0.5
     values = weight.numpy().astype(float)
     return np.array([(x * values).sum(), (y * values).sum()]) / values.sum()
@@ -86,7 +86,7 @@ def assert_same(first: Batch, second: Batch) -> None:
         ("", ""),
     ],
 )
-def test_words_of_side_swap_and_other_words_do_not(said, mirrored):
+def test_mirror_sentence_swaps_only_left_and_right_words(said, mirrored):
     assert mirror_sentence(said) == mirrored
     assert mirror_sentence(mirrored) == said
 
@@ -127,7 +127,7 @@ def test_mirroring_twice_is_the_identity():
     assert not torch.equal(once.image, batch.image)
 
 
-def test_a_mirrored_pair_by_hand():
+def test_mirror_flips_images_masks_boxes_and_words():
     batch = squares(1)
     batch = replace(batch, box=torch.tensor([[0.1, 0.2, 0.4, 0.9]]))
     mirrored = mirror(batch)
@@ -139,7 +139,7 @@ def test_a_mirrored_pair_by_hand():
     assert mirrored.prior_text == ["right square"]
 
 
-def test_only_the_chosen_samples_are_mirrored_and_a_missing_box_stays_missing():
+def test_mirrors_only_the_chosen_samples_and_keeps_missing_boxes_missing():
     batch = squares(3)
     batch = replace(
         batch,
@@ -154,7 +154,7 @@ def test_only_the_chosen_samples_are_mirrored_and_a_missing_box_stays_missing():
     assert not torch.equal(mirrored.image[1], batch.image[1])
 
 
-def test_a_batch_without_targets_stays_without():
+def test_views_of_a_batch_without_targets_have_no_targets():
     batch = replace(squares(2), label=None, keep=None)
     for view in (mirror(batch), strong_view(batch, seeds_of(batch, 0))):
         assert view.label is None
@@ -163,13 +163,13 @@ def test_a_batch_without_targets_stays_without():
 
 @pytest.fixture
 def wide_limits(monkeypatch):
-    """Views that change much, whatever limits training uses."""
+    """Sets wide augmentation limits, independent of those that training uses."""
     monkeypatch.setattr(augment, "MAX_SCALE", 0.25)
     monkeypatch.setattr(augment, "MAX_SHIFT", 0.15)
 
 
 @pytest.mark.usefixtures("wide_limits")
-def test_image_label_proposal_and_box_stay_together_in_the_strong_view():
+def test_strong_view_keeps_image_label_proposal_and_box_aligned():
     batch = squares(40)
     view = strong_view(batch, seeds_of(batch, 1))
     assert view.label is not None
@@ -186,12 +186,12 @@ def test_image_label_proposal_and_box_stay_together_in_the_strong_view():
         np.testing.assert_allclose(view.box[row].numpy() * SIDE, tight, atol=1.5)
         named_left = view.sentence[row] == "the square on the left"
         moved += abs(centre(label)[0] - centre(batch.label[row, 0])[0]) > 2 if named_left else 0
-    assert moved > 5  # the views do differ from what they are views of
+    assert moved > 5  # the views differ from their originals
 
 
 @pytest.mark.usefixtures("wide_limits")
-def test_zoom_and_shift_are_the_affine_map_of_the_box():
-    """Maps move as by `affine_grid` with the zoom and shift that the view gives a box."""
+def test_strong_view_warps_maps_by_the_affine_transform_of_the_box():
+    """Maps move as `affine_grid` would move them with the zoom and shift of the box."""
     batch = squares(6)
     whole = torch.tensor([[0.3, 0.3, 0.7, 0.7]]).expand(6, 4)
     view = strong_view(replace(batch, box=whole), seeds_of(batch, 3), flip=False)
@@ -204,7 +204,7 @@ def test_zoom_and_shift_are_the_affine_map_of_the_box():
     torch.testing.assert_close(view.proposal, expected, rtol=0, atol=1e-3)
 
 
-def test_what_comes_from_outside_the_image_is_dark_and_does_not_teach():
+def test_strong_view_darkens_and_masks_out_pixels_outside_the_image():
     batch = squares(30)
     batch = replace(batch, image=torch.full_like(batch.image, 255))
     view = strong_view(batch, seeds_of(batch, 2))
@@ -212,21 +212,21 @@ def test_what_comes_from_outside_the_image_is_dark_and_does_not_teach():
     assert set(view.keep.unique().tolist()) == {0.0, 1.0}
     for row in range(30):
         grey, keep = view.image[row].float().mean(0), view.keep[row, 0] > 0
-        edge = torch.nn.functional.max_pool2d((~keep)[None].float(), 3, 1, 1)[0] > 0  # half of these may be mixed
+        edge = torch.nn.functional.max_pool2d((~keep)[None].float(), 3, 1, 1)[0] > 0  # edge pixels may blend both
         if (~keep).any():
             assert grey[~keep].median() < grey[keep & ~edge].min()
     assert ((view.keep == 0).flatten(1).any(1)).sum() > 10
 
 
 @pytest.mark.usefixtures("wide_limits")
-def test_pixels_that_may_not_teach_follow_their_image():
+def test_strong_view_warps_the_keep_mask_with_the_image():
     batch = squares(10)
     batch = replace(batch, keep=1 - batch.label)
     view = strong_view(batch, seeds_of(batch, 3))
     assert (view.keep * view.label).sum() == 0
 
 
-def test_a_sample_looks_the_same_in_any_batch():
+def test_strong_view_of_a_sample_does_not_depend_on_its_batch():
     batch = squares(6)
     seeds, some = seeds_of(batch, 7), [4, 1]
     whole = strong_view(batch, seeds)
@@ -242,16 +242,16 @@ def test_a_sample_looks_the_same_in_any_batch():
         assert torch.equal(one, other[some]) if isinstance(one, Tensor) else one == [other[row] for row in some]
 
 
-def test_mirroring_can_be_switched_off():
+def test_strong_view_can_disable_mirroring():
     batch = squares(60)
     flipped, straight = strong_view(batch, seeds_of(batch, 1)), strong_view(batch, seeds_of(batch, 1), flip=False)
     assert straight.sentence == batch.sentence
     assert flipped.sentence != batch.sentence
     kept = [row for row in range(60) if flipped.sentence[row] == batch.sentence[row]]
-    assert torch.equal(flipped.image[kept], straight.image[kept])  # all else is drawn alike
+    assert torch.equal(flipped.image[kept], straight.image[kept])  # all other random choices are identical
 
 
-def test_the_view_depends_on_the_seeds_alone_and_leaves_its_input():
+def test_strong_view_depends_only_on_the_seeds_and_keeps_its_input_unchanged():
     batch, untouched = squares(8), squares(8)
     first = strong_view(batch, seeds_of(batch, 5))
     torch.rand(3)
@@ -264,15 +264,15 @@ def test_the_view_depends_on_the_seeds_alone_and_leaves_its_input():
     assert_same(batch, untouched)
 
 
-def test_half_of_the_views_are_mirrored():
+def test_strong_view_mirrors_half_of_the_samples():
     batch = squares(400)
     named = strong_view(batch, seeds_of(batch, 0)).sentence
     share = np.mean([text.endswith("right") for text in named])
-    assert 0.4 < share < 0.6  # four standard deviations of a fair coin thrown 400 times
+    assert 0.4 < share < 0.6  # four standard deviations for 400 fair coin flips
 
 
-def test_colours_keep_their_order():
-    """Light and contrast change, hue does not: red stays the strongest channel of a red square."""
+def test_strong_view_keeps_the_hue():
+    """Brightness and contrast change, but hue does not: red stays the strongest channel of a red square."""
     batch = squares(20)
     batch.image[:, 1:] //= 4
     view = strong_view(batch, seeds_of(batch, 4))
@@ -283,7 +283,7 @@ def test_colours_keep_their_order():
         assert red > blue + 50
 
 
-def test_no_values_outside_the_range():
+def test_strong_view_keeps_values_in_range():
     batch = squares(20)
     view = strong_view(batch, seeds_of(batch, 8))
     assert view.image.dtype == torch.uint8

@@ -29,7 +29,7 @@ REVEALING = ("mask", "label", "truth", "ann", "rle", "keep", "bbox", "area", "ca
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A made-up run below the current folder."""
+    """A synthetic run in the current folder."""
     write_run(tmp_path, images_per_split=3)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -49,16 +49,16 @@ def assert_same_batch(first: Batch, second: Batch) -> None:
             assert a == b, field.name
 
 
-# --- no truth
+# --- no ground truth
 
 
-def test_pairs_have_no_attribute_that_could_hold_truth():
+def test_pairs_have_no_field_that_could_hold_ground_truth():
     names = [field.name for field in fields(Pairs)]
     assert not [name for name in names for word in REVEALING if word in name]
 
 
 @pytest.mark.parametrize("priors", [True, False])
-def test_pairs_are_read_from_an_index_without_any_truth(run, priors):
+def test_loads_pairs_from_an_index_without_ground_truth(run, priors):
     whole = load(priors=priors)
     table = pq.read_table(records.INDEX.refs)
     pq.write_table(table.drop_columns(["bbox", "ann_id", "category"]), records.INDEX.refs)
@@ -71,7 +71,7 @@ def test_pairs_are_read_from_an_index_without_any_truth(run, priors):
 # --- tables -> pairs
 
 
-def test_pairs_say_what_the_tables_say(run):
+def test_pairs_match_the_tables(run):
     order = np.random.default_rng(0).permutation(load().sent_id)
     pairs = load(order)
     np.testing.assert_array_equal(pairs.sent_id, order)
@@ -93,7 +93,7 @@ def test_pairs_say_what_the_tables_say(run):
         assert pairs.proposal_score[row] == soft[sent_id]["score"]
 
 
-def test_the_text_of_a_prior_is_that_of_its_first_answer(run):
+def test_prior_text_comes_from_the_first_response(run):
     rows = pq.read_table(records.PRIORS_PATH).to_pylist()
     rows[0] |= {"target": "cup", "attributes": ["red", "big"], "relation": "left of the plate"}
     rows[1] |= {"target": None, "attributes": [], "relation": "far left"}
@@ -104,7 +104,7 @@ def test_the_text_of_a_prior_is_that_of_its_first_answer(run):
     np.testing.assert_allclose(pairs.box[0] * [64, 48, 64, 48], rows[0]["bbox"], rtol=1e-5)
 
 
-def test_without_priors_every_proposal_is_flat_and_its_score_zero(run):
+def test_pairs_without_priors_have_flat_proposals_with_score_zero(run):
     pairs = load(priors=False)
     assert len(pairs) == 18
     assert (pairs.proposal == 26).all()  # 0.1 * 255 = 25.5
@@ -115,7 +115,7 @@ def test_without_priors_every_proposal_is_flat_and_its_score_zero(run):
     assert set(pairs.prior_text) == {""}
 
 
-def test_pairs_get_what_tables_say_of_them_and_the_others_the_flat_proposal(run):
+def test_with_priors_fills_known_pairs_and_leaves_the_others_flat(run):
     whole, bare = load(), load(priors=False)
     tables = [pq.read_table(path) for path in (records.PRIORS_PATH, records.PROPOSALS_PATH)]
     known = np.array([3, 0, 7])
@@ -132,12 +132,12 @@ def test_pairs_get_what_tables_say_of_them_and_the_others_the_flat_proposal(run)
     np.testing.assert_array_equal(empty.proposal, bare.proposal)
 
 
-def test_no_sentence_at_all_is_fine(run):
+def test_loads_an_empty_selection_of_sentences(run):
     for priors in (True, False):
         assert len(load(np.zeros(0, dtype=np.int64), priors=priors)) == 0
 
 
-def test_a_sentence_that_a_table_lacks_is_named_with_the_file(run):
+def test_missing_sentence_error_names_the_file(run):
     with pytest.raises(ArtifactError, match=r"refs\.parquet: lacks sentences .*dvc repro"):
         load(np.array([0, 12345]))
     table = pq.read_table(records.PROPOSALS_PATH)
@@ -146,7 +146,7 @@ def test_a_sentence_that_a_table_lacks_is_named_with_the_file(run):
         load()
 
 
-def test_true_masks_come_for_the_labelled_sentences_and_no_other(run):
+def test_true_masks_are_available_only_for_labeled_sentences(run):
     labeled, unlabeled = load(sentences_of("labeled")), load(sentences_of("unlabeled"))
     refs = {row["sent_id"]: row["ann_id"] for row in pq.read_table(records.INDEX.refs).to_pylist()}
     masks = {row["ann_id"]: row for row in pq.read_table(records.INDEX.masks).to_pylist()}
@@ -161,7 +161,7 @@ def test_true_masks_come_for_the_labelled_sentences_and_no_other(run):
         load_targets(records.LABELED_MASKS_PATH, records.INDEX, unlabeled)
 
 
-def test_roles_and_the_corpus_of_what_training_shows(run):
+def test_pairs_of_selects_by_role_and_corpus_collects_training_texts(run):
     split = pq.read_table(records.SPLIT_PATH).to_pylist()
     params = toy_params(proposals={"size_px": 24})
     parts = []
@@ -177,7 +177,7 @@ def test_roles_and_the_corpus_of_what_training_shows(run):
 # --- choosing pairs
 
 
-def test_pairs_by_row_and_by_sentence(tmp_path):
+def test_selects_pairs_by_row_and_by_sentence_id(tmp_path):
     pairs, targets = toy_pairs(tmp_path)
     chosen = pairs.take(rows_of(3, 0, 3))
     assert chosen.sent_id.tolist() == [121, 100, 121]
@@ -196,7 +196,7 @@ def test_pairs_by_row_and_by_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("unknown", [99, 101, 10_000])
-def test_an_unknown_sentence_is_refused(tmp_path, unknown):
+def test_refuses_an_unknown_sentence_id(tmp_path, unknown):
     pairs, _ = toy_pairs(tmp_path)
     with pytest.raises(ArtifactError, match="sent_id that the index lacks"):
         pairs.with_sent_ids(np.array([100, unknown]))
@@ -204,10 +204,10 @@ def test_an_unknown_sentence_is_refused(tmp_path, unknown):
         pairs.take(np.zeros(0, dtype=np.int64)).with_sent_ids(np.array([unknown]))
 
 
-# --- pictures
+# --- images
 
 
-def test_pictures_shrink_by_averaging_and_keep_their_pixels_at_the_same_size():
+def test_resize_image_averages_when_shrinking_and_keeps_pixels_at_equal_size():
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     np.testing.assert_array_equal(resize_image(image, 16), image)
@@ -217,7 +217,7 @@ def test_pictures_shrink_by_averaging_and_keep_their_pixels_at_the_same_size():
 
 
 @pytest.mark.parametrize("room", [0, 3 * 32 * 32, 1 << 20])
-def test_pictures_are_the_same_with_and_without_memory_to_keep_them(tmp_path, room):
+def test_image_cache_does_not_change_the_images(tmp_path, room):
     pairs, _ = toy_pairs(tmp_path)
     store = ImageStore(pairs.image_path, 32, room)
     for _ in range(2):
@@ -236,7 +236,7 @@ def test_pictures_are_the_same_with_and_without_memory_to_keep_them(tmp_path, ro
 # --- batches
 
 
-def test_a_batch_by_hand(tmp_path):
+def test_batch_matches_the_selected_pairs(tmp_path):
     pairs, _ = toy_pairs(tmp_path)
     batch = toy_batches(pairs)(rows_of(1, 0))
     assert batch.image.shape == (2, 3, 32, 32)
@@ -250,8 +250,8 @@ def test_a_batch_by_hand(tmp_path):
     assert batch.keep is None
 
 
-def test_masks_are_stretched_with_their_pictures(tmp_path):
-    """Masks of 16 x 8 pixels, read at 32: each pixel becomes a block of 2 x 4."""
+def test_masks_are_resized_with_their_images(tmp_path):
+    """16 x 8 masks at network size 32: each pixel becomes a 2 x 4 block."""
     pairs, _ = toy_pairs(tmp_path, 2)
     pairs = replace(pairs, image_hw=np.array([[16, 8], [16, 8]]))
     masks = np.random.default_rng(0).random((4, 16, 8)) > 0.5
@@ -262,8 +262,8 @@ def test_masks_are_stretched_with_their_pictures(tmp_path):
     np.testing.assert_array_equal(batch.keep[:, 0].numpy(), large[[3, 2]])
 
 
-def test_weights_lie_over_the_whole_image_and_over_the_kept_pixels(tmp_path):
-    """A ramp over 16 columns, read at 32 and weighed against cv2's own bilinear resize; half of the pixels are kept."""
+def test_pixel_weights_are_resized_to_the_image_and_multiplied_by_the_keep_mask(tmp_path):
+    """A ramp over 16 columns, resized to 32, equals cv2's bilinear resize; the keep mask covers half of the pixels."""
     pairs, targets = toy_pairs(tmp_path, 2)
     ramp = np.linspace(0, 255, 16).round().astype(np.uint8)[None].repeat(16, axis=0)
     flat = np.full((16, 16), 51, np.uint8)
@@ -278,8 +278,8 @@ def test_weights_lie_over_the_whole_image_and_over_the_kept_pixels(tmp_path):
     assert batch.keep.dtype == torch.float32
 
 
-def test_weights_of_0_and_1_are_a_keep_mask(tmp_path):
-    """At the network's own size, where neither is resized: the same batch to the bit."""
+def test_weights_of_0_and_1_equal_a_keep_mask(tmp_path):
+    """At the network's input size nothing is resized, so the batches are bit-identical."""
     pairs, _ = toy_pairs(tmp_path, 2)
     pairs = replace(pairs, image_hw=np.array([[32, 32], [32, 32]]))
     masks = np.random.default_rng(2).random((4, 32, 32)) > 0.5
@@ -294,7 +294,7 @@ def test_weights_of_0_and_1_are_a_keep_mask(tmp_path):
     assert_same_batch(first, batches(rows_of(0, 1), both))
 
 
-def test_true_labels_teach_everywhere(tmp_path):
+def test_true_labels_keep_every_pixel(tmp_path):
     pairs, targets = toy_pairs(tmp_path)
     batch = toy_batches(pairs)(rows_of(0, 1, 2), targets)
     assert (batch.keep == 1).all()
@@ -302,7 +302,7 @@ def test_true_labels_teach_everywhere(tmp_path):
     np.testing.assert_allclose(share, [18 * 20 / (h * w) for h, w in pairs.hw[:3]], rtol=0.15)
 
 
-def test_a_hidden_prior_is_exactly_one_that_never_was(run):
+def test_a_hidden_prior_equals_a_missing_prior(run):
     with_priors, without = load(), load(priors=False)
     rows = np.arange(len(without))
     hidden = BatchMaker(with_priors, 32, FLAT_PROB)(rows, None, np.ones(len(rows), dtype=bool))
@@ -310,7 +310,7 @@ def test_a_hidden_prior_is_exactly_one_that_never_was(run):
     assert with_priors.has_box.any()  # hiding changed no pair
 
 
-def test_hiding_some_priors_leaves_the_others(tmp_path):
+def test_hiding_some_priors_leaves_the_others_unchanged(tmp_path):
     pairs, _ = toy_pairs(tmp_path)
     batches = toy_batches(pairs)
     some = batches(rows_of(0, 1, 2), None, np.array([False, True, False]))

@@ -1,4 +1,4 @@
-"""Published archives from a server of this machine: broken, wrong and good ones; what lands on disk, byte by byte."""
+"""Downloads of published archives (broken, wrong and good) from a local server; checks the files byte by byte."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from pathlib import Path
 import pytest
 from called import call
 
-from l2l_core.datasets import download as data_fetch
-from l2l_core.datasets import published
+from l2l_core.datasets import download, published
 from l2l_core.datasets.download import fetch
 from l2l_core.datasets.published import Archive, Rows
 from l2l_core.errors import InputError
@@ -38,7 +37,7 @@ SPLITS = {"unc": {"train": Rows(2, 3), "testA": Rows(1, 1)}}
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
-    """Not compressed, so that a file's bytes can be found and spoilt."""
+    """Builds an uncompressed zip, so that a test can find and corrupt the bytes of a file."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as bundle:
         for name, text in files.items():
@@ -51,7 +50,7 @@ GOOD = zipped({f"refcoco/{name}": content for name, content in FILES.items()})
 
 @dataclass
 class Server:
-    """Serves files by path; `cut` ends the next answers for a path after so many bytes, `ranges` lets it continue."""
+    """Serves files by path; `cut` truncates the next responses for a path, `ranges` enables range requests."""
 
     address: str
     files: dict[str, bytes] = field(default_factory=dict)
@@ -84,7 +83,7 @@ def server() -> Iterator[Server]:
             self.wfile.write(content[start : cuts.pop(0) if cuts else None])
 
         def log_message(self, *args: object) -> None:
-            """Nothing on stderr."""
+            """Writes nothing to stderr."""
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state = Server(f"http://127.0.0.1:{http.server_port}")
@@ -98,8 +97,8 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Target and scratch folder; what arrives is kept by the hundred bytes."""
-    monkeypatch.setattr(data_fetch, "CHUNK_BYTES", 100)
+    """Target and scratch folders; downloads are written in chunks of 100 bytes."""
+    monkeypatch.setattr(download, "CHUNK_BYTES", 100)
     return tmp_path / "data" / "refcoco", tmp_path / "scratch"
 
 
@@ -125,7 +124,7 @@ def leaves_nothing(target: Path) -> None:
     assert not target.parent.exists() or os.listdir(target.parent) == []
 
 
-def test_the_next_source_is_taken_where_one_is_gone(server, places):
+def test_falls_back_to_the_next_source_when_one_is_missing(server, places):
     server.files["/good.zip"] = GOOD
     line = fetch(archive(server, "/gone.zip", "/good.zip"), *places, None, None)
     assert f"{server.address}/good.zip" in line
@@ -134,7 +133,7 @@ def test_the_next_source_is_taken_where_one_is_gone(server, places):
     is_as_published(*places)
 
 
-def test_a_broken_download_goes_on_where_it_ended(server, places):
+def test_resumes_an_interrupted_download(server, places):
     server.files["/good.zip"] = GOOD
     server.cut["/good.zip"] = [2000, 4000]
     fetch(archive(server, "/good.zip"), *places, None, None)
@@ -142,9 +141,9 @@ def test_a_broken_download_goes_on_where_it_ended(server, places):
     is_as_published(*places)
 
 
-def test_it_goes_on_in_another_process_too(server, places):
+def test_resumes_a_download_in_a_new_process(server, places):
     server.files["/good.zip"] = GOOD
-    server.cut["/good.zip"] = [2000, 2000]  # the second answer brings nothing
+    server.cut["/good.zip"] = [2000, 2000]  # the second response sends no new bytes
     with pytest.raises(InputError, match=r"no source gives refcoco\.zip"):
         fetch(archive(server, "/good.zip"), *places, None, None)
     leaves_nothing(places[0])
@@ -153,19 +152,19 @@ def test_it_goes_on_in_another_process_too(server, places):
     is_as_published(*places)
 
 
-def test_a_download_that_was_whole_is_not_repeated(server, places):
+def test_does_not_repeat_a_complete_download(server, places):
     server.files["/good.zip"] = GOOD
     server.cut["/good.zip"] = [2000, 2000]
     with pytest.raises(InputError):
         fetch(archive(server, "/good.zip"), *places, None, None)
     (part,) = places[1].iterdir()
-    part.write_bytes(GOOD)  # as if the process had ended before unpacking
+    part.write_bytes(GOOD)  # as if the process had exited before unpacking
     fetch(archive(server, "/good.zip"), *places, None, None)
     assert server.asked[-1] == ("/good.zip", f"bytes={len(GOOD)}-")
     is_as_published(*places)
 
 
-def test_a_server_that_cannot_continue_sends_everything_again(server, places):
+def test_restarts_the_download_when_the_server_does_not_support_ranges(server, places):
     server.files["/good.zip"] = GOOD
     server.ranges = False
     server.cut["/good.zip"] = [2000]
@@ -173,7 +172,7 @@ def test_a_server_that_cannot_continue_sends_everything_again(server, places):
     is_as_published(*places)
 
 
-def test_a_source_that_always_breaks_at_the_same_place_is_given_up(server, places):
+def test_gives_up_on_a_source_that_always_breaks_at_the_same_byte(server, places):
     server.files |= {"/bad.zip": GOOD, "/good.zip": GOOD}
     server.ranges = False
     server.cut["/bad.zip"] = [2000] * 100
@@ -182,7 +181,7 @@ def test_a_source_that_always_breaks_at_the_same_place_is_given_up(server, place
     assert contents(places[0]).keys() == {*FILES, "archive.json"}
 
 
-def test_a_file_of_another_size_at_the_same_address_starts_anew(server, places):
+def test_restarts_the_download_when_the_file_size_changed(server, places):
     server.files["/good.zip"] = GOOD + b"longer" * 100
     server.cut["/good.zip"] = [len(GOOD) + 200] * 2
     with pytest.raises(InputError):
@@ -192,7 +191,7 @@ def test_a_file_of_another_size_at_the_same_address_starts_anew(server, places):
     is_as_published(*places)
 
 
-SPOILT = GOOD.replace(b"x" * 5000, b"x" * 4999 + b"y")  # the checksum of that file is no longer right
+SPOILT = GOOD.replace(b"x" * 5000, b"x" * 4999 + b"y")  # the checksum of that file no longer matches
 WRONG = {
     "a page instead of a file": (b"<html>moved</html>", "not a usable zip file"),
     "cut short": (GOOD[:-100], "not a usable zip file"),
@@ -215,20 +214,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_archive_is_refused(server, places, case):
+def test_refuses_a_wrong_archive(server, places, case):
     content, reason = WRONG[case]
     server.files["/wrong.zip"] = content
     with pytest.raises(InputError, match=reason):
         fetch(archive(server, "/wrong.zip"), *places, None, None)
     leaves_nothing(places[0])
-    assert os.listdir(places[1]) == []  # nothing that the next attempt would continue
+    assert os.listdir(places[1]) == []  # nothing that the next attempt would resume
 
     server.files["/good.zip"] = GOOD
     fetch(archive(server, "/wrong.zip", "/good.zip"), *places, None, None)
     is_as_published(*places)
 
 
-def test_a_malicious_pickle_does_not_run(server, places, tmp_path):
+def test_does_not_execute_a_malicious_pickle(server, places, tmp_path):
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "run"),)
@@ -240,7 +239,7 @@ def test_a_malicious_pickle_does_not_run(server, places, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_no_file_lands_outside(server, places):
+def test_writes_no_file_outside_the_target_folder(server, places):
     outside = {"../../evil.txt": b"", "/evil.txt": b"", "refcoco/../../evil.txt": b"", "refcoco/..": b""}
     left = {"refcoco/.DS_Store": b"", "__MACOSX/refcoco/._instances.json": b"", "readme.txt": b""}
     server.files["/good.zip"] = zipped({f"refcoco/{name}": text for name, text in FILES.items()} | outside | left)
@@ -249,7 +248,7 @@ def test_no_file_lands_outside(server, places):
     assert sorted(os.listdir(places[0].parents[1])) == ["data", "scratch"]
 
 
-def test_a_checksum_is_verified(server, places):
+def test_verifies_the_checksum(server, places):
     server.files["/good.zip"] = GOOD
     with pytest.raises(InputError, match=f"its sha256 is {hashlib.sha256(GOOD).hexdigest()}, fetch.sha256 says 0000"):
         fetch(archive(server, "/good.zip"), *places, None, "0" * 64)
@@ -258,14 +257,14 @@ def test_a_checksum_is_verified(server, places):
     is_as_published(*places)
 
 
-def test_a_mirror_comes_first(server, places):
+def test_tries_the_mirror_first(server, places):
     server.files |= {"/mine/refcoco.zip": GOOD, "/good.zip": GOOD}
     fetch(archive(server, "/good.zip"), *places, f"{server.address}/mine/", None)
     assert [path for path, _ in server.asked] == ["/mine/refcoco.zip"]
     is_as_published(*places)
 
 
-def test_a_folder_can_be_the_mirror_and_keeps_its_file(server, places, tmp_path):
+def test_accepts_a_local_folder_as_mirror_and_keeps_its_file(server, places, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "refcoco.zip").write_bytes(GOOD)
@@ -275,7 +274,7 @@ def test_a_folder_can_be_the_mirror_and_keeps_its_file(server, places, tmp_path)
     is_as_published(*places)
 
 
-def test_all_sources_that_failed_are_named(server, places, tmp_path):
+def test_error_names_every_failed_source(server, places, tmp_path):
     server.files["/page.zip"] = b"<html>"
     with pytest.raises(InputError) as caught:
         fetch(archive(server, "/gone.zip", "/page.zip"), *places, str(tmp_path / "mine"), None)
@@ -288,14 +287,14 @@ def test_all_sources_that_failed_are_named(server, places, tmp_path):
     ]
 
 
-def test_a_server_that_is_not_there(places):
+def test_reports_an_unreachable_server(places):
     gone = Archive("refcoco", ("http://127.0.0.1:9/refcoco.zip",), "refcoco", "", SPLITS)  # port 9 discards
     with pytest.raises(InputError, match="ConnectionError"):
         fetch(gone, *places, None, None)
     leaves_nothing(places[0])
 
 
-def test_too_little_space_is_said_before_anything_is_sent(server, places, monkeypatch):
+def test_checks_free_space_before_download_and_before_unpacking(server, places, monkeypatch):
     server.files["/good.zip"] = GOOD
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 0, len(GOOD) - 1))
@@ -303,7 +302,7 @@ def test_too_little_space_is_said_before_anything_is_sent(server, places, monkey
         fetch(archive(server, "/good.zip"), *places, None, None)
     leaves_nothing(places[0])
 
-    # Enough for the archive, too little for what is in it: its files are larger than both together need.
+    # Enough space for the archive, too little for its unpacked files.
     unpacked = sum(map(len, FILES.values()))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 0, unpacked - ("building" in str(folder))))
     with zipfile.ZipFile(small := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as bundle:
@@ -314,13 +313,13 @@ def test_too_little_space_is_said_before_anything_is_sent(server, places, monkey
         fetch(archive(server, "/good.zip"), *places, None, None)
     leaves_nothing(places[0])
 
-    monkeypatch.undo()  # room was made: nothing is sent again
+    monkeypatch.undo()  # space was freed: nothing is sent again
     fetch(archive(server, "/good.zip"), *places, None, None)
     assert server.asked[-1] == ("/good.zip", f"bytes={len(small.getvalue())}-")
     assert contents(places[0]).keys() == {*FILES, "archive.json"}
 
 
-def test_a_disk_that_is_full_all_the_same(server, places, monkeypatch):
+def test_a_full_disk_during_unpacking_leaves_nothing(server, places, monkeypatch):
     server.files["/good.zip"] = GOOD
 
     def full(*_: object) -> None:
@@ -332,7 +331,7 @@ def test_a_disk_that_is_full_all_the_same(server, places, monkeypatch):
     leaves_nothing(places[0])
 
 
-def test_what_is_there_already_is_checked_and_stays(server, places):
+def test_verifies_and_keeps_an_existing_folder(server, places):
     server.files["/good.zip"] = GOOD
     published_there = archive(server, "/good.zip")
     fetch(published_there, *places, None, None)
@@ -346,7 +345,7 @@ def test_what_is_there_already_is_checked_and_stays(server, places):
     (places[0] / "instances.json").unlink()
     with pytest.raises(InputError, match=r"instances\.json is missing"):
         fetch(published_there, *places, None, None)
-    (places[0] / "archive.json").unlink()  # somebody's own folder of that name: ingest says what is amiss in it
+    (places[0] / "archive.json").unlink()  # a user's own folder with that name: ingest reports its problems
     assert "nothing was changed; note: instances.json is missing" in fetch(published_there, *places, None, None)
     with pytest.raises(InputError, match="sha256 is not recorded"):
         fetch(published_there, *places, None, digest)
@@ -354,7 +353,7 @@ def test_what_is_there_already_is_checked_and_stays(server, places):
     assert len(server.asked) == asked
 
 
-def test_what_a_killed_process_left_is_swept_away(server, places):
+def test_removes_leftovers_of_a_killed_process(server, places):
     server.files["/good.zip"] = GOOD
     building = places[0].with_name(".refcoco.building")
     building.mkdir(parents=True)
@@ -363,7 +362,7 @@ def test_what_a_killed_process_left_is_swept_away(server, places):
     is_as_published(*places)
 
 
-def test_photos_go_to_a_folder_of_their_own_and_are_counted(server, tmp_path):
+def test_unpacks_photos_into_their_own_folder_and_checks_their_count(server, tmp_path):
     names = [f"COCO_train2014_{number:012}.jpg" for number in (9, 25, 30)]
     server.files["/photos.zip"] = zipped({f"train2014/{name}": name.encode() for name in names})
     target = tmp_path / "images"
@@ -377,14 +376,14 @@ def test_photos_go_to_a_folder_of_their_own_and_are_counted(server, tmp_path):
     assert found[f"train2014/{names[0]}"] == names[0].encode()
 
 
-def test_the_command_writes_below_data(server, tmp_path, monkeypatch, capsys):
+def test_fetch_command_writes_below_data(server, tmp_path, monkeypatch, capsys):
     root = Path(__file__).parents[2]
     params = (root / "params.yaml").read_text(encoding="utf-8").replace("mirror: null", f"mirror: {server.address}")
     (tmp_path / "params.yaml").write_text(params, encoding="utf-8")
     monkeypatch.setattr(published, "ARCHIVES", {"refcoco+": Archive("refcoco+", (), "refcoco", "", SPLITS)})
     monkeypatch.chdir(tmp_path)
     server.files["/refcoco+.zip"] = GOOD
-    assert call(monkeypatch, "fetch", "refcoco+") == 2  # the folder is there, but it is in no repository
+    assert call(monkeypatch, "fetch", "refcoco+") == 2  # the folder exists but is in no Git repository
     said = capsys.readouterr()
     assert said.out.startswith(f"fetch: data/refcoco+: from {server.address}/refcoco+.zip, sha256 ")
     assert "error: data/refcoco+: is there, but DVC cannot track it: " in said.err

@@ -1,4 +1,4 @@
-"""Annotations of other tools, with masks whose pixels are counted by hand, read back as ingest reads them."""
+"""Importing annotations of other tools; masks have hand-counted pixels and are read back as ingest reads them."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ def box_mask(*boxes: tuple[int, int, int, int]) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A project with photos/a.png, photos/b.png, photos/c.png of 60x40 pixels."""
+    """A project with photos/a.png, photos/b.png and photos/c.png of 60x40 pixels."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for name in "abc":
@@ -49,7 +49,7 @@ def imported() -> Index:
 
 
 def rows_by_sentence(index: Index) -> dict[str, dict]:
-    """Split, sent_id, image name and mask (None: unlabelled) of every sentence."""
+    """Split, sent_id, image name and mask (None: unlabeled) of every sentence."""
     images = {row["image_id"]: row["file_name"] for row in index.images.to_pylist()}
     masks = {row["ann_id"]: row for row in index.masks.to_pylist()}
     found = {}
@@ -82,7 +82,7 @@ SMALL = [40, 0, 44, 0, 44, 3, 40, 3]  # 4 x 3 pixels
 
 
 def instances() -> dict:
-    # The columns 2 to 6, rows 3 to 8, counted down the columns of 40 pixels: 5 x 6 pixels.
+    # Columns 2 to 6 and rows 3 to 8 in column-major order, 40 pixels per column: 5 x 6 pixels.
     runs = [2 * 40 + 3, *[6, 40 - 6] * 4, 6, 40 - 9 + 53 * 40]
     return {
         "images": [
@@ -120,7 +120,7 @@ def test_coco_annotations_become_masks(folder, monkeypatch, capsys):
     assert sorted(path.name for path in Path("mine").iterdir()) == ["pairs.jsonl"]  # nothing is copied
 
 
-def test_what_was_imported_before_is_not_overwritten(folder, monkeypatch, capsys):
+def test_does_not_overwrite_an_earlier_import(folder, monkeypatch, capsys):
     write("instances.json", instances())
     write("sentences.json", SENTENCES)
     assert call(monkeypatch, "import", *COCO, "--out", "mine") == 0
@@ -131,7 +131,7 @@ def test_what_was_imported_before_is_not_overwritten(folder, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("form", ["lines", "captions"])
-def test_sentences_may_be_lines_or_coco_captions(folder, monkeypatch, form):
+def test_reads_sentences_from_json_lines_or_coco_captions(folder, monkeypatch, form):
     rows = [{**row, "sent_id": 7 + number} for number, row in enumerate(SENTENCES)]
     write("instances.json", instances())
     if form == "lines":
@@ -172,7 +172,7 @@ WRONG_SENTENCES = {
 
 
 @pytest.mark.parametrize("case", WRONG_SENTENCES)
-def test_wrong_sentences_are_refused(folder, monkeypatch, capsys, case):
+def test_refuses_wrong_sentences(folder, monkeypatch, capsys, case):
     sentences, words = WRONG_SENTENCES[case]
     write("instances.json", instances())
     write("sentences.json", sentences)
@@ -209,7 +209,7 @@ WRONG_INSTANCES = {
 
 
 @pytest.mark.parametrize("change", WRONG_INSTANCES)
-def test_wrong_instances_are_refused(folder, monkeypatch, capsys, change):
+def test_refuses_wrong_instances(folder, monkeypatch, capsys, change):
     document = instances()
     change(document)
     write("instances.json", document)
@@ -217,7 +217,7 @@ def test_wrong_instances_are_refused(folder, monkeypatch, capsys, change):
     is_refused(monkeypatch, capsys, *COCO, words=WRONG_INSTANCES[change])
 
 
-def test_all_problems_are_named_at_once(folder, monkeypatch, capsys):
+def test_reports_all_problems_at_once(folder, monkeypatch, capsys):
     document = instances()
     no_image(document)
     write("instances.json", document)
@@ -238,9 +238,9 @@ def polygon(*percent: tuple[float, float]) -> dict:
     return {**FRAME, "type": "polygonlabels", "value": {"points": [list(point) for point in percent]}}
 
 
-# 10 % to 50 % of 60 px are the columns 6 to 29, 25 % to 75 % of 40 px the rows 10 to 29: 24 x 20 pixels.
+# 10 % to 50 % of 60 px is columns 6 to 29; 25 % to 75 % of 40 px is rows 10 to 29: 24 x 20 pixels.
 QUARTERS = polygon((10, 25), (50, 25), (50, 75), (10, 75))
-# 90 % to 100 % are the columns 54 to 59, 0 to 10 % the rows 0 to 3: 6 x 4 pixels.
+# 90 % to 100 % is columns 54 to 59; 0 to 10 % is rows 0 to 3: 6 x 4 pixels.
 CORNER = polygon((90, 0), (100, 0), (100, 10), (90, 10))
 
 
@@ -252,7 +252,7 @@ def task(image: str, sentence: str, *results: list | None, **data: object) -> di
 LABEL_STUDIO = ("label-studio", "export.json", "--images", ".")
 
 
-def test_label_studio_polygons_are_percent_of_the_image(folder, monkeypatch, capsys):
+def test_label_studio_polygons_are_in_percent_of_the_image(folder, monkeypatch, capsys):
     tasks = [
         task("/data/local-files/?d=photos/a.png", "the cup", [QUARTERS, CORNER], split="val"),
         task("http://somewhere:8000/files/photos/b.png?x=1", "never opened"),
@@ -282,13 +282,13 @@ def packed(*parts: tuple[int, int]) -> list[int]:
 HEAD = ((7, 5), (2, 4), (3, 4), (7, 4), (15, 4))  # values of 8 bits, lengths of 3, 4, 8 or 16 bits
 
 
-def test_a_brush_written_by_hand():
-    """An image of 3 x 1 pixels, 12 values: pixel 0 empty, pixel 1 with colours and alpha 200, pixel 2 all 255."""
+def test_brush_alpha_decodes_a_handmade_brush():
+    """An image of 3 x 1 pixels, 12 values: pixel 0 empty, pixel 1 with colors and alpha 200, pixel 2 all 255."""
     rle = packed(
         (12, 32),
         *HEAD,
         *((1, 1), (0, 2), (4 - 1, 3), (0, 8)),  # four times 0
-        *((0, 1), (1, 2), (4 - 1, 4), (9, 8), (8, 8), (7, 8), (200, 8)),  # four values of their own
+        *((0, 1), (1, 2), (4 - 1, 4), (9, 8), (8, 8), (7, 8), (200, 8)),  # four distinct values
         *((1, 1), (0, 2), (4 - 1, 3), (255, 8)),  # four times 255
     )
     assert brush_alpha(rle, 1, 3).tolist() == [[0, 200, 255]]
@@ -306,12 +306,12 @@ def test_a_brush_written_by_hand():
         ([0, 0], "ends after 2 bytes"),
     ],
 )
-def test_a_damaged_brush_is_refused(rle, words):
+def test_refuses_a_damaged_brush(rle, words):
     with pytest.raises(ValueError, match=words):
         brush_alpha(rle, 1, 3)
 
 
-def test_brushes_and_polygons_are_united(folder, monkeypatch):
+def test_merges_brushes_and_polygons(folder, monkeypatch):
     drawn = np.random.default_rng(0).random((HEIGHT, WIDTH)) > 0.5
     brush = {**FRAME, "type": "brushlabels", "value": {"format": "rle", "rle": brush_rle(drawn)}}
     write("export.json", [task("photos/a.png", "the cup", [brush, QUARTERS])])
@@ -319,7 +319,7 @@ def test_brushes_and_polygons_are_united(folder, monkeypatch):
     np.testing.assert_array_equal(rows_by_sentence(imported())["the cup"]["mask"], drawn | box_mask((6, 10, 30, 30)))
 
 
-def test_of_several_annotations_the_ground_truth_counts(folder, monkeypatch):
+def test_uses_the_ground_truth_among_several_annotations(folder, monkeypatch):
     both = task("photos/a.png", "the cup", [QUARTERS], [CORNER])
     both["annotations"][1]["ground_truth"] = True
     write("export.json", [both])
@@ -373,7 +373,7 @@ WRONG_TASKS = {
 
 
 @pytest.mark.parametrize("case", WRONG_TASKS)
-def test_wrong_tasks_are_refused(folder, monkeypatch, capsys, case):
+def test_refuses_wrong_tasks(folder, monkeypatch, capsys, case):
     wrong, words = WRONG_TASKS[case]
     write("export.json", [wrong])
     is_refused(monkeypatch, capsys, *LABEL_STUDIO, words=words)
@@ -385,19 +385,19 @@ def rectangle(x: float, y: float, width: float, height: float, **more: object) -
 
 
 def says(region: dict, *texts: str, kind: str = "textarea") -> dict:
-    """What Label Studio stores of a text that belongs to a region: the region's place, and the text."""
+    """The result that Label Studio stores for a region's text: the position of the region and the text."""
     return {**region, "type": kind, "from_name": "said", "value": {**region["value"], "text": list(texts)}}
 
 
-def test_label_studio_rectangles_and_ellipses_are_masks(folder, monkeypatch):
+def test_label_studio_rectangles_and_ellipses_become_masks(folder, monkeypatch):
     write(
         "export.json",
         [
-            # 10 % and 40 % of 60 px: the columns 6 to 29; 25 % and 50 % of 40 px: the rows 10 to 29.
+            # 10 % and 40 % of 60 px: columns 6 to 29; 25 % and 50 % of 40 px: rows 10 to 29.
             task("photos/a.png", "plain", [rectangle(10, 25, 40, 50)]),
-            # Turned clockwise by 90 degrees about its corner (30, 10) px: 24 px wide become 24 px down, 20 to the left.
+            # Rotated clockwise by 90 degrees about its corner (30, 10) px: it extends 24 px down and 20 px to the left.
             task("photos/b.png", "askew", [rectangle(50, 25, 40, 50, rotation=90)]),
-            # A disc of radius 2 about the corner of pixels (30, 20).
+            # A disk of radius 2 around the pixel corner (30, 20).
             task(
                 "photos/c.png",
                 "round",
@@ -412,8 +412,8 @@ def test_label_studio_rectangles_and_ellipses_are_masks(folder, monkeypatch):
     np.testing.assert_array_equal(rows["round"]["mask"], box_mask((29, 18, 31, 22), (28, 19, 32, 21)))
 
 
-def test_results_that_are_no_shapes_are_passed_over(folder, monkeypatch):
-    """Relations, choices, ratings and names of regions; with the sentence of the task, remarks as well."""
+def test_ignores_results_that_are_not_shapes(folder, monkeypatch):
+    """Ignores relations, choices, ratings and region labels; if the task has a sentence, also region texts."""
     one = {**QUARTERS, "id": "one"}
     others = [
         {"type": "relation", "from_id": "one", "to_id": "two", "direction": "right"},
@@ -439,8 +439,8 @@ def without_sentence(image: str, *results: list) -> dict:
     return one
 
 
-def test_texts_of_regions_are_sentences(folder, monkeypatch, capsys):
-    """Several sentences a photo: each text means its region; one text on two regions means both."""
+def test_region_texts_become_sentences(folder, monkeypatch, capsys):
+    """A photo may have several sentences: each text means its region; the same text on two regions means both."""
     one, two = {**QUARTERS, "id": "one"}, {**CORNER, "id": "two"}
     result = [
         one,
@@ -478,13 +478,13 @@ def test_texts_of_regions_are_sentences(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "address", ["C:\\pictures\\photos\\a.png", "/data/local-files/?d=photos%5Ca.png", "photos\\a.png"]
 )
-def test_backslashes_of_windows_are_folders(folder, monkeypatch, address):
+def test_windows_backslashes_separate_folders(folder, monkeypatch, address):
     write("export.json", [task(address, "the cup", [QUARTERS])])
     assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "mine") == 0
     assert rows_by_sentence(imported())["the cup"]["image"] == "photos/a.png"
 
 
-def test_unknown_shapes_are_left_out_and_counted_where_one_says_so(folder, monkeypatch, capsys):
+def test_skip_unknown_skips_and_counts_unknown_shapes(folder, monkeypatch, capsys):
     point = {**FRAME, "type": "keypointlabels", "value": {"x": 1, "y": 2, "width": 1}}
     write("export.json", [task("photos/a.png", "the cup", [QUARTERS, point, point])])
     assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "mine", "--skip-unknown") == 0
@@ -498,7 +498,7 @@ def test_unknown_shapes_are_left_out_and_counted_where_one_says_so(folder, monke
     assert [row["sentence"] for row in read_jsonl(Path("other/pairs.jsonl")).refs.to_pylist()] == ["cup"]
 
 
-def test_a_file_that_is_no_export_is_refused(folder, monkeypatch, capsys):
+def test_refuses_a_file_that_is_not_an_export(folder, monkeypatch, capsys):
     write("export.json", {"data": {}})
     is_refused(monkeypatch, capsys, *LABEL_STUDIO, words=["export.json: got {'data': {}}, expected a list of tasks"])
     Path("export.json").write_text("[{")
@@ -507,8 +507,8 @@ def test_a_file_that_is_no_export_is_refused(folder, monkeypatch, capsys):
     is_refused(monkeypatch, capsys, *LABEL_STUDIO, words=["export.json: cannot be read: No such file"])
 
 
-def test_reviewed_tasks_come_back_as_labels(tmp_path, monkeypatch):
-    """What export-review writes, with the predictions kept as annotations, but for one that was drawn anew."""
+def test_imports_reviewed_tasks_as_labels(tmp_path, monkeypatch):
+    """The export of the review, with predictions accepted as annotations except for one that was redrawn."""
     write_run(tmp_path, rounds=1, images_per_split=6)
     monkeypatch.chdir(tmp_path)
     history = records.round_folder(1) / "history/pseudo_labels.parquet"
@@ -570,8 +570,8 @@ def test_labelme_shapes_become_masks(folder, monkeypatch, capsys):
     assert [line["split"] for line in lines] == ["train", "train", "train", "val"]
     index = imported()
     areas = [row["area_px"] for row in index.masks.to_pylist()]
-    # Half of 20 x 20 pixels, give or take those that the diagonal cuts; a disc of radius 2 about a pixel's corner holds
-    # the 12 pixels whose centres are at most 2 away: 4 at (0.5, 0.5) and 8 at (0.5, 1.5).
+    # Half of 20 x 20 pixels, up to pixels on the diagonal. A disk of radius 2 around a pixel corner holds the 12 pixels
+    # whose centers are at most 2 away: 4 at (0.5, 0.5) and 8 at (0.5, 1.5).
     assert areas[0] == pytest.approx(200, abs=20)
     assert areas[1:] == [15 * 20, 12, 15 * 20]
     rows = rows_by_sentence(index)
@@ -580,8 +580,8 @@ def test_labelme_shapes_become_masks(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("orientation", "code"), [(1, 0), (3, 2)])
-def test_a_mask_on_a_turned_photo_is_refused(folder, monkeypatch, capsys, orientation, code):
-    """A tag of 3 turns it upside down in LabelMe, whose masks then lie on the opposite corner of the stored pixels."""
+def test_refuses_a_mask_on_a_photo_with_an_exif_rotation(folder, monkeypatch, capsys, orientation, code):
+    """An EXIF tag of 3 rotates the photo by 180 degrees in LabelMe, so its masks do not fit the stored pixels."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (WIDTH, HEIGHT), "gray").save("photos/d.jpg", exif=exif)
@@ -592,13 +592,13 @@ def test_a_mask_on_a_turned_photo_is_refused(folder, monkeypatch, capsys, orient
     assert Path("mine").exists() == (code == 0)
 
 
-def test_shapes_of_one_group_are_one_mask(folder, monkeypatch):
+def test_shapes_of_one_group_form_one_mask(folder, monkeypatch):
     other = {**RECTANGLE, "points": [[40, 0], [44, 3]]}
     grouped = [{**shape, "group_id": 1} for shape in (RECTANGLE, other)]
     write("photos/a.json", labelme([*grouped, {**other, "label": "cat", "group_id": 1}, other]))
     assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
     areas = [row["area_px"] for row in imported().masks.to_pylist()]
-    assert areas == [15 * 20 + 4 * 3, 4 * 3]  # cat and the ungrouped dog mean one mask
+    assert areas == [15 * 20 + 4 * 3, 4 * 3]  # cat and the ungrouped dog share one mask
 
 
 WRONG_FILES = {
@@ -628,13 +628,13 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("case", WRONG_FILES)
-def test_wrong_labelme_files_are_refused(folder, monkeypatch, capsys, case):
+def test_refuses_wrong_labelme_files(folder, monkeypatch, capsys, case):
     wrong, words = WRONG_FILES[case]
     write("photos/a.json", wrong)
     is_refused(monkeypatch, capsys, *LABELME, words=words)
 
 
-def test_a_folder_without_labelme_files_is_refused(folder, monkeypatch, capsys):
+def test_refuses_a_folder_without_labelme_files(folder, monkeypatch, capsys):
     is_refused(monkeypatch, capsys, *LABELME, words=["photos: got a folder without *.json"])
     Path("photos/a.json").write_text("{")
     is_refused(monkeypatch, capsys, *LABELME, words=["photos/a.json: not JSON"])
@@ -649,7 +649,7 @@ def areas_of(out: str = "mine") -> list[int]:
     return [masks[row["ann_id"]] for row in read_jsonl(Path(out, "pairs.jsonl")).refs.to_pylist()]
 
 
-def test_reserved_labels_are_left_out_and_counted(folder, monkeypatch, capsys):
+def test_skips_and_counts_reserved_labels(folder, monkeypatch, capsys):
     reserved = ["__ignore__", "_background_", "__ignore__", "ignore", "Background"]
     shapes = [TRIANGLE, *({**RECTANGLE, "label": label, "description": "hard to see"} for label in reserved)]
     write("photos/a.json", labelme(shapes))
@@ -660,8 +660,8 @@ def test_reserved_labels_are_left_out_and_counted(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_reasonseg_files_give_their_text(folder, monkeypatch, capsys, stated):
-    """One object of all its targets, said in each of its sentences; the size is the image's where none is stated."""
+def test_reasonseg_texts_become_sentences(folder, monkeypatch, capsys, stated):
+    """All targets form one object with several sentences; the image size is the default if none is stated."""
     shapes = [{**RECTANGLE, "label": "target"}, {**TRIANGLE, "label": "ignore"}]
     shapes += [{**RECTANGLE, "label": "target", "points": [[40, 0], [44, 3]]}, {**TRIANGLE, "label": "flag"}]
     document = labelme(shapes, text=["what one drinks from", "the thing for tea"], is_sentence=True)
@@ -674,7 +674,7 @@ def test_reasonseg_files_give_their_text(folder, monkeypatch, capsys, stated):
     assert "2 shape(s) with a reserved label left out: ignore 1, flag 1" in capsys.readouterr().err
 
 
-def test_reasonsegs_labels_are_no_sentences(folder, monkeypatch, capsys):
+def test_reasonseg_labels_do_not_become_sentences(folder, monkeypatch, capsys):
     shapes = [{**RECTANGLE, "label": "target"}, {**TRIANGLE, "label": "ignore"}]
     write("photos/a.json", labelme(shapes))
     is_refused(monkeypatch, capsys, *LABELME, words=["a.json: text: got None, expected ReasonSeg's sentences"])
@@ -683,8 +683,8 @@ def test_reasonsegs_labels_are_no_sentences(folder, monkeypatch, capsys):
     assert sentences_of() == ["the red target"]
 
 
-def test_parts_of_one_object_stay_one_object(folder, monkeypatch):
-    """Shapes of one group and label, or description, are one mask, whichever of them has the description."""
+def test_parts_of_one_object_form_one_mask(folder, monkeypatch):
+    """Shapes with the same group and label (or description) form one mask; any one of them may have the description."""
     other = {**RECTANGLE, "points": [[40, 0], [44, 3]]}
     parts = [{**RECTANGLE, "label": "bus", "group_id": 1, "description": "the bus behind the pole"}]
     parts += [{**other, "label": "bus", "group_id": 1, "description": ""}]
@@ -698,7 +698,7 @@ def test_parts_of_one_object_stay_one_object(folder, monkeypatch):
     assert areas_of() == [15 * 20 + 4 * 3] * 4
 
 
-def test_a_sentence_with_two_masks_is_warned_of(folder, monkeypatch, capsys):
+def test_warns_about_a_sentence_with_two_masks(folder, monkeypatch, capsys):
     other = {**RECTANGLE, "points": [[40, 0], [44, 3]]}
     write("photos/a.json", labelme([RECTANGLE, other, {**other, "label": "Dog "}, TRIANGLE]))
     write("photos/b.json", labelme([{**TRIANGLE, "label": "dog"}], "b"))
@@ -714,12 +714,12 @@ def base64_of(array: np.ndarray, kind: str = "PNG") -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def test_masks_of_labelme_and_corners_of_x_anylabeling(folder, monkeypatch):
+def test_reads_labelme_masks_and_x_anylabeling_corners(folder, monkeypatch):
     drawn = np.random.default_rng(0).random((5, 8)) > 0.5
     mask = {**TRIANGLE, "shape_type": "mask", "points": [[10, 20], [17, 24]], "mask": base64_of(drawn)}
     ones = {**mask, "label": "ones", "mask": base64_of(np.ones((5, 8), np.uint8))}
     four = {**RECTANGLE, "points": [[5, 10], [20, 10], [20, 30], [5, 30]]}
-    # A square that stands on its corner, of diagonal 8: half of 8 x 8 pixels, give or take its edge.
+    # A square that stands on its corner, with diagonal 8: half of 8 x 8 pixels, up to its edge.
     askew = {**RECTANGLE, "label": "kite", "shape_type": "rotation", "points": [[30, 10], [34, 14], [30, 18], [26, 14]]}
     write("photos/a.json", labelme([mask, ones, four, askew]))
     assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
@@ -743,23 +743,23 @@ def test_masks_of_labelme_and_corners_of_x_anylabeling(folder, monkeypatch):
         ({"points": [[float("inf"), 1], [2, 2]]}, "expected finite numbers"),
     ],
 )
-def test_wrong_masks_of_labelme_are_refused(folder, monkeypatch, capsys, change, words):
+def test_refuses_wrong_labelme_masks(folder, monkeypatch, capsys, change, words):
     mask = {**TRIANGLE, "shape_type": "mask", "points": [[10, 20], [17, 24]], "mask": base64_of(np.ones((5, 8), bool))}
     write("photos/a.json", labelme([{**mask, **change}]))
     is_refused(monkeypatch, capsys, *LABELME, words=["photos/a.json: shape 1: ", words])
 
 
-def test_a_photo_in_the_file_itself_is_written_beside_the_pairs(folder, monkeypatch, capsys):
+def test_writes_an_embedded_photo_beside_the_pairs(folder, monkeypatch, capsys):
     pixels = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     write("photos/d.json", labelme([TRIANGLE], "..\\elsewhere\\d", imageData=base64_of(pixels)))
-    write("photos/a.json", labelme([RECTANGLE], imageData=base64_of(pixels)))  # photos/a.png is there
+    write("photos/a.json", labelme([RECTANGLE], imageData=base64_of(pixels)))  # photos/a.png exists
     assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
     assert "2 pairs, 2 of them with a mask, 1 photos out of the files themselves" in capsys.readouterr().out
     np.testing.assert_array_equal(np.asarray(Image.open("mine/d.png")), pixels)
     rows = rows_by_sentence(imported())
     assert (rows["cup"]["image"], rows["dog"]["image"]) == ("mine/d.png", "photos/a.png")
     Path("mine/pairs.jsonl").unlink()
-    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 2  # it may be another photo of that name
+    assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 2  # it may be another photo with the same name
     assert "mine/d.png: exists, but photos/d.json: shape 1 holds its photo; remove it" in capsys.readouterr().err
     Path("mine/d.png").unlink()
     write("photos/d.json", labelme([TRIANGLE], "e", imageData=base64.b64encode(b"no photo").decode()))
@@ -768,14 +768,14 @@ def test_a_photo_in_the_file_itself_is_written_beside_the_pairs(folder, monkeypa
     )
 
 
-def test_hidden_files_beside_the_annotations_are_left_out(folder, monkeypatch):
+def test_ignores_hidden_files_beside_the_annotations(folder, monkeypatch):
     write("photos/a.json", labelme([TRIANGLE]))
     Path("photos/._a.json").write_bytes(b"\0\5\26\7\0")
     assert call(monkeypatch, "import", *LABELME, "--out", "mine") == 0
     assert sentences_of() == ["cup"]
 
 
-def test_a_turned_photo_without_a_mask_is_noted(folder, monkeypatch, capsys):
+def test_warns_about_a_photo_with_an_exif_rotation_and_no_mask(folder, monkeypatch, capsys):
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.new("RGB", (WIDTH, HEIGHT), "gray").save("photos/d.jpg", exif=exif)

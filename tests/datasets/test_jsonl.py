@@ -1,4 +1,4 @@
-"""The user's own pairs: every form of mask, unlabelled rows, and what is wrong with a line."""
+"""User-provided pairs in JSON Lines: mask formats, unlabeled rows, and errors per line."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ TRUTH = np.zeros((HEIGHT, WIDTH), dtype=bool)
 TRUTH[4:9, 6:16] = True
 POLYGON = [6, 4, 16, 4, 16, 9, 6, 9]
 RUNS = [6 * 20 + 4, *([5, 15] * 9), 5, 14 * 20 + 11]
-"""TRUTH down the columns: six empty columns and four pixels, then ten columns of five."""
+"""TRUTH in column-major order: six empty columns and four pixels, then ten columns of five pixels."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def pair(**more: object) -> dict:
     return {"image": "photos/a.png", "sentence": "the red cup"} | more
 
 
-def test_labelled_unlabelled_and_evaluation_pairs(folder):
+def test_reads_labeled_unlabeled_and_evaluation_pairs(folder):
     path = write(
         folder,
         pair(mask="masks/a.png"),
@@ -84,7 +84,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_every_form_of_mask_is_the_same_mask(folder, kind):
+def test_every_mask_format_gives_the_same_mask(folder, kind):
     (row,) = read_jsonl(write(folder, pair(mask=MASKS[kind]))).masks.to_pylist()
 
     np.testing.assert_array_equal(decode_rle(row["rle_counts"], HEIGHT, WIDTH), TRUTH)
@@ -92,7 +92,7 @@ def test_every_form_of_mask_is_the_same_mask(folder, kind):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16"])
-def test_mask_images_of_one_channel(folder, mode):
+def test_reads_single_channel_mask_images(folder, mode):
     values = {
         "1": Image.fromarray(TRUTH),
         "L": Image.fromarray(TRUTH.astype(np.uint8)),
@@ -106,7 +106,7 @@ def test_mask_images_of_one_channel(folder, mode):
     np.testing.assert_array_equal(decode_rle(row["rle_counts"], HEIGHT, WIDTH), TRUTH)
 
 
-def test_ids_of_the_user_become_sentence_ids(folder):
+def test_user_ids_become_sentence_ids(folder):
     index = read_jsonl(write(folder, pair(id=40), pair(id=7)))
 
     assert index.refs.select(["sent_id", "ref_id"]).to_pylist() == [
@@ -115,7 +115,7 @@ def test_ids_of_the_user_become_sentence_ids(folder):
     ]
 
 
-def test_images_may_lie_in_another_folder(folder, tmp_path):
+def test_reads_images_from_another_folder(folder, tmp_path):
     (folder / "photos").rename(folder / "elsewhere")
     path = write(folder, {"image": "a.png", "sentence": "cup"})
 
@@ -183,7 +183,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_named(folder, name):
+def test_error_names_the_bad_line(folder, name):
     damage(folder)
     row, message = BAD_LINES[name]
 
@@ -195,25 +195,25 @@ def warnings_of(path: Path) -> list[str]:
     return [warning.replace(f"{path.parent}/", "") for warning in read_jsonl(path).warnings]
 
 
-def test_a_photo_of_the_same_content_on_both_sides_is_warned_of(folder):
+def test_warns_about_identical_photos_in_train_and_evaluation(folder):
     (folder / "photos" / "copy of a.png").write_bytes((folder / "photos" / "a.png").read_bytes())
     other = pair(image="photos/copy of a.png", mask="masks/a.png")
-    assert warnings_of(write(folder, pair(mask="masks/a.png"), other)) == []  # on one side
+    assert warnings_of(write(folder, pair(mask="masks/a.png"), other)) == []  # both in train
     assert warnings_of(write(folder, pair(mask="masks/a.png"), other | {"split": "val"})) == [
         "pairs.jsonl: 1 image(s) of train are, byte for byte, images of an evaluation split: "
         "photos/a.png = photos/copy of a.png; leave one of each out, or scores are too high"
     ]
 
 
-def test_a_photo_under_two_names_of_one_file_is_on_one_side_only(folder):
+def test_refuses_a_symlinked_photo_in_both_train_and_evaluation(folder):
     (folder / "photos" / "link.png").symlink_to(folder / "photos" / "a.png")
     with pytest.raises(InputError, match=r"1 image\(s\) are in train and in an evaluation split"):
         read_jsonl(write(folder, pair(), pair(image="photos/link.png", mask="masks/a.png", split="val")))
 
 
-def test_a_sentence_with_two_masks_in_one_image_is_warned_of(folder):
+def test_warns_about_a_sentence_with_two_masks_in_one_image(folder):
     elsewhere = {"polygon": [1, 1, 5, 1, 5, 4]}
-    same = pair(mask={"polygon": POLYGON}, sentence="The red  cup")  # the same pixels as the picture of the mask
+    same = pair(mask={"polygon": POLYGON}, sentence="The red  cup")  # the same pixels as the mask image
     two = pair(mask=elsewhere)
     path = write(folder, pair(mask="masks/a.png"), same, pair(), pair(image="photos/b.jpg", mask=elsewhere))
     assert warnings_of(path) == []
@@ -225,7 +225,7 @@ def test_a_sentence_with_two_masks_in_one_image_is_warned_of(folder):
     ]
 
 
-def test_turned_photos_are_warned_of(folder):
+def test_warns_about_photos_with_an_exif_rotation(folder):
     exif = Image.Exif()
     exif[0x0112] = 3
     for number in range(7):
@@ -238,7 +238,7 @@ def test_turned_photos_are_warned_of(folder):
     )
 
 
-def test_a_hidden_file_is_no_second_data_set(folder):
+def test_ignores_hidden_files_when_locating_the_dataset(folder):
     path = write(folder, pair())
     (folder / "._pairs.jsonl").write_bytes(b"\0\5\26\7\0")
     assert load_dataset(folder).refs.equals(read_jsonl(path).refs)
@@ -266,7 +266,7 @@ def test_all_bad_lines_are_reported_at_once(folder):
         ([], "no pairs"),
     ],
 )
-def test_ids_and_empty_files(folder, rows, message):
+def test_refuses_duplicate_or_missing_ids_and_empty_files(folder, rows, message):
     with pytest.raises(InputError, match=message):
         read_jsonl(write(folder, *rows))
 
@@ -280,8 +280,8 @@ json_values = st.recursive(
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mask=json_values, extra=st.dictionaries(st.sampled_from(["id", "split", "sentence", "image"]), json_values))
-def test_any_json_is_read_or_refused(folder, mask, extra):
-    """Whatever a line holds, the reader says what is wrong with it or reads one pair; nothing else escapes."""
+def test_any_json_line_is_read_or_refused(folder, mask, extra):
+    """For any line, the reader either raises InputError or reads one pair; no other exception escapes."""
     path = write(folder, pair(mask=mask) | extra)
     try:
         index = read_jsonl(path)

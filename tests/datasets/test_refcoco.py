@@ -1,4 +1,4 @@
-"""RefCOCO's layout: what a reader must find in a data set made by hand, in real ones, and in broken ones."""
+"""Reading the RefCOCO layout from a handmade dataset, from real ones, and from broken ones."""
 
 import contextlib
 import json
@@ -54,8 +54,8 @@ def test_reads_every_row_of_the_layout(tiny_refcoco):
     assert not index.boxes_only
 
 
-def test_masks_of_every_kind_are_the_drawn_pixels(tiny_refcoco):
-    """Polygon, polygons, compressed and uncompressed runs against arrays that were filled pixel by pixel."""
+def test_every_mask_format_gives_the_drawn_pixels(tiny_refcoco):
+    """Polygon, polygons, compressed and uncompressed runs, compared with arrays filled pixel by pixel."""
     masks = rows(read_refcoco(tiny_refcoco.folder).masks)
 
     assert [row["ann_id"] for row in masks] == [100, 200, 300, 400, 500, 600]
@@ -66,14 +66,14 @@ def test_masks_of_every_kind_are_the_drawn_pixels(tiny_refcoco):
 
 
 @pytest.mark.parametrize("name", ["refs(unc).p", "refs(umd).json", "refs(anything).json"])
-def test_pickle_and_json_are_read_alike(tiny_refcoco, name):
+def test_reads_pickle_and_json_refs_alike(tiny_refcoco, name):
     before = read_refcoco(tiny_refcoco.folder)
     tiny_refcoco.save(name)
 
     assert read_refcoco(tiny_refcoco.folder).refs.equals(before.refs)
 
 
-def test_the_order_of_the_file_does_not_matter(tiny_refcoco):
+def test_row_order_in_the_files_does_not_matter(tiny_refcoco):
     before = read_refcoco(tiny_refcoco.folder)
     tiny_refcoco.refs.reverse()
     for key in ("images", "annotations"):
@@ -85,14 +85,14 @@ def test_the_order_of_the_file_does_not_matter(tiny_refcoco):
         assert getattr(after, table).equals(getattr(before, table))
 
 
-def test_the_style_of_a_sentence_is_kept(tiny_refcoco):
+def test_keeps_the_style_of_a_sentence(tiny_refcoco):
     tiny_refcoco.refs[0]["sentences"][1]["style"] = "short"
     tiny_refcoco.save()
 
     assert read_refcoco(tiny_refcoco.folder).refs["style"].to_pylist()[:3] == ["", "short", ""]
 
 
-def test_images_that_no_sentence_means_are_left_out(tiny_refcoco):
+def test_omits_images_without_a_sentence(tiny_refcoco):
     tiny_refcoco.instances["images"].append({"id": 77, "file_name": "nowhere.jpg", "height": 9, "width": 9})
     tiny_refcoco.instances["annotations"].append(
         {"id": 770, "image_id": 77, "category_id": 1, "bbox": [0, 0, 1, 1], "segmentation": [[0, 0, 1, 0, 1, 1]]}
@@ -118,7 +118,7 @@ def test_file_names_are_relative_to_the_project(tiny_refcoco, monkeypatch, tmp_p
 @pytest.mark.parametrize(
     "below", ["images/train2014", "../images", "../images/train2014", "../images/mscoco/images/train2014"]
 )
-def test_published_image_folders_are_found(tiny_refcoco, below):
+def test_finds_the_published_image_folders(tiny_refcoco, below):
     before = read_refcoco(tiny_refcoco.folder)
     folder = tiny_refcoco.folder / below
     shutil.copytree(tiny_refcoco.folder / "images", tiny_refcoco.folder / "moving")
@@ -131,7 +131,7 @@ def test_published_image_folders_are_found(tiny_refcoco, below):
     assert read_refcoco(tiny_refcoco.folder, images=str(folder)).images.equals(after.images)
 
 
-def test_one_of_several_refs_files_must_be_chosen(tiny_refcoco):
+def test_requires_a_choice_among_several_refs_files(tiny_refcoco):
     shutil.copy(tiny_refcoco.folder / "refs(unc).p", tiny_refcoco.folder / "refs(google).p")
 
     assert read_refcoco(tiny_refcoco.folder, split_by="unc").refs.num_rows == 12
@@ -143,8 +143,8 @@ def test_one_of_several_refs_files_must_be_chosen(tiny_refcoco):
         read_refcoco(tiny_refcoco.folder, split_by="umd")
 
 
-def test_any_name_of_a_split_can_be_chosen_and_twins_cannot(tiny_refcoco):
-    """As refclef.zip has refs(berkeley).p beside refs(unc).p; of two forms of one name, one is to go."""
+def test_accepts_any_split_by_name_and_refuses_duplicate_refs_files(tiny_refcoco):
+    """refclef.zip has refs(berkeley).p beside refs(unc).p. Two file formats of one name are an error."""
     tiny_refcoco.save("refs(berkeley).p")
     shutil.copy(tiny_refcoco.folder / "refs(berkeley).p", tiny_refcoco.folder / "refs(unc).p")
     with pytest.raises(InputError, match=r"choose by ingest\.split_by: berkeley or unc$"):
@@ -158,8 +158,8 @@ def test_any_name_of_a_split_can_be_chosen_and_twins_cannot(tiny_refcoco):
             read_refcoco(tiny_refcoco.folder, split_by=split_by)
 
 
-def test_one_file_under_two_ids_is_one_image(tiny_refcoco):
-    """As after a merge of two COCO files: one photo, in train by one id and in val by the other."""
+def test_treats_one_file_under_two_ids_as_one_image(tiny_refcoco):
+    """As after merging two COCO files: one photo is in train under one id and in val under the other."""
     tiny_refcoco.instances["images"].append(tiny_refcoco.image(1) | {"id": 7})
     tiny_refcoco.instances["annotations"].append(tiny_refcoco.annotation(100) | {"id": 700, "image_id": 7})
     more = {"ref_id": 70, "ann_id": 700, "image_id": 7, "split": "val", "sentences": [{"sent_id": 7, "sent": "it"}]}
@@ -176,8 +176,8 @@ def test_one_file_under_two_ids_is_one_image(tiny_refcoco):
     assert "photo_1.jpg = " in said
 
 
-def test_grefcoco_unites_several_targets_and_leaves_out_those_without(tiny_refcoco):
-    """Image 1 has two annotated objects, 100 and 999: both, twice, and one of them; and two sentences of nothing."""
+def test_grefcoco_merges_several_targets_and_skips_sentences_without_a_target(tiny_refcoco):
+    """Image 1 has objects 100 and 999. Two refs mean both of them, one ref means one, and two refs have no target."""
     tiny_refcoco.annotation(999)["segmentation"] = [[50, 30, 55, 30, 55, 36, 50, 36]]
     tiny_refcoco.annotation(999)["bbox"] = [50, 30, 5, 6]
     truth = tiny_refcoco.truth[100].copy()
@@ -198,7 +198,7 @@ def test_grefcoco_unites_several_targets_and_leaves_out_those_without(tiny_refco
     )
     rows = {row["sent_id"]: row for row in index.refs.to_pylist()}
     assert len(rows) == 12 + 2
-    assert rows[1]["ann_id"] == rows[2]["ann_id"] == 1000  # after the largest that there is
+    assert rows[1]["ann_id"] == rows[2]["ann_id"] == 1000  # one above the largest existing id
     assert rows[1]["bbox"] == [4, 5, 55, 36]
     masks = {row["ann_id"]: row for row in index.masks.to_pylist()}
     np.testing.assert_array_equal(decode_rle(masks[1000]["rle_counts"], 41, 59), truth)
@@ -212,7 +212,7 @@ def test_grefcoco_unites_several_targets_and_leaves_out_those_without(tiny_refco
             read_refcoco(tiny_refcoco.folder)
 
 
-# Each case breaks one thing; the message must name file, row and value. The parameter is called with the data set.
+# Each case breaks one thing in the dataset it is called with; the message must name file, row and value.
 def _set(path: str, value: object) -> Callable:
     """`ref.30.split` -> the row, the id, the key (numbers index lists)."""
     kind, row_id, *keys = path.split(".")
@@ -333,7 +333,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_row_is_named(tiny_refcoco, name):
+def test_error_names_the_broken_row(tiny_refcoco, name):
     breaks, message = BROKEN[name]
     breaks(tiny_refcoco)
     tiny_refcoco.save()
@@ -354,7 +354,7 @@ def test_all_problems_are_reported_at_once(tiny_refcoco):
         assert expected in text
 
 
-def test_small_images_are_refused(tiny_refcoco):
+def test_refuses_small_images(tiny_refcoco):
     assert read_refcoco(tiny_refcoco.folder, min_image_side_px=41).images.num_rows == 6  # image 1 is 41 px high
     with pytest.raises(InputError, match=r"photo_1\.jpg: 59x41 px, expected sides >= 42 px"):
         read_refcoco(tiny_refcoco.folder, min_image_side_px=42)
@@ -383,8 +383,8 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tiny_refcoco, tmp_path):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damaged_refs_give_an_input_error_or_are_read(tiny_refcoco, data):
-    """Whatever bytes are flipped or cut, the reader says what is wrong or reads rows; nothing else escapes."""
+def test_damaged_refs_are_read_or_refused(tiny_refcoco, data):
+    """For any flipped or truncated bytes, the reader raises InputError or reads rows; no other exception escapes."""
     content = bytearray(pickle.dumps(tiny_refcoco.refs, data.draw(st.integers(0, 4))))
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -398,15 +398,15 @@ def test_damaged_refs_give_an_input_error_or_are_read(tiny_refcoco, data):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"images": [], "annotations": []}', b"[" * 100_000]
 )
-def test_broken_instances_are_refused(tiny_refcoco, content):
+def test_refuses_broken_instances(tiny_refcoco, content):
     (tiny_refcoco.folder / "instances.json").write_bytes(content)
 
     with pytest.raises(InputError, match=r"instances\.json"):
         read_refcoco(tiny_refcoco.folder)
 
 
-def test_boxes_only(tiny_refcoco):
-    """No segmentation anywhere: readable without masks, and without images, sizes as far as they are stated."""
+def test_reads_a_dataset_with_only_boxes(tiny_refcoco):
+    """Without segmentations, the reader needs neither masks nor images; it uses the image sizes that are stated."""
     for annotation in tiny_refcoco.instances["annotations"]:
         annotation["segmentation"] = []
     tiny_refcoco.image(2).update(height=None, width=None)
@@ -429,7 +429,7 @@ def test_boxes_only(tiny_refcoco):
         read_refcoco(tiny_refcoco.folder)
 
 
-def test_layouts_are_told_apart(tiny_refcoco, tmp_path):
+def test_find_layout_detects_the_dataset_layout(tiny_refcoco, tmp_path):
     assert find_layout(tiny_refcoco.folder) == ("refcoco", tiny_refcoco.folder)
     load_dataset(tiny_refcoco.folder)
     for wrong, message in ((tmp_path / "none", "exists"), (tmp_path, "found neither")):
@@ -450,8 +450,8 @@ def test_layouts_are_told_apart(tiny_refcoco, tmp_path):
         ("refcocog", 3, 4, {"val": 6, "test": 2}),
     ],
 )
-def test_real_photos(real_data, name, images, refs, splits):
-    """Counts as in the data's README; areas and boxes of the masks against those that the annotations state."""
+def test_real_photos_match_their_annotations(real_data, name, images, refs, splits):
+    """Counts match the README of the data; mask areas and boxes match those in the annotations."""
     folder = real_data / "res_mini" / name
     index = read_refcoco(folder, min_image_side_px=16)
 
@@ -473,8 +473,8 @@ def test_real_photos(real_data, name, images, refs, splits):
             assert image.size == (row["width"], row["height"])
 
 
-def test_real_annotations_of_full_size(real_data, tmp_path):
-    """8,028 refs of RefCOCO with boxes only; counts of FIELD: refs and sentences of the evaluation splits."""
+def test_real_full_size_annotations_have_the_published_counts(real_data, tmp_path):
+    """8,028 RefCOCO refs with only boxes; the evaluation splits have the published numbers of refs and sentences."""
     source = real_data / "refcoco_annotations"
     (tmp_path / "refs(unc).p").symlink_to(source / "refs(unc).p")
     (tmp_path / "instances.json").symlink_to(source / "instances_bbox_only.json")
@@ -491,7 +491,7 @@ def test_real_annotations_of_full_size(real_data, tmp_path):
     assert frame["split"].value_counts().to_dict() == {"train": 1222, "val": 10834, "testA": 5657, "testB": 5095}
 
 
-def test_bad_input_ends_with_code_2_and_leaves_nothing(tiny_refcoco, tmp_path, monkeypatch, capsys):
+def test_bad_input_exits_with_code_2_and_leaves_no_files(tiny_refcoco, tmp_path, monkeypatch, capsys):
     params = Path(__file__).parents[2] / "params.yaml"
     project = tmp_path / "project"
     project.mkdir()

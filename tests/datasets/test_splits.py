@@ -1,4 +1,4 @@
-"""The label budget: the field's draw, list files, and what may never be labelled."""
+"""The label budget: the standard random draw, list files, and pairs that are never labeled."""
 
 import json
 import random
@@ -26,7 +26,7 @@ from stages import split as split_stage
 
 
 def make_refs(*rows: tuple[int, int, int, str]) -> pa.Table:
-    """(ref_id, image_id, ann_id, split) -> refs with two sentences each, sent_ids 10 ref_id and 10 ref_id + 1."""
+    """(ref_id, image_id, ann_id, split) -> refs with two sentences each, sent_ids 10 * ref_id and 10 * ref_id + 1."""
     return records.make_table(
         (
             {"sent_id": 10 * ref_id + n, "ref_id": ref_id, "ann_id": ann_id, "image_id": image_id, "split": split}
@@ -46,11 +46,11 @@ REFS = make_refs(
     (6, 20, -1, "train"),
     (7, 10, 7, "val"),
 )
-"""Image 50: two refs with masks; 40: one; 30: one with and one without; 20: none; 10 is for validation."""
+"""Image 50: two refs with masks; 40: one with; 30: one with and one without; 20: one without; 10: validation."""
 
 
 def roles(split: pa.Table) -> dict[int, str]:
-    """ref_id -> role, after checking that both sentences of a ref have the same."""
+    """ref_id -> role, after checking that both sentences of a ref have the same role."""
     table = split.to_pylist()
     found = {row["sent_id"] // 10: row["role"] for row in table}
     assert all(found[row["sent_id"] // 10] == row["role"] for row in table)
@@ -63,11 +63,11 @@ def write(folder: Path, content: object) -> Path:
     return path
 
 
-def test_the_draw_is_the_published_one(real_data):
-    """An independent witness of protocol and order: SemiRES's 1 % list of RefCOCO's 16,994 training images.
+def test_draw_images_reproduces_the_published_draw(real_data):
+    """Independent check of protocol and order: SemiRES's 1 % list of RefCOCO's 16,994 training images.
 
-    Where the drawn places are the published ones, place and first ref_id grow together: about 2.95 refs an image, so a
-    line fits them up to the unevenness of refs per image. Any other draw misses by far.
+    If the drawn positions match the published ones, position and first ref_id are nearly linear in each other (about
+    2.95 refs per image), so a line fits them closely. Any other draw has a much larger misfit.
     """
     listing = json.loads((real_data / "refcoco_annotations" / "semires_refcoco_1pct.json").read_text())
     first_ref: dict[int, int] = {}
@@ -85,7 +85,7 @@ def test_the_draw_is_the_published_one(real_data):
     assert misfit(draw_images(list(range(16_994)), 0.01, seed=1)) > 1_000
 
 
-def test_the_published_list_gives_its_published_counts(real_data, tmp_path):
+def test_published_list_gives_the_published_counts(real_data, tmp_path):
     source = real_data / "refcoco_annotations"
     (tmp_path / "refs(unc).p").symlink_to(source / "refs(unc).p")
     (tmp_path / "instances.json").symlink_to(source / "instances_bbox_only.json")
@@ -93,24 +93,24 @@ def test_the_published_list_gives_its_published_counts(real_data, tmp_path):
 
     split = split_by_list(index.refs, source / "semires_refcoco_1pct.json")
     assert summary(index.refs, split).startswith("labeled: 169 images, 432 refs, 1222 sentences; unlabeled: 0 images")
-    assert labeled_masks(index.refs, split, index.masks).num_rows == 0  # the data set is boxes only
+    assert labeled_masks(index.refs, split, index.masks).num_rows == 0  # the dataset has only boxes
 
 
 @given(count=st.integers(1, 400), percent=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
 @example(count=100, percent=29, seed=0)  # 0.29 * 100 < 29 in binary
-def test_the_size_of_a_draw_is_floor_of_percent(count, percent, seed):
+def test_draw_size_is_the_floor_of_the_percentage(count, percent, seed):
     ids = [7 * k for k in range(count)]
     drawn = draw_images(ids, percent / 100, seed)
 
-    assert len(drawn) == count * percent // 100  # in whole numbers, where binary fractions would lose one
+    assert len(drawn) == count * percent // 100  # integer arithmetic; binary fractions would lose one
     assert len(set(drawn)) == len(drawn)
     assert set(drawn) <= set(ids)
     assert drawn == draw_images(ids, percent / 100, seed)
 
 
-def test_a_draw_labels_whole_images_in_annotation_order():
-    """Images 50, 40, 30 have masks, in this order of their refs; the draw picks by place in that order."""
-    random.seed(3)  # the field's own lines
+def test_draw_labels_whole_images_in_annotation_order():
+    """Images 50, 40, 30 have masks, in this order of their refs; the draw picks by position in that order."""
+    random.seed(3)  # the lines of the published protocol
     expected = random.sample([50, 40, 30], 2)
     shuffled = REFS.take([6, 3, 13, 0, 9, 1, 12, 2, 5, 4, 8, 7, 10, 11])
 
@@ -120,7 +120,7 @@ def test_a_draw_labels_whole_images_in_annotation_order():
     assert found[7] == "eval"
 
 
-def test_all_labels_still_leave_pairs_without_mask_unlabelled():
+def test_full_fraction_leaves_pairs_without_a_mask_unlabeled():
     assert roles(split_by_fraction(REFS, 1.0, seed=0)) == {
         1: "labeled",
         2: "labeled",
@@ -132,11 +132,11 @@ def test_all_labels_still_leave_pairs_without_mask_unlabelled():
     }
 
 
-def test_the_split_keeps_the_order_of_the_refs():
+def test_split_keeps_the_order_of_the_refs():
     assert split_by_fraction(REFS, 0.5, seed=0)["sent_id"].equals(REFS["sent_id"])
 
 
-def test_every_seed_draws_something_else_and_the_same_again():
+def test_draw_is_deterministic_and_changes_with_the_seed():
     refs = make_refs(*((k, k, k, "train") for k in range(60)))
     splits = [split_by_fraction(refs, 0.5, seed) for seed in (0, 0, 1)]
     assert splits[0].equals(splits[1])
@@ -151,7 +151,7 @@ def test_every_seed_draws_something_else_and_the_same_again():
         (make_refs((1, 1, -1, "train")), 1.0, r"no training image with a mask"),
     ],
 )
-def test_a_fraction_that_labels_nothing_is_an_error(refs, fraction, message):
+def test_refuses_a_fraction_that_labels_nothing(refs, fraction, message):
     with pytest.raises(ConfigError, match=message):
         split_by_fraction(refs, fraction, seed=0)
 
@@ -166,14 +166,14 @@ def test_a_fraction_that_labels_nothing_is_an_error(refs, fraction, message):
         ({"train": [{"iid": 50, "mask_id": 1, "bbox": [], "refs": []}], "val": [{"iid": 10}]}, {1}),
     ],
 )
-def test_list_files(tmp_path, content, labeled):
+def test_reads_every_list_file_format(tmp_path, content, labeled):
     found = roles(split_by_list(REFS, write(tmp_path, content)))
 
     assert {ref for ref, role in found.items() if role == "labeled"} == labeled
     assert {ref for ref, role in found.items() if role == "eval"} == {7}
 
 
-def test_roles_for_a_data_set_without_train_split(tmp_path):
+def test_list_file_assigns_roles_without_a_train_split(tmp_path):
     refs = make_refs((1, 11, 1, "val"), (2, 12, 2, "testA"), (3, 13, 3, "testB"), (4, 13, 4, "testB"))
     path = write(tmp_path, {"labeled_image_ids": [12], "unlabeled_image_ids": [11], "eval_image_ids": [13]})
 
@@ -210,19 +210,19 @@ ROLES = {"labeled_image_ids": [50], "unlabeled_image_ids": [20, 30], "eval_image
         (ROLES | {"eval_image_ids": 7}, r"eval_image_ids: expected a list of image ids"),
     ],
 )
-def test_wrong_list_files_are_refused(tmp_path, content, message):
+def test_refuses_wrong_list_files(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         split_by_list(REFS, write(tmp_path, content))
 
 
-def test_every_wrong_id_is_named(tmp_path):
+def test_error_names_every_wrong_id(tmp_path):
     with pytest.raises(InputError) as caught:
         split_by_list(REFS, write(tmp_path, [99, 10, 20]))
     for expected in ("99: not in the data set", "10: not in the train split", "20: no mask"):
         assert expected in str(caught.value)
 
 
-def test_files_that_are_no_list(tmp_path):
+def test_refuses_missing_and_unreadable_list_files(tmp_path):
     with pytest.raises(ConfigError, match="not found"):
         split_by_list(REFS, tmp_path / "none.json")
     (tmp_path / "bad.json").write_bytes(b"\xff{")
@@ -230,8 +230,8 @@ def test_files_that_are_no_list(tmp_path):
         split_by_list(REFS, tmp_path / "bad.json")
 
 
-def test_only_masks_of_labelled_refs_are_put_aside(tiny_refcoco):
-    """The file that training opens holds the truth of labelled sentences and of no other."""
+def test_labeled_masks_contains_only_masks_of_labeled_refs(tiny_refcoco):
+    """The file that training reads holds the ground truth of labeled sentences only."""
     index = read_refcoco(tiny_refcoco.folder)
     split = split_by_fraction(index.refs, 0.5, seed=0)
     kept = labeled_masks(index.refs, split, index.masks)
@@ -244,7 +244,7 @@ def test_only_masks_of_labelled_refs_are_put_aside(tiny_refcoco):
     assert all(row == whole[row["ann_id"]] for row in kept.to_pylist())
 
 
-def test_the_stages_write_what_the_library_returns(tiny_refcoco, tmp_path, monkeypatch, capsys):
+def test_stages_write_the_tables_of_the_library(tiny_refcoco, tmp_path, monkeypatch, capsys):
     params = (Path(__file__).parents[2] / "params.yaml").read_text()
     params = params.replace("dataset: data/refshapes", f"dataset: {tiny_refcoco.folder}")
     params = params.replace("backend: transformers", "backend: none")
@@ -273,7 +273,7 @@ def test_the_stages_write_what_the_library_returns(tiny_refcoco, tmp_path, monke
 
 
 @pytest.mark.parametrize("images", [1, 3, 7, 20, 99, 101, 750, 16994])
-def test_the_fraction_that_an_error_advises_draws_an_image(images):
+def test_least_fraction_draws_at_least_one_image(images):
     image_ids = list(range(images))
     advised = least_fraction(images)
     assert 0 < advised <= 1

@@ -1,4 +1,4 @@
-"""Evaluation of hand-made masks with scores counted on paper, and of a made-up run, recomputed on decoded masks."""
+"""Evaluates hand-made masks with hand-computed scores, and a synthetic run against decoded masks."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ NO_LABELS = records.PSEUDO_LABELS.empty_table()
 
 
 def columns(first: int, last: int) -> bytes:
-    """A mask of the columns first..last-1 of a 4 x 10 image: 4 pixels a column."""
+    """Return a mask of the columns first..last-1 of a 4 x 10 image, with 4 pixels per column."""
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[:, first:last] = True
     return encode_rle(mask)
@@ -33,7 +33,7 @@ def ref(sent_id: int, ann_id: int, split: str, role: str) -> dict[str, object]:
 
 
 def index(rows: list[dict[str, object]], truth: dict[int, bytes]) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """refs, masks and split of some rows of `ref`, and masks by ann_id."""
+    """Return refs, masks, and split from rows of `ref` and masks by ann_id."""
     size = {"height": HEIGHT, "width": WIDTH}
     masks = [
         {"ann_id": ann_id, "rle_counts": rle, "area_px": int(decode_rle(rle, HEIGHT, WIDTH).sum())} | size
@@ -86,7 +86,7 @@ ROUND_1 = [prediction("round_1", *key[1:], i, rle) for key, rows in GUESSES.item
 PROPOSALS = records.make_table([proposal(1, 0, 2), proposal(2, 0, 10), proposal(3, 0, 5)], records.PROPOSALS)
 
 
-def test_scores_counted_on_paper() -> None:
+def test_scores_match_hand_computed_values() -> None:
     result = evaluate(history(PREDICTIONS), *index(ROWS, TRUTH), PROPOSALS, ["val", "test", "testA"], 0, "7")
     expected = {
         "evaluated_round": 0,
@@ -124,7 +124,7 @@ def test_scores_counted_on_paper() -> None:
     ]
 
 
-def test_metrics_stay_when_every_table_is_shuffled() -> None:
+def test_metrics_do_not_depend_on_the_order_of_rows() -> None:
     tables = index(ROWS, TRUTH)
     plain = evaluate(history(PREDICTIONS), *tables, PROPOSALS, ["val", "test"], 0)
     turned = [table.take(list(range(len(table)))[::-1]) for table in (*tables, PROPOSALS)]
@@ -133,26 +133,26 @@ def test_metrics_stay_when_every_table_is_shuffled() -> None:
     assert list(again.metrics) == list(plain.metrics)
 
 
-def test_a_split_that_is_not_asked_for_is_left_out() -> None:
+def test_omits_splits_that_are_not_requested() -> None:
     result = evaluate(history(PREDICTIONS), *index(ROWS, TRUTH), PROPOSALS, ["test"], 0)
     assert "n_val" not in result.metrics
     assert result.metrics["n_test"] == 1
 
 
-def test_no_split_to_evaluate_is_an_error_that_names_those_there_are() -> None:
+def test_refuses_missing_splits_and_names_the_available_ones() -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.splits: got testA, expected some of test, val:"):
         evaluate(history(PREDICTIONS), *index(ROWS, TRUTH), PROPOSALS, ["testA"], 0)
 
 
-def test_held_out_images_of_a_data_set_with_a_train_split_alone() -> None:
-    """A list file may give them, and the configuration must let them be asked for."""
+def test_evaluates_held_out_images_of_a_dataset_with_only_a_train_split() -> None:
+    """A list file can define them, and the configuration must allow them."""
     splits = EvaluateParams.model_validate({"splits": ["train"], "batch_size": 1}).splits
     rows = [ref(1, 11, "train", "eval"), ref(2, 12, "train", "labeled")]
     refs, masks, split = index(rows, TRUTH)
     assert evaluated_sentences(refs, masks, split, splits).index.tolist() == [1]
 
 
-def test_sentences_of_other_roles_are_not_evaluated() -> None:
+def test_skips_sentences_of_other_roles() -> None:
     rows = [*ROWS, ref(4, 11, "val", "unlabeled")]
     refs, masks, split = index(rows, TRUTH)
     assert evaluated_sentences(refs, masks, split, ["val"]).index.tolist() == [1, 2]
@@ -171,23 +171,23 @@ def test_sentences_of_other_roles_are_not_evaluated() -> None:
         ),
     ],
 )
-def test_a_prediction_that_is_missing_doubled_or_of_the_wrong_size_is_an_error(
+def test_refuses_missing_duplicate_or_wrongly_sized_predictions(
     predictions: list[dict[str, object]], message: str
 ) -> None:
     with pytest.raises(ArtifactError, match=message):
         evaluate(history(predictions), *index(ROWS, TRUTH), PROPOSALS, ["val", "test"], 0)
 
 
-def test_a_missing_proposal_or_true_mask_is_an_error() -> None:
+def test_refuses_a_missing_proposal_or_true_mask() -> None:
     with pytest.raises(ArtifactError, match="proposals: none of sent_id 1"):
         evaluate(history(PREDICTIONS), *index(ROWS, TRUTH), PROPOSALS.slice(1), ["val"], 0)
     with pytest.raises(ArtifactError, match="no true mask of sent_id 1, 2"):
         evaluate(history(PREDICTIONS), *index(ROWS, {13: TRUTH[13]}), PROPOSALS, ["val"], 0)
 
 
-def test_pseudo_label_quality_counted_on_paper() -> None:
+def test_pseudo_label_quality_matches_hand_computed_values() -> None:
     unlabeled = [ref(sent_id, 20 + sent_id, "train", "unlabeled") for sent_id in (5, 6, 7, 8)]
-    truth = TRUTH | {25: columns(0, 4), 26: columns(0, 4), 27: columns(0, 4)}  # 28: nobody knows
+    truth = TRUTH | {25: columns(0, 4), 26: columns(0, 4), 27: columns(0, 4)}  # 28 is unknown
     labels = [
         label(5, columns(0, 5), columns(0, 6), 0.95),  # IoU 4/5; 24 kept pixels, the 4 of column 4 are wrong
         label(6, columns(2, 6), columns(4, 10), 0.8),  # IoU 2/6; 24 kept pixels, the 8 of columns 4-5 are wrong
@@ -206,14 +206,14 @@ def test_pseudo_label_quality_counted_on_paper() -> None:
         "pseudo_round_1_pixel_error_kept": 25.0,  # (4 + 8) / 48
         "pseudo_round_1_foreground_error_all": 27.27,  # (4 + 8 + 0) / (20 + 16 + 8)
         "pseudo_round_1_foreground_error_kept": 42.86,  # (4 of columns 0-4, 8 of columns 4-5) / (20 + 8)
-        "pseudo_round_1_auroc": 100.0,  # the only good one has the highest probability
+        "pseudo_round_1_auroc": 100.0,  # the only good label has the highest probability
     }
     coverage = result.curves["coverage/round_1"]
     assert coverage["precision"].tolist() == [100.0, 50.0, 33.33]
     assert result.curves["reliability/round_1"]["share"].tolist() == [0.0, 0.0, 100.0]
 
 
-def test_pseudo_labels_without_truth_have_coverage_only() -> None:
+def test_reports_only_coverage_for_pseudo_labels_without_truth() -> None:
     rows = [*ROWS, ref(5, -1, "train", "unlabeled")]
     result = evaluate(
         history(PREDICTIONS + ROUND_1, [label(5, columns(0, 5), columns(0, 6), 0.9)]),
@@ -238,7 +238,7 @@ def test_a_cut_proposal_covers_the_same_part_of_a_larger_image() -> None:
     assert not (mask & ~expected).any()  # bilinear interpolation rounds the two lower corners off
 
 
-def test_the_stage_agrees_with_decoded_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_metrics_match_decoded_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, rounds=2)
     (tmp_path / "params.yaml").write_text(Path("params.yaml").read_text())
     monkeypatch.chdir(tmp_path)
@@ -273,13 +273,13 @@ def test_the_stage_agrees_with_decoded_masks(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("instances", "version"), [({"info": {"version": 3}}, "3"), ({"info": None}, None), ({}, None), (None, None)]
 )
-def test_the_version_is_what_the_data_set_says(tmp_path: Path, instances: object, version: str | None) -> None:
+def test_reads_the_dataset_version(tmp_path: Path, instances: object, version: str | None) -> None:
     if instances is not None:
         (tmp_path / "instances.json").write_text(json.dumps(instances))
     assert dataset_version(tmp_path) == version
 
 
-def test_shifted_masks_of_the_made_up_run() -> None:
+def test_synthetic_run_shifts_masks() -> None:
     mask = np.zeros((3, 4), bool)
     mask[1, 1] = True
     assert np.argwhere(shifted(mask, 2, -1)).tolist() == [[0, 3]]
@@ -287,7 +287,7 @@ def test_shifted_masks_of_the_made_up_run() -> None:
 
 
 @pytest.mark.parametrize("name", ["training.csv", "policy.csv", "predictions.parquet", "pseudo_labels.parquet"])
-def test_a_history_with_a_part_missing_is_an_error(tmp_path: Path, name: str) -> None:
+def test_refuses_a_history_with_a_missing_file(tmp_path: Path, name: str) -> None:
     write_run(tmp_path, rounds=1, images_per_split=2)
     folder = tmp_path / records.round_folder(1) / "history"
     (folder / name).unlink()

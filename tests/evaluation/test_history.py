@@ -17,7 +17,7 @@ PARAMS = toy_params(proposals={"size_px": 24}, evaluate={"batch_size": 5})
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """What the stages before `predict` leave behind for rounds 0 and 1, with untrained networks; no truth."""
+    """Outputs of the stages before `predict` for rounds 0 and 1, with untrained networks and without true masks."""
     write_run(tmp_path, rounds=1, images_per_split=3)
     monkeypatch.chdir(tmp_path)
     given = records.round_folder(1) / "history"
@@ -42,7 +42,7 @@ def predictions_of(number: int) -> list[dict[str, object]]:
     return records.read_table(path, records.PREDICTIONS).to_pylist()
 
 
-def test_histories_grow_round_by_round(run):
+def test_history_grows_with_each_round(run):
     wanted = sentences_of("eval").tolist()
     extend_history(PARAMS, 0)
     first = predictions_of(0)
@@ -57,7 +57,7 @@ def test_histories_grow_round_by_round(run):
 
     extend_history(PARAMS, 1)
     second = predictions_of(1)
-    assert second[: len(first)] == first  # what earlier rounds said is carried along, not asked again
+    assert second[: len(first)] == first  # predictions of earlier rounds are copied, not computed again
     assert {(row["model"], row["with_prior"]) for row in second[len(first) :]} == {
         ("round_1", True),
         ("round_1", False),
@@ -66,7 +66,7 @@ def test_histories_grow_round_by_round(run):
     assert labels.equals(records.read_table(records.round_folder(1) / "pseudo_labels.parquet", records.PSEUDO_LABELS))
 
 
-def test_curves_of_all_models_and_policies_are_carried_along(run):
+def test_history_contains_the_curves_of_all_models_and_policies(run):
     extend_history(PARAMS, 0)
     extend_history(PARAMS, 1)
     folder = records.round_folder(1) / "history"
@@ -84,8 +84,8 @@ def test_curves_of_all_models_and_policies_are_carried_along(run):
     assert len(history.policy) == 2
 
 
-def test_a_supervised_model_is_never_shown_a_prior(run):
-    """Its rows do not change with the priors; those of the warm-up model asked with priors may."""
+def test_supervised_model_never_receives_a_prior(run):
+    """Its rows do not change with the priors. The rows of the warm-up model with priors can change."""
     extend_history(PARAMS, 0)
     before = predictions_of(0)
     proposals = records.read_table(records.PROPOSALS_PATH, records.PROPOSALS).to_pylist()
@@ -100,7 +100,7 @@ def test_a_supervised_model_is_never_shown_a_prior(run):
             assert first == second
 
 
-def test_a_history_is_the_same_bytes_again(run):
+def test_history_bytes_are_reproducible(run):
     extend_history(PARAMS, 0)
     folder = records.round_folder(0) / "history"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

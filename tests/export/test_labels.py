@@ -1,4 +1,4 @@
-"""Pseudo-labels as other tools read them: pycocotools, and the project's own reader of pairs."""
+"""Checks exported pseudo-labels with pycocotools and with the project's own reader of pairs."""
 
 import json
 
@@ -14,12 +14,12 @@ from l2l_core.datasets.read import load_dataset
 from l2l_core.export import labels
 
 EMPTY_ID = 6
-"""A sentence whose accepted label is empty: nothing to export."""
+"""A sentence whose accepted label is empty and therefore not exported."""
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A made-up run with the pseudo-labels of rounds 1 and 2; no truth but what the index's sentences come with."""
+    """A synthetic run with the pseudo-labels of rounds 1 and 2 and without true masks."""
     write_run(tmp_path, rounds=2, images_per_split=6)
     monkeypatch.chdir(tmp_path)
     records.INDEX.masks.unlink()
@@ -36,7 +36,7 @@ def run(tmp_path, monkeypatch):
 
 
 def accepted(number: int) -> dict[int, dict]:
-    """What the table of a round accepts, by sent_id, without the empty one."""
+    """Return the accepted rows of a round by sent_id, without the empty label."""
     path = records.round_folder(number) / "pseudo_labels.parquet"
     rows = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
     found = {row["sent_id"]: row for row in rows if row["accepted"] and row["sent_id"] != EMPTY_ID}
@@ -50,7 +50,7 @@ def sentences() -> dict[int, str]:
 
 
 @pytest.mark.parametrize("polygons", [[], ["--polygons"]])
-def test_pycocotools_finds_every_accepted_label(run, monkeypatch, capsys, polygons):
+def test_pycocotools_reads_every_accepted_label(run, monkeypatch, capsys, polygons):
     assert call(monkeypatch, "export", "coco", *polygons) == 0
     assert f"{len(accepted(2))} of 10 pseudo-labels of round 2: export/pseudo_labels_round_2.json" in (
         capsys.readouterr().out
@@ -79,18 +79,18 @@ def test_pycocotools_finds_every_accepted_label(run, monkeypatch, capsys, polygo
         assert (image["height"], image["width"]) == (48, 64)
 
 
-def test_the_index_categories_are_truth_and_stay_out(run, monkeypatch):
+def test_export_omits_the_true_categories(run, monkeypatch):
     assert call(monkeypatch, "export", "coco") == 0
     text = (run / "export" / "pseudo_labels_round_2.json").read_text()
     document = json.loads(text)
     assert [category["name"] for category in document["categories"]] == ["object"]
     assert {annotation["category_id"] for annotation in document["annotations"]} == {1}
-    assert '"dot"' not in text  # the category of every object there
+    assert '"dot"' not in text  # the true category of every object
 
 
 @pytest.mark.parametrize("polygons", [[], ["--polygons"]])
-def test_ingest_reads_the_lines_back(run, monkeypatch, polygons):
-    """The round trip with the real reader: the same sentences, images and masks, pixel by pixel."""
+def test_ingest_reads_the_exported_lines(run, monkeypatch, polygons):
+    """The real reader returns the same sentences, images, and masks, pixel by pixel."""
     assert call(monkeypatch, "export", "coco", "--round", 1, "--out", "deep/out", *polygons) == 0
     index = load_dataset("deep/out/pseudo_labels_round_1.jsonl", min_image_side_px=16)
     expected = accepted(1)
@@ -110,15 +110,15 @@ def test_ingest_reads_the_lines_back(run, monkeypatch, polygons):
         assert files[row["image_id"]] == names[image_of[row["sent_id"]]]
 
 
-def test_the_same_bytes_again(run, monkeypatch):
+def test_export_bytes_are_reproducible(run, monkeypatch):
     for out in ("one", "two"):
         assert call(monkeypatch, "export", "coco", "--out", out) == 0
     for path in sorted((run / "one").iterdir()):
         assert path.read_bytes() == (run / "two" / path.name).read_bytes()
 
 
-def test_labels_of_another_data_set_are_refused(run, monkeypatch, capsys):
-    """The same sent_ids, as a later run on other images has them."""
+def test_refuses_labels_of_another_dataset(run, monkeypatch, capsys):
+    """A later run on other images can have the same sent_ids."""
     rows = records.read_table(records.INDEX.images, records.IMAGES).to_pylist()
     other = [row | {"height": 96, "width": 96} for row in rows]
     records.write_table(records.make_table(other, records.IMAGES), records.INDEX.images, records.IMAGES)
@@ -129,7 +129,7 @@ def test_labels_of_another_data_set_are_refused(run, monkeypatch, capsys):
     assert not (run / "export").exists()
 
 
-def test_nothing_to_export_is_one_message_and_no_file(run, monkeypatch, capsys):
+def test_refuses_an_empty_export_and_writes_no_file(run, monkeypatch, capsys):
     path = records.round_folder(2) / "pseudo_labels.parquet"
     rows = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
     none = [row | {"accepted": row["sent_id"] == EMPTY_ID} for row in rows]
@@ -141,13 +141,13 @@ def test_nothing_to_export_is_one_message_and_no_file(run, monkeypatch, capsys):
     assert not (run / "export").exists()
 
 
-def test_sentences_that_the_index_lacks_are_an_error(run, monkeypatch, capsys):
+def test_refuses_sentences_missing_from_the_index(run, monkeypatch, capsys):
     refs = records.read_table(records.INDEX.refs, records.REFS)
     records.write_table(refs.slice(4), records.INDEX.refs, records.REFS)
     assert call(monkeypatch, "export", "coco") == 2
     assert "pseudo_labels.parquet: names sentences that data/index/refs.parquet lacks" in capsys.readouterr().err
 
 
-def test_only_what_is_accepted_and_says_something(run):
+def test_selects_accepted_labels_that_are_not_empty(run):
     chosen = labels.accepted_labels(labels.read_labels(2))
     assert chosen["sent_id"].tolist() == sorted(accepted(2))

@@ -1,4 +1,4 @@
-"""The ONNX file in onnxruntime against the network in torch."""
+"""Compares the ONNX file in onnxruntime with the network in torch."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ PROPOSALS = toy_params(proposals={"size_px": 16, "flat_prob": 0.1}).proposals
 
 
 def save_swin(folder: Path) -> str:
-    """A small Swin, the usual backbone of the field, on disk."""
+    """Save a small Swin, the usual backbone of the field, to disk."""
     sizes = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
     SwinBackbone(
         SwinConfig(image_size=SIZE_PX, out_features=[f"stage{k}" for k in range(1, 5)], **sizes)
@@ -26,7 +26,7 @@ def save_swin(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("encoder", ["tiny", "swin"])
-def test_it_says_the_same_as_torch(tmp_path: Path, encoder: str) -> None:
+def test_onnx_logits_match_torch(tmp_path: Path, encoder: str) -> None:
     for name in (*onnx.NEEDED, "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[export]'")
     import onnxruntime
@@ -55,14 +55,14 @@ def test_it_says_the_same_as_torch(tmp_path: Path, encoder: str) -> None:
             (logits,) = session.run(["mask_logits"], inputs)
             np.testing.assert_allclose(logits, expected, atol=1e-4)
             said.append(logits)
-    # All inputs count: each pair, with and without its prior, has logits of its own, by far more than the tolerance.
+    # All inputs matter: the logits of all pairs, with and without prior, differ by far more than the tolerance.
     for first in range(len(said)):
         assert all(np.abs(said[first] - other).max() > 1e-2 for other in said[:first])
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with parameters and a model as the current one."""
+    """A current folder with parameters and a model."""
     pairs, _ = toy_pairs(tmp_path / "images", 2)
     network = toy_network(pairs)
     network.proposals, network.precision = PROPOSALS, "fp32"
@@ -72,7 +72,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_torch_cannot_write_is_one_message(
+def test_reports_a_failed_torch_export_in_one_message(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*args: object, **more: object) -> None:
@@ -85,7 +85,7 @@ def test_what_torch_cannot_write_is_one_message(
     assert not (project / "export").exists()
 
 
-def test_what_is_missing_is_named(
+def test_names_missing_packages(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))

@@ -1,4 +1,4 @@
-"""Polygons against pycocotools, which draws them."""
+"""Checks polygons by drawing them with pycocotools."""
 
 import numpy as np
 import pytest
@@ -18,20 +18,20 @@ def drawn(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
 
 @settings(deadline=None, max_examples=300)
 @given(arrays(bool, st.tuples(st.integers(1, 14), st.integers(1, 14))))
-def test_any_mask_is_drawn_again_pixel_by_pixel(mask):
+def test_polygons_reproduce_any_mask(mask):
     polygons = mask_to_polygons(mask)
     assert bool(polygons) == mask.any()
     if polygons:
         np.testing.assert_array_equal(drawn(polygons, *mask.shape), mask)
 
 
-def test_large_masks_with_holes_and_islands():
+def test_polygons_reproduce_large_masks_with_holes_and_islands():
     noise = np.random.default_rng(0).random((40, 60)).repeat(9, axis=0).repeat(7, axis=1)
     for share in (0.1, 0.5, 0.9):
         np.testing.assert_array_equal(drawn(mask_to_polygons(noise < share), 360, 420), noise < share)
 
 
-def test_a_rectangle_is_its_sides_with_cut_corners():
+def test_a_rectangle_becomes_a_polygon_with_cut_corners():
     mask = np.zeros((9, 12), bool)
     mask[2:7, 3:11] = True
     (polygon,) = mask_to_polygons(mask)
@@ -39,15 +39,15 @@ def test_a_rectangle_is_its_sides_with_cut_corners():
     assert points == {(3, 2.5), (3.5, 2), (10.5, 2), (11, 2.5), (11, 6.5), (10.5, 7), (3.5, 7), (3, 6.5)}
 
 
-def test_a_part_is_a_polygon_and_a_hole_is_none():
+def test_each_part_becomes_one_polygon_and_holes_add_none():
     assert len(mask_to_polygons(RING)) == 1
     assert len(mask_to_polygons(np.concatenate([RING, RING]))) == 2
     assert mask_to_polygons(np.zeros((3, 3), bool)) == []
 
 
 @pytest.mark.parametrize("turns", range(4))
-def test_the_area_of_a_ring_is_that_of_its_pixels_but_for_the_cut_corners(turns):
-    """The shoelace formula, by hand: 3 x 3 without four corners of 1/8 each, less a hole of half a pixel."""
+def test_ring_polygon_has_the_area_of_its_pixels_minus_the_cut_corners(turns):
+    """The shoelace formula by hand: 3 x 3 minus four corners of 1/8 each and a hole of half a pixel."""
     (polygon,) = mask_to_polygons(np.rot90(RING, turns))
     x, y = np.reshape(polygon, (-1, 2)).T
     assert abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2 == pytest.approx(9 - 4 / 8 - 1 / 2)

@@ -1,4 +1,4 @@
-"""What a person should look at first, and Label Studio's formats read by a decoder written from their description."""
+"""Checks the review order, and reads Label Studio's formats with an independent decoder."""
 
 import json
 from urllib.parse import unquote
@@ -28,7 +28,7 @@ LABELS = pd.DataFrame(
 )
 
 
-def test_the_score_by_hand():
+def test_review_scores_match_hand_computed_values():
     """`the` occurs in 4 sentences, `cup` in 2, `dog` in 1; image 1 has 3 sentences, image 2 has 1."""
     cup, dog, second = np.log(3) / np.log(5), np.log(2) / np.log(5), np.log(2) / np.log(4)
     informative = [(1 + 1) / 2, (0 + 0) / 2, (0.5 + 0.5) / 2, (0 + 0.8) / 2]
@@ -37,16 +37,16 @@ def test_the_score_by_hand():
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
-def test_scores_are_shares(accept_prob, prior_iou):
+def test_review_scores_lie_between_zero_and_one(accept_prob, prior_iou):
     scores = review_scores(LABELS.assign(accept_prob=accept_prob, prior_iou=prior_iou))
     assert ((scores >= 0) & (scores <= 1)).all()
 
 
-# --- masks as Label Studio keeps them
+# --- Label Studio masks
 
 
 def unpacked(rle: list[int]) -> np.ndarray:
-    """The values of @thi.ng/rle-pack's bytes."""
+    """Decode the bytes of @thi.ng/rle-pack to values."""
     bits = "".join(f"{byte:08b}" for byte in rle)
     place = 0
 
@@ -68,15 +68,15 @@ def unpacked(rle: list[int]) -> np.ndarray:
 
 @settings(deadline=None)
 @given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
-def test_a_brush_is_the_mask_in_all_four_channels(mask):
+def test_brush_rle_stores_the_mask_in_all_four_channels(mask):
     np.testing.assert_array_equal(
         unpacked(brush_rle(mask)).reshape(*mask.shape, 4) == 255, np.stack([mask] * 4, axis=2)
     )
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 4, 5, 64, 65, 16383, 16384, 16385, 40000])
-def test_runs_of_every_length(pixels):
-    """A run of 65,536 values, 16,384 pixels, is the longest that one entry holds."""
+def test_brush_rle_encodes_runs_of_every_length(pixels):
+    """The longest run in one entry has 65,536 values, which is 16,384 pixels."""
     mask = np.ones((1, pixels + 3), bool)
     mask[0, :2] = mask[0, -1] = False
     assert unpacked(brush_rle(mask)).tolist() == [0] * 8 + [255] * 4 * pixels + [0] * 4
@@ -104,14 +104,14 @@ def drawn(value: dict, height: int, width: int) -> np.ndarray:
     if "rle" in value:
         assert value["format"] == "rle"
         return unpacked(value["rle"]).reshape(height, width, 4)[..., 3] == 255
-    # A corner is at most half a pixel beside a pixel's centre, where OpenCV has it: drawn at 10 times the size.
+    # OpenCV places corners at pixel centers, up to half a pixel away, so draw at 10 times the size.
     corners = np.array(value["points"]) / 100 * [width, height] * 10
     canvas = cv2.fillPoly(np.zeros((height * 10, width * 10), np.uint8), [np.round(corners).astype(np.int32)], 1)
     return canvas[5::10, 5::10] == 1
 
 
 @pytest.mark.parametrize(("polygons", "kind"), [([], "BrushLabels"), (["--polygons"], "PolygonLabels")])
-def test_tasks_show_each_label_at_its_image_with_its_sentence(run, monkeypatch, polygons, kind):
+def test_tasks_contain_each_label_with_its_image_and_sentence(run, monkeypatch, polygons, kind):
     assert call(monkeypatch, "export", "label-studio", *polygons) == 0
     tasks = json.loads((run / "export/review_round_1.json").read_text())
     rows = labels_of_round()
@@ -138,7 +138,7 @@ def test_tasks_show_each_label_at_its_image_with_its_sentence(run, monkeypatch, 
     assert len(set(ids)) == len(ids) > 0
 
 
-def test_the_interface_has_the_tags_that_the_predictions_name(run, monkeypatch):
+def test_interface_contains_the_tags_of_the_predictions(run, monkeypatch):
     assert call(monkeypatch, "export", "label-studio") == 0
     view = ElementTree.fromstring((run / "export/review_round_1.xml").read_text())
     region = json.loads((run / "export/review_round_1.json").read_text())[0]["predictions"][0]["result"][0]
@@ -149,7 +149,7 @@ def test_the_interface_has_the_tags_that_the_predictions_name(run, monkeypatch):
     assert view.find("Header").get("value") == "$sentence"
 
 
-def test_the_most_telling_come_first_and_the_limit_cuts_the_rest(run, monkeypatch):
+def test_sorts_tasks_by_review_score_and_applies_the_limit(run, monkeypatch):
     assert call(monkeypatch, "export", "label-studio", "--out", "all") == 0
     assert call(monkeypatch, "export", "label-studio", "--limit", 3, "--image-prefix", "http://localhost:8000/") == 0
     whole, first = (json.loads((run / out / "review_round_1.json").read_text()) for out in ("all", "export"))
@@ -159,7 +159,7 @@ def test_the_most_telling_come_first_and_the_limit_cuts_the_rest(run, monkeypatc
     assert first[0]["data"]["image"].startswith("http://localhost:8000/images/")
 
 
-def test_odd_names_are_quoted_and_empty_labels_have_no_region():
+def test_quotes_unusual_file_names_and_omits_empty_regions():
     row = {"sent_id": 3, "round": 1, "policy": "all", "height": 4, "width": 4, "accepted": True}
     row |= {"rle_counts": encode_rle(np.zeros((4, 4))), "file_name": "my photos/ü & 100%.png"}
     (task,) = label_studio_tasks(LABELS.head(1).assign(**row), 5, "/files/?d=", polygons=False)

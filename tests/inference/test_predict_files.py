@@ -1,4 +1,4 @@
-"""Own images: the masks are those of the stage `predict`, bit for bit, and what is written is whole or not there."""
+"""Prediction on user images: masks match the stage `predict`, and output is written completely or not at all."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from l2l_core.data.pairs import BatchMaker, load_pairs
 from l2l_core.datasets.jsonl import read_jsonl
 from l2l_core.errors import InputError
 from l2l_core.evaluation.history import extend_history
-from l2l_core.inference import predict_files as predictions
+from l2l_core.inference import predict_files
 from l2l_core.mllm.query import ask_table, make_backend, make_questions
 from l2l_core.model.predictor import Predictor
 from l2l_core.model.segmenter import Segmenter
@@ -48,13 +48,13 @@ def lively_network(seed: int) -> Segmenter:
 
 
 def alike(first: bytes, second: bytes, height: int = 48, width: int = 64) -> bool:
-    """The same mask, but for pixels whose logit is about 0: a batch of another size sums in another order."""
+    """Equal masks, except for pixels with a logit near 0: another batch size changes the order of summation."""
     return bool((decode_rle(first, height, width) != decode_rle(second, height, width)).mean() < 2e-3)
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A project after round 0: index with the images' fingerprints, priors, network, and what the stage predicted."""
+    """A project after round 0: index with image hashes, priors, network, and the predictions of the stage."""
     root = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -74,14 +74,14 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture
 def run(whole_run, tmp_path, monkeypatch):
-    """A copy of it as the current folder."""
+    """A copy of `whole_run` as the current folder."""
     shutil.copytree(whole_run, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
     return tmp_path / "project"
 
 
 def evaluated(with_prior: bool) -> dict[tuple[str, str], bytes]:
-    """(image, sentence) -> the mask that the stage wrote."""
+    """(image, sentence) -> the mask written by the stage."""
     table = records.read_table(records.round_folder(0) / "history/predictions.parquet", records.PREDICTIONS)
     rles = {
         row["sent_id"]: row["rle_counts"]
@@ -108,7 +108,7 @@ def lines_of(folder) -> list[dict]:
 # --- the evaluated masks
 
 
-def test_the_three_lines_of_python_give_the_evaluated_mask(run):
+def test_python_api_gives_the_evaluated_mask(run):
     predictor = Predictor.from_run("data/rounds/0/model")
     for (image, sentence), rle in evaluated(with_prior=False).items():
         mask = predictor.predict(image, sentence)
@@ -117,15 +117,15 @@ def test_the_three_lines_of_python_give_the_evaluated_mask(run):
 
 
 @pytest.mark.parametrize("with_prior", [True, False])
-def test_each_pair_alone_and_all_at_once_have_the_evaluated_mask(run, with_prior):
+def test_single_and_batched_pairs_give_the_evaluated_mask(run, with_prior):
     expected = evaluated(with_prior)
     predictor = Predictor.from_run(MODEL_FOLDER)
 
     def masks(keys):
         files = inspect_images([run / image for image, _ in keys], 1)
-        asked = predictions.Asked(files, [sentence for _, sentence in keys])
-        told = predictions.find_priors(asked, PARAMS) if with_prior else None
-        return predictions.answer(predictor, asked, told, 32)
+        asked = predict_files.Asked(files, [sentence for _, sentence in keys])
+        told = predict_files.find_priors(asked, PARAMS) if with_prior else None
+        return predict_files.answer(predictor, asked, told, 32)
 
     together = masks(list(expected))
     assert all(map(alike, together.rle, expected.values()))
@@ -134,18 +134,18 @@ def test_each_pair_alone_and_all_at_once_have_the_evaluated_mask(run, with_prior
         assert alike(masks([key]).rle[0], expected[key])
 
 
-def test_a_prior_is_found_by_the_images_bytes_and_the_words(run):
-    """Beside the evaluated masks: another name is the same image, another pixel or word is another pair."""
+def test_finds_a_prior_by_image_bytes_and_sentence(run):
+    """A renamed file is the same image; a changed pixel or word makes another pair."""
     (image, sentence), rle = next(iter(evaluated(with_prior=True).items()))
     shutil.copy(image, "renamed.png")
     pixels = np.asarray(Image.open(image)).copy()
     pixels[0, 0] ^= 1
     Image.fromarray(pixels).save("changed.png")
     files = inspect_images([run / name for name in ("renamed.png", "changed.png", "renamed.png")], 1)
-    asked = predictions.Asked(files, [sentence, sentence, sentence + " there"])
-    told = predictions.recorded_priors(asked)
+    asked = predict_files.Asked(files, [sentence, sentence, sentence + " there"])
+    told = predict_files.recorded_priors(asked)
     assert np.isin(told.sent_id, told.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
-    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
+    answered = predict_files.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
     assert alike(answered.rle[0], rle)
     assert answered.with_prior.tolist() == [True, False, False]
 
@@ -153,7 +153,7 @@ def test_a_prior_is_found_by_the_images_bytes_and_the_words(run):
 # --- the command
 
 
-def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
+def test_predict_writes_masks_overlays_and_json_lines(run, monkeypatch, capsys):
     expected = evaluated(with_prior=False)
     image, sentence = next(iter(expected))
     assert call(monkeypatch, "predict", image, sentence, "--run", "data/rounds/0") == 0
@@ -166,11 +166,11 @@ def test_predict_writes_masks_overlays_and_lines(run, monkeypatch, capsys):
     assert (line["height"], line["width"], line["area_px"]) == (48, 64, (mask > 0).sum())
     assert segmentation_to_rle(line["segmentation"], 48, 64) == encode_rle(mask > 0)
     with Image.open(run / "predictions" / line["overlay"]) as overlay:
-        assert max(overlay.size) == predictions.OVERLAY_PX
+        assert max(overlay.size) == predict_files.OVERLAY_PX
         assert overlay.width / overlay.height == pytest.approx(64 / 48, rel=0.01)
 
 
-def test_predict_computes_on_the_device_of_params_yaml_and_needs_no_params_yaml(run, monkeypatch, capsys):
+def test_predict_uses_the_device_of_params_yaml_if_the_file_exists(run, monkeypatch, capsys):
     image, sentence = next(iter(evaluated(with_prior=False)))
     params = PARAMS.model_dump()
     params["train"]["engine"]["device"] = "mps"
@@ -182,7 +182,7 @@ def test_predict_computes_on_the_device_of_params_yaml_and_needs_no_params_yaml(
     assert call(monkeypatch, "predict", image, sentence) == 0
 
 
-def test_predict_takes_a_folder_a_file_of_pairs_and_priors(run, monkeypatch):
+def test_predict_accepts_folders_pair_files_and_priors(run, monkeypatch):
     expected = evaluated(with_prior=True)
     rows = [{"image": f"../{image}", "sentence": sentence} for image, sentence in expected]
     (run / "mine").mkdir()
@@ -199,12 +199,12 @@ def test_predict_takes_a_folder_a_file_of_pairs_and_priors(run, monkeypatch):
     for name, source in (("b.PNG", "000.png"), ("a.png", "001.png")):
         shutil.copy(run / "images" / source, run / "photos" / name)
     (run / "photos" / "notes.txt").write_text("not an image")
-    (run / "photos" / "._a.png").write_bytes(b"\0\5\26\7\0")  # what a Mac puts beside a.png
+    (run / "photos" / "._a.png").write_bytes(b"\0\5\26\7\0")  # a metadata file of macOS
     assert call(monkeypatch, "predict", "photos", "images/002.png", "the dot", "--out", "other") == 0
     assert [line["image"] for line in lines_of(run / "other")] == ["photos/a.png", "photos/b.PNG", "images/002.png"]
 
 
-def test_a_second_call_replaces_its_pictures_and_nothing_else(run, monkeypatch):
+def test_second_call_replaces_only_its_pictures(run, monkeypatch):
     assert call(monkeypatch, "predict", "images/000.png", "images/001.png", "the dot") == 0
     (run / "predictions" / "mine.png").write_text("mine")
     assert call(monkeypatch, "predict", "images/002.png", "a dot") == 0
@@ -213,7 +213,7 @@ def test_a_second_call_replaces_its_pictures_and_nothing_else(run, monkeypatch):
     assert names == {"predictions.jsonl", "mine.png", line["mask"], line["overlay"]}
 
 
-def test_a_turned_photo_is_noted(run, monkeypatch, capsys):
+def test_notes_an_exif_rotated_photo(run, monkeypatch, capsys):
     image = Image.open("images/000.png").convert("RGB")
     exif = image.getexif()
     exif[EXIF_ORIENTATION] = 6
@@ -243,7 +243,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_message_and_no_file(run, monkeypatch, capsys, name):
+def test_refuses_bad_input_with_one_message_and_no_file(run, monkeypatch, capsys, name):
     (run / "empty").mkdir()
     (run / "other").mkdir()
     (run / "other" / "predictions.jsonl").write_text('{"mine": 1}\n')
@@ -259,18 +259,18 @@ def test_bad_input_is_one_message_and_no_file(run, monkeypatch, capsys, name):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_failure_on_the_way_leaves_the_folder_as_it_was(run, monkeypatch):
+def test_failed_call_leaves_the_folder_unchanged(run, monkeypatch):
     assert call(monkeypatch, "predict", "images/000.png", "the dot") == 0
     before = {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}
-    monkeypatch.setattr(predictions, "read_image", lambda path: (_ for _ in ()).throw(InputError(f"{path}: gone")))
+    monkeypatch.setattr(predict_files, "read_image", lambda path: (_ for _ in ()).throw(InputError(f"{path}: gone")))
     assert call(monkeypatch, "predict", "images/001.png", "the dot") == 2
     assert {path.name: path.read_bytes() for path in (run / "predictions").iterdir()} == before
 
 
-CJK = "\u6f22\u5b57" * 40  # three bytes a character: 240 bytes, as long as a name may be
+CJK = "\u6f22\u5b57" * 40  # three bytes per character: 240 bytes, near the limit of a file name
 
 
-def test_long_names_in_any_script_become_file_names(run, monkeypatch):
+def test_turns_long_names_in_any_script_into_file_names(run, monkeypatch):
     shutil.copy("images/000.png", f"{CJK}.png")
     assert call(monkeypatch, "predict", f"{CJK}.png", "\u8d64\u3044\u7bb1\u306e\u5de6\u306e" * 8) == 0
     (line,) = lines_of(run / "predictions")
@@ -282,14 +282,14 @@ def test_long_names_in_any_script_become_file_names(run, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [CJK, "e\u0301" * 99, "\U0001f436x" * 99, "a" * 99])
-def test_a_name_is_cut_between_characters(text):
-    name = predictions._slug(text)
-    assert 0 < len(name.encode()) <= predictions.NAME_BYTES
+def test_cuts_names_between_characters(text):
+    name = predict_files._slug(text)
+    assert 0 < len(name.encode()) <= predict_files.NAME_BYTES
     assert "".join(re.findall(r"\w", text)).startswith(name.replace("-", ""))
 
 
-def test_a_name_that_the_file_system_refuses_is_known_before_anything_is_computed(run, monkeypatch, capsys):
-    monkeypatch.setattr(predictions, "NAME_BYTES", 300)
+def test_detects_an_invalid_file_name_before_computing(run, monkeypatch, capsys):
+    monkeypatch.setattr(predict_files, "NAME_BYTES", 300)
     monkeypatch.setattr(Predictor, "masks", lambda *_, **__: pytest.fail("computed"))
     shutil.copy("images/000.png", f"{CJK}.png")
     assert call(monkeypatch, "predict", f"{CJK}.png", "the dot") == 2
@@ -299,26 +299,28 @@ def test_a_name_that_the_file_system_refuses_is_known_before_anything_is_compute
     assert not (run / "predictions").exists()
 
 
-def test_on_a_full_disk_the_masks_are_kept_without_pictures(run, monkeypatch, capsys):
+def test_full_disk_keeps_masks_without_pictures(run, monkeypatch, capsys):
     expected = evaluated(with_prior=False)
     image, sentence = next(iter(expected))
     with monkeypatch.context() as full:
-        full.setattr(predictions, "save_mask", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        full.setattr(
+            predict_files, "save_mask", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         assert call(full, "predict", image, sentence) == 2
     said = "error: --out: predictions: the pictures cannot be written: No space left on device; predictions.jsonl holds"
     assert said in capsys.readouterr().err
     (line,) = lines_of(run / "predictions")
     assert segmentation_to_rle(line["segmentation"], 48, 64) == expected[image, sentence]
     assert [path.name for path in (run / "predictions").iterdir()] == ["predictions.jsonl"]
-    assert call(monkeypatch, "predict", image, sentence) == 0  # with room again
+    assert call(monkeypatch, "predict", image, sentence) == 0  # with free space again
     assert len(list((run / "predictions").iterdir())) == 3
 
 
-# --- priors that are asked for now
+# --- live priors
 
 
 def answer_by_sentence(body, _):
-    """Depends on the words and on whether it is the first, greedy answer; some break the prompt or fail."""
+    """The response depends on the sentence and on greedy decoding; some responses break the format or fail."""
     sentence, moved = sentence_of(body), 100 if body["temperature"] else 0
     said = {"found": True, "target": "dot", "attributes": ["dark"], "relation": "", "anchor": "", "confidence": 0.7}
     match sentence:
@@ -339,7 +341,7 @@ SENTENCES = ("dot", "the dark dot", "a point", "no dot", "the garbled dot", "the
 
 @pytest.fixture
 def live(run, monkeypatch):
-    """A project whose priors come from a server, and own images with pairs that the data set lacks."""
+    """A project with priors from a server, and user images with pairs that are not in the dataset."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serve(Stub(answer=answer_by_sentence)) as stub:
         engine = PARAMS.priors.engine.model_copy(update={"server_url": stub.url, "server_retries": 0})
@@ -363,7 +365,7 @@ def live_params(run, **changes):
 
 
 def through_the_pipeline(params, folder):
-    """The pairs of own/pairs.jsonl, and their masks, had they been the data set: the stages' functions, one by one."""
+    """Pairs and masks of own/pairs.jsonl, processed like a dataset by the functions of the stages."""
     paths = records.IndexPaths(*(folder / f"{name}.parquet" for name in ("images", "refs", "objects", "masks")))
     index = read_jsonl(folder.parent / "own/pairs.jsonl")
     records.write_table(index.images, paths.images, records.IMAGES)
@@ -379,7 +381,7 @@ def through_the_pipeline(params, folder):
     return pairs, Predictor.from_run(MODEL_FOLDER).masks(batches, 16, [True], "test")[0]
 
 
-def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, run, monkeypatch, capsys):
+def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch, capsys):
     params = load_params()
     pairs, masks = through_the_pipeline(params, run / "ingested")
     assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
@@ -391,10 +393,10 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
     assert all(alike(*both, *size) for *both, size in zip(rles, masks, sizes, strict=True))
     assert len(set(masks)) > 3  # something to compare
 
-    asked = predictions.ask_file(run / "own/pairs.jsonl")
+    asked = predict_files.ask_file(run / "own/pairs.jsonl")
     backend = make_backend(params.priors, records.INDEX)
-    told = predictions.live_priors(asked, params, lambda questions: ask_table(backend, questions))
-    answered = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
+    told = predict_files.live_priors(asked, params, lambda questions: ask_table(backend, questions))
+    answered = predict_files.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
     assert all(alike(*both, *size) for *both, size in zip(answered.rle, masks, sizes, strict=True))
     assert answered.pairs.sentence == pairs.sentence
     assert answered.pairs.prior_text == pairs.prior_text
@@ -403,7 +405,7 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
         np.testing.assert_array_equal(getattr(answered.pairs, name), getattr(pairs, name), err_msg=name)
     assert np.isin(answered.pairs.proposal_score > 0, [True, False]).all()
 
-    without = predictions.answer(Predictor.from_run(MODEL_FOLDER), asked, None)
+    without = predict_files.answer(Predictor.from_run(MODEL_FOLDER), asked, None)
     assert [alike(*both, *size) for *both, size in zip(masks, without.rle, sizes, strict=True)] == [
         False,
         False,
@@ -414,14 +416,14 @@ def test_a_pair_that_is_asked_about_now_is_seen_as_if_the_data_set_had_it(live, 
     ]
 
 
-def test_a_pair_is_asked_about_once_and_alike_in_any_company(live, run):
+def test_queries_each_pair_once_and_independently_of_other_pairs(live, run):
     params = live_params(run, engine=load_params().priors.engine, samples=3)
     backend = make_backend(params.priors, records.INDEX)
 
     def told(*keys):
         files = inspect_images([run / f"own/{image}.png" for image, _ in keys], 1)
-        asked = predictions.Asked(files, [sentence for _, sentence in keys])
-        return predictions.live_priors(asked, params, lambda questions: ask_table(backend, questions))
+        asked = predict_files.Asked(files, [sentence for _, sentence in keys])
+        return predict_files.live_priors(asked, params, lambda questions: ask_table(backend, questions))
 
     twice = told((0, "dot"), (1, "dot"), (0, "dot"))
     assert len(live.bodies) == 2 * 3
@@ -432,7 +434,7 @@ def test_a_pair_is_asked_about_once_and_alike_in_any_company(live, run):
     assert {json.dumps(body, sort_keys=True) for body in live.bodies} < together
 
 
-def test_recorded_backends_ask_nobody(live, run, monkeypatch):
+def test_recorded_backends_send_no_queries(live, run, monkeypatch):
     (run / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
     assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
     assert not live.bodies
@@ -440,7 +442,7 @@ def test_recorded_backends_ask_nobody(live, run, monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", ["no server", "all refused"])
-def test_a_server_that_does_not_answer_is_one_line_and_no_file(live, run, monkeypatch, capsys, trouble):
+def test_unresponsive_server_gives_one_line_and_no_file(live, run, monkeypatch, capsys, trouble):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -457,5 +459,5 @@ def test_a_server_that_does_not_answer_is_one_line_and_no_file(live, run, monkey
         r"|priors\.backend openai: every request failed, the first with 'HTTP 400')",
         line,
     )
-    shutil.rmtree(run / ".scratch")  # where answers are kept until a call has ended well
+    shutil.rmtree(run / ".scratch")  # keeps responses until a call succeeds
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

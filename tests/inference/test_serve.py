@@ -1,4 +1,4 @@
-"""The page: what it shows of a pair is what `predict` says of it, and it lets no one do more than upload an image."""
+"""The demo page shows what `predict` computes and allows nothing but uploading an image."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from l2l_core.artifacts import records
 from l2l_core.core.images import inspect_images
 from l2l_core.core.masks import decode_rle
 from l2l_core.errors import L2LError
-from l2l_core.inference import predict_files as predictions
-from l2l_core.inference import serve
+from l2l_core.inference import predict_files, serve
 from l2l_core.mllm.backend import Answer
 from l2l_core.model.predictor import Predictor
 from l2l_core.viz.overlays import BOX
@@ -61,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def sentence(run: Path) -> str:
-    """Of the data set, about the image KNOWN; its prior names a box."""
+    """A dataset sentence about the image KNOWN, whose prior has a box."""
     return str(records.read_table(records.INDEX.refs, records.REFS)["sentence"][0])
 
 
@@ -71,11 +70,11 @@ def desk(run: Path) -> serve.Desk:
 
 
 def expected_mask(image: str, sentence: str, *, with_priors: bool) -> np.ndarray:
-    """What `predict` writes."""
-    asked = predictions.ask_each([Path(image)], sentence)
-    told = predictions.find_priors(asked, PARAMS) if with_priors else None
+    """The mask that `predict` writes."""
+    asked = predict_files.ask_each([Path(image)], sentence)
+    told = predict_files.find_priors(asked, PARAMS) if with_priors else None
     predictor = Predictor.from_run(records.round_folder(0) / "model")
-    (rle,) = predictions.answer(predictor, asked, told).rle
+    (rle,) = predict_files.answer(predictor, asked, told).rle
     mask = decode_rle(rle, asked.image[0].height, asked.image[0].width)
     assert 0 < mask.mean() < 1
     return mask
@@ -85,10 +84,10 @@ def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
     return bool((picture == colour).all(axis=2).any())
 
 
-# --- what is shown
+# --- displayed results
 
 
-def test_a_pair_of_the_data_set_is_shown_with_its_recorded_prior(desk: serve.Desk, sentence: str) -> None:
+def test_shows_a_dataset_pair_with_its_recorded_prior(desk: serve.Desk, sentence: str) -> None:
     seen = desk.look(Path(KNOWN), sentence)
     prior = records.read_table(records.PRIORS_PATH, records.PRIORS).to_pylist()[0]
     assert seen.words.splitlines() == ["dot", f"ok: {prior['raw_text']}"]
@@ -101,7 +100,7 @@ def test_a_pair_of_the_data_set_is_shown_with_its_recorded_prior(desk: serve.Des
     np.testing.assert_array_equal(seen.mask, expected_mask(KNOWN, sentence, with_priors=True))
 
 
-def test_another_pair_is_shown_without_and_says_why(desk: serve.Desk) -> None:
+def test_shows_another_pair_without_prior_and_explains_why(desk: serve.Desk) -> None:
     seen = desk.look(Path("own.png"), "the dot")
     assert seen.words == "no prior: the backend simulated answers only about the data set"
     assert seen.prior is None
@@ -110,7 +109,7 @@ def test_another_pair_is_shown_without_and_says_why(desk: serve.Desk) -> None:
     np.testing.assert_array_equal(seen.mask, expected_mask("own.png", "the dot", with_priors=False))
 
 
-def test_a_live_backend_is_asked(desk: serve.Desk) -> None:
+def test_queries_a_live_backend(desk: serve.Desk) -> None:
     class Scripted:
         name = "scripted"
 
@@ -142,7 +141,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_used_is_refused_in_one_line(desk: serve.Desk, name: str) -> None:
+def test_refuses_unusable_input_in_one_line(desk: serve.Desk, name: str) -> None:
     image, words, message = REFUSED[name]
     with pytest.raises(L2LError, match=message) as caught:
         desk.look(None if image is None else Path(image), words)
@@ -152,7 +151,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(desk: serve.Desk, name: str)
 # --- the command
 
 
-def test_without_gradio_it_says_what_to_install(
+def test_serve_without_gradio_names_the_package_to_install(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
@@ -160,7 +159,7 @@ def test_without_gradio_it_says_what_to_install(
     assert capsys.readouterr().err == "error: serve: needs gradio: pip install '.[serve]'\n"
 
 
-def test_a_port_in_use_is_one_line(
+def test_refuses_a_port_in_use_in_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: True)
@@ -194,7 +193,7 @@ def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_mask_to_download_is_that_of_predict(server: Server, sentence: str, known: bool, tmp_path: Path) -> None:
+def test_downloaded_mask_matches_predict(server: Server, sentence: str, known: bool, tmp_path: Path) -> None:
     from gradio_client import Client, handle_file
 
     image = KNOWN if known else "own.png"
@@ -211,7 +210,7 @@ def test_the_mask_to_download_is_that_of_predict(server: Server, sentence: str, 
 
 
 @pytest.mark.parametrize("name", ["no image", "no word", "pixels", "text"])
-def test_errors_are_shown_as_one_line(server: Server, name: str) -> None:
+def test_page_shows_errors_in_one_line(server: Server, name: str) -> None:
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
@@ -222,15 +221,15 @@ def test_errors_are_shown_as_one_line(server: Server, name: str) -> None:
     assert str(server.temporary) not in str(caught.value)
 
 
-def test_a_large_file_is_not_taken(server: Server, run: Path) -> None:
+def test_refuses_a_large_upload(server: Server, run: Path) -> None:
     address = f"{server.url}/gradio_api/upload"
     for name, status in (("own.png", 200), ("large.png", 413)):
         with (run / name).open("rb") as file:
             assert requests.post(address, files={"files": file}, timeout=60).status_code == status
 
 
-def test_a_file_of_the_machine_is_not_an_upload(server: Server, run: Path) -> None:
-    """A request may name any path: none but an upload's is read."""
+def test_refuses_to_read_server_files(server: Server, run: Path) -> None:
+    """A request may name any path, but only uploaded files are read."""
     upload = {"path": str(run / "own.png"), "meta": {"_type": "gradio.FileData"}}
     address = f"{server.url}/gradio_api/call/segment"
     event = requests.post(address, json={"data": [upload, "the dot"]}, timeout=60).json()["event_id"]
@@ -240,7 +239,7 @@ def test_a_file_of_the_machine_is_not_an_upload(server: Server, run: Path) -> No
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_a_browser_shows_the_page_without_complaint_and_without_a_network(server: Server, tmp_path: Path) -> None:
+def test_browser_shows_the_page_without_errors_or_network_access(server: Server, tmp_path: Path) -> None:
     found = subprocess.run(
         [
             str(CHROMIUM),
@@ -262,8 +261,8 @@ def test_a_browser_shows_the_page_without_complaint_and_without_a_network(server
     assert not [line for line in found.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_the_end_leaves_no_file(server: Server) -> None:
-    """Last in this file: it ends the server."""
+def test_shutdown_removes_temporary_files(server: Server) -> None:
+    """Must be the last test in this file, because it stops the server."""
     assert list(server.temporary.glob("l2l-serve-*"))
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(timeout=300) == 0

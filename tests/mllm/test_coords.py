@@ -18,7 +18,9 @@ from l2l_core.mllm.coords import is_y_first, origin_px, pixels_per_unit, qwen_in
         (20, 40, (56, 84)),
     ],
 )
-def test_qwen_input_size(height: int, width: int, expected: tuple[int, int]) -> None:
+def test_qwen_input_hw_rounds_to_patches_within_the_pixel_budget(
+    height: int, width: int, expected: tuple[int, int]
+) -> None:
     assert qwen_input_hw(height, width) == expected
 
 
@@ -36,7 +38,7 @@ def test_qwen_input_size(height: int, width: int, expected: tuple[int, int]) -> 
         ("unit_square", 800.0, 800.0),
     ],
 )
-def test_one_unit_in_pixels(space: str, x: float, y: float) -> None:
+def test_pixels_per_unit_matches_the_coordinate_space(space: str, x: float, y: float) -> None:
     scale = pixels_per_unit(resolve_coord_space("any", space), (800, 640), (200, 320))
     assert scale.tolist() == pytest.approx([x, y])
 
@@ -71,7 +73,7 @@ def test_one_unit_in_pixels(space: str, x: float, y: float) -> None:
         ("llava/vlm/refshapes-vlm", "percent"),
     ],
 )
-def test_family_decides_the_space(model: str, space: str) -> None:
+def test_auto_resolves_the_space_from_the_model_family(model: str, space: str) -> None:
     assert resolve_coord_space(model, "auto") == space
     assert resolve_coord_space(model, "pixel") == "pixel"
 
@@ -90,30 +92,30 @@ def test_family_decides_the_space(model: str, space: str) -> None:
         "gemini-4-pro",
         "google/paligemma3-3b",
         "microsoft/kosmos-2.5",
-        "qwen2.5-vl/my-model",  # a folder above says nothing of the model in it
+        "qwen2.5-vl/my-model",  # the parent folder does not identify the model
         "qwen2.5-vl-to-internvl3",  # two families
     ],
 )
-def test_a_successor_or_relative_of_a_known_family_asks_for_the_setting(model: str) -> None:
+def test_auto_refuses_successors_and_relatives_of_known_families(model: str) -> None:
     with pytest.raises(ConfigError, match=r"priors\.coord_space: .* is unknown; set it to pixel\|"):
         resolve_coord_space(model, "auto")
     assert resolve_coord_space(model, "norm1000_yx") == "norm1000_yx"
 
 
-def test_a_square_begins_in_the_border_around_the_image() -> None:
-    """400 x 100 pixels in a square of 400: 150 above and below."""
+def test_unit_square_origin_lies_in_the_padding_around_the_image() -> None:
+    """A 400 x 100 image in a 400 px square has 150 px of padding above and below."""
     assert origin_px("unit_square", (100, 400)).tolist() == [0, -150]
     assert origin_px("unit_square", (400, 100)).tolist() == [-150, 0]
     assert origin_px("unit", (100, 400)).tolist() == [0, 0]
 
 
-def test_the_name_of_a_space_says_whether_y_stands_first() -> None:
+def test_is_y_first_detects_spaces_that_write_y_before_x() -> None:
     assert [space for space in ("norm1000", "norm1000_yx", "norm1024_yx", "unit") if is_y_first(space)] == [
         "norm1000_yx",
         "norm1024_yx",
     ]
 
 
-def test_an_unknown_family_names_the_remedy() -> None:
+def test_unknown_family_error_names_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"priors\.coord_space: .*'house-model-1'.*pixel\|resized_pixel\|norm1000"):
         resolve_coord_space("house-model-1", "auto")

@@ -1,4 +1,4 @@
-"""From questions to requests and back, with engines that are functions."""
+"""MllmBackend: questions become requests and completions become responses; the engines are plain functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prior_tables import BOX_2, prior_params
 from transformers import CLIPImageProcessorPil
 
 from l2l_core.errors import InputError
-from l2l_core.mllm import engine as mllm
+from l2l_core.mllm import engine
 from l2l_core.mllm.backend import Question
 from l2l_core.mllm.coords import CoordSpace, sent_hw
 from l2l_core.mllm.engine import Completion, MllmBackend, Request, request_seed
@@ -29,7 +29,7 @@ GOOD = json.dumps(BOX_2)
 
 @dataclass
 class Scripted:
-    """Writes what a function makes of a request, and keeps the batches that it saw."""
+    """Completes each request with a function and records the batches it receives."""
 
     write: Callable[[Request], str] = lambda _: GOOD
     batches: list[list[Request]] = field(default_factory=list)
@@ -55,7 +55,7 @@ def backend(engine: Scripted, **changes: object) -> MllmBackend:
     return MllmBackend(engine, prior_params(backend="openai", model="Qwen3-VL-8B", seed=3, **changes))
 
 
-def test_a_request_is_the_image_and_the_prompt(image: str) -> None:
+def test_request_holds_the_image_and_the_prompt(image: str) -> None:
     engine = Scripted()
     (answer,) = backend(engine).ask(ask_about(image, "red cup"))
     ((request,),) = engine.batches
@@ -69,7 +69,7 @@ def test_a_request_is_the_image_and_the_prompt(image: str) -> None:
     assert (answer.prompt_tokens, answer.completion_tokens, answer.attempts, answer.unread) == (10, 3, 1, None)
 
 
-def test_without_structured_output_there_is_no_schema(image: str) -> None:
+def test_request_has_no_schema_without_structured_output(image: str) -> None:
     engine = Scripted()
     backend(engine, structured_output=False).ask(ask_about(image, "red cup"))
     assert engine.batches[0][0].schema is None
@@ -81,17 +81,19 @@ def test_without_structured_output_there_is_no_schema(image: str) -> None:
         ("resized_pixel", (480, 640), (476, 644)),  # multiples of 28
         ("norm1000", (480, 640), (480, 640)),
         ("norm1000", (2000, 4000), (708, 1416)),  # sqrt(1003520 / 8e6) = 0.35418
-        ("pixel", (2000, 4000), (2000, 4000)),  # its answers would mean other pixels
-        ("unit", (1, 5_000_000), (1, 2240000)),  # too thin to keep its shape; the engine will refuse it
+        ("pixel", (2000, 4000), (2000, 4000)),  # resizing would change the meaning of its coordinates
+        ("unit", (1, 5_000_000), (1, 2240000)),  # too thin to keep its aspect ratio; the engine will refuse it
     ],
 )
-def test_the_size_that_is_sent(space: CoordSpace, image_hw: tuple[int, int], sent: tuple[int, int]) -> None:
+def test_sent_hw_limits_the_image_size_per_coordinate_space(
+    space: CoordSpace, image_hw: tuple[int, int], sent: tuple[int, int]
+) -> None:
     assert sent_hw(space, image_hw, 1003520) == sent
 
 
-def test_qwen25_gets_the_size_that_its_boxes_refer_to(tmp_path: Path) -> None:
+def test_qwen25_images_are_resized_to_the_size_its_boxes_refer_to(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
-    Image.new("L", (640, 480)).save(path)  # grey
+    Image.new("L", (640, 480)).save(path)  # grayscale
     engine = Scripted()
     asked = MllmBackend(engine, prior_params(backend="vllm", model="Qwen2.5-VL-7B"))
     (answer,) = asked.ask([Question(0, 0, str(path), (480, 640), "cup")])
@@ -99,8 +101,8 @@ def test_qwen25_gets_the_size_that_its_boxes_refer_to(tmp_path: Path) -> None:
     assert answer.input_hw == (476, 644)
 
 
-def test_an_answer_that_breaks_the_prompt_is_drawn_again(image: str) -> None:
-    """The second attempt is drawn, from a seed of its own, with more room; only what broke the prompt is repeated."""
+def test_resamples_a_response_that_violates_the_prompt(image: str) -> None:
+    """The retry samples with a new seed and more tokens; only the response that violated the prompt is repeated."""
     engine = Scripted(lambda request: "what?" if '"bad"' in request.text and request.temperature == 0 else GOOD)
     answers = backend(engine).ask(ask_about(image, "good", "bad"))
     assert [answer.raw_text for answer in answers] == [GOOD, GOOD]
@@ -110,13 +112,13 @@ def test_an_answer_that_breaks_the_prompt_is_drawn_again(image: str) -> None:
     assert (again.temperature, again.max_tokens, again.seed) == (0.7, 512, request_seed(3, 1, 0, 1))
 
 
-def test_what_never_keeps_to_the_prompt_is_kept_as_written(image: str) -> None:
+def test_keeps_the_raw_text_when_every_attempt_violates_the_prompt(image: str) -> None:
     engine = Scripted(lambda request: f"what? {request.max_tokens}")
     (answer,) = backend(engine, retries=2).ask(ask_about(image, "cup"))
     assert (answer.raw_text, answer.attempts, answer.is_valid, answer.unread) == ("what? 768", 3, False, None)
 
 
-def test_every_draw_has_a_seed_of_its_own() -> None:
+def test_request_seed_is_unique_for_every_draw() -> None:
     seeds = {
         request_seed(seed, sent_id, sample, attempt)
         for seed in range(3)
@@ -128,7 +130,7 @@ def test_every_draw_has_a_seed_of_its_own() -> None:
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_further_samples_are_drawn(image: str) -> None:
+def test_samples_after_the_first_use_a_temperature(image: str) -> None:
     engine = Scripted()
     backend(engine).ask([Question(0, sample, image, (48, 64), "cup") for sample in range(3)])
     assert [request.temperature for request in engine.batches[0]] == [0.0, 0.7, 0.7]
@@ -136,7 +138,7 @@ def test_further_samples_are_drawn(image: str) -> None:
 
 
 class Poisoned(Scripted):
-    """Refuses any batch in which a poisonous request is, as engines do."""
+    """Refuses any batch that holds a poisoned request, as real engines do."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         done = super().generate(requests)
@@ -145,7 +147,7 @@ class Poisoned(Scripted):
         return done
 
 
-def test_poison_is_found_and_the_rest_kept(image: str) -> None:
+def test_bisects_a_failing_batch_and_keeps_the_other_responses(image: str) -> None:
     engine = Poisoned()
     sentences = [f"thing {number}" for number in range(33)]
     sentences[5] = sentences[20] = "poison"
@@ -153,12 +155,12 @@ def test_poison_is_found_and_the_rest_kept(image: str) -> None:
     assert [row for row, answer in enumerate(answers) if answer.unread == "error"] == [5, 20]
     assert {answers[row].reason for row in (5, 20)} == {
         "RuntimeError"
-    }  # not its message, which differs from run to run
+    }  # not the message, which differs from run to run
     assert all(answer.raw_text == GOOD for row, answer in enumerate(answers) if row not in (5, 20))
-    assert len(engine.batches) <= 1 + 2 * 2 * 6  # two halves a level, two culprits, six levels
+    assert len(engine.batches) <= 1 + 2 * 2 * 6  # two halves per level, two bad requests, six levels
 
 
-def test_what_concerns_all_requests_stops_at_once(image: str) -> None:
+def test_an_input_error_stops_after_one_batch(image: str) -> None:
     class Gone(Scripted):
         def generate(self, requests: Sequence[Request]) -> list[Completion]:
             self.batches.append(list(requests))
@@ -170,7 +172,7 @@ def test_what_concerns_all_requests_stops_at_once(image: str) -> None:
     assert len(engine.batches) == 1
 
 
-def test_a_broken_image_concerns_its_sentences_alone(image: str, tmp_path: Path) -> None:
+def test_a_broken_image_fails_only_its_own_sentences(image: str, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     asked = ask_about(image, "cup")
     asked.append(Question(7, 0, str(tmp_path / "broken.png"), (48, 64), "cup"))
@@ -199,7 +201,7 @@ def test_an_image_is_opened_once_for_all_its_sentences(image: str) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths of images in the order in which they are loaded."""
+    """Names of the images in loading order."""
     paths: list[str] = []
     load = MllmBackend._load
 
@@ -235,13 +237,13 @@ def test_the_next_images_are_decoded_while_the_engine_works(tmp_path: Path, deco
     asked = backend(engine)
     asked.ask(first, second)
     assert came.is_set()
-    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # before the first batch is answered
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # before the first batch is done
     asked.ask(second)
-    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # none a second time, across the border too
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # no image is decoded twice, even across chunks
     assert [request.image.getpixel((0, 0))[0] for request in engine.batches[1]] == [1, 1, 2, 2, 3]
 
 
-def test_answers_are_the_same_with_and_without_a_look_ahead(tmp_path: Path) -> None:
+def test_prefetching_does_not_change_the_responses(tmp_path: Path) -> None:
     chunks = [about_images(tmp_path, *numbers) for numbers in ((0, 1), (1, 2), (5, 2), (0, 0))]
 
     def write(request: Request) -> str:
@@ -249,21 +251,21 @@ def test_answers_are_the_same_with_and_without_a_look_ahead(tmp_path: Path) -> N
 
     plain, ahead = backend(Scripted(write)), backend(Scripted(write))
     wanted = [plain.ask(chunk) for chunk in chunks]
-    following = [*chunks[2:], [], []]  # also a wrong guess does no harm
+    following = [*chunks[2:], [], []]  # a wrong guess does no harm either
     assert [ahead.ask(chunk, after) for chunk, after in zip(chunks, following, strict=True)] == wanted
 
 
-def test_no_more_is_decoded_ahead_than_memory_is_set_aside_for(
+def test_prefetching_stays_within_its_memory_budget(
     tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mllm, "AHEAD_BYTES", 2 * 3 * 48 * 64)
+    monkeypatch.setattr(engine, "AHEAD_BYTES", 2 * 3 * 48 * 64)
     asked = backend(Scripted())
     asked.ask(about_images(tmp_path, 0), about_images(tmp_path, 1, 2, 3, 4))
     asked._images._threads.shutdown(wait=True)
     assert sorted(decoded) == ["0.png", "1.png", "2.png"]
 
 
-def test_nothing_is_held_after_a_failure(tmp_path: Path) -> None:
+def test_a_failure_releases_the_prefetched_images(tmp_path: Path) -> None:
     class Gone(Scripted):
         def generate(self, requests: Sequence[Request]) -> list[Completion]:
             raise KeyboardInterrupt
@@ -279,11 +281,11 @@ def test_nothing_is_held_after_a_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(120, 60), (60, 120), (90, 90), (301, 77)])
 @pytest.mark.parametrize("max_px", [1003520, 3600])
-def test_a_cropping_processor_sees_the_whole_image_and_its_answer_is_in_the_images_pixels(
+def test_a_cropping_processor_sees_the_whole_image_and_its_box_maps_back(
     tmp_path: Path, size: tuple[int, int], max_px: int
 ) -> None:
-    """LLaVA-1.5's processor: shortest side to 56 px, middle 56 x 56 px. The engine finds the bright object in what the
-    processor leaves, and answers in fractions of that."""
+    """Like LLaVA-1.5, the processor scales the shortest side to 56 px and crops the central 56 x 56 px. The engine
+    finds the bright object in the processed image and returns its box in fractions of that image."""
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     width, height = size
     pixels = np.zeros((height, width, 3), np.uint8)
@@ -293,7 +295,7 @@ def test_a_cropping_processor_sees_the_whole_image_and_its_answer_is_in_the_imag
 
     def write(request: Request) -> str:
         seen = np.asarray(processor(request.image, return_tensors="np")["pixel_values"])[0]
-        rows, columns = np.nonzero(seen.mean(axis=0) > 0.7)  # between the border's 0 and white's 2
+        rows, columns = np.nonzero(seen.mean(axis=0) > 0.7)  # between 0 (padding) and 2 (white)
         box = [columns.min() / 56, rows.min() / 56, (columns.max() + 1) / 56, (rows.max() + 1) / 56]
         return json.dumps(BOX_2 | {"boxes": [[float(value) for value in box]]})
 
@@ -304,12 +306,12 @@ def test_a_cropping_processor_sees_the_whole_image_and_its_answer_is_in_the_imag
     assert answer.coord_space == "unit_square"
     assert answer.input_hw[0] == answer.input_hw[1] == min(max(size), int(max_px**0.5))
     prior = parse_answer(answer.raw_text, answer.coord_space, (height, width), answer.input_hw)
-    pixel = max(size) / 56  # of the original image, that one of the processor's holds
+    pixel = max(size) / 56  # original pixels per processor pixel
     assert prior.bbox == pytest.approx((x1, y1, x2, y2), abs=1.01 * pixel)
 
 
-def test_refshapes_vlm_gets_images_as_they_are(tmp_path: Path) -> None:
-    """It is a LLaVA whose processor crops nothing, and its images are squares."""
+def test_refshapes_vlm_receives_unmodified_images(tmp_path: Path) -> None:
+    """The model is a LLaVA whose processor does not crop, and its images are square."""
     path = tmp_path / "scene.png"
     Image.fromarray(np.arange(96 * 96 * 3, dtype=np.uint8).reshape(96, 96, 3)).save(path)
     engine = Scripted()
@@ -319,7 +321,7 @@ def test_refshapes_vlm_gets_images_as_they_are(tmp_path: Path) -> None:
     assert (answer.coord_space, answer.input_hw) == ("percent", (96, 96))
 
 
-def test_a_failed_second_attempt_keeps_the_first_answer(image: str) -> None:
+def test_a_failed_retry_keeps_the_first_response(image: str) -> None:
     class Once(Scripted):
         def generate(self, requests: Sequence[Request]) -> list[Completion]:
             if self.batches:

@@ -1,4 +1,4 @@
-"""Against a server on 127.0.0.1: what is sent, what is understood, and what happens where the server has trouble."""
+"""OpenAIEngine against a stub server on 127.0.0.1: request format, response parsing and error handling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prior_tables import prior_params
 
 from bench.stub_server import Reply, Stub, completion, sentence_of, serve
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.mllm import engine_openai as openai_http
+from l2l_core.mllm import engine_openai
 from l2l_core.mllm.engine import Completion, Request
 from l2l_core.mllm.engine_openai import OpenAIEngine
 from l2l_core.mllm.prompt import answer_schema, prompt_text
@@ -29,7 +29,7 @@ SCHEMA = answer_schema("box-2", "norm1000")
 def _near(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(openai_http, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(engine_openai, "BACKOFF_S", 0.01)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def request(sentence: str, schema: dict[str, object] | None = SCHEMA) -> Request
     return Request(Image.fromarray(PIXELS), prompt_text("box-2", sentence, "norm1000"), schema, 0.7, 11, 64)
 
 
-def test_what_is_sent(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sends_the_key_settings_schema_image_and_prompt(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     engine(stub.url + "/").generate([request("red cup")])
     (body,) = stub.bodies
@@ -68,8 +68,10 @@ def test_what_is_sent(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_image_is_encoded_once_for_all_its_sentences(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded = []
-    encode = openai_http._data_url
-    monkeypatch.setattr(openai_http, "_data_url", lambda image: encoded.append(image.getpixel((0, 0))) or encode(image))
+    encode = engine_openai._data_url
+    monkeypatch.setattr(
+        engine_openai, "_data_url", lambda image: encoded.append(image.getpixel((0, 0))) or encode(image)
+    )
     images = [Image.new("RGB", (6, 4), (number, 0, 0)) for number in range(6)]
     plain = request("red cup")
     engine(stub.url).generate([replace(plain, image=image) for image in images for _ in range(7)])
@@ -78,13 +80,13 @@ def test_an_image_is_encoded_once_for_all_its_sentences(stub: Stub, monkeypatch:
     assert sent == sorted(encode(image) for image in images for _ in range(7))
 
 
-def test_without_schema_and_key(stub: Stub) -> None:
+def test_omits_the_schema_and_key_when_unset(stub: Stub) -> None:
     engine(stub.url).generate([request("red cup", schema=None)])
     assert "response_format" not in stub.bodies[0]
     assert stub.keys == [None]
 
 
-def test_answers_come_in_the_order_of_the_questions(stub: Stub) -> None:
+def test_returns_completions_in_request_order(stub: Stub) -> None:
     stub.answer = lambda body, _: completion(sentence_of(body), len(sentence_of(body)), 2)
     sentences = [f"thing {number}" * (1 + number % 3) for number in range(20)]
     done = engine(stub.url).generate([request(sentence) for sentence in sentences])
@@ -92,7 +94,7 @@ def test_answers_come_in_the_order_of_the_questions(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_trouble_that_passes_is_waited_for(stub: Stub, status: int) -> None:
+def test_retries_transient_http_errors(stub: Stub, status: int) -> None:
     stub.answer = lambda _, before: (status, b"busy") if before < 2 else completion("here")
     assert [done.text for done in engine(stub.url).generate([request("cup")])] == ["here"]
     assert len(stub.bodies) == 3
@@ -100,9 +102,9 @@ def test_trouble_that_passes_is_waited_for(stub: Stub, status: int) -> None:
 
 @pytest.mark.parametrize(
     ("status", "times"),
-    [(429, 4), (500, 4), (400, 1), (413, 1)],  # what is refused for its own sake is not repeated
+    [(429, 4), (500, 4), (400, 1), (413, 1)],  # client errors are not retried
 )
-def test_trouble_that_stays_is_marked_and_the_rest_kept(stub: Stub, status: int, times: int) -> None:
+def test_marks_persistent_http_errors_and_keeps_the_other_completions(stub: Stub, status: int, times: int) -> None:
     def answer(body: dict[str, object], _: int) -> Reply:
         return (status, b"no") if sentence_of(body) == "bad" else completion("here")
 
@@ -112,7 +114,7 @@ def test_trouble_that_stays_is_marked_and_the_rest_kept(stub: Stub, status: int,
     assert len(stub.bodies) == 2 + times
 
 
-def test_silence_is_marked(stub: Stub) -> None:
+def test_marks_a_read_timeout(stub: Stub) -> None:
     stub.delay_s = 1.0
     (done,) = engine(stub.url, timeout_s=0.1, server_retries=1).generate([request("cup")])
     assert done == Completion("", failure="ReadTimeoutError")
@@ -120,12 +122,12 @@ def test_silence_is_marked(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"choices": []}', b'{"choices": [{"message": 1}]}'])
-def test_a_body_of_another_kind_is_marked(stub: Stub, body: bytes) -> None:
+def test_marks_a_body_that_is_not_a_chat_completion(stub: Stub, body: bytes) -> None:
     stub.answer = lambda *_: (200, body)
     assert engine(stub.url).generate([request("cup")]) == [Completion("", failure="not a chat completion")]
 
 
-def test_a_refusal_is_an_answer_without_text(stub: Stub) -> None:
+def test_a_refusal_becomes_an_empty_completion(stub: Stub) -> None:
     body = json.loads(completion("")[1])
     body["choices"][0]["message"]["content"] = None
     del body["usage"]
@@ -134,13 +136,13 @@ def test_a_refusal_is_an_answer_without_text(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_without_the_model_or_for_others_stops_the_run(stub: Stub, status: int) -> None:
+def test_an_authorization_or_unknown_model_error_stops_the_run(stub: Stub, status: int) -> None:
     stub.answer = lambda *_: (status, b'{"message": "no model\\n qwen3-vl"}')
     with pytest.raises(ConfigError, match=rf"HTTP {status} for priors\.model 'qwen3-vl': .*no model.* check model"):
         engine(stub.url).generate([request(f"thing {number}") for number in range(9)])
 
 
-def test_no_server_stops_the_run() -> None:
+def test_an_unreachable_server_stops_the_run() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

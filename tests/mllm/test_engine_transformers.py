@@ -1,4 +1,4 @@
-"""A tiny random model, asked through transformers: its own generate() is the oracle."""
+"""TransformersEngine with a tiny random model; the model's own generate() is the oracle."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def request(text: str, seed: int = 0, temperature: float = 0.0, max_tokens: int 
 TEXTS = ["cup", "the red cup", "a rather long question about the cup", "dog"]
 
 
-def test_greedy_answers_are_those_of_the_model_alone(folder: Path, plain: TransformersEngine) -> None:
-    """One question at a time by the model's own generate(), without padding; the engine asks three at once."""
+def test_batched_greedy_text_equals_the_models_own_generate(folder: Path, plain: TransformersEngine) -> None:
+    """The model's own generate() runs one unpadded prompt at a time; the engine runs batches of three."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     written = []
@@ -68,7 +68,7 @@ def test_greedy_answers_are_those_of_the_model_alone(folder: Path, plain: Transf
     assert [entry.completion_tokens for entry in done] == [12] * 4
 
 
-def test_a_draw_depends_on_its_seed_alone(plain: TransformersEngine) -> None:
+def test_a_sample_depends_only_on_its_seed(plain: TransformersEngine) -> None:
     asked = [request("cup", seed=seed, temperature=0.7) for seed in range(7)]
     together = [entry.text for entry in plain.generate(asked)]
     assert len(set(together)) > 4
@@ -78,8 +78,8 @@ def test_a_draw_depends_on_its_seed_alone(plain: TransformersEngine) -> None:
     assert len({entry.text for entry in plain.generate(greedy)}) == 1
 
 
-def test_draws_follow_the_models_distribution(folder: Path, plain: TransformersEngine) -> None:
-    """The first letter over 600 seeds against softmax(logits / T): within four standard errors."""
+def test_samples_follow_the_models_distribution(folder: Path, plain: TransformersEngine) -> None:
+    """First letters over 600 seeds match softmax(logits / T) within four standard errors."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     inputs = processor(images=[image(3)], text=["user: <image>cup\nassistant: "], return_tensors="pt")
@@ -94,18 +94,18 @@ def test_draws_follow_the_models_distribution(folder: Path, plain: TransformersE
         assert texts.count(letter) / 600 == pytest.approx(share, abs=4 * (share * (1 - share) / 600) ** 0.5)
 
 
-def test_an_answer_ends_where_the_model_ends_it(plain: TransformersEngine) -> None:
+def test_a_completion_ends_at_the_end_of_sequence_token(plain: TransformersEngine) -> None:
     done = plain._completion([10, 11, 2, 0, 0], 5)
     assert (len(done.text), done.prompt_tokens, done.completion_tokens) == (2, 5, 3)
 
 
-def test_each_request_has_its_own_limit(plain: TransformersEngine) -> None:
+def test_each_request_uses_its_own_token_limit(plain: TransformersEngine) -> None:
     done = plain.generate([request("cup", max_tokens=4), request("dog", max_tokens=9)])
     assert [entry.completion_tokens for entry in done] == [4, 9]
 
 
-def test_a_draw_is_the_first_token_whose_sum_exceeds_the_requests_number() -> None:
-    """Probabilities 0.2, 0, 0.5 and 0.3 at temperature 2; numbers from the request's own generator."""
+def test_sampling_picks_the_first_token_whose_cumulative_probability_exceeds_u() -> None:
+    """Probabilities 0.2, 0, 0.5 and 0.3 at temperature 2; u comes from the request's own generator."""
     seeds = range(20)
     logits = 2 * torch.log(torch.tensor([[0.2, 0.0, 0.5, 0.3]])).expand(len(seeds), -1)
     draws = _SeededDraws([request("cup", seed, temperature=2.0, max_tokens=3) for seed in seeds])
@@ -116,7 +116,7 @@ def test_a_draw_is_the_first_token_whose_sum_exceeds_the_requests_number() -> No
         assert [step[seed] for step in chosen[:3]] == wanted
 
 
-def test_tokens_lie_where_numpy_finds_them_and_never_where_nothing_is() -> None:
+def test_tokens_at_matches_numpy_and_never_picks_a_zero_probability_token() -> None:
     rng = np.random.default_rng(0)
     probs = rng.random((50, 3000)) ** 8 * (rng.random((50, 3000)) < 0.2)
     probs /= probs.sum(axis=1, keepdims=True)
@@ -129,7 +129,7 @@ def test_tokens_lie_where_numpy_finds_them_and_never_where_nothing_is() -> None:
     assert (ends[rows, tokens] - probs[rows, tokens] <= shares + 1e-6).all()
 
 
-def test_greedy_rows_are_left_as_they_are() -> None:
+def test_sampling_leaves_greedy_rows_unchanged() -> None:
     scores = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0]])
     draws = _SeededDraws([request("cup"), request("cup", 1, temperature=0.7)])
     first, second = draws(torch.zeros(1), scores)
@@ -138,7 +138,7 @@ def test_greedy_rows_are_left_as_they_are() -> None:
     assert _SeededDraws([request("cup")])(torch.zeros(1), scores[:1]) is not None
 
 
-def test_a_token_costs_one_random_number_whatever_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_token_uses_one_random_number_for_any_vocabulary_size(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **kw: drawn.append(size) or rand(*size, **kw))
@@ -148,17 +148,17 @@ def test_a_token_costs_one_random_number_whatever_the_vocabulary(monkeypatch: py
     assert drawn == [(6,), (6,)]
 
 
-def test_a_processor_that_crops_is_refused_unless_images_are_padded_to_squares(tmp_path: Path) -> None:
+def test_refuses_a_cropping_processor_unless_images_are_padded_to_squares(tmp_path: Path) -> None:
     folder = save_tiny_llava(tmp_path / "llava-1.5-tiny")
     with pytest.raises(ConfigError, match=r"priors\.coord_space: got 'unit', .* crops images .* set it to unit_square"):
         engine(folder, coord_space="unit")
-    engine(folder, coord_space="auto")  # by its family
+    engine(folder, coord_space="auto")  # resolved from the model family
 
 
 @needs_xgrammar
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_structured_output_is_always_the_prompts_json(folder: Path, temperature: float) -> None:
-    """From random weights, which write no JSON by themselves."""
+def test_structured_output_always_matches_the_prompt_schema(folder: Path, temperature: float) -> None:
+    """Random weights do not produce JSON without the constraint."""
     schema = answer_schema("box-2", "norm1000")
     asked = [request(text, 1, temperature, 1500, schema=schema) for text in TEXTS]
     for entry in engine(folder, structured_output=True).generate(asked):
@@ -169,18 +169,18 @@ def test_structured_output_is_always_the_prompts_json(folder: Path, temperature:
     assert not keeps_to("box-2", loose[0].text)
 
 
-def test_without_xgrammar_the_remedy_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_xgrammar_error_names_the_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xgrammar", None)
     with pytest.raises(ConfigError, match=r"priors\.structured_output: .*needs xgrammar.*pip install .*mllm.*false"):
         engine(folder, structured_output=True)
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_model_error_names_the_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"priors\.model: got '.*nothing', expected a hub id"):
         engine(tmp_path / "nothing")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_named(folder: Path) -> None:
+def test_missing_gpu_error_names_the_device_setting(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"priors\.engine\.device: got 'cuda', but torch sees no CUDA device"):
         TransformersEngine(prior_params(backend="transformers", model=str(folder), engine={"device": "cuda"}))

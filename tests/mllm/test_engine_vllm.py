@@ -1,6 +1,6 @@
-"""What the real vLLM cannot show on a CPU (test_vllm_cpu.py): settings for GPUs, an engine that dies, no vLLM.
+"""Cases that the real vLLM cannot show on a CPU (test_vllm_cpu.py): GPU settings, a dead engine, no vLLM.
 
-Against a stand-in with vLLM's call shapes.
+A stand-in with vLLM's call signatures replaces the package.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def engine(**changes: object) -> VllmEngine:
 
 
 @pytest.mark.usefixtures("_installed")
-def test_the_engine_is_made_as_configured() -> None:
+def test_passes_the_configured_settings_to_vllm() -> None:
     engine(tensor_parallel=2, memory_share=0.5, context_tokens=2048)
     assert LLM.made == {
         "model": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -71,7 +71,7 @@ def test_a_dead_engine_stops_the_run() -> None:
         engine().generate([Request(Image.new("RGB", (28, 28)), "cup", None, 0.5, 9, 64)])
 
 
-def test_without_vllm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_vllm_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(
         ConfigError, match=r"vLLM is not installed in .*priors\.engine\.python.*make vllm-cpu.*requirements-vllm\.txt"

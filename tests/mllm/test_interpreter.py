@@ -1,4 +1,4 @@
-"""The stage `ask` in another environment: a second one, whose every start leaves a line in a file, is the witness."""
+"""The stage `ask` in another environment: a second environment logs each start of its Python to a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ANSWERS = "data/priors/answers.parquet"
 
 
 def make_environment(folder: Path) -> Path:
-    """An environment without packages -> its Python."""
+    """Creates an environment without packages and returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     return folder / "bin" / "python"
 
@@ -47,7 +47,7 @@ def run_ask(folder: Path, python: Path | None, **more: str) -> subprocess.Comple
     return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
 
 
-def test_the_stage_goes_on_in_the_other_environment(project: Path, bare: Path, tmp_path: Path) -> None:
+def test_stage_runs_in_the_configured_environment(project: Path, bare: Path, tmp_path: Path) -> None:
     assert run_ask(project, None).returncode == 0
     own = (project / ANSWERS).read_bytes()
     (project / ANSWERS).unlink()
@@ -61,7 +61,7 @@ def test_the_stage_goes_on_in_the_other_environment(project: Path, bare: Path, t
     assert (project / ANSWERS).read_bytes() == own
     assert "-m stages.ask" in seen.read_text(encoding="utf-8").splitlines()
 
-    # As an experiment in a temporary copy of the project has it.
+    # A relative path, as in an experiment that runs in a temporary copy of the project.
     (project / ANSWERS).unlink()
     seen.unlink()
     assert run_ask(project, bare.relative_to(tmp_path), DVC_ROOT=str(tmp_path)).returncode == 0
@@ -69,7 +69,7 @@ def test_the_stage_goes_on_in_the_other_environment(project: Path, bare: Path, t
 
 
 @pytest.mark.parametrize("case", ["missing", "without packages"])
-def test_an_interpreter_that_cannot_ask_is_named(project: Path, bare: Path, case: str) -> None:
+def test_unusable_interpreter_error_names_the_interpreter_and_the_remedy(project: Path, bare: Path, case: str) -> None:
     python = bare if case == "without packages" else bare.with_name("python9")
     done = run_ask(project, python)
     assert done.returncode == 2
@@ -83,13 +83,13 @@ def test_an_interpreter_that_cannot_ask_is_named(project: Path, bare: Path, case
     assert not (project / ANSWERS).exists()
 
 
-def test_this_environment_is_not_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_restart_in_the_current_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started anew"))
     go_on_in(None, "json")
     go_on_in(sys.executable, "json")
 
 
-def test_packages_are_looked_for_where_the_stage_runs(bare: Path) -> None:
+def test_has_package_checks_the_configured_interpreter(bare: Path) -> None:
     assert has_package(None, "yaml")
     assert has_package(sys.executable, "yaml")
     assert has_package(str(bare), "json")

@@ -1,4 +1,4 @@
-"""What models are asked: texts, bounds, fingerprints, and which answers keep to them."""
+"""Prompts: texts, schema bounds, fingerprints, and which responses conform to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES: tuple[PromptName, ...] = get_args(PromptName)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_prompt_says_what_is_asked(name: PromptName) -> None:
+def test_prompt_contains_the_sentence_range_and_schema_keys(name: PromptName) -> None:
     text = prompt_text(name, 'the {red} "cup"', "norm1000")
     assert 'the {red} "cup"' in text
     assert "from 0 to 1000" in text
@@ -27,14 +27,14 @@ def test_the_prompt_says_what_is_asked(name: PromptName) -> None:
 
 
 @pytest.mark.parametrize("name", ["box-2", "point-1"])
-def test_sentences_of_an_image_share_all_but_the_sentence(name: PromptName) -> None:
-    """What engines cache is the longest common beginning."""
+def test_prompts_differ_only_in_the_trailing_sentence(name: PromptName) -> None:
+    """Engines cache the longest common prefix."""
     one, other = prompt_text(name, "cup", "unit"), prompt_text(name, "a dog", "unit")
     assert one.removesuffix('cup"') == other.removesuffix('a dog"') != one
 
 
 def leaves(schema: Any) -> Iterator[dict[str, Any]]:
-    """Every schema of a value within a schema."""
+    """Yields every value schema within a schema."""
     yield schema
     for inner in [*schema.get("properties", {}).values(), *schema.get("anyOf", []), schema.get("items")]:
         if inner is not None:
@@ -43,8 +43,8 @@ def leaves(schema: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("space", COORD_SPACES)
 @pytest.mark.parametrize("name", NAMES)
-def test_everything_in_a_schema_is_bounded(name: PromptName, space: CoordSpace) -> None:
-    """Constrained decoding writes without end where it may; `multipleOf` is not understood by xgrammar."""
+def test_every_schema_value_is_bounded(name: PromptName, space: CoordSpace) -> None:
+    """Constrained decoding may never stop in an unbounded value; xgrammar does not support `multipleOf`."""
     bounds = {
         "string": {"maxLength"},
         "array": {"maxItems"},
@@ -61,13 +61,13 @@ def test_everything_in_a_schema_is_bounded(name: PromptName, space: CoordSpace) 
     ("space", "kind", "largest"),
     [("resized_pixel", "integer", 16384), ("norm1000", "integer", 1000), ("percent", "number", 100)],
 )
-def test_coordinates_of_a_family(space: CoordSpace, kind: str, largest: int) -> None:
+def test_schema_bounds_coordinates_by_coordinate_space(space: CoordSpace, kind: str, largest: int) -> None:
     schema: Any = answer_schema("box-2", space)
     assert schema["properties"]["boxes"]["items"]["items"] == {"type": kind, "minimum": 0, "maximum": largest}
 
 
 def test_a_published_prompt_never_changes() -> None:
-    """Recorded answers name their prompt by this. To change a prompt, add one with a higher number."""
+    """Recorded responses identify their prompt by this hash. To change a prompt, add one with a higher number."""
     known = {
         "box-1": "30624d",
         "box-2": "f76e64",
@@ -76,11 +76,11 @@ def test_a_published_prompt_never_changes() -> None:
     assert {name: prompt_sha256(name, "norm1000")[:6] for name in NAMES} == known
 
 
-def test_the_fingerprint_changes_with_the_question() -> None:
+def test_fingerprint_changes_with_prompt_and_coordinate_space() -> None:
     fingerprints = {prompt_sha256(name, space) for name in NAMES for space in ("pixel", "norm1000", "percent", "unit")}
     assert len(fingerprints) == 12
     assert all(len(fingerprint) == 64 for fingerprint in fingerprints)
-    # By hand, for one of them.
+    # One of them, computed by hand.
     asked = [2, prompt_text("box-2", "", "unit"), answer_schema("box-2", "unit")]
     wanted = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     assert prompt_sha256("box-2", "unit") == wanted
@@ -94,14 +94,14 @@ POINT_1 = {key: value for key, value in BOX_2.items() if key != "boxes"} | {"poi
     ("name", "answer"),
     [
         ("box-2", BOX_2),
-        ("box-2", BOX_2 | {"boxes": [[3, 2, 1, 4], [1, 2, 3, 4]]}),  # one of them is a box
+        ("box-2", BOX_2 | {"boxes": [[3, 2, 1, 4], [1, 2, 3, 4]]}),  # one of them is valid
         ("box-2", BOX_2 | {"found": False, "boxes": []}),
         ("box-1", BOX_1),
         ("box-1", BOX_1 | {"found": False, "bbox": None}),
         ("point-1", POINT_1),
     ],
 )
-def test_answers_worth_keeping(name: PromptName, answer: dict[str, object]) -> None:
+def test_keeps_to_accepts_valid_responses(name: PromptName, answer: dict[str, object]) -> None:
     assert keeps_to(name, json.dumps(answer))
     assert keeps_to(name, f"Here it is:\n```json\n{json.dumps(answer, indent=1)}\n```")
 
@@ -126,5 +126,5 @@ def test_answers_worth_keeping(name: PromptName, answer: dict[str, object]) -> N
         ("point-1", json.dumps(POINT_1 | {"point": [1]})),
     ],
 )
-def test_answers_to_ask_for_again(name: PromptName, text: str) -> None:
+def test_keeps_to_rejects_invalid_responses(name: PromptName, text: str) -> None:
     assert not keeps_to(name, text)

@@ -1,4 +1,4 @@
-"""Questions, chunks on disk, what makes them stale, and workers."""
+"""Querying: questions, chunks on disk, cache invalidation, and workers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PARAMS = prior_params()
 
 @dataclass
 class Echo:
-    """Answers with the sentence itself, and remembers what it was asked; at the sentence `fails` it breaks off."""
+    """Returns each sentence as the response and records the queries; the sentence `fails` interrupts it."""
 
     fails: str = ""
     name: str = "echo"
@@ -57,7 +57,7 @@ def questions(count: int) -> list[Question]:
     return [Question(number, 0, "x.png", (10, 20), f"thing {number}") for number in range(count)]
 
 
-def test_nothing_is_asked_without_a_backend(tmp_path: Path) -> None:
+def test_backend_none_produces_empty_priors(tmp_path: Path) -> None:
     index = Index(pd.DataFrame([image_row(2, 30, 40)]), pd.DataFrame([ref_row(7, 2, "b", None)]), pd.DataFrame([]))
     paths = index.save(tmp_path)
     table = collect_priors(make_backend(prior_params(backend="none"), paths), make_questions(paths, 2))
@@ -84,7 +84,7 @@ def test_questions_are_ordered_by_image(tmp_path: Path) -> None:
     assert asked[2] == Question(3, 0, "images/2.png", (30, 40), "a")
 
 
-def test_the_tables_have_their_whole_schemas_in_order(tmp_path: Path) -> None:
+def test_tables_have_their_full_schemas_and_are_sorted(tmp_path: Path) -> None:
     sentences = [
         '{"bbox": [1, 2, 9, 9], "target": "cup", "attributes": ["red"], "confidence": 0.5}',
         "no \ud800 idea",
@@ -115,7 +115,7 @@ def test_the_tables_have_their_whole_schemas_in_order(tmp_path: Path) -> None:
     assert {key: read[2][key] for key in wanted} == wanted
 
 
-def test_failed_requests_are_kept_as_errors() -> None:
+def test_failed_requests_are_stored_as_errors() -> None:
     class Broken(Echo):
         def ask(self, questions: Sequence[Question]) -> list[Answer]:
             answers = super().ask(questions)
@@ -137,8 +137,8 @@ def test_failed_requests_are_kept_as_errors() -> None:
     ],
 )
 def test_simulated_priors_stay_the_same_to_the_byte(tmp_path: Path, preset: str, samples: int, sha256: str) -> None:
-    """Published results were made with such files: a change here makes them irreproducible. (A new pyarrow may write
-    other bytes for the same rows; then these are to be taken anew from the version before.)"""
+    """Published results use such files: a change here makes them irreproducible. (A new pyarrow may write other bytes
+    for the same rows; in that case recompute the hashes with the previous version of the code.)"""
     index = random_scenes(images=30).save(tmp_path)
     params = prior_params(preset=preset, seed=7, engine={"chunk_size": 17})
     (tmp_path / "chunks").mkdir()
@@ -147,8 +147,8 @@ def test_simulated_priors_stay_the_same_to_the_byte(tmp_path: Path, preset: str,
     assert hashlib.sha256((tmp_path / "priors.parquet").read_bytes()).hexdigest() == sha256
 
 
-def test_replay_opens_no_truth(tmp_path: Path) -> None:
-    """Only `simulated` may read the objects; and replay's sentences need no box."""
+def test_replay_does_not_read_ground_truth(tmp_path: Path) -> None:
+    """Only `simulated` may read the objects; replayed sentences need no true box."""
     index = Index(
         pd.DataFrame([image_row(1, 10, 20)]), pd.DataFrame([ref_row(5, 1, "cup", None)]), pd.DataFrame([])
     ).save(tmp_path)
@@ -169,7 +169,7 @@ def test_simulated_refuses_data_without_boxes(tmp_path: Path) -> None:
         make_backend(PARAMS, index)
 
 
-def test_a_replayed_model_of_unknown_family(tmp_path: Path) -> None:
+def test_replay_refuses_a_model_of_unknown_family(tmp_path: Path) -> None:
     index = random_scenes(images=1).save(tmp_path)
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"sent_id": 0, "raw_text": "x", "model": "odd"}')
@@ -179,14 +179,14 @@ def test_a_replayed_model_of_unknown_family(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["transformers", "openai", "vllm"])
-def test_a_model_of_unknown_family_is_refused_before_it_is_loaded(tmp_path: Path, backend: str) -> None:
+def test_refuses_a_model_of_unknown_family_before_loading_it(tmp_path: Path, backend: str) -> None:
     params = prior_params(backend=backend, model="no/such-model")
     with pytest.raises(ConfigError, match=r"priors\.coord_space: got 'auto', .*'no/such-model' is unknown; set it to"):
         make_backend(params, records.IndexPaths())
 
 
 @pytest.mark.parametrize("backend", ["transformers", "openai", "vllm"])
-def test_a_real_model_needs_a_name(backend: str) -> None:
+def test_real_backends_require_a_model_name(backend: str) -> None:
     with pytest.raises(ValueError, match=rf"model: got None, .* because backend is {backend}"):
         prior_params(backend=backend)
 
@@ -194,8 +194,8 @@ def test_a_real_model_needs_a_name(backend: str) -> None:
 # Chunks
 
 
-def test_chunks_are_stored_and_not_asked_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cut off in the third of four chunks, and resumed: only what was missing is asked, and the table is the same."""
+def test_resuming_reuses_stored_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run stops in the third of four chunks. Resuming queries only the missing ones; the table is equal."""
     params = prior_params(engine={"chunk_size": 3})
     first = Echo(fails="thing 7")
     with pytest.raises(KeyboardInterrupt):
@@ -211,8 +211,8 @@ def test_chunks_are_stored_and_not_asked_again(tmp_path: Path, capsys: pytest.Ca
     assert table == ask_table(Echo(), questions(10))
 
 
-def test_half_a_file_is_not_taken_for_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill while a chunk is written: the write goes to another name first."""
+def test_a_partially_written_file_is_not_used_as_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies while writing a chunk; the write goes to a temporary name first."""
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -228,7 +228,7 @@ def test_half_a_file_is_not_taken_for_a_chunk(tmp_path: Path, monkeypatch: pytes
     assert again.asked == [[0, 1, 2], [3, 4]]
 
 
-def test_with_everything_stored_no_backend_is_built(tmp_path: Path) -> None:
+def test_builds_no_backend_when_all_chunks_are_stored(tmp_path: Path) -> None:
     def refuse() -> Echo:
         raise AssertionError
 
@@ -236,19 +236,19 @@ def test_with_everything_stored_no_backend_is_built(tmp_path: Path) -> None:
     assert ask_all(refuse, questions(5), tmp_path, PARAMS) == whole
 
 
-def test_nothing_to_ask_is_an_empty_table(tmp_path: Path) -> None:
+def test_no_questions_give_an_empty_table(tmp_path: Path) -> None:
     assert ask_all(Echo, [], tmp_path, PARAMS).schema == records.ANSWERS
 
 
-def test_other_sentences_are_other_chunks(tmp_path: Path) -> None:
+def test_changed_sentences_invalidate_stored_chunks(tmp_path: Path) -> None:
     ask_all(Echo, questions(5), tmp_path, PARAMS)
     changed = [replace(question, sentence=question.sentence.upper()) for question in questions(5)]
     table = ask_all(Echo, changed, tmp_path, PARAMS)
     assert table["raw_text"].to_pylist() == [f"THING {number}" for number in range(5)]
 
 
-def test_where_everything_fails_nothing_is_stored(tmp_path: Path) -> None:
-    """A dead server or a full GPU must not fill the table with errors; a few bad requests must not stop the rest."""
+def test_stores_nothing_when_every_request_fails(tmp_path: Path) -> None:
+    """A dead server or a full GPU must not fill the table with errors; a few bad requests must not stop the run."""
 
     class Down(Echo):
         def ask(self, questions: Sequence[Question]) -> list[Answer]:
@@ -262,7 +262,7 @@ def test_where_everything_fails_nothing_is_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [2])
-def test_more_processes_give_the_same_bytes(tmp_path: Path, workers: int) -> None:
+def test_multiple_processes_give_the_same_bytes(tmp_path: Path, workers: int) -> None:
     index = random_scenes(images=40).save(tmp_path)
     files = []
     for count in (1, workers):
@@ -273,7 +273,7 @@ def test_more_processes_give_the_same_bytes(tmp_path: Path, workers: int) -> Non
         table = ask_all(make, make_questions(index, 1), folder, params)
         records.write_table(table, folder / "answers", records.ANSWERS)
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert len(files[0]) == 10  # nine chunks and the whole
+    assert len(files[0]) == 10  # nine chunks and the full table
     assert files[0] == files[1]
 
 
@@ -282,12 +282,12 @@ def test_more_processes_give_the_same_bytes(tmp_path: Path, workers: int) -> Non
     [
         ("transformers", "cpu", 1000, "4", 4),
         ("transformers", "cpu", 1000, "1", 1),
-        ("transformers", "cpu", SMALL_BYTES + 1, "4", 1),  # each process would hold a copy
+        ("transformers", "cpu", SMALL_BYTES + 1, "4", 1),  # each process would hold a copy of the weights
         ("transformers", "cuda", 1000, "4", 1),
-        ("openai", "cpu", 1000, "4", 1),  # the server computes
+        ("openai", "cpu", 1000, "4", 1),  # the server does the work
     ],
 )
-def test_auto_asks_a_small_model_by_one_process_a_core_on_a_cpu_alone(
+def test_auto_uses_one_process_per_core_only_for_a_small_model_on_a_cpu(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     backend: str,
@@ -304,7 +304,7 @@ def test_auto_asks_a_small_model_by_one_process_a_core_on_a_cpu_alone(
     assert worker_count(params) == expected
 
 
-def test_what_a_worker_cannot_do_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_worker_error_is_reported_in_one_line(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
     params = prior_params(backend="replay", replay_file="nowhere.jsonl", engine={"chunk_size": 1, "data_parallel": 2})
     with pytest.raises(InputError, match=r"^nowhere\.jsonl: cannot be read"):
@@ -314,7 +314,7 @@ def test_what_a_worker_cannot_do_is_said_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("listed", "expected"), [("", [""] * 2), ("4,6", ["4", "6"]), (None, ["0", "1"])], ids=["hidden", "listed", "all"]
 )
-def test_each_worker_sees_its_own_gpu_and_no_hidden_one(
+def test_each_worker_sees_only_its_own_visible_gpu(
     monkeypatch: pytest.MonkeyPatch, listed: str | None, expected: list[str]
 ) -> None:
     seen = []
@@ -333,14 +333,14 @@ def test_each_worker_sees_its_own_gpu_and_no_hidden_one(
 
 
 class Killed(Echo):
-    """As a process that takes more memory than there is."""
+    """Kills its own process, as the out-of-memory killer does."""
 
     def ask(self, asked: Sequence[Question]) -> list[Answer]:
         os.kill(os.getpid(), signal.SIGKILL)
         return super().ask(asked)
 
 
-def test_a_killed_worker_is_said_in_one_line_and_what_is_stored_stays(tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported_in_one_line_and_keeps_stored_chunks(tmp_path: Path) -> None:
     params = prior_params(engine={"chunk_size": 2, "data_parallel": 2})
     ask_all(Echo, questions(4), tmp_path, params)
     with pytest.raises(InputError, match=r"^a process that asks was killed, .* run again to go on$"):
@@ -349,7 +349,7 @@ def test_a_killed_worker_is_said_in_one_line_and_what_is_stored_stays(tmp_path: 
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])
-def test_processes_without_a_gpu_are_refused_where_others_have_one(
+def test_refuses_more_processes_than_the_gpus_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -359,19 +359,19 @@ def test_processes_without_a_gpu_are_refused_where_others_have_one(
         ask_all(Echo, questions(4), tmp_path, params)
 
 
-# What makes stored answers stale
+# Invalidation of stored responses
 
 
-def test_dvc_asks_again_for_all_that_changes_the_question_and_for_nothing_else() -> None:
+def test_dvc_reruns_ask_only_for_settings_that_change_the_query() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     tracked = {name.removeprefix("priors.") for name in stages["ask"]["params"]}
     assert tracked == PriorsParams.model_fields.keys() - {"engine", "prices"}
     code = [path for stage in ("ask", "priors") for path in stages[stage]["deps"] if path.endswith("parse.py")]
-    assert code == ["l2l_core/priors/parse.py"]  # of `priors` alone: another parser asks nobody
+    assert code == ["l2l_core/priors/parse.py"]  # only of `priors`: changing the parser does not query the model again
     assert "l2l_core/priors/parse.py" in stages["priors"]["deps"]
 
 
-def test_the_key_changes_with_what_is_asked(tmp_path: Path) -> None:
+def test_cache_key_changes_with_the_query(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
     answers = tmp_path / "answers.jsonl"
     answers.write_text("{}")
@@ -395,7 +395,7 @@ def test_the_key_changes_with_what_is_asked(tmp_path: Path) -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_the_key_stays_with_how_it_is_run(tmp_path: Path) -> None:
+def test_cache_key_ignores_engine_and_price_settings(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
     elsewhere = prior_params(engine={"data_parallel": 8, "server_url": "http://other:1/v1"})
     priced = prior_params(prices={"prompt": 1.0, "completion": 2.0})

@@ -1,4 +1,4 @@
-"""The stage itself, killed while it asks a server: it goes on where it was, and ends in the same bytes."""
+"""The stage is killed while it queries a server; it resumes and produces the same bytes."""
 
 from __future__ import annotations
 
@@ -36,21 +36,19 @@ def stub() -> Iterator[Stub]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What the stages write where nothing disturbs them."""
+    """Output of the stages when they run without interruption."""
     with serve(Stub(answer=trouble)) as undisturbed:
         written = finish(make_folder(tmp_path_factory.mktemp("whole") / "project", undisturbed.url))
         assert len(undisturbed.bodies) == SENTENCES + DRAWN_AGAIN
         return written
 
 
-def test_the_server_was_no_friend(whole: dict[str, bytes]) -> None:
+def test_stub_server_causes_one_failed_request(whole: dict[str, bytes]) -> None:
     summary = json.loads(whole["metrics/priors.json"])
     assert (summary["answers"], summary["ok"], summary["error"]) == (SENTENCES, SENTENCES - 1, 1)
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(
-    tmp_path: Path, stub: Stub, whole: dict[str, bytes]
-) -> None:
+def test_resuming_after_random_kills_gives_the_same_bytes(tmp_path: Path, stub: Stub, whole: dict[str, bytes]) -> None:
     folder = make_folder(tmp_path / "project", stub.url)
     draw = random.Random(0)
     for _ in range(KILLS):
@@ -61,11 +59,11 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
 
     times = Counter(sentence_of(body) for body in stub.bodies)
     assert len(times) == SENTENCES
-    # Asked twice: at most the chunk in flight at each kill, and the answer that is drawn again.
+    # Queried twice: at most the chunk in flight at each kill, and the response that is resampled.
     assert 0 < len(stub.bodies) - SENTENCES <= KILLS * (CHUNK + DRAWN_AGAIN) + DRAWN_AGAIN
 
 
-def test_two_processes_end_in_the_same_bytes_and_die_with_their_parent(
+def test_two_workers_die_with_their_parent_and_resume_to_the_same_bytes(
     tmp_path: Path, stub: Stub, whole: dict[str, bytes]
 ) -> None:
     folder = make_folder(tmp_path / "project", stub.url, data_parallel=2)
@@ -74,7 +72,7 @@ def test_two_processes_end_in_the_same_bytes_and_die_with_their_parent(
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.kill()  # the parent alone
-    process.communicate(timeout=PATIENCE_S)  # its workers hold the other end: this returns when they have ended
+    process.kill()  # only the parent
+    process.communicate(timeout=PATIENCE_S)  # the workers hold the other end: this returns when they exit
     assert len(stub.bodies) < SENTENCES
     assert finish(folder) == whole

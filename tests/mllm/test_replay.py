@@ -42,8 +42,8 @@ def priors(backend: ReplayBackend, tmp_path: Path, samples: int = 1) -> pd.DataF
     return collect_priors(backend, make_questions(index, samples)).to_pandas().set_index(["sent_id", "sample_index"])
 
 
-def test_recorded_boxes_find_their_sentence(tmp_path: Path) -> None:
-    """By words in whatever case; else the ref's first sentence; refs of other data sets are passed over."""
+def test_matches_recorded_boxes_to_sentences(tmp_path: Path) -> None:
+    """Matching ignores case and falls back to the ref's first sentence; refs of other datasets are skipped."""
     path = recorded(
         tmp_path,
         {
@@ -65,7 +65,7 @@ def test_recorded_boxes_find_their_sentence(tmp_path: Path) -> None:
     assert table["bbox"].isna().tolist() == [True, False, True]
 
 
-def test_raw_answers_are_parsed_in_their_models_space(tmp_path: Path) -> None:
+def test_parses_raw_responses_in_the_coordinate_space_of_their_model(tmp_path: Path) -> None:
     path = recorded(
         tmp_path,
         {"sent_id": 10, "raw_text": '{"bbox": [100, 500, 200, 1000]}', "model": "OpenGVLab/InternVL2_5-8B"},
@@ -84,7 +84,7 @@ def test_raw_answers_are_parsed_in_their_models_space(tmp_path: Path) -> None:
     assert table[["input_height", "input_width"]].to_numpy().tolist() == [[480, 640], [480, 640], [50, 400]]
 
 
-def test_the_configured_space_holds_where_a_line_has_none(tmp_path: Path) -> None:
+def test_uses_the_configured_space_for_lines_without_one(tmp_path: Path) -> None:
     path = recorded(
         tmp_path,
         {"sent_id": 10, "raw_text": "[10, 10, 20, 20]", "model": "my-model"},
@@ -94,7 +94,7 @@ def test_the_configured_space_holds_where_a_line_has_none(tmp_path: Path) -> Non
     assert table["bbox"].dropna().map(list).tolist() == [[64, 48, 128, 96], [10, 10, 20, 20]]
 
 
-def test_samples_are_recorded_one_by_one(tmp_path: Path) -> None:
+def test_each_recorded_sample_is_replayed_separately(tmp_path: Path) -> None:
     line = {"sent_id": 10, "model": "llava", "coord_space": "unit"}
     path = recorded(
         tmp_path,
@@ -108,7 +108,7 @@ def test_samples_are_recorded_one_by_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_answers_are_read_in_the_encodings_in_which_pairs_are(tmp_path: Path, encoding: str) -> None:
+def test_reads_the_same_encodings_as_pair_files(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "recorded.jsonl"
     line = json.dumps({"sent_id": 10, "raw_text": "[1, 2, 30, 40]", "coord_space": "pixel"})
     path.write_bytes(f"{line}\n".encode(encoding))
@@ -157,18 +157,18 @@ def test_all_bad_lines_are_reported_at_once(tmp_path: Path) -> None:
         assert problem in text
 
 
-def test_a_second_answer_is_refused(tmp_path: Path) -> None:
+def test_refuses_a_duplicate_response(tmp_path: Path) -> None:
     line = {"ref_id": 100, "expression": "red cup", "pred_box_xyxy": None}
     with pytest.raises(InputError, match=r"line 3: a second answer for sent_id 10, the first is in line 1; keep one"):
         load(recorded(tmp_path, line, {"ref_id": 200, "pred_box_xyxy": None}, line))
 
 
-def test_answers_of_another_data_set(tmp_path: Path) -> None:
+def test_refuses_responses_for_another_dataset(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none of its answers belongs to a sentence"):
         load(recorded(tmp_path, {"ref_id": 999, "pred_box_xyxy": None}))
 
 
-def test_missing_and_undecodable_files(tmp_path: Path) -> None:
+def test_refuses_missing_and_undecodable_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no\.jsonl: cannot be read: No such file .*set priors\.replay_file"):
         load(tmp_path / "no.jsonl")
     path = tmp_path / "latin.jsonl"
@@ -178,8 +178,10 @@ def test_missing_and_undecodable_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("file", "acc"), [("qwen25vl", 0.903), ("internvl", 0.894)])
-def test_real_answers_keep_their_accuracy(file: str, acc: float, real_data: Path, tmp_path: Path) -> None:
-    """acc@0.5 over RefCOCO testA's 1,975 refs, by pycocotools' IoU, is the published measurement of these files."""
+def test_replay_reproduces_the_published_accuracy_of_real_responses(
+    file: str, acc: float, real_data: Path, tmp_path: Path
+) -> None:
+    """acc@0.5 over the 1,975 refs of RefCOCO testA (IoU by pycocotools) equals the published value for each file."""
     index = refcoco_testa(real_data)
     answers = load_recorded(real_data / f"mllm_outputs/{file}_refcoco_testA.jsonl", index.refs, index.images, "auto")
     table = collect_priors(ReplayBackend(answers), make_questions(index.save(tmp_path), 1)).to_pandas()
@@ -194,7 +196,7 @@ def test_real_answers_keep_their_accuracy(file: str, acc: float, real_data: Path
     assert round(float((iou >= 0.5).sum() / 1975), 3) == acc
 
 
-def test_asking_about_an_unknown_sentence_is_no_prior(tmp_path: Path) -> None:
+def test_an_unrecorded_sentence_gives_an_empty_prior(tmp_path: Path) -> None:
     backend = load(recorded(tmp_path, {"ref_id": 200, "pred_box_xyxy": [1, 2, 30, 40]}))
     answer = backend.ask([Question(77, 0, "x.png", (5, 6), "what")])[0]
     assert (answer.unread, answer.raw_text) == ("empty", "")

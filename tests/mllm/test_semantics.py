@@ -1,4 +1,4 @@
-"""What a model says in words reaches the network's guidance tokens, not only the table."""
+"""The words in a model's response reach the network's guidance tokens, not only the table."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PLAIN = {"found": True, "boxes": [[4, 4, 20, 20]], "confidence": 1}
 WORDS = {"target": "cup", "attributes": ["red"], "relation": "left of", "anchor": "bus"}
 SAID = [
     PLAIN | WORDS,
-    PLAIN | WORDS,  # the same again
+    PLAIN | WORDS,  # identical
     PLAIN | WORDS | {"target": "dog"},
     PLAIN | WORDS | {"attributes": ["blue"]},
     PLAIN | WORDS | {"relation": "behind"},
     PLAIN | WORDS | {"anchor": "tree"},
     PLAIN,
 ]
-"""The same box to the same sentence about the same image: only the words differ."""
+"""All responses give the same box for the same sentence and image; only the words differ."""
 
 
 class Scripted:
@@ -45,7 +45,7 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def guidance(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    """[7, T, D] guidance tokens of an untrained network, from stored answers through every step between."""
+    """[7, T, D] guidance tokens of an untrained network, computed from stored responses through the full pipeline."""
     folder = tmp_path_factory.mktemp("semantics")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / "x.png")
     images = pd.DataFrame([image_row(1, 32, 32) | {"file_name": str(folder / "x.png")}])
@@ -75,6 +75,6 @@ def test_the_same_words_give_the_same_guidance(guidance: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("row", range(2, len(SAID)))
-def test_other_words_give_other_guidance(guidance: torch.Tensor, row: int) -> None:
-    """Target, attribute, relation, anchor, and none of them."""
+def test_different_words_give_different_guidance(guidance: torch.Tensor, row: int) -> None:
+    """Rows change the target, attribute, relation or anchor, or omit them all."""
     assert (guidance[0] - guidance[row]).abs().max() > 1e-3

@@ -18,8 +18,8 @@ from l2l_core.mllm.simulated import SimulatedBackend, describe_sentence, make_tr
 from l2l_core.priors.parse import ParsedPrior, parse_answer
 
 EDGES = (0.0, 0.05, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95)
-# As measured on real answers: share without a box, share with IoU >= 0.5, shares by IoU bin. Wrong objects: measured
-# for the first two, assumed for the last.
+# Measured on real responses: share without a box, share with IoU >= 0.5, share of wrong objects, shares by IoU bin.
+# The share of wrong objects is measured for the first two models and assumed for the last.
 MEASURED = {
     "qwen2.5-vl-7b": (0.023, 0.903, 0.032, (0.021, 0.016, 0.037, 0.065, 0.084, 0.248, 0.335, 0.171)),
     "internvl2.5-8b": (0.010, 0.894, 0.034, (0.030, 0.021, 0.045, 0.076, 0.084, 0.239, 0.279, 0.216)),
@@ -90,7 +90,7 @@ def llava(scenes: Index) -> pd.DataFrame:
 
 
 def assert_measured(preset: str, seen: pd.DataFrame) -> None:
-    """Every rate within 2 points of what was measured."""
+    """Checks that every rate is within 2 points of the measured one."""
     no_box, acc, wrong, histogram = MEASURED[preset]
     counts, _ = np.histogram(seen["iou"].dropna(), (*EDGES, 1.0))
     assert seen["iou"].isna().mean() == pytest.approx(no_box, abs=0.02)
@@ -100,7 +100,7 @@ def assert_measured(preset: str, seen: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("preset", MEASURED)
-def test_measured_rates_are_reproduced(preset: str, scenes: Index) -> None:
+def test_presets_reproduce_the_measured_rates(preset: str, scenes: Index) -> None:
     asked = questions(scenes)
     priors = parse(asked, backend(preset, scenes).ask(asked))
     assert len(priors) == 5000
@@ -109,15 +109,15 @@ def test_measured_rates_are_reproduced(preset: str, scenes: Index) -> None:
 
 
 @pytest.mark.parametrize("preset", MEASURED)
-def test_scenes_without_overlap_reach_the_rates_too(preset: str, scenes: Index) -> None:
-    """Where no two objects touch, a wrong object has IoU 0 and only the lowest bin can hold one."""
+def test_presets_reproduce_the_rates_without_overlapping_objects(preset: str, scenes: Index) -> None:
+    """When no two objects touch, a wrong object has IoU 0, so only the lowest bin can hold one."""
     lattice = [[8.0 * (ann_id % 10), 8.0, 8.0 * (ann_id % 10) + 7, 15.0] for ann_id in scenes.objects["ann_id"]]
     objects = scenes.objects.assign(bbox=lattice)
     refs = scenes.refs.drop(columns="bbox").merge(objects[["ann_id", "bbox"]], on="ann_id")
     assert_measured(preset, judged(preset, Index(scenes.images, refs, objects)))
 
 
-def test_a_lone_object_has_nothing_to_be_mistaken_for(scenes: Index) -> None:
+def test_a_lone_object_is_never_confused_with_another(scenes: Index) -> None:
     refs = scenes.refs.iloc[::2]
     seen = judged(
         "llava-1.5-7b", Index(scenes.images, refs, scenes.objects[scenes.objects["ann_id"].isin(refs["ann_id"])])
@@ -126,7 +126,7 @@ def test_a_lone_object_has_nothing_to_be_mistaken_for(scenes: Index) -> None:
     assert (seen["iou"] < 0.5).mean() == pytest.approx(0.510, abs=0.03)
 
 
-def test_objects_from_four_pixels_to_the_whole_image() -> None:
+def test_iou_rates_hold_for_objects_from_four_pixels_to_the_whole_image() -> None:
     rng = np.random.default_rng(0)
     scenes = random_scenes(images=1000, seed=1)
     sides = rng.choice([4.0, 12.0, 60.0, 96.0], size=(len(scenes.refs), 2))
@@ -138,8 +138,8 @@ def test_objects_from_four_pixels_to_the_whole_image() -> None:
     assert counts / len(seen) == pytest.approx(MEASURED["llava-1.5-7b"][3], abs=0.03)
 
 
-def test_objects_of_the_same_category_are_mistaken_more_readily(scenes: Index, llava: pd.DataFrame) -> None:
-    """Two of the five other objects share the target's category: 0.4 by chance, 8 / (8 + 3) = 0.73 as wanted."""
+def test_wrong_objects_prefer_the_same_category(scenes: Index, llava: pd.DataFrame) -> None:
+    """Two of the five other objects share the target's category: 0.4 by chance, 8 / (8 + 3) = 0.73 expected."""
     category = scenes.objects.set_index("ann_id")["category"]
     is_wrong = llava["wrong_ann_id"] >= 0
     taken = category.loc[llava.loc[is_wrong, "wrong_ann_id"]].to_numpy()
@@ -147,7 +147,7 @@ def test_objects_of_the_same_category_are_mistaken_more_readily(scenes: Index, l
     assert 0.63 < np.mean(taken == meant) < 0.83
 
 
-def test_confidence_hardly_knows_what_is_right(llava: pd.DataFrame) -> None:
+def test_confidence_is_only_weakly_informative(llava: pd.DataFrame) -> None:
     right, wrong = (llava.loc[chosen, "score"].to_numpy() for chosen in (llava["iou"] >= 0.5, llava["iou"] < 0.5))
     auroc = np.mean((right[:, None] > wrong) + 0.5 * (right[:, None] == wrong))
     assert 0.55 < auroc < 0.66
@@ -155,7 +155,7 @@ def test_confidence_hardly_knows_what_is_right(llava: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize("preset", MEASURED)
-def test_an_answer_depends_on_its_own_question_alone(preset: str, scenes: Index) -> None:
+def test_a_response_depends_only_on_its_question(preset: str, scenes: Index) -> None:
     asked = questions(scenes, samples=2)[:400]
     answers = backend(preset, scenes).ask(asked)
     assert backend(preset, scenes).ask(asked[::-1]) == answers[::-1]
@@ -173,7 +173,7 @@ def test_an_answer_depends_on_its_own_question_alone(preset: str, scenes: Index)
     assert sum(a == b for a, b in samples) < 20
 
 
-def test_answers_obey_the_schema_that_real_models_are_given(scenes: Index) -> None:
+def test_responses_conform_to_the_prompt_schema(scenes: Index) -> None:
     for preset in MEASURED:
         asked = questions(scenes)[:500]
         answers = backend(preset, scenes).ask(asked)
@@ -192,8 +192,8 @@ def test_answers_obey_the_schema_that_real_models_are_given(scenes: Index) -> No
             assert all(number["minimum"] <= value <= number["maximum"] for value in said["bbox"] or [])
 
 
-def test_families_write_in_their_own_space(scenes: Index) -> None:
-    """640 x 480 is resized to 644 x 476 by Qwen2.5-VL; the same box differs by that factor from one in pixels."""
+def test_responses_use_the_configured_coordinate_space(scenes: Index) -> None:
+    """Qwen2.5-VL resizes 640 x 480 to 644 x 476, which scales its boxes by the same factors."""
     row = next(question for question in questions(scenes) if question.image_hw == (480, 640))
     written = {}
     for space in ("pixel", "resized_pixel", "norm1000", "unit"):
@@ -207,7 +207,7 @@ def test_families_write_in_their_own_space(scenes: Index) -> None:
     assert written["unit"] == pytest.approx(written["norm1000"] / 1000, abs=1e-5)
 
 
-def test_missing_boxes_name_the_remedy(scenes: Index) -> None:
+def test_missing_boxes_error_names_the_remedy(scenes: Index) -> None:
     refs = scenes.refs.copy()
     refs.at[5, "bbox"] = None
     with pytest.raises(InputError, match=r"1 of 5000 .*sent_id 21\).*priors\.backend to replay"):
@@ -225,13 +225,15 @@ def test_missing_boxes_name_the_remedy(scenes: Index) -> None:
         ("?!", "", [], ""),
     ],
 )
-def test_words_come_from_the_sentence(sentence: str, target: str, attributes: list[str], relation: str) -> None:
+def test_describe_sentence_splits_target_attributes_and_relation(
+    sentence: str, target: str, attributes: list[str], relation: str
+) -> None:
     assert describe_sentence(sentence) == (target, attributes, relation)
 
 
 @pytest.mark.parametrize(("preset", "file"), [("qwen2.5-vl-7b", "qwen25vl"), ("internvl2.5-8b", "internvl")])
-def test_presets_are_what_real_answers_show(preset: str, file: str, real_data: Path) -> None:
-    """Recount the wrong objects of 1,975 real answers, and simulate on the very same photos."""
+def test_presets_match_real_responses(preset: str, file: str, real_data: Path) -> None:
+    """Recounts the wrong objects in 1,975 real responses and simulates responses for the same photos."""
     index = refcoco_testa(real_data)
     first = index.refs.drop_duplicates("ref_id").set_index("ref_id")["sent_id"]
     lines = (real_data / f"mllm_outputs/{file}_refcoco_testA.jsonl").read_text().splitlines()

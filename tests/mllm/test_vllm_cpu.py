@@ -1,4 +1,4 @@
-"""The real vLLM on a CPU, in this process and as a server, against transformers; a small Qwen2.5-VL of random weights.
+"""Real vLLM on a CPU, in-process and as a server, compared with transformers on a small random Qwen2.5-VL.
 
 `make test-vllm` runs it in .venv-vllm, where all three are installed.
 """
@@ -34,21 +34,21 @@ from l2l_core.mllm.engine_vllm import STRUCTURED_OUTPUTS, VllmEngine
 from l2l_core.mllm.prompt import answer_schema, keeps_to
 from l2l_core.refshapes.dataset import make_scene
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM and what it loads warn of much
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM and its dependencies emit many warnings
 
-ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}  # before an engine in this process adds to it
+ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}  # copied before an in-process engine adds to it
 NAME = "tiny-Qwen2.5-VL"
 EMBEDDED = Path(__file__).parents[2] / MODEL["model"]
 SIZES_HW = [(56, 56), (100, 75), (40, 200), (168, 168), (300, 28), (63, 120), (1, 1), (90, 130), (224, 112)]
 SENTENCES = ["the red cup", "left", "a dog behind the second cup, not the small one", "thing 7"]
 TOGETHER = '("$@"; kill -9 0) & read _; kill -9 0'
-"""Runs a command; it and all that it started end when it ends, or when the process that holds the input is gone."""
-START_S = 900.0  # of the server: half a minute on two free cores, many times that beside other work
+"""Runs a command and kills its process group when the command or the process that holds its stdin ends."""
+START_S = 900.0  # server start: half a minute on two free cores, much longer under load
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    """The engine in this process instead of one of its own (a start takes half the time), a cache of 1 GiB."""
+    """Runs the engine in this process (its start takes half the time) with a cache of 1 GiB."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -74,7 +74,7 @@ def offline(model: Path) -> VllmEngine:
 
 @pytest.fixture(scope="module")
 def server_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server as docs/priors.md starts it; killed with all its processes, whatever happens."""
+    """A server started as in docs/priors.md; always killed with all its processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +100,7 @@ def server_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        process.communicate()  # closes the input
+        process.communicate()  # closes stdin
 
 
 def _is_up(port: int) -> bool:
@@ -117,7 +117,7 @@ def served(server_url: str) -> OpenAIEngine:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
-    """Images of many sizes, each with several sentences, in the order in which the stage asks."""
+    """Images of many sizes with several sentences each, in the order in which the stage queries them."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     asked = []
     for number, (height, width) in enumerate(SIZES_HW):
@@ -133,22 +133,22 @@ def backend(engine: Engine, model: Path | str = NAME, **changes: Any) -> MllmBac
 
 
 def is_valid(text: str) -> bool:
-    """By a validator of JSON schemas, which knows nothing of grammars."""
-    import jsonschema  # of vLLM's own requirements
+    """Validates with a JSON schema validator, independent of grammars."""
+    import jsonschema  # a dependency of vLLM
 
     jsonschema.validate(json.loads(text), answer_schema("box-2", "resized_pixel"))
     return True
 
 
 def said(answers: Sequence[Answer]) -> list[Answer]:
-    """The answers without their precision, which a server does not tell."""
+    """The responses without their precision, which a server does not report."""
     return [replace(answer, precision=None) for answer in answers]
 
 
-def test_three_ways_to_ask_give_the_same_text(
+def test_vllm_server_and_transformers_give_the_same_text(
     model: Path, offline: VllmEngine, served: OpenAIEngine, questions: list[Question]
 ) -> None:
-    """Greedy, in fp32; what differs between them is the code that computes, batches and keeps to the JSON."""
+    """Greedy, in fp32. The three differ in the code that computes, batches and constrains the output to JSON."""
     by_vllm = backend(offline).ask(questions)
     by_server = backend(served).ask(questions)
     by_transformers = backend(TransformersEngine(params(model))).ask(questions)
@@ -159,7 +159,7 @@ def test_three_ways_to_ask_give_the_same_text(
     assert len({answer.raw_text for answer in by_vllm}) > len(questions) * 0.9  # image and sentence matter
 
 
-def test_drawn_answers_are_valid_and_depend_on_their_seed_alone(
+def test_samples_are_valid_and_depend_only_on_their_seed(
     offline: VllmEngine, served: OpenAIEngine, questions: list[Question]
 ) -> None:
     drawn = [replace(question, sample_index=sample) for question in questions[:12] for sample in (1, 2)]
@@ -172,17 +172,17 @@ def test_drawn_answers_are_valid_and_depend_on_their_seed_alone(
     assert backend(served, temperature=1.5).ask(drawn) == said(answers)
 
 
-def test_without_a_schema_anything_is_written(offline: VllmEngine, questions: list[Question]) -> None:
+def test_output_is_unconstrained_without_a_schema(offline: VllmEngine, questions: list[Question]) -> None:
     answers = backend(offline, structured_output=False, max_tokens=20).ask(questions[:4])
     assert not any(answer.is_valid for answer in answers)
     assert all(answer.raw_text and answer.unread is None for answer in answers)
 
 
 @pytest.mark.parametrize("way", ["offline", "served"])
-def test_what_cannot_be_asked_is_marked_and_the_rest_answered(
+def test_marks_impossible_requests_and_completes_the_others(
     way: str, request: pytest.FixtureRequest, questions: list[Question], tmp_path: Path
 ) -> None:
-    """A sentence beyond the context, and an image that Qwen's processor refuses: 1,071 times as wide as high."""
+    """One sentence exceeds the context; one image is refused by Qwen's processor (1,071 times as wide as high)."""
     thin = tmp_path / "thin.png"
     Image.new("RGB", (30000, 10)).save(thin)
     good = questions[:5]
@@ -195,15 +195,15 @@ def test_what_cannot_be_asked_is_marked_and_the_rest_answered(
     assert [answer for answer in answers if not answer.unread] == asked.ask(good)
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_model_error_names_the_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"priors\.model: vLLM cannot run '.*nothing-Qwen2\.5-VL'"):
         VllmEngine(params(tmp_path / "nothing-Qwen2.5-VL"))
 
 
-def test_the_model_of_the_project_answers_alike_through_both_engines(tmp_path: Path) -> None:
-    """200 greedy answers in fp32, about scenes that belong to no split.
+def test_built_in_model_gives_the_same_text_with_both_engines(tmp_path: Path) -> None:
+    """200 greedy responses in fp32, for scenes that belong to no split.
 
-    The last test here: vLLM keeps state in the process, and an engine started before it answers nonsense afterwards.
+    Must stay the last test: vLLM keeps state in the process, so engines started earlier return nonsense afterwards.
     """
     asked = []
     for number in range(100):

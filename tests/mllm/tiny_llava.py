@@ -1,4 +1,4 @@
-"""A LLaVA of random weights with a character tokenizer, saved as any model of the hub is; needs no torchvision."""
+"""A LLaVA with random weights and a character tokenizer, saved in the hub format; needs no torchvision."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def save_tiny_llava(folder: Path, seed: int = 0) -> Path:
             vocab_size=len(vocabulary),
             num_key_value_heads=2,
             max_position_embeddings=2048,
-            initializer_range=0.5,  # large enough that image and question change what is written
+            initializer_range=0.5,  # large enough for the image and the question to change the output
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,

@@ -37,7 +37,7 @@ def answer(network: Decoder, given: dict) -> tuple[torch.Tensor, torch.Tensor]:
 def decoder(levels: int = 3) -> Decoder:
     torch.manual_seed(0)
     made = Decoder([6 + row for row in range(levels)], DIM, heads=2).eval()
-    for parameter in made.parameters():  # also those that start at zero
+    for parameter in made.parameters():  # including those initialized to zero
         torch.nn.init.normal_(parameter, std=0.3)
     return made
 
@@ -46,14 +46,15 @@ def decoder(levels: int = 3) -> Decoder:
     ("sides", "refined_side"),
     [((16, 8, 4), 16), ((32, 16, 8), 16), ((64, 32, 24), 24), ((8, 8, 8), 8)],
 )
-def test_masks_are_twice_as_fine_as_the_pyramid_and_proposals_as_the_level_that_is_compared(sides, refined_side):
-    """The finest level of at most 16 x 16 pixels; where there is none, the coarsest."""
+def test_masks_and_refined_proposals_have_the_expected_size(sides, refined_side):
+    """Masks are twice as fine as the finest level. Refined proposals have the size of the finest level of at most 16
+    x 16 pixels, or of the coarsest level if all are larger."""
     mask_logits, refined_logits = answer(decoder(), inputs(sides))
     assert mask_logits.shape == (2, 1, 2 * sides[0], 2 * sides[0])
     assert refined_logits.shape == (2, 1, refined_side, refined_side)
 
 
-def test_images_need_not_be_square():
+def test_decoder_accepts_images_that_are_not_square():
     given = inputs()
     given["pyramid"] = [random(4, 2, 6, 12, 20), random(5, 2, 7, 6, 10), random(6, 2, 8, 3, 5)]
     mask_logits, refined_logits = answer(decoder(), given)
@@ -61,7 +62,7 @@ def test_images_need_not_be_square():
     assert refined_logits.shape == (2, 1, 12, 20)
 
 
-def test_tokens_that_are_gone_have_no_say_and_the_others_do():
+def test_decoder_ignores_padding_tokens_only():
     network, given = decoder(), inputs()
     with torch.no_grad():
         before = answer(network, given)
@@ -75,7 +76,7 @@ def test_tokens_that_are_gone_have_no_say_and_the_others_do():
 
 
 @pytest.mark.parametrize("name", ["told", "proposal", "score"])
-def test_what_is_told_and_proposed_reaches_mask_and_refined_proposal(name):
+def test_conditioning_and_proposal_affect_mask_and_refined_proposal(name):
     network, given = decoder(), inputs()
     with torch.no_grad():
         before = answer(network, given)
@@ -85,7 +86,7 @@ def test_what_is_told_and_proposed_reaches_mask_and_refined_proposal(name):
         assert not torch.allclose(first, second)
 
 
-def test_every_level_of_the_pyramid_counts():
+def test_every_pyramid_level_affects_the_mask():
     network = decoder()
     with torch.no_grad():
         before = answer(network, inputs())[0]
@@ -95,7 +96,7 @@ def test_every_level_of_the_pyramid_counts():
             assert not torch.allclose(answer(network, given)[0], before)
 
 
-def test_samples_do_not_see_each_other():
+def test_samples_of_a_batch_are_independent():
     network, given = decoder(), inputs(batch=3)
     with torch.no_grad():
         together = answer(network, given)
@@ -105,14 +106,14 @@ def test_samples_do_not_see_each_other():
         torch.testing.assert_close(whole[1:2], single, rtol=1e-4, atol=1e-4)
 
 
-def test_a_new_gate_is_open():
-    """Training starts from features that the proposal does not change."""
+def test_a_new_gate_leaves_features_unchanged():
+    """Training starts from features that do not depend on the proposal."""
     torch.manual_seed(0)
     features = random(1, 2, DIM, 8, 8)
     assert torch.equal(Gate(DIM)(features, random(2, 2, 1, 5, 5).sigmoid(), torch.ones(2)), features)
 
 
-def test_the_image_at_its_full_size_reaches_the_mask():
+def test_full_resolution_image_affects_the_mask():
     network, given = decoder(), inputs()
     with torch.no_grad():
         before, _ = answer(network, given | {"image": random(7, 2, 3, 64, 64)})
@@ -120,15 +121,16 @@ def test_the_image_at_its_full_size_reaches_the_mask():
     assert not torch.allclose(before, after)
 
 
-def test_a_new_border_moves_nothing():
+def test_a_new_border_leaves_the_mask_unchanged():
     torch.manual_seed(0)
     coarse = random(1, 2, 1, 8, 8)
     moved = Border(DIM)(coarse, coarse, random(2, 2, DIM, 4, 4), random(3, 2, 8, 8, 8))
     assert torch.equal(moved, coarse)
 
 
-def test_likeness_tells_the_object_from_its_surroundings_beyond_the_mask():
-    """Two looks, half and half; the mask covers a part of the left half and a strip of the right one."""
+def test_likeness_separates_object_and_background_beyond_the_mask():
+    """The two halves of the image look different. The mask covers part of the left half and a strip of the right
+    one."""
     detail = torch.zeros(1, 8, 32, 32)
     detail[..., 16:] = 1.0
     prob = torch.zeros(1, 1, 32, 32)
@@ -136,18 +138,18 @@ def test_likeness_tells_the_object_from_its_surroundings_beyond_the_mask():
     prob[..., 8:24, 16:18] = 0.5
     likeness = Border.likeness(prob, detail)
     assert likeness.abs().max() <= 1
-    assert (likeness[..., :16] > 0.3).all()  # left of the mask too
-    assert (likeness[..., 16:] < -0.3).all()  # where the mask went too far too
+    assert (likeness[..., :16] > 0.3).all()  # also left of the mask
+    assert (likeness[..., 16:] < -0.3).all()  # also where the mask extends too far
 
 
-def test_likeness_of_one_look_everywhere_is_zero():
+def test_likeness_of_a_uniform_image_is_zero():
     assert torch.equal(
         Border.likeness(random(1, 1, 1, 8, 8).sigmoid(), torch.ones(1, 8, 8, 8)), torch.zeros(1, 1, 8, 8)
     )
 
 
 def scenes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rectangles of one color on another [N, 3, 32, 32], their masks, and logits of the masks blurred [N, 1, 8, 8]."""
+    """Return rectangles of one color on another [N, 3, 32, 32], their masks, and blurred mask logits [N, 1, 8, 8]."""
     draws = torch.Generator().manual_seed(seed)
     colors = torch.rand(count, 2, 3, 1, 1, generator=draws)
     low, size = (torch.randint(*span, (count, 2), generator=draws) for span in ((2, 14), (9, 16)))
@@ -158,8 +160,8 @@ def scenes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return torch.where(mask > 0, colors[:, 0], colors[:, 1]), mask, coarse
 
 
-def test_a_border_learns_to_follow_what_it_sees():
-    """It is trained on some scenes and gives sharper masks of others, whose colors it never saw."""
+def test_border_learns_to_follow_image_edges():
+    """After training on some scenes, it sharpens the masks of scenes with unseen colors."""
     torch.manual_seed(0)
     border = Border(DIM)
     optimizer = torch.optim.Adam(border.parameters(), lr=0.01)
@@ -185,16 +187,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("image_px", [96, 480, 640])
-def test_pixels_of_the_three_coarsest_levels_read_the_sentence_at_any_image_size(image_px):
+def test_the_three_coarsest_levels_read_the_sentence_at_any_image_size(image_px):
     network = decoder(levels=4)
     given = inputs(tuple(image_px // stride for stride in (4, 8, 16, 32)), batch=1)
     answer(network, given)[0].square().mean().backward()
     read = [level.read.in_proj_weight.grad is not None for level in network.levels]
-    assert read == [True, True, True, False]  # coarse first
+    assert read == [True, True, True, False]  # coarsest first
 
 
 @pytest.mark.parametrize("side", [16, 17, 40])
-def test_at_most_256_pixels_are_compared_at_once_and_all_of_them_take_part(side):
+def test_comparison_covers_the_whole_map_with_at_most_256_cells(side):
     network, seen = decoder(), []
     memory, gone = random(1, 1, 5, DIM), torch.zeros(1, 5, dtype=torch.bool)
     network.fusion.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
@@ -203,12 +205,12 @@ def test_at_most_256_pixels_are_compared_at_once_and_all_of_them_take_part(side)
     assert changed.shape == x.shape
     assert len(seen) == 1
     assert 15 * 15 <= seen[0] <= 256
-    (gradient,) = torch.autograd.grad(changed[0, :, 0, 0].sum(), x)  # of one corner: every pixel has a say in it
+    (gradient,) = torch.autograd.grad(changed[0, :, 0, 0].sum(), x)  # every pixel affects this corner
     assert (gradient[0].abs().sum(0) > 0).all()
 
 
-def test_a_comparison_of_cells_changes_a_flat_map_as_one_of_pixels_does():
-    """Where all pixels are alike, averages are exact: a map of 20 x 20 is changed as one of 16 x 16."""
+def test_comparing_cells_equals_comparing_pixels_on_a_flat_map():
+    """Averages of equal pixels are exact, so a map of 20 x 20 changes like a map of 16 x 16."""
     network = decoder()
     memory, gone = random(1, 1, 5, DIM), torch.zeros(1, 5, dtype=torch.bool)
     flat = random(2, 1, DIM, 1, 1)
@@ -217,8 +219,8 @@ def test_a_comparison_of_cells_changes_a_flat_map_as_one_of_pixels_does():
     torch.testing.assert_close(large, small[..., :1, :1].expand_as(large), rtol=1e-4, atol=1e-4)
 
 
-def test_neighboring_places_differ_also_in_half_precision():
-    """640 px: the finest level has 160 places a side; 1,024 places are far more than bf16 tells apart in 0..1."""
+def test_neighboring_positions_differ_in_half_precision():
+    """At 640 px, the finest level has 160 positions per side. bf16 cannot separate 1,024 positions in 0..1."""
     network = decoder().levels[0]
     with torch.autocast("cpu", torch.bfloat16):
         placed = network.placed(1, 1024, CPU)
@@ -227,15 +229,15 @@ def test_neighboring_places_differ_also_in_half_precision():
     torch.testing.assert_close(placed, network.placed(1, 1024, CPU))
 
 
-def test_places_are_pixel_centres_row_by_row():
+def test_positions_are_pixel_centers_in_row_order():
     places = positions(2, 4, CPU)
     expected = [(y, x) for y in (0.25, 0.75) for x in (0.125, 0.375, 0.625, 0.875)]
     torch.testing.assert_close(places[:, :2], torch.tensor(expected))
     assert len({tuple(row) for row in places.tolist()}) == 8
 
 
-def test_fourier_by_hand():
-    """0.25 at the octaves pi and 2 pi: angles pi / 4 and pi / 2."""
+def test_fourier_features_match_hand_computed_values():
+    """0.25 at the octaves pi and 2 pi gives the angles pi / 4 and pi / 2."""
     half = math.sqrt(0.5)
     expected = torch.tensor([[half, 1.0, half, 0.0]])
     torch.testing.assert_close(fourier(torch.tensor([[0.25]]), 2), expected, atol=1e-6, rtol=0)
@@ -265,7 +267,7 @@ def guidance() -> Guidance:
     return made
 
 
-def test_guidance_hears_words_box_score_and_what_lies_in_the_proposal():
+def test_guidance_depends_on_text_box_features_score_and_proposal():
     network = guidance()
     with torch.no_grad():
         before = network(**guidance_inputs())
@@ -279,7 +281,7 @@ def test_guidance_hears_words_box_score_and_what_lies_in_the_proposal():
         assert not torch.allclose(network(**given)[0], before[0])
 
 
-def test_guidance_ignores_padding_and_the_box_of_who_has_none():
+def test_guidance_ignores_padding_and_missing_boxes():
     network, given = guidance(), guidance_inputs()
     with torch.no_grad():
         before = network(**given)
@@ -295,7 +297,7 @@ def test_an_empty_proposal_gives_finite_guidance():
     assert guidance()(**given).isfinite().all()
 
 
-def test_only_what_lies_inside_the_proposal_is_pooled():
+def test_guidance_pools_features_only_inside_the_proposal():
     network, given = guidance(), guidance_inputs()
     given["proposal"] = torch.zeros(2, 1, 4, 4)
     given["proposal"][:, :, :2] = 1

@@ -16,7 +16,7 @@ CORPUS = ["left cat", "the red dog, not the cat's", "Right DOG"]
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """No test waits for a network, and transformers reports no newly made norms."""
+    """No test uses the network, and transformers does not report newly initialized norms."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -53,8 +53,8 @@ def save_bert(folder, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("family", ["swin", "convnextv2"])
-def test_any_backbone_and_text_encoder_by_folder(tmp_path, family):
-    """Pretrained weights arrive, a forward pass fits, and the saved network stands without the encoders' folders."""
+def test_loads_backbones_and_text_encoders_from_folders(tmp_path, family):
+    """Pretrained weights are loaded, a forward pass works, and the saved network does not need the encoder folders."""
     image_folder, text_folder = save_backbone(tmp_path, family), save_bert(tmp_path)
     pairs, _ = toy_pairs(tmp_path / "images", 3)
     params = MODEL.model_copy(update={"image_encoder": image_folder, "text_encoder": text_folder})
@@ -81,7 +81,7 @@ def test_any_backbone_and_text_encoder_by_folder(tmp_path, family):
     assert torch.equal(before.refined_logits, after.refined_logits)
 
 
-def test_the_pyramid_goes_from_fine_to_coarse(tmp_path):
+def test_pyramid_levels_go_from_fine_to_coarse(tmp_path):
     for name in ("tiny", save_backbone(tmp_path, "swin"), save_backbone(tmp_path, "convnextv2")):
         encoder = make_image_encoder(name).eval()
         maps = encoder(torch.zeros(1, 3, 64, 64)).feature_maps
@@ -90,7 +90,7 @@ def test_the_pyramid_goes_from_fine_to_coarse(tmp_path):
         assert [level.shape[1] for level in maps] == list(encoder.channels)
 
 
-def test_weights_stored_in_half_precision_are_trained_in_single(tmp_path):
+def test_loads_half_precision_weights_in_single_precision(tmp_path):
     folder = save_bert(tmp_path, torch.bfloat16)
     assert load_file(f"{folder}/model.safetensors")["embeddings.word_embeddings.weight"].dtype == torch.bfloat16
     assert {value.dtype for value in make_text_encoder(folder, 0, 0).parameters()} == {torch.float32}
@@ -100,7 +100,7 @@ def test_weights_stored_in_half_precision_are_trained_in_single(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder", "nothing"])
-def test_an_unknown_name_is_refused_with_the_parameter(name):
+def test_refuses_an_unknown_encoder_and_names_the_parameter(name):
     with pytest.raises(ConfigError, match=rf"^params\.yaml: model\.image_encoder: got '{name}', expected a hub id"):
         make_image_encoder(name)
     with pytest.raises(ConfigError, match=rf"^params\.yaml: model\.text_encoder: got '{name}', expected a hub id"):
@@ -109,7 +109,7 @@ def test_an_unknown_name_is_refused_with_the_parameter(name):
         make_tokenizer(name, [])
 
 
-def test_a_folder_of_another_kind_is_refused(tmp_path):
+def test_refuses_a_folder_of_another_kind(tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (save_bert(tmp_path), str(tmp_path / "empty")):
         with pytest.raises(ConfigError, match=r"model\.image_encoder: got .*, expected a folder from which") as caught:
@@ -119,10 +119,10 @@ def test_a_folder_of_another_kind_is_refused(tmp_path):
         make_text_encoder(str(tmp_path / "empty"), 0, 0)
 
 
-# --- the tokenizer from scratch
+# --- tokenizer built from scratch
 
 
-def test_the_vocabulary_is_that_of_the_corpus_in_any_order():
+def test_vocabulary_does_not_depend_on_the_corpus_order():
     vocabulary = make_tokenizer("tiny", CORPUS).get_vocab()
     assert make_tokenizer("tiny", [*CORPUS[::-1], CORPUS[0]]).get_vocab() == vocabulary
     special = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"}
@@ -131,7 +131,7 @@ def test_the_vocabulary_is_that_of_the_corpus_in_any_order():
     assert vocabulary["[PAD]"] == 0
 
 
-def test_words_and_segments_as_tokens():
+def test_tokenizer_encodes_words_and_segments():
     tokenizer = make_tokenizer("tiny", CORPUS)
     encoded = tokenizer(["Left ZEBRA"], ["dog"], padding="max_length", max_length=8)
     names = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0])
@@ -140,13 +140,13 @@ def test_words_and_segments_as_tokens():
     assert encoded["attention_mask"][0] == [1, 1, 1, 1, 1, 1, 0, 0]
 
 
-def test_what_looks_like_a_special_token_in_a_sentence_makes_no_second_one():
+def test_vocabulary_does_not_duplicate_special_tokens():
     vocabulary = make_tokenizer("tiny", ["[UNK] [PAD] a"]).get_vocab()
     assert vocabulary["[PAD]"] == 0
     assert vocabulary["[UNK]"] == 1
 
 
-def test_the_tokenizer_survives_saving(tmp_path):
+def test_saved_tokenizer_encodes_as_before(tmp_path):
     tokenizer = make_tokenizer("tiny", CORPUS)
     tokenizer.save_pretrained(tmp_path)
     again = make_tokenizer(str(tmp_path), [])

@@ -32,8 +32,8 @@ def pairs(tmp_path):
 
 
 class Stub(nn.Module):
-    """In the place of the network: logits are the image's first channel, a ramp from left to right if wanted, and
-    what a function makes of sentence and prior. Remembers what it was asked."""
+    """Replaces the network. Its logits are the image's first channel, an optional ramp from left to right, and a
+    function of sentence and prior. Records its inputs."""
 
     def __init__(self, ramp: float = 0.0, told=lambda batch, row: 0.0) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def masks_of(asked: Predictor, batches, batch_size=2, *, with_prior=True) -> lis
 
 
 class Echo(nn.Module):
-    """A network whose mask is what it was given as proposal, one nat surer; it looks as often as it is told."""
+    """A network whose mask logit is the proposal's logit plus one; it runs the given number of passes."""
 
     def __init__(self, passes: int) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class Echo(nn.Module):
 
 
 @pytest.mark.parametrize("passes", [1, 2, 4])
-def test_each_pass_takes_the_last_ones_mask_for_its_proposal(pairs, passes):
-    """Every place has the proposal's logit plus one nat a pass; what the caller gave stays as it was."""
+def test_each_pass_uses_the_previous_mask_as_its_proposal(pairs, passes):
+    """Every pixel has the logit of the proposal plus one per pass. The caller's batch does not change."""
     batch = toy_batches(pairs)(np.arange(5))
     batch = replace(batch, proposal=batch.proposal.clamp(0.02, 0.9))
     given = batch.proposal.clone()
@@ -95,7 +95,7 @@ def test_each_pass_takes_the_last_ones_mask_for_its_proposal(pairs, passes):
     torch.testing.assert_close(batch.proposal, given)
 
 
-def test_the_number_of_passes_is_saved_with_the_network(pairs, tmp_path):
+def test_saves_the_number_of_passes_with_the_network(pairs, tmp_path):
     network, batches = toy_network(pairs).eval(), toy_batches(pairs)
     once = Predictor.of(network, FP32).logits(batches(np.arange(2)))
     network.passes = 3
@@ -111,7 +111,7 @@ def test_the_number_of_passes_is_saved_with_the_network(pairs, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 64])
-def test_masks_are_those_of_each_pair_alone_at_its_images_own_size(pairs, batch_size):
+def test_batched_masks_equal_single_masks_at_the_original_image_size(pairs, batch_size):
     network, batches = toy_network(pairs).eval(), toy_batches(pairs)
     last = next(module for module in network.decoder.head.modules() if isinstance(module, nn.Conv2d))
     torch.manual_seed(0)
@@ -131,8 +131,8 @@ def test_masks_are_those_of_each_pair_alone_at_its_images_own_size(pairs, batch_
     assert 0.05 < foreground < 0.95
 
 
-def test_a_mask_of_known_logits_at_its_images_size(pairs):
-    """The light square is where the stub sees more than 128."""
+def test_mask_of_known_logits_covers_the_bright_square(pairs):
+    """The stub marks pixels above 128."""
     found = masks_of(predictor(Stub()), toy_batches(pairs))
     for row, (height, width) in enumerate(pairs.hw.tolist()):
         x1, y1, x2, y2 = (pairs.box[row] * [width, height, width, height]).round().astype(int)
@@ -142,7 +142,7 @@ def test_a_mask_of_known_logits_at_its_images_size(pairs):
         assert (mask & square).sum() / (mask | square).sum() > 0.85
 
 
-def test_without_prior_is_as_if_there_were_none(pairs):
+def test_hiding_the_prior_equals_a_missing_prior(pairs):
     network = toy_network(pairs)
     bare = replace(
         pairs,
@@ -165,7 +165,7 @@ def test_without_prior_is_as_if_there_were_none(pairs):
     assert all(batch.has_box.all() for batch in stub.asked)
 
 
-def test_asking_changes_nothing_and_repeats_itself(pairs):
+def test_prediction_is_deterministic_and_keeps_the_weights(pairs):
     network = toy_network(pairs).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     asked, batches = Predictor.of(network, FP32), toy_batches(pairs)
@@ -175,7 +175,7 @@ def test_asking_changes_nothing_and_repeats_itself(pairs):
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
-def test_half_precision_says_nearly_the_same(pairs):
+def test_half_precision_gives_nearly_the_same_logits(pairs):
     network, batch = stirred(pairs), toy_batches(pairs)(np.arange(5))
     full, half = Predictor.of(network, FP32).logits(batch), Predictor.of(network, BF16).logits(batch)
     assert half.dtype == torch.float32
@@ -183,7 +183,7 @@ def test_half_precision_says_nearly_the_same(pairs):
     assert (full - half).abs().mean() < 0.05 * full.abs().mean()
 
 
-def test_a_run_on_disk_answers_as_it_did_before(pairs, tmp_path):
+def test_a_loaded_run_gives_the_same_logits(pairs, tmp_path):
     network, batch = toy_network(pairs), toy_batches(pairs)(np.arange(5))
     network.save(tmp_path / "model")
     loaded = Predictor.from_run(tmp_path / "model", FP32)
@@ -192,18 +192,18 @@ def test_a_run_on_disk_answers_as_it_did_before(pairs, tmp_path):
         Predictor.from_run(tmp_path / "nowhere", FP32)
 
 
-# --- an image is encoded once
+# --- one encoding per image
 
 
 def shared_images(pairs: Pairs) -> Pairs:
-    """40 pairs about 5 images, in an order that goes from image to image."""
+    """Return 40 pairs of 5 images in mixed order."""
     rows = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 8))
     words = [f"{pairs.sentence[row]} {'small ' * (place % 3)}" for place, row in enumerate(rows)]
     return replace(pairs.take(rows), sentence=words, sent_id=np.arange(40) * 3 + 1)
 
 
 def stirred(pairs: Pairs) -> Segmenter:
-    """A network whose masks have some structure, and whose gates heed the proposal."""
+    """Return a network with structured masks and with gates that depend on the proposal."""
     network = toy_network(pairs).eval()
     torch.manual_seed(0)
     for parameter in network.decoder.parameters():
@@ -212,7 +212,7 @@ def stirred(pairs: Pairs) -> Segmenter:
 
 
 @pytest.mark.parametrize("with_prior", [[True], [True, False]])
-def test_an_image_is_encoded_once_whatever_is_asked_of_it(pairs, with_prior, monkeypatch):
+def test_encodes_each_image_once_for_all_its_sentences(pairs, with_prior, monkeypatch):
     monkeypatch.setattr("l2l_core.model.predictor.IMAGES_AT_ONCE", 2)
     stub, batches = Stub(), toy_batches(shared_images(pairs))
     predictor(stub).masks(batches, 4, with_prior, "test", fill=False)
@@ -222,7 +222,7 @@ def test_an_image_is_encoded_once_whatever_is_asked_of_it(pairs, with_prior, mon
 
 
 @pytest.mark.parametrize(("batch_size", "at_once"), [(1, 1), (3, 3), (16, 16), (64, 16)])
-def test_no_more_images_are_encoded_at_once_than_pairs_are_computed(pairs, batch_size, at_once):
+def test_encodes_at_most_batch_size_images_at_once(pairs, batch_size, at_once):
     stub, batches = Stub(), toy_batches(shared_images(pairs))
     masks_of(predictor(stub), batches, batch_size)
     list(predictor(stub).views(batches, batch_size, "test"))
@@ -230,20 +230,20 @@ def test_no_more_images_are_encoded_at_once_than_pairs_are_computed(pairs, batch
     assert {len(batch.sentence) for batch in stub.asked} == {batch_size}
 
 
-def test_views_encode_an_image_and_its_mirror_once(pairs, monkeypatch):
+def test_views_encode_each_image_and_its_flip_once(pairs, monkeypatch):
     monkeypatch.setattr("l2l_core.model.predictor.IMAGES_AT_ONCE", 2)
     stub, batches = Stub(), toy_batches(shared_images(pairs))
     rows = np.concatenate([rows for rows, _ in predictor(stub).views(batches, 4, "test")])
     assert sorted(rows) == list(range(40))
-    image = batches.pixels(np.array([0, 1, 2, 3, 4, 4]))  # the last two are computed together, one is a repeat
+    image = batches.pixels(np.array([0, 1, 2, 3, 4, 4]))  # the last batch is padded by a repeated image
     expected = [part for two in image.split(2) for part in (two, two.flip(-1))]
     assert all(torch.equal(*both) for both in zip(stub.encoded, expected, strict=True))
     assert sum(len(batch.sentence) for batch in stub.asked) == 3 * 40
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_the_bytes_of_a_filled_answer_depend_on_its_own_pair_alone(pairs, passes):
-    """Asked with 39 others about 5 images, or alone: the same mask, and the same probability in every view."""
+def test_padded_batch_results_depend_only_on_their_own_pair(pairs, passes):
+    """With 39 other pairs of 5 images or alone, the mask and the probabilities of every view are equal."""
     shared, network = shared_images(pairs), stirred(pairs)
     network.passes = passes
     asked = Predictor.of(network, FP32)
@@ -253,7 +253,7 @@ def test_the_bytes_of_a_filled_answer_depend_on_its_own_pair_alone(pairs, passes
         for rows, view in asked.views(toy_batches(shared), 16, "test")
         for place, row in enumerate(rows)
     }
-    assert len(set(together[0])) > 5  # something to compare
+    assert len(set(together[0])) > 5  # otherwise the comparison is trivial
     for row in (0, 7, 39):
         alone = toy_batches(shared.take(rows_of(row)))
         assert asked.masks(alone, 16, [True, False], "test") == [[masks[row]] for masks in together]
@@ -263,7 +263,7 @@ def test_the_bytes_of_a_filled_answer_depend_on_its_own_pair_alone(pairs, passes
             np.testing.assert_array_equal(getattr(single, name)[0], getattr(view, name)[place], err_msg=name)
 
 
-def test_a_pair_alone_without_filler_is_answered_alike_but_for_rounding(pairs):
+def test_an_unpadded_single_pair_matches_the_batch_up_to_rounding(pairs):
     shared, network = shared_images(pairs), stirred(pairs)
     batch = toy_batches(shared)(np.arange(40))
     asked = Predictor.of(network, FP32)
@@ -283,11 +283,12 @@ def test_a_single_call_computes_one_pair_and_one_image(pairs):
     assert not stub.asked[0].has_box.any()
 
 
-# --- a model's folder is enough
+# --- models loaded from a folder
 
 
-def test_a_folder_is_enough_to_use_a_model_from_anywhere(pairs, tmp_path):
-    """In a process of its own, in a folder without params.yaml, with two proposal settings that differ from today's."""
+def test_loads_a_model_in_another_process_without_params_file(pairs, tmp_path):
+    """The process runs in a folder without params.yaml, and two proposal settings of the model differ from the
+    defaults."""
     network = stirred(pairs)
     network.proposals, network.precision = PROPOSALS.model_copy(update={"flat_prob": 0.48, "size_px": 16}), "fp32"
     network.save(tmp_path / "model")
@@ -306,18 +307,18 @@ def test_a_folder_is_enough_to_use_a_model_from_anywhere(pairs, tmp_path):
     assert (found != decode_rle(mask, *found.shape)).mean() < 1e-3
 
 
-def test_a_folder_that_does_not_say_how_it_was_trained_is_refused_with_what_to_do(pairs, tmp_path):
+def test_refuses_a_model_without_training_settings_and_says_what_to_do(pairs, tmp_path):
     toy_network(pairs).save(tmp_path / "model")
     with pytest.raises(
         ArtifactError, match=r"model: config.json of the model lacks `proposals`.*train again"
     ) as caught:
         Predictor.from_run(tmp_path / "model")
     assert "\n" not in str(caught.value)
-    Predictor.from_run(tmp_path / "model", FP32)  # stages say what they use
+    Predictor.from_run(tmp_path / "model", FP32)  # stages pass their own settings
 
 
-def test_a_folder_is_used_on_the_device_that_is_named(pairs, tmp_path, monkeypatch):
-    """`auto` is a GPU here, which the folder alone would be put on."""
+def test_loads_a_model_on_the_given_device(pairs, tmp_path, monkeypatch):
+    """Here `auto` would select a GPU."""
     network = toy_network(pairs)
     network.proposals = PROPOSALS
     network.save(tmp_path / "model")
@@ -328,7 +329,7 @@ def test_a_folder_is_used_on_the_device_that_is_named(pairs, tmp_path, monkeypat
         Predictor.from_run(tmp_path / "model", device="cuda")
 
 
-def test_a_warning_of_an_emulated_precision_names_the_models_config(pairs, tmp_path, monkeypatch, capsys):
+def test_warning_about_emulated_precision_names_the_model_config(pairs, tmp_path, monkeypatch, capsys):
     network = toy_network(pairs)
     network.proposals, network.precision_setting = PROPOSALS, "bf16"
     network.save(tmp_path / "model")
@@ -349,10 +350,10 @@ CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
         (CUT, CUT, None),
         (CUT, CUT | {"core": 0.0}, "core: got 0.0, but the model was trained with 0.35"),
         (CUT, CUT | {"renderer": "box"}, "renderer: got box, but the model was trained with grabcut"),
-        ({"ring": 0.5}, {"ring": 0.1}, None),  # of boxes nothing is cut
+        ({"ring": 0.5}, {"ring": 0.1}, None),  # boxes are not cut
     ],
 )
-def test_recorded_proposals_must_be_rendered_as_the_models_were(pairs, tmp_path, monkeypatch, mine, recorded, named):
+def test_recorded_proposals_must_match_the_rendering_of_the_model(pairs, tmp_path, monkeypatch, mine, recorded, named):
     monkeypatch.chdir(tmp_path)
     network = toy_network(pairs)
     network.proposals = PROPOSALS.model_copy(update=mine)
@@ -365,7 +366,7 @@ def test_recorded_proposals_must_be_rendered_as_the_models_were(pairs, tmp_path,
         assert found.proposals == network.proposals
 
 
-def test_priors_that_are_asked_now_are_rendered_as_the_models_were(pairs):
+def test_live_priors_use_the_rendering_of_the_model(pairs):
     network = toy_network(pairs)
     network.proposals = PROPOSALS.model_copy(update=CUT)
     live = toy_params(priors={"backend": "openai"}, proposals={"renderer": "box"})
@@ -375,15 +376,15 @@ def test_priors_that_are_asked_now_are_rendered_as_the_models_were(pairs):
 # --- views
 
 
-def test_views_of_a_network_that_mirrors_exactly_agree(pairs):
+def test_views_of_a_flip_equivariant_network_agree(pairs):
     ((_, views),) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
     np.testing.assert_array_equal(views.prob, views.prob_flipped)
     np.testing.assert_array_equal(views.prob, views.prob_no_prior)
     assert views.prob.shape == (5, SIZE_PX, SIZE_PX)
 
 
-def test_the_flipped_map_is_turned_back_onto_the_image(pairs):
-    """Logits are image + ramp. Asked of the mirrored image and turned back, the ramp runs the other way."""
+def test_flipped_map_is_flipped_back(pairs):
+    """Logits are image + ramp. In the flipped view, the ramp runs in the opposite direction after flipping back."""
     ((_, views),) = predictor(Stub(ramp=1.5)).views(toy_batches(pairs), 8, "test")
     image = toy_batches(pairs)(np.arange(5)).image[:, 0].numpy() / 64 - 2
     ramp = 1.5 * np.linspace(-1, 1, SIZE_PX)
@@ -391,11 +392,11 @@ def test_the_flipped_map_is_turned_back_onto_the_image(pairs):
     np.testing.assert_allclose(views.prob_flipped, 1 / (1 + np.exp(-(image - ramp))), rtol=1e-5)
 
 
-def test_the_three_questions_of_a_view(pairs):
+def test_views_query_plain_flipped_and_without_prior(pairs):
     stub = Stub()
     list(predictor(stub).views(toy_batches(pairs), 8, "test"))
     asked, mirrored, without = stub.asked
-    assert asked.sentence == without.sentence == [*pairs.sentence, *pairs.sentence[-1:] * 3]  # filled up to 8
+    assert asked.sentence == without.sentence == [*pairs.sentence, *pairs.sentence[-1:] * 3]  # padded to 8
     assert mirrored.sentence == [mirror_sentence(text) for text in asked.sentence]
     assert mirrored.sentence != asked.sentence
     assert torch.equal(mirrored.proposal, asked.proposal.flip(-1))
@@ -403,7 +404,7 @@ def test_the_three_questions_of_a_view(pairs):
     assert not without.has_box.any()
 
 
-def test_views_that_hear_the_prior_tell_the_two_apart(pairs):
+def test_views_with_and_without_prior_differ(pairs):
     stub = Stub(told=lambda batch, row: 2.0 * batch.has_box[row] + len(batch.sentence[row]) / 10)
     views = [view for _, view in predictor(stub).views(toy_batches(pairs), 2, "test")]
     assert [len(view.sent_id) for view in views] == [2, 2, 1]
@@ -412,7 +413,7 @@ def test_views_that_hear_the_prior_tell_the_two_apart(pairs):
     np.testing.assert_allclose(logit[0] - logit[1], 2.0, atol=1e-3)
 
 
-def test_views_carry_proposal_score_and_number_of_words(pairs):
+def test_views_contain_proposal_score_and_word_count(pairs):
     pairs = replace(pairs, sentence=["cup", "a  cup on the left", "", "one two", "x"], proposal_score=np.arange(5) / 5)
     ((_, views),) = predictor(Stub()).views(toy_batches(pairs), 8, "test")
     assert views.words.tolist() == [1, 5, 0, 2, 1]
@@ -426,14 +427,14 @@ def test_views_carry_proposal_score_and_number_of_words(pairs):
 
 
 @pytest.mark.parametrize(("count", "size"), [(0, 3), (1, 3), (6, 3), (7, 3)])
-def test_rows_in_batches(count, size):
+def test_batched_rows_cover_all_rows_in_order(count, size):
     batches = list(batched_rows(count, size, "test"))
     assert [row for batch in batches for row in batch.tolist()] == list(range(count))
     assert all(len(batch) == size for batch in batches[:-1])
 
 
-def test_logits_at_another_size():
-    """Bilinear between pixel centres: 0 and 4 stretched to four pixels give 0, 1, 3, 4."""
+def test_at_size_interpolates_logits_bilinearly():
+    """Bilinear interpolation between pixel centers: 0 and 4 stretched to four pixels give 0, 1, 3, 4."""
     stretched = at_size(torch.tensor([[[0.0, 4.0]]]), 1, 4)
     np.testing.assert_allclose(stretched, [[0.0, 1.0, 3.0, 4.0]])
     same = torch.randn(1, 7, 5)

@@ -28,7 +28,7 @@ def ask(network: Segmenter, batch: Batch) -> Output:
 
 
 def stirred(network: Segmenter) -> Segmenter:
-    """Weights beyond the encoders are random, also those that start at zero, so that every path is open."""
+    """Randomize weights beyond the encoders, including those initialized to zero, so that every path is active."""
     torch.manual_seed(3)
     for name, parameter in network.named_parameters():
         if "encoder." not in name and (parameter.ndim > 1 or not parameter.any()):
@@ -36,25 +36,25 @@ def stirred(network: Segmenter) -> Segmenter:
     return network
 
 
-def test_a_mask_for_every_pair_at_the_size_of_the_image(pairs, batch):
+def test_returns_one_mask_per_pair_at_the_image_size(pairs, batch):
     output = ask(toy_network(pairs), batch)
     assert output.mask_logits.shape == (3, 1, 32, 32)
     assert output.mask_logits.dtype == torch.float32
     assert output.refined_logits.shape[:2] == (3, 1)
 
 
-def test_a_new_network_is_a_function_of_its_seed(pairs):
+def test_a_new_network_depends_only_on_its_seed(pairs):
     torch.manual_seed(11)
     before = torch.get_rng_state()
     first = toy_network(pairs, seed=4).state_dict()
-    assert torch.equal(torch.get_rng_state(), before)  # and leaves the caller's random numbers alone
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's random state does not change
     torch.rand(5)
     again, other = toy_network(pairs, seed=4).state_dict(), toy_network(pairs, seed=5).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_saving_and_loading_changes_no_output_and_no_byte(pairs, batch, tmp_path):
+def test_saving_and_loading_preserves_outputs_and_bytes(pairs, batch, tmp_path):
     network = stirred(toy_network(pairs))
     network.save(tmp_path / "a")
     again = Segmenter.load(tmp_path / "a")
@@ -70,14 +70,14 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_network_is_saved_as_the_same_bytes(pairs, tmp_path):
+def test_saves_equal_networks_as_equal_bytes(pairs, tmp_path):
     for name in ("a", "b"):
         toy_network(pairs).save(tmp_path / name)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-def test_a_saved_network_is_built_as_it_was_saved(pairs, batch, tmp_path, monkeypatch):
-    """Also when the library's own small encoders have changed their size since."""
+def test_loads_the_encoder_architecture_from_the_saved_model(pairs, batch, tmp_path, monkeypatch):
+    """This also holds if the library's small encoders have changed since."""
     network = toy_network(pairs)
     network.save(tmp_path / "run")
     monkeypatch.setattr("l2l_core.model.encoders.tiny_image_config", None)
@@ -98,7 +98,7 @@ def test_a_saved_network_is_built_as_it_was_saved(pairs, batch, tmp_path, monkey
         ("text_encoder/config.json", b"[]"),
     ],
 )
-def test_a_folder_that_is_no_whole_network_is_refused_in_one_line(pairs, tmp_path, file, content):
+def test_refuses_an_incomplete_or_broken_model_folder_in_one_line(pairs, tmp_path, file, content):
     toy_network(pairs).save(tmp_path / "run")
     if content is None:
         (tmp_path / "run" / file).unlink()
@@ -110,8 +110,8 @@ def test_a_folder_that_is_no_whole_network_is_refused_in_one_line(pairs, tmp_pat
 
 
 @pytest.mark.parametrize("found", [None, 2, "3"])
-def test_a_model_of_another_format_is_refused(pairs, tmp_path, found):
-    """The same weights would compute something else; models of the first versions store no format."""
+def test_refuses_a_model_of_another_format(pairs, tmp_path, found):
+    """The same weights would compute something else. Models of the first versions store no format."""
     toy_network(pairs).save(tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config.pop("format") == 3
@@ -121,21 +121,21 @@ def test_a_model_of_another_format_is_refused(pairs, tmp_path, found):
 
 
 def test_an_untrained_network_returns_its_proposal(pairs):
-    """With and without a prior; the mask is the proposal as SciPy's linear interpolation resizes it."""
+    """With and without a prior, the mask is the proposal resized by SciPy's linear interpolation."""
     network, batches = toy_network(pairs).eval(), toy_batches(pairs)
     for hidden in (False, True):
         batch = batches(np.arange(len(pairs)), None, np.full(len(pairs), hidden))
         with torch.no_grad():
             output = network(batch, network.tokenize(batch))
         # 16 x 16 cells, the head's 16 x 16 and the image's 32 x 32 pixels: one step of linear interpolation.
-        trust = 1.0 if hidden else 2.5  # the score of a prior is 1 here, that of none is 0
+        trust = 1.0 if hidden else 2.5  # the score is 1 with a prior and 0 without
         logits = trust * batch.proposal.logit().numpy()
         expected = [zoom(one[0], 2, order=1, mode="nearest", grid_mode=True) for one in logits]
         torch.testing.assert_close(output.mask_logits[:, 0], torch.from_numpy(np.stack(expected)), atol=1e-4, rtol=1e-4)
         assert bool((output.mask_logits > 0).any()) != hidden
 
 
-def test_weights_of_another_network_are_refused(pairs, tmp_path):
+def test_refuses_weights_of_another_network(pairs, tmp_path):
     toy_network(pairs).save(tmp_path / "a")
     Segmenter.create(MODEL.model_copy(update={"dim": 8}), pairs.sentence, 0).save(tmp_path / "b")
     (tmp_path / "b/model.safetensors").replace(tmp_path / "a/model.safetensors")
@@ -143,7 +143,7 @@ def test_weights_of_another_network_are_refused(pairs, tmp_path):
         Segmenter.load(tmp_path / "a")
 
 
-def test_every_part_of_a_pair_matters(pairs, batch):
+def test_every_part_of_a_pair_affects_the_mask(pairs, batch):
     network = stirred(toy_network(pairs))
     before = ask(network, batch).mask_logits
     changes = {
@@ -160,7 +160,7 @@ def test_every_part_of_a_pair_matters(pairs, batch):
         assert not torch.allclose(after[0], before[0], atol=1e-4), name
 
 
-def test_a_pair_is_answered_alike_in_any_batch(pairs, batch):
+def test_mask_does_not_depend_on_the_rest_of_the_batch(pairs, batch):
     network = stirred(toy_network(pairs))
     together = ask(network, batch).mask_logits
     backwards = ask(network, toy_batches(pairs)(rows_of(3, 2, 1, 0))).mask_logits
@@ -170,12 +170,12 @@ def test_a_pair_is_answered_alike_in_any_batch(pairs, batch):
     torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_long_and_unknown_sentences_are_cut_to_the_limit(pairs, batch):
+def test_truncates_long_and_unknown_sentences(pairs, batch):
     network = toy_network(pairs)
     long = replace(batch, sentence=["zebra " * 200, "", "left " * 200], prior_text=["square " * 200, "", ""])
     tokens = network.tokenize(long)
     assert all(tensor.shape == (3, MODEL.max_text_tokens) for tensor in tokens.values())
-    assert tokens["token_type_ids"][0].any()  # the prior's words keep some room
+    assert tokens["token_type_ids"][0].any()  # some tokens remain for the prior
     assert ask(network, long).mask_logits.isfinite().all()
 
 
@@ -185,13 +185,13 @@ def test_each_weight_is_in_one_group_and_only_matrices_decay(pairs):
     members = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(members) == sorted(id(parameter) for parameter in network.parameters())
     for group in groups:
-        assert group["lr"] == 0.5  # tiny encoders start from nothing: they learn at full speed
+        assert group["lr"] == 0.5  # tiny encoders are not pretrained: full learning rate
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.2 if parameter.ndim > 1 else 0.0)
 
 
 @pytest.mark.parametrize("slow", ["image_encoder", "text_encoder"])
-def test_pretrained_encoders_learn_slower(pairs, slow):
+def test_pretrained_encoders_use_a_lower_learning_rate(pairs, slow):
     network = toy_network(pairs)
     network.params = MODEL.model_copy(update={slow: "some/hub-id"})
     rates = {

@@ -1,4 +1,4 @@
-"""The tiny project that has run once; tests leave it as they found it."""
+"""A tiny project after its first run. Tests must leave it unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong parameters and wrong data, through the command lines of the stages: code 2, one clear line, nothing written."""
+"""Invalid parameters and data, through the stages' command lines: exit code 2, one clear line, nothing written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(tmp_path, tiny_refcoco):
-    """A project of params.yaml alone, whose data set lies beside it."""
+    """A project that holds only params.yaml, with its dataset beside it."""
     project = tmp_path / "project"
     project.mkdir()
     write_params(project, {"dataset": str(tiny_refcoco.folder), "priors": {"backend": "simulated"}})
@@ -81,14 +81,14 @@ WRONG_PARAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", WRONG_PARAMS)
-def test_wrong_parameters_are_refused(folder, case):
+def test_refuses_invalid_parameters(folder, case):
     changes, words = WRONG_PARAMS[case]
     write_params(folder, changes)
     is_refused(folder, "ingest", *words)
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_stage_checks_all_parameters_before_anything_else(folder, name, monkeypatch, capsys):
+def test_every_stage_checks_all_parameters_first(folder, name, monkeypatch, capsys):
     write_params(folder, {"report": {"cases": 0}, "round": 9})
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [name, *STAGES[name]])
@@ -102,7 +102,7 @@ def test_every_stage_checks_all_parameters_before_anything_else(folder, name, mo
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if name not in ("check", "fetch", "refshapes", "ingest")])
-def test_a_stage_without_what_it_needs_says_so(folder, name, monkeypatch, capsys):
+def test_stage_names_its_missing_input(folder, name, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [name, *STAGES[name]])
     before = contents(folder)
@@ -114,7 +114,7 @@ def test_a_stage_without_what_it_needs_says_so(folder, name, monkeypatch, capsys
     assert contents(folder) == before
 
 
-def test_a_missing_params_file(tmp_path):
+def test_refuses_a_missing_params_file(tmp_path):
     is_refused(tmp_path, "ingest", "params.yaml", "not found")
 
 
@@ -150,14 +150,14 @@ WRONG_DATA = {
 
 
 @pytest.mark.parametrize("case", WRONG_DATA)
-def test_wrong_data_are_refused(folder, tiny_refcoco, case):
+def test_refuses_invalid_data(folder, tiny_refcoco, case):
     change, words = WRONG_DATA[case]
     change(tiny_refcoco)
     tiny_refcoco.save()
     is_refused(folder, "ingest", *words)
 
 
-def test_bad_input_leaves_an_earlier_index_as_it_was(folder, tiny_refcoco):
+def test_bad_input_keeps_the_existing_index(folder, tiny_refcoco):
     assert run_stage(folder, "ingest")[0] == 0
     assert (folder / "data/index/refs.parquet").exists()
     tiny_refcoco.image_path(2).unlink()
@@ -165,7 +165,7 @@ def test_bad_input_leaves_an_earlier_index_as_it_was(folder, tiny_refcoco):
 
 
 class Malicious:
-    """Unpickled without care, it makes a folder."""
+    """Creates a folder when it is unpickled without protection."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -174,17 +174,17 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
-def test_a_malicious_pickle_is_refused_and_does_not_run(folder, tiny_refcoco, tmp_path):
+def test_refuses_a_malicious_pickle_without_running_it(folder, tiny_refcoco, tmp_path):
     target = tmp_path / "run"
     refs = tiny_refcoco.folder / "refs(unc).p"
     refs.write_bytes(pickle.dumps([Malicious(target)]))
     is_refused(folder, "ingest", "refs(unc).p", "mkdir")
     assert not target.exists()
-    pickle.loads(refs.read_bytes())  # the oracle: it would have run
+    pickle.loads(refs.read_bytes())  # sanity check: plain unpickling runs it
     assert target.exists()
 
 
-def test_a_label_budget_of_no_image_is_refused(folder):
+def test_refuses_a_label_budget_of_zero_images(folder):
     assert run_stage(folder, "ingest")[0] == 0
     write_params(folder, {"split": {"labeled_fraction": 0.2}})
     is_refused(folder, "split", "split.labeled_fraction", "got 0.2", "no image out of 4", "at least 0.25")

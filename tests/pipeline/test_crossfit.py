@@ -1,4 +1,4 @@
-"""What becomes of the out-of-fold teachers after a round."""
+"""The update of out-of-fold teachers after a round."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def distance(first: bytes, second: bytes) -> float:
     return float(total / sum(value.size for value in one.values()))
 
 
-def test_they_are_kept_learn_further_or_start_anew(first_run, tmp_path):
-    """Four steps of training lead less far from the old teachers than other random weights."""
+def test_fold_update_keeps_continues_or_restarts_the_teachers(first_run, tmp_path):
+    """Four more training steps stay closer to the old teachers than new random weights do."""
     project = first_run.project.copy(tmp_path / "project")
     before = teachers(project, 0)
     assert after_round_1(project, "kept") == before

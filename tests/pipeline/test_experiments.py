@@ -1,4 +1,4 @@
-"""What runs when something changes, counted from what DVC says it executes, and how experiments are compared."""
+"""Which stages DVC executes after a change, and how experiments are compared."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ LAST = ["evaluate", "report"]
 
 @pytest.fixture
 def project(first_run):
-    """The project after its first run; whatever an experiment changes is undone."""
+    """The project after its first run. Changes by an experiment are undone."""
     yield first_run.project
     first_run.project.back()
 
 
 @pytest.fixture(scope="module")
 def threshold(first_run):
-    """Stages that ran for another policy, and the experiment's name."""
+    """Executed stages of an experiment with another policy, and its name."""
     project = first_run.project
     ran = project.stages_run("dvc", "exp", "run", "--name", "by-threshold", "-S", "select.policy=threshold")
     project.back()
     return ran, "by-threshold"
 
 
-def test_one_command_runs_everything_once(first_run):
+def test_dvc_repro_runs_every_stage_once(first_run):
     ran = executed(first_run.output)
     assert sorted(ran) == sorted(
         [*BEFORE_ROUNDS, "crossfit-0", "select@1", "retrain@1", "predict@1", *LAST],
@@ -42,16 +42,16 @@ def test_one_command_runs_everything_once(first_run):
     assert ran[-2:] == LAST
 
 
-def test_a_second_run_executes_nothing(project):
+def test_second_run_executes_nothing(project):
     assert project.stages_run("dvc", "repro") == []
 
 
-def test_every_artifact_is_out_of_git_and_the_numbers_are_in(project):
+def test_git_tracks_metrics_but_no_artifacts(project):
     tracked = project.out("git", "ls-files", "data", "metrics", "plots", "report").split()
     assert sorted(tracked) == ["data/dvc.lock", "data/dvc.yaml", "metrics/evaluate.json", "metrics/priors.json"]
 
 
-def test_one_more_round_computes_that_round_and_one_less_comes_from_the_cache(project):
+def test_adding_a_round_runs_only_that_round_and_removing_it_uses_the_cache(project):
     metrics = project.read("metrics/evaluate.json")
     ran = project.stages_run("dvc", "exp", "run", "--name", "two-rounds", "-S", "round=2")
     assert sorted(ran) == sorted(["check", "crossfit@1", "select@2", "retrain@2", "predict@2", *LAST])
@@ -64,11 +64,11 @@ def test_one_more_round_computes_that_round_and_one_less_comes_from_the_cache(pr
     assert project.read("metrics/evaluate.json") == metrics
 
 
-def test_a_fixed_rule_starts_at_the_selection_and_leaves_the_fold_teachers_out(threshold):
+def test_changing_to_a_fixed_rule_reruns_only_from_crossfit_onward(threshold):
     assert sorted(threshold[0]) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", *LAST])
 
 
-def test_the_empty_folder_of_a_fixed_rule_is_cached_and_restored_and_a_learned_rule_fills_it(first_run, tmp_path):
+def test_empty_teacher_folder_of_a_fixed_rule_is_cached_and_later_filled(first_run, tmp_path):
     project = first_run.project.copy(tmp_path / "project")
     folds, target = project.folder / "data/rounds/0/folds", "stages/dvc.yaml:crossfit-0"
     trained = project.read("data/rounds/0/folds/0/model.safetensors")
@@ -101,23 +101,23 @@ def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
         assert project.read(f"data/rounds/1/{weights}") == project.read(f"data/rounds/0/{weights}")
 
 
-def test_another_label_budget_keeps_data_and_priors(project):
+def test_changing_the_label_budget_keeps_data_and_priors(project):
     ran = project.stages_run("dvc", "exp", "run", "-S", "split.labeled_fraction=0.4", "-S", "round=0")
     assert sorted(ran) == sorted(["check", "split", "proposals", "warmup", "predict", *LAST])
 
 
-def test_reading_answers_anew_asks_nobody(project):
+def test_parser_change_reparses_cached_responses_without_new_queries(project):
     parser = project.folder / "l2l_core/priors/parse.py"
     parser.write_text(parser.read_text(encoding="utf-8") + "\n# reads more\n", encoding="utf-8")
-    assert project.stages_run("dvc", "repro") == ["priors"]  # it reads the same, so nothing follows
+    assert project.stages_run("dvc", "repro") == ["priors"]  # the output is the same, so no later stage runs
 
 
-def test_another_question_is_asked(project):
+def test_model_change_queries_again_but_chunk_size_change_does_not(project):
     assert project.stages_run("dvc", "exp", "run", "-S", "priors.model=another") == ["ask", "report"]
     assert project.stages_run("dvc", "exp", "run", "-S", "priors.engine.chunk_size=7") == []
 
 
-def test_an_experiment_in_a_copy_leaves_the_workspace_alone(project):
+def test_experiment_in_a_temporary_copy_keeps_the_workspace_unchanged(project):
     ran = project.stages_run("dvc", "exp", "run", "--temp", "--name", "without-labels", "-S", "select.policy=none")
     assert sorted(ran) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", *LAST])
     assert project.out("git", "status", "--porcelain") == ""
@@ -127,13 +127,13 @@ def test_an_experiment_in_a_copy_leaves_the_workspace_alone(project):
     assert policies["without-labels"] == "none"
 
 
-def test_experiments_compare(project, threshold):
+def test_compares_metrics_and_parameters_of_experiments(project, threshold):
     name = threshold[1]
     now = json.loads(project.read("metrics/evaluate.json"))
 
     metrics = json.loads(project.out("dvc", "metrics", "diff", "--all", "--json", "HEAD", name))
     scores = metrics["metrics/evaluate.json"]
-    # The same keys on both sides, so that like is compared with like; of labels, only what is defined has a number.
+    # Both sides have the same keys; pseudo-label metrics exist only if they are defined.
     assert {key for key in now if "pseudo" not in key} == {key for key in scores if "pseudo" not in key}
     assert scores["val_miou"]["old"] == now["val_miou"]
     assert isinstance(scores["val_miou"]["new"], float)
@@ -144,7 +144,7 @@ def test_experiments_compare(project, threshold):
     assert difference["metrics"]["metrics/evaluate.json"]["val_miou"] == scores["val_miou"]
 
     listed = csv.DictReader(io.StringIO(project.out("dvc", "exp", "show", "--csv")))
-    rows = {row["Experiment"] or row["rev"]: row for row in listed}  # a branch has no experiment's name
+    rows = {row["Experiment"] or row["rev"]: row for row in listed}  # a branch has no experiment name
     assert float(rows["main"]["val_miou"]) == now["val_miou"]
     assert float(rows[name]["val_miou"]) == scores["val_miou"]["new"]
     table = project.out("dvc", "exp", "show", "--md", "--only-changed")
@@ -152,12 +152,12 @@ def test_experiments_compare(project, threshold):
     assert "select.policy" in table
 
 
-def test_curves_compare(project, threshold):
+def test_compares_curves_of_experiments(project, threshold):
     shown = json.loads(project.out("dvc", "plots", "diff", "--json", "HEAD", threshold[1]))
     assert not shown.get("errors")
     curves = {"rounds/val": "miou", "training/round_1": "loss", "coverage/round_1": "precision"}
     for curve, field in curves.items():
-        (plot,) = shown["data"][f"plots/{curve}.csv"]  # both in one picture
+        (plot,) = shown["data"][f"plots/{curve}.csv"]  # both in one plot
         assert sorted(plot["revisions"]) == sorted(["HEAD", threshold[1]])
         assert field in str(plot["content"])
 
@@ -165,7 +165,7 @@ def test_curves_compare(project, threshold):
 @pytest.mark.parametrize(
     ("value", "shown"), [("9", "got 9, expected less"), ("two", "got 'two', expected a valid int")]
 )
-def test_a_round_that_does_not_exist_is_refused_before_anything_is_lost(project, value, shown):
+def test_refuses_an_invalid_round_before_removing_outputs(project, value, shown):
     output = project.run("dvc", "exp", "run", "-S", f"round={value}", code=None)
     assert executed(output) == ["check"]
     assert [line for line in output.splitlines() if line.startswith(f"error: params.yaml: round: {shown}")]

@@ -1,4 +1,4 @@
-"""The commands of docs/experiments.md, one after the other, after a first run: each does what the page says."""
+"""Runs the commands of docs/experiments.md in order after a first run and checks their effects."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ RATES, POLICIES, SEEDS = (
     [f"seed-{n}" for n in (1, 2, 3)],
 )
 NOT_RUN = ["rate-2", "policy-2", "round"]
-"""Taken out of the queue by the test, beside those that the page takes out: they would train for minutes."""
+"""Experiments that the test removes from the queue, in addition to the page, because they train for minutes."""
 
 Outputs = dict[str, str]
-"""What the commands of a section wrote, by command."""
+"""Output of each command of a section."""
 
 
 def sections() -> Iterator[tuple[str, list[str]]]:
@@ -41,7 +41,7 @@ def sections() -> Iterator[tuple[str, list[str]]]:
 @pytest.fixture
 def project(first_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A copy without the experiments of other tests, with a Git and a DVC remote beside it."""
-    monkeypatch.setenv("COLUMNS", "200")  # of the terminal
+    monkeypatch.setenv("COLUMNS", "200")  # terminal width
     project = first_run.project.copy(tmp_path / "project")
     project.run("dvc", "exp", "remove", "--all-commits")
     project.run("git", "init", "--quiet", "--bare", "--initial-branch", "main", "../shared.git")
@@ -60,7 +60,7 @@ def test_every_command_does_what_the_page_says(project):
         for command in commands:
             if command.endswith("--run-all"):
                 project.run("dvc", "queue", "remove", *NOT_RUN)
-            # DVC complains of the rounds that never ran; that the others are there is checked at the end.
+            # DVC complains about rounds that never ran; the other outputs are checked at the end.
             code = None if command.startswith("dvc exp apply") else 0
             outputs[command] = project.run(*shlex.split(command), code=code)
         CHECKS[title](project, outputs)
@@ -78,7 +78,7 @@ def rates(project: Project, outputs: Outputs) -> None:
 
 
 def rounds(project: Project, outputs: Outputs) -> None:
-    """All that were queued so far, each with the parameters that its command names."""
+    """All queued experiments, each with the parameters of its command."""
     shown = csv.DictReader(io.StringIO(project.out("dvc", "exp", "show", "--csv")))
     share = str(yaml.safe_load(project.read("params.yaml"))["split"]["labeled_fraction"])
     keys = ("split.labeled_fraction", "select.policy", "seed", "round")
@@ -100,7 +100,7 @@ def queue(project: Project, outputs: Outputs) -> None:
     status, _, run = outputs.values()
     assert all(name in status for name in (*RATES, *POLICIES, *SEEDS, "round"))
     assert queued(project) == set()
-    # policy-1 is the first run again and comes from the cache.
+    # policy-1 repeats the first run and comes from the cache.
     assert sorted(executed(run)) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", "evaluate", "report"])
     done = set(project.out("dvc", "exp", "list", "--name-only").split())
     assert {"policy-1", "policy-3"} <= done
@@ -114,7 +114,7 @@ def table(project: Project, outputs: Outputs) -> None:
     policies = {line[-4]: line[-1] for line in rows[2:]}
     assert policies["[policy-1]"] == "reinforce"
     assert policies["[policy-3]"] == "agreement"
-    scores = [float(line[-3]) for line in rows[2:]]  # the first row is what all are compared with
+    scores = [float(line[-3]) for line in rows[2:]]  # the first row is the baseline
     assert scores == sorted(scores, reverse=True)
 
 
@@ -159,7 +159,7 @@ def sharing(project: Project, outputs: Outputs) -> None:
 def cleaning(project: Project, outputs: Outputs) -> None:
     assert "policy-3" in project.out("dvc", "exp", "list", "--name-only").split()
     assert "policy-1" not in project.out("dvc", "exp", "list", "--name-only").split()
-    # What nobody needs goes, what an experiment needs stays.
+    # Unused cache files are removed; files that an experiment needs are kept.
     idle = b"nobody needs this"
     digest = hashlib.md5(idle).hexdigest()
     path = project.folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
@@ -173,7 +173,7 @@ def cleaning(project: Project, outputs: Outputs) -> None:
 
 
 def nothing_more(project: Project, outputs: Outputs) -> None:
-    """What was queued is checked when all is."""
+    """`rounds` checks these experiments together with its own."""
 
 
 CHECKS: dict[str, Callable[[Project, Outputs], None]] = {

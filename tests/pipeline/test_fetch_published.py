@@ -1,4 +1,4 @@
-"""`l2l fetch NAME`: what is downloaded, what is checked, and what is never touched."""
+"""`l2l fetch NAME`: what it downloads, what it checks, and what it never modifies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("fetch")]
 
 
 def write_archive(path: Path) -> None:
-    """As many refs and sentences as RefCOCO (unc) has, all of the same object."""
+    """Write an archive with as many refs and sentences as RefCOCO (unc); all sentences are the same."""
     refs: list[dict[str, object]] = []
     for split, rows in SPLITS["refcoco", "unc"].items():
         for number in range(rows.refs):
@@ -45,30 +45,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_named_data_set_is_fetched_once(project, mirror):
+def test_fetches_a_published_dataset_once(project, mirror):
     assert "data/refcoco: from " in project.run(*FETCH)
     found = contents(project.folder / "data" / "refcoco")
     assert found.keys() == {"refs(unc).p", "instances.json", "archive.json"}
     assert json.loads(found["archive.json"])["bytes"] == (mirror / "refcoco.zip").stat().st_size
-    assert not (project.folder / "data" / "images").exists()  # not the photos, not the other sets
+    assert not (project.folder / "data" / "images").exists()  # neither photos nor other datasets
     listed = project.out("git", "status", "--porcelain", "--untracked-files=all", "data").split()
     assert "data/refcoco.dvc" in listed
 
-    # What is there is checked and not fetched again.
+    # Existing files are checked, not fetched again.
     sha256 = json.loads(found["archive.json"])["sha256"]
     project.change_params({"fetch": {"mirror": None, "sha256": {"refcoco": sha256}}})
     assert "nothing was changed" in project.run(*FETCH)
     assert contents(project.folder / "data" / "refcoco") == found
 
-    # In a copy, as experiments in the queue have it, it comes from the cache.
+    # A copy, as used by queued experiments, gets the dataset from the cache.
     project.commit()
     project.run("rm", "-rf", "data/refcoco")
     project.run("dvc", "checkout", "data/refcoco.dvc")
     assert contents(project.folder / "data" / "refcoco") == found
 
 
-def test_a_folder_of_that_name_is_never_deleted(project):
-    """Somebody's own edition is used with a note; where a checksum is given, it is refused; it stays either way."""
+def test_never_deletes_an_existing_folder(project):
+    """A user's own version is accepted with a note, or refused if a checksum is set. It is kept in both cases."""
     own = project.folder / "data" / "refcoco"
     own.mkdir(parents=True)
     (own / "refs(unc).p").write_bytes(pickle.dumps([{"split": "train", "sentences": []}]))
@@ -87,15 +87,15 @@ def test_a_folder_of_that_name_is_never_deleted(project):
     assert contents(own) == before
 
 
-def test_no_stage_downloads(project):
-    """Neither everything that DVC knows, nor everything in the data folder, reaches a download."""
-    everything = project.run("dvc", "repro", "--dry", "--all-pipelines", code=None)  # fails at ingest: nothing is drawn
+def test_no_stage_downloads_data(project):
+    """Neither running all DVC pipelines nor running the data folder's pipeline starts a download."""
+    everything = project.run("dvc", "repro", "--dry", "--all-pipelines", code=None)  # fails at ingest: no data yet
     assert "refshapes" in executed(everything)
     assert "fetch" not in everything + project.run("dvc", "stage", "list", "--all")
     assert executed(project.run("sh", "-c", "cd data && dvc repro --dry")) == ["refshapes"]
 
 
-def test_a_name_that_is_not_published_is_refused(project):
+def test_refuses_an_unpublished_dataset_name(project):
     output = project.run(*FETCH, "refcok", code=2)
     assert output == "error: fetch: got 'refcok', expected some of refcoco, refcoco+, refcocog, images\n"
     project.change_params({"dataset": "data/refcoco", "priors": {"backend": "none"}})

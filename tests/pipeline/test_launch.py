@@ -12,8 +12,8 @@ from l2l_core.model.segmenter import Segmenter
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 
-def test_a_stage_on_two_processes_leaves_what_it_leaves_on_one(first_run, tmp_path):
-    """The same files, other weights (batch norm sees half a batch), and a stage that is up to date however launched."""
+def test_stage_on_two_processes_writes_the_same_files_as_on_one(first_run, tmp_path):
+    """The files are the same, the weights differ (batch norm sees half a batch), and DVC sees an up-to-date stage."""
     project = first_run.project.copy(tmp_path / "project")
     before = project.read("data/rounds/0/model/model.safetensors")
     files = sorted(str(path.relative_to(project.folder)) for path in (project.folder / "data/rounds/0").rglob("*"))

@@ -1,4 +1,4 @@
-"""The commands of README.md's "Your own pairs" on the example data set: it is checked, and goes through every stage."""
+"""Runs the commands of README.md's "Your own pairs" on the example dataset, through every stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("own_pairs")]
 SMALLER = {
     "model": {"image_size_px": 64, "dim": 16},
     "train": {"batch_size": 4, "log_every": 2, "engine": {"device": "cpu"}},
-    "select": {"policy": "all", "fold_update_steps": 2},  # in so few steps `reinforce` learns to trust no label
+    "select": {"policy": "all", "fold_update_steps": 2},  # in so few steps `reinforce` learns to reject every label
     "evaluate": {"batch_size": 8},
     "report": {"cases": 2},
 }
@@ -26,7 +26,7 @@ def commands(start: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def test_the_example_is_checked_and_runs(tmp_path):
+def test_example_passes_the_check_and_runs_every_stage(tmp_path):
     project = make_project(tmp_path / "project", SMALLER)
     (check,), (run,) = commands("l2l check"), commands("dvc exp run")
     said = project.run(*check, "--no-timing")
@@ -40,12 +40,12 @@ def test_the_example_is_checked_and_runs(tmp_path):
     assert "refshapes" not in ran
     metrics = json.loads(project.read("metrics/evaluate.json"))
     assert metrics["n_val"] == 7
-    # Recorded boxes that are a little off, but for one that is another object's.
+    # Recorded boxes are slightly off; one belongs to another object.
     assert 35 < metrics["val_prior_miou"] < 100
     assert json.loads(project.read("metrics/priors.json"))["empty"] == 2  # one says "nothing", one is missing
     assert "<img" in project.read("report/index.html").decode()
 
-    # Without any prior, by the policy: the proposal says nothing, and the candidates made of it are empty.
+    # Without priors, with the learned policy: proposals are flat, and candidates built from them are empty.
     without = ("-S", "priors.backend=none", "-S", "select.policy=reinforce", "-S", "select.policy_steps=4")
     ran = set(executed(project.run(*run, *changes, "-S", "select.fold_steps=2", *without)))
     assert {"ask", "proposals", "warmup", "select@1", "evaluate", "report"} <= ran

@@ -12,7 +12,7 @@ FIRST_SCREEN_LINES = 25
 
 
 def commands() -> list[list[str]]:
-    """What README.md says to type: indented lines and `inline` code that start with make, dvc or python."""
+    """Commands in README.md: indented lines and `inline` code that start with make, dvc or python."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     typed = re.findall(r"^    (.+)$|`([^`\n]+)`", text, re.MULTILINE)
     lines = [(block or inline).strip() for block, inline in typed]
@@ -21,13 +21,13 @@ def commands() -> list[list[str]]:
     return parsed
 
 
-def test_the_two_commands_are_on_the_first_screen():
+def test_first_screen_of_the_readme_shows_make_demo_and_make_test():
     first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:FIRST_SCREEN_LINES])
     assert "make demo" in first
     assert "make test" in first
 
 
-def test_continuous_integration_runs_the_tests_of_the_readme():
+def test_ci_runs_the_tests_named_in_the_readme():
     lines = [line.strip() for line in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()]
     made = [line.removeprefix("exec ") for line in lines if line.removeprefix("exec ").startswith("make ")]
     assert made == ["make test", "make vllm-cpu", "make test-vllm"]

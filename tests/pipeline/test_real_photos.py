@@ -1,4 +1,4 @@
-"""Real JPEGs, polygons, sentences and recorded answers through every stage."""
+"""Real JPEGs, polygons, sentences and recorded responses through every stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("photos")]
 FEW_STEPS = {
     "train": {"batch_size": 4, "log_every": 2, "engine": {"device": "cpu"}},
     "warmup": {"steps": 4},
-    "select": {"fold_steps": 2, "policy": "all"},  # in so few steps `reinforce` learns to trust no label
+    "select": {"fold_steps": 2, "policy": "all"},  # in so few steps `reinforce` learns to reject every label
     "retrain": {"steps": 4},
 }
 
@@ -33,20 +33,20 @@ def project(real_data, tmp_path):
 
 
 def box_iou_with_mask(box, mask: np.ndarray) -> float:
-    """By plain counting: the pixels whose centres lie in the box against the mask."""
+    """IoU of a mask and the pixels whose centers lie in the box, by plain counting."""
     y, x = np.mgrid[: mask.shape[0], : mask.shape[1]] + 0.5
     inside = (x > box[0]) & (x < box[2]) & (y > box[1]) & (y < box[3])
     return float((inside & mask).sum() / (inside | mask).sum())
 
 
-def test_recorded_boxes_as_masks_of_the_ten_asked_sentences(project, real_data):
+def test_scores_recorded_boxes_of_ten_sentences_as_masks(project, real_data):
     for stage in ("ingest", "split", "ask", "priors"):
         project.run("python", "-m", f"stages.{stage}")
     box, count = score_prior(project.folder, "box")
     grabcut, _ = score_prior(project.folder, "grabcut")
     assert count == 10
 
-    # The oracle reads the published files itself.
+    # The reference reads the published files directly.
     folder = real_data / "res_mini" / "refcoco"
     refs = {ref["ref_id"]: ref for ref in pickle.loads((folder / "refs(unc).p").read_bytes())}
     annotations = {row["id"]: row for row in json.loads((folder / "instances.json").read_text())["annotations"]}
@@ -62,21 +62,21 @@ def test_recorded_boxes_as_masks_of_the_ten_asked_sentences(project, real_data):
         mask = coco_mask.decode(segmentation).astype(bool)
         ious.append(box_iou_with_mask(answer["pred_box_xyxy"], mask) if answer["pred_box_xyxy"] else 0.0)
     assert len(ious) == 10
-    # A proposal's map has 48 cells a side, so its borders lie within a cell of the box's.
+    # A proposal map has 48 cells per side, so its borders lie within one cell of the box.
     assert box["miou"] == pytest.approx(100 * np.mean(ious), abs=2)
     assert box["miou"] > 40
-    assert grabcut["miou"] > box["miou"] - 5  # sharpening real photos does not break them
+    assert grabcut["miou"] > box["miou"] - 5  # GrabCut does not break boxes on real photos
 
 
-def test_every_stage_takes_real_photos(project):
+def test_every_stage_runs_on_real_photos(project):
     output = project.run("dvc", "repro")
     ran = executed(output)
-    assert "accepted nothing" not in output  # real pseudo-labels taught
+    assert "accepted nothing" not in output  # training used real pseudo-labels
     assert "refshapes" not in ran
     assert {"ingest", "split", "ask", "priors", "proposals", "warmup", "crossfit-0"} <= set(ran)
     assert {"select@1", "retrain@1", "predict@1", "evaluate", "report"} <= set(ran)
     metrics = json.loads(project.read("metrics/evaluate.json"))
-    assert metrics["n_testA"] == 9  # three refs of three sentences
+    assert metrics["n_testA"] == 9  # three refs with three sentences each
     for method in ("prior", "supervised", "round_0", "round_1"):
         assert 0 <= metrics[f"testA_{method}_miou"] <= 100
     assert "dataset_version" not in metrics
@@ -87,11 +87,11 @@ def test_every_stage_takes_real_photos(project):
     for role, listed in zip(("labeled", "unlabeled", "eval"), ROLES.values(), strict=True):
         assert sorted(by_role[role]) == sorted(listed)
     priors = pq.read_table(project.folder / "data/priors/priors.parquet").to_pandas()
-    assert (priors["status"] == "ok").sum() == 9  # ten answers, one of them without a box
+    assert (priors["status"] == "ok").sum() == 9  # ten responses, one without a box
     assert len(priors) == len(split) == 59
 
     page = project.read("report/index.html").decode()
     assert "<img" in page
-    assert len(page) > 100_000  # photos are part of it
+    assert len(page) > 100_000  # the page embeds photos
     with Image.open(project.folder / "data/photos/images/train2014/COCO_train2014_000000000154.jpg") as image:
-        assert image.size[0] > 256  # they were larger than the network's input
+        assert image.size[0] > 256  # larger than the network's input

@@ -1,4 +1,4 @@
-"""A stage that is killed goes on where it was, and the result is the same to the byte."""
+"""A killed stage resumes at its checkpoint and gives byte-identical results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tiny_project import TINY, Project, environment, executed
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 PATIENCE_S = 120
-"""For a stage to start and write its first checkpoint on a busy machine."""
+"""Time for a stage to start and write its first checkpoint on a busy machine."""
 
 
 def forget(project: Project, stages: list[str]) -> None:
-    """As if these stages had never run: without outputs, lock entries and cached runs."""
+    """Remove all traces of these stages: outputs, lock entries and cached runs."""
     project.run("rm", "-rf", ".dvc/cache/runs")
     for name in ("dvc.lock", "stages/dvc.lock"):
         path = project.folder / name
@@ -32,7 +32,7 @@ def forget(project: Project, stages: list[str]) -> None:
 
 
 def kill_after_first_checkpoint(project: Project, target: str, purpose: str) -> Path:
-    """Run a stage and end DVC, the shell and the stage at once by SIGKILL; the checkpoint that is left."""
+    """Run a stage, kill DVC, the shell and the stage at once by SIGKILL, and return the checkpoint."""
     process = subprocess.Popen(
         ["dvc", "repro", target],
         cwd=project.folder,
@@ -60,9 +60,9 @@ def kill_after_first_checkpoint(project: Project, target: str, purpose: str) -> 
         ("retrain@1", "stages/dvc.yaml:retrain@1", "retrain-1", "data/rounds/1"),
     ],
 )
-def test_a_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage, target, purpose, outputs):
+def test_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage, target, purpose, outputs):
     whole, steps = first_run.project.copy(tmp_path / "whole"), TINY["warmup"]["steps"]
-    if stage == "retrain@1":  # by a rule that accepts something, so that there are two streams of pairs
+    if stage == "retrain@1":  # a rule that accepts pseudo-labels gives two streams of pairs
         whole.change_params({"select": {"policy": "threshold"}})
         whole.run("dvc", "repro")
         assert pq.read_table(whole.folder / outputs / "pseudo_labels.parquet")["accepted"].to_numpy().any()
@@ -74,10 +74,10 @@ def test_a_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage,
 
     checkpoint = kill_after_first_checkpoint(project, target, purpose)
     assert checkpoint.exists()
-    assert not (project.folder / model).exists()  # the kill came before the end
+    assert not (project.folder / model).exists()  # the kill came before training ended
 
     output = project.run("dvc", "repro")
-    assert executed(output) == [stage, "evaluate"]  # what follows sees the same bytes and need not run
+    assert executed(output) == [stage, "evaluate"]  # later stages see the same bytes and do not run
     resumed = [line for line in output.splitlines() if line.startswith(f"{purpose}: resuming at step ")]
     assert len(resumed) == 1
     assert 0 < int(resumed[0].split()[4]) < steps
@@ -91,8 +91,8 @@ def test_a_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage,
     assert list((project.folder / ".scratch").glob("*/checkpoint.pt")) == []
 
 
-def test_a_killed_crossfit_keeps_the_teachers_that_are_done(first_run, tmp_path):
-    """Killed in its second teacher: the first is not trained again, the second goes on."""
+def test_killed_crossfit_keeps_finished_teachers(first_run, tmp_path):
+    """After a kill during the second teacher, the first is not retrained and the second resumes."""
     target = "stages/dvc.yaml:crossfit-0"
     whole = first_run.project.copy(tmp_path / "whole")
     whole.change_params({"select": {"fold_steps": 40}})

@@ -1,4 +1,4 @@
-"""The stage `ask` with the real vLLM in .venv-vllm, from a pipeline that runs in .venv: through DVC, killed, by two."""
+"""The stage `ask` with real vLLM in .venv-vllm, from a pipeline in .venv: with DVC, a kill, and two engines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(project: Project, *command: str, **more: str) -> subprocess.Popen[str]
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    """What it wrote to stdout and stderr; where it does not end, it is killed with all that it has started."""
+    """Return stdout and stderr. A process that does not end is killed with all its children."""
     try:
         output, errors = process.communicate(timeout=PATIENCE_S)
     finally:
@@ -60,14 +60,14 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def again(asked: Project, tmp_path: Path) -> Project:
-    """The same project before it asked."""
+    """The same project without responses."""
     project = asked.copy(tmp_path / "project")
     (project.folder / ANSWERS).unlink()
     return project
 
 
-def test_the_pipeline_asks_by_its_configuration(asked: Project) -> None:
-    """The pipeline's own environment has no vLLM."""
+def test_pipeline_queries_vllm_in_the_configured_environment(asked: Project) -> None:
+    """The pipeline's environment has no vLLM."""
     assert subprocess.run([OWN, "-c", "import vllm"], capture_output=True, check=False).returncode == 1
     table = pq.read_table(asked.folder / ANSWERS).to_pydict()
     assert (set(table["backend"]), len(table["sent_id"]), set(table["unread"])) == ({"vllm"}, SENTENCES, {None})
@@ -75,15 +75,15 @@ def test_the_pipeline_asks_by_its_configuration(asked: Project) -> None:
     assert "up to date" in finish(start(asked, "dvc", "status", "ask"))[0]
 
 
-def test_killed_while_it_asks_it_ends_in_the_same_bytes(asked: Project, again: Project) -> None:
-    """With vLLM's engine in a process of its own, as it is by default: it must not outlive the stage."""
+def test_resumes_after_a_kill_and_writes_the_same_bytes(asked: Project, again: Project) -> None:
+    """By default, vLLM's engine runs in a separate process, which must not outlive the stage."""
     process, deadline = start(again, *ASK), time.monotonic() + PATIENCE_S
     while not list(again.folder.glob(CHUNKS)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()  # the stage alone
-    process.communicate(timeout=PATIENCE_S)  # the engine holds the other end: this returns when it has ended
+    process.kill()  # only the stage
+    process.communicate(timeout=PATIENCE_S)  # the engine holds the pipe open: this returns when it ends
     stored = len(list(again.folder.glob(CHUNKS)))
     assert 0 < stored < SENTENCES / CHUNK
     assert not (again.folder / ANSWERS).exists()
@@ -93,13 +93,13 @@ def test_killed_while_it_asks_it_ends_in_the_same_bytes(asked: Project, again: P
     assert not list(again.folder.glob(".scratch/*"))
 
 
-def test_two_engines_end_in_the_same_bytes(asked: Project, again: Project) -> None:
+def test_two_engines_write_the_same_bytes(asked: Project, again: Project) -> None:
     again.change_params({"priors": {"engine": {"data_parallel": 2}}})
     finish(start(again, *ASK, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
     assert again.read(ANSWERS) == asked.read(ANSWERS)
 
 
-def test_an_environment_without_vllm_is_named(again: Project) -> None:
+def test_names_an_environment_without_vllm(again: Project) -> None:
     again.change_params({"priors": {"engine": {"python": None}}})
     (line,) = finish(start(again, *ASK), code=2)[1].splitlines()
     assert "priors.backend: got 'vllm', but vLLM is not installed in" in line

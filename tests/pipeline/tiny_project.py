@@ -29,7 +29,7 @@ NEEDED = (
     "examples",
     "vlm",
 )
-"""What the pipeline needs of the project; tests, documents and measurements stay behind."""
+"""Files that the pipeline needs; tests, documentation and benchmarks are not copied."""
 
 TINY: dict[str, Any] = {
     "round": 1,
@@ -43,12 +43,12 @@ TINY: dict[str, Any] = {
     "retrain": {"steps": 40},
     "report": {"cases": 2},
 }
-"""Changes to params.yaml. Warm-up and retraining last some steps longer than they need, so that a kill finds them at
-work after their first checkpoint."""
+"""Changes to params.yaml. Warm-up and retraining run some extra steps, so that a kill hits them after their first
+checkpoint."""
 
 
 def environment() -> dict[str, str]:
-    """The environment's own Python first, as `make` has it; one thread, as all tests."""
+    """Environment with this Python first on PATH, as in `make`, and one thread, as in all tests."""
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -63,7 +63,7 @@ class Project:
     folder: Path
 
     def run(self, *command: str, code: int | None = 0) -> str:
-        """What a command writes, stdout and stderr together. code: the exit code to expect; None: any."""
+        """Combined stdout and stderr of a command. code: the expected exit code; None accepts any."""
         done = subprocess.run(
             command,
             cwd=self.folder,
@@ -77,13 +77,13 @@ class Project:
         return done.stdout
 
     def out(self, *command: str) -> str:
-        """What a command writes to stdout."""
+        """The stdout of a command."""
         return subprocess.run(
             command, cwd=self.folder, env=environment(), text=True, capture_output=True, check=True
         ).stdout
 
     def stages_run(self, *command: str) -> list[str]:
-        """The stages whose command a dvc command executed, in order; those from the cache do not count."""
+        """Stages that a dvc command executed, in order; stages from the cache do not count."""
         return executed(self.run(*command))
 
     def change_params(self, changes: dict[str, Any]) -> None:
@@ -95,9 +95,9 @@ class Project:
         self.run("git", "commit", "--quiet", "--message", "state")
 
     def back(self) -> None:
-        """The last commit again, in Git and in DVC; experiments stay in the cache."""
+        """Restore the last commit in Git and DVC; experiments stay in the cache."""
         self.run("git", "reset", "--quiet", "--hard")
-        self.run("dvc", "checkout", "--quiet", code=None)  # complains of the rounds that never ran
+        self.run("dvc", "checkout", "--quiet", code=None)  # complains about rounds that never ran
 
     def read(self, path: str) -> bytes:
         return (self.folder / path).read_bytes()

@@ -1,4 +1,4 @@
-"""`l2l check`: a good configuration prints the plan, each kind of bad input is named."""
+"""`l2l check` prints the plan of a valid configuration and names every kind of bad input."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ REPLAY = {"backend": "replay", "replay_file": "answers.jsonl"}
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of params.yaml, the example data set and its answers."""
+    """A project with params.yaml, the example dataset and its recorded responses."""
     shutil.copytree(ROOT / "examples" / "tabletop", tmp_path / "mine")
     shutil.copy(ROOT / "examples" / "tabletop_answers.jsonl", tmp_path / "answers.jsonl")
     shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
@@ -52,7 +52,7 @@ def contents() -> dict[str, bytes]:
 
 
 def checked(monkeypatch, capsys, *words: str) -> str:
-    """What a check without problems says."""
+    """Output of a check that finds no problems."""
     before = contents()
     assert call(monkeypatch, "check", *words) == 0
     assert contents() == before
@@ -60,7 +60,7 @@ def checked(monkeypatch, capsys, *words: str) -> str:
 
 
 def problems(monkeypatch, capsys, *words: str) -> list[str]:
-    """What a check finds, a line each."""
+    """Problems that a check reports, one per line."""
     before = contents()
     assert call(monkeypatch, "check", "--no-timing", *words) == 2
     assert contents() == before
@@ -71,11 +71,11 @@ def problems(monkeypatch, capsys, *words: str) -> list[str]:
     return [line.strip() for line in rest] or [first.removeprefix("error: ")]
 
 
-# --- what a good configuration says
+# --- output for a valid configuration
 
 
-def test_the_plan_with_times(project, monkeypatch, capsys):
-    """Warm-up trains two networks: with half the steps it takes as long. Stages of known work have a time."""
+def test_prints_the_plan_with_time_estimates(project, monkeypatch, capsys):
+    """Warm-up trains two networks, so half the steps take as long. Stages of known cost have a time."""
     change({"round": 1, "warmup": {"steps": 10_000_000}, "retrain": {"steps": 20_000_000}})
     said = checked(monkeypatch, capsys)
     assert "mine: 12 images, 27 sentences (train 20, val 7), 16 masks" in said
@@ -106,7 +106,7 @@ def memory_of(row: str) -> float:
     return float(value) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
 
 
-def test_stages_that_do_not_fit_into_the_memory_get_one_warning_a_remedy(project, monkeypatch, capsys):
+def test_warns_once_per_remedy_about_stages_that_exceed_memory(project, monkeypatch, capsys):
     monkeypatch.setattr(checks, "available_bytes", lambda: 250_000_000)
     said = checked(monkeypatch, capsys, "-S", "round=1", "-S", "select.policy=topk")
     (memory,) = (line for line in said.splitlines() if line.startswith("memory "))
@@ -119,7 +119,7 @@ def test_stages_that_do_not_fit_into_the_memory_get_one_warning_a_remedy(project
     assert any(line.startswith("predict, predict@1: about ") for line in warnings)
 
 
-def test_the_memory_of_a_gpu_is_compared_with_what_is_free_on_it(capsys):
+def test_compares_gpu_memory_needs_with_free_gpu_memory(capsys):
     stages = [
         Stage("warmup", None, None, 3e9, 20e9),
         Stage("select@1", None, None, 4e9, 5e9),
@@ -134,7 +134,7 @@ def test_the_memory_of_a_gpu_is_compared_with_what_is_free_on_it(capsys):
     )
 
 
-def test_without_timing_there_are_sizes(project, monkeypatch, capsys):
+def test_prints_sizes_without_timing(project, monkeypatch, capsys):
     said = checked(monkeypatch, capsys, "--no-timing")
     row = next(line for line in said.splitlines() if line.startswith("warmup"))
     name, time, size, unit = row.split()
@@ -143,26 +143,26 @@ def test_without_timing_there_are_sizes(project, monkeypatch, capsys):
     assert "Estimated" not in said
 
 
-def test_the_embedded_data_set_is_sampled_before_it_is_drawn(project, monkeypatch, capsys):
+def test_checks_a_sample_of_the_built_in_dataset_before_it_is_drawn(project, monkeypatch, capsys):
     change({"dataset": "data/refshapes", "split": {"labeled_fraction": 0.05}, "priors": {"backend": "simulated"}})
     change({"refshapes": {"image_size_px": 64, "train_images": 1500, "val_images": 250, "test_images": 250}})
     said = checked(monkeypatch, capsys, "--no-timing")
     assert "data/refshapes: not drawn yet" in said
     assert "2000 images, 4000 sentences; checked on 80 of its images" in said
-    # floor(0.05 x 1500) images of two sentences
+    # floor(0.05 x 1500) images with two sentences each
     assert "labeled: 75 images, 150 sentences; unlabeled: 1425 images, 2850 sentences; eval: 500 images" in said
     assert "simulated: llava-1.5-7b" in said
     assert "\nrefshapes " in said
 
 
-def test_parameters_can_be_changed_as_dvc_changes_them(project, monkeypatch, capsys):
+def test_accepts_dvc_style_parameter_overrides(project, monkeypatch, capsys):
     said = checked(monkeypatch, capsys, "--no-timing", "-S", "round=0", "-S", "train.lr=1e-5")
     assert "retrain@1" not in said
     assert load_params(overrides=["train.lr=1e-5", "select.candidates=[teacher]"]).train.lr == 1e-5
     assert load_params().round == 2
 
 
-# --- what it refuses
+# --- refused input
 
 
 def corrupt_image():
@@ -224,7 +224,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_work_is_refused(project, monkeypatch, capsys, case):
+def test_refuses_invalid_projects(project, monkeypatch, capsys, case):
     make, words = WRONG[case]
     if case == "no vLLM":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -234,18 +234,18 @@ def test_what_cannot_work_is_refused(project, monkeypatch, capsys, case):
         assert word in found
 
 
-def test_a_device_that_is_not_there_is_refused(project, monkeypatch, capsys):
+def test_refuses_a_missing_device(project, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     change({"train": {"engine": {"device": "cuda"}}})
     (found,) = problems(monkeypatch, capsys)
     assert "train.engine.device: got 'cuda', but torch sees no CUDA device" in found
 
 
-def test_nothing_to_select_from_is_refused(project, monkeypatch, capsys):
-    """Only the labelled lines are left."""
+def test_refuses_rounds_without_unlabeled_sentences(project, monkeypatch, capsys):
+    """Only the labeled lines remain."""
     path = Path("mine/pairs.jsonl")
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"mask"' in line))
-    # Sentences are numbered by line: the recorded answers are now those of others, which is noticed.
+    # Sentences are numbered by line, so the recorded responses now belong to other sentences.
     assert any("the answers seem to be another data set's" in problem for problem in problems(monkeypatch, capsys))
     change({"priors": {"backend": "none"}})
     (found,) = problems(monkeypatch, capsys)
@@ -253,7 +253,7 @@ def test_nothing_to_select_from_is_refused(project, monkeypatch, capsys):
     assert "retrain@1" not in checked(monkeypatch, capsys, "--no-timing", "-S", "round=0")
 
 
-def test_boxes_alone_are_refused(project, tiny_refcoco, monkeypatch, capsys):
+def test_refuses_a_dataset_with_boxes_but_no_masks(project, tiny_refcoco, monkeypatch, capsys):
     for row in tiny_refcoco.instances["annotations"]:
         row["segmentation"] = []
     tiny_refcoco.save()
@@ -262,7 +262,7 @@ def test_boxes_alone_are_refused(project, tiny_refcoco, monkeypatch, capsys):
     assert "no annotation has a segmentation, but training needs masks" in found
 
 
-def test_a_full_disk_is_refused(project, monkeypatch, capsys):
+def test_refuses_a_full_disk(project, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 5000, 5000))
     (found,) = problems(monkeypatch, capsys)
@@ -270,7 +270,7 @@ def test_a_full_disk_is_refused(project, monkeypatch, capsys):
     assert "5 kB are free here" in found
 
 
-def test_problems_of_all_parts_are_named_at_once(project, monkeypatch, capsys):
+def test_reports_problems_of_all_parts_at_once(project, monkeypatch, capsys):
     corrupt_image()
     edit_pairs('"the red cup"', '"?"')
     change({"model": {"image_encoder": "./weights/swin"}})
@@ -283,7 +283,7 @@ def test_problems_of_all_parts_are_named_at_once(project, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("word", ["rounds=1", "round", "round=7", "round=two"])
-def test_wrong_overrides_are_refused(project, monkeypatch, capsys, word):
+def test_refuses_invalid_overrides(project, monkeypatch, capsys, word):
     (found,) = problems(monkeypatch, capsys, "-S", word)
     assert word.partition("=")[0] in found
     assert str(project.parent) not in found
@@ -294,16 +294,16 @@ def test_wrong_overrides_are_refused(project, monkeypatch, capsys, word):
     ("wrong", "right"),
     [("split.labeled_fracton", "split.labeled_fraction"), ("priors.engine.batch_sise", "priors.engine.batch_size")],
 )
-def test_a_misspelled_parameter_is_told_the_right_one(project, monkeypatch, capsys, wrong, right):
+def test_suggests_the_right_name_for_a_misspelled_parameter(project, monkeypatch, capsys, wrong, right):
     (found,) = problems(monkeypatch, capsys, "-S", "++round=1", "-S", f"{wrong}=1")
     assert found == f"-S {wrong}=1: params.yaml has no {wrong}; did you mean {right}?"
 
 
-# --- encoders and models that are elsewhere
+# --- encoders and models outside the project
 
 
-def test_a_hub_id_is_not_fetched(project, monkeypatch, capsys):
-    """Any connection would raise."""
+def test_does_not_download_a_hub_model(project, monkeypatch, capsys):
+    """Any network connection would raise."""
     monkeypatch.setattr(socket.socket, "connect", None)
     change({"model": {"image_encoder": "nobody/no-such-backbone"}})
     said = checked(monkeypatch, capsys)
@@ -312,7 +312,7 @@ def test_a_hub_id_is_not_fetched(project, monkeypatch, capsys):
     assert next(line for line in said.splitlines() if line.startswith("warmup")).split() == ["warmup", "-", "-"]
 
 
-def test_a_model_for_priors_may_be_a_folder_or_a_hub_id(project, monkeypatch, capsys):
+def test_accepts_a_folder_or_a_hub_id_as_prior_model(project, monkeypatch, capsys):
     monkeypatch.setattr(socket.socket, "connect", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     change({"priors": {"backend": "transformers", "model": "Qwen/Qwen3-VL-8B-Instruct"}})
@@ -328,7 +328,7 @@ def test_a_model_for_priors_may_be_a_folder_or_a_hub_id(project, monkeypatch, ca
 
 @contextmanager
 def server(status: int, body: bytes, keys: list[str | None]) -> Iterator[str]:
-    """Its address; what it answers to GET /v1/models."""
+    """Serve `body` at GET /v1/models and yield the server's address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -361,7 +361,7 @@ def ask_for(model: str, url: str) -> None:
 ENGINE = yaml.safe_load((ROOT / "params.yaml").read_text())["priors"]["engine"]
 
 
-def test_a_server_with_the_model(project, monkeypatch, capsys):
+def test_accepts_a_server_that_has_the_model(project, monkeypatch, capsys):
     keys: list[str | None] = []
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with server(200, MODELS, keys) as url:
@@ -381,14 +381,14 @@ def test_a_server_with_the_model(project, monkeypatch, capsys):
         (401, b"", "URL/models: HTTP 401; check priors.engine.server_url and OPENAI_API_KEY"),
     ],
 )
-def test_a_server_that_will_not_do(project, monkeypatch, capsys, status, body, words):
+def test_refuses_an_unsuitable_server(project, monkeypatch, capsys, status, body, words):
     with server(status, body, []) as url:
         ask_for("qwen3-vl", url)
         (found,) = problems(monkeypatch, capsys)
     assert words.replace("URL", url) in found
 
 
-def test_no_server(project, monkeypatch, capsys):
+def test_refuses_a_server_that_does_not_respond(project, monkeypatch, capsys):
     with server(200, MODELS, []) as url:
         pass  # the port is free again
     ask_for("qwen2.5-vl", url)
@@ -396,8 +396,8 @@ def test_no_server(project, monkeypatch, capsys):
     assert f"{url}/models: no answer (ConnectionError); start a server" in found
 
 
-def test_a_project_outside_a_repository_is_named_first(project, monkeypatch, capsys):
-    """As an unpacked archive of the project is: DVC's folder comes along, Git's does not."""
+def test_reports_a_project_outside_a_git_repository_first(project, monkeypatch, capsys):
+    """Like an unpacked archive of the project, it has DVC's folder but not Git's."""
     shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
     Path(".dvc").mkdir()
     shutil.copy(ROOT / ".dvc" / "config", ".dvc/config")
@@ -410,7 +410,7 @@ def test_a_project_outside_a_repository_is_named_first(project, monkeypatch, cap
 
 
 @pytest.mark.parametrize("place", [".", "deep/below"])
-def test_a_project_in_a_repository_or_a_folder_of_it_is_fine(project, monkeypatch, capsys, place):
+def test_accepts_a_project_in_a_repository_or_its_subfolder(project, monkeypatch, capsys, place):
     subprocess.run(["git", "init", "--quiet", "."], check=True)
     below = project / place
     below.mkdir(parents=True, exist_ok=True)
@@ -422,7 +422,7 @@ def test_a_project_in_a_repository_or_a_folder_of_it_is_fine(project, monkeypatc
     assert call(monkeypatch, "check", "--no-timing") == 0
 
 
-def test_doubts_about_the_data_are_said(project, monkeypatch, capsys):
+def test_warns_about_contradictory_masks(project, monkeypatch, capsys):
     with Path("mine/pairs.jsonl").open("a") as file:
         for polygon in ([1, 1, 50, 1, 50, 50], [60, 60, 99, 60, 99, 99]):
             row = {"image": "images/01.jpg", "sentence": "an odd thing", "mask": {"polygon": polygon}}
@@ -434,7 +434,7 @@ def test_doubts_about_the_data_are_said(project, monkeypatch, capsys):
     )
 
 
-def test_make_demo_names_a_missing_repository_before_it_installs(tmp_path):
+def test_make_demo_reports_a_missing_repository_before_installing(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path / "Makefile")
     for name in ("requirements.txt", "pyproject.toml"):
         (tmp_path / name).touch()

@@ -1,4 +1,4 @@
-"""The stages that DVC would run, and times and sizes computed by hand."""
+"""Planned stages, and time, memory and size estimates against hand-computed values."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ SIZES = Sizes(index=7000, mask=150.0, model=1_000_000)
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize("dataset", ["data/refshapes", "data/other"])
-def test_stages_are_those_that_dvc_would_run(tmp_path, monkeypatch, number, dataset):
+def test_lists_the_stages_that_dvc_would_run(tmp_path, monkeypatch, number, dataset):
     for name in ("dvc.yaml", "stages/dvc.yaml", "data/dvc.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -34,7 +34,7 @@ def test_stages_are_those_that_dvc_would_run(tmp_path, monkeypatch, number, data
     monkeypatch.chdir(tmp_path)
     Repo.init(no_scm=True).close()
     with Repo() as repo:
-        graph = repo.index.graph  # a stage points to those it depends on
+        graph = repo.index.graph  # edges point from a stage to its dependencies
         stages = repo.stage.collect("report", with_deps=True)
         before = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in stages}
     short = {name: name.rpartition(":")[2] for name in before}
@@ -60,7 +60,7 @@ SELECT = {"policy": "reinforce", "candidates": ["teacher", "prior"], "folds": 2,
 SELECT |= {"fold_update": "further", "fold_update_steps": 150, "policy_steps": 400}
 
 
-def test_times_by_hand():
+def test_time_estimates_match_hand_computed_values():
     found = seconds(select=SELECT)
     assert found["ingest"] == 1 + 2
     assert found["split"] == found["ask"] == found["priors"] == 1
@@ -69,7 +69,7 @@ def test_times_by_hand():
     assert found["warmup"] == pytest.approx(5 + 2 * (40 + 20 * 0.5))
     assert found["crossfit-0"] == pytest.approx(5 + 2 * (30 + 20 * 0.5))
     assert found["crossfit@1"] == pytest.approx(5 + 2 * (15 + 420 * 0.5))
-    # Each of 850 sentences: three ways of asking in one pass, the candidates, two masks. Then the policy.
+    # Each of 850 sentences: three views in one pass, the candidates, two masks. Then the policy.
     assert found["select@1"] == pytest.approx(5 + 850 * (3 * 0.002 + 0.02 + 2 * 0.001) + 400 * 0.03 + 420 * 0.5)
     assert found["select@2"] == pytest.approx(5 + 850 * (6 * 0.002 + 0.02 + 2 * 0.001) + 400 * 0.03 + 420 * 0.5)
     assert found["retrain@1"] == found["retrain@2"] == pytest.approx(5 + 80 + 420 * 0.5)
@@ -81,29 +81,29 @@ def test_times_by_hand():
     assert "crossfit@2" not in found
 
 
-def test_images_beyond_the_cache_are_decoded_at_every_draw(monkeypatch):
+def test_decodes_images_beyond_the_cache_at_every_draw(monkeypatch):
     """A cache of 10 images, or of 5 for each of two streams."""
     size_px = toy_params().model.image_size_px
     monkeypatch.setattr(estimate, "IMAGE_CACHE_BYTES", 10 * 3 * size_px**2)
     found = seconds(select=SELECT)
-    # Half of the labelled images are kept and decoded once; every other draw of 400 x 32 is of another one.
+    # Half of the labeled images are cached and decoded once; half of the 400 x 32 draws hit the other images.
     assert found["warmup"] == pytest.approx(5 + 2 * (40 + 0.5 * (10 + 400 * 32 / 2)))
     labeled, unlabeled = 800 * 8, 800 * 24
     decoded = 5 + labeled * 15 / 20 + 5 + unlabeled * 395 / 400
     assert found["retrain@1"] == pytest.approx(5 + 80 + 0.5 * decoded)
 
 
-def test_a_training_of_few_steps_decodes_what_it_draws():
+def test_short_training_decodes_only_the_drawn_images():
     assert seconds(warmup={"steps": 1}, train={"batch_size": 7})["warmup"] == pytest.approx(5 + 2 * (0.1 + 7 * 0.5))
 
 
-def test_grabcut_reads_every_image():
+def test_grabcut_estimate_includes_decoding_every_image():
     fixed = {"renderer": "grabcut", "ring": 0.1, "core": 0.0}
     assert seconds(proposals=fixed)["proposals"] == pytest.approx(1 + 1000 * 0.01 + 460 * 0.5)
 
 
-def test_a_fit_renders_the_labeled_sentences_for_every_value_it_tries():
-    """The box, the first cut, five more rings and three more cores, of all labeled sentences but at most 200."""
+def test_fit_renders_the_labeled_sentences_for_every_tried_value():
+    """The box, the first cut, five more rings and three more cores, for at most 200 labeled sentences."""
     fixed = {"renderer": "grabcut", "ring": "fit", "core": "fit"}
     labeled = min(200, COUNTS.labeled)
     assert seconds(proposals=fixed)["proposals"] == pytest.approx(1 + (1000 + labeled * 10) * 0.01 + 460 * 0.5)
@@ -120,10 +120,10 @@ def memory(at_once: int = 1, needs: Needs = NEEDS, **sections: dict[str, object]
     return {stage.name: (stage.ram_bytes, stage.gpu_bytes) for stage in stages}
 
 
-def test_memory_by_hand():
+def test_memory_estimates_match_hand_computed_values():
     found = memory(at_once=2)
     tables = 1000 * (4 * 10**2 + 1000)
-    network = 500 + tables + 1_000_000  # a process, what it reads, the weights
+    network = 500 + tables + 1_000_000  # a process, its tables, the weights
     image = 3 * 32 * 32
     assert found["ingest"] == found["split"] == found["ask"] == found["priors"] == (100 + 70, None)
     assert found["proposals"] == (100 + tables + 24 * 1000 * 10**2, None)
@@ -135,58 +135,58 @@ def test_memory_by_hand():
     assert found["report"] == found["evaluate"] == found["refshapes"] == (None, None)
 
 
-def test_proposals_are_rendered_in_chunks():
+def test_proposal_memory_is_limited_by_the_chunk_size():
     tables = 1000 * (4 * 200**2 + 1000)
     assert memory(proposals={"size_px": 200})["proposals"][0] == 100 + tables + 24 * 2**23
 
 
-def test_decoded_images_take_no_more_than_the_cache(monkeypatch):
-    """A cache of 30 images, of which each of two streams has a half."""
+def test_decoded_images_take_at_most_the_cache_size(monkeypatch):
+    """A cache of 30 images, split evenly between two streams."""
     monkeypatch.setattr(estimate, "IMAGE_CACHE_BYTES", 30 * 3 * 32 * 32)
     found, network = memory(), 500 + 1000 * 1400 + 1_000_000
     image = 3 * 32 * 32
     assert found["warmup"][0] == network + 10_000 + 20 * image
-    assert found["retrain@1"][0] == network + 10_000 + 2 * 15 * image  # the labelled images are 20
+    assert found["retrain@1"][0] == network + 10_000 + 2 * 15 * image  # there are 20 labeled images
     assert found["predict"][0] == network + 4_000 + 30 * image
     beside = memory(at_once=2)  # the fold teachers share the cache as well
     assert beside["crossfit-0"][0] == 2 * (network + 10_000 + 15 * image)
     assert beside["crossfit@1"][0] == 2 * (network + 10_000 + 2 * 7 * image)
 
 
-def test_fixed_rules_hold_no_fold_teachers_and_judge_no_labels():
+def test_memory_of_fixed_rules_excludes_fold_teachers_and_labeled_sentences():
     found = memory(select=SELECT | {"policy": "topk"})
     assert found["crossfit-0"] == found["crossfit@1"] == (100, None)
     ruled = 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 800
     assert found["select@1"] == (ruled, 40_000)
 
 
-def test_the_memory_of_a_multimodal_model_is_not_known():
+def test_memory_of_a_multimodal_model_is_unknown():
     assert memory(priors={"backend": "vllm", "model": "x"})["ask"] == (None, None)
 
 
-def test_fixed_rules_neither_ask_fold_teachers_nor_train_a_policy():
+def test_fixed_rules_neither_query_fold_teachers_nor_train_a_policy():
     found = seconds(select=SELECT | {"policy": "topk"})
     assert found["crossfit-0"] == 1
     assert found["select@1"] == pytest.approx(5 + 800 * (3 * 0.002 + 0.02 + 1 * 0.001) + 400 * 0.5)
     assert found["crossfit@1"] == 1
 
 
-def test_fold_teachers_kept_or_fresh():
+def test_time_of_fold_teachers_follows_fold_update():
     assert seconds(select=SELECT | {"fold_update": "kept"})["crossfit@1"] == 1
     assert seconds(select=SELECT | {"fold_update": "fresh"})["crossfit@1"] == pytest.approx(5 + 2 * (30 + 210))
 
 
-def test_an_online_teacher_labels_its_share_of_every_batch():
+def test_online_teacher_adds_its_labeling_time_to_every_batch():
     found = seconds(select=SELECT | {"policy": "mean_teacher"})
     assert found["retrain@1"] == pytest.approx(5 + 800 * (0.1 + 24 * 0.002) + 420 * 0.5)
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("replay", 1), ("none", 1), ("openai", None), ("vllm", None)])
-def test_a_models_speed_is_not_known(backend, expected):
+def test_time_of_live_models_is_unknown(backend, expected):
     assert seconds(priors={"backend": backend, "model": "x"})["ask"] == expected
 
 
-def test_sizes_by_hand():
+def test_size_estimates_match_hand_computed_values():
     params = toy_params(proposals={"size_px": 10}, priors={"samples": 3}, select={"folds": 2})
     params = params.model_copy(update={"round": 2})
     found = {stage.name: stage for stage in plan(params, COUNTS, None, SIZES, draws_refshapes=False)}
@@ -199,7 +199,7 @@ def test_sizes_by_hand():
     assert size["retrain@2"] == 1_000_000
     assert size["warmup"] == size["crossfit-0"] == size["crossfit@1"] == 2_000_000
     assert size["select@1"] == 800 * 350
-    # Supervised once; each round's model with and without prior; the labels of the rounds so far.
+    # The supervised model once, each round's model with and without prior, the pseudo-labels of the rounds so far.
     assert size["predict"] == 100 * 3 * 200
     assert size["predict@1"] == 100 * 5 * 200 + 800 * 350
     assert size["predict@2"] == 100 * 7 * 200 + 2 * 800 * 350
@@ -207,7 +207,7 @@ def test_sizes_by_hand():
     assert checkpoint_bytes(SIZES) == 8_000_000
 
 
-def test_without_the_network_its_size_is_not_known():
+def test_sizes_are_unknown_without_the_network():
     sizes = Sizes(index=1, mask=1.0, model=None)
     found = {stage.name: stage.size_bytes for stage in plan(toy_params(), COUNTS, None, sizes, draws_refshapes=False)}
     assert found["warmup"] is found["crossfit-0"] is found["retrain@1"] is checkpoint_bytes(sizes) is None

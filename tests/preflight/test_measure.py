@@ -1,4 +1,4 @@
-"""What is measured, against a network and a labelling that last a known time and hold known memory at least."""
+"""Measured costs, against a network with a known minimum run time and memory."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy_pairs import toy_network, toy_pairs, toy_params
 
-from l2l_core.data import pairs as dataset
+from l2l_core.data import pairs
 from l2l_core.errors import ConfigError
 from l2l_core.preflight import measure as measuring
 from l2l_core.preflight.measure import TRAINING_STEPS, Sample, measure
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def sample(tmp_path, monkeypatch):
-    """Four pairs; starting a Python is left out."""
+    """Four pairs; the start-up of Python is mocked."""
     monkeypatch.setattr(
         measuring, "_start", {measuring.LIGHT_MODULE: (1.5, 10), measuring.NETWORK_MODULE: (7.0, 20)}.get
     )
@@ -28,7 +28,7 @@ def sample(tmp_path, monkeypatch):
 
 
 def slow_network(sample: Sample, seconds: float) -> tuple[object, list[bool]]:
-    """A network whose every decoding lasts, and for each of them whether it was in training."""
+    """A network with a slow decoder, and a list that records its training mode at each call."""
     network, passes = toy_network(sample.pairs), []
     decode = network.decode
 
@@ -42,7 +42,7 @@ def slow_network(sample: Sample, seconds: float) -> tuple[object, list[bool]]:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_each_part_is_measured_by_itself(sample, monkeypatch, number):
+def test_measures_each_part_separately(sample, monkeypatch, number):
     construct = measuring.construct
     monkeypatch.setattr(measuring, "construct", lambda *args: (time.sleep(0.4), construct(*args))[1])
     network, passes = slow_network(sample, 0.2)
@@ -61,19 +61,19 @@ def test_each_part_is_measured_by_itself(sample, monkeypatch, number):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_decoding_is_measured_apart_from_steps_and_asking(sample, monkeypatch, number):
-    """Reading an image lasts 0.1 s: four images in a step or in asking would take 0.4 s."""
-    read, calls = dataset.read_image, []
-    monkeypatch.setattr(dataset, "read_image", lambda path: (time.sleep(0.1), calls.append(path), read(path))[2])
+def test_measures_image_decoding_separately_from_training_and_inference(sample, monkeypatch, number):
+    """Reading an image takes 0.1 s, so four images in a training step or in inference would take 0.4 s."""
+    read, calls = pairs.read_image, []
+    monkeypatch.setattr(pairs, "read_image", lambda path: (time.sleep(0.1), calls.append(path), read(path))[2])
     params = toy_params(proposals={"size_px": 16}, select={"policy": "topk"}, evaluate={"batch_size": PAIRS})
     costs, _ = measure(params.model_copy(update={"round": number}), toy_network(sample.pairs), sample, 0, 0)
     assert 0.1 <= costs.decode_s < 0.4
-    trained = PAIRS if number == 0 else 1 + 3  # of two streams, of which each has its share of a batch
-    assert len(calls) == trained + PAIRS  # the first step decodes, and the measuring of decoding itself
+    trained = PAIRS if number == 0 else 1 + 3  # from two streams, each with its share of the batch
+    assert len(calls) == trained + PAIRS  # decoded by the first step and by the decoding measurement
 
 
-def test_memory_of_training_and_of_asking_is_measured_apart(sample):
-    """Every decoding fills 200 MiB in training and 100 MiB in asking, of a batch half as large as a stage's."""
+def test_measures_memory_of_training_and_inference_separately(sample):
+    """Each decoder call fills 200 MiB in training and 100 MiB in inference, at half of a stage's batch size."""
     network = toy_network(sample.pairs)
     decode = network.decode
 
@@ -92,7 +92,7 @@ def test_memory_of_training_and_of_asking_is_measured_apart(sample):
     assert needs.state > grid * grid * cell_bytes
 
 
-def test_a_gpu_that_is_too_small_names_the_parameter_to_lower(sample):
+def test_names_the_parameter_to_lower_if_the_gpu_memory_is_too_small(sample):
     network = toy_network(sample.pairs)
 
     def fail(*args):
@@ -103,15 +103,15 @@ def test_a_gpu_that_is_too_small_names_the_parameter_to_lower(sample):
         measure(toy_params(proposals={"size_px": 16}).model_copy(update={"round": 0}), network, sample, 0, 0)
 
 
-def test_the_policy_and_grabcut_are_measured_where_they_run(sample):
+def test_measures_the_policy_and_grabcut_if_they_are_used(sample):
     params = toy_params(proposals={"size_px": 16, "renderer": "grabcut"}, select={"policy": "reinforce"})
     costs, _ = measure(params, toy_network(sample.pairs), sample, 0, 0)
     assert 0 < costs.policy_step_s < 2
     assert 0 < costs.proposal_s < 2
 
 
-def test_a_slow_network_is_cut_short(sample, monkeypatch):
-    """Two steps of half a second exhaust the budget, which has room for asking about two pairs at most."""
+def test_stops_early_on_a_slow_network(sample, monkeypatch):
+    """Two steps of half a second exhaust the budget; it leaves room for inference on two pairs at most."""
     monkeypatch.setattr(measuring, "BUDGET_S", 0.7)
     network, passes = slow_network(sample, 0.5)
     params = toy_params(select={"policy": "topk"}, proposals={"size_px": 16}, train={"batch_size": 2})

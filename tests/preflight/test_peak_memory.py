@@ -1,4 +1,4 @@
-"""The largest memory of a block, against blocks that hold a known number of bytes."""
+"""Peak memory of a code block, against blocks that allocate a known number of bytes."""
 
 import time
 from types import SimpleNamespace
@@ -18,14 +18,14 @@ def hold(size_mib: int) -> None:
     del held
 
 
-def test_a_peak_counts_though_the_memory_is_free_again():
+def test_peak_includes_memory_that_was_freed():
     with peak_of() as peak:
         hold(200)
     assert 190 * MIB < peak.ram_bytes < 300 * MIB
     assert peak.gpu_bytes is None
 
 
-def test_memory_that_was_held_before_does_not_count():
+def test_peak_excludes_memory_allocated_before_the_block():
     held = np.ones(200 * MIB, dtype=np.uint8)
     with peak_of() as peak:
         hold(50)
@@ -33,7 +33,7 @@ def test_memory_that_was_held_before_does_not_count():
     assert 45 * MIB < peak.ram_bytes < 150 * MIB
 
 
-def test_a_peak_is_known_after_an_error():
+def test_reports_the_peak_after_an_error():
     def fail() -> None:
         hold(100)
         raise ValueError("stop")
@@ -43,7 +43,7 @@ def test_a_peak_is_known_after_an_error():
     assert peak.ram_bytes > 90 * MIB
 
 
-def test_a_gpu_is_asked_for_what_was_reserved_since_the_block_began(monkeypatch):
+def test_reads_gpu_memory_reserved_since_the_block_began(monkeypatch):
     cuda, calls = torch.device("cuda"), []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
@@ -54,7 +54,7 @@ def test_a_gpu_is_asked_for_what_was_reserved_since_the_block_began(monkeypatch)
     assert peak.gpu_bytes == 7 * MIB
 
 
-def test_what_this_process_holds_of_a_gpu_is_free_for_a_run(monkeypatch):
+def test_free_gpu_memory_includes_memory_reserved_by_this_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * MIB, 16 * MIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * MIB)
     assert free_gpu_bytes(torch.device("cuda")) == 8 * MIB

@@ -1,4 +1,4 @@
-"""Fitting GrabCut to labeled masks: drawn disks whose boxes are tight, loose or right as they are."""
+"""Fitting GrabCut to labeled masks: drawn disks and squares with tight or too small boxes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import ProposalsParams
 from l2l_core.core.masks import encode_rle
 from l2l_core.errors import InputError
-from l2l_core.priors import fit as proposal_fit
+from l2l_core.priors import fit as fit_module
 from l2l_core.priors.fit import FEWEST, fit_proposals, renderings_of_fit, unfitted
 from l2l_core.priors.proposals import make_proposals
 
@@ -31,7 +31,7 @@ Box = Callable[[int, int], list[float]]
 def disk_images(
     folder: Path, count: int, box_of: Box, square: bool = False
 ) -> tuple[pa.Table, pd.DataFrame, pd.DataFrame, dict[int, bytes]]:
-    """Priors, refs, images and truth: one red disk (or square) on noisy green an image, and its prior's box."""
+    """Priors, refs, images and truth: each image shows one red disk (or square) on noisy green, with one prior box."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[: HW[0], : HW[1]]
     priors, images, truth = [], [], {}
@@ -74,14 +74,14 @@ def miou(table: pa.Table, truth: dict[int, bytes]) -> float:
 
 
 def test_boxes_that_are_too_small_get_a_wide_ring(tmp_path: Path) -> None:
-    """The object reaches half of the box's side beyond it: a ring below 0.5 cannot hold it."""
+    """The object extends beyond the box by half of its side, so a ring below 0.5 cannot contain it."""
     *tables, truth = disk_images(tmp_path, 12, half_as_large)
     fit = fit_proposals(*tables, truth, PARAMS)
     assert fit.params.renderer == "grabcut"
     assert fit.params.ring >= 0.5
     assert fit.sentences == 12
     assert fit.box_miou < 40 < 90 < fit.miou
-    # The scores are those of the maps that are then rendered.
+    # The scores equal those of the maps that are rendered with the fitted parameters.
     assert fit.miou == pytest.approx(miou(make_proposals(*tables, fit.params), truth), abs=1)
     by_box = PARAMS.model_copy(update={"renderer": "box"})
     assert fit.box_miou == pytest.approx(miou(make_proposals(*tables, by_box), truth), abs=1)
@@ -95,8 +95,8 @@ def test_tight_boxes_keep_a_narrow_ring(tmp_path: Path) -> None:
     assert fit.miou > max(90, fit.box_miou)
 
 
-def test_where_the_box_is_the_object_it_stays_a_box(tmp_path: Path) -> None:
-    """Squares of the background's own color: their boxes are exact, and colors show nothing."""
+def test_keeps_the_box_renderer_when_the_box_is_the_object(tmp_path: Path) -> None:
+    """Image and background are the same noise: the boxes are exact and color carries no information."""
     *tables, truth = disk_images(tmp_path, 12, tight, square=True)
     rng = np.random.default_rng(1)
     for file in tables[2]["file_name"]:
@@ -106,7 +106,7 @@ def test_where_the_box_is_the_object_it_stays_a_box(tmp_path: Path) -> None:
     assert fit.miou == fit.box_miou > 90
 
 
-def test_a_number_stays_and_nothing_is_fitted_without_need(tmp_path: Path) -> None:
+def test_fixed_parameters_are_not_fitted(tmp_path: Path) -> None:
     *tables, truth = disk_images(tmp_path, 12, half_as_large)
     fixed_ring = fit_proposals(*tables, truth, PARAMS.model_copy(update={"ring": 0.25}))
     assert fixed_ring.params.ring == 0.25
@@ -117,7 +117,7 @@ def test_a_number_stays_and_nothing_is_fitted_without_need(tmp_path: Path) -> No
         assert (fit.params, fit.sentences) == (unfitted(given), 0)
 
 
-def test_too_few_labeled_boxes_fit_nothing(tmp_path: Path) -> None:
+def test_does_not_fit_with_too_few_labeled_boxes(tmp_path: Path) -> None:
     """Sentences without a mask or without a box do not count."""
     priors, refs, images, truth = disk_images(tmp_path, FEWEST + 2, half_as_large)
     few = {number: truth[number] for number in range(FEWEST - 1)}
@@ -130,30 +130,30 @@ def test_too_few_labeled_boxes_fit_nothing(tmp_path: Path) -> None:
     assert (fit.params, fit.sentences) == (unfitted(PARAMS), 0)
 
 
-def test_of_many_labeled_sentences_an_even_selection_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fits_on_an_evenly_spaced_subset_of_many_labeled_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     *tables, truth = disk_images(tmp_path, 20, half_as_large)
     read: list[str] = []
-    pixels = proposal_fit.read_bgr
-    monkeypatch.setattr(proposal_fit, "read_bgr", lambda path: (read.append(Path(path).stem), pixels(path))[1])
-    monkeypatch.setattr(proposal_fit, "MOST", 10)
+    pixels = fit_module.read_bgr
+    monkeypatch.setattr(fit_module, "read_bgr", lambda path: (read.append(Path(path).stem), pixels(path))[1])
+    monkeypatch.setattr(fit_module, "MOST", 10)
     assert fit_proposals(*tables, truth, PARAMS).sentences == 10
     assert sorted(map(int, read)) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 19]
 
 
-def test_the_estimate_counts_every_rendering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renderings_of_fit_counts_every_rendering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     *tables, truth = disk_images(tmp_path, 12, half_as_large)
     rendered: list[None] = []
     for name in ("render_grabcut", "render_box"):
-        render = getattr(proposal_fit, name)
-        monkeypatch.setattr(
-            proposal_fit, name, lambda *given, render=render: (rendered.append(None), render(*given))[1]
-        )
+        render = getattr(fit_module, name)
+        monkeypatch.setattr(fit_module, name, lambda *given, render=render: (rendered.append(None), render(*given))[1])
     fit_proposals(*tables, truth, PARAMS)
     assert len(rendered) == renderings_of_fit(PARAMS, 12)
     assert renderings_of_fit(PARAMS.model_copy(update={"ring": 0.1, "core": 0.0}), 12) == 0
 
 
-def test_a_missing_image_is_named(tmp_path: Path) -> None:
+def test_missing_image_error_names_the_file(tmp_path: Path) -> None:
     *tables, truth = disk_images(tmp_path, 12, tight)
     (tmp_path / "3.png").unlink()
     with pytest.raises(InputError, match=r"3\.png: image not found"):

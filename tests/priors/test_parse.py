@@ -21,30 +21,32 @@ def box_text(*values: object) -> str:
     return json.dumps({"bbox": list(values)})
 
 
-# --- coordinate spaces: the same box, 64 48 320 240 in a 640 x 480 image, as each family writes it ---
+# --- coordinate spaces: the box 64 48 320 240 of a 640 x 480 image in the notation of each family ---
 
 
 @pytest.mark.parametrize(
     ("space", "values", "input_hw"),
     [
         ("pixel", (64, 48, 320, 240), None),
-        ("resized_pixel", (128, 24, 640, 120), (240, 1280)),  # seen twice as wide and half as high
+        ("resized_pixel", (128, 24, 640, 120), (240, 1280)),  # the input is twice as wide and half as high
         ("norm1000", (100, 100, 500, 500), None),
         ("percent", (10, 10, 50, 50), None),
         ("unit", (0.1, 0.1, 0.5, 0.5), None),
         ("norm1000_yx", (100, 100, 500, 500), None),
         ("norm999", (99.9, 99.9, 499.5, 499.5), None),
         ("norm1024_yx", (102.4, 102.4, 512, 512), None),
-        ("unit_square", (0.1, 0.2, 0.5, 0.5), None),  # of 640 x 640 with 80 rows above the image
+        ("unit_square", (0.1, 0.2, 0.5, 0.5), None),  # 640 x 640 with 80 rows of padding above the image
     ],
 )
-def test_spaces(space: CoordSpace, values: tuple[float, ...], input_hw: tuple[int, int] | None) -> None:
+def test_converts_boxes_from_every_coordinate_space(
+    space: CoordSpace, values: tuple[float, ...], input_hw: tuple[int, int] | None
+) -> None:
     prior = read(box_text(*values), space, input_hw)
     assert prior.status == "ok"
     assert prior.bbox == pytest.approx((64, 48, 320, 240))
 
 
-def test_resized_pixels_need_the_input_size() -> None:
+def test_resized_pixel_requires_the_input_size() -> None:
     with pytest.raises(ValueError, match="as the model saw it"):
         read(box_text(1, 2, 3, 4), "resized_pixel")
 
@@ -55,7 +57,9 @@ def test_resized_pixels_need_the_input_size() -> None:
     st.tuples(*[st.floats(0, 1)] * 4),
     st.tuples(st.integers(16, 4000), st.integers(16, 4000)),
 )
-def test_every_space_gives_back_the_box(space: CoordSpace, where: tuple[float, ...], hw: tuple[int, int]) -> None:
+def test_every_coordinate_space_round_trips_the_box(
+    space: CoordSpace, where: tuple[float, ...], hw: tuple[int, int]
+) -> None:
     (left, right), (top, bottom) = sorted(where[:2]), sorted(where[2:])
     if space == "unit_square":
         side = max(hw)
@@ -76,7 +80,7 @@ def test_every_space_gives_back_the_box(space: CoordSpace, where: tuple[float, .
         assert prior.status == "invalid"
 
 
-# --- ways of writing ---
+# --- formats ---
 
 HERE = (10.0, 20.0, 30.0, 40.0)
 
@@ -116,7 +120,7 @@ HERE = (10.0, 20.0, 30.0, 40.0)
         '{"bbox": ["10, 20"]} [10, 20, 30, 40] {"bbox": [10, 20, 30, 40]}',
     ],
 )
-def test_a_box_is_found(text: str) -> None:
+def test_parses_a_box_in_every_supported_format(text: str) -> None:
     prior = read(text)
     assert prior.status == "ok"
     assert prior.bbox == pytest.approx(HERE)
@@ -131,11 +135,11 @@ def test_a_box_is_found(text: str) -> None:
         "[10, 20, 30, 40] OR [50, 60, 70, 80]",
         "<box>10 20 30 40</box> and/or <box>50 60 70 80</box>",
         "First [1, 2, 3, 4], no: [10, 20, 30, 40] or [50, 60, 70, 80]",
-        "[50, 60, 70, 80] and the other one at [10, 20, 30, 40]",  # other words divide
+        "[50, 60, 70, 80] and the other one at [10, 20, 30, 40]",  # other words separate
         "[50, 60, 70, 80] android [10, 20, 30, 40]",
     ],
 )
-def test_and_and_or_stand_within_a_list_whose_first_box_counts(text: str) -> None:
+def test_uses_the_first_box_of_a_list_joined_by_and_or_or(text: str) -> None:
     assert read(text).bbox == HERE
 
 
@@ -150,17 +154,17 @@ DOG = '{"label": "dog", "bbox": [1, 2, 3, 4]}'
         f"There is a dog, {DOG}, but the answer is {ANSWER}. Also a {DOG} and a {DOG}.",
         f'{{"found": true, "bbox": [10, 20, 30, 40]}} Beside it: {DOG}',
         f'{{"answer": {ANSWER}}} Beside it: {{"others": [{DOG}]}}',
-        '{"target": "cup", "bbox": [50, 60, 70, 80]} No, rather: {"bbox": [10, 20, 30, 40]}',  # no other keys
+        '{"target": "cup", "bbox": [50, 60, 70, 80]} No, rather: {"bbox": [10, 20, 30, 40]}',  # no extra keys
         '{"target": "cup", "bbox": [50, 60, 70, 80]} No, rather: {"target": "cup", "bbox": [10, 20, 30, 40]}',
         '{"target": "cup", "bbox": [5]} It is {"label": "cup", "bbox": [10, 20, 30, 40]}',  # the only usable one
         '{"label": "dog", "bbox": [1, 2, 3, 4]} is a dog, the cat is {"label": "cat", "bbox": [10, 20, 30, 40]}',
     ],
 )
-def test_a_remark_with_keys_of_its_own_does_not_replace_an_answer_with_the_keys_of_the_prompt(text: str) -> None:
+def test_a_remark_with_other_keys_does_not_replace_a_response_with_prompt_keys(text: str) -> None:
     assert read(text).bbox == HERE
 
 
-def test_an_answer_that_nothing_is_there_outlives_a_remark() -> None:
+def test_a_remark_does_not_replace_a_not_found_response() -> None:
     assert read(f'{{"found": false, "bbox": null}} Note: there is {DOG}').status == "empty"
 
 
@@ -171,7 +175,7 @@ def test_an_answer_that_nothing_is_there_outlives_a_remark() -> None:
         "I cannot see a cup.",
         '{"target": "cup"}',
         '{"found": true}',
-        '{"color": [10, 20, 30, 40]}',  # four numbers that are no box
+        '{"color": [10, 20, 30, 40]}',  # four numbers that are not a box
         '{"bbox": [10, 20, 30]}',
         '{"bbox": [10, 20, 30, true]}',
         '{"bbox": [NaN, 20, 30, 40]}',
@@ -189,7 +193,7 @@ def test_an_answer_that_nothing_is_there_outlives_a_remark() -> None:
         '<point x="ten" y="20">',
         '<points coords="1 1 1305 412"/>',
         "(10, 20)",
-        "top left (10, 20), bottom right (30, 40)",  # words between: corners of what?
+        "top left (10, 20), bottom right (30, 40)",  # words in between: ambiguous corners
         '{"bbox": [10, 20, 30, 40, 0.9]}',
         '{"bbox": "10 to 20, 30, 40"}',
         "<loc_10><loc_20><loc_30>",
@@ -199,7 +203,7 @@ def test_an_answer_that_nothing_is_there_outlives_a_remark() -> None:
         '{"a":' * 5000,
     ],
 )
-def test_unusable_answers_are_invalid(text: str) -> None:
+def test_unusable_responses_are_invalid(text: str) -> None:
     prior = read(text)
     assert (prior.status, prior.bbox, prior.point) == ("invalid", None, None)
 
@@ -215,7 +219,7 @@ def test_unusable_answers_are_invalid(text: str) -> None:
         '{"bbox": "none", "target": "cup"}',
     ],
 )
-def test_an_answer_that_nothing_is_there_is_empty(text: str) -> None:
+def test_not_found_responses_are_empty(text: str) -> None:
     prior = read(text)
     assert (prior.status, prior.bbox) == ("empty", None)
 
@@ -231,19 +235,19 @@ def test_a_box_is_clipped_to_the_image() -> None:
         ('{"point_2d": [50, 100]}', "norm1000", (32, 48)),
         ('{"points": [[700, 9], [32, 24]]}', "pixel", (32, 24)),
         ('{"point": {"x": 0.05, "y": "0.1"}}', "unit", (32, 48)),
-        # Molmo's tags are percent in every space: 5 % of 640, 10 % of 480.
+        # Molmo's tags are in percent in every space: 5 % of 640, 10 % of 480.
         (' <point x="5.0" y="10.0" alt="cup">cup</point>', "percent", (32, 48)),
         (' <point x="5.0" y="10.0" alt="cup">cup</point>', "pixel", (32, 48)),
         ('<points x1="5.0" y1="10.0" x2="50" y2="60" alt="cups">cups</points>', "pixel", (32, 48)),
     ],
 )
-def test_points(text: str, space: CoordSpace, expected: tuple[float, float]) -> None:
+def test_parses_points(text: str, space: CoordSpace, expected: tuple[float, float]) -> None:
     prior = read(text, space)
     assert (prior.status, prior.bbox) == ("ok", None)
     assert prior.point == pytest.approx(expected)
 
 
-def test_words_and_confidence() -> None:
+def test_parses_words_and_confidence() -> None:
     answer = {"target": " red  cup ", "attributes": ["red", "", 5, "tall"], "relation": "on\nthe left"}
     prior = read(json.dumps({**answer, "bbox": [10, 20, 30, 40], "confidence": 0.8}))
     assert (prior.target, prior.attributes, prior.relation) == ("red cup", ("red", "tall"), "on the left")
@@ -259,11 +263,11 @@ def test_words_and_confidence() -> None:
         *[(said, None) for said in ("-1", "101", "NaN", '"high"', "true", "null")],
     ],
 )
-def test_confidence(written: str, score: float | None) -> None:
+def test_parses_confidence_values(written: str, score: float | None) -> None:
     assert read('{"bbox": [10, 20, 30, 40], "confidence": ' + written + "}").score == score
 
 
-def test_lone_surrogates_become_storable() -> None:
+def test_replaces_lone_surrogates() -> None:
     assert read('{"bbox": [10, 20, 30, 40], "target": "cup \\ud800"}').target == "cup ?"
 
 
@@ -273,7 +277,7 @@ DRAFTS = [
     "<think>The cat is at [{cat}], so the dog must be the other one.</think>\n[{dog}]",
     '<think>First guess {{"bbox_2d": [{cat}]}}, no, that is the cat.</think>{{"bbox_2d": [{dog}]}}',
     "<think>[{cat}] is the cat</think><answer>{{'bbox': [{dog}], 'points_1': [150, 250]}}</answer>",
-    "The cat is [{cat}]. </think> [{dog}]",  # a chat template has opened it
+    "The cat is [{cat}]. </think> [{dog}]",  # the chat template contains the opening tag
     "<think>[{cat}]</think><think>[{cat}]</think>[{dog}]",
     "<Thinking>[{cat}]</Thinking> so it is [{dog}]",
     "◁think▷[{cat}]◁/think▷[{dog}]",
@@ -284,12 +288,12 @@ DRAFTS = [
     "The cat is at [{cat}], so the dog is at [{dog}].",
     'Maybe {{"bbox": [{cat}]}}? No: {{"bbox": [{dog}]}}',
     "The cat is at ({cat}), the dog at ({dog}), the third at (5, 5, 90",
-    "<think>" + "The cat is at [{cat}]. " * 2000 + "</think>[{dog}]",  # longer than any answer
+    "<think>" + "The cat is at [{cat}]. " * 2000 + "</think>[{dog}]",  # longer than any response
 ]
 
 
 @pytest.mark.parametrize("text", DRAFTS)
-def test_a_place_in_draft_text_is_no_answer(text: str) -> None:
+def test_ignores_boxes_in_draft_text(text: str) -> None:
     prior = parse_answer(text.format(cat="500, 500, 600, 600", dog="100, 200, 300, 400"), "norm1000", (1000, 1000))
     assert prior.bbox == (100, 200, 300, 400)
 
@@ -297,7 +301,7 @@ def test_a_place_in_draft_text_is_no_answer(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["<think>It is at [10, 20, 30, 40], or", "<think>[10, 20, 30, 40]</think>", "[10, 20, 30, 40]</think> no"]
 )
-def test_an_answer_that_is_all_draft_is_invalid(text: str) -> None:
+def test_a_response_of_only_draft_text_is_invalid(text: str) -> None:
     assert read(text).status == "invalid"
 
 
@@ -317,12 +321,12 @@ def test_an_answer_that_is_all_draft_is_invalid(text: str) -> None:
         '{"polygon": [[[100, 200], [310, 220], [300, 400], [90, 380]]]}',
     ],
 )
-def test_of_an_outline_the_hull_is_the_box(text: str) -> None:
+def test_the_box_of_an_outline_is_its_bounding_box(text: str) -> None:
     assert parse_answer(text, "norm1000", (1000, 1000)).bbox == (90, 200, 310, 400)
     assert parse_answer(text, "norm1000_yx", (1000, 1000)).bbox == (200, 90, 400, 310)
 
 
-# --- families: their own notation of the box 64 48 320 240 and of the point 32 48, as their model cards describe it ---
+# --- families: the box 64 48 320 240 and the point 32 48 in the notation of their model cards ---
 
 
 def test_gemini_writes_y_before_x() -> None:
@@ -332,18 +336,18 @@ def test_gemini_writes_y_before_x() -> None:
     assert read('{"bbox": {"x1": 200, "y1": 100, "x2": 600, "y2": 500}}', "norm1000_yx").bbox == (128, 48, 384, 240)
 
 
-def test_minicpm_separates_by_blanks() -> None:
+def test_minicpm_separates_numbers_by_spaces() -> None:
     assert read("<ref>cup</ref><box>100 100 500 500</box>", "norm1000").bbox == (64, 48, 320, 240)
     assert read("<point>50 100</point>", "norm1000").point == pytest.approx((32, 48))
 
 
-def test_deepseek_counts_to_999() -> None:
+def test_deepseek_coordinates_range_to_999() -> None:
     prior = read("<|ref|>cup<|/ref|><|det|>[[0, 0, 999, 999], [1, 2, 3, 4]]<|/det|>", "norm999")
     assert prior.bbox == pytest.approx((0, 0, 640, 480))
 
 
 @pytest.mark.parametrize("space", ["norm1000", "pixel", "norm1000_yx"])
-def test_paligemma_writes_1024ths_y_before_x_in_every_setting(space: CoordSpace) -> None:
+def test_paligemma_tokens_are_1024ths_with_y_first_in_every_space(space: CoordSpace) -> None:
     assert read("<loc0102><loc0205><loc0512><loc0614> cup", space).bbox == pytest.approx(
         (205 / 1024 * 640, 102 / 1024 * 480, 614 / 1024 * 640, 512 / 1024 * 480)
     )
@@ -352,20 +356,20 @@ def test_paligemma_writes_1024ths_y_before_x_in_every_setting(space: CoordSpace)
 
 @settings(deadline=None)
 @given(st.tuples(*[st.integers(0, 999)] * 4), st.sampled_from(["norm1000", "unit"]))
-def test_florence_tokens_are_the_centers_of_its_own_bins(bins: tuple[int, ...], space: CoordSpace) -> None:
-    """Against the post-processor that transformers ships."""
+def test_florence_tokens_are_bin_centers(bins: tuple[int, ...], space: CoordSpace) -> None:
+    """Compared with the post-processor in transformers."""
     florence = pytest.importorskip("transformers.models.florence2.processing_florence2")
     quantizer = florence.Florence2PostProcessor.__new__(florence.Florence2PostProcessor)
     quantizer.quantize_bins = (1000, 1000)
     wanted = quantizer.dequantize(torch.tensor([bins]), size=(640, 480))[0].tolist()
     prior = read("a cup" + "".join(f"<loc_{number}>" for number in bins), space)
-    if wanted[2] - wanted[0] >= 3 and wanted[3] - wanted[1] >= 3:  # they are cut to whole pixels
+    if wanted[2] - wanted[0] >= 3 and wanted[3] - wanted[1] >= 3:  # it truncates to whole pixels
         assert prior.bbox == pytest.approx(wanted, abs=1)
     elif wanted[2] - wanted[0] < 0 or wanted[3] - wanted[1] < 0:
         assert prior.status == "invalid"
 
 
-def test_florence_lists_boxes_and_outlines() -> None:
+def test_parses_florence_box_lists_and_outlines() -> None:
     boxes = "cup<loc_100><loc_100><loc_500><loc_500><loc_600><loc_600><loc_700><loc_700>"
     assert read(boxes).bbox == pytest.approx((64.32, 48.24, 320.32, 240.24))
     outline = "<poly><loc_100><loc_200><loc_310><loc_220><loc_300><loc_400><loc_90><loc_380></poly>"
@@ -374,8 +378,8 @@ def test_florence_lists_boxes_and_outlines() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 1023), st.integers(0, 1023))
-def test_kosmos_patches_are_the_boxes_of_its_own_processor(first: int, last: int) -> None:
-    """Against the function that transformers ships."""
+def test_kosmos_patches_match_its_processor(first: int, last: int) -> None:
+    """Compared with the function in transformers."""
     kosmos = pytest.importorskip("transformers.models.kosmos2.processing_kosmos2")
     x1, y1, x2, y2 = kosmos.patch_index_to_coordinate(first, last, 32)
     text = f"<phrase>a cup</phrase><object><patch_index_{first:04d}><patch_index_{last:04d}></object>"
@@ -387,7 +391,7 @@ def test_kosmos_patches_are_the_boxes_of_its_own_processor(first: int, last: int
 
 
 @pytest.mark.parametrize("space", ["percent", "norm1000", "pixel"])
-def test_molmo2_writes_number_x_y_in_thousandths_in_every_setting(space: CoordSpace) -> None:
+def test_molmo2_points_are_index_x_y_in_thousandths_in_every_space(space: CoordSpace) -> None:
     text = '<points coords="1 1 050 100 2 700 800">cup</points>'
     assert read(text, space).point == pytest.approx((32, 48))
 
@@ -437,7 +441,7 @@ NOTATIONS = [
     "9" * 400,
     " ; cup ",
 ]
-"""Pieces of what the families write."""
+"""Fragments of the notations of the families."""
 
 
 @st.composite
@@ -447,7 +451,7 @@ def notations(draw: st.DrawFn) -> str:
 
 @st.composite
 def mangled_json(draw: st.DrawFn) -> str:
-    """JSON with up to three cuts, doublings or foreign pieces."""
+    """JSON with up to three deletions or replacements by other fragments."""
     text = json.dumps(draw(JSON | JSON.map(lambda value: {"bbox": value})))
     for _ in range(draw(st.integers(0, 3))):
         start = draw(st.integers(0, len(text)))
@@ -463,7 +467,7 @@ def mangled_json(draw: st.DrawFn) -> str:
 
 @settings(max_examples=400, deadline=None)
 @given(st.text() | st.text(st.characters(codec=None)) | mangled_json() | notations(), st.sampled_from(COORD_SPACES))
-def test_no_text_raises_and_every_result_can_be_used(text: str, space: CoordSpace) -> None:
+def test_any_text_parses_without_an_exception_to_a_valid_prior(text: str, space: CoordSpace) -> None:
     prior = parse_answer(text, space, (48, 64), (84, 112))
     assert prior.status in ("ok", "empty", "invalid")
     assert (prior.status == "ok") == (prior.bbox is not None or prior.point is not None)
@@ -517,20 +521,20 @@ MEGABYTE = 1_000_000
         '{"bbox": "',
     ],
 )
-def test_a_megabyte_of_anything_is_read(piece: str) -> None:
-    """Whatever takes time that grows with the square of the length would take hours here."""
+def test_parses_a_megabyte_of_any_repeated_piece(piece: str) -> None:
+    """Quadratic running time would take hours here."""
     assert read(piece * (MEGABYTE // len(piece))).status in ("ok", "empty", "invalid")
 
 
 @pytest.mark.parametrize("piece", [" ", "1,", "(1,", "<", "[1,2,3,4]"])
 @pytest.mark.parametrize("frame", ['{{"bbox": "{}"}}', '<point {} x="1">', '{{"bbox": [[{}]]}}'])
-def test_a_megabyte_within_an_answer_is_read(piece: str, frame: str) -> None:
+def test_parses_a_megabyte_inside_a_response(piece: str, frame: str) -> None:
     assert read(frame.format(piece * (MEGABYTE // len(piece)))).status in ("ok", "empty", "invalid")
 
 
 @pytest.mark.parametrize("piece", ['{"a":', "{", '{"a": [1, ', '{"', "{'"])
-def test_a_runaway_costs_a_bounded_number_of_tries(monkeypatch: pytest.MonkeyPatch, piece: str) -> None:
-    """The decoder is the only part whose failures cost more than the characters that they pass."""
+def test_runaway_text_needs_a_bounded_number_of_decoding_attempts(monkeypatch: pytest.MonkeyPatch, piece: str) -> None:
+    """Only a failed decoding attempt costs more than the characters that it skips."""
     tries = []
     decode = json.JSONDecoder.raw_decode
 

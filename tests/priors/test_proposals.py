@@ -22,7 +22,7 @@ from l2l_core.priors.proposals import make_proposals, render_box, render_grabcut
 PARAMS = ProposalsParams(renderer="box", ring=0.1, core=0.0, size_px=48, falloff=0.15, inside_prob=0.9, flat_prob=0.1)
 GRABCUT = PARAMS.model_copy(update={"renderer": "grabcut"})
 HW = (240, 480)
-# A box in shares of the image, at least 3 cells of the map wide.
+# Boxes from fractions of the image, at least 3 cells of the map wide.
 boxes = st.tuples(st.floats(0, 0.9), st.floats(0, 0.9), st.floats(0.07, 1), st.floats(0.07, 1)).map(
     lambda b: (b[0] * HW[1], b[1] * HW[0], min(b[0] + b[2], 1) * HW[1], min(b[1] + b[3], 1) * HW[0])
 )
@@ -35,7 +35,7 @@ def prior(sent_id: int, sample_index: int = 0, **found: Any) -> dict[str, Any]:
 def run(
     *priors: dict[str, Any], params: ProposalsParams = PARAMS, image: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Maps [N, S, S] uint8 and scores [N] of sentences that are all about one image."""
+    """Maps [N, S, S] uint8 and scores [N] of sentences about a single image."""
     sent_ids = sorted({row["sent_id"] for row in priors})
     refs = pd.DataFrame({"sent_id": sent_ids, "image_id": 1})
     images = pd.DataFrame([{"image_id": 1, "file_name": str(image), "height": HW[0], "width": HW[1]}])
@@ -51,15 +51,15 @@ def run(
 # --- boxes ---
 
 
-def test_values_along_a_row_by_hand() -> None:
-    """Box 120..360 of 480 px = cells 12..36; the border is 0.15 * 24 = 3.6 cells wide, from 10.2 to 13.8."""
+def test_box_values_along_a_row_match_hand_computed_values() -> None:
+    """Box 120..360 of 480 px is cells 12..36; the border is 0.15 * 24 = 3.6 cells wide, from 10.2 to 13.8."""
     row = render_box((120, 0, 360, 240), HW, PARAMS)[24]
-    assert row[:10] == pytest.approx(0.1)  # up to center 9.5
+    assert row[:10] == pytest.approx(0.1)  # up to the cell center 9.5
     assert row[14:34] == pytest.approx(0.9)
     assert row[38:] == pytest.approx(0.1)
-    ramp = (11.5 - 10.2) / 3.6  # of cell 11
+    ramp = (11.5 - 10.2) / 3.6  # at cell 11
     assert row[11] == pytest.approx(0.1 + 0.8 * ramp**2 * (3 - 2 * ramp))
-    assert row[11] + row[12] == pytest.approx(1.0)  # either side of the edge at 12
+    assert row[11] + row[12] == pytest.approx(1.0)  # on either side of the edge at 12
 
 
 @settings(deadline=None, max_examples=50)
@@ -74,8 +74,8 @@ def test_mirrored_boxes_give_mirrored_maps(box: tuple[float, float, float, float
 
 @settings(deadline=None)
 @given(boxes)
-def test_a_map_cut_at_half_is_the_box(box: tuple[float, float, float, float]) -> None:
-    """The cells whose centers are in the box, counted with plain comparisons."""
+def test_a_map_thresholded_at_half_is_the_box(box: tuple[float, float, float, float]) -> None:
+    """Cells whose centers are inside the box, found by plain comparisons."""
     soft = render_box(box, HW, PARAMS)
     assert soft.min() >= 0.1 - 1e-6
     assert soft.max() <= 0.9 + 1e-6
@@ -102,7 +102,7 @@ def test_a_box_thinner_than_a_cell_still_marks_its_cell() -> None:
     assert np.argwhere(soft > 0.5).tolist() == [[10, 10]]
 
 
-def test_many_boxes_at_once_are_the_single_ones() -> None:
+def test_batched_boxes_equal_single_boxes() -> None:
     rng = np.random.default_rng(0)
     many = np.sort(rng.uniform(0, 240, (20, 2, 2)), axis=1).reshape(20, 4)
     sizes = np.tile([[240, 480], [640, 427]], (10, 1))
@@ -116,7 +116,7 @@ def test_many_boxes_at_once_are_the_single_ones() -> None:
 
 
 def test_a_point_is_a_round_blob() -> None:
-    """Half-way value at 0.2 * sqrt(240 * 480) = 67.9 px from the point, in every direction."""
+    """The value is halfway at 0.2 * sqrt(240 * 480) = 67.9 px from the point in every direction."""
     params = PARAMS.model_copy(update={"size_px": 240})
     soft = render_point((241.0, 120.5), HW, params)  # center of cell 120, 120; cells are 2 x 1 px
     assert np.unravel_index(soft.argmax(), soft.shape) == (120, 120)
@@ -126,17 +126,17 @@ def test_a_point_is_a_round_blob() -> None:
     assert soft.min() >= 0.1 - 1e-6
 
 
-# --- the table: several answers, none, and how far they are trusted ---
+# --- the table: several responses, no response, and scores ---
 
 
-def test_no_prior_is_flat_with_score_zero() -> None:
+def test_a_missing_prior_gives_a_flat_map_with_score_zero() -> None:
     maps, scores = run(prior(1), prior(2, bbox=[120, 0, 360, 240]), prior(3))
     assert (maps[[0, 2]] == round(0.1 * 255)).all()
     assert maps[1].max() == round(0.9 * 255)
     assert scores.tolist() == [0, 1, 0]
 
 
-def test_answers_are_averaged() -> None:
+def test_averages_the_maps_of_all_responses() -> None:
     box, other = [120, 0, 360, 240], [0, 0, 120, 120]
     (mean, one, two, flat), scores = run(
         *[prior(1, 0, bbox=box), prior(1, 1, bbox=other), prior(1, 2)],
@@ -146,10 +146,10 @@ def test_answers_are_averaged() -> None:
     )
     expected = (one.astype(float) + two + flat) / 3
     assert np.abs(mean - expected).max() <= 1  # rounding
-    assert scores == pytest.approx([2 / 3 * 1 / 2, 1, 1, 0])  # two of three, disjoint; all the same; none
+    assert scores == pytest.approx([2 / 3 * 1 / 2, 1, 1, 0])  # two of three, disjoint; all identical; none
 
 
-def test_score_by_hand() -> None:
+def test_scores_match_hand_computed_values() -> None:
     """Two boxes with IoU 1/3 (halves overlapping by half): agreement (1 + 1 + 1/3 + 1/3) / 4 = 2/3."""
     _, scores = run(
         prior(1, 0, bbox=[0, 0, 200, 100], score=0.5),
@@ -162,18 +162,18 @@ def test_score_by_hand() -> None:
     assert scores == pytest.approx([2 / 3 * 0.7, 0.01, 0.5 * 0.8])
 
 
-def test_points_count_as_places() -> None:
+def test_points_are_used_only_without_a_box() -> None:
     maps, scores = run(
         prior(1, point=[105.0, 52.5]), prior(2, point=[100.0, 50.0], bbox=[200, 100, 300, 200], score=0.5)
     )
     assert maps[0, 10, 10] == maps[0].max() == round(0.9 * 255)
-    assert maps[1, 10, 10] == round(0.1 * 255)  # the box says more than the point
+    assert maps[1, 10, 10] == round(0.1 * 255)  # the box takes precedence over the point
     assert scores == pytest.approx([1.0, 0.5])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.none() | boxes, st.none() | st.floats(0, 1)), min_size=1, max_size=8), st.integers(1, 2))
-def test_rows_in_any_order_and_number(found: list[tuple[Any, Any]], samples: int) -> None:
+def test_proposals_do_not_depend_on_row_order(found: list[tuple[Any, Any]], samples: int) -> None:
     found = found[: max(samples, len(found) - len(found) % samples)] * samples
     rows = [prior(k // samples, k % samples, bbox=box, score=score) for k, (box, score) in enumerate(found)]
     rows = rows[: len(rows) - len(rows) % samples]
@@ -186,7 +186,7 @@ def test_rows_in_any_order_and_number(found: list[tuple[Any, Any]], samples: int
     assert (scores <= 1).all()
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_does_not_change_the_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [prior(k, bbox=[k, k, 200 + k, 100 + k]) for k in range(7)]
     maps, scores = run(*rows)
     monkeypatch.setattr(proposals, "CHUNK_CELLS", 2 * 48 * 48)
@@ -196,7 +196,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(scores, scores_again)
 
 
-def test_priors_that_do_not_fit() -> None:
+def test_refuses_priors_that_do_not_match_the_index() -> None:
     with pytest.raises(ArtifactError, match="differ in their number of answers"):
         run(prior(1), prior(1, 1), prior(2))
     table = pa.Table.from_pylist([prior(1)], records.PRIORS)
@@ -211,7 +211,7 @@ def test_priors_that_do_not_fit() -> None:
 
 @pytest.fixture
 def disc(tmp_path: Path) -> tuple[Path, np.ndarray]:
-    """A noisy red disc on noisy green, and its true mask."""
+    """A noisy red disk on noisy green, and its true mask."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[: HW[0], : HW[1]]
     mask = (x - 200) ** 2 + (y - 120) ** 2 < 80**2
@@ -227,7 +227,7 @@ def iou_at_half(soft: np.ndarray, mask: np.ndarray) -> float:
 
 @pytest.mark.parametrize("box", [[120, 40, 280, 200], [125, 50, 290, 190], [110, 30, 270, 205]])
 def test_grabcut_finds_the_shape_in_the_box(box: list[float], disc: tuple[Path, np.ndarray]) -> None:
-    """A disc fills pi / 4 = 0.79 of its box; the cut must come much closer, also from boxes that are a little off."""
+    """A disk fills pi / 4 = 0.79 of its box; GrabCut must come much closer, even from slightly inaccurate boxes."""
     path, mask = disc
     by_box, _ = run(prior(1, bbox=box))
     cut, scores = run(prior(1, bbox=box), params=GRABCUT, image=path)
@@ -238,7 +238,7 @@ def test_grabcut_finds_the_shape_in_the_box(box: list[float], disc: tuple[Path, 
     assert scores.tolist() == [1]
 
 
-def test_grabcut_is_the_same_in_any_order(disc: tuple[Path, np.ndarray]) -> None:
+def test_grabcut_does_not_depend_on_other_rows(disc: tuple[Path, np.ndarray]) -> None:
     rows = [prior(k, bbox=[100 + 3 * k, 30, 280, 200]) for k in range(4)]
     maps, _ = run(*rows, params=GRABCUT, image=disc[0])
     for k in reversed(range(4)):
@@ -253,7 +253,7 @@ def test_grabcut_falls_back_to_the_box(disc: tuple[Path, np.ndarray]) -> None:
     for box in (whole, tiny):
         np.testing.assert_array_equal(render_grabcut(shrink(image), box, HW, GRABCUT), render_box(box, HW, GRABCUT))
     box = (100.0, 50.0, 200.0, 150.0)
-    plain = np.full((*HW, 3), 128, dtype=np.uint8)  # nothing to tell apart
+    plain = np.full((*HW, 3), 128, dtype=np.uint8)  # foreground and background look the same
     dotted = plain.copy()
     dotted[95:105, 145:155] = (0, 0, 255)  # 1 % of the box
     for image in (plain, dotted):
@@ -265,13 +265,13 @@ def test_grabcut_needs_no_image_for_sentences_without_a_box() -> None:
     assert (maps == round(0.1 * 255)).all()
 
 
-def test_a_missing_image_is_named() -> None:
+def test_missing_image_error_names_the_file() -> None:
     with pytest.raises(InputError, match=r"gone\.png: image not found; GrabCut needs it"):
         run(prior(1, bbox=[1, 2, 30, 40]), params=GRABCUT, image=Path("gone.png"))
 
 
 def test_grabcut_improves_on_boxes_of_real_photos(real_data: Path) -> None:
-    """Mean IoU with the true masks of RefCOCO's referred objects in real photos, from their true boxes."""
+    """Mean IoU with the true masks of RefCOCO objects in real photos, starting from their true boxes."""
     folder = real_data / "res_mini"
     instances = json.loads((folder / "refcoco/instances.json").read_text())
     images = {item["id"]: item for item in instances["images"]}

@@ -1,4 +1,4 @@
-"""Stored answers read into priors: coordinates of each model family, words, and the summary."""
+"""Parsing stored responses into priors: coordinates of each model family, words, and the summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_PRICES = PricesParams(prompt=None, completion=None)
 
 
 def answers(*changes: dict[str, object]) -> pa.Table:
-    """One answer a dict, over a usable one."""
+    """One response per dict; each dict overrides fields of a usable response."""
     plain = {
         "sample_index": 0,
         "backend": "vllm",
@@ -42,7 +42,7 @@ def answers(*changes: dict[str, object]) -> pa.Table:
 @pytest.mark.parametrize(
     ("model", "input_hw", "raw_text"),
     [
-        # The box 64 48 320 240 of a 640 x 480 image, as each family writes it.
+        # The box 64 48 320 240 of a 640 x 480 image in the notation of each family.
         (
             "Qwen/Qwen2.5-VL-7B-Instruct",
             (476, 644),
@@ -55,7 +55,7 @@ def answers(*changes: dict[str, object]) -> pa.Table:
         ("llava-hf/llava-1.5-7b-hf", (640, 640), "[0.1, 0.2, 0.5, 0.5]"),
     ],
 )
-def test_boxes_of_each_family(model: str, input_hw: tuple[int, int], raw_text: str) -> None:
+def test_reads_the_boxes_of_each_model_family(model: str, input_hw: tuple[int, int], raw_text: str) -> None:
     row = {
         "raw_text": raw_text,
         "coord_space": resolve_coord_space(model, "auto"),
@@ -70,14 +70,14 @@ def test_boxes_of_each_family(model: str, input_hw: tuple[int, int], raw_text: s
 @pytest.mark.parametrize(
     "raw_text", ['<point x="30.0" y="30.0" alt="cup">cup</point>', '{"found": true, "point": [30.0, 30.0]}']
 )
-def test_points_of_molmo_are_percent(raw_text: str) -> None:
+def test_molmo_points_are_in_percent(raw_text: str) -> None:
     space: CoordSpace = resolve_coord_space("allenai/Molmo-7B-D-0924", "auto")
     (prior,) = interpret(answers({"raw_text": raw_text, "coord_space": space})).to_pylist()
     assert (prior["status"], prior["bbox"]) == ("ok", None)
     assert prior["point"] == pytest.approx([192, 144])
 
 
-def test_every_part_of_an_answer_is_read() -> None:
+def test_reads_every_field_of_a_response() -> None:
     said = {
         "found": True,
         "target": "red cup",
@@ -105,13 +105,13 @@ def test_every_part_of_an_answer_is_read() -> None:
     ("relation", "anchor", "read"),
     [
         ("left of", "bus", "left of bus"),
-        ("left of the Bus", "bus", "left of the Bus"),  # named already
+        ("left of the Bus", "bus", "left of the Bus"),  # the anchor is already named
         ("", "bus", "bus"),
         ("on the left", "", "on the left"),
         ("on the left", None, "on the left"),
     ],
 )
-def test_relation_and_anchor_are_one_phrase(relation: str, anchor: str | None, read: str) -> None:
+def test_joins_relation_and_anchor_into_one_phrase(relation: str, anchor: str | None, read: str) -> None:
     said = {"relation": relation, "anchor": anchor, "bbox": [10, 20, 30, 40]}
     assert interpret(answers({"raw_text": json.dumps(said)}))["relation"].to_pylist() == [read]
 
@@ -125,7 +125,7 @@ MIXED = answers(
 )
 
 
-def test_the_summary_counts() -> None:
+def test_summary_counts_statuses_and_tokens() -> None:
     assert summarize(interpret(MIXED), NO_PRICES) == {
         "answers": 5,
         "ok": 1,
@@ -137,8 +137,8 @@ def test_the_summary_counts() -> None:
     }
 
 
-def test_cost_by_hand() -> None:
-    """3,000 tokens at 2 and 160 at 10 a million are 0.0076 for 5 answers: 1.52 for a thousand."""
+def test_cost_per_1000_matches_a_hand_computed_value() -> None:
+    """3,000 tokens at 2 and 160 at 10 per million cost 0.0076 for 5 responses, or 1.52 per thousand."""
     summary = summarize(interpret(MIXED), PricesParams(prompt=2.0, completion=10.0))
     assert summary["cost_per_1000"] == pytest.approx(1.52)
     assert "cost_per_1000" not in summarize(interpret(MIXED), PricesParams(prompt=2.0, completion=None))

@@ -1,4 +1,4 @@
-"""A synthetic teacher: scenes of ellipses, a prior that is often wrong, and views that are right, partial or wrong."""
+"""A synthetic teacher: scenes of ellipses, an often wrong prior, and views that are correct, partial, or wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEACHER = ("teacher",)
 
 
 def teacher_labels(views: Views) -> np.ndarray:
-    """The teacher's own masks as the only candidate: [B, 1, M, M]."""
+    """Return the teacher's masks as the only candidate: [B, 1, M, M]."""
     return (views.prob > 0.5)[:, None]
 
 
@@ -24,17 +24,18 @@ def judged(views: Views, truth: np.ndarray, grid: int) -> Outcome:
 
 
 def simulated_views(count: int, seed: int, side: int = 32, first_id: int = 0) -> tuple[Views, np.ndarray]:
-    """Views of `count` sentences and their true masks [count, side, side] bool.
+    """Return views of `count` sentences and their true masks [count, side, side] bool.
 
-    The teacher's belief is spread over the scene's objects by its own understanding and by the prior's box, so that it
-    names a wrong object with or without doubt; one label in four misses a part, and every boundary is noisy.
+    The teacher spreads its belief over the objects of the scene by its own understanding and by the prior's box. It can
+    therefore choose a wrong object with high or low confidence. One label in four misses a part, and every boundary is
+    noisy.
     """
     rng = np.random.default_rng(seed)
     objects = 5
     rows, columns = np.mgrid[:side, :side].astype(np.float32) / side
 
     def shapes(centres, radii, noise):
-        """Soft ellipses [count, objects, side, side] whose boundary is bent by low-frequency noise."""
+        """Return soft ellipses [count, objects, side, side] whose boundary is bent by low-frequency noise."""
         down = (rows - centres[..., 0, None, None]) / radii[..., 0, None, None]
         right = (columns - centres[..., 1, None, None]) / radii[..., 1, None, None]
         coarse = rng.normal(size=(count, objects, 8, 8)).repeat(side // 8, -1).repeat(side // 8, -2)
@@ -43,7 +44,7 @@ def simulated_views(count: int, seed: int, side: int = 32, first_id: int = 0) ->
     centres = rng.uniform(0.15, 0.85, (count, objects, 2))
     radii = rng.uniform(0.06, 0.2, (count, objects, 2))
     solid = shapes(centres, radii, 0.0) > 0.5
-    # nearer objects hide farther ones, as in a picture
+    # nearer objects occlude farther ones
     visible = np.stack([solid[:, k] & ~solid[:, :k].any(1) for k in range(objects)], 1)
     truth = visible[:, 0] | (solid[:, 0] & ~visible[:, 1:].any(1))
 
@@ -68,7 +69,7 @@ def simulated_views(count: int, seed: int, side: int = 32, first_id: int = 0) ->
     cut = rng.random(count) < 0.25
     side_cut = (columns[None] > centres[:, :, 1, None, None].mean(1)) & cut[:, None, None]
 
-    sureness = rng.uniform(0.7, 3.5, (count, 1))  # a teacher may be sure and wrong
+    sureness = rng.uniform(0.7, 3.5, (count, 1))  # the teacher can be confident and wrong
 
     def view(prior_pull):
         belief = sureness * (understanding + prior_pull + rng.normal(0, 0.4, (count, objects)))

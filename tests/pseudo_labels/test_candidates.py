@@ -1,4 +1,4 @@
-"""Oracles: a drawn scene whose objects are known to the pixel; set algebra; the masks that the views were made of."""
+"""Checks candidates against a scene with known masks, set operations, and the masks behind the views."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def disc(row, column, radius, side=SIDE):
 
 @pytest.fixture(scope="module")
 def scene():
-    """A red and a blue disc on a grey, slightly noisy ground."""
+    """A red and a blue disc on a gray, slightly noisy background."""
     red, blue = disc(40, 30, 14), disc(60, 70, 12)
     image = np.full((SIDE, SIDE, 3), 120, dtype=np.int16)
     image[red], image[blue] = (200, 40, 40), (40, 60, 200)
@@ -36,8 +36,8 @@ def views_of(image, prob, flipped, no_prior, proposal):
     return Views(np.array([1]), image[None], *maps, np.ones(1, dtype=np.float32), np.array([3]))
 
 
-def test_a_rough_mask_is_fitted_to_its_object(scene):
-    """A disc that is off by three pixels and too small, and one that is off and a pixel too large."""
+def test_sharpen_fits_a_rough_mask_to_its_object(scene):
+    """The first disc is shifted and too small; the second is shifted and one pixel too large."""
     image, red, _ = scene
     for rough in (disc(43, 32, 12), disc(39, 29, 15)):
         fitted = sharpen(image, rough)
@@ -45,21 +45,21 @@ def test_a_rough_mask_is_fitted_to_its_object(scene):
         assert iou(fitted, red) > 0.95
 
 
-def test_it_stays_near_the_mask_it_was_given(scene):
-    """The other object, far away, is never taken in."""
+def test_sharpen_stays_near_the_input_mask(scene):
+    """It never includes the distant second object."""
     image, _, blue = scene
     assert not (sharpen(image, disc(40, 30, 12)) & blue).any()
 
 
-def test_nothing_to_fit_stays_as_it_is(scene):
-    """An empty mask, one of a few pixels, and the whole image give GrabCut nothing to decide."""
+def test_sharpen_leaves_degenerate_masks_unchanged(scene):
+    """GrabCut cannot refine an empty mask, a mask of a few pixels, or a mask of the whole image."""
     image, *_ = scene
     for mask in (np.zeros((SIDE, SIDE), bool), disc(10, 10, 1), np.ones((SIDE, SIDE), bool)):
         np.testing.assert_array_equal(sharpen(image, mask), mask)
 
 
-def test_a_large_image_is_worked_on_small(scene):
-    """Four times the side: the same object at four times the size."""
+def test_sharpen_fits_masks_in_large_images(scene):
+    """The image and its object are four times as large."""
     image, red, _ = scene
     large = image.repeat(4, 0).repeat(4, 1)
     fitted = sharpen(large, disc(43 * 4, 32 * 4, 12 * 4, 4 * SIDE))
@@ -67,14 +67,15 @@ def test_a_large_image_is_worked_on_small(scene):
     assert iou(fitted, red.repeat(4, 0).repeat(4, 1)) > 0.95
 
 
-def test_candidates_by_hand(scene):
-    """The teacher says a small red disc (asked mirrored: nothing; without the prior: both), the proposal a blue one."""
+def test_candidates_match_hand_computed_masks(scene):
+    """The teacher marks a small red disc, nothing in the flipped view, and both discs without the prior. The
+    proposal marks a blue disc."""
     image, red, _ = scene
     rough_red, rough_blue = disc(42, 31, 12), disc(61, 69, 11)
     views = views_of(image, 0.9 * rough_red, 0.2 * rough_red, 0.9 * (rough_red | rough_blue), 0.8 * rough_blue)
     made = dict(zip(CANDIDATES, construct(views, CANDIDATES)[0], strict=True))
     np.testing.assert_array_equal(made["teacher"], rough_red)
-    np.testing.assert_array_equal(made["ensemble"], rough_red)  # (0.9 + 0.2 + 0.9) / 3 there, 0.3 on the blue one
+    np.testing.assert_array_equal(made["ensemble"], rough_red)  # (0.9 + 0.2 + 0.9) / 3 on red, 0.3 on blue
     assert iou(made["sharpened"], red) > 0.95
     np.testing.assert_array_equal(made["prior"], rough_blue)
     assert not made["overlap"].any()
@@ -82,7 +83,7 @@ def test_candidates_by_hand(scene):
 
 
 @pytest.mark.parametrize("names", [("teacher",), ("union", "prior"), ("overlap",)])
-def test_what_is_asked_for_comes_in_that_order(names):
+def test_candidates_follow_the_requested_order(names):
     views, _ = simulated_views(6, seed=0)
     everything = construct(views, CANDIDATES)
     expected = everything[:, [CANDIDATES.index(name) for name in names]]
@@ -91,7 +92,7 @@ def test_what_is_asked_for_comes_in_that_order(names):
     assert everything.dtype == bool
 
 
-def test_the_same_labels_on_any_number_of_threads():
+def test_candidates_do_not_depend_on_the_thread_count():
     views, _ = simulated_views(12, seed=1)
     image = np.random.default_rng(2).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     views = Views(**(vars(views) | {"image": image}))

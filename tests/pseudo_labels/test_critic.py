@@ -1,4 +1,4 @@
-"""Oracles: labels whose quality one feature shows, and the estimates that an honest critic must not know."""
+"""Checks the critic with a feature that reveals the IoU and with IoUs that no feature reveals."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def told(candidates, value):
     return replace(candidates, sentence=sentence)
 
 
-def test_it_finds_the_feature_that_shows_the_iou(seen_and_outcome):
+def test_critic_uses_a_feature_that_reveals_the_iou(seen_and_outcome):
     seen, outcome = seen_and_outcome
     revealed = told(seen, outcome.iou)
     learned, new = np.arange(80), np.arange(80, 120)
@@ -43,8 +43,8 @@ def test_it_finds_the_feature_that_shows_the_iou(seen_and_outcome):
     assert 0 <= estimate.min() <= estimate.max() <= 1
 
 
-def test_estimates_of_labeled_sentences_do_not_know_their_truth(seen_and_outcome):
-    """IoUs that nothing shows: whoever estimated a sentence that it has learned from would rank them well."""
+def test_out_of_fold_estimates_do_not_leak_the_truth(seen_and_outcome):
+    """No feature reveals the IoUs. Only a critic that trained on a sentence could rank it well."""
     seen, outcome = seen_and_outcome
     iou = np.random.default_rng(0).random(outcome.iou.shape).astype(np.float32)
     critic, honest = learn(seen, Outcome(outcome.sent_id, outcome.cells, iou))
@@ -53,8 +53,8 @@ def test_estimates_of_labeled_sentences_do_not_know_their_truth(seen_and_outcome
     assert auroc(knows[:, 0], iou[:, 0] > 0.5) > auroc(honest.sentence[:, 0, ESTIMATE], iou[:, 0] > 0.5) + 10
 
 
-def test_sentences_of_one_image_do_not_tell_on_each_other(seen_and_outcome):
-    """Three sentences an image with the same label and the same IoU, which nothing shows."""
+def test_sentences_of_one_image_do_not_leak_into_each_other(seen_and_outcome):
+    """Each image has three sentences with the same label and the same IoU, which no feature reveals."""
     seen, outcome = seen_and_outcome
     image = np.arange(120) // 3
     thrice = seen.take(image * 3)
@@ -67,7 +67,7 @@ def test_sentences_of_one_image_do_not_tell_on_each_other(seen_and_outcome):
     assert ranks(learn(thrice, same, image)[1]) < 58 < 65 < ranks(learn(thrice, same)[1])
 
 
-def test_an_old_estimate_changes_nothing(seen_and_outcome):
+def test_critic_ignores_previous_estimates(seen_and_outcome):
     seen, outcome = seen_and_outcome
     critic, honest = learn(seen, outcome)
     again, honest_again = learn(honest, outcome)
@@ -76,14 +76,14 @@ def test_an_old_estimate_changes_nothing(seen_and_outcome):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_a_handful_of_labeled_sentences_works(seen_and_outcome, count):
+def test_critic_trains_on_few_labeled_sentences(seen_and_outcome, count):
     seen, outcome = seen_and_outcome
     critic, honest = learn(seen.take(np.arange(count)), outcome.take(np.arange(count)))
     assert np.isfinite(honest.sentence).all()
     assert np.isfinite(critic.judge(seen).sentence).all()
 
 
-def test_no_sentences_are_judged_as_none(seen_and_outcome):
+def test_critic_accepts_an_empty_batch(seen_and_outcome):
     seen, outcome = seen_and_outcome
     critic, _ = learn(seen, outcome)
     assert len(critic.judge(seen.take(np.arange(0))).sent_id) == 0

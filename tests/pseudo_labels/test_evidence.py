@@ -1,4 +1,4 @@
-"""Oracles: images of two flat colors, whose borders and spreads are known."""
+"""Checks image evidence on images of two flat colors with known borders and color spreads."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ SIDE = 64
 
 
 def evidence(image, *masks):
-    """Dicts, one a mask."""
+    """Return one dict per mask."""
     found = image_evidence(image[None], np.stack(masks)[None])[0]
     return [dict(zip(EVIDENCE, row.tolist(), strict=True)) for row in found]
 
@@ -27,8 +27,9 @@ def scene():
     return np.where(mask[..., None], 255, 0).astype(np.uint8).repeat(3, axis=-1), mask
 
 
-def test_the_object_itself(scene):
-    """White and black differ by 1 in lightness alone (OpenCV's Lab: 255 against 0), of at most the square root of 3."""
+def test_evidence_supports_a_perfect_mask(scene):
+    """White and black differ by 1 in lightness alone (OpenCV's Lab: 255 against 0). The maximum is the square root
+    of 3."""
     image, mask = scene
     (found,) = evidence(image, mask)
     assert found["contrast"] == pytest.approx(1 / np.sqrt(3), abs=0.01)
@@ -38,8 +39,9 @@ def test_the_object_itself(scene):
     assert found["at_image_edge"] == 0.0
 
 
-def test_a_label_that_misses_the_object(scene):
-    """Beside it nothing is seen; half on it, half off, its colors are spread and its border is hardly an edge."""
+def test_evidence_is_weak_for_a_misplaced_mask(scene):
+    """A mask beside the object has no contrast. A mask half on the object has mixed colors and few edges at its
+    border."""
     image, mask = scene
     beside, half, whole = evidence(image, square(46, 46, 16), square(20, 8, 24), mask)
     assert beside["contrast"] == beside["border_gradient"] == beside["border_edges"] == pytest.approx(0.0, abs=0.05)
@@ -47,8 +49,9 @@ def test_a_label_that_misses_the_object(scene):
     assert half["border_edges"] < 0.5 * whole["border_edges"]
 
 
-def test_shape_by_hand(scene):
-    """Two squares of 8 and 4 pixels: parts 64 and 16 of 80, in a box of 20 x 8; and one in the image's corner."""
+def test_shape_evidence_matches_hand_computed_values(scene):
+    """Two squares of 8 and 4 pixels a side have parts of 64 and 16 of 80 pixels, in a box of 20 x 8. Another square
+    lies in the image corner."""
     image, _ = scene
     two = square(0, 0, 8) | square(0, 16, 4)
     parts, corner, empty = evidence(image, two, square(0, 0, 8), np.zeros((SIDE, SIDE), bool))
@@ -58,7 +61,7 @@ def test_shape_by_hand(scene):
     assert set(empty.values()) == {0.0}
 
 
-def test_values_lie_in_0_to_1_for_any_label():
+def test_evidence_lies_between_zero_and_one_for_any_mask():
     rng = np.random.default_rng(0)
     image = rng.choice(np.array([[0, 255, 0], [0, 0, 255], [255, 0, 0]], dtype=np.uint8), (SIDE, SIDE))  # pure colors
     masks = [rng.random((SIDE, SIDE)) < share for share in (0.001, 0.1, 0.9, 1.0)]

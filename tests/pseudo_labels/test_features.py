@@ -1,4 +1,4 @@
-"""Oracles: values derived by hand on tiny maps, OpenCV's dilation, mirrored and regrouped input."""
+"""Checks features against hand-computed values, OpenCV's dilation, and flipped or regrouped inputs."""
 
 from dataclasses import fields, replace
 
@@ -58,14 +58,15 @@ HALF[:2, :] = 1.0
 
 @pytest.fixture
 def described():
-    """The teacher says the top left quarter (0.8 against 0.5, which is no foreground), mirrored the same without doubt,
-    without the prior the top half; the prior says the top half at 0.9 against 0.1."""
+    """The teacher marks the top left quarter at 0.8; the rest is at 0.5, which is not foreground. In the flipped
+    view it marks the same quarter with certainty. Without the prior it marks the top half. The prior marks the top
+    half at 0.9 against 0.1."""
     prob = np.where(QUARTER > 0, 0.8, 0.5)
     return described_views(one_view(prob, QUARTER, HALF, np.where(HALF > 0, 0.9, 0.1)), grid=2)
 
 
 def test_cells_hold_the_means_of_their_pixels(described):
-    """Each cell is 2 x 2 equal pixels, so that every mean is the pixel's own value."""
+    """Each cell has 2 x 2 equal pixels, so every mean equals the pixel value."""
     expected = {
         "prob": [[0.8, 0.5], [0.5, 0.5]],
         "label": [[1, 0], [0, 0]],
@@ -74,7 +75,7 @@ def test_cells_hold_the_means_of_their_pixels(described):
         "entropy": [[0.7219, 1], [1, 1]],  # -0.8 log2 0.8 - 0.2 log2 0.2
         "flip_change": [[0.2, 0.5], [0.5, 0.5]],
         "prior_change": [[0.2, 0.5], [0.5, 0.5]],
-        "votes": [[1, 2 / 3], [0, 0]],  # mirrored, without prior, proposal
+        "votes": [[1, 2 / 3], [0, 0]],  # flipped, without prior, proposal
         "label_votes": [[1, 0], [0, 0]],
         # cells are 0, 1/2, 1/2 and sqrt(1/2) away; a disc of area 1/4 has the radius sqrt(1 / (4 pi)) = 0.2821
         "distance": [[0, 0.5 / 0.2821 / 4], [0.5 / 0.2821 / 4, 0.7071 / 0.2821 / 4]],
@@ -84,8 +85,9 @@ def test_cells_hold_the_means_of_their_pixels(described):
         np.testing.assert_allclose(cells_of(described, name), values, atol=1e-3, err_msg=name)
 
 
-def test_sentence_features_by_hand(described):
-    """Label 4 of 16 pixels; the surroundings in a map of 4 pixels reach one pixel: 9 pixels, of them 4 in the label."""
+def test_sentence_features_match_hand_computed_values(described):
+    """The label has 4 of 16 pixels. In a map of 4 x 4 pixels, the surroundings reach one pixel: 9 pixels, of which 4
+    are in the label."""
     expected = {
         "confidence": (4 * 0.8 + 5 * 0.5) / 9,
         "prior_iou": 4 / 8,
@@ -105,12 +107,12 @@ def test_sentence_features_by_hand(described):
         "proposal_score": 0.7,
         "has_prior": 1.0,
         "words": np.log(4),
-        # the only candidate is the teacher's own label, which agrees with itself
+        # the only candidate is the teacher's label, which agrees with itself
         **{f"with_{name}_iou": float(name == "teacher") for name in CANDIDATES},
         **{f"is_{name}": float(name == "teacher") for name in CANDIDATES},
     }
     assert {*expected, *EVIDENCE, "estimate"} == set(SENTENCE_FEATURES)
-    assert sentence_of(described, "estimate") == 0  # the critic has not judged it
+    assert sentence_of(described, "estimate") == 0  # the critic has not scored it
     for name, value in expected.items():
         assert sentence_of(described, name) == pytest.approx(value, abs=1e-5), name
     assert described.confidence[0] == pytest.approx(expected["confidence"], abs=1e-6)
@@ -126,13 +128,13 @@ def test_two_separate_squares_are_less_compact_than_one():
     )
 
 
-def test_without_prior_there_is_no_agreement_with_it():
+def test_prior_iou_is_zero_without_a_prior():
     described = described_views(one_view(QUARTER, QUARTER, QUARTER, QUARTER, score=0.0), 2)
     assert described.prior_iou[0] == 0
     assert sentence_of(described, "has_prior") == 0
 
 
-def test_an_empty_label_is_finite_and_least_confident():
+def test_an_empty_label_has_finite_features_and_lowest_confidence():
     nothing = np.full((4, 4), 0.01)
     described = described_views(one_view(nothing, nothing, nothing, nothing), 2)
     assert np.isfinite(described.cells).all()
@@ -154,7 +156,7 @@ def test_features_stay_in_their_ranges():
     assert described.confidence.min() >= 0.5
 
 
-def test_mirrored_views_give_mirrored_cells_and_the_same_sentence():
+def test_flipped_views_give_flipped_cells_and_equal_sentence_features():
     views, _ = simulated_views(16, seed=4)
     maps = ("prob", "prob_flipped", "prob_no_prior", "proposal")
     mirrored = replace(views, **{name: getattr(views, name)[:, :, ::-1].copy() for name in maps})
@@ -163,7 +165,7 @@ def test_mirrored_views_give_mirrored_cells_and_the_same_sentence():
     np.testing.assert_allclose(flipped.sentence, plain.sentence, atol=1e-5)
 
 
-def test_batches_joined_equal_the_whole():
+def test_concatenated_batches_equal_the_full_batch():
     views, truth = simulated_views(10, seed=5)
 
     def part(rows):
@@ -177,20 +179,20 @@ def test_batches_joined_equal_the_whole():
     np.testing.assert_array_equal(concatenate(outcomes).iou, judged(views, truth, 6).iou)
 
 
-def test_cells_of_a_side_that_the_grid_does_not_divide():
-    """3 pixels in 2 cells: the middle one belongs half to each, (2 * 1 + 1 * 4) / 3 and (1 * 4 + 2 * 7) / 3."""
+def test_cells_split_pixels_on_their_border():
+    """Of 3 pixels in 2 cells, the middle one belongs half to each: (2 * 1 + 1 * 4) / 3 and (1 * 4 + 2 * 7) / 3."""
     ramp = np.tile(np.array([1.0, 4.0, 7.0], dtype=np.float32), (3, 1))[None]
     np.testing.assert_allclose(to_cells(ramp, 2)[0], [[2, 6], [2, 6]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("side", "grid"), [(8, 4), (10, 4), (3, 7)])
-def test_cells_keep_the_mean_of_the_map(side, grid):
+def test_pooling_to_cells_preserves_the_mean_of_the_map(side, grid):
     maps = np.random.default_rng(0).random((3, side, side)).astype(np.float32)
     np.testing.assert_allclose(to_cells(maps, grid).mean((1, 2)), maps.mean((1, 2)), rtol=1e-5)
 
 
-def test_judge_by_hand():
-    """Label: the top left quarter. Truth: the left half. Right 4 pixels, missed 4, IoU 4 / 8."""
+def test_candidate_scores_match_hand_computed_values():
+    """The label is the top left quarter, the truth the left half. 4 pixels are correct, 4 are missed: IoU 4 / 8."""
     left = np.zeros((4, 4), dtype=bool)
     left[:, :2] = True
     labels = np.stack([QUARTER > 0, left])[None]  # the second candidate is the truth itself
@@ -198,7 +200,7 @@ def test_judge_by_hand():
     np.testing.assert_array_equal(outcome.iou, [[0.5, 1.0]])
     expected = [[[1, 0, 0, 0], [0, 0, 1, 0]], [[0, 0, 0, 1], [0, 0, 1, 0]]]
     np.testing.assert_array_equal(outcome.cells[0, 0], expected)
-    np.testing.assert_array_equal(outcome.cells[0, 1, ..., [1, 3]], 0)  # nothing of the truth is wrong
+    np.testing.assert_array_equal(outcome.cells[0, 1, ..., [1, 3]], 0)  # the truth has no wrong pixels
 
 
 def test_the_iou_of_two_empty_masks_is_zero():
@@ -206,14 +208,14 @@ def test_the_iou_of_two_empty_masks_is_zero():
     assert judge(np.array([1]), empty[:, None], empty, 2).iou[0, 0] == 0
 
 
-def test_agreement_puts_the_votes_in_the_place_of_the_truth(described):
-    """Top left: labelled, all three vote for it. Top right: not labelled, two of three vote for it."""
+def test_agreement_treats_the_votes_as_the_truth(described):
+    """Top left: labeled, and all three vote for it. Top right: not labeled, but two of three vote for it."""
     expected = [[[1, 0, 0, 0], [0, 0, 1 / 3, 2 / 3]], [[0, 0, 1, 0], [0, 0, 1, 0]]]
     np.testing.assert_allclose(agreement(described.cells)[0, 0], expected, atol=1e-3)
 
 
-def test_agreement_with_a_unanimous_truth_is_the_outcome():
-    """Where all three other opinions are the true mask, agreement and judge must say the same."""
+def test_agreement_with_unanimous_true_masks_equals_the_scores():
+    """If all three other views equal the true mask, the agreement must equal the scores against the truth."""
     views, truth = simulated_views(12, seed=6)
     unanimous = replace(
         views, **{name: truth.astype(np.float32) for name in ("prob_flipped", "prob_no_prior", "proposal")}
@@ -222,8 +224,8 @@ def test_agreement_with_a_unanimous_truth_is_the_outcome():
     np.testing.assert_allclose(agreement(described_views(unanimous, 12).cells), outcome.cells, atol=2e-3)
 
 
-def test_candidates_are_told_apart_and_compared_with_each_other():
-    """The teacher says the top left quarter, the prior the top half: IoU 4 / 8, on each side."""
+def test_features_identify_and_compare_candidates():
+    """The teacher marks the top left quarter and the prior the top half, so their IoU is 4 / 8."""
     views = one_view(QUARTER, QUARTER, QUARTER, HALF)
     labels = np.stack([QUARTER > 0, HALF > 0])[None]
     seen = describe(views, labels, ("teacher", "prior"), grid=2)
@@ -233,29 +235,30 @@ def test_candidates_are_told_apart_and_compared_with_each_other():
     np.testing.assert_allclose(seen.sentence[0][:, columns], [[1, 0, 1, 0.5], [0, 1, 0.5, 1]], atol=1e-6)
     size = seen.sentence[0, :, SENTENCE_FEATURES.index("size")]
     np.testing.assert_allclose(size, np.sqrt([1 / 4, 1 / 2]), rtol=1e-6)
-    # The fixed rules rank the first one.
+    # The fixed rules rank the first candidate.
     assert seen.prior_iou[0] == 0.5
 
 
-def test_confident_pixels_on_both_sides():
+def test_confident_pixels_include_foreground_and_background():
     prob = np.array([0.04, 0.05, 0.06, 0.5, 0.94, 0.95, 1.0])
     np.testing.assert_array_equal(confident_pixels(prob, 0.95), [True, True, False, False, False, True, True])
 
 
-def test_cells_expand_to_the_pixels_whose_centres_they_hold():
-    """5 columns in 2 cells: centres 0.5 1.5 2.5 3.5 4.5 of 5, the middle one lies on the border and goes right."""
+def test_cells_expand_to_the_pixels_whose_centers_they_contain():
+    """5 columns in 2 cells: the centers are 0.5, 1.5, 2.5, 3.5, and 4.5 of 5. The middle one is on the border and
+    goes right."""
     keep = np.array([[[True, False], [False, False]]])
     expected = np.zeros((4, 5), dtype=bool)
     expected[:2, :2] = True
     np.testing.assert_array_equal(expand_cells(keep, 4, 5)[0], expected)
 
 
-def test_expanding_undoes_pooling():
+def test_pooling_undoes_expansion():
     keep = np.random.default_rng(1).random((2, 6, 6)) > 0.5
     np.testing.assert_array_equal(to_cells(expand_cells(keep, 30, 30).astype(np.float32), 6) > 0.5, keep)
 
 
-def test_surroundings_are_a_dilation():
+def test_surroundings_equal_a_dilation():
     views, _ = simulated_views(8, seed=7)
     label = (views.prob > 0.5).astype(np.float32)
     square = np.ones((5, 5), dtype=np.uint8)  # 32 / 16 = 2 pixels to each side
@@ -263,7 +266,7 @@ def test_surroundings_are_a_dilation():
     np.testing.assert_array_equal(label_and_surroundings(label), expected)
 
 
-def test_soft_iou_of_binary_maps_is_the_iou():
+def test_soft_iou_of_binary_maps_equals_the_iou():
     first, second = np.random.default_rng(2).random((2, 5, 9, 9)) > 0.6
     expected = (first & second).sum((1, 2)) / (first | second).sum((1, 2))
     np.testing.assert_allclose(soft_iou(first.astype(np.float32), second.astype(np.float32)), expected, rtol=1e-6)

@@ -14,7 +14,7 @@ from l2l_core.data.load import sentences_of
 from l2l_core.data.pairs import BatchMaker
 from l2l_core.data.views import Views
 from l2l_core.errors import ArtifactError, InputError
-from l2l_core.pseudo_labels import generate as labeling
+from l2l_core.pseudo_labels import generate
 from l2l_core.pseudo_labels.features import Candidates
 from l2l_core.pseudo_labels.generate import (
     Labels,
@@ -38,7 +38,7 @@ def params_of(policy: str = "reinforce", **select: object) -> Params:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A made-up run below the current folder, of which two images (four sentences) are labelled."""
+    """A synthetic run in the current folder, with two labeled images (four sentences)."""
     write_run(tmp_path, images_per_split=5, height=HEIGHT, width=WIDTH)
     monkeypatch.chdir(tmp_path)
     split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
@@ -59,7 +59,7 @@ def true_masks() -> dict[int, np.ndarray]:
 
 
 class Oracle:
-    """A teacher that answers with the truth at 0.95 inside and 0.2 outside, and remembers whom it was asked about."""
+    """A teacher that predicts the truth, 0.95 inside and 0.2 outside, and records the queried sentences."""
 
     def __init__(self) -> None:
         self.truth = true_masks()
@@ -67,7 +67,7 @@ class Oracle:
 
     def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
         sent_id = batches.pairs.sent_id
-        backwards = np.arange(len(sent_id))[::-1]  # in an order of its own, as a predictor may
+        backwards = np.arange(len(sent_id))[::-1]  # a predictor can use any order
         for start in range(0, len(sent_id), batch_size):
             rows = backwards[start : start + batch_size]
             some = sent_id[rows]
@@ -80,7 +80,7 @@ class Oracle:
 
 
 class Doubtful(Oracle):
-    """Its prior is the truth; its own mask lies half an image beside it."""
+    """Its prior equals the truth; its own mask is shifted by half an image."""
 
     def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
         for rows, views in super().views(batches, batch_size, what):
@@ -95,7 +95,7 @@ def decision(count: int, accepted: list[int], cells: np.ndarray | None = None) -
 
 
 def teachers_own(labels: Labels) -> list[bytes]:
-    """The first candidate of every sentence."""
+    """Return the first candidate of every sentence."""
     return [made[0] for made in labels.candidates]
 
 
@@ -103,7 +103,7 @@ def labels_and_candidates(params: Params) -> tuple[Labels, Candidates]:
     return label_unlabeled(params, Oracle())  # type: ignore[arg-type]
 
 
-def test_labels_are_the_teachers_masks_at_the_images_own_size(run):
+def test_labels_are_teacher_masks_at_the_original_image_size(run):
     labels, seen = labels_and_candidates(params_of())
     wanted = sentences_of("unlabeled").tolist()
     assert labels.pairs.sent_id.tolist() == seen.sent_id.tolist() == wanted
@@ -114,8 +114,9 @@ def test_labels_are_the_teachers_masks_at_the_images_own_size(run):
     assert seen.cells.shape[:4] == (len(wanted), 1, GRID, GRID)
 
 
-def test_confident_pixels_are_those_that_pass_the_threshold(run):
-    """Inside is 0.95 (confidence 0.95), outside 0.2 (0.8), with a blurred border between."""
+def test_confident_pixels_pass_the_threshold(run):
+    """The probability is 0.95 inside (confidence 0.95) and 0.2 outside (confidence 0.8), with a blurred border
+    between."""
     labels, _ = labels_and_candidates(params_of("threshold", pixel_threshold=0.9))
     for counts, confident in zip(teachers_own(labels), labels.confident, strict=True):
         mask, sure = decode_rle(counts, HEIGHT, WIDTH), decode_rle(confident, HEIGHT, WIDTH)
@@ -127,7 +128,7 @@ def test_confident_pixels_are_those_that_pass_the_threshold(run):
     assert not any(decode_rle(counts, HEIGHT, WIDTH).any() for counts in nothing.confident)
 
 
-def test_a_table_of_labels_says_what_was_decided(run):
+def test_pseudo_label_table_records_the_selection(run):
     params = params_of()
     labels, seen = labels_and_candidates(params)
     count = len(labels.pairs)
@@ -144,8 +145,9 @@ def test_a_table_of_labels_says_what_was_decided(run):
     np.testing.assert_allclose([row["prior_iou"] for row in rows], 1.0, atol=1e-3)
 
 
-def test_the_chosen_candidate_is_what_the_table_holds(run):
-    """Two candidates that differ, chosen in turn: label, name and IoU with the proposal are the chosen one's."""
+def test_pseudo_label_table_holds_the_chosen_candidate(run):
+    """Two different candidates are chosen in turn. Mask, name, and IoU with the proposal are those of the chosen
+    one."""
     params = params_of(candidates=["teacher", "prior"])
     labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
     assert all(first != second for first, second in labels.candidates)
@@ -158,12 +160,12 @@ def test_the_chosen_candidate_is_what_the_table_holds(run):
         assert row["rle_counts"] == labels.candidates[number][number % 2]
         mask = decode_rle(row["rle_counts"], HEIGHT, WIDTH)
         iou = (mask & truth[row["sent_id"]]).sum() / (mask | truth[row["sent_id"]]).sum()
-        assert (iou > 0.4) == (number % 2 == 1)  # fitted to an image without any colours, the truth loses its rim
+        assert (iou > 0.4) == (number % 2 == 1)  # fitted to a black image, the truth loses its rim
         assert (row["prior_iou"] > 0.4) == (number % 2 == 1)
 
 
-def test_the_oracle_finds_the_best_candidate_of_each_sentence(run):
-    """The prior is right and the teacher wrong, in either order."""
+def test_oracle_selects_the_best_candidate_of_each_sentence(run):
+    """The prior is correct and the teacher wrong, in either order."""
     for names in (["teacher", "prior"], ["prior", "teacher"]):
         params = params_of("oracle", candidates=names)
         labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
@@ -172,8 +174,8 @@ def test_the_oracle_finds_the_best_candidate_of_each_sentence(run):
         assert made.accept_prob.min() > 0.4
 
 
-def test_semires_writes_how_much_each_pixel_teaches(run):
-    """0.95 weighs 1.3 - N(0.95; 0.5, 0.1) = 0.8417, 0.2 weighs 0.4956: 215 and 126 of 255."""
+def test_semires_stores_a_weight_for_each_pixel(run):
+    """0.95 has the weight 1.3 - N(0.95; 0.5, 0.1) = 0.8417, and 0.2 has 0.4956: 215 and 126 of 255."""
     params = params_of("semires")
     labels, seen = labels_and_candidates(params)
     made = decision(len(labels.pairs), [0])
@@ -185,8 +187,8 @@ def test_semires_writes_how_much_each_pixel_teaches(run):
 
 
 @pytest.mark.parametrize("policy", ["reinforce", "threshold", "all"])
-def test_nothing_of_a_rejected_label_may_teach(run, policy):
-    """Whatever cells the decision still names."""
+def test_rejected_labels_keep_no_pixels(run, policy):
+    """This holds whatever cells the decision still contains."""
     params = params_of(policy)
     labels, seen = labels_and_candidates(params)
     rows = pseudo_label_table(params, 1, labels, seen, decision(len(labels.pairs), accepted=[1])).to_pylist()
@@ -194,7 +196,7 @@ def test_nothing_of_a_rejected_label_may_teach(run, policy):
     assert kept == [number == 1 for number in range(len(rows))]
 
 
-def test_kept_cells_become_pixels(run):
+def test_kept_cells_expand_to_pixels(run):
     params = params_of()
     labels, seen = labels_and_candidates(params)
     cells = np.random.default_rng(0).random((len(labels.pairs), GRID, GRID)) > 0.5
@@ -205,7 +207,7 @@ def test_kept_cells_become_pixels(run):
         np.testing.assert_array_equal(decode_rle(row["keep_rle"], HEIGHT, WIDTH), expected)
 
 
-def test_the_threshold_rule_keeps_confident_pixels_instead_of_cells(run):
+def test_threshold_rule_keeps_confident_pixels_instead_of_cells(run):
     params = params_of("threshold")
     labels, seen = labels_and_candidates(params)
     count = len(labels.pairs)
@@ -214,7 +216,7 @@ def test_the_threshold_rule_keeps_confident_pixels_instead_of_cells(run):
     assert [row["keep_rle"] for row in rows] == labels.confident
 
 
-def test_nothing_to_label_is_said_in_a_line(run):
+def test_refuses_a_run_without_unlabeled_sentences(run):
     split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
     rows = [row | {"role": row["role"].replace("unlabeled", "labeled")} for row in split]
     records.write_table(records.make_table(rows, records.SPLIT), records.SPLIT_PATH, records.SPLIT)
@@ -222,10 +224,10 @@ def test_nothing_to_label_is_said_in_a_line(run):
         labels_and_candidates(params_of())
 
 
-# --- judging
+# --- scoring
 
 
-def test_labelled_sentences_are_judged_by_the_teacher_that_never_saw_their_image(run, monkeypatch):
+def test_fold_teachers_score_labeled_sentences_of_held_out_images(run, monkeypatch):
     teachers: dict[str, Oracle] = {}
 
     class Runs:
@@ -233,17 +235,17 @@ def test_labelled_sentences_are_judged_by_the_teacher_that_never_saw_their_image
         def from_run(folder, params):
             return teachers.setdefault(str(folder), Oracle())
 
-    monkeypatch.setattr(labeling, "Predictor", Runs)
+    monkeypatch.setattr(generate, "Predictor", Runs)
     params = params_of(folds=2)
     seen, outcome = judge_out_of_fold(params, run / "folds")
     assert sorted(teachers) == [str(run / "folds/0"), str(run / "folds/1")]
-    assert sorted(sorted(teacher.asked) for teacher in teachers.values()) == [[0, 1], [2, 3]]  # an image each
+    assert sorted(sorted(teacher.asked) for teacher in teachers.values()) == [[0, 1], [2, 3]]  # one image each
     np.testing.assert_array_equal(seen.sent_id, outcome.sent_id)
     assert sorted(outcome.sent_id.tolist()) == [0, 1, 2, 3]
-    np.testing.assert_allclose(outcome.iou, 1.0)  # the truth is the truth
+    np.testing.assert_allclose(outcome.iou, 1.0)  # the teacher predicts the truth
 
 
-def test_the_oracle_judges_labels_by_the_truth(run):
+def test_oracle_scores_labels_against_the_truth(run):
     params = params_of("oracle")
     labels, _ = labels_and_candidates(params)
     empty = encode_rle(np.zeros((HEIGHT, WIDTH), dtype=bool))
@@ -255,7 +257,7 @@ def test_the_oracle_judges_labels_by_the_truth(run):
     np.testing.assert_array_equal(outcome.iou[:, 0], np.arange(len(mixed)) % 2)
 
 
-def test_the_oracle_needs_the_truth(run):
+def test_oracle_requires_the_true_masks(run):
     params = params_of("oracle")
     labels, _ = labels_and_candidates(params)
     with pytest.raises(ArtifactError, match="lacks the mask"):

@@ -1,4 +1,4 @@
-"""Oracle: symmetry."""
+"""Checks the policy by symmetries of its inputs."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from l2l_core.pseudo_labels.policy import Actor, act
 
 @pytest.fixture
 def actor():
-    """Random in every weight, as after training."""
+    """An actor with random values in every weight, as after training."""
     generator = torch.Generator().manual_seed(0)
     result = Actor(generator)
     for weight in result.parameters():
@@ -28,13 +28,13 @@ def candidates():
     return described(simulated_views(40, seed=1)[0], 8)
 
 
-def test_a_new_policy_is_undecided_and_keeps_most_cells(candidates):
+def test_a_new_policy_is_neutral_and_keeps_most_cells(candidates):
     action = act([Actor(torch.Generator().manual_seed(0))], candidates)
     np.testing.assert_array_equal(action.accept_prob, 0.5)
     np.testing.assert_allclose(action.keep_prob, 1 / (1 + np.exp(-3)), rtol=1e-6)
 
 
-def test_mirrored_cells_give_mirrored_decisions(actor, candidates):
+def test_flipped_cells_give_flipped_decisions(actor, candidates):
     plain = act([actor], candidates)
     mirrored = act([actor], replace(candidates, cells=candidates.cells[:, :, :, ::-1].copy()))
     np.testing.assert_allclose(mirrored.accept_prob, plain.accept_prob, rtol=1e-5)
@@ -42,8 +42,8 @@ def test_mirrored_cells_give_mirrored_decisions(actor, candidates):
     assert np.ptp(plain.keep_prob) > 0.5  # a constant would be symmetric too
 
 
-def test_cells_far_away_do_not_matter(actor, candidates):
-    """A cell's decision depends on its 3 x 3 neighbourhood and on the sentence, on nothing else."""
+def test_cell_decisions_ignore_distant_cells(actor, candidates):
+    """A cell's decision depends only on its 3 x 3 neighborhood and on the sentence."""
     cells = candidates.cells.copy()
     cells[:, :, 0, 0] = 1 - cells[:, :, 0, 0]
     before = act([actor], candidates).keep_prob
@@ -54,16 +54,16 @@ def test_cells_far_away_do_not_matter(actor, candidates):
     assert not changed.any()
 
 
-def test_cells_at_the_border_decide_like_inner_ones(actor, candidates):
-    """Where all cells look alike, so do all decisions of a sentence: the image's edge is no feature."""
+def test_border_cells_decide_like_inner_cells(actor, candidates):
+    """If all cells are equal, all decisions of a sentence are equal: the image border is no feature."""
     cells = np.broadcast_to(candidates.cells[:, :, :1, :1], candidates.cells.shape).copy()
     keep_prob = act([actor], replace(candidates, cells=cells)).keep_prob
     np.testing.assert_allclose(keep_prob, np.broadcast_to(keep_prob[:, 4:5, 4:5], keep_prob.shape), atol=1e-5)
 
 
-def test_a_candidate_without_a_kept_foreground_cell_is_wanted_by_nobody(actor, candidates):
-    """Two candidates a sentence, the second the same with its label emptied but wanted most: the first is taken. A
-    sentence of which both are empty has none that could teach, whatever its probability."""
+def test_never_accepts_a_candidate_without_kept_foreground(actor, candidates):
+    """Each sentence has two candidates. The second is an empty copy with a higher logit, but the policy takes the
+    first. If both are empty, the policy accepts neither, whatever its probability."""
     column = SENTENCE_FEATURES.index("words")
     with torch.no_grad():
         actor.accept_direct[0, column] = 100.0
@@ -81,17 +81,17 @@ def test_a_candidate_without_a_kept_foreground_cell_is_wanted_by_nobody(actor, c
     action = act([actor], both)
     labelled = (candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
     labelled[7] = False
-    np.testing.assert_array_equal(action.choice, ~labelled)  # both empty: the one that is wanted more
+    np.testing.assert_array_equal(action.choice, ~labelled)  # if both are empty: the one with the higher logit
     assert not action.accepted[~labelled].any()
     assert action.accepted[labelled].any()
     with torch.no_grad():
         actor.keep_bias.fill_(-50.0)
-    assert not act([actor], candidates).accepted.any()  # nothing of any label is kept
+    assert not act([actor], candidates).accepted.any()  # no cell of any label is kept
 
 
-def test_the_most_wanted_candidate_stands_for_its_sentence(actor, candidates):
-    """Three sentences' labels as the candidates of one: it gets the best one's cells, and the probability that any is
-    taken: the sum of their odds against none."""
+def test_chooses_the_candidate_with_the_highest_logit(actor, candidates):
+    """The labels of three sentences become the candidates of one sentence. It gets the cells of the best candidate.
+    Its acceptance probability follows from the summed odds of all candidates against none."""
     slope = 0.5
     alone = act([actor], candidates, slope)
     foreground = candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0
@@ -106,14 +106,14 @@ def test_the_most_wanted_candidate_stands_for_its_sentence(actor, candidates):
     action = act([actor], joined, slope)
     odds = np.exp(alone.accept_logit[rows].astype(np.float64))
     np.testing.assert_array_equal(action.choice, odds.argmax(1))
-    assert len(set(action.choice.tolist())) > 1  # a constant choice would not be told apart
+    assert len(set(action.choice.tolist())) > 1  # a constant choice would prove nothing
     np.testing.assert_allclose(action.accept_prob, 1 / (1 + odds.sum(1) ** -slope), rtol=1e-5)
     np.testing.assert_array_equal(action.accepted, odds.sum(1) > 1)
     np.testing.assert_allclose(action.keep_prob, alone.keep_prob[rows[np.arange(3), action.choice]], atol=1e-6)
 
 
-def test_several_actors_decide_by_the_mean_of_their_logits(candidates):
-    """Two actors whose logits differ by a constant: together they decide as one with the constant halved."""
+def test_several_actors_average_their_logits(candidates):
+    """The logits of two actors differ by a constant. Together they decide as one actor with half that constant."""
     actors = [Actor(torch.Generator().manual_seed(4)) for _ in range(3)]
     for actor, (wanted, kept) in zip(actors, [(0.0, 0.0), (2.0, -4.0), (1.0, -2.0)], strict=True):
         with torch.no_grad():

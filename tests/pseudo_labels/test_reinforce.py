@@ -1,4 +1,4 @@
-"""Oracles: exact gradients by enumeration, synthetic teachers with known truth, collapses that must not happen."""
+"""Checks REINFORCE training by exact gradients, synthetic teachers with known truth, and absence of collapse."""
 
 import itertools
 from dataclasses import replace
@@ -62,10 +62,10 @@ def trained(labeled, unlabeled):
     return train_policy(*labeled, unlabeled, PARAMS, seed=0)
 
 
-def test_the_estimator_is_the_exact_gradient_on_average():
-    """One sentence, two candidates of two cells: 9 actions (none, or one of them with each set of its cells). The
-    expected reward is summed over them and differentiated; the estimate is averaged over all 81 groups of two draws
-    with their probabilities."""
+def test_gradient_estimator_is_unbiased():
+    """One sentence has two candidates of two cells, so there are 9 actions: none, or one candidate with any subset
+    of its cells. The expected reward is summed over all actions and differentiated. The estimate is averaged over
+    all 81 groups of two draws, weighted by their probabilities."""
     take_logit = torch.tensor([[0.3, -0.7]], dtype=torch.float64, requires_grad=True)
     keep_logit = torch.tensor([1.1, -0.2, 0.4, 0.9], dtype=torch.float64).reshape(1, 2, 1, 2).requires_grad_()
     right = [[[0.5, 0.1, 0.3, 0.1], [0.1, 0.3, 0.2, 0.4]], [[0.3, 0.0, 0.1, 0.2], [0.4, 0.1, 0.6, 0.0]]]
@@ -79,7 +79,7 @@ def test_the_estimator_is_the_exact_gradient_on_average():
         return torch.zeros((), dtype=torch.float64) if kind == none else utility(shares[kind], kept[0], 1.0)
 
     def probability(kind, kept):
-        weights = torch.cat([take_logit[0].exp(), torch.ones(1, dtype=torch.float64)])  # of none: exp(0)
+        weights = torch.cat([take_logit[0].exp(), torch.ones(1, dtype=torch.float64)])  # no candidate: exp(0)
         taken = weights[kind] / weights.sum()
         if kind == none:
             return taken
@@ -101,17 +101,17 @@ def test_the_estimator_is_the_exact_gradient_on_average():
             total -= both * gradient
     for found, wanted in zip(estimate, exact, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
-        assert wanted.abs().min() > 1e-3  # else there would be nothing to estimate
+        assert wanted.abs().min() > 1e-3  # otherwise the check is trivial
 
 
 def test_advantage_compares_with_the_rest_of_the_group():
-    """Rewards 1, 2, 6: against the means of the others 4, 3.5, 1.5."""
+    """Rewards 1, 2, and 6 against the means of the others: 4, 3.5, and 1.5."""
     advantage = group_advantage(torch.tensor([[1.0], [2.0], [6.0]]))
     torch.testing.assert_close(advantage, torch.tensor([[-3.0], [-1.5], [4.5]]))
 
 
-def test_cells_that_are_not_taken_learn_nothing():
-    """Of one sentence nothing is taken, of the other its second candidate."""
+def test_cells_of_rejected_candidates_get_no_gradient():
+    """The first sentence takes no candidate, the other its second one."""
     keep_logit = torch.zeros(2, 2, 2, 2, requires_grad=True)
     take = torch.tensor([[2, 1], [2, 1]])
     advantage = torch.tensor([[1.0, 1.0], [-3.0, -3.0]])
@@ -122,8 +122,8 @@ def test_cells_that_are_not_taken_learn_nothing():
 
 
 def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out):
-    """The column `words` is replaced by whether the label is right: the policy must find that out, through the reward
-    alone, and use it on sentences it never saw."""
+    """The column `words` states whether the label is correct. The policy must discover this through the reward alone
+    and use it on unseen sentences."""
 
     def revealed(candidates, right):
         sentence = candidates.sentence.copy()
@@ -138,7 +138,7 @@ def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out):
     assert np.mean(decision.accepted == (test_outcome.iou[:, 0] > 0.5)) > 0.9
 
 
-def test_beats_fixed_rules_on_sentences_it_never_saw(trained, held_out):
+def test_beats_fixed_rules_on_unseen_sentences(trained, held_out):
     seen, outcome = held_out
     right = outcome.iou[:, 0] > 0.5
 
@@ -153,8 +153,8 @@ def test_beats_fixed_rules_on_sentences_it_never_saw(trained, held_out):
     assert auroc["reinforce"] > auroc["ranksum"] + 0.02, auroc
 
 
-def test_dropping_cells_pays(trained, held_out):
-    """Of the accepted sentences, the kept cells are worth more than all cells."""
+def test_dropping_cells_increases_the_reward(trained, held_out):
+    """For accepted sentences, the kept cells have a higher utility than all cells."""
     seen, outcome = held_out
     decision = decide(PARAMS, seen, trained.policy, outcome)
     cells = torch.from_numpy(outcome.cells[:, 0])
@@ -163,7 +163,7 @@ def test_dropping_cells_pays(trained, held_out):
 
 
 def test_kept_cells_contain_foreground_and_background(trained, held_out):
-    """No collapse to background only or to foreground only."""
+    """The policy does not collapse to background only or to foreground only."""
     seen, _ = held_out
     decision = decide(PARAMS, seen, trained.policy)
     label = seen.cells[:, 0, ..., CELL_FEATURES.index("label")].astype(np.float32)
@@ -173,8 +173,8 @@ def test_kept_cells_contain_foreground_and_background(trained, held_out):
     assert ((1 - label) * kept)[accepted].sum() > 0.5 * (1 - label)[accepted].sum()
 
 
-def test_small_objects_are_accepted_like_large_ones(trained, held_out):
-    """Right labels of the smaller half are accepted nearly as often as those of the larger half."""
+def test_accepts_small_objects_nearly_as_often_as_large_ones(trained, held_out):
+    """Compares the smaller and the larger half of the correct labels."""
     seen, outcome = held_out
     decision = decide(PARAMS, seen, trained.policy)
     right = outcome.iou[:, 0] > 0.5
@@ -183,9 +183,9 @@ def test_small_objects_are_accepted_like_large_ones(trained, held_out):
     assert decision.accepted[right & small].mean() > 0.75 * decision.accepted[right & ~small].mean()
 
 
-def test_calibration_is_honest_on_new_sentences(trained, held_out):
-    """Better log loss than the policy's own, far too sure probabilities, and than the constant base rate; the
-    decisions stay."""
+def test_calibration_improves_the_log_loss_on_unseen_sentences(trained, held_out):
+    """Calibrated probabilities have a lower log loss than the policy's overconfident ones and than the constant base
+    rate. The decisions do not change."""
     seen, outcome = held_out
     right = outcome.iou[:, 0] > 0.5
     accept_prob = trained.policy.act(seen).accept_prob
@@ -196,7 +196,7 @@ def test_calibration_is_honest_on_new_sentences(trained, held_out):
     np.testing.assert_array_equal(accept_prob > 0.5, own > 0.5)
 
 
-def test_same_seed_same_bits_whatever_the_threads(labeled, unlabeled):
+def test_training_is_deterministic_for_any_thread_count(labeled, unlabeled):
     params = PARAMS.model_copy(update={"policy_steps": 20})
     torch.manual_seed(1)
     first = train_policy(*labeled, unlabeled, params, seed=3)
@@ -217,7 +217,7 @@ def test_same_seed_same_bits_whatever_the_threads(labeled, unlabeled):
     assert not torch.equal(first.policy.actors[0].accept, other.policy.actors[0].accept)
 
 
-def test_curve_rises(trained):
+def test_reward_curve_rises(trained):
     assert [row["step"] for row in trained.curve] == list(range(10, 201, 10))
     assert tuple(trained.curve[0]) == CURVE_COLUMNS
     assert trained.curve[-1]["reward"] > trained.curve[0]["reward"] + 0.05
@@ -232,8 +232,8 @@ def test_entropy_bonus_keeps_the_policy_exploring(labeled, unlabeled):
     assert last_entropy(1.0) > last_entropy(0.0) + 0.1
 
 
-def test_the_unlabelled_term_seeks_agreement(labeled, unlabeled):
-    """What is kept of the unlabelled sentences agrees better with the other opinions when the term is heavy."""
+def test_unlabeled_term_increases_agreement(labeled, unlabeled):
+    """With a large weight of the term, the kept cells of unlabeled sentences agree better with the other views."""
 
     def agreement_kept(weight):
         params = PARAMS.model_copy(update={"policy_steps": 100, "unlabeled_weight": weight})
@@ -243,7 +243,7 @@ def test_the_unlabelled_term_seeks_agreement(labeled, unlabeled):
 
 
 def test_training_runs_on_one_thread(labeled, unlabeled, monkeypatch):
-    """Small sums come out alike on two threads too, so that the bits alone would not show it."""
+    """Small sums can be equal on two threads too, so equal bits alone would not prove this."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     seen = []
@@ -260,17 +260,17 @@ def test_training_runs_on_one_thread(labeled, unlabeled, monkeypatch):
     assert set(seen) == {1}
 
 
-def test_labels_that_are_all_wrong_teach_to_keep_nothing(labeled, unlabeled):
+def test_learns_to_keep_nothing_from_all_wrong_labels(labeled, unlabeled):
     seen, outcome = labeled
     wrong = outcome.iou[:, 0] < 0.1
     policy = train_policy(chosen(seen, wrong), chosen(outcome, wrong), unlabeled, PARAMS, seed=0).policy
     decision = decide(PARAMS, seen, policy)
-    # Sentences unlike any wrong one are unknown to it, but what it keeps of them is next to nothing.
+    # Sentences unlike the wrong ones are new to the policy, but it keeps almost none of their cells.
     assert decision.keep_cells.mean() < 0.05
     assert not decision.accepted[wrong].any()
 
 
-def test_labels_that_are_all_right_teach_to_keep_nearly_all(labeled, unlabeled):
+def test_learns_to_keep_nearly_all_from_all_correct_labels(labeled, unlabeled):
     seen, outcome = labeled
     right = outcome.iou[:, 0] > 0.8
     policy = train_policy(chosen(seen, right), chosen(outcome, right), unlabeled, PARAMS, seed=0).policy
@@ -280,7 +280,7 @@ def test_labels_that_are_all_right_teach_to_keep_nearly_all(labeled, unlabeled):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_a_handful_of_labelled_sentences_works(labeled, unlabeled, count):
+def test_trains_on_few_labeled_sentences(labeled, unlabeled, count):
     seen, outcome = labeled
     params = PARAMS.model_copy(update={"policy_steps": 30})
     policy = train_policy(taken(slice(0, count), seen), taken(slice(0, count), outcome), unlabeled, params, 0).policy
@@ -289,14 +289,14 @@ def test_a_handful_of_labelled_sentences_works(labeled, unlabeled, count):
     assert np.isfinite(action.keep_prob).all()
 
 
-def test_no_unlabelled_sentences_works(labeled, unlabeled):
+def test_trains_without_unlabeled_sentences(labeled, unlabeled):
     params = PARAMS.model_copy(update={"policy_steps": 10})
     trained = train_policy(*labeled, taken(slice(0, 0), unlabeled), params, seed=0)
     assert len(trained.curve) == 1
     assert not decide(PARAMS, taken(slice(0, 0), unlabeled), trained.policy).accepted.size
 
 
-def test_order_of_the_labelled_features_and_truth_must_match(labeled, unlabeled):
+def test_refuses_mismatched_or_empty_labeled_sentences(labeled, unlabeled):
     seen, outcome = labeled
     with pytest.raises(ValueError, match="same sentences"):
         train_policy(seen, taken(slice(None, None, -1), outcome), unlabeled, PARAMS, seed=0)
@@ -304,12 +304,12 @@ def test_order_of_the_labelled_features_and_truth_must_match(labeled, unlabeled)
         train_policy(taken(slice(0, 0), seen), taken(slice(0, 0), outcome), unlabeled, PARAMS, seed=0)
 
 
-def test_unlabelled_agreement_is_only_heard_where_it_is_reliable(labeled, unlabeled):
-    """Labelled sentences whose agreement says nothing of the truth (one constant view) switch the term off: the
-    unlabelled sentences, other ones with the same scaling, then change nothing."""
+def test_uses_unlabeled_agreement_only_if_it_is_reliable(labeled, unlabeled):
+    """If the agreement of labeled sentences says nothing about the truth (one constant view), the term is switched
+    off. Other unlabeled sentences with the same scaling then change nothing."""
     seen, outcome = labeled
     constant = replace(seen, cells=np.repeat(seen.cells[:1], len(seen.sent_id), axis=0))
-    turned = taken(slice(None, None, -1), unlabeled)  # other draws, the same set and so the same scaling
+    turned = taken(slice(None, None, -1), unlabeled)  # other draws, but the same set and the same scaling
     params = PARAMS.model_copy(update={"policy_steps": 30, "unlabeled_weight": 5.0})
 
     def curve(candidates, teaching):
@@ -319,9 +319,9 @@ def test_unlabelled_agreement_is_only_heard_where_it_is_reliable(labeled, unlabe
     assert not np.allclose(curve(seen, unlabeled), curve(seen, turned), rtol=1e-5)
 
 
-def test_agreement_is_weighed_where_kinds_compete(labeled):
-    """Labels whose agreement tells right from wrong are heard; beside a second kind of the same labels with their truth
-    turned about, of which agreement is as often wrong, they are not."""
+def test_agreement_reliability_covers_all_candidates(labeled):
+    """If agreement separates correct from wrong labels, its reliability is 1. A second candidate with equal
+    agreement and inverted IoUs reduces it to 0."""
     seen, outcome = labeled
     shares = torch.from_numpy(agreement(seen.cells[:, 0]))
     order = utility(shares, torch.ones(shares.shape[:-1]), PARAMS.wrong_cost).numpy().argsort().argsort()
@@ -333,9 +333,8 @@ def test_agreement_is_weighed_where_kinds_compete(labeled):
     assert told == pytest.approx(0.0, abs=0.02)
 
 
-def test_features_that_never_vary_get_no_noise(labeled, unlabeled, monkeypatch):
-    """Adding columns of nothing but one value changes no draw's meaning: with the noise switched to enormous, only the
-    varying columns move."""
+def test_constant_features_get_no_noise(labeled, unlabeled, monkeypatch):
+    """Even with very large noise, only the varying columns change."""
     seen, outcome = labeled
     words = SENTENCE_FEATURES.index("words")
 
@@ -354,15 +353,15 @@ def test_features_that_never_vary_get_no_noise(labeled, unlabeled, monkeypatch):
     monkeypatch.setattr(Actor, "forward", watched)
     monkeypatch.setattr("l2l_core.pseudo_labels.reinforce.NOISES", (2.0,))
     train_policy(fixed(seen), outcome, fixed(unlabeled), PARAMS.model_copy(update={"policy_steps": 1}), seed=0)
-    training = inputs[0]  # [B, K, D]; what follows is calibration, without noise
+    training = inputs[0]  # [B, K, D]; later inputs are for calibration, without noise
     np.testing.assert_array_equal(training[..., words], 0)
     spread = training.std((0, 1))
     assert spread[SENTENCE_FEATURES.index("confidence")] > 1.5  # 2 of noise, 1 of the feature itself
 
 
-def test_chooses_the_right_candidate_and_rejects_where_none_is(labeled):
-    """Two candidates a sentence, each right or wrong as a whole by a coin; `words` says which, the rest is alike. The
-    policy must take a right one wherever there is one, and none where both are wrong."""
+def test_chooses_a_correct_candidate_and_rejects_sentences_without_one(labeled):
+    """Each sentence has two candidates, each correct or wrong as a whole at random. `words` reveals which; all else
+    is equal. The policy must take a correct candidate if there is one, and none if both are wrong."""
     seen, _ = labeled
     right = np.random.default_rng(0).random((len(seen.sent_id), 2)) > 0.5
     share = seen.cells[..., CELL_FEATURES.index("label")].astype(np.float32)
@@ -380,9 +379,9 @@ def test_chooses_the_right_candidate_and_rejects_where_none_is(labeled):
     assert right[np.arange(len(right)), decision.choice][has_right].mean() > 0.95
 
 
-def test_of_right_candidates_the_better_one_is_chosen(labeled):
-    """Two candidates that are both worth taking, one with a tenth of wrong pixels more; `words` says which. Judged one
-    by one, both would be accepted for sure, and nothing would say which is better."""
+def test_chooses_the_better_of_two_correct_candidates(labeled):
+    """Both candidates are worth taking, but one has a tenth more wrong pixels; `words` reveals which. Scored
+    separately, both would be accepted, and nothing would show which one is better."""
     seen, _ = labeled
     better = np.random.default_rng(1).random(len(seen.sent_id)) > 0.5
     better = np.stack([better, ~better], axis=1)
@@ -399,8 +398,9 @@ def test_of_right_candidates_the_better_one_is_chosen(labeled):
     assert better[np.arange(len(better)), decision.choice][labels].mean() > 0.95
 
 
-def test_it_starts_as_the_critic_chooses(labeled, unlabeled):
-    """Without a step, a label is accepted exactly where the critic promises a positive utility: an IoU above 0.5."""
+def test_policy_starts_from_the_estimates_of_the_critic(labeled, unlabeled):
+    """Without training steps, the policy accepts a label exactly if the critic predicts a positive utility: an IoU
+    above 0.5."""
     trained = train_policy(*labeled, unlabeled, PARAMS.model_copy(update={"policy_steps": 0}), seed=0)
     judged = trained.policy.critic.judge(unlabeled)
     estimate = judged.sentence[..., SENTENCE_FEATURES.index("estimate")]
@@ -411,16 +411,16 @@ def test_it_starts_as_the_critic_chooses(labeled, unlabeled):
     assert 0.1 < accepted.mean() < 0.9
 
 
-def test_its_own_seed_hardly_matters(labeled, unlabeled, held_out):
-    """The same data, other draws: the accepted labels are nearly the same ones."""
+def test_seed_barely_changes_the_accepted_labels(labeled, unlabeled, held_out):
+    """With the same data and other draws, nearly the same labels are accepted."""
     seen, _ = held_out
     params = PARAMS.model_copy(update={"policy_steps": 60})
     first, second = (train_policy(*labeled, unlabeled, params, seed).policy.act(seen).accepted for seed in (0, 1))
     assert (first == second).mean() > 0.93
 
 
-def test_the_noise_is_the_one_of_the_highest_out_of_fold_reward(labeled, unlabeled, monkeypatch):
-    """The rewards are fixed by hand. With few labeled sentences, the noise is not compared: the first one is used."""
+def test_selects_the_noise_with_the_highest_out_of_fold_reward(labeled, unlabeled, monkeypatch):
+    """The rewards are fixed by hand. With few labeled sentences, the first noise is used without comparison."""
     seen, outcome = labeled
     used, earned = [], {0.5: 1.0, 0.0: 2.0}
 

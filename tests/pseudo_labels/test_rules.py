@@ -5,7 +5,7 @@ from scipy.stats import norm
 from l2l_core.pseudo_labels.rules import semires_weight
 
 
-def test_undecided_pixels_teach_least():
+def test_semires_gives_uncertain_pixels_the_lowest_weight():
     """At 0.5 the density is 1 / sqrt(0.2 pi) = 1.2616; 0.25 away it is that times exp(-0.3125), 0.5 away exp(-1.25)."""
     weight = semires_weight(np.array([[0.0, 0.25, 0.5], [1.0, 0.75, 0.5]], dtype=np.float32))
     assert weight.dtype == np.float32
@@ -14,7 +14,7 @@ def test_undecided_pixels_teach_least():
     np.testing.assert_allclose(weight, [row, row], atol=1e-5)
 
 
-def test_it_is_scipys_normal_density_and_always_a_weight():
+def test_semires_weight_matches_scipy_and_lies_between_zero_and_one():
     prob = np.linspace(0, 1, 1001, dtype=np.float32)
     weight = semires_weight(prob)
     np.testing.assert_allclose(weight, 1.3 - norm.pdf(prob, loc=0.5, scale=0.1**0.5), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Oracles: decisions on five sentences derived by hand; reordering the sentences reorders the decisions."""
+"""Checks hand-computed decisions on five sentences, and that decisions follow the order of the sentences."""
 
 from dataclasses import replace
 from typing import get_args
@@ -27,7 +27,7 @@ def params_of(rule, **changes):
 
 @pytest.fixture
 def five():
-    """Five labels of one cell each, all foreground, with the votes 0, 1/4, 1/2, 3/4, 1."""
+    """Five labels of one foreground cell each, with the votes 0, 1/4, 1/2, 3/4, and 1."""
     votes = np.linspace(0, 1, 5)
     cells = np.zeros((5, 1, 1, 1, len(CELL_FEATURES)), dtype=np.float16)
     cells[..., CELL_FEATURES.index("label")] = 1
@@ -59,8 +59,8 @@ def five():
         ("oracle", [1, 0, 1, 0, 0], [0.9, 0.5, 0.51, 0, 0.2]),
     ],
 )
-def test_fixed_rules_by_hand(five, rule, accepted, accept_prob):
-    """The best 40 % of five are two; rank 1 / 5 is the lowest, the two prior IoU of 0 share rank 1.5 / 5."""
+def test_fixed_rules_match_hand_computed_decisions(five, rule, accepted, accept_prob):
+    """The best 40% of five are two. The lowest rank is 1 / 5; the two prior IoUs of 0 share the rank 1.5 / 5."""
     seen, outcome = five
     decision = decide(params_of(rule), seen, None, outcome)
     np.testing.assert_array_equal(decision.accepted, np.array(accepted, dtype=bool))
@@ -68,9 +68,9 @@ def test_fixed_rules_by_hand(five, rule, accepted, accept_prob):
     np.testing.assert_array_equal(decision.keep_cells[:, 0, 0], decision.accepted)
 
 
-def test_reward_is_the_utility_of_what_is_kept(five):
-    """One cell of foreground, a share v of it right and no background: v / 2 - (1 - v); 0 for a rejected label. By the
-    truth where it is given, by the votes 0, 1/4, ... where it is not."""
+def test_reward_is_the_utility_of_the_kept_cells(five):
+    """For one foreground cell with a correct share v and no background, the reward is v / 2 - (1 - v). It is 0 for a
+    rejected label. The share comes from the truth if given, otherwise from the votes 0, 1/4, ..."""
     seen, outcome = five
     by_truth = decide(params_of("oracle"), seen, None, outcome).reward
     np.testing.assert_allclose(by_truth, [0.35, 0, 0.51 / 2 - 0.49, 0, 0], atol=1e-6)
@@ -78,7 +78,7 @@ def test_reward_is_the_utility_of_what_is_kept(five):
     np.testing.assert_allclose(by_votes, [-1, 0.125 - 0.75, -0.25, 0.375 - 0.25, 0.5], atol=1e-6)
 
 
-def test_rules_without_what_they_need_are_refused(five):
+def test_refuses_rules_without_their_required_inputs(five):
     seen, outcome = five
     with pytest.raises(ValueError, match="oracle needs"):
         decide(params_of("oracle"), seen, None)
@@ -94,7 +94,7 @@ class Silent(Critic):
 
 
 def eager_policy(accept_bias):
-    """Random, but sure to accept (bias 50) or to reject (-50) every sentence."""
+    """Return a random policy that surely accepts (bias 50) or rejects (bias -50) every sentence."""
     generator = torch.Generator().manual_seed(3)
     actor = Actor(generator)
     torch.nn.init.normal_(actor.keep, generator=generator)
@@ -124,7 +124,7 @@ def test_a_rejected_label_keeps_no_cell(five):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_reordering_the_sentences_reorders_the_decisions(rule):
-    """Also where scores tie, since many prior IoU are 0."""
+    """This also holds for tied scores, since many prior IoUs are 0."""
     views, truth = simulated_views(60, seed=21)
     seen, outcome = described(views, 6), judged(views, truth, 6)
     order = np.random.default_rng(0).permutation(60)
@@ -141,12 +141,12 @@ def test_reordering_the_sentences_reorders_the_decisions(rule):
     np.testing.assert_allclose(shuffled.reward, plain.reward[order], atol=1e-5)
 
 
-def test_mean_rank_is_the_statisticians_average_rank():
+def test_mean_rank_matches_scipy():
     score = np.random.default_rng(5).integers(0, 6, 50).astype(np.float32)
     np.testing.assert_allclose(mean_rank(score), rankdata(score) / 50, rtol=1e-6)
 
 
-def test_best_fraction_counts_and_breaks_ties_by_sentence():
+def test_best_fraction_breaks_ties_by_sentence_id():
     score = np.array([1.0, 2.0, 2.0, 2.0, 0.0])
     sent_id = np.array([5, 9, 7, 8, 1])
     np.testing.assert_array_equal(best_fraction(score, sent_id, 0.4), [0, 0, 1, 1, 0])

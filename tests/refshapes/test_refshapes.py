@@ -1,4 +1,4 @@
-"""RefShapes: the files against pycocotools, the solver against hand-derived answers, the scenes against shortcuts."""
+"""RefShapes: files checked by pycocotools, the solver by hand-derived results, and scenes for shortcuts."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import yaml
 from pycocotools.coco import COCO
 
 from l2l_core.config import RefShapesParams
-from l2l_core.refshapes import dataset as refshapes
+from l2l_core.refshapes import dataset
 from l2l_core.refshapes.dataset import make_scene, write_refshapes
 from l2l_core.refshapes.scene import COLOURS, SceneObject
 from l2l_core.refshapes.solver import COLOUR_WORDS, measure, solve
@@ -54,14 +54,14 @@ def digest(folder: Path) -> dict[str, str]:
 # --- files ---
 
 
-def test_several_processes_draw_the_same_bytes(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(refshapes, "IMAGES_PER_PROCESS", 8)
-    monkeypatch.setattr(refshapes, "thread_count", lambda: 2)
+def test_multiple_processes_write_the_same_bytes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "IMAGES_PER_PROCESS", 8)
+    monkeypatch.setattr(dataset, "thread_count", lambda: 2)
     write_refshapes(tmp_path / "again", PARAMS)
     assert digest(tmp_path / "again") == digest(folder)
 
 
-def test_same_parameters_give_the_same_bytes_and_another_seed_gives_others(folder, tmp_path):
+def test_output_bytes_are_deterministic_and_change_with_the_seed(folder, tmp_path):
     write_refshapes(tmp_path / "again", PARAMS)
     write_refshapes(tmp_path / "other", PARAMS.model_copy(update={"seed": 8}))
     first, other = digest(folder), digest(tmp_path / "other")
@@ -71,13 +71,13 @@ def test_same_parameters_give_the_same_bytes_and_another_seed_gives_others(folde
     assert not set(other.values()) & set(first.values())
 
 
-def test_a_larger_data_set_keeps_the_scenes_of_the_smaller(folder, tmp_path):
+def test_a_larger_dataset_keeps_the_scenes_of_the_smaller(folder, tmp_path):
     write_refshapes(tmp_path / "large", PARAMS.model_copy(update={"train_images": 63}))
     small, large = digest(folder / "images"), digest(tmp_path / "large" / "images")
     assert small.items() < large.items()
 
 
-def test_splits_share_no_picture_and_no_id(folder, refs):
+def test_splits_share_no_image_and_no_id(folder, refs):
     assert len(set(digest(folder / "images").values())) == 76
     split_of_image = {(ref["image_id"], ref["split"]) for ref in refs}
     assert len(split_of_image) == 76
@@ -86,7 +86,7 @@ def test_splits_share_no_picture_and_no_id(folder, refs):
         assert len({ref[key] for ref in refs}) == len(refs)
 
 
-def test_one_index_gives_other_scenes_in_other_splits_and_seeds():
+def test_scenes_differ_between_splits_and_seeds():
     pictures = [
         make_scene(seed, split, 3)[0].image.tobytes() for seed in (1, 2) for split in ("train", "val", "test", "extra")
     ]
@@ -111,7 +111,7 @@ def test_annotations_agree_with_pycocotools(folder, coco):
     ]  # fmt: skip
 
 
-def test_refs_have_the_layout_of_refer(folder, refs, coco):
+def test_refs_follow_the_refer_layout(folder, refs, coco):
     for ref in refs:
         assert coco.anns[ref["ann_id"]]["image_id"] == ref["image_id"]
         assert coco.anns[ref["ann_id"]]["category_id"] == ref["category_id"]
@@ -124,14 +124,14 @@ def test_refs_have_the_layout_of_refer(folder, refs, coco):
     sentences = [sentence for ref in refs for sentence in ref["sentences"]]
     assert sorted(sentence["sent_id"] for sentence in sentences) == list(range(152))
     counts = [sum(sentence["style"] == style for sentence in sentences) for style in ("short", "attribute", "long")]
-    assert max(counts) - min(counts) <= 3  # one a split
+    assert max(counts) - min(counts) <= 3  # one per split
 
 
-def test_the_version_travels_with_the_data(folder):
-    assert json.loads((folder / INSTANCES).read_text())["info"]["version"] == refshapes.REFSHAPES_VERSION
+def test_instances_record_the_refshapes_version(folder):
+    assert json.loads((folder / INSTANCES).read_text())["info"]["version"] == dataset.REFSHAPES_VERSION
 
 
-def test_a_failure_leaves_the_old_data_set_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_dataset_and_leaves_no_other_files(tmp_path, monkeypatch):
     target = tmp_path / "refshapes"
     tiny = PARAMS.model_copy(update={"train_images": 2, "val_images": 1, "test_images": 1})
     write_refshapes(target, tiny)
@@ -141,7 +141,7 @@ def test_a_failure_leaves_the_old_data_set_and_nothing_else(tmp_path, monkeypatc
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(refshapes, "encode_rle", fail)
+        patched.setattr(dataset, "encode_rle", fail)
         with pytest.raises(OSError, match="disk full"):
             write_refshapes(target, tiny.model_copy(update={"seed": 9}))
     assert digest(target) == before
@@ -151,7 +151,7 @@ def test_a_failure_leaves_the_old_data_set_and_nothing_else(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["refshapes"]
 
 
-def test_stage_writes_what_params_ask_for(tmp_path, monkeypatch):
+def test_stage_uses_the_configured_parameters(tmp_path, monkeypatch):
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["refshapes"] |= {"train_images": 3, "val_images": 1, "test_images": 1, "image_size_px": 64}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
@@ -165,7 +165,7 @@ def test_stage_writes_what_params_ask_for(tmp_path, monkeypatch):
 
 
 def world(*rows):
-    """Rows of `size-free description`, centre x, centre y, side; the mask is a square whatever the shape's name."""
+    """Rows: description without size, center x, center y, side. Every mask is a square, whatever the named shape."""
     objects, masks = [], np.zeros((len(rows), 100, 100), dtype=bool)
     for mask, (description, x, y, side) in zip(masks, rows, strict=True):
         colour, texture, shape = description.split()
@@ -213,12 +213,12 @@ FIVE = (
         ("the circle that is not big and is above the blue circle", 0),
         ("biggest star", 4),
         ("smallest circle", 0),
-        # several fit
+        # several objects match
         ("red one", None),
         ("star", None),
         ("the red one without stripes", None),
         ("biggest thing", None),
-        # nothing fits
+        # no object matches
         ("green star", None),
         ("the ring with a border", None),
         ("the one that is neither red nor blue", None),
@@ -228,21 +228,21 @@ FIVE = (
         ("rightmost thing", None),  # x 80 against 75
         ("circle on the left", None),  # x 20 against 25
         ("second thing from the top", None),  # two at y 20
-        ("left star", None),  # x 50 is no side
+        ("left star", None),  # x 50 is not on a side
         ("the star that is above the ring", None),  # the big star lies diagonally
         ("the red star that is to the right of the blue circle", None),  # both lie diagonally
-        # a relation to something that is not one thing
+        # the relation refers to no unique object
         ("the ring that is right of the circle", None),
         ("the circle that is left of the green star", None),
     ],
 )
-def test_solver_on_five_objects(sentence, answer):
+def test_solver_resolves_sentences_about_five_objects(sentence, answer):
     assert solve(sentence, world(*FIVE)) == answer
 
 
 @pytest.mark.parametrize(("x", "answer"), [(42, 0), (88, None), (95, 0)])
-def test_next_to_needs_a_rival_that_is_clearly_apart(x, answer):
-    """The box ends at column 67. A second circle is 3, 13 or 20 pixels away; 13 is neither beside it nor apart."""
+def test_next_to_requires_a_clearly_separate_rival(x, answer):
+    """The box ends at column 67. A second circle is 3, 13 or 20 pixels away; 13 is neither close nor separate."""
     circles = (("red plain circle", 42, 50, 16), ("red plain circle", x, 90 if x == 42 else 50, 10))
     scene = world(*circles, ("blue plain square", 60, 50, 16))
     assert solve("the circle next to the box", scene) == answer
@@ -251,7 +251,7 @@ def test_next_to_needs_a_rival_that_is_clearly_apart(x, answer):
 @pytest.mark.parametrize(
     ("side", "small", "big"), [(16, 0, None), (26, None, None), (30, None, 0)], ids=["small", "between", "big"]
 )
-def test_a_middling_size_is_neither_small_nor_big(side, small, big):
+def test_a_medium_size_is_neither_small_nor_big(side, small, big):
     scene = world(("red plain circle", 50, 50, side))
     assert solve("small circle", scene) == small
     assert solve("the circle that is not small", scene) == big
@@ -260,12 +260,12 @@ def test_a_middling_size_is_neither_small_nor_big(side, small, big):
 
 
 @pytest.mark.parametrize(("x", "answer"), [(35, 0), (47, None), (65, None)])
-def test_left_is_clearly_left(x, answer):
+def test_left_side_requires_a_clear_position(x, answer):
     assert solve("circle on the left side", world(("red plain circle", x, 50, 16))) == answer
 
 
-def test_an_unclear_member_of_the_group_makes_its_order_unclear():
-    """Whether the middling circle counts as small decides which one is the second."""
+def test_an_ambiguous_group_member_makes_ordinals_ambiguous():
+    """The second small circle depends on whether the medium circle counts as small."""
     row = [("red plain circle", 15, 50, 16), ("red plain circle", 40, 50, 26), ("red plain circle", 65, 50, 16)]
     assert solve("second small circle from the left", world(*row)) is None
     assert solve("second circle from the left", world(*row)) == 1
@@ -276,21 +276,21 @@ def test_an_unclear_member_of_the_group_makes_its_order_unclear():
 
 
 @pytest.mark.parametrize(("y", "answer"), [(60, 0), (20, None)], ids=["mostly sideways", "mostly above"])
-def test_right_of_is_mostly_sideways(y, answer):
+def test_right_of_requires_a_mostly_horizontal_offset(y, answer):
     scene = world(("red plain circle", 60, y, 16), ("red plain ring", 30, 75, 16))
     assert solve("circle right of the ring", scene) == answer
 
 
 @pytest.mark.parametrize(("side", "answer"), [(20, 0), (26, None)])
-def test_the_biggest_is_clearly_bigger(side, answer):
+def test_biggest_requires_a_clear_size_difference(side, answer):
     assert (
         solve("biggest circle", world(("red plain circle", 20, 50, 30), ("red plain circle", 70, 50, side))) == answer
     )
 
 
 @pytest.mark.parametrize(("x", "answer"), [(90, 0), (83, None)])
-def test_the_closest_is_clearly_closer(x, answer):
-    """Between the ring (columns 42-57) and the circles lie 14 columns on the left, 24 or 17 on the right."""
+def test_closest_requires_a_clear_distance_difference(x, answer):
+    """The gaps from the ring (columns 42-57) to the circles are 14 columns on the left and 24 or 17 on the right."""
     circles = (("red plain circle", 20, 50, 16), ("red plain circle", x, 50, 16))
     assert solve("the circle closest to the ring", world(*circles, ("red plain ring", 50, 50, 16))) == answer
 
@@ -310,7 +310,7 @@ def test_the_closest_is_clearly_closer(x, answer):
         "circle from the left",
     ],
 )
-def test_solver_refuses_what_it_cannot_read(sentence):
+def test_solver_refuses_sentences_outside_its_grammar(sentence):
     with pytest.raises(ValueError, match="expected"):
         solve(sentence, world(*FIVE))
 
@@ -318,7 +318,7 @@ def test_solver_refuses_what_it_cannot_read(sentence):
 # --- sentences ---
 
 
-def test_written_sentences_mean_their_annotation_and_nothing_else(refs, coco):
+def test_every_sentence_resolves_to_its_annotation(refs, coco):
     for ref in refs:
         anns = coco.loadAnns(coco.getAnnIds(imgIds=[ref["image_id"]]))
         names = {category["id"]: category["name"] for category in coco.cats.values()}
@@ -340,7 +340,7 @@ OPPOSITES = {
 
 
 @pytest.mark.parametrize("axis", [1, 2], ids=["upside down", "left for right"])
-def test_a_mirrored_scene_answers_the_mirrored_sentence(scenes, axis):
+def test_mirrored_sentences_resolve_to_the_same_target_in_mirrored_scenes(scenes, axis):
     pairs = OPPOSITES[axis]
     for scene, expressions in scenes:
         mirrored = measure(scene.objects, np.flip(scene.masks, axis=axis))
@@ -349,7 +349,7 @@ def test_a_mirrored_scene_answers_the_mirrored_sentence(scenes, axis):
             assert solve(sentence, mirrored) == expression.target, sentence
 
 
-def test_attribute_sentences_have_no_word_of_place(scenes):
+def test_attribute_sentences_contain_no_location_words(scenes):
     place = re.compile(
         r"left|right|top|bottom|upper|lower|middle|center|corner|side|highest|lowest|above|below|under|beneath"
         r"|next|closest|nearest|from|second|third|beside|\bin\b|\bon\b|\bat\b|\bto\b"
@@ -365,13 +365,13 @@ def test_attribute_sentences_have_no_word_of_place(scenes):
     assert words["long"] > 2 * max(words["short"], words["attribute"])
 
 
-def test_vocabulary_is_moderate_and_used(scenes):
+def test_vocabulary_has_moderate_size(scenes):
     words = {word for _, expressions in scenes for e in expressions for word in e.sentence.split()}
     assert 70 <= len(words) <= 110
 
 
 @pytest.mark.parametrize(("side_px", "sentences"), [(64, 1), (200, 4)])
-def test_other_sizes_and_numbers_of_sentences(side_px, sentences):
+def test_make_scene_supports_other_image_sizes_and_sentence_counts(side_px, sentences):
     for index in range(6):
         scene, expressions = make_scene(3, "extra", index, side_px, sentences)
         assert scene.image.shape == (side_px, side_px, 3)
@@ -383,7 +383,7 @@ def test_other_sizes_and_numbers_of_sentences(side_px, sentences):
 # --- shortcuts and visibility ---
 
 
-def test_no_attribute_alone_gives_the_target_away(scenes):
+def test_no_single_attribute_identifies_the_target(scenes):
     pairs = [(scene.objects, scene.objects[e.target]) for scene, expressions in scenes for e in expressions]
     colour = np.mean([sum(o.colour == t.colour for o in objects) == 1 for objects, t in pairs])
     shape = np.mean([sum(o.shape == t.shape for o in objects) == 1 for objects, t in pairs])
@@ -394,13 +394,13 @@ def test_no_attribute_alone_gives_the_target_away(scenes):
 
 
 def seen_colour(scene, index):
-    """Mean of the object's pixels that no texture darkens: those at least as bright as its median."""
+    """Mean color of the object's pixels without dark texture: those at least as bright as its median."""
     pixels = scene.image[scene.masks[index]].astype(float)
     brightness = pixels.sum(axis=1)
     return pixels[brightness >= np.median(brightness)].mean(axis=0)
 
 
-def test_a_solver_that_knows_colours_only_is_mostly_wrong(scenes):
+def test_a_color_only_solver_is_mostly_wrong(scenes):
     names = {word: name for name, words in COLOUR_WORDS.items() for word in words}
     right = []
     for scene, expressions in scenes:
@@ -412,7 +412,7 @@ def test_a_solver_that_knows_colours_only_is_mostly_wrong(scenes):
     assert np.mean(right) < 0.4
 
 
-def test_colours_are_told_apart_under_any_light(scenes):
+def test_colors_are_distinguishable_under_any_lighting(scenes):
     palette = np.array(list(COLOURS.values()), dtype=float)
     palette /= np.linalg.norm(palette, axis=1, keepdims=True)
     wrong, total = 0, 0
@@ -425,8 +425,8 @@ def test_colours_are_told_apart_under_any_light(scenes):
     assert wrong <= 0.01 * total
 
 
-def test_measured_sizes_are_the_drawn_sizes(scenes):
-    """Each object on its own: the solver, which reads sizes off the masks, sees what was meant to be drawn."""
+def test_measured_sizes_match_the_drawn_sizes(scenes):
+    """For each object alone, the solver reads the intended size from the mask."""
     for scene, _ in scenes:
         for item, mask in zip(scene.objects, scene.masks, strict=True):
             alone = measure([item], mask[None])
@@ -434,7 +434,7 @@ def test_measured_sizes_are_the_drawn_sizes(scenes):
             assert solve("big one", alone) == (0 if item.size == "big" else None)
 
 
-def test_big_and_small_never_meet(scenes):
+def test_big_and_small_areas_do_not_overlap(scenes):
     area_px: dict[tuple[str, str], list[int]] = {}
     for scene, _ in scenes:
         for item, mask in zip(scene.objects, scene.masks, strict=True):
@@ -444,8 +444,8 @@ def test_big_and_small_never_meet(scenes):
         assert min(area_px[shape, "big"]) > 1.4 * max(area_px[shape, "small"])
 
 
-def test_masks_hold_the_pixels_of_their_object_and_no_others(scenes):
-    """Inside the visible mask of a plain object nearly every pixel has its colour, also where objects overlap."""
+def test_masks_contain_only_pixels_of_their_object(scenes):
+    """Nearly every pixel in the visible mask of a plain object has its color, even where objects overlap."""
     palette = np.array(list(COLOURS.values()), dtype=float)
     palette /= np.linalg.norm(palette, axis=1, keepdims=True)
     overlaps = 0
@@ -453,7 +453,7 @@ def test_masks_hold_the_pixels_of_their_object_and_no_others(scenes):
         pixels = scene.image / np.linalg.norm(scene.image, axis=2, keepdims=True).clip(1)
         nearest = (pixels @ palette.T).argmax(axis=2)
         for item, mask in zip(scene.objects, scene.masks, strict=True):
-            if item.texture == "plain" and item.colour != "white":  # white is close to the grey of backgrounds
+            if item.texture == "plain" and item.colour != "white":  # white is close to the gray of backgrounds
                 assert (nearest[mask] == list(COLOURS).index(item.colour)).mean() > 0.85
         touching = measure(scene.objects, scene.masks).gap
         overlaps += bool((touching[np.triu_indices(len(touching), k=1)] < 1.5 / 96).any())
@@ -461,7 +461,7 @@ def test_masks_hold_the_pixels_of_their_object_and_no_others(scenes):
 
 
 def test_textures_are_visible(scenes):
-    """Share of an object's pixels that are much darker than its bright part."""
+    """Measures the share of an object's pixels that are much darker than its bright part."""
     dark_share: dict[str, list[float]] = {"plain": [], "striped": [], "dotted": [], "outlined": []}
     for scene, _ in scenes:
         for index, item in enumerate(scene.objects):

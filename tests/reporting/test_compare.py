@@ -1,4 +1,4 @@
-"""Experiments beside each other: what the page says, what is refused, and where runs are read from."""
+"""Comparison of experiments: the page, refused input, and where runs are read from."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder; in it `one`, the model of round 1, and `two`, that of round 2 by another policy."""
+    """The current folder with two runs: `one`, the model of round 1, and `two`, round 2 with another policy."""
     for name in ("one", "two"):
         for path in NEEDED:
             (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def rows_of(page: str) -> list[list[str]]:
     return [[re.sub("<.*?>", "", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in found]
 
 
-def test_scores_stand_side_by_side_with_their_differences(
+def test_shows_scores_side_by_side_with_differences(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "compare", "one", "two") == 0
@@ -90,7 +90,7 @@ def test_scores_stand_side_by_side_with_their_differences(
     assert TRAP not in page
 
 
-def test_answers_to_the_same_sentences_are_compared_in_pairs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compares_predictions_for_the_same_sentences_in_pairs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(monkeypatch, "compare", "one", "two", "--out", "page") == 0
     rows = rows_of(Path("page/compare.html").read_text(encoding="utf-8"))
     table = records.to_frame(records.read_table(runs / "one" / records.PER_SENTENCE_PATH, records.PER_SENTENCE))
@@ -107,7 +107,7 @@ def test_answers_to_the_same_sentences_are_compared_in_pairs(runs: Path, monkeyp
         assert reached - lost == pytest.approx(100 * (now - then), abs=0.011)
 
 
-def test_the_page_is_safe_and_the_same_every_time(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_is_safe_and_deterministic(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for out in ("first", "second"):
         assert call(monkeypatch, "compare", "one", "two", "--out", out) == 0
     page = Path("first/compare.html").read_text(encoding="utf-8")
@@ -177,7 +177,7 @@ def other_data(folder: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_compare_is_refused_in_one_line(
+def test_refuses_incomparable_runs_in_one_line(
     runs: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -199,7 +199,7 @@ def test_what_does_not_compare_is_refused_in_one_line(
         (["one", "three"], r"got 'three', expected a project's folder, or a Git revision or DVC experiment .*"),
     ],
 )
-def test_too_few_or_unknown_runs_are_refused(
+def test_refuses_too_few_or_unknown_runs(
     runs: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -212,10 +212,10 @@ def test_too_few_or_unknown_runs_are_refused(
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("place", ["project", "repository/project"])
-def test_a_git_revision_and_an_experiment_give_what_their_folders_give(
+def test_git_revision_and_experiment_give_the_same_page_as_their_folders(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    """The project is the Git repository, or a folder of it."""
+    """The project is the Git repository or a subfolder of it."""
     project = tmp_path / place
     shutil.copytree(runs / "one", project)
     tables = [str(records.PER_SENTENCE_PATH), str(records.INDEX.refs)]

@@ -1,4 +1,4 @@
-"""The report of a made-up run: what it says, that it is one safe file, and that a browser shows it."""
+"""The report of a synthetic run: its content, its safety as a single file, and its display in a browser."""
 
 import base64
 import hashlib
@@ -69,7 +69,7 @@ def make_report(folder: Path, monkeypatch: pytest.MonkeyPatch, rounds: int = ROU
 
 
 def sent_ids(text: str) -> list[int]:
-    """Of all cases, in the order of the page."""
+    """Sentence ids of all cases, in page order."""
     return [int(number) for number in re.findall(r" · sentence ([0-9]+)", text)]
 
 
@@ -86,14 +86,14 @@ def text(run_folder: Path) -> str:
         return make_report(run_folder, patch)
 
 
-def test_sentences_are_shown_and_not_run(text: str) -> None:
+def test_shows_sentences_without_running_them(text: str) -> None:
     page = Page(text)
     assert f"“{TRAP}”" in "".join(page.text)  # as text, with its angle brackets
-    assert text.count("<script") == 1  # the page's own
+    assert text.count("<script") == 1  # the page's script
     assert all(image["alt"].endswith(TRAP) for image in page.all("img") if "pwned" in image["alt"])
 
 
-def test_the_policy_lets_the_pages_own_script_run_and_nothing_else(text: str) -> None:
+def test_security_policy_allows_only_the_page_script(text: str) -> None:
     policy = next(meta["content"] for meta in Page(text).all("meta") if "http-equiv" in meta)
     allowed = dict(part.split(" ", 1) for part in policy.split("; "))
     script = re.search(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
@@ -106,7 +106,7 @@ def test_the_policy_lets_the_pages_own_script_run_and_nothing_else(text: str) ->
     assert set(allowed.values()) == {"'none'"}
 
 
-def test_the_page_is_one_file_that_needs_no_network(text: str) -> None:
+def test_page_is_a_single_file_that_needs_no_network(text: str) -> None:
     page = Page(text)
     sources = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert all(value.startswith(("data:", "#")) for value in sources)
@@ -114,7 +114,7 @@ def test_the_page_is_one_file_that_needs_no_network(text: str) -> None:
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", text)  # url(#...): part of a drawing
 
 
-def test_every_picture_decodes_and_says_what_it_shows(text: str) -> None:
+def test_every_picture_decodes_and_has_an_alt_text(text: str) -> None:
     page = Page(text)
     pictures = page.all("img")
     assert len(pictures) == 6 * len(page.all("article"))
@@ -124,11 +124,11 @@ def test_every_picture_decodes_and_says_what_it_shows(text: str) -> None:
         assert image.size == (int(picture["width"]), int(picture["height"]))
         assert max(image.size) == PANEL_PX
     drawings = [drawing["aria-label"] for drawing in page.all("svg")]
-    assert len(drawings) == 2 + 2 + 1 + 5  # a split each; coverage, reliability; loss; a column of the policy each
+    assert len(drawings) == 2 + 2 + 1 + 5  # one per split; coverage, reliability; loss; one per policy column
     assert len(set(drawings)) == len(drawings)
 
 
-def test_cases_are_of_every_kind_and_can_be_filtered_by_what_they_are(text: str, run_folder: Path) -> None:
+def test_shows_cases_of_every_kind_with_filter_attributes(text: str, run_folder: Path) -> None:
     cases = Page(text).all("article")
     kinds = Counter(case["data-kind"] for case in cases)
     assert (kinds["accepted"], kinds["rejected"]) == (CASES, CASES)
@@ -139,7 +139,7 @@ def test_cases_are_of_every_kind_and_can_be_filtered_by_what_they_are(text: str,
         assert (case["data-split"], case["data-style"]) == (refs.at[sent_id, "split"], refs.at[sent_id, "style"])
 
 
-def test_changed_labels_are_those_that_differ_most_from_the_round_before(text: str, run_folder: Path) -> None:
+def test_changed_labels_differ_most_from_the_previous_round(text: str, run_folder: Path) -> None:
     path = run_folder / records.round_folder(ROUNDS) / "history/pseudo_labels.parquet"
     labels = records.to_frame(records.read_table(path, records.PSEUDO_LABELS)).set_index(["round", "sent_id"])
     sizes = labels[["height", "width"]].to_numpy().tolist()
@@ -167,7 +167,7 @@ def test_every_form_field_has_a_name_and_a_label(text: str) -> None:
     assert (status["role"], status["aria-live"]) == ("status", "polite")
 
 
-def test_ids_are_unique_and_links_lead_somewhere(text: str) -> None:
+def test_ids_are_unique_and_links_have_targets(text: str) -> None:
     page = Page(text)
     ids = Counter(attributes["id"] for _, attributes in page.tags if "id" in attributes)
     assert set(ids.values()) == {1}
@@ -175,7 +175,7 @@ def test_ids_are_unique_and_links_lead_somewhere(text: str) -> None:
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
 
 
-def test_scores_are_those_of_the_metrics_file(text: str, run_folder: Path) -> None:
+def test_scores_match_the_metrics_file(text: str, run_folder: Path) -> None:
     metrics = json.loads((run_folder / "metrics/evaluate.json").read_text())
     rows = Page(text).rows
     scores = ["miou", "oiou", "pr50", "pr60", "pr70", "pr80", "pr90"]
@@ -188,7 +188,7 @@ def test_scores_are_those_of_the_metrics_file(text: str, run_folder: Path) -> No
         assert [shown, *(f"{metrics[f'pseudo_round_{number}_{name}']:.2f}" for number in (1, 2))] in rows
 
 
-def test_a_stage_without_what_it_needs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_stage_names_its_missing_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy("params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["report", "--round", "1"])
@@ -202,7 +202,7 @@ def test_equal_runs_give_equal_bytes(text: str, run_folder: Path, monkeypatch: p
     assert make_report(run_folder, monkeypatch) == text
 
 
-def test_without_a_round_there_are_no_pseudo_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_without_rounds_has_no_pseudo_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, rounds=0)
     page = Page(make_report(tmp_path, monkeypatch, rounds=0))
     sections = [section["id"] for section in page.all("section")]
@@ -211,7 +211,7 @@ def test_without_a_round_there_are_no_pseudo_labels(tmp_path: Path, monkeypatch:
     assert not any(caption.startswith("round 0 to") for caption in page.text)
 
 
-def test_labels_of_unknown_truth_are_shown_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shows_pseudo_labels_without_ground_truth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path, rounds=1)
     path = tmp_path / records.INDEX.refs
     refs = records.read_table(path, records.REFS)
@@ -228,7 +228,7 @@ def test_labels_of_unknown_truth_are_shown_without_it(tmp_path: Path, monkeypatc
     assert {case["data-size"] for case in page.all("article") if case["data-split"] == "train"} == {"unknown"}
 
 
-def test_cases_are_spread_over_the_range_and_over_images() -> None:
+def test_spreads_cases_over_the_value_range_and_over_images() -> None:
     sent_id = pd.Series(range(20))
     rows = pd.DataFrame({"sent_id": sent_id, "image_id": sent_id // 2, "iou": sent_id // 2 / 10})
     chosen = spread(rows.sample(frac=1, random_state=3), "iou", 4)
@@ -248,7 +248,7 @@ PROBE = """<script>addEventListener("load", () => setTimeout(() => Object.assign
     address: location.hash,
     broken: [...document.images].filter(one => !one.naturalWidth).length,
     scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth}), 500))</script>"""
-"""Asks the browser what a reader sees, and writes it down as attributes of the body."""
+"""Records what a reader sees in the browser as attributes of the body."""
 
 TYPE = """const field = document.querySelector("[name=text]");
     field.value = WORDS;
@@ -261,16 +261,16 @@ needs_browser = pytest.mark.skipif(
 
 
 @needs_browser
-def test_a_browser_opens_the_page_without_complaint(text: str, tmp_path: Path) -> None:
+def test_browser_opens_the_page_without_errors(text: str, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(text, encoding="utf-8")
     opened = open_in_chromium(tmp_path / "page.html", tmp_path)
-    assert "CONSOLE" not in opened.stderr  # neither errors nor anything that the security policy had to stop
+    assert "CONSOLE" not in opened.stderr  # neither errors nor violations of the security policy
     cases = len(Page(text).all("article"))
-    assert f">{cases} of {cases} cases shown<" in opened.stdout  # the script did run under the page's own policy
+    assert f">{cases} of {cases} cases shown<" in opened.stdout  # the script ran under the page's policy
 
 
 @needs_browser
-def test_a_phone_shows_every_picture_and_needs_no_sideways_scrolling(text: str, tmp_path: Path) -> None:
+def test_phone_shows_every_picture_without_horizontal_scrolling(text: str, tmp_path: Path) -> None:
     seen = look(text, tmp_path)
     cases = len(Page(text).all("article"))
     assert seen["shown"] == str(cases)
@@ -278,10 +278,10 @@ def test_a_phone_shows_every_picture_and_needs_no_sideways_scrolling(text: str, 
 
 
 @needs_browser
-def test_an_address_filters_the_cases(text: str, tmp_path: Path) -> None:
+def test_url_fragment_filters_the_cases(text: str, tmp_path: Path) -> None:
     cases = Page(text).all("article")
     fitting = [case for case in cases if (case["data-kind"], case["data-style"]) == ("accepted", "long")]
-    assert 0 < len(fitting) < CASES  # neither of the two conditions is enough
+    assert 0 < len(fitting) < CASES  # neither condition alone is enough
     seen = look(text, tmp_path, "#kind=accepted&style=long")
     assert seen["said"] == f"{len(fitting)} of {len(cases)} cases shown"
     assert seen["shown"] == str(len(fitting))
@@ -289,8 +289,8 @@ def test_an_address_filters_the_cases(text: str, tmp_path: Path) -> None:
 
 
 @needs_browser
-def test_words_in_the_sentence_filter_the_cases_and_go_into_the_address(text: str, tmp_path: Path) -> None:
-    words = '<SCRIPT>alert("pwned")'  # of TRAP, in other letters: as harmless in the field as in the page
+def test_search_text_filters_the_cases_and_updates_the_url(text: str, tmp_path: Path) -> None:
+    words = '<SCRIPT>alert("pwned")'  # from TRAP, in other case: as harmless in the field as in the page
     typed = json.dumps(words).replace("<", "\\u003c")
     seen = look(text, tmp_path, "#scores", TYPE.replace("WORDS", typed))
     traps = text.count('<span class="sentence">&lt;script')
@@ -300,7 +300,7 @@ def test_words_in_the_sentence_filter_the_cases_and_go_into_the_address(text: st
 
 
 @needs_browser
-def test_the_filter_gives_way_to_a_link_into_what_it_hides(text: str, tmp_path: Path) -> None:
+def test_only_a_link_to_a_hidden_section_clears_the_filter(text: str, tmp_path: Path) -> None:
     cases = str(len(Page(text).all("article")))
     follow = "document.querySelector(`a[href='#%s']`).click()"
     assert look(text, tmp_path, "#kind=accepted", follow % "rejected")["shown"] == cases
@@ -308,20 +308,20 @@ def test_the_filter_gives_way_to_a_link_into_what_it_hides(text: str, tmp_path: 
 
 
 @needs_browser
-def test_one_button_shows_all_again(text: str, tmp_path: Path) -> None:
+def test_clear_button_shows_all_cases(text: str, tmp_path: Path) -> None:
     seen = look(text, tmp_path, "#kind=accepted&text=nonsense", "document.getElementById('clear').click()")
     assert seen["shown"] == str(len(Page(text).all("article")))
     assert seen["address"] == "#cases"
 
 
 @needs_browser
-def test_a_choice_that_does_not_exist_hides_nothing(text: str, tmp_path: Path) -> None:
+def test_unknown_filter_values_hide_nothing(text: str, tmp_path: Path) -> None:
     seen = look(text, tmp_path, "#kind=nonsense&colour=red&length=3")
     assert seen["shown"] == str(len(Page(text).all("article")))
 
 
 @needs_browser
-def test_without_script_all_is_there_and_no_dead_form(text: str, tmp_path: Path) -> None:
+def test_page_without_script_shows_all_cases_and_hides_the_form(text: str, tmp_path: Path) -> None:
     still = re.sub(r'<script type="module">.*?</script>', "", text, flags=re.DOTALL)
     seen = look(still, tmp_path, "#kind=changed")
     assert seen["shown"] == str(len(Page(text).all("article")))
@@ -330,7 +330,7 @@ def test_without_script_all_is_there_and_no_dead_form(text: str, tmp_path: Path)
 
 def look(text: str, folder: Path, address: str = "", act: str = "") -> dict[str, str]:
     """What a reader sees of the page on a phone, after the script `act`."""
-    # The page itself forbids foreign scripts, so those that act and ask go into a copy that does not.
+    # The page forbids foreign scripts, so the test scripts go into a copy without that policy.
     probes = f"<script>addEventListener('load', () => {{{act}}})</script>" + PROBE
     copy = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", probes + "</body>")
     (folder / "probed.html").write_text(copy, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`dvc repro` with its progress: what is said before a stage, and that DVC's output and exit code come through."""
+"""`dvc repro` with progress: the line before each stage, and DVC's output and exit code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXPECTED = {"ask": 10.0, "warmup": 100.0, "retrain@1": 200.0, "select@1": 50.0, 
 
 
 def said(lines: list[tuple[float, str]], expected: dict[str, float | None]) -> list[str | None]:
-    """What is printed before lines that come at given seconds."""
+    """Progress printed before lines that arrive at given seconds."""
     now = 0.0
     progress = Progress(STAGES, lambda: expected, lambda: now)
     found = []
@@ -34,7 +34,7 @@ def said(lines: list[tuple[float, str]], expected: dict[str, float | None]) -> l
     return found
 
 
-def test_the_count_includes_skipped_and_cached_stages() -> None:
+def test_stage_count_includes_skipped_and_cached_stages() -> None:
     lines = [
         (0, "Stage 'ask' didn't change, skipping"),
         (0, "Stage 'warmup' is cached - skipping run, checking out outputs"),
@@ -45,8 +45,8 @@ def test_the_count_includes_skipped_and_cached_stages() -> None:
     assert said(lines, {}) == [None, None, "[2/5 stages] retrain@1", None, "[3/5 stages] select@1"]
 
 
-def test_the_time_left_follows_the_stages_that_are_done() -> None:
-    """ask takes twice its estimate, so all that is left does; then training takes half, the others still 1.09 times."""
+def test_scales_the_time_left_by_finished_stages() -> None:
+    """`ask` takes twice its estimate, so all others do; then training takes half, and the others 70 / 110."""
     lines = [
         (0, "Running stage 'ask':"),
         (20, "Running stage 'warmup':"),
@@ -60,22 +60,22 @@ def test_the_time_left_follows_the_stages_that_are_done() -> None:
     ]
 
 
-def test_no_time_is_shown_while_a_stage_without_an_estimate_is_left() -> None:
+def test_shows_no_time_while_a_stage_without_an_estimate_remains() -> None:
     unknown = EXPECTED | {"report": None}
     assert seconds_left(["select@1", "report"], unknown, {"warmup": 100.0}) is None
     assert seconds_left(["select@1"], unknown, {"warmup": 200.0}) == 100.0
     assert seconds_left(["unheard-of"], unknown, {"warmup": 100.0}) is None
-    assert seconds_left(["select@1"], EXPECTED, {"report": 5.0}) is None  # says nothing of the device
+    assert seconds_left(["select@1"], EXPECTED, {"report": 5.0}) is None  # says nothing about the device
 
 
-def test_short_rests_are_less_than_a_minute() -> None:
+def test_shows_short_remaining_times_as_less_than_a_minute() -> None:
     lines = [(0, "Running stage 'warmup':"), (10, "Running stage 'report':")]
     assert said(lines, {"warmup": 100.0, "ask": 1.0, "retrain@1": 1.0, "select@1": 1.0, "report": 5.0})[1] == (
         "[1/5 stages, less than a minute left] report"
     )
 
 
-def test_the_stages_are_those_that_check_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_the_stages_that_check_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     params = load_params()
     found = planned_stages([])
@@ -87,7 +87,7 @@ def test_the_stages_are_those_that_check_lists(monkeypatch: pytest.MonkeyPatch) 
     assert planned_stages(["nothing-of-that-name"]) == []
 
 
-def test_every_stage_after_the_split_has_an_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_except_refshapes_has_an_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert reference_seconds() == {}
     shutil.copy(ROOT / "params.yaml", tmp_path)
@@ -119,7 +119,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.pipeline
-def test_output_and_exit_code_are_those_of_dvc(tmp_path: Path) -> None:
+def test_passes_through_output_and_exit_code_of_dvc(tmp_path: Path) -> None:
     stages = {
         "one": {"cmd": "echo first && touch one", "outs": ["one"]},
         "two": {"cmd": "echo second && exit 3", "deps": ["one"]},
@@ -141,9 +141,7 @@ def test_output_and_exit_code_are_those_of_dvc(tmp_path: Path) -> None:
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_command_ends_dvc_and_the_processes_of_its_stage(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_signal_ends_dvc_and_the_stage_processes(tmp_path: Path, number: signal.Signals) -> None:
     if signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip(f"{number.name} is ignored here, as nohup and background jobs do, and so by the command")
     stages = {"long": {"cmd": "sh -c 'echo $$ > pid && exec sleep 600'; true", "outs": ["never"]}}
@@ -155,7 +153,7 @@ def test_a_signal_to_the_command_ends_dvc_and_the_processes_of_its_stage(
         time.sleep(0.02)
     process.send_signal(number)
     try:
-        process.communicate(timeout=60)  # until no process has its stderr open, which the stage inherits
+        process.communicate(timeout=60)  # until no process holds stderr open, which the stage inherits
     except subprocess.TimeoutExpired:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
         raise
@@ -164,7 +162,7 @@ def test_a_signal_to_the_command_ends_dvc_and_the_processes_of_its_stage(
 
 
 @pytest.mark.pipeline
-def test_tracked_data_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_count_tracked_data_as_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = dvc_project(tmp_path, {"one": {"cmd": "cp mine one", "deps": ["mine"], "outs": ["one"]}})
     (folder / "mine").write_text("data")
     subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "mine"], cwd=folder, check=True)
@@ -175,7 +173,7 @@ def test_tracked_data_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.pipeline
-def test_a_wrong_option_prints_the_usage_of_dvc_once(tmp_path: Path) -> None:
+def test_invalid_option_prints_dvc_usage_once(tmp_path: Path) -> None:
     process = start(dvc_project(tmp_path, {}), "--no-such-option")
     out, err = process.communicate()
     assert (out + err).count("usage: dvc repro") == 1
@@ -184,7 +182,7 @@ def test_a_wrong_option_prints_the_usage_of_dvc_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["-h", "--no-such-option", "--fo"])
-def test_options_that_dvc_answers_itself_plan_no_stages_and_print_nothing(
+def test_options_handled_by_dvc_plan_no_stages_and_print_nothing(
     option: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert planned_stages([option]) == []
@@ -192,6 +190,6 @@ def test_options_that_dvc_answers_itself_plan_no_stages_and_print_nothing(
 
 
 @pytest.mark.parametrize("option", ["-i", "--interactive", "--inter", "-fi"])
-def test_interactive_is_refused_in_one_line(option: str) -> None:
+def test_refuses_interactive_in_one_line(option: str) -> None:
     with pytest.raises(InputError, match=r"\Arun: --interactive: .+\Z"):
         reproduce([option])

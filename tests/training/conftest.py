@@ -1,4 +1,4 @@
-"""What the tests of training share."""
+"""Fixtures shared by the training tests."""
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Precision is state of the whole process in accelerate; every test chooses its own."""
+    """Reset the process-wide precision of accelerate, so that every test can choose its own."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)

@@ -1,4 +1,4 @@
-"""Processes beside each other: their errors, their environment and their end."""
+"""Trainings in parallel processes: errors, environment, and termination."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def params(*, side_by_side: bool = True, device: str = "cpu"):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that sets threads, free memory and GPUs."""
+    """Return a function that sets threads, free memory, and GPUs."""
 
     def make(threads: int, free: int = 64 * GIB, gpus: int = 0) -> None:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -50,7 +50,7 @@ def machine(monkeypatch):
     return make
 
 
-def test_each_training_has_its_share_of_the_threads(machine):
+def test_parallel_trainings_share_the_threads(machine):
     machine(2)
     assert find_places(params(), 2, IMAGES) == Places(2, 1)
     machine(9)
@@ -59,13 +59,13 @@ def test_each_training_has_its_share_of_the_threads(machine):
     assert find_places(params(), 5, IMAGES) == Places(2, 1)
 
 
-def test_one_thread_trains_in_turn(machine):
+def test_trains_sequentially_with_one_thread(machine):
     machine(1)
     assert find_places(params(), 2, IMAGES) == Places(1, 1)
 
 
-def test_threads_do_not_depend_on_whether_trainings_run_beside_each_other(machine):
-    """Else their bytes would depend on the memory that happens to be free."""
+def test_thread_count_does_not_depend_on_running_in_parallel(machine):
+    """Otherwise the resulting bytes would depend on the free memory."""
     machine(4)
     wanted = find_places(params(), 2, IMAGES)
     machine(4, free=1)
@@ -76,7 +76,7 @@ def test_threads_do_not_depend_on_whether_trainings_run_beside_each_other(machin
     assert wanted.threads == short.threads == unwanted.threads == 2
 
 
-def test_a_gpu_each_where_there_are_several(machine, monkeypatch):
+def test_assigns_one_gpu_to_each_training(machine, monkeypatch):
     machine(8, gpus=4)
     assert find_places(params(device="auto"), 2, IMAGES) == Places(2, 4, ("0", "1"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
@@ -85,14 +85,14 @@ def test_a_gpu_each_where_there_are_several(machine, monkeypatch):
     assert find_places(params(device="auto"), 2, IMAGES) == Places(1, 8)
 
 
-def test_processes_that_were_launched_together_train_in_turn(machine, monkeypatch):
+def test_trains_sequentially_in_a_multi_process_launch(machine, monkeypatch):
     machine(8, gpus=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert find_places(params(device="auto"), 2, IMAGES) == Places(1, 8)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(3, [3]), (None, [])])
-def test_a_launched_process_computes_with_its_share_of_the_cores(monkeypatch, share, expected):
+def test_a_launched_process_uses_its_share_of_the_cores(monkeypatch, share, expected):
     found = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.setattr(loop, "share_of_launched", lambda: share)
@@ -100,8 +100,8 @@ def test_a_launched_process_computes_with_its_share_of_the_cores(monkeypatch, sh
     assert found == expected
 
 
-def test_large_networks_run_beside_each_other_only_where_the_memory_holds_both(machine):
-    """Of a network like Swin-B with BERT-base, weights, gradients, moments and teacher are 5 x 0.8 GB."""
+def test_large_networks_train_in_parallel_only_if_memory_holds_both(machine):
+    """For a network like Swin-B with BERT-base, weights, gradients, moments, and teacher take 5 x 0.8 GB."""
     large = params()
     model = large.model.model_copy(update={"image_encoder": "swin", "text_encoder": "bert", "image_size_px": 224})
     large = large.model_copy(update={"model": model})
@@ -112,8 +112,8 @@ def test_large_networks_run_beside_each_other_only_where_the_memory_holds_both(m
     assert find_places(large, 2, IMAGES).at_once == 2
 
 
-def test_the_memory_that_a_training_is_said_to_need_covers_what_it_takes(tmp_path):
-    """Beside its process, which this one is already."""
+def test_memory_estimate_covers_the_actual_use(tmp_path):
+    """The comparison excludes the process itself, which already runs."""
     size, batch = 96, 8
     pairs, targets = toy_pairs(tmp_path, batch)
     settings = toy_params(train={"batch_size": batch})
@@ -125,7 +125,7 @@ def test_the_memory_that_a_training_is_said_to_need_covers_what_it_takes(tmp_pat
     assert 0 < peak.ram_bytes < beside.training_bytes(settings, batch, 2) - beside.PROCESS_BYTES
 
 
-def test_decoded_images_count_and_trainings_beside_each_other_share_the_room_for_them():
+def test_memory_estimate_includes_a_shared_image_cache():
     small, image = params(), 3 * params().model.image_size_px ** 2
     without = beside.training_bytes(small, 0, 1)
     assert beside.training_bytes(small, 100, 1) - without == 100 * image
@@ -133,8 +133,8 @@ def test_decoded_images_count_and_trainings_beside_each_other_share_the_room_for
     assert beside.training_bytes(small, 10**9, 4) - without == GIB / 2
 
 
-def test_trainings_run_beside_each_other_where_the_memory_holds_their_decoded_images_too(machine):
-    """Two processes of 0.8 GB, and 2 GiB of images, whether one or two trainings keep them."""
+def test_trains_in_parallel_only_if_memory_holds_the_decoded_images(machine):
+    """Two processes take 0.8 GB each. One or two trainings together cache 2 GiB of images."""
     machine(2, free=3 * GIB)
     assert find_places(params(), 2, IMAGES).at_once == 2
     assert find_places(params(), 2, 10**9).at_once == 1
@@ -172,7 +172,7 @@ def test_more_commands_than_places_run_one_after_another(tmp_path):
     run_beside({str(number): [*code(text), str(tmp_path)] for number in range(3)}, Places(1, 1))
 
 
-def test_progress_is_passed_on_and_an_error_is_raised_once(capsys):
+def test_forwards_progress_and_raises_an_error_once(capsys):
     failing = r"import sys; sys.stderr.write('a: 1 of 2\nerror: 2 problems:\n  x\n  y\n'); sys.exit(2)"
     with pytest.raises(L2LError) as caught:
         run_beside({"a": code(failing), "b": code(failing)}, Places(2, 1))
@@ -182,16 +182,16 @@ def test_progress_is_passed_on_and_an_error_is_raised_once(capsys):
     assert "error:" not in shown
 
 
-def test_a_command_that_succeeds_after_an_error_line_is_no_failure_and_all_its_text_is_shown(capsys):
-    """Also where the lines after it come later, and where nothing comes after it."""
+def test_an_error_line_of_a_successful_command_is_no_failure(capsys):
+    """All its text is shown, whether more lines follow later or never."""
     writes = "import sys, time\nfor text in {}:\n    sys.stderr.write(text); sys.stderr.flush(); time.sleep(0.3)"
     parts = ["error: no plugin\n", "a: 1 of 2\n", "a: 2 of 2\nerror: no cache\n  of fonts"]
     run_beside({"a": code(writes.format(parts))}, Places(1, 1))
     assert capsys.readouterr().err == "".join(parts)
 
 
-def test_text_after_an_error_line_is_shown_while_the_command_runs(tmp_path):
-    """The command waits until it was shown."""
+def test_shows_text_after_an_error_line_while_the_command_runs(tmp_path):
+    """The command waits until its text is shown."""
     shown = tmp_path / "shown"
     waits = f"""if True:
         import pathlib, sys, time
@@ -208,35 +208,35 @@ def test_text_after_an_error_line_is_shown_while_the_command_runs(tmp_path):
 
 
 @pytest.mark.parametrize("before", ["", "a: 1 of 2\n", "Loading: 50%\r", "error: no plugin\n"])
-def test_the_message_of_exit_code_2_is_raised_and_what_stands_before_is_shown(capsys, before):
+def test_raises_the_message_of_exit_code_2_and_shows_earlier_text(capsys, before):
     failing = f"import sys; sys.stderr.write({before + 'error: real'!r}); sys.exit(2)"
     with pytest.raises(L2LError, match=r"\Areal\Z"):
         run_beside({"a": code(failing)}, Places(1, 1))
     assert capsys.readouterr().err == before
 
 
-def test_the_last_lines_of_another_failure_are_shown_whatever_they_begin_with(capsys):
+def test_shows_all_text_of_other_failures(capsys):
     failing = "import sys; sys.stderr.write('error: no plugin\\n' + 'x' * 3_000_000 + '\\nTraceback'); sys.exit(1)"
     with pytest.raises(L2LError, match="a: ended with exit code 1, see above"):
         run_beside({"a": code(failing)}, Places(1, 1))
     assert capsys.readouterr().err == "error: no plugin\n" + "x" * 3_000_000 + "\nTraceback"
 
 
-def test_the_exit_code_of_an_error_is_the_one_of_the_command_line():
+def test_error_code_equals_the_exit_code_of_the_command_line():
     def fail() -> None:
         raise L2LError("x")
 
     assert exit_code(fail) == beside.ERROR_CODE
 
 
-def test_what_was_killed_is_named():
+def test_names_a_killed_command():
     with pytest.raises(
         L2LError, match=r"b: ended by signal 9; if memory was short, set train.engine.side_by_side to false"
     ):
         run_beside({"b": code("import os; os.kill(os.getpid(), 9)")}, Places(1, 1))
 
 
-def test_a_failure_ends_the_others(tmp_path):
+def test_a_failure_terminates_the_other_commands(tmp_path):
     pid = tmp_path / "pid"
     slow = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
     fails = f"import pathlib\nwhile not (p := pathlib.Path({str(pid)!r})).exists() or not p.read_text(): pass\nexit(3)"
@@ -271,7 +271,7 @@ def test_a_killed_parent_leaves_no_child():
 
 
 def stage(folder, *command: str, threads: int, side_by_side: bool):
-    """A training stage by its own command: the process, which runs."""
+    """Start a training stage as its own command and return the running process."""
     project = yaml.safe_load(PARAMS_FILE.read_text())
     project["model"] |= {"image_size_px": 32, "dim": 16, "heads": 2, "guidance_tokens": 2}
     project["proposals"]["size_px"] = 24
@@ -286,7 +286,7 @@ def stage(folder, *command: str, threads: int, side_by_side: bool):
 
 
 def labeled_run(folder):
-    """A made-up run in which one sentence of each of two images is labelled."""
+    """Write a synthetic run in which two images have one labeled sentence each."""
     folder.mkdir()
     write_run(folder, rounds=0, images_per_split=4)
     split = folder / records.SPLIT_PATH
@@ -312,14 +312,12 @@ TRAINING_STAGES = {
     },
     ("stages.warmup",): {"supervised": "data/supervised/model", "warmup": "data/rounds/0/model"},
 }
-"""Commands, and where each of their independent trainings leaves its weights."""
+"""Commands, and the folders in which their independent trainings write the weights."""
 
 
 @pytest.mark.parametrize(("command", "trainings"), TRAINING_STAGES.items())
-def test_independent_trainings_write_the_same_bytes_in_turn_and_beside_each_other_and_after_a_kill(
-    tmp_path, command, trainings
-):
-    """With two threads each has one; beside each other they are killed with their parent, and resumed."""
+def test_parallel_and_resumed_trainings_write_the_same_bytes_as_sequential_ones(tmp_path, command, trainings):
+    """Each training has one of two threads. The parallel trainings are killed with their parent and then resumed."""
     folder = labeled_run(tmp_path / "run")
     for output in ("data/rounds", "data/supervised"):
         shutil.rmtree(folder / output, ignore_errors=True)
@@ -348,9 +346,9 @@ def test_independent_trainings_write_the_same_bytes_in_turn_and_beside_each_othe
     assert list((folder / ".scratch").iterdir()) == []
 
 
-def test_a_baseline_that_is_done_is_not_trained_again_after_a_kill(tmp_path):
+def test_does_not_retrain_a_finished_baseline_after_a_kill(tmp_path):
     folder = labeled_run(tmp_path / "run")
-    with stage(folder, "stages.warmup", threads=1, side_by_side=False) as killed:  # in turn, the baseline first
+    with stage(folder, "stages.warmup", threads=1, side_by_side=False) as killed:  # sequential, baseline first
         while not list(folder.glob(".scratch/warmup-*/checkpoint.pt")):
             assert killed.poll() is None
             time.sleep(0.005)

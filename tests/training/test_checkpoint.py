@@ -6,22 +6,22 @@ from contextlib import suppress
 import pytest
 import torch
 
+from l2l_core.core import files
 from l2l_core.core.files import fingerprint, scratch_folder, whole_folder
 from l2l_core.errors import ArtifactError
-from l2l_core.training import checkpoint as resume
 from l2l_core.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty current folder that is no DVC project."""
+    """An empty current folder outside any DVC project."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     return tmp_path
 
 
 class Killed(Exception):
-    """Stands for whatever ends a stage early."""
+    """Stands for anything that ends a stage early."""
 
 
 # --- fingerprints
@@ -29,11 +29,11 @@ class Killed(Exception):
 
 @pytest.fixture
 def project(here, monkeypatch):
-    """Inputs and a library's code, all made up."""
+    """Synthetic inputs and library code."""
     for name in ("l2l_core/model/net.py", "stages/warmup.py", "inputs/split.parquet", "inputs/model/a", "notes.txt"):
         (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_text(f"content of {name}")
-    monkeypatch.setattr(resume, "CODE_ROOT", here)
+    monkeypatch.setattr(files, "CODE_ROOT", here)
     return here
 
 
@@ -41,7 +41,7 @@ def key(project, stage="warmup", settings="lr=1", inputs=("inputs/split.parquet"
     return fingerprint(stage, settings, [project / name for name in inputs])
 
 
-def test_what_would_change_the_result_changes_the_fingerprint(project):
+def test_fingerprint_changes_with_stage_settings_inputs_and_code(project):
     keys = [key(project), key(project, stage="retrain-1"), key(project, settings="lr=2")]
     keys.append(key(project, inputs=("inputs/split.parquet",)))
     for name in ("inputs/split.parquet", "inputs/model/a", "l2l_core/model/net.py", "stages/warmup.py"):
@@ -54,7 +54,7 @@ def test_what_would_change_the_result_changes_the_fingerprint(project):
     assert len(set(keys)) == len(keys)
 
 
-def test_nothing_else_changes_the_fingerprint(project):
+def test_fingerprint_ignores_input_order_timestamps_and_unrelated_files(project):
     before = key(project)
     assert key(project, inputs=("inputs/model", "inputs/split.parquet")) == before
     (project / "notes.txt").write_text("changed")
@@ -67,7 +67,7 @@ def test_nothing_else_changes_the_fingerprint(project):
 # --- scratch folders
 
 
-def test_scratch_survives_a_failure_and_goes_when_all_is_well(here):
+def test_scratch_folder_survives_a_failure_and_is_removed_on_success(here):
     with suppress(Killed), scratch_folder("warmup", "abc") as folder:
         (folder / "checkpoint.pt").write_text("half way")
         raise Killed
@@ -76,7 +76,7 @@ def test_scratch_survives_a_failure_and_goes_when_all_is_well(here):
     assert list((here / ".scratch").iterdir()) == []
 
 
-def test_another_key_has_another_folder(here):
+def test_scratch_folder_depends_on_the_key(here):
     with suppress(Killed), scratch_folder("warmup", "abc") as folder:
         (folder / "checkpoint.pt").write_text("half way")
         raise Killed
@@ -85,7 +85,7 @@ def test_another_key_has_another_folder(here):
     assert folder.exists()
 
 
-def test_scratch_lies_at_the_projects_root_where_dvc_says_so(here, monkeypatch):
+def test_scratch_folder_lies_in_the_dvc_project_root(here, monkeypatch):
     (here / "sub").mkdir()
     monkeypatch.chdir(here / "sub")
     monkeypatch.setenv("DVC_ROOT", str(here))
@@ -103,9 +103,10 @@ with scratch_folder("warmup", "abc"):
 
 
 def test_two_processes_never_share_a_scratch_folder(here):
-    """Held by another process: refused. When that process is killed, the lock is free and its files are there."""
+    """A folder held by another process is refused. After that process is killed, the lock is free and its files
+    remain."""
     command = [sys.executable, "-c", HOLD]
-    environment = os.environ | {"PYTHONPATH": str(resume.CODE_ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(files.CODE_ROOT)}
     with subprocess.Popen(
         command, cwd=here, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -125,7 +126,7 @@ def test_two_processes_never_share_a_scratch_folder(here):
 # --- checkpoints
 
 
-def test_a_checkpoint_is_read_back_and_absent_before(tmp_path):
+def test_loads_a_saved_checkpoint_and_returns_none_without_one(tmp_path):
     path = tmp_path / "checkpoint.pt"
     assert load_checkpoint(path) is None
     state = {"step": 3, "student": {"w": torch.tensor([1.5, -2.0])}, "curve": [{"step": 1, "loss": 0.25}]}
@@ -137,7 +138,7 @@ def test_a_checkpoint_is_read_back_and_absent_before(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_failure_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"step": 1})
 
@@ -155,10 +156,10 @@ def test_a_failure_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypat
     assert load_checkpoint(path) == {"step": 2}
 
 
-# --- whole folders
+# --- atomic folders
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     target = tmp_path / "new" / "model"
     with whole_folder(target) as folder:
         (folder / "a").write_text("1")
@@ -167,7 +168,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_failure_leaves_nothing_new_and_the_old_as_it_was(tmp_path):
+def test_a_failure_keeps_the_old_folder_and_adds_nothing(tmp_path):
     target = tmp_path / "model"
     with suppress(Killed), whole_folder(target) as folder:
         (folder / "a").write_text("1")
@@ -181,7 +182,7 @@ def test_a_failure_leaves_nothing_new_and_the_old_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_what_a_killed_process_left_behind_is_not_mixed_in(tmp_path):
+def test_ignores_leftovers_of_a_killed_process(tmp_path):
     target = tmp_path / "model"
     left = tmp_path / ".model.building"
     left.mkdir()

@@ -11,8 +11,8 @@ def single(weight: float) -> nn.Linear:
     return layer
 
 
-def test_by_hand():
-    """Steps 1 and 2 ramp up to the plain mean of 0, 1 and 4; at step 1000 the decay of 0.9 counts."""
+def test_moving_average_matches_hand_computed_weights():
+    """Steps 1 and 2 ramp up to the plain mean of 0, 1, and 4. At step 1000 the decay of 0.9 applies."""
     teacher = single(0)
     MovingAverage(teacher, single(1)).update(1, 0.9)
     assert teacher.weight.item() == pytest.approx(1 / 2)
@@ -22,14 +22,14 @@ def test_by_hand():
     assert teacher.weight.item() == pytest.approx(0.9 * 5 / 3 + 0.1 * 10)
 
 
-def test_without_decay_the_teacher_is_the_student():
+def test_teacher_equals_student_without_decay():
     teacher, student = single(3), single(7)
     MovingAverage(teacher, student).update(5, 0.0)
     assert teacher.weight.item() == 7
     assert student.weight.item() == 7
 
 
-def test_statistics_follow_and_counters_are_copied():
+def test_averages_statistics_and_copies_counters():
     teacher, student = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     student.running_mean.fill_(8.0)
     student.num_batches_tracked.fill_(5)
@@ -39,7 +39,7 @@ def test_statistics_follow_and_counters_are_copied():
     assert student.running_mean.tolist() == [8, 8]
 
 
-def test_weights_that_are_loaded_later_are_averaged():
+def test_averages_weights_loaded_after_construction():
     teacher, student = single(0), single(0)
     average = MovingAverage(teacher, student)
     teacher.load_state_dict(single(2).state_dict())
@@ -48,7 +48,7 @@ def test_weights_that_are_loaded_later_are_averaged():
     assert teacher.weight.item() == 3
 
 
-def test_the_teacher_gets_no_gradient():
+def test_teacher_requires_no_gradient():
     teacher = single(0).requires_grad_(False)
     student = single(1)
     MovingAverage(teacher, student).update(1, 0.9)

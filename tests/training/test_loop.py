@@ -46,12 +46,12 @@ def with_(checkpoint_every: int = 2, **values: object) -> TrainParams:
     return TRAIN.model_copy(update={**values, "engine": engine})
 
 
-# --- what a step draws
+# --- batch sampling
 
 
 @given(count=st.integers(1, 20), batch=st.integers(1, 30), seed=st.integers(0, 2**32), first=st.integers(0, 50))
-def test_rows_walk_through_permutations(count, batch, seed, first):
-    """Whatever the batch size, every row comes once an epoch, and each step is a function of its number alone."""
+def test_every_epoch_is_a_permutation_of_the_rows(count, batch, seed, first):
+    """For any batch size, every row occurs once per epoch, and each step depends only on its number."""
     steps = range(-(-3 * count // batch) + 1)
     walk = np.concatenate([epoch_rows(count, batch, seed, step) for step in steps])
     for epoch in range(3):
@@ -77,18 +77,18 @@ def test_epochs_and_seeds_shuffle_differently():
         ([0.8, 0.1, 0.1], 3, [1, 1, 1]),
     ],
 )
-def test_streams_share_a_batch(toy, shares, batch, expected):
+def test_streams_split_a_batch_by_their_shares(toy, shares, batch, expected):
     assert stream_sizes(streams_of(toy, *shares), batch) == expected
 
 
-def test_a_batch_without_room_for_every_stream_is_refused(toy):
+def test_refuses_a_batch_smaller_than_the_number_of_streams(toy):
     with pytest.raises(ConfigError, match=r"train\.batch_size: got 1, expected at least 2"):
         train(toy_network(toy[0]), streams_of(toy, 0.25, 0.75), 1, with_(batch_size=1), 0, "test")
     assert stream_sizes(streams_of(toy), 1) == [1]
 
 
-def test_one_sample_is_too_few_for_batch_norm(toy):
-    """The tiny encoder's last map of these pictures is one pixel."""
+def test_refuses_a_single_sample_with_batch_norm(toy):
+    """The last feature map of the tiny encoder has one pixel for these images."""
     with pytest.raises(
         ConfigError, match=r"train\.batch_size, .*: a process computes one sample at once, but the image"
     ):
@@ -96,7 +96,7 @@ def test_one_sample_is_too_few_for_batch_norm(toy):
 
 
 class Recorder:
-    """A stream's batch maker that notes what is asked of it."""
+    """A batch maker that records its requests."""
 
     def __init__(self, pairs: Pairs) -> None:
         self.pairs = pairs
@@ -111,12 +111,12 @@ class Recorder:
 
 
 def find_bright(batch: Batch) -> torch.Tensor:
-    """A teacher that is sure of the light pixels: these are the squares of the toy pictures."""
+    """A teacher that is confident about bright pixels, which are the squares of the toy images."""
     bright = batch.image.float().mean(1, keepdim=True) > 120
     return torch.where(bright, 0.9, 0.2)
 
 
-def test_a_step_draws_each_streams_share_and_hides_the_share_of_priors(toy):
+def test_a_step_follows_stream_shares_and_prior_dropout(toy):
     first, second = Recorder(toy[0]), Recorder(toy[0].take(np.array([0, 2])))
     streams = [Stream(first, toy[1], 0.25), Stream(second, toy[1].take(np.array([0, 2])), 0.75)]
     params = with_(batch_size=16, prior_dropout=0.3)
@@ -135,13 +135,13 @@ def test_a_step_draws_each_streams_share_and_hides_the_share_of_priors(toy):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_no_prior_or_every_prior_is_hidden(toy, share):
+def test_prior_dropout_of_zero_or_one_hides_no_prior_or_every_prior(toy, share):
     recorder = Recorder(toy[0])
     loop._draw([Stream(recorder, toy[1], 1.0)], with_(prior_dropout=share), 0, 0, find_bright)
     assert recorder.hidden[0].mean() == share
 
 
-def test_what_is_drawn_does_not_depend_on_where_labels_come_from(toy):
+def test_drawn_rows_do_not_depend_on_the_label_source(toy):
     stored, online = Recorder(toy[0]), Recorder(toy[0])
     first = Stream(toy_batches(toy[0]), toy[1], 0.25)
     params = with_(prior_dropout=0.5)
@@ -156,16 +156,16 @@ def test_what_is_drawn_does_not_depend_on_where_labels_come_from(toy):
     assert not np.any(online.hidden[teacher])
 
 
-def test_seeds_of_different_purposes_differ():
+def test_seeds_of_different_run_names_differ():
     seeds = {derive_seed(seed, purpose) for seed in range(20) for purpose in ("warmup", "retrain-1", "retrain-2")}
     assert len(seeds) == 60
     assert derive_seed(7, "warmup") == derive_seed(7, "warmup")
 
 
-# --- labels by the teacher of the running training
+# --- online labels
 
 
-def test_online_labels_by_hand(toy):
+def test_online_labels_match_hand_computed_values(toy):
     batch = toy_batches(toy[0])(np.array([0]))
     prob = torch.tensor([0.1, 0.25, 0.26, 0.5, 0.51, 0.74, 0.75, 1.0]).view(1, 1, 2, 4)
     labelled = label_online(batch, prob, 0.75)
@@ -174,9 +174,9 @@ def test_online_labels_by_hand(toy):
     assert torch.equal(labelled.image, batch.image)
 
 
-def test_online_labels_follow_their_image_into_the_strong_view(toy):
-    """The teacher marks what is light in the picture; in the student's view the label lies on what is light there."""
-    stream = OnlineStream(toy_batches(toy[0]), 0.85, 1.0)  # only light pixels reach it: 0.9, against 1 - 0.2
+def test_strong_view_transforms_online_labels_with_the_image(toy):
+    """The teacher marks bright pixels. In the student's view, the label must lie on the bright pixels of that view."""
+    stream = OnlineStream(toy_batches(toy[0]), 0.85, 1.0)  # only bright pixels reach it: 0.9, against 1 - 0.2
     weak = loop._draw([stream], with_(batch_size=20), 0, 0, find_bright)
     assert torch.equal(weak.keep, weak.label)
     view = loop.strong_view(weak, range(20))
@@ -190,12 +190,13 @@ def test_online_labels_follow_their_image_into_the_strong_view(toy):
     assert 0 < mirrored < 20
 
 
-def test_online_labels_are_what_the_moving_average_says_at_that_step(toy, tmp_path, monkeypatch):
-    """Steps 1 and 2, by the start network and by the checkpoint after step 1; the teacher knows the hidden priors."""
+def test_online_labels_come_from_the_current_ema_teacher(toy, tmp_path, monkeypatch):
+    """The labels of steps 1 and 2 come from the start network and from the checkpoint after step 1. The teacher sees
+    the priors that are hidden from the student."""
     params = with_(precision="bf16", prior_dropout=1.0, checkpoint_every=1, lr=4e-3)
     batches, checkpoint, seen, threshold = toy_batches(toy[0]), tmp_path / "checkpoint.pt", [], 0.97
     teachers = [toy_network(toy[0]), toy_network(toy[0])]
-    taught = toy_network(toy[0])  # enough to be sure of some pixels and to see some foreground
+    taught = toy_network(toy[0])  # enough steps for some confident pixels and some foreground
     train(taught, streams_of(toy), 10, with_(precision="bf16", prior_dropout=0.0, lr=4e-3), 0, "start")
     teachers[0].load_state_dict(taught.state_dict())
     start = copy.deepcopy(teachers[0])
@@ -218,16 +219,16 @@ def test_online_labels_are_what_the_moving_average_says_at_that_step(toy, tmp_pa
 # --- learning rate
 
 
-def test_schedule_by_hand():
-    """Two of ten steps rise; then half a cosine over eight."""
+def test_cosine_schedule_matches_hand_computed_factors():
+    """Two of ten steps warm up, and eight follow half a cosine."""
     factors = [schedule(step, 10, 0.2, "cosine") for step in range(10)]
     expected = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(8))]
     assert factors == pytest.approx(expected)
     assert factors[6] == pytest.approx(0.5)
 
 
-def test_poly_schedule_by_hand():
-    """LAVT's: (1 - step / steps) ** 0.9."""
+def test_poly_schedule_matches_hand_computed_factors():
+    """LAVT uses (1 - step / steps) ** 0.9."""
     factors = [schedule(step, 10, 0.0, "poly") for step in range(1, 10)]
     assert factors == pytest.approx([(1 - k / 9) ** 0.9 for k in range(9)])
 
@@ -241,7 +242,7 @@ def test_schedule_stays_in_range(steps, fraction, decay):
     assert max(factors) == 1
 
 
-def test_the_curve_tells_the_learning_rate_that_was_used(toy):
+def test_curve_records_the_learning_rate(toy):
     rows = train(toy_network(toy[0]), streams_of(toy), 4, with_(warmup_fraction=0.5), 0, "test").curve
     assert [row["lr"] for row in rows] == pytest.approx([TRAIN.lr / 2, TRAIN.lr, TRAIN.lr, TRAIN.lr / 2])
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -250,7 +251,7 @@ def test_the_curve_tells_the_learning_rate_that_was_used(toy):
 # --- training
 
 
-def test_the_loss_goes_down(toy):
+def test_training_reduces_the_loss(toy):
     params = with_(lr=4e-3, prior_dropout=0.0)
     curve = train(toy_network(toy[0]), streams_of(toy), 60, params, 0, "test").curve
     loss = [row["loss"] for row in curve]
@@ -258,10 +259,10 @@ def test_the_loss_goes_down(toy):
     assert np.mean([row["dice"] for row in curve[-8:]]) < np.mean([row["dice"] for row in curve[:8]])
 
 
-def test_after_one_step_the_teacher_is_the_mean_of_start_and_student(toy):
+def test_teacher_is_the_mean_of_start_and_student_after_one_step(toy):
     student = toy_network(toy[0])
     for weight in (*student.decoder.head.parameters(), *student.decoder.refine.parameters()):
-        torch.nn.init.normal_(weight, std=0.1)  # they start at zero, and nothing before them would learn in one step
+        torch.nn.init.normal_(weight, std=0.1)  # initially zero, which blocks gradients to earlier layers
     start = {name: value.clone() for name, value in student.named_parameters()}
     teacher = train(student, streams_of(toy), 1, TRAIN, 0, "test").teacher
     trained = dict(student.named_parameters())
@@ -274,8 +275,8 @@ def test_after_one_step_the_teacher_is_the_mean_of_start_and_student(toy):
     assert not any(value.requires_grad for value in teacher.parameters())
 
 
-def test_pixels_that_may_not_teach_do_not(toy):
-    """Nothing is kept: no gradient, and without weight decay the weights stay where they were."""
+def test_dropped_pixels_do_not_change_the_weights(toy):
+    """No pixel is kept: there is no gradient, and without weight decay the weights do not change."""
     nothing = [encode_rle(np.zeros(hw, dtype=bool)) for hw in toy[0].hw.tolist()]
     stream = Stream(toy_batches(toy[0]), replace(toy[1], keep=nothing), 1.0)
     student = toy_network(toy[0])
@@ -286,14 +287,14 @@ def test_pixels_that_may_not_teach_do_not(toy):
         assert torch.equal(before, after)
 
 
-def test_an_empty_stream_is_refused(toy):
+def test_refuses_an_empty_stream(toy):
     none = np.zeros(0, dtype=np.int64)
     streams = [*streams_of(toy), Stream(toy_batches(toy[0].take(none)), Targets([]), 0.5)]
     with pytest.raises(InputError, match="warmup: nothing to learn from"):
         train(toy_network(toy[0]), streams, 1, TRAIN, 0, "warmup")
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
+def test_refuses_an_unavailable_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto").type == "cpu"
     assert choose_device("cpu").type == "cpu"
@@ -305,11 +306,11 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 
 class Killed(Exception):
-    """Stands for kill -9: nothing in the loop expects it."""
+    """Stands for kill -9, which the loop does not handle."""
 
 
 def run(toy, folder, params, *, seed=3, checkpoint=None, kill_at=None, online=False):
-    """(bytes of the teacher, curve, logged rows) of a training of STEPS steps from the same start."""
+    """Train for STEPS steps from a fixed start; return the teacher's bytes, the curve, and the logged rows."""
     AcceleratorState._reset_state(True)
     logged: list[dict[str, float]] = []
 
@@ -326,7 +327,7 @@ def run(toy, folder, params, *, seed=3, checkpoint=None, kill_at=None, online=Fa
 
 
 @pytest.mark.parametrize(("precision", "online"), [("fp32", False), ("bf16", False), ("bf16", True)])
-def test_a_killed_training_ends_as_if_it_had_never_stopped(toy, tmp_path, precision, online):
+def test_a_killed_training_resumes_to_the_same_result(toy, tmp_path, precision, online):
     params = with_(precision=precision)
     whole, curve, logged = run(toy, tmp_path / "whole", params, online=online)
     assert [row["step"] for row in curve] == list(range(1, STEPS + 1))
@@ -336,7 +337,7 @@ def test_a_killed_training_ends_as_if_it_had_never_stopped(toy, tmp_path, precis
         # before the first checkpoint
         run(toy, tmp_path / "killed", params, checkpoint=checkpoint, kill_at=1, online=online)
     assert not checkpoint.exists()
-    for kill_at in (5, 6):  # the checkpoints at 4 and at 4 (a kill at 6 comes before that of 6)
+    for kill_at in (5, 6):  # both leave the checkpoint of step 4 (the kill at 6 precedes that of 6)
         with pytest.raises(Killed):
             run(toy, tmp_path / "killed", params, checkpoint=checkpoint, kill_at=kill_at, online=online)
         assert checkpoint.exists()
@@ -344,19 +345,19 @@ def test_a_killed_training_ends_as_if_it_had_never_stopped(toy, tmp_path, precis
     resumed, resumed_curve, resumed_log = run(toy, tmp_path / "resumed", params, checkpoint=checkpoint, online=online)
     assert resumed == whole
     assert resumed_curve == curve
-    assert resumed_log == curve  # the rows from before the kill come again
+    assert resumed_log == curve  # the rows from before the kill are logged again
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(toy, tmp_path):
+def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(toy, tmp_path):
     first, _, _ = run(toy, tmp_path / "a", TRAIN, checkpoint=tmp_path / "a.pt")
     torch.manual_seed(99)
     again, _, _ = run(toy, tmp_path / "b", with_(checkpoint_every=100, log_every=5))
     other, _, _ = run(toy, tmp_path / "c", TRAIN, seed=4)
-    assert first == again  # also with other checkpoints and other rows of the curve
+    assert first == again  # even with other checkpoint and logging intervals
     assert first != other
 
 
-def test_rows_of_the_curve_come_as_often_as_asked_and_at_the_end(toy):
+def test_curve_follows_log_every_and_includes_the_last_step(toy):
     curve = train(toy_network(toy[0]), streams_of(toy), 5, with_(log_every=2), 0, "test").curve
     assert [row["step"] for row in curve] == [2, 4, 5]
 
@@ -373,8 +374,8 @@ def test_streams_processes_and_trainings_of_a_machine_share_one_image_cache(toy,
     assert [stream.batches.cache_bytes for stream in shared] == 2 * [IMAGE_CACHE_BYTES // parts]
 
 
-def test_a_training_gives_the_same_weights_however_many_share_the_image_cache(toy, monkeypatch):
-    """The whole cache, and a share in which no image has room."""
+def test_weights_do_not_depend_on_the_share_of_the_image_cache(toy, monkeypatch):
+    """Compares the whole cache with a share that is too small for any image."""
     found = []
     for beside in ("1", str(IMAGE_CACHE_BYTES)):
         monkeypatch.setenv(BESIDE_VARIABLE, beside)

@@ -1,4 +1,4 @@
-"""Parts of a batch: in several steps and in several processes the training is that of whole batches."""
+"""Micro-batches and multiple processes give the same training as whole batches."""
 
 import os
 import subprocess
@@ -28,8 +28,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @given(share=st.integers(1, 20), processes=st.integers(1, 5), micro=st.none() | st.integers(1, 30))
-def test_parts_share_a_batch_evenly(share, processes, micro):
-    """Every place once; as many parts for each process; none above the limit, none empty, sizes differ by one."""
+def test_micro_batches_split_a_batch_evenly(share, processes, micro):
+    """Every sample occurs once. Each process gets equally many parts. No part is empty or above the limit, and sizes
+    differ by at most one."""
     parts = batch_parts(share * processes, micro, processes)
     assert sorted(np.concatenate(parts).tolist()) == list(range(share * processes))
     assert len(parts) % processes == 0
@@ -39,13 +40,13 @@ def test_parts_share_a_batch_evenly(share, processes, micro):
     assert max(sizes) <= (micro or share)
 
 
-def test_a_batch_that_cannot_be_shared_evenly_is_refused():
+def test_refuses_a_batch_not_divisible_by_the_processes():
     with pytest.raises(ConfigError, match=r"train\.batch_size: got 6, expected a multiple of the 4 processes"):
         batch_parts(6, None, 4)
 
 
 def encoders(folder: Path) -> ModelParams:
-    """A small Swin and a small BERT as they would lie on disk; neither draws random numbers nor mixes samples."""
+    """Save a small Swin and a small BERT to disk; neither draws random numbers nor mixes samples."""
     if not folder.exists():
         torch.manual_seed(0)
         swin = SwinConfig(
@@ -77,8 +78,8 @@ def encoders(folder: Path) -> ModelParams:
 
 
 def trained(folder: Path, **changes: object) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], bool]:
-    """Train on a labelled and a pseudo-labelled stream, of which two samples teach nothing: curve, weights, and whether
-    a checkpoint was written."""
+    """Train on a labeled and a pseudo-labeled stream in which two samples keep no pixels. Return the curve, the
+    weights, and whether a checkpoint was written."""
     pairs, targets = toy_pairs(folder / "images", 6)
     nothing = [encode_rle(np.zeros((height, width), bool)) for height, width in pairs.hw.tolist()]
     everything = [encode_rle(np.ones((height, width), bool)) for height, width in pairs.hw.tolist()]
@@ -94,7 +95,7 @@ def trained(folder: Path, **changes: object) -> tuple[list[dict[str, float]], di
 
 
 def assert_alike(found, expected):
-    """To the tolerance of float sums in another order; the weights after Adam, which divides by small gradients."""
+    """Compare within the tolerance of reordered float sums; Adam divides by small gradients, so weights differ more."""
     (curve, weights), (other_curve, other_weights) = found[:2], expected[:2]
     assert len(curve) == STEPS
     for row, other in zip(curve, other_curve, strict=True):
@@ -110,30 +111,30 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-def test_small_steps_add_up_to_the_whole_batch(whole, micro):
+def test_micro_batches_add_up_to_the_whole_batch(whole, micro):
     folder, expected = whole
     assert expected[0][0]["loss"] != expected[0][1]["loss"]
     assert_alike(trained(folder, micro_batch_size=micro), expected)
 
 
-def test_checkpointed_activations_change_nothing(whole, monkeypatch):
+def test_gradient_checkpointing_does_not_change_the_result(whole, monkeypatch):
     folder, expected = whole
     passes, forward = [], SwinLayer.forward
     monkeypatch.setattr(SwinLayer, "forward", lambda *given, **named: passes.append(1) or forward(*given, **named))
     assert_alike(trained(folder), expected)
     once = len(passes)
     assert_alike(trained(folder, gradient_checkpointing=True), expected)
-    assert len(passes) >= 3 * once  # this training's, and at least twice as many
+    assert len(passes) >= 3 * once  # those of the first training, and at least twice as many
 
 
-def test_encoders_that_cannot_checkpoint_are_named(tmp_path):
+def test_names_encoders_without_gradient_checkpointing(tmp_path):
     pairs, _ = toy_pairs(tmp_path, 2)
     with pytest.raises(ConfigError, match=r"gradient_checkpointing: got true, but model\.image_encoder \(ResNetBack"):
         Segmenter.create(MODEL, pairs.sentence, 0).enable_gradient_checkpointing()
 
 
 def test_two_processes_train_like_one(whole):
-    """By torchrun, as a stage is launched on two GPUs, with two steps a process; gloo takes the place of NCCL."""
+    """Uses torchrun, as on two GPUs, with two micro-batches per process; gloo replaces NCCL."""
     folder, expected = whole
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -143,18 +144,18 @@ def test_two_processes_train_like_one(whole):
     assert_alike(first, expected)
     assert second[0] == first[0]
     for name, value in first[1].items():
-        torch.testing.assert_close(value, second[1][name], rtol=0, atol=0)  # no process drifts away
+        torch.testing.assert_close(value, second[1][name], rtol=0, atol=0)  # the processes do not drift apart
     assert first[2]
-    assert not second[2]  # one process writes checkpoints
+    assert not second[2]  # only one process writes checkpoints
 
 
-def test_the_first_process_alone_owns_the_scratch_folder(tmp_path, monkeypatch):
+def test_only_the_first_process_owns_the_scratch_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     with scratch_folder("warmup", "key") as first:
         save_checkpoint(first / "checkpoint.pt", {"step": 3})
         monkeypatch.setenv("RANK", "1")
         with scratch_folder("warmup", "key") as second:
-            assert (second / "checkpoint.pt").exists()  # what the first one wrote is read
+            assert (second / "checkpoint.pt").exists()  # reads the files of the first process
         assert (first / "checkpoint.pt").exists()
         monkeypatch.delenv("RANK")
     assert not first.exists()

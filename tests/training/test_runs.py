@@ -17,8 +17,7 @@ from l2l_core.core.masks import decode_rle, encode_rle
 from l2l_core.data.folds import fold_of_images
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training import folds, loop
-from l2l_core.training import runs as jobs
+from l2l_core.training import folds, loop, runs
 from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.runs import (
     labeled_stream,
@@ -37,13 +36,13 @@ PARAMS = toy_params(proposals={"size_px": 24})
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A made-up run below the current folder, with the masks of its labelled sentences."""
+    """A synthetic run in the current folder, with the masks of its labeled sentences."""
     write_run(tmp_path, rounds=1, images_per_split=4)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     masks = records.read_table(records.INDEX.masks, records.MASKS)
     records.write_table(masks.slice(0, 1), records.LABELED_MASKS_PATH, records.MASKS)
-    records.INDEX.masks.unlink()  # training must do without
+    records.INDEX.masks.unlink()  # training must not need them
     return tmp_path
 
 
@@ -66,7 +65,7 @@ def test_folds_divide_images_evenly(image_row, folds, seed):
     np.testing.assert_array_equal(fold, fold_of_images(images, folds, seed))
 
 
-def test_folds_are_drawn_by_the_seed():
+def test_folds_depend_on_the_seed():
     images = np.arange(40)
     assert not np.array_equal(fold_of_images(images, 2, 0), fold_of_images(images, 2, 1))
 
@@ -74,7 +73,7 @@ def test_folds_are_drawn_by_the_seed():
 # --- streams
 
 
-def test_the_labelled_stream_has_every_labelled_sentence_with_its_mask(run):
+def test_labeled_stream_contains_every_labeled_sentence_with_its_mask(run):
     stream = labeled_stream(PARAMS, 0.25)
     assert (stream.share, stream.batches.pairs.sent_id.tolist()) == (0.25, [0, 1])
     truth = records.read_table(records.LABELED_MASKS_PATH, records.MASKS).to_pylist()[0]["rle_counts"]
@@ -84,7 +83,7 @@ def test_the_labelled_stream_has_every_labelled_sentence_with_its_mask(run):
     assert not labeled_stream(PARAMS, 1.0, with_priors=False).batches.pairs.has_box.any()
 
 
-def test_only_accepted_labels_teach_and_only_with_their_kept_pixels(run):
+def test_pseudo_stream_contains_only_accepted_labels_and_kept_pixels(run):
     path = records.round_folder(1) / "history/pseudo_labels.parquet"
     labels = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
     for number, row in enumerate(labels):
@@ -104,8 +103,8 @@ def test_only_accepted_labels_teach_and_only_with_their_kept_pixels(run):
     assert (batch.keep == 0).any()
 
 
-def test_weights_are_read_and_a_label_without_them_teaches_fully(run):
-    """Left half of the map 51 (a fifth), right half 255; every third row has a map, the others none."""
+def test_pseudo_stream_reads_pixel_weights_and_defaults_to_full_weight(run):
+    """The left half of the map is 51 (a fifth), the right half 255. Every third row has a map, the others have none."""
     path = records.round_folder(1) / "history/pseudo_labels.parquet"
     labels = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
     half = np.full((24, 24), 255, np.uint8)
@@ -126,7 +125,7 @@ def test_weights_are_read_and_a_label_without_them_teaches_fully(run):
     assert pseudo_stream(PARAMS, path, 0.75).targets.weight is None
 
 
-def test_the_online_stream_has_every_unlabelled_sentence_in_the_splits_order(run):
+def test_online_stream_contains_every_unlabeled_sentence_in_split_order(run):
     split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
     stream = online_stream(PARAMS, 0.75)
     unlabeled = [row["sent_id"] for row in split if row["role"] == "unlabeled"]
@@ -135,14 +134,14 @@ def test_the_online_stream_has_every_unlabelled_sentence_in_the_splits_order(run
     assert (stream.share, stream.threshold) == (0.75, 0.7)
 
 
-def test_a_table_of_labels_names_its_policy(run):
+def test_reads_the_policy_from_the_pseudo_label_table(run):
     path = records.round_folder(1) / "history/pseudo_labels.parquet"
     assert policy_of(path) == "reinforce"
     records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
     assert policy_of(path) is None
 
 
-def test_no_accepted_label_is_no_stream(run):
+def test_pseudo_stream_is_none_without_accepted_labels(run):
     path = records.round_folder(1) / "history/pseudo_labels.parquet"
     rows = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
     none = [row | {"accepted": False} for row in rows]
@@ -150,7 +149,7 @@ def test_no_accepted_label_is_no_stream(run):
     assert pseudo_stream(PARAMS, path, 0.75) is None
 
 
-def test_a_part_of_a_stream(tmp_path):
+def test_part_of_selects_rows_of_a_stream(tmp_path):
     pairs, targets = toy_pairs(tmp_path)
     part = part_of(Stream(toy_batches(pairs), targets, 0.4), rows_of(3, 1))
     assert part.share == 0.4
@@ -159,7 +158,7 @@ def test_a_part_of_a_stream(tmp_path):
     assert (part.batches.size_px, part.batches.flat_prob) == (32, 0.1)
 
 
-def test_a_stream_without_some_images(tmp_path):
+def test_without_images_removes_the_pairs_of_given_images(tmp_path):
     pairs, targets = toy_pairs(tmp_path)
     pairs = replace(pairs, image_row=rows_of(5, 2, 5, 7))
     stream = Stream(toy_batches(pairs), targets, 0.4)
@@ -170,8 +169,8 @@ def test_a_stream_without_some_images(tmp_path):
     assert without_images(stream, rows_of(7, 5, 2)) is None
 
 
-def test_no_fold_teacher_learns_from_a_left_out_image_by_another_sentence(run, monkeypatch):
-    """Two images, one sentence of each labelled; the other sentences have accepted pseudo-labels."""
+def test_fold_teachers_never_learn_from_held_out_images(run, monkeypatch):
+    """Two images have one labeled sentence each; their other sentences have accepted pseudo-labels."""
     split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
     for row in split:
         row["role"] = "labeled" if row["sent_id"] in (0, 2) else row["role"]
@@ -200,8 +199,8 @@ def test_no_fold_teacher_learns_from_a_left_out_image_by_another_sentence(run, m
 
 
 @pytest.mark.parametrize("start", ["scratch", "teacher"])
-def test_the_last_model_is_an_input_of_a_retraining_that_starts_from_it(run, monkeypatch, start):
-    """Else a killed training from random weights would be resumed as one from the last model."""
+def test_retraining_depends_on_the_previous_model_only_if_it_starts_from_it(run, monkeypatch, start):
+    """Otherwise a killed training from random weights could resume as one from the previous model."""
     path = records.round_folder(1) / "pseudo_labels.parquet"
     records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
     inputs = []
@@ -215,7 +214,7 @@ def test_the_last_model_is_an_input_of_a_retraining_that_starts_from_it(run, mon
 
 
 @pytest.mark.parametrize("start", ["scratch", "teacher"])
-def test_a_mean_teacher_starts_from_the_last_model_and_labels_online(run, monkeypatch, start):
+def test_mean_teacher_starts_from_the_previous_model_and_labels_online(run, monkeypatch, start):
     history = records.round_folder(1) / "history/pseudo_labels.parquet"
     rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
     path, previous = records.round_folder(1) / "pseudo_labels.parquet", records.round_folder(0) / "model"
@@ -238,7 +237,7 @@ def test_a_mean_teacher_starts_from_the_last_model_and_labels_online(run, monkey
     assert labeled.share + pseudo.share == 1
 
 
-def test_fold_teachers_whom_nobody_asks_stay_as_they_were(run, monkeypatch):
+def test_crossfit_copies_unused_fold_teachers_unchanged(run, monkeypatch):
     history = records.round_folder(1) / "history/pseudo_labels.parquet"
     rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
     path = records.round_folder(1) / "pseudo_labels.parquet"
@@ -253,17 +252,17 @@ def test_fold_teachers_whom_nobody_asks_stay_as_they_were(run, monkeypatch):
     assert files_of(records.round_folder(1) / "folds") == {"1/model.safetensors": b"weights"}
 
 
-def test_a_new_network_knows_the_words_of_training_and_no_others(run):
+def test_new_network_vocabulary_covers_training_words_and_categories(run):
     vocabulary = set(new_network(PARAMS, "warmup").tokenizer.get_vocab())
     refs = records.read_table(records.INDEX.refs, records.REFS).to_pylist()
     words = {
         word for row in refs if row["split"] == "train" for word in row["sentence"].lower().split() if word.isalpha()
     }
     assert words <= vocabulary
-    assert "dot" in vocabulary  # which priors name
+    assert "dot" in vocabulary  # named by priors
 
 
-# --- a whole training, killed and resumed
+# --- killed and resumed trainings
 
 
 RENDERED = PARAMS.proposals.model_copy(update={"renderer": "grabcut", "ring": 0.75, "core": 0.35})
@@ -297,7 +296,7 @@ def toy(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kill(monkeypatch):
-    """A function that runs another one and kills it right after the checkpoint of step 4."""
+    """Return a function that runs another one and kills it right after the checkpoint of step 4."""
     save = loop.save_checkpoint
 
     def save_and_die(path, state):
@@ -314,7 +313,7 @@ def kill(monkeypatch):
     return killed
 
 
-def test_a_killed_job_leaves_no_model_and_ends_with_the_same_files(toy, tmp_path, kill):
+def test_a_killed_training_leaves_no_model_and_resumes_to_the_same_files(toy, tmp_path, kill):
     do(tmp_path / "whole", toy)
     assert Segmenter.load(tmp_path / "whole/model").proposals == RENDERED  # with the fitted values
     assert list((tmp_path / ".scratch").iterdir()) == []
@@ -323,7 +322,7 @@ def test_a_killed_job_leaves_no_model_and_ends_with_the_same_files(toy, tmp_path
     assert [path.name for path in (tmp_path / ".scratch").glob("*/*")] == ["checkpoint.pt"]
 
     seen = []
-    train = jobs.train
+    train = runs.train
 
     def noted(*args):
         result = train(*args)
@@ -331,7 +330,7 @@ def test_a_killed_job_leaves_no_model_and_ends_with_the_same_files(toy, tmp_path
         return result
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jobs, "train", noted)
+        patched.setattr(runs, "train", noted)
         do(tmp_path / "killed", toy)
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert list((tmp_path / ".scratch").iterdir()) == []
@@ -341,13 +340,13 @@ def test_a_killed_job_leaves_no_model_and_ends_with_the_same_files(toy, tmp_path
 
 
 def begin(folder, toy, params):
-    """Start a training that is killed at once; its scratch folder stays."""
+    """Start a training and kill it at once; its scratch folder remains."""
 
     def die(*args: object) -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jobs, "train", die)
+        patched.setattr(runs, "train", die)
         with pytest.raises(Killed):
             do(folder, toy, params)
     return {path.name for path in (folder.parent / ".scratch").iterdir() if path.is_dir()}
@@ -362,12 +361,12 @@ def begin(folder, toy, params):
         {"select": {"folds": 3}},
     ],
 )
-def test_a_checkpoint_of_other_parameters_is_not_resumed(toy, tmp_path, section):
+def test_does_not_resume_a_checkpoint_of_other_parameters(toy, tmp_path, section):
     assert len(begin(tmp_path / "a", toy, toy_params())) == 1
     assert len(begin(tmp_path / "a", toy, toy_params(**section))) == 2
 
 
-def test_parameters_of_other_stages_do_not_lose_a_checkpoint(toy, tmp_path):
+def test_parameters_of_other_stages_keep_the_checkpoint_valid(toy, tmp_path):
     before = begin(tmp_path / "a", toy, toy_params())
     other = toy_params(report={"cases": 3}, evaluate={"batch_size": 2}, retrain={"steps": 7})
     assert begin(tmp_path / "a", toy, other.model_copy(update={"round": 1})) == before

@@ -1,4 +1,4 @@
-"""What RefShapes-VLM learns from: scenes of its own, whose truth holds when mirrored, and questions side by side."""
+"""Training data of RefShapes-VLM: separate scenes, targets that remain valid when flipped, and parallel questions."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def tokenizer() -> Any:
     return make_tokenizer()
 
 
-def test_no_scene_is_one_of_the_data_set(scenes: Scenes) -> None:
-    """Random streams differ by their first number; the pictures of the first of both differ too."""
+def test_training_scenes_do_not_occur_in_the_dataset(scenes: Scenes) -> None:
+    """Random streams differ by their first number; the first images of both differ too."""
     params = load_params().refshapes
     assert params.seed != SEED
     own = {image.tobytes() for image in scenes.images}
@@ -46,7 +46,7 @@ def test_no_scene_is_one_of_the_data_set(scenes: Scenes) -> None:
     assert not own & {image.tobytes() for image in shown}
 
 
-def test_targets_are_what_the_solver_says_of_the_same_scene(scenes: Scenes) -> None:
+def test_targets_match_the_solver(scenes: Scenes) -> None:
     assert len(scenes.sentences) > 5 * 12
     for row in range(12):
         scene = draw_scene(np.random.default_rng([SEED, 500 + row]), IMAGE_SIZE_PX)
@@ -56,7 +56,7 @@ def test_targets_are_what_the_solver_says_of_the_same_scene(scenes: Scenes) -> N
             assert solve(str(scenes.sentences[entry]), world) == scenes.target[entry]
 
 
-def test_patches_and_boxes_are_those_of_the_masks(scenes: Scenes) -> None:
+def test_patches_and_boxes_match_the_masks(scenes: Scenes) -> None:
     for row in range(12):
         scene = draw_scene(np.random.default_rng([SEED, 500 + row]), IMAGE_SIZE_PX)
         for k, (item, mask) in enumerate(zip(scene.objects, scene.masks, strict=True)):
@@ -70,8 +70,8 @@ def test_patches_and_boxes_are_those_of_the_masks(scenes: Scenes) -> None:
             assert min(shares, default=1) >= 0.3 - 1e-6
 
 
-def test_mirrored_sentences_mean_the_mirrored_object(scenes: Scenes, tokenizer: Any) -> None:
-    """The solver, asked about the mirrored masks, says the same object as before."""
+def test_flipped_sentences_refer_to_the_flipped_object(scenes: Scenes, tokenizer: Any) -> None:
+    """On the flipped masks, the solver finds the same object as before."""
     questions = Questions(scenes, tokenizer)
     sided = 0
     for entry in range(len(scenes.sentences)):
@@ -88,7 +88,7 @@ def test_mirrored_sentences_mean_the_mirrored_object(scenes: Scenes, tokenizer: 
     assert sided > 10
 
 
-def test_what_a_patch_shows_is_mirrored_with_it(scenes: Scenes) -> None:
+def test_flipping_a_scene_flips_its_patch_targets(scenes: Scenes) -> None:
     plain, mirrored = (see(scenes, np.array([4]), flip, DEVICE) for flip in (STRAIGHT, MIRRORED))
     assert torch.equal(plain.pixels.flip(-1), mirrored.pixels)
     grids = [seen.attributes.reshape(GRID, GRID, -1) for seen in (plain, mirrored)]
@@ -100,7 +100,7 @@ def test_what_a_patch_shows_is_mirrored_with_it(scenes: Scenes) -> None:
     torch.testing.assert_close(swapped[there], boxes[1][there])
 
 
-def test_answers_keep_to_the_prompt_and_are_read(tokenizer: Any) -> None:
+def test_responses_follow_the_prompt_and_can_be_parsed(tokenizer: Any) -> None:
     text = answer_text("the small striped star to the left of the red disc", (10, 20, 35, 48), 9)
     assert keeps_to(PROMPT, text)
     assert json.loads(text) == {
@@ -119,13 +119,13 @@ def test_answers_keep_to_the_prompt_and_are_read(tokenizer: Any) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert len(ids) < 30
-    # Anything can be asked: unknown words fall apart into bytes.
+    # Any text can be encoded: unknown words are split into bytes.
     strange = question_text("der größte Würfel, 50 % links?")
     assert tokenizer.decode(tokenizer.encode(strange)) == strange
 
 
-def test_a_question_among_others_is_as_if_alone(scenes: Scenes, tokenizer: Any) -> None:
-    """A random model's own forward pass over each question by itself is the oracle."""
+def test_parallel_questions_do_not_affect_each_other(scenes: Scenes, tokenizer: Any) -> None:
+    """Compares with the forward pass of a random model over each question alone."""
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(make_config(len(tokenizer))).eval()
     row, rng = np.array([3]), np.random.default_rng(0)
@@ -145,7 +145,7 @@ def test_a_question_among_others_is_as_if_alone(scenes: Scenes, tokenizer: Any) 
             torch.testing.assert_close(together[0, mine][PREFIX:], alone[0, PREFIX:], atol=1e-4, rtol=1e-4)
 
 
-def test_only_answers_are_learnt_and_the_pointer_stands_before_the_box(scenes: Scenes, tokenizer: Any) -> None:
+def test_labels_cover_only_responses_and_the_pointer_precedes_the_box(scenes: Scenes, tokenizer: Any) -> None:
     row = np.array([3])
     asked = Questions(scenes, tokenizer).ask(row, STRAIGHT, 2, np.random.default_rng(0), DEVICE)
     for number in (1, 2):
@@ -155,7 +155,7 @@ def test_only_answers_are_learnt_and_the_pointer_stands_before_the_box(scenes: S
         assert labels[-1] == EOS
         ids = asked.ids[0][asked.group[0] == number]
         differ = (ids != labels)[labels != IGNORED]
-        assert not differ[:-2].any()  # only the confidence, behind which any answer ends
+        assert not differ[:-2].any()  # only the confidence, which ends every response
         assert tokenizer.decode(ids[-2:-1]) in {f"{tenth / 10}}}" for tenth in range(11)}
         assert ids[-1] == EOS
         assert (labels == IGNORED).sum() == ids.tolist().index(ANSWER) + 1
@@ -171,7 +171,7 @@ def test_only_answers_are_learnt_and_the_pointer_stands_before_the_box(scenes: S
 
 
 def test_a_near_coordinate_costs_less_than_a_far_one(tokenizer: Any) -> None:
-    """All of the mass on one number: the cost is minus the soft target's mean of log probabilities, by hand."""
+    """All mass is on one number. The cost is the negative mean of log probabilities under the soft target, by hand."""
     answers = Answers(tokenizer, len(tokenizer))
     (wanted,), (word,) = tokenizer.encode("40,"), tokenizer.encode(" red")
     labels = torch.tensor([[IGNORED, wanted, word]])
@@ -188,8 +188,8 @@ def test_a_near_coordinate_costs_less_than_a_far_one(tokenizer: Any) -> None:
     assert costs == sorted(costs)
 
 
-def test_confidence_is_what_the_pointer_gives_its_object(tokenizer: Any) -> None:
-    """Two questions about four patches, the pointer's scores put in by hand."""
+def test_confidence_is_the_pointer_probability_of_its_object(tokenizer: Any) -> None:
+    """Two questions about four patches, with pointer scores set by hand."""
     pointer = Pointer()
     hidden = torch.zeros(1, PREFIX + 8, WIDTH)
     asked = Asked(
@@ -208,10 +208,10 @@ def test_confidence_is_what_the_pointer_gives_its_object(tokenizer: Any) -> None
     shares[:4] = torch.tensor([0.4, 0.25, 0.3, 0.05])
     hidden[0, 1:PREFIX, 0] = shares.log()
     loss, sure, is_right = pointer(hidden, asked)
-    inverse = 1 / shares  # what the second question's scores are
+    inverse = 1 / shares  # the scores of the second question
     wanted = [-shares[:2].log().mean(), -(inverse[:2] / inverse.sum()).log().mean()]
     assert float(loss.detach()) == pytest.approx(float(sum(wanted)) / 2, abs=1e-3)
-    assert sure.tolist() == pytest.approx([0.65, 0.0], abs=1e-4)  # the second means a patch without an object
+    assert sure.tolist() == pytest.approx([0.65, 0.0], abs=1e-4)  # the second points to a patch without an object
     assert is_right.tolist() == [True, False]
     answers = Answers(tokenizer, len(tokenizer))
     (sure_token,), (word,) = tokenizer.encode("0.9}"), tokenizer.encode(" red")

@@ -1,4 +1,4 @@
-"""The model that comes with the project, asked as the stage `ask` asks it."""
+"""The bundled model, queried as in the stage `ask`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from l2l_core.mllm.simulated import describe_sentence
 from l2l_core.priors.parse import parse_answer
 from l2l_core.refshapes.dataset import make_scene
 
-pytestmark = pytest.mark.xdist_group("refshapes_vlm")  # it is asked once
+pytestmark = pytest.mark.xdist_group("refshapes_vlm")  # queries the model only once
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / MODEL["model"]
@@ -38,7 +38,7 @@ def backend() -> MllmBackend:
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Question], list[tuple[float, ...]]]:
-    """Scenes of no split and no training, and the true boxes."""
+    """Scenes outside all splits and the training data, with their true boxes."""
     folder, questions, boxes = tmp_path_factory.mktemp("scenes"), [], []
     for number in range(SCENES):
         scene, expressions = make_scene(12345, "extra", number)
@@ -56,12 +56,12 @@ def answers(backend: MllmBackend, asked: tuple[list[Question], list[tuple[float,
     return backend.ask(asked[0])
 
 
-def test_it_is_the_default() -> None:
+def test_refshapes_vlm_is_the_default_model() -> None:
     shipped = load_params(ROOT / "params.yaml").priors
     assert shipped.model_dump().items() >= MODEL.items()
 
 
-def test_it_is_as_small_as_it_says() -> None:
+def test_refshapes_vlm_has_the_stated_size() -> None:
     files = [path for path in FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
     with safe_open(FOLDER / "model.safetensors", "pt") as weights:
@@ -71,10 +71,10 @@ def test_it_is_as_small_as_it_says() -> None:
     assert json.loads((FOLDER / "config.json").read_text())["architectures"] == ["LlavaForConditionalGeneration"]
 
 
-def test_answers_are_valid_and_most_are_right(
+def test_responses_are_valid_and_mostly_correct(
     asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
 ) -> None:
-    """A bound below what bench.vlm measures; chance is below a tenth."""
+    """The bound is below the result of bench.vlm; chance is below a tenth."""
     read = [parse_answer(a.raw_text, "percent", q.image_hw) for q, a in zip(asked[0], answers, strict=True)]
     assert all(answer.is_valid and answer.attempts == 1 for answer in answers)
     assert {prior.status for prior in read} == {"ok"}
@@ -82,7 +82,7 @@ def test_answers_are_valid_and_most_are_right(
     assert np.mean(right) > 0.6
 
 
-def test_the_words_are_those_of_the_sentence(
+def test_responses_describe_the_sentence(
     asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
 ) -> None:
     told = [json.loads(answer.raw_text) for answer in answers]
@@ -91,14 +91,14 @@ def test_the_words_are_those_of_the_sentence(
     assert np.mean(same) > 0.9
 
 
-def test_in_fp32_an_answer_does_not_depend_on_its_batch(
+def test_fp32_responses_do_not_depend_on_the_batch(
     backend: MllmBackend, asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
 ) -> None:
     alone = [backend.ask([question])[0] for question in asked[0][:6]]
     assert [answer.raw_text for answer in alone] == [answer.raw_text for answer in answers[:6]]
 
 
-def test_images_and_words_that_it_never_saw_are_answered_with_something(
+def test_responds_to_unseen_images_and_words(
     backend: MllmBackend, asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer], tmp_path: Path
 ) -> None:
     path = tmp_path / "photo.jpg"

@@ -1,4 +1,4 @@
-"""The training, in a few steps: it can be killed, and it computes what the engines compute."""
+"""Short trainings: they can be killed and resumed, and they match the inference engines."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def losses_of(kind: str, modules: nn.ModuleDict, scenes: Scenes) -> Callable[...
 
 
 @pytest.mark.parametrize("kind", ["tower", "answers"])
-def test_a_killed_training_ends_where_an_undisturbed_one_does(
+def test_a_killed_training_resumes_to_the_same_result(
     kind: str, scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four steps at once; four of which the first two end with an error after their checkpoint."""
+    """Compares four uninterrupted steps with four steps that are interrupted after the checkpoint of step 2."""
     monkeypatch.setattr(training, "NOTE_EVERY", 2)
     settings, ends = Settings(kind, 4, 2, 1e-3, 0, ""), []
     for killed_at in (None, 3):
@@ -78,16 +78,16 @@ def test_a_killed_training_ends_where_an_undisturbed_one_does(
     )
 
 
-def test_other_settings_do_not_take_up_a_checkpoint() -> None:
+def test_checkpoint_depends_on_the_settings() -> None:
     settings = Settings("tower", 4, 2, 1e-3, 0, "")
     others = [Settings("tower", 5, 2, 1e-3, 0, ""), Settings("tower", 4, 2, 1e-3, 0, "x")]
     assert len({one.checkpoint for one in (settings, *others)}) == 3
 
 
-def test_what_is_saved_computes_what_was_trained(scenes: Scenes, tmp_path: Path) -> None:
-    """Logits by the training's own path, against those of the loaded folder's model and processor."""
+def test_saved_model_gives_the_same_logits_as_training(scenes: Scenes, tmp_path: Path) -> None:
+    """Compares the training code with the loaded model and processor."""
     modules, tokenizer = network(), make_tokenizer()
-    modules.to(torch.bfloat16).to(torch.float32)  # what the folder can hold
+    modules.to(torch.bfloat16).to(torch.float32)  # the precision of the saved weights
     row, straight = np.array([2]), np.zeros(1, bool)
     asked = Questions(scenes, tokenizer).ask(row, straight, 1, np.random.default_rng(0), CPU)
     with torch.no_grad():
