@@ -15,7 +15,7 @@ same call goes on.
 bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, preset, seed, round and split:
 
     method, round, split            round 0 where nothing was selected
-    labeled_fraction, prior, seed   share of the training images that is labelled (1.0: all), preset, seed
+    labeled_fraction, prior, seed   share of the training images that is labeled (1.0: all), preset, seed
     miou, oiou, pr50                of `split` in percent, asked with priors (`supervised`: trained and asked without)
     no_prior_miou                   the same model asked without priors; none of the prior itself
     lost_objects, lost_borders      points that miou lacks of 100, in sentences below and above an IoU of 0.5

@@ -70,7 +70,7 @@ def chosen() -> Iterator[tuple[str, Panels]]:
         shown = overlays.with_kept(image, mask, keep) if accepted else overlays.with_mask(image, mask)
         panels += [("label, kept pixels" if accepted else "label", shown)]
         panels += [("label against truth", overlays.with_errors(image, mask, true))]
-        title = f"unlabelled: “{sentences.at[row['sent_id'], 'sentence']}”, {verdict} ({row['accept_prob']:.2f})"
+        title = f"unlabeled: “{sentences.at[row['sent_id'], 'sentence']}”, {verdict} ({row['accept_prob']:.2f})"
         yield title, panels
     scored = frame(read(records.PER_SENTENCE_PATH, records.PER_SENTENCE))
     scored = scored[(scored["method"] == f"round_{number}") & (scored["split"] == "test")]

@@ -5,7 +5,7 @@
 The folder holds res_mini/ (13 RefCOCO photos in the published layout) and mllm_outputs/ (Qwen2.5-VL-7B's boxes).
 (a) Ingest, split, priors and proposals by their command lines; the proposals of the 10 testA sentences that have a
     recorded answer, cut at 0.5, against the true masks: once rendered as boxes, once sharpened by GrabCut.
-(b) `dvc repro` with 4 photos labelled, 6 unlabelled and 3 to evaluate, one round. Too few to learn from: it shows
+(b) `dvc repro` with 4 photos labeled, 6 unlabeled and 3 to evaluate, one round. Too few to learn from: it shows
     that every stage takes real data, and its scores mean no more than that.
 Writes bench/results/real_photos.jsonl, one JSON object a method.
 """

@@ -4,13 +4,13 @@
     python -m bench.rewards --table              (the table of the stored results again)
 
 A policy is trained as in the pipeline, with simulated priors, but decides on the val sentences, whose truth it never
-sees, as if they were unlabelled: nothing is tuned on the truth of the training set, and no student needs to be trained
-for each variant. In round 2 that differs from the pipeline, whose unlabelled sentences were in the teacher's training.
-Sources of the reward on labelled sentences:
+sees, as if they were unlabeled: nothing is tuned on the truth of the training set, and no student needs to be trained
+for each variant. In round 2 that differs from the pipeline, whose unlabeled sentences were in the teacher's training.
+Sources of the reward on labeled sentences:
 
     folds       round 1: teachers trained without the sentence's image
     in-sample   round 1: the teacher itself, on labels that it has learnt
-    hold-out    round 1: a share of 1 / select.folds of the labelled images that no model trains on; teacher and policy
+    hold-out    round 1: a share of 1 / select.folds of the labeled images that no model trains on; teacher and policy
                 make do with the rest (the teacher with select.fold_steps, a little fewer than warmup.steps, and it
                 decides about labels of its own)
     further     round 2: the folds' teachers, trained further with the pseudo-labels of round 1
@@ -18,7 +18,7 @@ Sources of the reward on labelled sentences:
     fresh       round 2: new ones, trained with labels and pseudo-labels for select.fold_steps
 
 `change` names what else differs from bench/benchmark.yaml: the cost of a wrong pixel, the weight of the agreement on
-unlabelled sentences, the bonus for entropy.
+unlabeled sentences, the bonus for entropy.
 
 Writes bench/results/rewards.jsonl, one JSON object a variant and seed: auroc, accepted (share), precision (of accepted
 labels, IoU > 0.5), iou_accepted, iou_chosen (of all) and utility (mean over all sentences, 0 for rejected ones, at a
@@ -81,7 +81,7 @@ Row = dict[str, Any]
 
 
 def of_val(params: Params, teacher: Predictor) -> Judged:
-    """The val sentences, in the place of unlabelled ones."""
+    """The val sentences, in the place of unlabeled ones."""
     refs = records.to_frame(records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "split"]))
     evaluated = pairs_of(params, "eval")
     val = evaluated.with_sent_ids(refs.loc[refs["split"] == "val", "sent_id"].to_numpy(np.int64))

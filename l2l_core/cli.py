@@ -209,7 +209,7 @@ def export_label_studio(
     with added_to(out) as folder:
         (folder / f"{name}.json").write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
         (folder / f"{name}.xml").write_text(review.labeling_interface(polygons=polygons), encoding="utf-8")
-    print(f"{len(tasks)} tasks, most telling first: {out / name}.json; labelling interface: {out / name}.xml")
+    print(f"{len(tasks)} tasks, most telling first: {out / name}.json; labeling interface: {out / name}.xml")
 
 
 @export_app.command("onnx")

@@ -36,7 +36,7 @@ def main() -> None:
     pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
     labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
     if pseudo is None:
-        print(f"round {number}: the selection accepted nothing, training on the labelled pairs alone")
+        print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
     fresh = params.retrain.start == "scratch" and not online
     network = new_network(params, purpose) if fresh else Segmenter.load(previous)
     network.passes = params.retrain.passes

@@ -16,5 +16,5 @@ def fold_of_images(image_row: NDArray[np.int64], folds: int, seed: int) -> NDArr
     """
     images = len(np.unique(image_row))
     if images < folds:
-        raise InputError(f"select.folds: got {folds}, but only {images} images are labelled; lower it or label more")
+        raise InputError(f"select.folds: got {folds}, but only {images} images are labeled; lower it or label more")
     return folds_of(image_row, folds, generator("folds", seed, folds))

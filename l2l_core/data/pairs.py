@@ -267,7 +267,7 @@ def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> T
     ann_id = refs.set_index("sent_id").loc[pairs.sent_id, "ann_id"]
     label = masks.set_index("ann_id")["rle_counts"].reindex(ann_id)
     if label.isna().any():
-        raise ArtifactError(f"{masks_path}: lacks the mask of a labelled sentence; run dvc repro")
+        raise ArtifactError(f"{masks_path}: lacks the mask of a labeled sentence; run dvc repro")
     return Targets(label=label.tolist())
 
 

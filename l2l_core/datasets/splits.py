@@ -190,7 +190,7 @@ def _assign(frame: pd.DataFrame, listing: dict[str, Any], source: str) -> pa.Tab
     role = frame["image_id"].map(roles)
     maskless = frame.loc[(frame["ann_id"] == NO_MASK) & role.isin([LABELED, EVAL]), "image_id"].unique().tolist()
     if maskless:
-        problems.append(f"{source}: image_id {shorten(maskless)}: labelled or for evaluation, but has no mask")
+        problems.append(f"{source}: image_id {shorten(maskless)}: labeled or for evaluation, but has no mask")
     raise_all(problems)
     return _split_table(frame, role.to_numpy())
 

@@ -35,7 +35,7 @@ from l2l_core.mllm.replay import ReplayBackend, load_recorded
 from l2l_core.mllm.simulated import SimulatedBackend, make_truth, preset_coord_space
 
 FEWEST_FAILED = 8
-"""If a whole chunk of at least this many requests fails, the requests are not the cause."""
+"""If all requests of a chunk of at least this size fail, the engine is assumed to be broken, and the stage stops."""
 
 SMALL_BYTES = 1 << 28
 """Size of a model folder: below it, a copy in each process needs little memory."""

@@ -13,8 +13,8 @@ from l2l_core.model.guidance import fourier
 
 POSITION_FREQUENCIES = 3
 TRUST = 1.5
-"""Extra weight of a proposal of score 1 over one of score 0: its logit is multiplied by 1 + TRUST * score. The scaled
-logit nearly meets the loss's demand, so corrections act only where the proposal is wrong. The mask is the same."""
+"""Extra weight of a proposal of score 1 over one of score 0: its logit is multiplied by 1 + TRUST * score. The
+thresholded mask stays the same, but the loss is low where the proposal is right: gradients come from its errors."""
 CERTAIN = 0.02
 """Proposals are clamped to [CERTAIN, 1 - CERTAIN] before the logit, so that the network can correct every pixel."""
 READING_LEVELS = 3

@@ -130,7 +130,7 @@ def check_rounds(params: Params, data: Data, split: pa.Table) -> None:
     fold_of_images(frame.loc[frame["role"] == "labeled", "image_id"].to_numpy(), params.select.folds, params.seed)
     if not (frame["role"] == "unlabeled").any():
         raise InputError(
-            f"round: got {params.round}, but no sentence is unlabelled; set it to 0 or label less "
+            f"round: got {params.round}, but no sentence is unlabeled; set it to 0 or label less "
             "(split.labeled_fraction, split.list_file)"
         )
 

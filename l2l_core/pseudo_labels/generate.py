@@ -57,7 +57,7 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
     batches = batches_of(params, pairs_of(params, "unlabeled"))
     if not len(batches.pairs):
         raise InputError(
-            "select: no sentence is unlabelled, so there is nothing to select; set round to 0 or label less "
+            "select: no sentence is unlabeled, so there is nothing to select; set round to 0 or label less "
             "(split.labeled_fraction, split.list_file)"
         )
     names = params.select.constructed

@@ -288,7 +288,7 @@ def stream_sizes(streams: Sequence[Stream | OnlineStream], batch_size: int) -> l
     if batch_size < len(streams):
         raise ConfigError(
             f"params.yaml: train.batch_size: got {batch_size}, expected at least {len(streams)}: "
-            "labelled and pseudo-labelled pairs share every batch"
+            "labeled and pseudo-labeled pairs share every batch"
         )
     sizes: list[int] = []
     for after, stream in zip(range(len(streams) - 1, 0, -1), streams, strict=False):

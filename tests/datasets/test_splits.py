@@ -205,7 +205,7 @@ ROLES = {"labeled_image_ids": [50], "unlabeled_image_ids": [20, 30], "eval_image
         (ROLES | {"labeled_image_ids": [50, 40]}, r"eval_image_ids: image 40 is labeled already"),
         (ROLES | {"unlabeled_image_ids": [20]}, r"image_id 30: in no list"),
         (ROLES | {"unlabeled_image_ids": [20, 30, 31]}, r"image_id 31: not in the data set"),
-        (ROLES | {"labeled_image_ids": [50, 30], "unlabeled_image_ids": [20]}, r"image_id 30: labelled .* has no mask"),
+        (ROLES | {"labeled_image_ids": [50, 30], "unlabeled_image_ids": [20]}, r"image_id 30: labeled .* has no mask"),
         (ROLES | {"labeled_image_ids": [], "unlabeled_image_ids": [50, 20, 30]}, r"labeled_image_ids: empty"),
         (ROLES | {"eval_image_ids": 7}, r"eval_image_ids: expected a list of image ids"),
     ],

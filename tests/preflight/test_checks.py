@@ -189,7 +189,7 @@ WRONG = {
     "no list": (lambda: change({"split": {"list_file": "roles.json"}}), ["split.list_file roles.json: not found"]),
     "folds": (
         lambda: change({"select": {"folds": 5}}),
-        ["select.folds: got 5, but only 4 images are labelled; lower it or label more"],
+        ["select.folds: got 5, but only 4 images are labeled; lower it or label more"],
     ),
     "nothing evaluated": (
         lambda: change({"evaluate": {"splits": ["test"]}}),
@@ -249,7 +249,7 @@ def test_refuses_rounds_without_unlabeled_sentences(project, monkeypatch, capsys
     assert any("the answers seem to be another data set's" in problem for problem in problems(monkeypatch, capsys))
     change({"priors": {"backend": "none"}})
     (found,) = problems(monkeypatch, capsys)
-    assert "round: got 2, but no sentence is unlabelled" in found
+    assert "round: got 2, but no sentence is unlabeled" in found
     assert "retrain@1" not in checked(monkeypatch, capsys, "--no-timing", "-S", "round=0")
 
 

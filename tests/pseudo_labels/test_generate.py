@@ -220,7 +220,7 @@ def test_refuses_a_run_without_unlabeled_sentences(run):
     split = records.read_table(records.SPLIT_PATH, records.SPLIT).to_pylist()
     rows = [row | {"role": row["role"].replace("unlabeled", "labeled")} for row in split]
     records.write_table(records.make_table(rows, records.SPLIT), records.SPLIT_PATH, records.SPLIT)
-    with pytest.raises(InputError, match=r"no sentence is unlabelled.*set round to 0"):
+    with pytest.raises(InputError, match=r"no sentence is unlabeled.*set round to 0"):
         labels_and_candidates(params_of())
 
 

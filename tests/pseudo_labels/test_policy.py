@@ -79,11 +79,11 @@ def test_never_accepts_a_candidate_without_kept_foreground(actor, candidates):
         sentence=np.concatenate([candidates.sentence, wanted], axis=1),
     )
     action = act([actor], both)
-    labelled = (candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
-    labelled[7] = False
-    np.testing.assert_array_equal(action.choice, ~labelled)  # if both are empty: the one with the higher logit
-    assert not action.accepted[~labelled].any()
-    assert action.accepted[labelled].any()
+    labeled = (candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
+    labeled[7] = False
+    np.testing.assert_array_equal(action.choice, ~labeled)  # if both are empty: the one with the higher logit
+    assert not action.accepted[~labeled].any()
+    assert action.accepted[labeled].any()
     with torch.no_grad():
         actor.keep_bias.fill_(-50.0)
     assert not act([actor], candidates).accepted.any()  # no cell of any label is kept

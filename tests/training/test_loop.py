@@ -168,10 +168,10 @@ def test_seeds_of_different_run_names_differ():
 def test_online_labels_match_hand_computed_values(toy):
     batch = toy_batches(toy[0])(np.array([0]))
     prob = torch.tensor([0.1, 0.25, 0.26, 0.5, 0.51, 0.74, 0.75, 1.0]).view(1, 1, 2, 4)
-    labelled = label_online(batch, prob, 0.75)
-    assert labelled.label.flatten().tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert labelled.keep.flatten().tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
-    assert torch.equal(labelled.image, batch.image)
+    labeled = label_online(batch, prob, 0.75)
+    assert labeled.label.flatten().tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert labeled.keep.flatten().tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
+    assert torch.equal(labeled.image, batch.image)
 
 
 def test_strong_view_transforms_online_labels_with_the_image(toy):
