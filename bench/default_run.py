@@ -198,8 +198,9 @@ def line(rows: Sequence[Row]) -> str:
     """What README.md says of it."""
     first, nothing = newest(rows), newest(rows, "nothing_to_do")
     minutes, memory_gib = first["seconds"] / 60, first["peak_rss_mb"] / 1024
+    where = f"{first['device']}; commit {first['commit']}"
     return (
-        f"The pipeline took {minutes:.1f} minutes and {memory_gib:.1f} GiB ({first['device']}), "
+        f"The pipeline took {minutes:.1f} minutes and {memory_gib:.1f} GiB ({where}), "
         f"and {nothing['seconds']:.1f} s when nothing had changed (`python -m bench.default_run`)."
     )
 

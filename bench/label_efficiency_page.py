@@ -59,11 +59,11 @@ COMPARED = {
     "prior": "prior alone",
     "supervised": "labels alone, no priors",
     "warmup": "labels with priors (warm-up)",
-    "agreement_overlap": "best fixed rule (agreement, overlap)",
+    "agreement_overlap": "fixed rule (agreement, overlap)",
     "reinforce": "**L2L** (reinforce)",
     "fully_supervised": "all labels with priors",
 }
-"""Methods that README.md compares across settings, and what it calls them."""
+"""Methods that README.md and the first chart compare across settings, and what they are called there."""
 
 LIMITS = ("warmup", "all", "reinforce", "oracle_constructed", "fully_supervised")
 """Methods whose lost points are told apart: what each step wins, what a perfect choice would, what all labels do."""

@@ -3,7 +3,7 @@
     python -m bench.refshapes              (about a minute)
     python -m bench.refshapes --table      (the table of the stored results again)
 
-Draws the data set of bench/benchmark.yaml below bench/work. Writes bench/results/refshapes.jsonl, one JSON object a
+Draws the dataset of bench/benchmark.yaml below bench/work. Writes bench/results/refshapes.jsonl, one JSON object a
 measure, and their table into docs/data.md. `seconds` is CPU time of one process; shares are of sentences.
 """
 
@@ -37,7 +37,7 @@ ATTRIBUTES: dict[str, Words] = {"colour": COLOUR_WORDS, "shape": SHAPE_WORDS}
 
 
 def draw() -> float:
-    """Draw the benchmark's data set anew; CPU seconds."""
+    """Draw the benchmark's dataset anew; CPU seconds."""
     started = time.process_time()
     write_refshapes(FOLDER, RefShapesParams.model_validate(BENCHMARK["refshapes"]))
     return time.process_time() - started

@@ -1,4 +1,4 @@
-"""What RefShapes-VLM answers about the embedded data set: how many boxes are right, how far off others are, its time.
+"""What RefShapes-VLM answers about the built-in dataset: how many boxes are right, how far off others are, its time.
 
     python -m bench.vlm              (some minutes)
     python -m bench.vlm --table      (tables and picture of the stored results again)
@@ -125,7 +125,7 @@ def time_text(rows: list[Row]) -> str:
     row = rows[0]
     threads, precision = f"{row['threads']} thread{'s' * (row['threads'] > 1)}", row.get("precision", "bf16")
     return (
-        f"All {row['asked']:,} sentences of the data set were answered in {row['seconds']:.0f} s "
+        f"All {row['asked']:,} sentences of the dataset were answered in {row['seconds']:.0f} s "
         f"({threads}, {row['device']}, `transformers`, {precision})."
     )
 

@@ -117,7 +117,8 @@ class PriorEngineParams(Section):
     timeout_s: Annotated[float, Field(gt=0.0)]
     """Seconds without a response after which a request to the server fails."""
     server_retries: Annotated[int, Field(ge=0, le=20)]
-    """Retries after a timeout, a lost connection or status 408, 429 or 5xx. Each retry doubles the wait."""
+    """Retries after a timeout, a lost connection or status 408, 429 or 5xx. The first is immediate; then the wait
+    doubles from 2 s."""
 
 
 class PricesParams(Section):
@@ -342,7 +343,7 @@ class RetrainParams(Section):
     start: Literal["scratch", "teacher"]
     """Start from random weights or from the last round's model."""
     passes: Annotated[int, Field(ge=1, le=4)]
-    """Forward passes per pair at inference. Each pass takes the previous pass's mask as its proposal."""
+    """Forward passes per pair at inference. Each pass after the first takes the previous mask as its proposal."""
 
 
 class EvaluateParams(Section):
@@ -443,7 +444,7 @@ def load_params(path: str | Path = "params.yaml", overrides: Sequence[str] = ())
     """
     path = Path(path)
     if overrides:
-        return _overridden(path, overrides)
+        return _overridden(path, [overrides] if isinstance(overrides, str) else overrides)
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:

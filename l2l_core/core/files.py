@@ -102,7 +102,8 @@ def file_sha256(path: Path) -> str:
 def scratch_folder(stage: str, key: str) -> Iterator[Path]:
     """Yield a locked folder that survives a kill and is removed when the block succeeds.
 
-    Ranks other than 0 read what rank 0 wrote there. Raises ArtifactError if another run works on the same stage with
+    DVC deletes the outputs of a stage before it runs, hence a folder outside them: .scratch/<stage>-<key>. Ranks other
+    than 0 read what rank 0 wrote there. Raises ArtifactError if another run works on the same stage with
     the same inputs.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"

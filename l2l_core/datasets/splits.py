@@ -46,7 +46,7 @@ def split_by_fraction(refs: pa.Table, fraction: float, seed: int) -> pa.Table:
     image_ids = candidates["image_id"].unique().tolist()
     if not image_ids:
         raise ConfigError(
-            "split.labeled_fraction: the data set has no training image with a mask to draw from; "
+            "split.labeled_fraction: the dataset has no training image with a mask to draw from; "
             "give the roles in a list file (split.list_file)"
         )
     chosen = draw_images(image_ids, fraction, seed)
@@ -145,7 +145,7 @@ def _label(frame: pd.DataFrame, column: str, ids: list[int], source: str) -> pa.
     unknown = sorted(set(ids) - set(frame[column]))
     elsewhere = sorted(set(ids) & set(frame[column]) - set(train[column]))
     maskless = sorted(set(ids) & set(train[column]) - set(train.loc[train["ann_id"] != NO_MASK, column]))
-    problems = [f"{source}: {column} {shorten(unknown)}: not in the data set"] if unknown else []
+    problems = [f"{source}: {column} {shorten(unknown)}: not in the dataset"] if unknown else []
     problems += [f"{source}: {column} {shorten(elsewhere)}: not in the train split"] if elsewhere else []
     problems += [f"{source}: {column} {shorten(maskless)}: no mask to label with"] if maskless else []
     raise_all(problems)
@@ -164,7 +164,7 @@ def _label_semires(frame: pd.DataFrame, rows: list[Any], source: str) -> pa.Tabl
     images = dict(zip(frame["ref_id"].tolist(), frame["image_id"].tolist(), strict=True))
     moved = [row["mask_id"] for row in rows if images.get(row["mask_id"], row["iid"]) != row["iid"]]
     if moved:
-        raise InputError(f"{source}: mask_id {shorten(moved)}: the data set has these refs on another image than `iid`")
+        raise InputError(f"{source}: mask_id {shorten(moved)}: the dataset has these refs on another image than `iid`")
     return _label(frame, "ref_id", _ids([row["mask_id"] for row in rows], source), source)
 
 
@@ -182,7 +182,7 @@ def _assign(frame: pd.DataFrame, listing: dict[str, Any], source: str) -> pa.Tab
             roles[image_id] = role
     images = set(frame["image_id"])
     if unknown := sorted(set(roles) - images):
-        problems.append(f"{source}: image_id {shorten(unknown)}: not in the data set")
+        problems.append(f"{source}: image_id {shorten(unknown)}: not in the dataset")
     if left_out := sorted(images - set(roles)):
         problems.append(f"{source}: image_id {shorten(left_out)}: in no list, expected every image in one")
     if LABELED not in roles.values():

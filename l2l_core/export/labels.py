@@ -50,7 +50,7 @@ def read_labels(number: int) -> pd.DataFrame:
     if len(other):
         first = other.iloc[0]
         raise ArtifactError(
-            f"{path}: of another data set than {records.INDEX.images}: the label of sent_id {first['sent_id']} is "
+            f"{path}: of another dataset than {records.INDEX.images}: the label of sent_id {first['sent_id']} is "
             f"{first['height']} x {first['width']} px (height x width), its image {first['height_listed']} x "
             f"{first['width_listed']}; run dvc repro"
         )

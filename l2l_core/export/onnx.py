@@ -51,7 +51,7 @@ def write_onnx(network: Segmenter, path: Path) -> None:
     network has no proposal settings.
     """
     if not all(find_spec(name) for name in NEEDED):
-        raise ConfigError(f"export-model: needs {' and '.join(NEEDED)}: pip install '.[export]'")
+        raise ConfigError(f"export onnx: needs {' and '.join(NEEDED)}: pip install '.[export]'")
     proposals = network.known_proposals()
     network = copy.deepcopy(network).cpu()
     for encoder in (network.image_encoder, network.text_encoder):
@@ -82,7 +82,7 @@ def write_onnx(network: Segmenter, path: Path) -> None:
             )
         except torch.onnx.OnnxExporterError as error:
             reason = next((line for line in reversed(str(error).splitlines()) if line.startswith("<class")), str(error))
-            raise ConfigError(f"export-model: torch cannot write these encoders as ONNX: {reason[:300]}") from None
+            raise ConfigError(f"export onnx: torch cannot write these encoders as ONNX: {reason[:300]}") from None
     assert program is not None  # only TorchScript's exporter, which is not used, returns None
     program.model.metadata_props.update(
         image_size_px=str(size),

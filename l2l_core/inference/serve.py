@@ -111,7 +111,7 @@ class Desk:
 
     def _words(self, answers: list[dict[str, Any]], answered: Answered) -> list[str]:
         if not answers:
-            return [f"no prior: the backend {self.params.priors.backend} answers only about the data set"]
+            return [f"no prior: the backend {self.params.priors.backend} answers only about the dataset"]
         read = answered.pairs.prior_text[0] if answered.with_prior[0] else "no prior: no answer names a place"
         return [read, *(f"{answer['status']}: {answer['raw_text']}" for answer in answers)]
 

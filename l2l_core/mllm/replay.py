@@ -80,7 +80,7 @@ def load_recorded(path: str | Path, refs: pd.DataFrame, images: pd.DataFrame, co
             problems.append(f"{path}: line {number}: {error}")
     raise_all(problems)
     if not answers:
-        raise InputError(f"{path}: none of its answers belongs to a sentence of the data set; check sent_id and ref_id")
+        raise InputError(f"{path}: none of its answers belongs to a sentence of the dataset; check sent_id and ref_id")
     return answers
 
 
@@ -107,8 +107,8 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
         own = sentences.words[sent_id]
         if "expression" in row and _words(_expression(row)) != own:
             raise ValueError(
-                f"expression: got {row['expression']!r}, but sentence {sent_id} of the data set is {own!r}; "
-                "the answers seem to be another data set's"
+                f"expression: got {row['expression']!r}, but sentence {sent_id} of the dataset is {own!r}; "
+                "the answers seem to be another dataset's"
             )
         return sent_id
     if "ref_id" not in row:
@@ -121,8 +121,8 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
     image_id = sentences.image[sent_id][0]
     if "image_id" in row and _integer(row, "image_id") != image_id:
         raise ValueError(
-            f"image_id: got {row['image_id']}, but ref {row['ref_id']} of the data set is in image {image_id}; "
-            "the answers seem to be another data set's"
+            f"image_id: got {row['image_id']}, but ref {row['ref_id']} of the dataset is in image {image_id}; "
+            "the answers seem to be another dataset's"
         )
     return sent_id
 
@@ -142,7 +142,7 @@ def _to_answer(row: dict[str, object], image: tuple[int, int, int], configured: 
     for key, own in (("height", height), ("width", width)):
         if key in row and _integer(row, key, 1) != own:
             raise ValueError(
-                f"{key}: got {row[key]}, but the image of the data set has {own}; the picture is another one"
+                f"{key}: got {row[key]}, but the image of the dataset has {own}; the picture is another one"
             )
     if "raw_text" in row:
         raw_text = row["raw_text"]

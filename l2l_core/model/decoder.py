@@ -25,9 +25,9 @@ DETAIL_CHANNELS = 8
 """Channels of the fine image detail for the border. Color and its local changes need few."""
 BORDER_HIDDEN = 16
 SMALLEST_AREA = 1e-3
-"""Least divisor for an object's area in pixels."""
+"""Least divisor for the area of an object or its surroundings, in pixels."""
 SMALLEST_DISTANCE = 1e-4
-"""Added to the divisor of the likeness: if object and surroundings look the same, a pixel resembles neither."""
+"""Added to the divisor of the likeness, which is 0 where a pixel equals both means."""
 NEAR_CELLS = 16
 """Cells per side to which an object mask is pooled, to find its surroundings."""
 

@@ -36,14 +36,17 @@ ImageInput = str | Path | Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The network's prediction for one sentence, at the image's own size."""
+    """The network's prediction for one sentence, at the image's own size.
 
-    mask: BoolMask  # [H, W]
-    prob: NDArray[np.float32]  # [H, W] foreground probability; the mask is where it exceeds 0.5
+    mask: [H, W] bool, where the logit exceeds 0. prob: [H, W] float32, the foreground probability in [0, 1].
+    """
+
+    mask: BoolMask
+    prob: NDArray[np.float32]
 
     @property
     def score(self) -> float:
-        """Mean probability inside the mask, in (0.5, 1]; 0 if the mask is empty. It is not calibrated."""
+        """Mean probability inside the mask, in [0.5, 1]; 0 if the mask is empty. It is not calibrated."""
         return float(self.prob[self.mask].mean()) if self.mask.any() else 0.0
 
 
@@ -105,7 +108,7 @@ class Predictor:
         side of 0. Raises InputError if the image cannot be read or no sentence is given, ArtifactError if the model
         does not store its proposal parameters.
         """
-        sentences = [sentence] if isinstance(sentence, str) else list(sentence)
+        sentences = list(sentence) if isinstance(sentence, list | tuple) else [sentence]
         if not sentences or not all(isinstance(one, str) and one.strip() for one in sentences):
             raise InputError(f"sentence: got {sentence!r}, expected a sentence, or a list of sentences")
         proposals, size_px = self.network.known_proposals(), self.network.params.image_size_px

@@ -69,12 +69,12 @@ def describe_priors(params: Params, data: Data | None) -> str:
             return "none: nothing is asked, every sentence takes the path without prior"
         case "simulated" | "replay":
             if data is None:
-                return f"{priors.backend}: not looked at, since the data set cannot be read"
+                return f"{priors.backend}: not looked at, since the dataset cannot be read"
             if priors.backend == "simulated":
                 make_backend(priors, data.paths)
                 return f"simulated: {priors.preset}'s errors on the true boxes"
             if data.is_sample:
-                return f"replay: {priors.replay_file} is not looked at before the data set is drawn"
+                return f"replay: {priors.replay_file} is not looked at before the dataset is drawn"
             refs, images = (records.to_frame(table) for table in (data.index.refs, data.index.images))
             answers = load_recorded(str(priors.replay_file), refs, images, priors.coord_space)
             known = len({sent_id for sent_id, _ in answers})

@@ -173,7 +173,7 @@ def _say_memory(stages: Sequence[Stage], available: int, gpu_available: int | No
         short: dict[str, list[str]] = {}
         for stage, bytes_ in needed.items():
             if bytes_ > free:
-                short.setdefault(REMEDIES.get(stage.partition("@")[0], "the size of the data set"), []).append(stage)
+                short.setdefault(REMEDIES.get(stage.partition("@")[0], "the size of the dataset"), []).append(stage)
         for remedy, names in short.items():
             most = _size(max(needed[stage] for stage in names))
             say(f"warning     {', '.join(names)}: about {most} of {word}, {_size(free)} are available; lower {remedy}")

@@ -182,7 +182,7 @@ def _require_same_sentences(first: Experiment, other: Experiment) -> None:
     """Raise InputError if score differences could come from different data."""
     both = f"compare: {first.name} and {other.name}:"
     if first.data_set != other.data_set:
-        raise InputError(f"{both} different data sets, {first.data_set} and {other.data_set}; scores do not compare")
+        raise InputError(f"{both} different datasets, {first.data_set} and {other.data_set}; scores do not compare")
     ours, theirs = first.final, other.final
     alone = ours.index.symmetric_difference(theirs.index)
     if len(alone):

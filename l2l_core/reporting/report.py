@@ -101,7 +101,7 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
     }.get(params.priors.backend, f"{params.priors.model} by {params.priors.backend}")
     answered = (run.proposals["score"] > 0).mean()
     facts = {
-        "data set": Path(params.dataset).name + (f", version {version}" if version is not None else ""),
+        "dataset": Path(params.dataset).name + (f", version {version}" if version is not None else ""),
         "labels": f"{budget}: {labeled[0]:,} images, {labeled[1]:,} sentences",
         "without labels": f"{unlabeled[0]:,} images, {unlabeled[1]:,} sentences",
         "priors": f"{prior}, usable for {100 * answered:.1f} % of the sentences",

@@ -29,7 +29,7 @@ def pseudo_labels_of(number: int) -> Path:
 
 
 def learn_nothing_new(params: Params, number: int) -> bool:
-    """Whether a round trains no fold teachers: a fixed rule does not use them, or `fold_update` is `kept`."""
+    """Whether a round trains no fold teachers: a fixed rule does not use them, and `kept` ones stay after round 0."""
     if number == 0:
         return params.select.policy != "reinforce"
     return policy_of(pseudo_labels_of(number)) != "reinforce" or params.select.fold_update == "kept"

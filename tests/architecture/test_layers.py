@@ -33,7 +33,7 @@ LEVELS = {
 """Layers of l2l_core, bottom up: packages and top-level modules. A package imports only from itself and from lower
 layers. Packages of one layer are independent, so that each can be replaced alone."""
 
-HEAVY = ("vllm", "ray", "gradio")
+HEAVY = ("vllm", "gradio")
 """Optional, heavy dependencies: one file each, so that everything else works without them."""
 
 POLICY = {

@@ -366,7 +366,7 @@ def test_summary_compares_settings_by_their_first_round() -> None:
         "| prior alone |  |  |",
         "| labels alone, no priors |  |  |",
         "| labels with priors (warm-up) |  | 26.0 (26.0 to 26.0) |",
-        "| best fixed rule (agreement, overlap) |  |  |",
+        "| fixed rule (agreement, overlap) |  |  |",
         "| **L2L** (reinforce) | 50.5 (50.0 to 51.0) | 51.0 (51.0 to 51.0) |",
         "| all labels with priors | 70.0 (70.0 to 70.0) | 70.0 (70.0 to 70.0) |",
     ]

@@ -186,7 +186,7 @@ ROLES = {"labeled_image_ids": [50], "unlabeled_image_ids": [20, 30], "eval_image
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([50, 99], r"image_id 99: not in the data set"),
+        ([50, 99], r"image_id 99: not in the dataset"),
         ([10], r"image_id 10: not in the train split"),
         ([20], r"image_id 20: no mask to label with"),
         ([50, 50], r"listed more than once: 50"),
@@ -199,12 +199,12 @@ ROLES = {"labeled_image_ids": [50], "unlabeled_image_ids": [20, 30], "eval_image
         ({"images": [50]}, r"expected a list of image ids, or an object with `train`"),
         ("50", r"expected a list of image ids, or an object with `train`"),
         ({}, r"expected a list of image ids, or an object with `train`"),
-        ({"train": [{"iid": 40, "mask_id": 1}]}, r"mask_id 1: the data set has these refs on another image"),
+        ({"train": [{"iid": 40, "mask_id": 1}]}, r"mask_id 1: the dataset has these refs on another image"),
         ({"train": [{"iid": 40}]}, r"train rows 0: expected whole numbers `iid` and `mask_id`"),
-        ({"train": [{"iid": 40, "mask_id": 88}]}, r"ref_id 88: not in the data set"),
+        ({"train": [{"iid": 40, "mask_id": 88}]}, r"ref_id 88: not in the dataset"),
         (ROLES | {"labeled_image_ids": [50, 40]}, r"eval_image_ids: image 40 is labeled already"),
         (ROLES | {"unlabeled_image_ids": [20]}, r"image_id 30: in no list"),
-        (ROLES | {"unlabeled_image_ids": [20, 30, 31]}, r"image_id 31: not in the data set"),
+        (ROLES | {"unlabeled_image_ids": [20, 30, 31]}, r"image_id 31: not in the dataset"),
         (ROLES | {"labeled_image_ids": [50, 30], "unlabeled_image_ids": [20]}, r"image_id 30: labeled .* has no mask"),
         (ROLES | {"labeled_image_ids": [], "unlabeled_image_ids": [50, 20, 30]}, r"labeled_image_ids: empty"),
         (ROLES | {"eval_image_ids": 7}, r"eval_image_ids: expected a list of image ids"),
@@ -218,7 +218,7 @@ def test_refuses_wrong_list_files(tmp_path, content, message):
 def test_error_names_every_wrong_id(tmp_path):
     with pytest.raises(InputError) as caught:
         split_by_list(REFS, write(tmp_path, [99, 10, 20]))
-    for expected in ("99: not in the data set", "10: not in the train split", "20: no mask"):
+    for expected in ("99: not in the dataset", "10: not in the train split", "20: no mask"):
         assert expected in str(caught.value)
 
 

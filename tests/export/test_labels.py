@@ -124,7 +124,7 @@ def test_refuses_labels_of_another_dataset(run, monkeypatch, capsys):
     records.write_table(records.make_table(other, records.IMAGES), records.INDEX.images, records.IMAGES)
     assert call(monkeypatch, "export", "coco") == 2
     said = capsys.readouterr().err
-    assert "pseudo_labels.parquet: of another data set than data/index/images.parquet: the label of sent_id " in said
+    assert "pseudo_labels.parquet: of another dataset than data/index/images.parquet: the label of sent_id " in said
     assert "is 48 x 64 px (height x width), its image 96 x 96; run dvc repro" in said
     assert not (run / "export").exists()
 

@@ -111,7 +111,7 @@ def lines_of(folder) -> list[dict]:
 def test_python_api_gives_the_evaluated_mask(run):
     predictor = Predictor.from_run("data/rounds/0/model")
     for (image, sentence), rle in evaluated(with_prior=False).items():
-        mask = predictor.predict(image, sentence)
+        mask = predictor(image, sentence).mask
         assert mask.dtype == bool
         assert alike(encode_rle(mask), rle)
 

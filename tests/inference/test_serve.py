@@ -102,7 +102,7 @@ def test_shows_a_dataset_pair_with_its_recorded_prior(desk: serve.Desk, sentence
 
 def test_shows_another_pair_without_prior_and_explains_why(desk: serve.Desk) -> None:
     seen = desk.look(Path("own.png"), "the dot")
-    assert seen.words == "no prior: the backend simulated answers only about the data set"
+    assert seen.words == "no prior: the backend simulated answers only about the dataset"
     assert seen.prior is None
     assert seen.proposal is None
     assert seen.overlay.shape == (400, 640, 3)

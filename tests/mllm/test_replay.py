@@ -121,7 +121,7 @@ BAD_LINES: list[tuple[object, str]] = [
     ({"sent_id": 10**400, "raw_text": "x"}, "000..., expected an integer from -9223372036854775808 to"),
     (
         {"sent_id": 10, "expression": "another sentence", "raw_text": "x"},
-        "expression: got 'another sentence', but sentence 10 of the data set is",
+        "expression: got 'another sentence', but sentence 10 of the dataset is",
     ),
     ("{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
     ("[1]", "got a JSON list, expected an object"),
@@ -140,9 +140,9 @@ BAD_LINES: list[tuple[object, str]] = [
     ({"ref_id": 100, "expression": 3, "pred_box_xyxy": None}, "expression: got 3, expected a string"),
     (
         {"ref_id": 100, "image_id": 2, "pred_box_xyxy": None},
-        "image_id: got 2, but ref 100 of the data set is in image 1",
+        "image_id: got 2, but ref 100 of the dataset is in image 1",
     ),
-    ({"ref_id": 100, "width": 320, "pred_box_xyxy": None}, "width: got 320, but the image of the data set has 640"),
+    ({"ref_id": 100, "width": 320, "pred_box_xyxy": None}, "width: got 320, but the image of the dataset has 640"),
 ]
 
 

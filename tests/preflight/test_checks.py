@@ -178,7 +178,7 @@ def edit_pairs(old: str, new: str) -> None:
 
 WRONG = {
     "unknown parameter": (lambda: change({"train": {"rate": 1}}), ["params.yaml: train.rate: unknown parameter"]),
-    "no data set": (lambda: change({"dataset": "nowhere"}), ["dataset: got 'nowhere', expected a folder"]),
+    "no dataset": (lambda: change({"dataset": "nowhere"}), ["dataset: got 'nowhere', expected a folder"]),
     "image": (corrupt_image, ["mine/pairs.jsonl: line 3: image mine/images/02.jpg: corrupt"]),
     "rows": (lambda: edit_pairs('"the red cup"', '"?"'), ["line 1: sentence '?' has no words"]),
     "both sides": (lambda: edit_pairs("10.jpg", "01.jpg"), ["are in train and in an evaluation split"]),
@@ -246,7 +246,7 @@ def test_refuses_rounds_without_unlabeled_sentences(project, monkeypatch, capsys
     path = Path("mine/pairs.jsonl")
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"mask"' in line))
     # Sentences are numbered by line, so the recorded responses now belong to other sentences.
-    assert any("the answers seem to be another data set's" in problem for problem in problems(monkeypatch, capsys))
+    assert any("the answers seem to be another dataset's" in problem for problem in problems(monkeypatch, capsys))
     change({"priors": {"backend": "none"}})
     (found,) = problems(monkeypatch, capsys)
     assert "round: got 2, but no sentence is unlabeled" in found

@@ -149,10 +149,10 @@ def other_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (other_data, "one and two: different data sets, refshapes and mine; scores do not compare"),
+        (other_data, "one and two: different datasets, refshapes and mine; scores do not compare"),
         (
             lambda folder: change_metrics(folder, dataset_version="2"),
-            "one and two: different data sets, refshapes and refshapes, version 2; scores do not compare",
+            "one and two: different datasets, refshapes and refshapes, version 2; scores do not compare",
         ),
         (
             more_sentences,
