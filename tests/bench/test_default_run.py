@@ -48,7 +48,7 @@ def test_keeps_rows_of_other_commits_settings_and_machines() -> None:
 def test_readme_line_describes_the_latest_commit_with_default_settings() -> None:
     rows = [row("ccc", NEWER, 60), nothing("ccc", NEWER), row("ddd", NEWER, 6, "round=1"), row("aaa", OLD, 600)]
     assert default_run.newest(rows)["commit"] == "ccc"
-    assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores), and 2.0 s" in default_run.line(rows)
+    assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc), and 2.0 s" in default_run.line(rows)
 
 
 def test_row_without_a_date_counts_as_the_oldest() -> None:
