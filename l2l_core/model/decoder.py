@@ -82,29 +82,29 @@ class Level(nn.Module):
     def forward(
         self,
         features: Tensor,
-        below: Tensor | None,
-        told: Tensor,
+        coarser: Tensor | None,
+        conditioning: Tensor,
         memory: Tensor | None,
-        gone: Tensor,
+        padding_mask: Tensor,
         proposal: Tensor,
         score: Tensor,
     ) -> Tensor:
-        """features [B, D, h, w]; below [B, D, h', w'] (coarser); told [B, D]; memory [B, M, D] -> [B, D, h, w].
+        """features [B, D, h, w]; coarser [B, D, h', w']; conditioning [B, D]; memory [B, M, D] -> [B, D, h, w].
 
-        A position encoding is added to each pixel. `told`, the pooled sentence and guidance, then scales and shifts
-        every channel (FiLM, Perez et al. 2018). If a memory (guidance and text tokens) is given, each pixel attends to
-        it, except to the padding marked in `gone` [B, M] bool. Levels without a memory only sharpen the mask.
+        A position encoding is added to each pixel. `conditioning`, the pooled sentence and guidance, then scales and
+        shifts every channel (FiLM, Perez et al. 2018). If a memory (guidance and text tokens) is given, each pixel attends to
+        it, except to the padding marked in `padding_mask` [B, M] bool. Levels without a memory only sharpen the mask.
         """
         x = features
-        if below is not None:
-            x = x + F.interpolate(below, x.shape[-2:], mode="bilinear", align_corners=False)
+        if coarser is not None:
+            x = x + F.interpolate(coarser, x.shape[-2:], mode="bilinear", align_corners=False)
         height, width = x.shape[-2:]
         x = x + self.placed(height, width, x.device).to(x.dtype)
-        scale, shift = self.modulate(told)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.modulate(conditioning)[:, :, None, None].chunk(2, dim=1)
         x = x + self.mix(self.gate(F.gelu(self.norm(x) * (1 + scale) + shift), proposal, score))
         if memory is not None:
             pixels = self.read_norm(x.flatten(2).transpose(1, 2))
-            read, _ = self.read(pixels, memory, memory, key_padding_mask=gone, need_weights=False)
+            read, _ = self.read(pixels, memory, memory, key_padding_mask=padding_mask, need_weights=False)
             x = x + read.transpose(1, 2).reshape(x.shape)
         return x
 
@@ -126,7 +126,7 @@ class Border(nn.Module):
         self.look = nn.Sequential(
             nn.Conv2d(3, DETAIL_CHANNELS, 3, padding=1), nn.GELU(), nn.Conv2d(DETAIL_CHANNELS, DETAIL_CHANNELS, 1)
         )
-        self.told = nn.Conv2d(dim, DETAIL_CHANNELS, 1)
+        self.project = nn.Conv2d(dim, DETAIL_CHANNELS, 1)
         last = nn.Conv2d(BORDER_HIDDEN, 1, 3, padding=1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
@@ -140,8 +140,8 @@ class Border(nn.Module):
         """
         logits, given = resized(coarse.float(), detail), resized(given.float(), detail)
         likeness = self.likeness(logits.sigmoid(), detail.float())
-        told = resized(self.told(features), detail)
-        seen = torch.cat([logits / 4, logits.sigmoid(), given / 4, likeness, told, detail], dim=1)
+        context = resized(self.project(features), detail)
+        seen = torch.cat([logits / 4, logits.sigmoid(), given / 4, likeness, context, detail], dim=1)
         return logits + self.change(seen.to(detail.dtype)).float()
 
     def seen(self, image: Tensor, like: Tensor) -> Tensor:
@@ -187,17 +187,18 @@ class Decoder(nn.Module):
         self,
         pyramid: list[Tensor],
         detail: Tensor,
-        told: Tensor,
+        conditioning: Tensor,
         memory: Tensor,
-        gone: Tensor,
+        padding_mask: Tensor,
         proposal: Tensor,
         score: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """(mask_logits [B, 1, 2 * h0, 2 * w0] float32, refined_logits [B, 1, hf, wf]).
 
         The mask logits are those of the given proposal plus a correction, which is zero before training.
-        pyramid: output of `join`; detail: output of `border.seen`; told: [B, D] pooled sentence and guidance; memory:
-        [B, M, D] their tokens; gone: [B, M] bool, padding; proposal: [B, 1, P, P] and its score [B], both in 0..1.
+        pyramid: output of `join`; detail: output of `border.seen`; conditioning: [B, D] pooled sentence and guidance;
+        memory: [B, M, D] their tokens; padding_mask: [B, M] bool, padding; proposal: [B, 1, P, P] and its score [B],
+        both in 0..1.
         Self-attention over pixels compares objects (ordinals, relations). It runs on the finest level that is small
         enough, or on a reduced coarsest level. The proposal is refined there, and the refined proposal gates the finer
         levels instead of the given one.
@@ -210,9 +211,9 @@ class Decoder(nn.Module):
         x: Tensor | None = None
         refined = proposal
         for row, (level, features) in enumerate(zip(self.levels, coarse_first, strict=True)):
-            x = level(features, x, told, memory if row < READING_LEVELS else None, gone, refined, score)
+            x = level(features, x, conditioning, memory if row < READING_LEVELS else None, padding_mask, refined, score)
             if row == fuse_at:
-                x = self.compare(x, memory, gone)
+                x = self.compare(x, memory, padding_mask)
                 refined_logits = self.refine(x)
                 refined = refined_logits.float().sigmoid().to(x.dtype)
                 # From here on, the gate uses the network's own estimate, which exists without a prior too.
@@ -226,16 +227,16 @@ class Decoder(nn.Module):
         joins = [cast(Level, level).join for level in reversed(self.levels)]
         return [join(one) for join, one in zip(joins, features, strict=True)]
 
-    def compare(self, x: Tensor, memory: Tensor, gone: Tensor) -> Tensor:
+    def compare(self, x: Tensor, memory: Tensor, padding_mask: Tensor) -> Tensor:
         """Self-attention over pixels [B, D, h, w], with cross-attention to the memory -> [B, D, h, w].
 
         More than MAX_COMPARED_PIXELS pixels are first averaged in cells; each pixel then gets its cell's change.
         """
         height, width = x.shape[-2:]
         if height * width <= MAX_COMPARED_PIXELS:
-            pixels = self.fusion(x.flatten(2).transpose(1, 2), memory, memory_key_padding_mask=gone)
+            pixels = self.fusion(x.flatten(2).transpose(1, 2), memory, memory_key_padding_mask=padding_mask)
             return pixels.transpose(1, 2).reshape(x.shape)
         shrink = math.sqrt(MAX_COMPARED_PIXELS / (height * width))
         cells = F.adaptive_avg_pool2d(x, (max(1, int(height * shrink)), max(1, int(width * shrink))))
-        change = self.compare(cells, memory, gone) - cells
+        change = self.compare(cells, memory, padding_mask) - cells
         return x + F.interpolate(change, (height, width), mode="bilinear", align_corners=False)

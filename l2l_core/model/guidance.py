@@ -36,7 +36,7 @@ class Guidance(nn.Module):
     def forward(
         self,
         text: Tensor,
-        text_gone: Tensor,
+        text_padding_mask: Tensor,
         box: Tensor,
         has_box: Tensor,
         features: Tensor,
@@ -45,7 +45,7 @@ class Guidance(nn.Module):
     ) -> Tensor:
         """Guidance tokens [B, T, D].
 
-        text: [B, L, D] encoded sentence and prior text; text_gone: [B, L] bool, padding. box: [B, 4] in 0..1;
+        text: [B, L, D] encoded sentence and prior text; text_padding_mask: [B, L] bool, padding. box: [B, 4] in 0..1;
         has_box: [B] bool. features: [B, D, h, w] one level of the pyramid. proposal: [B, 1, P, P] in 0..1;
         score: [B] in 0..1.
         """
@@ -55,6 +55,6 @@ class Guidance(nn.Module):
         inside = (features * weight).sum((2, 3)) / weight.sum((2, 3)).clamp(min=1e-4)
         extra = torch.stack([box_token, self.pooled(inside)], dim=1)
         memory = torch.cat([text, extra], dim=1)
-        gone = F.pad(text_gone, (0, extra.shape[1]), value=False)
+        padding_mask = F.pad(text_padding_mask, (0, extra.shape[1]), value=False)
         queries = self.queries.expand(len(text), -1, -1)
-        return self.layers(queries, memory, memory_key_padding_mask=gone)
+        return self.layers(queries, memory, memory_key_padding_mask=padding_mask)

@@ -215,16 +215,22 @@ class Segmenter(nn.Module):
         """Pyramid of the batch's images, batch and tokens -> logits; only size and device of `batch.image` matter."""
         with attention_kernels(batch.image.device):
             text = self.text_projection(self.text_encoder(**tokens).last_hidden_state)
-            gone = tokens["attention_mask"] == 0
+            padding_mask = tokens["attention_mask"] == 0
             guidance = self.guidance(
-                text, gone, batch.box, batch.has_box, pyramid.pooled, batch.proposal, batch.proposal_score
+                text, padding_mask, batch.box, batch.has_box, pyramid.pooled, batch.proposal, batch.proposal_score
             )
-            present = (~gone)[:, :, None].to(text.dtype)
-            told = guidance.mean(1) + (text * present).sum(1) / present.sum(1)
+            present = (~padding_mask)[:, :, None].to(text.dtype)
+            conditioning = guidance.mean(1) + (text * present).sum(1) / present.sum(1)
             memory = torch.cat([guidance, text], dim=1)
-            memory_gone = F.pad(gone, (guidance.shape[1], 0), value=False)
+            memory_padding_mask = F.pad(padding_mask, (guidance.shape[1], 0), value=False)
             mask_logits, refined_logits = self.decoder(
-                pyramid.levels, pyramid.detail, told, memory, memory_gone, batch.proposal, batch.proposal_score
+                pyramid.levels,
+                pyramid.detail,
+                conditioning,
+                memory,
+                memory_padding_mask,
+                batch.proposal,
+                batch.proposal_score,
             )
         size = batch.image.shape[-2:]
         mask_logits = F.interpolate(mask_logits, size, mode="bilinear", align_corners=False)

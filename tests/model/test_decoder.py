@@ -14,13 +14,13 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 
 def inputs(sides: tuple[int, ...] = (16, 8, 4), batch: int = 2) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-    gone = torch.zeros(batch, 5, dtype=torch.bool)
-    gone[:, 3:] = True
+    padding_mask = torch.zeros(batch, 5, dtype=torch.bool)
+    padding_mask[:, 3:] = True
     return {
         "pyramid": [random(side, batch, 6 + row, side, side) for row, side in enumerate(sides)],
-        "told": random(1, batch, DIM),
+        "conditioning": random(1, batch, DIM),
         "memory": random(2, batch, 5, DIM),
-        "gone": gone,
+        "padding_mask": padding_mask,
         "proposal": random(3, batch, 1, 12, 12).sigmoid(),
         "score": torch.full((batch,), 0.7),
     }
@@ -75,7 +75,7 @@ def test_decoder_ignores_padding_tokens_only():
     assert not torch.allclose(other[0], after[0])
 
 
-@pytest.mark.parametrize("name", ["told", "proposal", "score"])
+@pytest.mark.parametrize("name", ["conditioning", "proposal", "score"])
 def test_conditioning_and_proposal_affect_mask_and_refined_proposal(name):
     network, given = decoder(), inputs()
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_samples_of_a_batch_are_independent():
     network, given = decoder(), inputs(batch=3)
     with torch.no_grad():
         together = answer(network, given)
-        single = {name: given[name][1:2] for name in ("told", "memory", "gone", "proposal", "score")}
+        single = {name: given[name][1:2] for name in ("conditioning", "memory", "padding_mask", "proposal", "score")}
         alone = answer(network, {"pyramid": [level[1:2] for level in given["pyramid"]], **single})
     for whole, single in zip(together, alone, strict=True):
         torch.testing.assert_close(whole[1:2], single, rtol=1e-4, atol=1e-4)
@@ -198,10 +198,10 @@ def test_the_three_coarsest_levels_read_the_sentence_at_any_image_size(image_px)
 @pytest.mark.parametrize("side", [16, 17, 40])
 def test_comparison_covers_the_whole_map_with_at_most_256_cells(side):
     network, seen = decoder(), []
-    memory, gone = random(1, 1, 5, DIM), torch.zeros(1, 5, dtype=torch.bool)
+    memory, padding_mask = random(1, 1, 5, DIM), torch.zeros(1, 5, dtype=torch.bool)
     network.fusion.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     x = random(2, 1, DIM, side, side).requires_grad_()
-    changed = network.compare(x, memory, gone) - x
+    changed = network.compare(x, memory, padding_mask) - x
     assert changed.shape == x.shape
     assert len(seen) == 1
     assert 15 * 15 <= seen[0] <= 256
@@ -212,10 +212,10 @@ def test_comparison_covers_the_whole_map_with_at_most_256_cells(side):
 def test_comparing_cells_equals_comparing_pixels_on_a_flat_map():
     """Averages of equal pixels are exact, so a map of 20 x 20 changes like a map of 16 x 16."""
     network = decoder()
-    memory, gone = random(1, 1, 5, DIM), torch.zeros(1, 5, dtype=torch.bool)
+    memory, padding_mask = random(1, 1, 5, DIM), torch.zeros(1, 5, dtype=torch.bool)
     flat = random(2, 1, DIM, 1, 1)
     with torch.no_grad():
-        large, small = (network.compare(flat.expand(1, DIM, side, side), memory, gone) for side in (20, 16))
+        large, small = (network.compare(flat.expand(1, DIM, side, side), memory, padding_mask) for side in (20, 16))
     torch.testing.assert_close(large, small[..., :1, :1].expand_as(large), rtol=1e-4, atol=1e-4)
 
 
@@ -247,11 +247,11 @@ def test_fourier_features_match_hand_computed_values():
 
 
 def guidance_inputs() -> dict[str, torch.Tensor]:
-    gone = torch.zeros(2, 4, dtype=torch.bool)
-    gone[:, 3] = True
+    padding_mask = torch.zeros(2, 4, dtype=torch.bool)
+    padding_mask[:, 3] = True
     return {
         "text": random(1, 2, 4, DIM),
-        "text_gone": gone,
+        "text_padding_mask": padding_mask,
         "box": torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 0.9, 0.8]]),
         "has_box": torch.tensor([True, False]),
         "features": random(2, 2, DIM, 4, 4),
