@@ -128,20 +128,20 @@ def predict(
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
     folder = model_folder(run)
     device = load_params().train.engine.device if Path("params.yaml").is_file() else "auto"
-    asked = predict_files.ask_file(pairs) if pairs else predict_files.ask_about(words or [])
-    turned = predict_files.turned_images(asked)
+    requested = predict_files.pairs_of_file(pairs) if pairs else predict_files.pairs_of_images(words or [])
+    turned = predict_files.turned_images(requested)
     if turned:
         print(f"note: {turned_note(turned)}")
     with predict_files.predictions_folder(out) as building:
-        predict_files.try_names(asked, building)
+        predict_files.try_names(requested, building)
         predictor = Predictor.from_run(folder, device=device)
-        told = predict_files.find_priors(asked, predictor.fitted(load_params())) if with_priors else None
-        answered = predict_files.answer(predictor, asked, told, batch_size)
-        trouble = predict_files.write_predictions(asked, answered, building, polygons=polygons)
-    empty = (rle_area_px_all(answered.rle, answered.pairs.hw) == 0).sum()
+        prior_tables = predict_files.find_priors(requested, predictor.fitted(load_params())) if with_priors else None
+        predicted = predict_files.answer(predictor, requested, prior_tables, batch_size)
+        trouble = predict_files.write_predictions(requested, predicted, building, polygons=polygons)
+    empty = (rle_area_px_all(predicted.rle, predicted.pairs.hw) == 0).sum()
     if trouble:
         raise InputError(f"--out: {out}: {trouble}")
-    print(f"{out}: {len(asked)} pairs by {folder}, {answered.with_prior.sum()} with a prior, {empty} empty masks")
+    print(f"{out}: {len(requested)} pairs by {folder}, {predicted.with_prior.sum()} with a prior, {empty} empty masks")
 
 
 @app.command()
@@ -158,11 +158,11 @@ def serve(
     Shows the prior, the proposal, and the mask of an uploaded image and a sentence. Needs the extra `serve`.
     """
     from l2l_core.config import load_params
-    from l2l_core.inference.serve import Desk, open_page, require_gradio
+    from l2l_core.inference.serve import DemoSession, open_page, require_gradio
 
     require_gradio()
     folder, params = model_folder(run), load_params()
-    open_page(lambda: Desk.of(folder, params, max_mb), host, port)
+    open_page(lambda: DemoSession.of(folder, params, max_mb), host, port)
 
 
 @export_app.command("coco")

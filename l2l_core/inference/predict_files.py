@@ -46,7 +46,7 @@ PICTURES = ("mask", "overlay")
 
 
 @dataclass(frozen=True)
-class Asked:
+class PairList:
     """N pairs of the user's own."""
 
     image: list[ImageFile]
@@ -57,7 +57,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Told:
+class PriorTables:
     """Responses of the multimodal LLM for N pairs: a pair whose sent_id is not in the tables has no prior."""
 
     sent_id: NDArray[np.int64]  # [N]
@@ -66,7 +66,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Answered:
+class PredictedMasks:
     """N pairs as the network saw them, and their masks at their images' original size, as run lengths."""
 
     pairs: Pairs
@@ -82,7 +82,7 @@ AskMllm = Callable[[list[Question]], pa.Table]
 """Questions -> records.ANSWERS."""
 
 
-def ask_about(words: Sequence[str]) -> Asked:
+def pairs_of_images(words: Sequence[str]) -> PairList:
     """Command line words -> pairs: images or folders of images, and last the sentence about each of them.
 
     Raises InputError that names every unusable image.
@@ -92,10 +92,10 @@ def ask_about(words: Sequence[str]) -> Asked:
     *places, sentence = words
     if os.path.exists(sentence):  # Path.exists() raises if a sentence is too long for a path
         raise InputError(f"predict: sentence: got {sentence!r}, which is a file; the last argument is the sentence")
-    return ask_each([path for place in places for path in _images_at(Path(place))], sentence)
+    return pairs_of_paths([path for place in places for path in _images_at(Path(place))], sentence)
 
 
-def ask_each(paths: Sequence[Path], sentence: str) -> Asked:
+def pairs_of_paths(paths: Sequence[Path], sentence: str) -> PairList:
     """Pair each image with the same sentence. Raises InputError that names every unusable image."""
     if not is_utf8(sentence) or not any(character.isalnum() for character in sentence):
         raise InputError(f"sentence: got {sentence!r}, expected at least one word")
@@ -103,30 +103,30 @@ def ask_each(paths: Sequence[Path], sentence: str) -> Asked:
     unnamed = [f"image {path!r}: its name is not UTF-8; rename it" for path in map(str, paths) if not is_utf8(path)]
     raise_all([*unnamed, *(file for file in found if isinstance(file, str))])
     files = [file for file in found if isinstance(file, ImageFile)]
-    return Asked(files, [sentence] * len(files))
+    return PairList(files, [sentence] * len(files))
 
 
-def ask_file(path: Path) -> Asked:
+def pairs_of_file(path: Path) -> PairList:
     """The pairs of a JSON-lines file in the format of `dataset`, ordered by id. Raises InputError as ingest does."""
     index = read_jsonl(path)
     files = {row.pop("image_id"): ImageFile(**row) for row in index.images.to_pylist()}
     refs = index.refs.select(["image_id", "sentence"]).to_pydict()
-    return Asked([files[image_id] for image_id in refs["image_id"]], refs["sentence"])
+    return PairList([files[image_id] for image_id in refs["image_id"]], refs["sentence"])
 
 
-def turned_images(asked: Asked) -> list[str]:
+def turned_images(requested: PairList) -> list[str]:
     """Images with an EXIF rotation, which the whole pipeline ignores: masks are of the stored pixels."""
-    return [name for name in dict.fromkeys(file.file_name for file in asked.image) if is_turned(name)]
+    return [name for name in dict.fromkeys(file.file_name for file in requested.image) if is_turned(name)]
 
 
-def find_priors(asked: Asked, params: Params) -> Told:
+def find_priors(requested: PairList, params: Params) -> PriorTables:
     """Priors of the pairs by `priors.backend`: queried now if the backend accepts any image, else as recorded.
 
     Responses are stored in .scratch as they arrive, so that an interrupted call resumes. Raises L2LError if the backend
     cannot be queried, or the dataset's tables are missing.
     """
     if params.priors.backend not in LIVE_BACKENDS:
-        return recorded_priors(asked)
+        return recorded_priors(requested)
     if params.priors.asks_embedded:
         print(f"note: {params.priors.model} knows RefShapes' drawn scenes alone; of photos it says nonsense")
 
@@ -137,31 +137,31 @@ def find_priors(asked: Asked, params: Params) -> Told:
         with scratch_folder("predict", key) as folder:
             return ask_all(make, questions, folder, params.priors)
 
-    return live_priors(asked, params, ask)
+    return live_priors(requested, params, ask)
 
 
-def recorded_priors(asked: Asked) -> Told:
+def recorded_priors(requested: PairList) -> PriorTables:
     """The priors of the dataset's sentences with the same words about an image of the same bytes."""
     refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id", "sha256"])
     known = records.to_frame(refs).merge(records.to_frame(images), on="image_id").sort_values("sent_id")
     first = known.drop_duplicates(["sha256", "sentence"])
     sent_ids = dict(zip(zip(first["sha256"], first["sentence"], strict=True), first["sent_id"], strict=True))
-    keys = zip((file.sha256 for file in asked.image), asked.sentence, strict=True)
-    return Told(
-        np.array([sent_ids.get(key, own) for key, own in zip(keys, _pair_ids(asked), strict=True)], dtype=np.int64),
+    keys = zip((file.sha256 for file in requested.image), requested.sentence, strict=True)
+    return PriorTables(
+        np.array([sent_ids.get(key, own) for key, own in zip(keys, _pair_ids(requested), strict=True)], dtype=np.int64),
         records.read_table(records.PRIORS_PATH, records.PRIORS),
         records.read_table(records.PROPOSALS_PATH, records.PROPOSALS),
     )
 
 
-def live_priors(asked: Asked, params: Params, ask: AskMllm) -> Told:
+def live_priors(requested: PairList, params: Params, ask: AskMllm) -> PriorTables:
     """Query the multimodal LLM once about every distinct pair, and render its responses as the pipeline does.
 
     Raises InputError if every request fails, and whatever `ask` raises.
     """
-    sent_id = _pair_ids(asked)
-    pairs = zip(sent_id, zip(asked.image, asked.sentence, strict=True), strict=True)
+    sent_id = _pair_ids(requested)
+    pairs = zip(sent_id, zip(requested.image, requested.sentence, strict=True), strict=True)
     different = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))  # by image: a model can reuse computed tokens
     answers = ask(
         [
@@ -176,25 +176,27 @@ def live_priors(asked: Asked, params: Params, ask: AskMllm) -> Told:
     priors = interpret(answers)
     refs = pd.DataFrame({"sent_id": list(different), "image_id": list(different)})  # one image per pair
     images = pd.DataFrame([vars(file) for file, _ in different.values()]).assign(image_id=refs["image_id"])
-    return Told(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))
+    return PriorTables(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))
 
 
-def answer(predictor: Predictor, asked: Asked, told: Told | None, batch_size: int = 1) -> Answered:
-    """Predict a mask for every pair, with its prior if it has one; told None: without priors.
+def answer(
+    predictor: Predictor, requested: PairList, prior_tables: PriorTables | None, batch_size: int = 1
+) -> PredictedMasks:
+    """Predict a mask for every pair, with its prior if it has one; prior_tables None: without priors.
 
     At most `batch_size` pairs are computed at once. Masks equal those of the stage `predict` with the same priors,
     except for pixels whose logit rounds to another side of 0: the stage pads all batches to one size.
     """
-    paths, sizes = [file.file_name for file in asked.image], [(file.height, file.width) for file in asked.image]
+    paths, sizes = [file.file_name for file in requested.image], [(file.height, file.width) for file in requested.image]
     network = predictor.network
     proposals = network.known_proposals()
-    pairs = bare_pairs(paths, sizes, asked.sentence, proposals.size_px)
-    if told is not None:
-        pairs = replace(pairs, sent_id=told.sent_id)
-        pairs = with_priors(pairs, told.priors, told.proposals, proposals.flat_prob)
+    pairs = bare_pairs(paths, sizes, requested.sentence, proposals.size_px)
+    if prior_tables is not None:
+        pairs = replace(pairs, sent_id=prior_tables.sent_id)
+        pairs = with_priors(pairs, prior_tables.priors, prior_tables.proposals, proposals.flat_prob)
     batches = BatchMaker(pairs, network.params.image_size_px, proposals.flat_prob)
-    (masks,) = predictor.masks(batches, batch_size, [told is not None], "predict", fill=False)
-    return Answered(pairs, masks)
+    (masks,) = predictor.masks(batches, batch_size, [prior_tables is not None], "predict", fill=False)
+    return PredictedMasks(pairs, masks)
 
 
 @contextmanager
@@ -210,11 +212,11 @@ def predictions_folder(out: Path) -> Iterator[Path]:
         (out / name).unlink(missing_ok=True)
 
 
-def try_names(asked: Asked, folder: Path) -> None:
+def try_names(requested: PairList, folder: Path) -> None:
     """Create every file of `write_predictions` empty and remove it, to find names that the file system rejects before
     computing anything. Raises InputError that names the first rejected name.
     """
-    for name in [INDEX_NAME, *(name for names in _picture_names(asked) for name in names.values())]:
+    for name in [INDEX_NAME, *(name for names in _picture_names(requested) for name in names.values())]:
         try:
             (folder / name).touch()
             (folder / name).unlink()
@@ -229,7 +231,7 @@ def save_mask(mask: BoolMask, path: Path) -> None:
     Image.fromarray(mask.astype(np.uint8) * 255).save(path)
 
 
-def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygons: bool) -> str:
+def write_predictions(requested: PairList, predicted: PredictedMasks, folder: Path, *, polygons: bool) -> str:
     """Write a mask (PNG, 255 is foreground) and an overlay for each pair, and predictions.jsonl, into a folder.
 
     If the pictures cannot be written, such as on a full disk, only predictions.jsonl is kept, without their names but
@@ -246,16 +248,16 @@ def write_predictions(asked: Asked, answered: Answered, folder: Path, *, polygon
             "segmentation": to_segmentation(rle, file.height, file.width, polygons=polygons),
         }
         for file, sentence, rle, with_prior in zip(
-            asked.image, asked.sentence, answered.rle, answered.with_prior.tolist(), strict=True
+            requested.image, requested.sentence, predicted.rle, predicted.with_prior.tolist(), strict=True
         )
     ]
-    names = _picture_names(asked)
+    names = _picture_names(requested)
     try:
         _write_index(lines, folder)
     except OSError as error:
         raise InputError(f"--out: {INDEX_NAME} cannot be written: {error.strerror}; name another folder") from None
     try:
-        rows = list(zip(asked.image, answered.rle, names, strict=True))
+        rows = list(zip(requested.image, predicted.rle, names, strict=True))
         for file, rle, name in progress(rows, "pictures", "pair"):
             mask = decode_rle(rle, file.height, file.width)
             save_mask(mask, folder / name["mask"])
@@ -281,11 +283,11 @@ def _write_index(lines: Sequence[dict[str, object]], folder: Path) -> None:
         building.unlink(missing_ok=True)
 
 
-def _picture_names(asked: Asked) -> list[dict[str, str]]:
+def _picture_names(requested: PairList) -> list[dict[str, str]]:
     """The files of each pair by kind."""
     names = [
         f"{number:04d}_{_slug(Path(file.file_name).stem)}_{_slug(sentence)}"
-        for number, (file, sentence) in enumerate(zip(asked.image, asked.sentence, strict=True))
+        for number, (file, sentence) in enumerate(zip(requested.image, requested.sentence, strict=True))
     ]
     return [{kind: f"{name}.{kind}.png" for kind in PICTURES} for name in names]
 
@@ -300,9 +302,9 @@ def _images_at(place: Path) -> list[Path]:
     return found
 
 
-def _pair_ids(asked: Asked) -> list[int]:
+def _pair_ids(requested: PairList) -> list[int]:
     """63-bit ids derived from image and words: the random draws of a pair do not depend on the others."""
-    keys = (f"{file.sha256} {sentence}" for file, sentence in zip(asked.image, asked.sentence, strict=True))
+    keys = (f"{file.sha256} {sentence}" for file, sentence in zip(requested.image, requested.sentence, strict=True))
     return [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1 for key in keys]
 
 

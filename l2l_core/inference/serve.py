@@ -29,12 +29,12 @@ from l2l_core.core.masks import BoolMask, decode_rle
 from l2l_core.datasets.index import turned_note
 from l2l_core.errors import ConfigError, InputError, L2LError
 from l2l_core.inference.predict_files import (
-    Answered,
-    Asked,
-    Told,
+    PairList,
+    PredictedMasks,
+    PriorTables,
     answer,
-    ask_each,
     live_priors,
+    pairs_of_paths,
     recorded_priors,
     save_mask,
     turned_images,
@@ -56,7 +56,7 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
-class Seen:
+class DemoResult:
     """Result for one pair, as the page shows it."""
 
     words: str  # the multimodal LLM's response, or why there is no prior
@@ -67,7 +67,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Desk:
+class DemoSession:
     """A loaded network and a source of priors."""
 
     predictor: Predictor
@@ -76,43 +76,43 @@ class Desk:
     max_mb: int
 
     @classmethod
-    def of(cls, folder: Path, params: Params, max_mb: int) -> Desk:
+    def of(cls, folder: Path, params: Params, max_mb: int) -> DemoSession:
         """Load the model in a folder, and the backend. Raises L2LError if one of them cannot be loaded."""
         is_live = params.priors.backend in LIVE_BACKENDS
         backend = make_backend(params.priors, records.INDEX) if is_live else None
         predictor = Predictor.from_run(folder, device=params.train.engine.device)
         return cls(predictor, predictor.fitted(params), backend, max_mb)
 
-    def look(self, image: Path | None, sentence: str) -> Seen:
+    def look(self, image: Path | None, sentence: str) -> DemoResult:
         """Predict one pair. Raises InputError for an unusable image or sentence, and whatever the backend raises."""
         if image is None:
             raise InputError("image: none, expected an upload")
         _check_size(image, self.max_mb)
-        asked = ask_each([image], sentence)
-        told = self._told(asked)
-        answered = answer(self.predictor, asked, told)
+        requested = pairs_of_paths([image], sentence)
+        prior_tables = self._told(requested)
+        predicted = answer(self.predictor, requested, prior_tables)
         picture = overlays.fit(read_image(image), PICTURE_PX)
-        answers = [] if told is None else _answers(told)
-        mask = decode_rle(answered.rle[0], asked.image[0].height, asked.image[0].width)
-        has_prior = bool(answered.with_prior[0])
-        return Seen(
-            words="\n".join([*self._words(answers, answered), *_notes(asked)]),
-            prior=_with_places(picture, answers, asked) if has_prior else None,
-            proposal=overlays.with_soft_map(picture, answered.pairs.proposal[0]) if has_prior else None,
+        answers = [] if prior_tables is None else _answers(prior_tables)
+        mask = decode_rle(predicted.rle[0], requested.image[0].height, requested.image[0].width)
+        has_prior = bool(predicted.with_prior[0])
+        return DemoResult(
+            words="\n".join([*self._words(answers, predicted), *_notes(requested)]),
+            prior=_with_places(picture, answers, requested) if has_prior else None,
+            proposal=overlays.with_soft_map(picture, predicted.pairs.proposal[0]) if has_prior else None,
             overlay=overlays.with_mask(picture, mask),
             mask=mask,
         )
 
-    def _told(self, asked: Asked) -> Told | None:
+    def _told(self, requested: PairList) -> PriorTables | None:
         if self.backend is not None:
-            return live_priors(asked, self.params, partial(ask_table, self.backend))
+            return live_priors(requested, self.params, partial(ask_table, self.backend))
         # A model folder works without its training data.
-        return recorded_priors(asked) if records.PROPOSALS_PATH.is_file() else None
+        return recorded_priors(requested) if records.PROPOSALS_PATH.is_file() else None
 
-    def _words(self, answers: list[dict[str, Any]], answered: Answered) -> list[str]:
+    def _words(self, answers: list[dict[str, Any]], predicted: PredictedMasks) -> list[str]:
         if not answers:
             return [f"no prior: the backend {self.params.priors.backend} answers only about the dataset"]
-        read = answered.pairs.prior_text[0] if answered.with_prior[0] else "no prior: no answer names a place"
+        read = predicted.pairs.prior_text[0] if predicted.with_prior[0] else "no prior: no answer names a place"
         return [read, *(f"{answer['status']}: {answer['raw_text']}" for answer in answers)]
 
 
@@ -122,10 +122,10 @@ def require_gradio() -> None:
         raise ConfigError("serve: needs gradio: pip install '.[serve]'")
 
 
-def open_page(open_desk: Callable[[], Desk], host: str, port: int) -> None:
+def open_page(open_session: Callable[[], DemoSession], host: str, port: int) -> None:
     """Serve the page until SIGINT or SIGTERM, then delete uploads and pictures. Port 0: any free port.
 
-    Raises InputError if the address is unavailable, and whatever `open_desk` raises.
+    Raises InputError if the address is unavailable, and whatever `open_session` raises.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -134,7 +134,7 @@ def open_page(open_desk: Callable[[], Desk], host: str, port: int) -> None:
         raise InputError(f"serve: cannot listen at {host}:{port}: {error.strerror}; try another --port") from None
     with listener, tempfile.TemporaryDirectory(prefix="l2l-serve-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # gradio reads it on import
-        app = _make_app(open_desk(), Path(folder))
+        app = _make_app(open_session(), Path(folder))
         if host not in LOCAL_HOSTS:
             print(f"warning: --host {host}: whoever reaches this machine can use the page", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
@@ -159,31 +159,31 @@ def _check_size(image: Path, max_mb: int) -> None:
         raise InputError(f"image: more than {MAX_PIXELS // 10**6} megapixels; make it smaller")
 
 
-def _answers(told: Told) -> list[dict[str, Any]]:
+def _answers(prior_tables: PriorTables) -> list[dict[str, Any]]:
     """The rows of records.PRIORS about the first pair."""
-    priors = told.priors
-    return list(priors.filter(np.equal(priors["sent_id"].to_numpy(), told.sent_id[0])).to_pylist())
+    priors = prior_tables.priors
+    return list(priors.filter(np.equal(priors["sent_id"].to_numpy(), prior_tables.sent_id[0])).to_pylist())
 
 
-def _notes(asked: Asked) -> list[str]:
-    return [f"note: {turned_note(['this photo'])}"] if turned_images(asked) else []
+def _notes(requested: PairList) -> list[str]:
+    return [f"note: {turned_note(['this photo'])}"] if turned_images(requested) else []
 
 
-def _with_places(picture: overlays.Picture, answers: list[dict[str, Any]], asked: Asked) -> overlays.Picture:
-    size_wh = np.array([asked.image[0].width, asked.image[0].height], dtype=np.float64)
+def _with_places(picture: overlays.Picture, answers: list[dict[str, Any]], requested: PairList) -> overlays.Picture:
+    size_wh = np.array([requested.image[0].width, requested.image[0].height], dtype=np.float64)
     boxes = [np.array(answer["bbox"]) / np.tile(size_wh, 2) for answer in answers if answer["bbox"] is not None]
     points = [np.array(answer["point"]) / size_wh for answer in answers if answer["point"] is not None]
     return overlays.with_boxes(picture, boxes, points)
 
 
-def _make_app(desk: Desk, folder: Path) -> Any:
+def _make_app(session: DemoSession, folder: Path) -> Any:
     """The page as an ASGI application. It loads nothing from other servers and reports nothing."""
     import fastapi  # type: ignore[import-not-found,unused-ignore]
     import gradio as gr  # type: ignore[import-not-found,unused-ignore]
 
     def respond(image: str | None, sentence: str) -> tuple[object, ...]:
         try:
-            seen = desk.look(None if image is None else Path(image), sentence)
+            seen = session.look(None if image is None else Path(image), sentence)
         except L2LError as error:
             message = str(error) if image is None else str(error).replace(f"{Path(image).parent}/", "")
             # Rendered as HTML, and it may contain user input.
@@ -219,7 +219,7 @@ def _make_app(desk: Desk, folder: Path) -> Any:
         fastapi.FastAPI(openapi_url=None),
         page,
         path="/",
-        max_file_size=desk.max_mb * 2**20,
+        max_file_size=session.max_mb * 2**20,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         footer_links=[],
         run_history=False,

@@ -92,8 +92,9 @@ class Level(nn.Module):
         """features [B, D, h, w]; coarser [B, D, h', w']; conditioning [B, D]; memory [B, M, D] -> [B, D, h, w].
 
         A position encoding is added to each pixel. `conditioning`, the pooled sentence and guidance, then scales and
-        shifts every channel (FiLM, Perez et al. 2018). If a memory (guidance and text tokens) is given, each pixel attends to
-        it, except to the padding marked in `padding_mask` [B, M] bool. Levels without a memory only sharpen the mask.
+        shifts every channel (FiLM, Perez et al. 2018). If a memory (guidance and text tokens) is given, each pixel
+        attends to it, except to the padding marked in `padding_mask` [B, M] bool. Levels without a memory only sharpen
+        the mask.
         """
         x = features
         if coarser is not None:

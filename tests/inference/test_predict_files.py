@@ -123,9 +123,9 @@ def test_single_and_batched_pairs_give_the_evaluated_mask(run, with_prior):
 
     def masks(keys):
         files = inspect_images([run / image for image, _ in keys], 1)
-        asked = predict_files.Asked(files, [sentence for _, sentence in keys])
-        told = predict_files.find_priors(asked, PARAMS) if with_prior else None
-        return predict_files.answer(predictor, asked, told, 32)
+        requested = predict_files.PairList(files, [sentence for _, sentence in keys])
+        prior_tables = predict_files.find_priors(requested, PARAMS) if with_prior else None
+        return predict_files.answer(predictor, requested, prior_tables, 32)
 
     together = masks(list(expected))
     assert all(map(alike, together.rle, expected.values()))
@@ -142,12 +142,12 @@ def test_finds_a_prior_by_image_bytes_and_sentence(run):
     pixels[0, 0] ^= 1
     Image.fromarray(pixels).save("changed.png")
     files = inspect_images([run / name for name in ("renamed.png", "changed.png", "renamed.png")], 1)
-    asked = predict_files.Asked(files, [sentence, sentence, sentence + " there"])
-    told = predict_files.recorded_priors(asked)
-    assert np.isin(told.sent_id, told.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
-    answered = predict_files.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
-    assert alike(answered.rle[0], rle)
-    assert answered.with_prior.tolist() == [True, False, False]
+    requested = predict_files.PairList(files, [sentence, sentence, sentence + " there"])
+    prior_tables = predict_files.recorded_priors(requested)
+    assert np.isin(prior_tables.sent_id, prior_tables.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
+    predicted = predict_files.answer(Predictor.from_run(MODEL_FOLDER), requested, prior_tables)
+    assert alike(predicted.rle[0], rle)
+    assert predicted.with_prior.tolist() == [True, False, False]
 
 
 # --- the command
@@ -393,19 +393,19 @@ def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch
     assert all(alike(*both, *size) for *both, size in zip(rles, masks, sizes, strict=True))
     assert len(set(masks)) > 3  # something to compare
 
-    asked = predict_files.ask_file(run / "own/pairs.jsonl")
+    requested = predict_files.pairs_of_file(run / "own/pairs.jsonl")
     backend = make_backend(params.priors, records.INDEX)
-    told = predict_files.live_priors(asked, params, lambda questions: ask_table(backend, questions))
-    answered = predict_files.answer(Predictor.from_run(MODEL_FOLDER), asked, told)
-    assert all(alike(*both, *size) for *both, size in zip(answered.rle, masks, sizes, strict=True))
-    assert answered.pairs.sentence == pairs.sentence
-    assert answered.pairs.prior_text == pairs.prior_text
-    assert answered.pairs.prior_text[1] == "dot dark"
+    prior_tables = predict_files.live_priors(requested, params, lambda questions: ask_table(backend, questions))
+    predicted = predict_files.answer(Predictor.from_run(MODEL_FOLDER), requested, prior_tables)
+    assert all(alike(*both, *size) for *both, size in zip(predicted.rle, masks, sizes, strict=True))
+    assert predicted.pairs.sentence == pairs.sentence
+    assert predicted.pairs.prior_text == pairs.prior_text
+    assert predicted.pairs.prior_text[1] == "dot dark"
     for name in ("hw", "box", "has_box", "proposal", "proposal_score"):
-        np.testing.assert_array_equal(getattr(answered.pairs, name), getattr(pairs, name), err_msg=name)
-    assert np.isin(answered.pairs.proposal_score > 0, [True, False]).all()
+        np.testing.assert_array_equal(getattr(predicted.pairs, name), getattr(pairs, name), err_msg=name)
+    assert np.isin(predicted.pairs.proposal_score > 0, [True, False]).all()
 
-    without = predict_files.answer(Predictor.from_run(MODEL_FOLDER), asked, None)
+    without = predict_files.answer(Predictor.from_run(MODEL_FOLDER), requested, None)
     assert [alike(*both, *size) for *both, size in zip(masks, without.rle, sizes, strict=True)] == [
         False,
         False,
@@ -420,17 +420,17 @@ def test_queries_each_pair_once_and_independently_of_other_pairs(live, run):
     params = live_params(run, engine=load_params().priors.engine, samples=3)
     backend = make_backend(params.priors, records.INDEX)
 
-    def told(*keys):
+    def prior_tables(*keys):
         files = inspect_images([run / f"own/{image}.png" for image, _ in keys], 1)
-        asked = predict_files.Asked(files, [sentence for _, sentence in keys])
-        return predict_files.live_priors(asked, params, lambda questions: ask_table(backend, questions))
+        requested = predict_files.PairList(files, [sentence for _, sentence in keys])
+        return predict_files.live_priors(requested, params, lambda questions: ask_table(backend, questions))
 
-    twice = told((0, "dot"), (1, "dot"), (0, "dot"))
+    twice = prior_tables((0, "dot"), (1, "dot"), (0, "dot"))
     assert len(live.bodies) == 2 * 3
     assert twice.sent_id[0] == twice.sent_id[2] != twice.sent_id[1]
     together = {json.dumps(body, sort_keys=True) for body in live.bodies}
     live.bodies.clear()
-    told((1, "dot"))
+    prior_tables((1, "dot"))
     assert {json.dumps(body, sort_keys=True) for body in live.bodies} < together
 
 

@@ -65,17 +65,17 @@ def sentence(run: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def desk(run: Path) -> serve.Desk:
-    return serve.Desk.of(records.round_folder(0) / "model", PARAMS, 1)
+def session(run: Path) -> serve.DemoSession:
+    return serve.DemoSession.of(records.round_folder(0) / "model", PARAMS, 1)
 
 
 def expected_mask(image: str, sentence: str, *, with_priors: bool) -> np.ndarray:
     """The mask that `predict` writes."""
-    asked = predict_files.ask_each([Path(image)], sentence)
-    told = predict_files.find_priors(asked, PARAMS) if with_priors else None
+    requested = predict_files.pairs_of_paths([Path(image)], sentence)
+    prior_tables = predict_files.find_priors(requested, PARAMS) if with_priors else None
     predictor = Predictor.from_run(records.round_folder(0) / "model")
-    (rle,) = predict_files.answer(predictor, asked, told).rle
-    mask = decode_rle(rle, asked.image[0].height, asked.image[0].width)
+    (rle,) = predict_files.answer(predictor, requested, prior_tables).rle
+    mask = decode_rle(rle, requested.image[0].height, requested.image[0].width)
     assert 0 < mask.mean() < 1
     return mask
 
@@ -87,8 +87,8 @@ def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
 # --- displayed results
 
 
-def test_shows_a_dataset_pair_with_its_recorded_prior(desk: serve.Desk, sentence: str) -> None:
-    seen = desk.look(Path(KNOWN), sentence)
+def test_shows_a_dataset_pair_with_its_recorded_prior(session: serve.DemoSession, sentence: str) -> None:
+    seen = session.look(Path(KNOWN), sentence)
     prior = records.read_table(records.PRIORS_PATH, records.PRIORS).to_pylist()[0]
     assert seen.words.splitlines() == ["dot", f"ok: {prior['raw_text']}"]
     assert seen.prior is not None
@@ -100,8 +100,8 @@ def test_shows_a_dataset_pair_with_its_recorded_prior(desk: serve.Desk, sentence
     np.testing.assert_array_equal(seen.mask, expected_mask(KNOWN, sentence, with_priors=True))
 
 
-def test_shows_another_pair_without_prior_and_explains_why(desk: serve.Desk) -> None:
-    seen = desk.look(Path("own.png"), "the dot")
+def test_shows_another_pair_without_prior_and_explains_why(session: serve.DemoSession) -> None:
+    seen = session.look(Path("own.png"), "the dot")
     assert seen.words == "no prior: the backend simulated answers only about the dataset"
     assert seen.prior is None
     assert seen.proposal is None
@@ -109,7 +109,7 @@ def test_shows_another_pair_without_prior_and_explains_why(desk: serve.Desk) -> 
     np.testing.assert_array_equal(seen.mask, expected_mask("own.png", "the dot", with_priors=False))
 
 
-def test_queries_a_live_backend(desk: serve.Desk) -> None:
+def test_queries_a_live_backend(session: serve.DemoSession) -> None:
     class Scripted:
         name = "scripted"
 
@@ -119,7 +119,7 @@ def test_queries_a_live_backend(desk: serve.Desk) -> None:
             return [Answer(json.dumps(said), "m", "pixel", (50, 80))]
 
     backend = Scripted()
-    live = serve.Desk(desk.predictor, PARAMS, backend, 1)
+    live = serve.DemoSession(session.predictor, PARAMS, backend, 1)
     backend.found = True
     seen = live.look(Path("own.png"), "the dot")
     assert seen.words.splitlines() == ["cup", 'ok: {"target": "cup", "bbox": [8, 10, 40, 30]}']
@@ -141,10 +141,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses_unusable_input_in_one_line(desk: serve.Desk, name: str) -> None:
+def test_refuses_unusable_input_in_one_line(session: serve.DemoSession, name: str) -> None:
     image, words, message = REFUSED[name]
     with pytest.raises(L2LError, match=message) as caught:
-        desk.look(None if image is None else Path(image), words)
+        session.look(None if image is None else Path(image), words)
     assert len(str(caught.value).splitlines()) == 1
 
 
