@@ -18,7 +18,7 @@ from l2l_core.core import images
 from l2l_core.core.images import ImageFile, inspect_images, is_turned, read_image, visible
 from l2l_core.data.pairs import ImageStore
 from l2l_core.errors import InputError
-from l2l_core.inference.predict_files import ask_each
+from l2l_core.inference.predict_files import pairs_of_paths
 from l2l_core.mllm.backend import Question
 from l2l_core.mllm.engine import Completion, MllmBackend, Request
 
@@ -122,11 +122,11 @@ def test_every_entry_point_reads_the_same_pixels_or_refuses_the_file(tmp_path, k
             assert pixels.shape == (found.height, found.width, 3) == (40, 50, 3)
             np.testing.assert_array_equal(ImageStore([str(path)], 50)[0].shape, (50, 50, 3))
             np.testing.assert_array_equal(seen_by_mllm(path), pixels)
-            assert ask_each([path], "cup").image == [found]
+            assert pairs_of_paths([path], "cup").image == [found]
         else:
             assert mode in ("LAB", "I", "F")
             assert "expected grey, palette, RGB or CMYK of 8 bits, or grey or RGB of 16 bits" in found
-            for use in (read_image, lambda path: ImageStore([str(path)], 50)[0], lambda path: ask_each([path], "cup")):
+            for use in (read_image, lambda path: ImageStore([str(path)], 50)[0], lambda path: pairs_of_paths([path], "cup")):
                 with pytest.raises(InputError, match=f"mode {mode}"):
                     use(path)
             assert f"mode {mode}" in seen_by_mllm(path)
