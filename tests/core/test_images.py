@@ -126,7 +126,11 @@ def test_every_entry_point_reads_the_same_pixels_or_refuses_the_file(tmp_path, k
         else:
             assert mode in ("LAB", "I", "F")
             assert "expected grey, palette, RGB or CMYK of 8 bits, or grey or RGB of 16 bits" in found
-            for use in (read_image, lambda path: ImageStore([str(path)], 50)[0], lambda path: pairs_of_paths([path], "cup")):
+            for use in (
+                read_image,
+                lambda path: ImageStore([str(path)], 50)[0],
+                lambda path: pairs_of_paths([path], "cup"),
+            ):
                 with pytest.raises(InputError, match=f"mode {mode}"):
                     use(path)
             assert f"mode {mode}" in seen_by_mllm(path)
