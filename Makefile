@@ -60,7 +60,7 @@ check: setup
 
 # The documentation as a website, in site/; a dead link is an error.
 docs: setup
-	$(BIN)/pip install --quiet "mkdocs-material>=9.6,<10"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
 	$(BIN)/mkdocs build --strict --quiet
 
 # One thread a process: the tests run side by side, and oversubscribed threads are many times slower.

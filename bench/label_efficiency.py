@@ -188,7 +188,7 @@ def stored(path: Path) -> list[Row]:
 
 
 def is_comparable(row: Row) -> bool:
-    """Whether a row can stand beside those that are measured now. The first edition's rows do not name theirs."""
+    """Whether a row is of the current edition. Rows of the first edition do not name theirs."""
     return bool(row.get("edition", 1) == EDITION)
 
 

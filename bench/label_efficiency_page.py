@@ -81,10 +81,6 @@ NO_ROWS = "no rows"
 """What a claim says that was not measured at all."""
 
 STYLES: dict[str, dict[str, Any]] = {
-    "prior": {"color": "0.7", "linestyle": ":"},
-    "supervised": {"color": "0.4", "linestyle": ":"},
-    "supervised_priors": {"color": "0.4", "linestyle": "--"},
-    "warmup": {"color": "0.4", "linestyle": "-."},
     "all": {"color": "#3b7dd8"},
     "threshold_0.7": {"color": "#d9822b", "linestyle": "--"},
     "threshold_0.95": {"color": "#d9822b"},
@@ -98,8 +94,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "reinforce": {"color": "#c2415c", "linewidth": 2.5, "zorder": 3},
     "oracle": {"color": "0.1"},
 }
-"""Lines of the pictures, in which ablations have no place: grey without selection, a colour for each way to select,
-broken where the labels are constructed."""
+"""Lines of the pictures, without ablations: one color per selection rule, dashed for constructed labels."""
 
 LOOK: Any = {
     "axes.spines.top": False,

@@ -134,7 +134,7 @@ def predict(
         print(f"note: {turned_note(turned)}")
     with predict_files.predictions_folder(out) as building:
         predict_files.try_names(requested, building)
-        predictor = Predictor.from_run(folder, device=device)
+        predictor = Predictor.from_pretrained(folder, device=device)
         prior_tables = predict_files.find_priors(requested, predictor.fitted(load_params())) if with_priors else None
         predicted = predict_files.answer(predictor, requested, prior_tables, batch_size)
         trouble = predict_files.write_predictions(requested, predicted, building, polygons=polygons)

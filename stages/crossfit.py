@@ -11,7 +11,7 @@ from l2l_core.config import Params, load_params
 from l2l_core.core.files import copy_whole, scratch_folder
 from l2l_core.errors import exit_code
 from l2l_core.training.beside import Training, end_with_parent, train_all
-from l2l_core.training.folds import folds_key, learn_nothing_new, train_teacher
+from l2l_core.training.fold_teachers import folds_key, learn_nothing_new, train_teacher
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         previous = records.round_folder(number - 1) / "folds" if number else None
         copy_whole(previous, records.round_folder(number) / "folds")
     else:
-        # Finished teachers survive a kill, as do the checkpoints of unfinished ones.
+        # After a kill, finished teachers are kept, and unfinished ones resume from their checkpoints.
         with scratch_folder(f"crossfit-{number}", folds_key(params, number)) as done:
             train_all(params, trainings_of(params, number, done))
             copy_whole(done, records.round_folder(number) / "folds")

@@ -39,7 +39,7 @@ def main() -> None:
         train_network(params, given.only, given.into)
         return
     sentences_of("labeled")  # report a missing split before creating a scratch folder
-    # A finished network survives a kill, as does the checkpoint of the other one.
+    # After a kill, a finished network is kept, and an unfinished one resumes from its checkpoint.
     key = fingerprint("round-0", f"{training_settings(params)} {params.warmup.steps}", [*LABEL_INPUTS, *PRIOR_INPUTS])
     with scratch_folder("round-0", key) as done:
         train_all(params, trainings_of(params, done))

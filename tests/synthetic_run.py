@@ -1,14 +1,18 @@
 """A small synthetic run on disk: everything that evaluation and the report read, without any training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from l2l_core.artifacts import records
+from l2l_core.core.files import file_sha256
 from l2l_core.core.masks import encode_rle
+from stages import evaluate
 
 WORDS = ("left", "right", "dark", "bright", "big", "small", "upper", "lower")
 TRAP = '<script>alert("pwned")</script> & the "dot"'
@@ -28,7 +32,8 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
         name = f"images/{number:03d}.png"
         (root / "images").mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(root / name), image)
-        images.append({"image_id": number, "file_name": name, "height": height, "width": width, "sha256": ""})
+        digest = file_sha256(root / name)
+        images.append({"image_id": number, "file_name": name, "height": height, "width": width, "sha256": digest})
         masks.append(
             {"ann_id": number, "height": height, "width": width, "rle_counts": encode_rle(mask), "area_px": mask.sum()}
         )
@@ -84,6 +89,16 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
     table = records.make_table(labels, records.PSEUDO_LABELS)
     records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
     _write_curves(folder, rounds)
+
+
+def write_evaluated_run(root: Path) -> None:
+    """A run of two rounds below `root`, with the project's parameters, scored by the stage `evaluate`."""
+    write_run(root, rounds=2)
+    shutil.copy("params.yaml", root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr("sys.argv", ["evaluate", "--round", "2"])
+        evaluate.main()
 
 
 def shifted(mask: np.ndarray, dx: int, dy: int) -> np.ndarray:

@@ -44,10 +44,9 @@ def _commands(command: click.Command, name: str, parent: click.Context | None) -
     context.terminal_width = WIDTH
     yield f"## `{name}`\n\n```text\n{command.get_help(context)}\n```\n"
     commands: dict[str, click.Command] = getattr(command, "commands", {})  # of a group, which typer brings itself
-    if commands:
-        for sub, inner in sorted(commands.items()):
-            if not inner.hidden:
-                yield from _commands(inner, f"{name} {sub}", context)
+    for sub, inner in sorted(commands.items()):
+        if not inner.hidden:
+            yield from _commands(inner, f"{name} {sub}", context)
 
 
 def _parameters() -> str:

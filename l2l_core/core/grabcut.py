@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from l2l_core.core.boxes import FloatArray, clip_xyxy
+from l2l_core.core.arrays import DoubleArray
+from l2l_core.core.boxes import clip_xyxy
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -47,7 +48,7 @@ def grabcut(image_bgr: Image, trimap: NDArray[np.uint8]) -> Mask | None:
     return cut if cut.sum() >= MIN_SHARE * first_px else None
 
 
-def box_trimap(height: int, width: int, box_xyxy: FloatArray, ring: float, core: float) -> NDArray[np.uint8]:
+def box_trimap(height: int, width: int, box_xyxy: DoubleArray, ring: float, core: float) -> NDArray[np.uint8]:
     """Trimap [height, width] of cv2.GC_* from a box in pixels.
 
     The box is probable foreground. A ring around it, `ring` of its sides wide, is probable background. The center of

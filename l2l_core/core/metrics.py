@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-FloatArray = NDArray[np.float64]
+from l2l_core.core.arrays import DoubleArray
 
 PR_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """IoU thresholds of Pr@X; the five that are usual in the field."""
 
 
-def iou_from_px(intersection_px: ArrayLike, union_px: ArrayLike) -> FloatArray:
+def iou_from_px(intersection_px: ArrayLike, union_px: ArrayLike) -> DoubleArray:
     """Intersection over union in [0, 1], shape [N]; two empty masks agree, so 0 / 0 gives 1."""
     intersection, union = np.asarray(intersection_px, np.float64), np.asarray(union_px, np.float64)
     return np.asarray(np.divide(intersection, union, out=np.ones_like(union), where=union > 0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
+from l2l_core.core.arrays import FloatArray
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class DemoSession:
         """Load the model in a folder, and the backend. Raises L2LError if one of them cannot be loaded."""
         is_live = params.priors.backend in LIVE_BACKENDS
         backend = make_backend(params.priors, records.INDEX) if is_live else None
-        predictor = Predictor.from_run(folder, device=params.train.engine.device)
+        predictor = Predictor.from_pretrained(folder, device=params.train.engine.device)
         return cls(predictor, predictor.fitted(params), backend, max_mb)
 
     def look(self, image: Path | None, sentence: str) -> DemoResult:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from l2l_core.core.boxes import FloatArray
+from l2l_core.core.arrays import DoubleArray
 from l2l_core.errors import ConfigError
 
 CoordSpace = Literal[
@@ -85,7 +85,7 @@ def is_y_first(space: CoordSpace) -> bool:
     return space.endswith("_yx")
 
 
-def pixels_per_unit(space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike | None = None) -> FloatArray:
+def pixels_per_unit(space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike | None = None) -> DoubleArray:
     """Original-image pixels per unit of a coordinate space along x and y; [..., 2] height, width -> [..., 2] x, y.
 
     input_hw: size of the image as the model saw it; required for `resized_pixel`, ignored otherwise.
@@ -102,7 +102,7 @@ def pixels_per_unit(space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike 
     return np.asarray(image_wh / _SPAN[space])
 
 
-def origin_px(space: CoordSpace, image_hw: ArrayLike) -> FloatArray:
+def origin_px(space: CoordSpace, image_hw: ArrayLike) -> DoubleArray:
     """Origin of a coordinate space in the original image; [..., 2] height, width -> [..., 2] x, y in pixels.
 
     Only `unit_square` starts outside the image: in the border that centers the image in a square.
@@ -114,8 +114,8 @@ def origin_px(space: CoordSpace, image_hw: ArrayLike) -> FloatArray:
 
 
 def write_boxes(
-    xyxy: FloatArray, space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike | None = None
-) -> FloatArray:
+    xyxy: DoubleArray, space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike | None = None
+) -> DoubleArray:
     """Boxes [N, 4] x1 y1 x2 y2 in original-image pixels -> the notation of a coordinate space; sizes: [N, 2]."""
     scale, origin = pixels_per_unit(space, image_hw, input_hw), origin_px(space, image_hw)
     written = (xyxy - np.tile(origin, 2)) / np.tile(scale, 2)

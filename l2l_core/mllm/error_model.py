@@ -12,10 +12,10 @@ import numpy as np
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
-from l2l_core.core.boxes import FloatArray, iou_xyxy
+from l2l_core.core.arrays import BoolArray, DoubleArray
+from l2l_core.core.boxes import iou_xyxy
 from l2l_core.mllm.coords import MIN_SIDE_PX
 
-BoolArray = NDArray[np.bool_]
 IntArray = NDArray[np.int64]
 
 IOU_EDGES = np.array([0.0, 0.05, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0])
@@ -74,20 +74,20 @@ _SIZE_SPREAD = 0.3  # log-normal spread of a misplaced box's sides around the tr
 class Draws:
     """Random numbers of N responses; each row depends on (seed, sent_id, sample_index) alone."""
 
-    uniform: FloatArray  # bin, position in it, wrong object?, which one, its bin, position in its bin
-    confidence: FloatArray  # [N] standard normal
-    edges: FloatArray  # [N, TRIES, 6] standard normal: shift x, y, then each edge
-    place: FloatArray  # [N, TRIES, 2] in [0, 1)
+    uniform: DoubleArray  # bin, position in it, wrong object?, which one, its bin, position in its bin
+    confidence: DoubleArray  # [N] standard normal
+    edges: DoubleArray  # [N, TRIES, 6] standard normal: shift x, y, then each edge
+    place: DoubleArray  # [N, TRIES, 2] in [0, 1)
 
 
 @dataclass(frozen=True)
 class Scenes:
     """Ground truth of N questions, and the P other objects of their images, sorted by question."""
 
-    true_xyxy: FloatArray  # [N, 4] pixels, inside the image
+    true_xyxy: DoubleArray  # [N, 4] pixels, inside the image
     image_hw: IntArray  # [N, 2]
     other_row: IntArray  # [P] question that the object belongs to, ascending
-    other_xyxy: FloatArray  # [P, 4]
+    other_xyxy: DoubleArray  # [P, 4]
     other_same_category: BoolArray  # [P]
 
     def take(self, rows: IntArray) -> Scenes:
@@ -103,7 +103,7 @@ class Scenes:
             self.other_same_category[kept],
         )
 
-    def best_other_iou(self, boxes_xyxy: FloatArray) -> FloatArray:
+    def best_other_iou(self, boxes_xyxy: DoubleArray) -> DoubleArray:
         """[N, 4] -> [N] largest IoU with another object of the image; 0 if there is no other object."""
         best = np.zeros(len(boxes_xyxy))
         np.maximum.at(best, self.other_row, iou_xyxy(boxes_xyxy[self.other_row], self.other_xyxy))
@@ -114,9 +114,9 @@ class Scenes:
 class DrawnBoxes:
     """N boxes drawn from the error model."""
 
-    xyxy: FloatArray  # original-image pixels, undefined if has_box is False
+    xyxy: DoubleArray  # original-image pixels, undefined if has_box is False
     has_box: BoolArray  # [N]
-    confidence: FloatArray  # [N] in [0, 1], the simulated verbal confidence
+    confidence: DoubleArray  # [N] in [0, 1], the simulated verbal confidence
 
 
 def random_draws(seed: int, sent_id: IntArray, sample_index: IntArray) -> Draws:
@@ -167,22 +167,22 @@ def _take(draws: Draws, rows: IntArray) -> Draws:
     return Draws(draws.uniform[rows], draws.confidence[rows], draws.edges[rows], draws.place[rows])
 
 
-def _inside_bin(bins: IntArray, place: FloatArray) -> FloatArray:
+def _inside_bin(bins: IntArray, place: DoubleArray) -> DoubleArray:
     """An IoU at a relative position within a bin, with a margin to its ends."""
     low, high = IOU_EDGES[bins] + _EDGE_MARGIN, IOU_EDGES[bins + 1] - _EDGE_MARGIN
     return np.asarray(low + place * (high - low))
 
 
-def _is_in_bin(iou: FloatArray, bins: IntArray) -> BoolArray:
+def _is_in_bin(iou: DoubleArray, bins: IntArray) -> BoolArray:
     low = np.where(bins == 0, 0.0, IOU_EDGES[bins] + _EDGE_MARGIN / 2)
     return np.asarray((iou >= low) & (iou <= IOU_EDGES[bins + 1] - _EDGE_MARGIN / 2))
 
 
-def _sides_are_readable(boxes: FloatArray) -> BoolArray:
+def _sides_are_readable(boxes: DoubleArray) -> BoolArray:
     return np.asarray((boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= MIN_SIDE_PX + _SIDE_MARGIN_PX)
 
 
-def _clip(boxes: FloatArray, image_hw: IntArray) -> FloatArray:
+def _clip(boxes: DoubleArray, image_hw: IntArray) -> DoubleArray:
     return np.asarray(np.clip(boxes, 0.0, image_hw[:, [1, 0, 1, 0]]))
 
 
@@ -195,7 +195,7 @@ def _bins_of_others(scenes: Scenes) -> BoolArray:
 
 
 def _marks_wrong_object(
-    model: ErrorModel, fits: BoolArray, scenes: Scenes, bins: IntArray, uniform: FloatArray
+    model: ErrorModel, fits: BoolArray, scenes: Scenes, bins: IntArray, uniform: DoubleArray
 ) -> BoolArray:
     """[N] whether the response is another object; False if no object of the scene fits the bin."""
     can = np.zeros((len(bins), LOW_BINS), dtype=bool)
@@ -208,7 +208,7 @@ def _marks_wrong_object(
     return np.asarray((bins < LOW_BINS) & (uniform < chance))
 
 
-def _boxes_at_iou(scenes: Scenes, bins: IntArray, wanted_iou: FloatArray, draws: Draws) -> FloatArray:
+def _boxes_at_iou(scenes: Scenes, bins: IntArray, wanted_iou: DoubleArray, draws: Draws) -> DoubleArray:
     """Boxes around (or, in the lowest bin, away from) the true ones, each with an IoU in its bin.
 
     A box of a low bin must not mark another object by accident, unless no other try succeeds. The last two tries shrink
@@ -216,7 +216,7 @@ def _boxes_at_iou(scenes: Scenes, bins: IntArray, wanted_iou: FloatArray, draws:
     the true one.
     """
 
-    def propose(attempt: int, scenes: Scenes, wanted: FloatArray, anywhere: BoolArray, draws: Draws) -> FloatArray:
+    def propose(attempt: int, scenes: Scenes, wanted: DoubleArray, anywhere: BoolArray, draws: Draws) -> DoubleArray:
         if attempt >= TRIES:
             inwards = np.array([1.0, 1.0, -1.0, -1.0]) if attempt == TRIES else np.array([-1.0, -1.0, 1.0, 1.0])
             return _moved_to_iou(scenes.true_xyxy, np.tile(inwards, (len(wanted), 1)), scenes.image_hw, wanted)
@@ -244,7 +244,7 @@ def _boxes_at_iou(scenes: Scenes, bins: IntArray, wanted_iou: FloatArray, draws:
     return boxes
 
 
-def _boxes_on_others(shares: FloatArray, scenes: Scenes, bins: IntArray, fits: BoolArray, draws: Draws) -> FloatArray:
+def _boxes_on_others(shares: DoubleArray, scenes: Scenes, bins: IntArray, fits: BoolArray, draws: Draws) -> DoubleArray:
     """Boxes on another object of each scene, as tight as the model's right responses, each with an IoU in its bin."""
     weight = fits[np.arange(len(fits)), bins[scenes.other_row]] * np.where(
         scenes.other_same_category, SAME_CATEGORY_WEIGHT, 1.0
@@ -269,12 +269,14 @@ def _boxes_on_others(shares: FloatArray, scenes: Scenes, bins: IntArray, fits: B
     return boxes
 
 
-def _directions(noise: FloatArray) -> FloatArray:
+def _directions(noise: DoubleArray) -> DoubleArray:
     """[N, 6] -> [N, 4]: how far each edge moves, in sides: a common shift plus an individual move."""
     return np.asarray(noise[:, [0, 1, 0, 1]] + noise[:, 2:])
 
 
-def _moved_to_iou(boxes: FloatArray, directions: FloatArray, image_hw: IntArray, wanted_iou: FloatArray) -> FloatArray:
+def _moved_to_iou(
+    boxes: DoubleArray, directions: DoubleArray, image_hw: IntArray, wanted_iou: DoubleArray
+) -> DoubleArray:
     """Move the edges along `directions` until the box, clipped to the image, has the wanted IoU with its start.
 
     The IoU starts at 1 and changes continuously, so bisection finds the wanted value if the path reaches it.

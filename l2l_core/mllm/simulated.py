@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from l2l_core.core.boxes import FloatArray
+from l2l_core.core.arrays import DoubleArray
 from l2l_core.errors import InputError
 from l2l_core.mllm.backend import Answer, Question, clean_text
 from l2l_core.mllm.coords import CoordSpace, qwen_input_hw, resolve_coord_space, write_boxes
@@ -62,11 +62,11 @@ class Truth:
     image_id: NDArray[np.int64]  # [N]
     ann_id: NDArray[np.int64]  # [N]
     category: NDArray[np.object_]  # [N]
-    xyxy: FloatArray  # [N, 4] pixels
+    xyxy: DoubleArray  # [N, 4] pixels
     object_image_id: NDArray[np.int64]  # [M] ascending
     object_ann_id: NDArray[np.int64]  # [M]
     object_category: NDArray[np.object_]  # [M]
-    object_xyxy: FloatArray  # [M, 4]
+    object_xyxy: DoubleArray  # [M, 4]
 
 
 def make_truth(refs: pd.DataFrame, objects: pd.DataFrame) -> Truth:

@@ -45,14 +45,19 @@ def resized(maps: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer with weights and bias set to zero: before training, what follows it changes nothing."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
 class Gate(nn.Module):
     """The proposal as a spatial gate: scales features by 1 + g(proposal, score), per channel and position."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        last = nn.Conv2d(dim, dim, 1)
-        nn.init.zeros_(last.weight)  # the gate starts open
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        last = zeroed(nn.Conv2d(dim, dim, 1))  # the gate starts open
         self.net = nn.Sequential(nn.Conv2d(2, dim, 1), nn.GELU(), last)
 
     def forward(self, features: Tensor, proposal: Tensor, score: Tensor) -> Tensor:
@@ -128,9 +133,7 @@ class Border(nn.Module):
             nn.Conv2d(3, DETAIL_CHANNELS, 3, padding=1), nn.GELU(), nn.Conv2d(DETAIL_CHANNELS, DETAIL_CHANNELS, 1)
         )
         self.project = nn.Conv2d(dim, DETAIL_CHANNELS, 1)
-        last = nn.Conv2d(BORDER_HIDDEN, 1, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        last = zeroed(nn.Conv2d(BORDER_HIDDEN, 1, 3, padding=1))
         self.change = nn.Sequential(nn.Conv2d(2 * DETAIL_CHANNELS + 4, BORDER_HIDDEN, 3, padding=1), nn.GELU(), last)
 
     def forward(self, coarse: Tensor, given: Tensor, features: Tensor, detail: Tensor) -> Tensor:
@@ -140,9 +143,10 @@ class Border(nn.Module):
         finest level; detail: [B, C, H, W] output of `look` on the image.
         """
         logits, given = resized(coarse.float(), detail), resized(given.float(), detail)
-        likeness = self.likeness(logits.sigmoid(), detail.float())
+        prob = logits.sigmoid()
+        likeness = self.likeness(prob, detail.float())
         context = resized(self.project(features), detail)
-        seen = torch.cat([logits / 4, logits.sigmoid(), given / 4, likeness, context, detail], dim=1)
+        seen = torch.cat([logits / 4, prob, given / 4, likeness, context, detail], dim=1)
         return logits + self.change(seen.to(detail.dtype)).float()
 
     def seen(self, image: Tensor, like: Tensor) -> Tensor:
@@ -175,12 +179,10 @@ class Decoder(nn.Module):
             dim, heads, 2 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.fusion = nn.TransformerDecoder(layer, fusion_layers)
-        self.refine = nn.Conv2d(dim, 1, 1)
+        # An untrained network returns its proposal unchanged.
+        self.refine = zeroed(nn.Conv2d(dim, 1, 1))
         # Four sub-pixels per position: the mask is twice as fine as the finest level, for one 1x1 convolution.
-        last = nn.Conv2d(dim, 4, 1)
-        for start in (self.refine, last):  # an untrained network returns its proposal unchanged
-            nn.init.zeros_(start.weight)
-            nn.init.zeros_(start.bias)  # type: ignore[arg-type]
+        last = zeroed(nn.Conv2d(dim, 4, 1))
         self.head = nn.Sequential(nn.GroupNorm(1, dim), last, nn.PixelShuffle(2))
         self.border = Border(dim)
 

@@ -71,16 +71,18 @@ class Predictor:
         return cls(network, device, resolve_precision(params.precision, device))
 
     @classmethod
-    def from_run(cls, folder: str | Path, params: TrainParams | None = None, *, device: str = "auto") -> Predictor:
-        """Load a self-contained model folder, for example data/rounds/2/model.
+    def from_run(cls, folder: str | Path, params: TrainParams) -> Predictor:
+        """Load a model folder with a project's device and precision. Raises ArtifactError without a usable model."""
+        return cls.of(Segmenter.load(folder), params)
 
-        params: set device and precision. Without them, the device is `device` (auto, cpu, cuda, mps) and the precision
-        is that of training. Raises ArtifactError if the folder holds no usable model, or, without `params`, does not
-        record how it was trained; ConfigError if PyTorch does not find the device.
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
+        """Load a model folder, such as data/rounds/2/model, without a project.
+
+        device: auto, cpu, cuda, or mps; the precision is that of the training. Raises ArtifactError if the folder has
+        no usable model or does not store how it was trained, ConfigError if PyTorch does not find the device.
         """
         network = Segmenter.load(folder)
-        if params is not None:
-            return cls.of(network, params)
         try:
             network.known_proposals()
         except ArtifactError as error:
@@ -89,11 +91,6 @@ class Predictor:
         network = network.to(chosen, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         config = str(Path(folder) / "config.json")
         return cls(network, chosen, resolve_precision(network.precision_setting, chosen, "precision_setting", config))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
-        """Load a model folder, such as data/rounds/2/model, without a project; see `from_run`."""
-        return cls.from_run(folder, device=device)
 
     @overload
     def __call__(self, image: ImageInput, sentence: str) -> Prediction: ...

@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from l2l_core.artifacts import records
 from l2l_core.config import ProposalsParams
 from l2l_core.core import grabcut
-from l2l_core.core.boxes import FloatArray, iou_xyxy
+from l2l_core.core.arrays import DoubleArray
+from l2l_core.core.boxes import iou_xyxy
 from l2l_core.core.images import read_image
 from l2l_core.core.progress import progress
 from l2l_core.core.threads import thread_count
@@ -44,11 +45,11 @@ class PriorSamples:
     sent_id: NDArray[np.int64]  # [N] ascending
     image_row: NDArray[np.int64]  # [N] row of the images table
     image_hw: NDArray[np.int64]  # [N, 2]
-    box_xyxy: FloatArray  # [N, K, 4]
+    box_xyxy: DoubleArray  # [N, K, 4]
     has_box: NDArray[np.bool_]  # [N, K]
-    point_xy: FloatArray  # [N, K, 2]
+    point_xy: DoubleArray  # [N, K, 2]
     has_point: NDArray[np.bool_]  # [N, K] a point and no box
-    confidence: FloatArray  # [N, K] in [0, 1], reported by the model; 1 if missing
+    confidence: DoubleArray  # [N, K] in [0, 1], reported by the model; 1 if missing
 
     def take(self, rows: NDArray[np.int64]) -> PriorSamples:
         """The sentences of the given rows, in that order."""
@@ -127,7 +128,7 @@ def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, image_hw: tuple[int, i
     return _to_prob(share, params)
 
 
-def prior_score(samples: PriorSamples) -> FloatArray:
+def prior_score(samples: PriorSamples) -> DoubleArray:
     """[N] reliability of a proposal, in (0, 1]; 0 for a sentence without any response that gives a place.
 
     Share of the responses that give a place x their agreement x their mean confidence. Agreement is the expected IoU of
@@ -188,7 +189,7 @@ def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[s
     return np.asarray(maps.mean(axis=1))
 
 
-def _smooth_step(ramp: FloatArray) -> FloatArray:
+def _smooth_step(ramp: DoubleArray) -> DoubleArray:
     """0 below 0, 1 above 1, and a cubic with flat ends in between; 0.5 stays 0.5."""
     t = np.clip(ramp, 0.0, 1.0)
     return np.asarray(t * t * (3 - 2 * t))
@@ -200,7 +201,7 @@ def _to_prob(inside: NDArray[np.floating[Any]], params: ProposalsParams) -> Map:
     return np.asarray(low + (params.inside_prob - low) * inside, dtype=np.float32)
 
 
-def _point_box(point_xy: FloatArray, image_hw: NDArray[np.int64]) -> FloatArray:
+def _point_box(point_xy: DoubleArray, image_hw: NDArray[np.int64]) -> DoubleArray:
     """[N, K, 2] points -> [N, K, 4] squares with the assumed side of an object around a point."""
     half = POINT_SIDE / 2 * np.sqrt(image_hw[:, 0] * image_hw[:, 1])[:, None, None]
     return np.concatenate([point_xy - half, point_xy + half], axis=-1)
@@ -242,7 +243,7 @@ def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> Pr
     )
 
 
-def _fixed_lists(column: pa.ChunkedArray, length: int) -> tuple[FloatArray, NDArray[np.bool_]]:
+def _fixed_lists(column: pa.ChunkedArray, length: int) -> tuple[DoubleArray, NDArray[np.bool_]]:
     """A column of lists or nulls -> [N, length] with zeros for null, and [N] whether a list is present."""
     is_there = column.is_valid().to_numpy()
     values = np.zeros((len(column), length))
@@ -250,7 +251,7 @@ def _fixed_lists(column: pa.ChunkedArray, length: int) -> tuple[FloatArray, NDAr
     return values, is_there
 
 
-def _to_table(sent_id: NDArray[np.int64], soft: NDArray[np.uint8], score: FloatArray) -> pa.Table:
+def _to_table(sent_id: NDArray[np.int64], soft: NDArray[np.uint8], score: DoubleArray) -> pa.Table:
     count, size = soft.shape[:2]
     # One chunk per block of rows: Arrow's binary arrays hold less than 2 GiB each.
     step = max(1, _BINARY_CHUNK_BYTES // (size * size))

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from l2l_core.core.arrays import BoolArray
 from l2l_core.core.grabcut import GRABCUT_SIDE_PX, grabcut
 from l2l_core.core.masks import resize_prob, square_px
 from l2l_core.data.views import Views
-from l2l_core.pseudo_labels.features import LABEL_THRESHOLD, BoolArray
+from l2l_core.pseudo_labels.features import LABEL_THRESHOLD
 
 CORE = 1 / 48
 """Sharpening keeps pixels that are deeper inside a mask than this fraction of the image side. A teacher's borders are

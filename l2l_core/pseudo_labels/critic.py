@@ -10,8 +10,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
+from l2l_core.core.arrays import FloatArray
 from l2l_core.core.seeding import evenly_picked, folds_of
-from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates, FloatArray, Outcome
+from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates, Outcome
 
 ESTIMATE = SENTENCE_FEATURES.index("estimate")
 FOLDS = 5

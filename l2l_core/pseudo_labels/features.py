@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2l_core.config import Candidate
+from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.data.views import Views
 from l2l_core.pseudo_labels.evidence import EVIDENCE, image_evidence
-
-FloatArray = NDArray[np.float32]
-BoolArray = NDArray[np.bool_]
 
 CANDIDATES: tuple[str, ...] = get_args(Candidate)
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.pseudo_labels.critic import Critic
-from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, BoolArray, Candidates, FloatArray
+from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates
 
 HIDDEN = 16
 """Width of the hidden layers. It gives about 1,900 weights, few enough not to overfit a few hundred labeled

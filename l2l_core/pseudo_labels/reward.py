@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from l2l_core.core.arrays import FloatArray
 from l2l_core.core.metrics import auroc
-from l2l_core.pseudo_labels.features import FloatArray
 
 RIGHT_IOU = 0.5
 """A mask is correct if its IoU with the truth exceeds this. At wrong_cost 1, keeping all of it has a utility > 0."""

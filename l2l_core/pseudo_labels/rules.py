@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l2l_core.pseudo_labels.features import BoolArray, Candidates, FloatArray
+from l2l_core.core.arrays import BoolArray, FloatArray
+from l2l_core.pseudo_labels.features import Candidates
 
 
 def mean_rank(score: NDArray[np.floating[Any]]) -> FloatArray:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from l2l_core.config import SelectParams
-from l2l_core.pseudo_labels.features import BoolArray, Candidates, FloatArray, Outcome, agreement
+from l2l_core.core.arrays import BoolArray, FloatArray
+from l2l_core.pseudo_labels.features import Candidates, Outcome, agreement
 from l2l_core.pseudo_labels.policy import ROWS_AT_ONCE, Policy, one_thread
 from l2l_core.pseudo_labels.reward import RIGHT_IOU, utility
 from l2l_core.pseudo_labels.rules import best_fraction, mean_rank, rank_sum

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
-from synthetic_run import write_run
+from synthetic_run import write_evaluated_run
 
 from bench import label_efficiency_page as page
 from bench.label_efficiency import (
@@ -28,7 +27,6 @@ from bench.label_efficiency import (
     trained_steps,
 )
 from l2l_core.config import load_params
-from stages import evaluate
 
 LLAVA, QWEN = "llava-1.5-7b", "qwen2.5-vl-7b"
 DEFAULTS = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
@@ -142,12 +140,7 @@ def test_replaces_stored_rows_by_key(tmp_path: Path) -> None:
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic run of two rounds, evaluated."""
     folder = tmp_path_factory.mktemp("run")
-    write_run(folder, rounds=2)
-    shutil.copy("params.yaml", folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["evaluate", "--round", "2"])
-        evaluate.main()
+    write_evaluated_run(folder)
     metrics = folder / "metrics" / "evaluate.json"
     metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"dataset_version": "7"}))
     return folder

@@ -59,10 +59,6 @@ def whole_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         write_run(root, rounds=0, images_per_split=5)
-        images = records.read_table(records.INDEX.images, records.IMAGES).to_pylist()
-        for row, file in zip(images, inspect_images([root / row["file_name"] for row in images], 1), strict=True):
-            row["sha256"] = file.sha256
-        records.write_table(records.make_table(images, records.IMAGES), records.INDEX.images, records.IMAGES)
         (root / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
         records.RENDERING_PATH.write_text(json.dumps({"proposals": PARAMS.proposals.model_dump()}))
         for number, folder in enumerate((records.SUPERVISED_FOLDER, records.round_folder(0))):
@@ -109,7 +105,7 @@ def lines_of(folder) -> list[dict]:
 
 
 def test_python_api_gives_the_evaluated_mask(run):
-    predictor = Predictor.from_run("data/rounds/0/model")
+    predictor = Predictor.from_pretrained("data/rounds/0/model")
     for (image, sentence), rle in evaluated(with_prior=False).items():
         mask = predictor(image, sentence).mask
         assert mask.dtype == bool
@@ -119,7 +115,7 @@ def test_python_api_gives_the_evaluated_mask(run):
 @pytest.mark.parametrize("with_prior", [True, False])
 def test_single_and_batched_pairs_give_the_evaluated_mask(run, with_prior):
     expected = evaluated(with_prior)
-    predictor = Predictor.from_run(MODEL_FOLDER)
+    predictor = Predictor.from_pretrained(MODEL_FOLDER)
 
     def masks(keys):
         files = inspect_images([run / image for image, _ in keys], 1)
@@ -145,7 +141,7 @@ def test_finds_a_prior_by_image_bytes_and_sentence(run):
     requested = predict_files.PairList(files, [sentence, sentence, sentence + " there"])
     prior_tables = predict_files.recorded_priors(requested)
     assert np.isin(prior_tables.sent_id, prior_tables.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
-    predicted = predict_files.answer(Predictor.from_run(MODEL_FOLDER), requested, prior_tables)
+    predicted = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
     assert alike(predicted.rle[0], rle)
     assert predicted.with_prior.tolist() == [True, False, False]
 
@@ -378,7 +374,7 @@ def through_the_pipeline(params, folder):
     records.write_table(proposals, folder / "proposals.parquet", records.PROPOSALS)
     pairs = load_pairs(paths, None, folder / "priors.parquet", folder / "proposals.parquet", 24, 0.1)
     batches = BatchMaker(pairs, MODEL.image_size_px, params.proposals.flat_prob)
-    return pairs, Predictor.from_run(MODEL_FOLDER).masks(batches, 16, [True], "test")[0]
+    return pairs, Predictor.from_pretrained(MODEL_FOLDER).masks(batches, 16, [True], "test")[0]
 
 
 def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch, capsys):
@@ -396,7 +392,7 @@ def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch
     requested = predict_files.pairs_of_file(run / "own/pairs.jsonl")
     backend = make_backend(params.priors, records.INDEX)
     prior_tables = predict_files.live_priors(requested, params, lambda questions: ask_table(backend, questions))
-    predicted = predict_files.answer(Predictor.from_run(MODEL_FOLDER), requested, prior_tables)
+    predicted = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
     assert all(alike(*both, *size) for *both, size in zip(predicted.rle, masks, sizes, strict=True))
     assert predicted.pairs.sentence == pairs.sentence
     assert predicted.pairs.prior_text == pairs.prior_text
@@ -405,7 +401,7 @@ def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch
         np.testing.assert_array_equal(getattr(predicted.pairs, name), getattr(pairs, name), err_msg=name)
     assert np.isin(predicted.pairs.proposal_score > 0, [True, False]).all()
 
-    without = predict_files.answer(Predictor.from_run(MODEL_FOLDER), requested, None)
+    without = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, None)
     assert [alike(*both, *size) for *both, size in zip(masks, without.rle, sizes, strict=True)] == [
         False,
         False,

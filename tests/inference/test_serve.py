@@ -24,7 +24,6 @@ from synthetic_run import write_run
 from test_predict_files import PARAMS, lively_network
 
 from l2l_core.artifacts import records
-from l2l_core.core.images import inspect_images
 from l2l_core.core.masks import decode_rle
 from l2l_core.errors import L2LError
 from l2l_core.inference import predict_files, serve
@@ -44,10 +43,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         write_run(root, rounds=0, images_per_split=2)
-        images = records.read_table(records.INDEX.images, records.IMAGES).to_pylist()
-        for row, file in zip(images, inspect_images([root / row["file_name"] for row in images], 1), strict=True):
-            row["sha256"] = file.sha256
-        records.write_table(records.make_table(images, records.IMAGES), records.INDEX.images, records.IMAGES)
         (root / "params.yaml").write_text(yaml.safe_dump(PARAMS.model_dump()))
         records.RENDERING_PATH.write_text(json.dumps({"proposals": PARAMS.proposals.model_dump()}))
         lively_network(0).save(records.round_folder(0) / "model")
@@ -73,7 +68,7 @@ def expected_mask(image: str, sentence: str, *, with_priors: bool) -> np.ndarray
     """The mask that `predict` writes."""
     requested = predict_files.pairs_of_paths([Path(image)], sentence)
     prior_tables = predict_files.find_priors(requested, PARAMS) if with_priors else None
-    predictor = Predictor.from_run(records.round_folder(0) / "model")
+    predictor = Predictor.from_pretrained(records.round_folder(0) / "model")
     (rle,) = predict_files.answer(predictor, requested, prior_tables).rle
     mask = decode_rle(rle, requested.image[0].height, requested.image[0].width)
     assert 0 < mask.mean() < 1

@@ -312,7 +312,7 @@ def test_refuses_a_model_without_training_settings_and_says_what_to_do(pairs, tm
     with pytest.raises(
         ArtifactError, match=r"model: config.json of the model lacks `proposals`.*train again"
     ) as caught:
-        Predictor.from_run(tmp_path / "model")
+        Predictor.from_pretrained(tmp_path / "model")
     assert "\n" not in str(caught.value)
     Predictor.from_run(tmp_path / "model", FP32)  # stages pass their own settings
 
@@ -323,10 +323,10 @@ def test_loads_a_model_on_the_given_device(pairs, tmp_path, monkeypatch):
     network.proposals = PROPOSALS
     network.save(tmp_path / "model")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert Predictor.from_run(tmp_path / "model", device="cpu").device.type == "cpu"
+    assert Predictor.from_pretrained(tmp_path / "model", device="cpu").device.type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="got 'cuda', but torch sees no CUDA device"):
-        Predictor.from_run(tmp_path / "model", device="cuda")
+        Predictor.from_pretrained(tmp_path / "model", device="cuda")
 
 
 def test_warning_about_emulated_precision_names_the_model_config(pairs, tmp_path, monkeypatch, capsys):
@@ -334,7 +334,7 @@ def test_warning_about_emulated_precision_names_the_model_config(pairs, tmp_path
     network.proposals, network.precision_setting = PROPOSALS, "bf16"
     network.save(tmp_path / "model")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    Predictor.from_run(tmp_path / "model", device="cpu")
+    Predictor.from_pretrained(tmp_path / "model", device="cpu")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {tmp_path / 'model/config.json'}: precision_setting: got 'bf16', which this cpu")
 

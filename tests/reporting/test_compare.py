@@ -11,11 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from called import call
-from synthetic_run import write_run
+from synthetic_run import write_evaluated_run
 
 from l2l_core.artifacts import records
 from l2l_core.reporting.compare import NEEDED
-from stages import evaluate
 
 TRAP = "<script>alert(1)</script>"
 
@@ -23,12 +22,7 @@ TRAP = "<script>alert(1)</script>"
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
-    write_run(folder, rounds=2)
-    shutil.copy("params.yaml", folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["evaluate", "--round", "2"])
-        evaluate.main()
+    write_evaluated_run(folder)
     return folder
 
 

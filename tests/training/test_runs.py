@@ -17,7 +17,7 @@ from l2l_core.core.masks import decode_rle, encode_rle
 from l2l_core.data.folds import fold_of_images
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training import folds, loop, runs
+from l2l_core.training import fold_teachers, loop, runs
 from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.runs import (
     labeled_stream,
@@ -190,9 +190,9 @@ def test_fold_teachers_never_learn_from_held_out_images(run, monkeypatch):
     def note(params, purpose, network, streams, *rest):
         taught[purpose] = [int(sent_id) for stream in streams for sent_id in stream.batches.pairs.sent_id]
 
-    monkeypatch.setattr(folds, "run_training", note)
+    monkeypatch.setattr(fold_teachers, "run_training", note)
     monkeypatch.setattr(crossfit, "load_params", lambda: PARAMS)
-    monkeypatch.setattr(folds.Segmenter, "load", lambda folder: SimpleNamespace())
+    monkeypatch.setattr(fold_teachers.Segmenter, "load", lambda folder: SimpleNamespace())
     monkeypatch.setattr("sys.argv", ["crossfit", "--round", "1"])
     crossfit.main()
     assert sorted(taught.values()) == [[0, 1, 4, 5], [2, 3, 4, 5]]

@@ -206,7 +206,7 @@ def _mask(shape: Any, height: int, width: int) -> BoolMask:
 
 
 def _pasted(shape: dict[str, Any], corners: list[tuple[float, float]], height: int, width: int) -> BoolMask:
-    """A mask stored as an image of its own box; the box corners are the first and the last pixel."""
+    """Paste a mask that is stored as an image of its bounding box. corners: the first and the last pixel of the box."""
     (x1, y1), (x2, y2) = corners
     if not all(map(math.isfinite, (x1, y1, x2, y2))):
         raise ValueError("points: expected finite numbers")
