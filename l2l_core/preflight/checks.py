@@ -25,7 +25,6 @@ from l2l_core.preflight.memory import free_gpu_bytes
 from l2l_core.training.beside import find_places
 
 Say = Callable[[str], None]
-PARAMS_FILE = "params.yaml"
 PIPELINE_FILE = "dvc.yaml"
 TRAINING_REMEDY = "train.engine.micro_batch_size (or set train.engine.gradient_checkpointing)"
 REMEDIES = dict.fromkeys(("warmup", "crossfit-0", "crossfit", "retrain"), TRAINING_REMEDY) | {
