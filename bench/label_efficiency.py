@@ -16,13 +16,13 @@ bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, 
 
     method, round, split            round 0 where nothing was selected
     labeled_fraction, prior, seed   share of the training images that is labeled (1.0: all), preset, seed
-    miou, oiou, pr50                of `split` in percent, asked with priors (`supervised`: trained and asked without)
-    no_prior_miou                   the same model asked without priors; none of the prior itself
+    miou, oiou, pr50                of `split` in percent, run with priors (`supervised`: trained and run without)
+    no_prior_miou                   the same model run without priors; none of the prior itself
     lost_objects, lost_borders      points that miou lacks of 100, in sentences below and above an IoU of 0.5
     auroc .. foreground_error_kept  of the round's pseudo-labels, against the truth that no model saw: see
                                     `label_quality` in l2l_core/evaluation/evaluate.py (there miou_*, here label_miou_*)
     steps                           that trained the model
-    seconds                         wall time of the run's last call, in which the cache answered what was known
+    seconds                         wall time of the run's last call, in which the cache supplied what was known
     edition, dataset, device, commit  see EDITION; missing in the first
 
 and bench/results/label_efficiency_curves.jsonl the curves of each round: how many of the most trusted labels are good
@@ -32,7 +32,6 @@ and bench/results/label_efficiency_curves.jsonl the curves of each round: how ma
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import platform
@@ -58,6 +57,8 @@ from bench.params import BENCHMARK, EDITION, merged
 from bench.vlm import MODEL
 from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams
+from l2l_core.core.files import only_process
+from l2l_core.errors import InputError
 from l2l_core.evaluation.evaluate import CURVES_FOLDER, GOOD_IOU, method_scores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,28 +74,28 @@ EMBEDDED = "refshapes-vlm"
 """Priors of the model that comes with the project."""
 
 SELECTION: dict[str, dict[str, Any]] = {
-    "all": {"select": {"policy": "all"}},
-    "threshold_0.7": {"select": {"policy": "threshold", "pixel_threshold": 0.7}},
-    "threshold_0.95": {"select": {"policy": "threshold", "pixel_threshold": 0.95}},
-    "topk": {"select": {"policy": "topk"}},
-    "agreement": {"select": {"policy": "agreement"}},
-    "ranksum": {"select": {"policy": "ranksum"}},
-    "semires": {"select": {"policy": "semires"}},
-    "mean_teacher": {"select": {"policy": "mean_teacher"}},
-    "reinforce": {"select": {"policy": "reinforce"}},
+    "all": {"select": {"method": "all"}},
+    "threshold_0.7": {"select": {"method": "threshold", "pixel_threshold": 0.7}},
+    "threshold_0.95": {"select": {"method": "threshold", "pixel_threshold": 0.95}},
+    "topk": {"select": {"method": "topk"}},
+    "agreement": {"select": {"method": "agreement"}},
+    "ranksum": {"select": {"method": "ranksum"}},
+    "semires": {"select": {"method": "semires"}},
+    "mean_teacher": {"select": {"method": "mean_teacher"}},
+    "reinforce": {"select": {"method": "reinforce"}},
     # Selection without construction, and construction without learnt selection.
-    "reinforce_teacher_only": {"select": {"policy": "reinforce", "candidates": ["teacher"]}},
-    "ranksum_sharpened": {"select": {"policy": "ranksum", "candidates": ["sharpened"]}},
+    "reinforce_teacher_only": {"select": {"method": "reinforce", "candidates": ["teacher"]}},
+    "ranksum_sharpened": {"select": {"method": "ranksum", "candidates": ["sharpened"]}},
     # At about the share of labels that `reinforce` accepts.
-    "ranksum_overlap": {"select": {"policy": "ranksum", "candidates": ["overlap"], "keep_fraction": 0.75}},
-    "agreement_overlap": {"select": {"policy": "agreement", "candidates": ["overlap"], "keep_fraction": 0.75}},
+    "ranksum_overlap": {"select": {"method": "ranksum", "candidates": ["overlap"], "keep_fraction": 0.75}},
+    "agreement_overlap": {"select": {"method": "agreement", "candidates": ["overlap"], "keep_fraction": 0.75}},
     # A second look at every pair, and weights that start from the warm-up's.
-    "reinforce_two_passes": {"retrain": {"passes": 2}},
-    "all_two_passes": {"select": {"policy": "all"}, "retrain": {"passes": 2}},
+    "reinforce_two_passes": {"retrain": {"num_passes": 2}},
+    "all_two_passes": {"select": {"method": "all"}, "retrain": {"num_passes": 2}},
     "reinforce_warm_start": {"retrain": {"start": "teacher"}},
     # Bounds that read the truth: of the teacher's masks those above an IoU of 0.5; the best of all candidates.
-    "oracle": {"select": {"policy": "oracle", "candidates": ["teacher"]}},
-    "oracle_constructed": {"select": {"policy": "oracle"}},
+    "oracle": {"select": {"method": "oracle", "candidates": ["teacher"]}},
+    "oracle_constructed": {"select": {"method": "oracle"}},
 }
 """Methods that select in `--rounds` rounds, and what each changes in params.yaml."""
 
@@ -304,7 +305,7 @@ def read_scores(folder: Path, run: Run, params: dict[str, Any]) -> list[Row]:
     for split, part in table.groupby("split", sort=False):
         scores = method_scores(part)
         for scored, (method, number) in run.results.items():
-            # The supervised model is always asked without a prior.
+            # The supervised model always runs without a prior.
             without_prior = scores.get(scored if scored == "supervised" else f"{scored}_no_prior", {})
             row: Row = {"method": method, "round": number, "split": split} | _place(run)
             row |= {name: scores[scored][name] for name in ("miou", "oiou", "pr50")}
@@ -322,7 +323,7 @@ def trained_steps(params: dict[str, Any], number: int) -> int:
     """Steps that the weights of a round have had; those of the warm-up count where a round goes on from them."""
     if not number:
         return int(params["warmup"]["steps"])
-    goes_on = params["retrain"]["start"] == "teacher" or params["select"]["policy"] == "mean_teacher"
+    goes_on = params["retrain"]["start"] == "teacher" or params["select"]["method"] == "mean_teacher"
     return int(params["warmup"]["steps"] * goes_on + params["retrain"]["steps"] * (number if goes_on else 1))
 
 
@@ -359,11 +360,7 @@ def measure(runs: Sequence[Run], workers: int, threads: int, again: bool, commit
     if not wanted:
         return []
     (WORK / "logs").mkdir(parents=True, exist_ok=True)
-    with (WORK / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"another call of this bench is at work in {WORK.relative_to(ROOT)}") from None
+    with only_process(WORK / "lock", InputError(f"another call of this bench works in {WORK.relative_to(ROOT)}")):
         farm = Workers(workers, commit, threads)
         failed = farm.do(starts)
         rest = [run for run in wanted if run.method != WARMUP]
@@ -398,6 +395,8 @@ def main() -> None:
         try:
             threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
             failed = measure(runs, arguments.workers, threads, arguments.again, arguments.commit)
+        except InputError as error:
+            raise SystemExit(str(error)) from None
         except KeyboardInterrupt:
             raise SystemExit("stopped; the same call goes on") from None
     rows = stored(RESULTS)

@@ -1,11 +1,12 @@
-"""How good priors and proposals are: simulated answers against the wanted rates, recorded real ones, box and GrabCut.
+"""How good priors and proposals are: simulated responses against the wanted rates, recorded ones, box and GrabCut.
 
     python -m bench.priors              (some minutes)
     python -m bench.priors --table      (the tables of the stored results again)
 
-The folder L2L_REAL_DATA adds recorded answers on RefCOCO testA and real photos; without it only RefShapes is measured.
-Writes bench/results/priors.jsonl, one JSON object a measure, and tables of them into docs/priors.md. `ms` is CPU time a
-map. Wrong object: IoU below 0.5 with the own box, at least 0.5 with the box of another annotated object of the image.
+The folder L2L_REAL_DATA adds recorded responses on RefCOCO testA and real photos; without it only RefShapes is
+measured. Writes bench/results/priors.jsonl, one JSON object a measure, and tables of them into docs/priors.md. `ms` is
+CPU time a map. Wrong object: IoU below 0.5 with the own box, at least 0.5 with the box of another annotated object of
+the image.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from l2l_core.datasets.read import load_dataset
 from l2l_core.evaluation.evaluate import cut_proposal
 from l2l_core.mllm.coords import qwen_input_hw
 from l2l_core.mllm.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
-from l2l_core.mllm.query import ask_table, make_backend, make_questions
+from l2l_core.mllm.query import make_backend, make_questions, query_table
 from l2l_core.priors import proposals
 from l2l_core.priors.table import interpret
 
@@ -74,10 +75,10 @@ def save_index(index: Index, name: str) -> records.IndexPaths:
     return paths
 
 
-def answer(paths: records.IndexPaths, **changes: Any) -> pd.DataFrame:
+def query(paths: records.IndexPaths, **changes: Any) -> pd.DataFrame:
     """The priors of every sentence, as the stage makes them."""
     params = PriorsParams(**(PARAMS.priors.model_dump() | {"backend": "simulated"} | changes))
-    return records.to_frame(interpret(ask_table(make_backend(params, paths), make_questions(paths, params.samples))))
+    return records.to_frame(interpret(query_table(make_backend(params, paths), make_questions(paths, params.samples))))
 
 
 def boxes(column: pd.Series) -> NDArray[np.float64]:
@@ -85,7 +86,7 @@ def boxes(column: pd.Series) -> NDArray[np.float64]:
 
 
 def judge(priors: pd.DataFrame, index: Index) -> pd.DataFrame:
-    """A row an answer: its IoU (0 without a box) and whether it marks a wrong object, of which category."""
+    """A row per response: its IoU (0 without a box) and whether it marks a wrong object, of which category."""
     truth = records.to_frame(index.refs)[["sent_id", "image_id", "ann_id", "category", "bbox"]]
     rows = priors[["sent_id", "bbox", "score"]].merge(truth, on="sent_id", suffixes=("_said", "")).reset_index()
     said, true = boxes(rows["bbox_said"]), boxes(rows["bbox"])
@@ -106,14 +107,14 @@ def judge(priors: pd.DataFrame, index: Index) -> pd.DataFrame:
 
 
 def rates(judged: pd.DataFrame) -> Row:
-    """Shares of all answers, and the low bins' counts of wrong objects, as error_model.py states them."""
+    """Shares of all responses, and the low bins' counts of wrong objects, as error_model.py states them."""
     located = judged[judged["has_box"]]
     counts, _ = np.histogram(located["iou"], IOU_EDGES)
     wrong, _ = np.histogram(located.loc[located["wrong"], "iou"], IOU_EDGES)
     middle = located[located["iou"].between(0.2, 0.5, inclusive="left")]
     lost = judged[judged["wrong"]]
     return {
-        "answers": len(judged),
+        "answers": len(judged),  # this key and "asked" of bench.vlm are those of the stored rows
         "no_box": share(~judged["has_box"]),
         "acc50": share(judged["iou"] >= 0.5),
         "mean_iou": share(judged["iou"]),
@@ -135,7 +136,7 @@ def simulated(index: Index, paths: records.IndexPaths, data: str) -> list[Row]:
     """Each preset's rates beside those that it should have."""
     found = []
     for preset, model in ERROR_MODELS.items():
-        judged = judge(answer(paths, preset=preset), index)
+        judged = judge(query(paths, preset=preset), index)
         located = judged[judged["has_box"]]
         found.append(
             {"measure": "simulated", "data": data, "preset": preset}
@@ -147,7 +148,7 @@ def simulated(index: Index, paths: records.IndexPaths, data: str) -> list[Row]:
 
 
 def recorded(real: Path) -> list[Row]:
-    """Replayed real answers, as recorded and (Qwen) taken as pixels of the resized input; presets on the same refs."""
+    """Recorded responses, as they are and (Qwen) taken as pixels of the resized input; presets on the same refs."""
     layout = WORK / "refcoco_layout"  # the annotations under the names that the reader expects
     shutil.rmtree(layout, ignore_errors=True)
     layout.mkdir(parents=True)
@@ -155,12 +156,12 @@ def recorded(real: Path) -> list[Row]:
         (layout / published).symlink_to(real / "refcoco_annotations" / name)
     index = load_dataset(layout)
     refs = records.to_frame(index.refs)
-    asked = refs[refs["split"] == "testA"].drop_duplicates("ref_id")["sent_id"]
+    recorded_ids = refs[refs["split"] == "testA"].drop_duplicates("ref_id")["sent_id"]
     paths = save_index(index, "refcoco")
     found = []
     for preset, name in RECORDED.items():
         file = real / "mllm_outputs" / f"{name}_refcoco_testA.jsonl"
-        priors = answer(paths, backend="replay", replay_file=str(file))
+        priors = query(paths, backend="replay", replay_file=str(file))
         found.append({"measure": "replayed", "preset": preset} | rates(judge(priors[priors["model"] != ""], index)))
         found.append({"measure": "recorded_boxes", "preset": preset} | box_facts(file))
     lines = map(json.loads, (real / "mllm_outputs" / "qwen25vl_refcoco_testA.jsonl").read_text().splitlines())
@@ -177,10 +178,10 @@ def recorded(real: Path) -> list[Row]:
             for row in lines
         )
     )
-    priors = answer(paths, backend="replay", replay_file=str(converted))
+    priors = query(paths, backend="replay", replay_file=str(converted))
     judged = judge(priors[priors["model"] != ""], index)
     found.append({"measure": "replayed_as_resized", "preset": "qwen2.5-vl-7b"} | rates(judged))
-    first = Index(index.images, index.refs.filter(np.isin(refs["sent_id"], asked)), index.objects, index.masks)
+    first = Index(index.images, index.refs.filter(np.isin(refs["sent_id"], recorded_ids)), index.objects, index.masks)
     found += simulated(first, save_index(first, "refcoco_testa"), "refcoco testA, first sentences")
     found.append({"measure": "object_side", "data": "refcoco val, testA, testB"} | object_sides(index))
     return found
@@ -263,12 +264,12 @@ def measure() -> list[Row]:
         photos = [load_dataset(Path(real) / "res_mini" / name) for name in ("refcoco", "refcocog")]
         rows += rendered("real photos", pd.concat(map(referred, photos)), GRABCUT_VARIANTS)
     else:
-        print("L2L_REAL_DATA is not set: no recorded answers, no photos")
+        print("L2L_REAL_DATA is not set: no recorded responses, no photos")
     return rows
 
 
-def answers_table(rows: list[Row]) -> str:
-    """Markdown: real answers, the rates that each preset should have, and those that it has."""
+def responses_table(rows: list[Row]) -> str:
+    """Markdown: real responses, the rates that each preset should have, and those that it has."""
     lines = []
     for preset, model in ERROR_MODELS.items():
         shares = model.iou_share
@@ -281,7 +282,7 @@ def answers_table(rows: list[Row]) -> str:
                 rates_shown = [row[key] for key in ("answers", "no_box", "acc50", "wrong_object")]
                 lines.append([preset, source, *rates_shown, join(row["iou_histogram"])])
     bins = "IoU histogram, bins " + "/".join(f"{edge:g}" for edge in IOU_EDGES)
-    return docs.markdown(["preset", "answers", "number", "no box", "IoU >= 0.5", "another object", bins], lines)
+    return docs.markdown(["preset", "responses", "number", "no box", "IoU >= 0.5", "another object", bins], lines)
 
 
 def proposals_table(rows: list[Row]) -> str:
@@ -307,7 +308,7 @@ def main() -> None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    for name, text in (("answers", answers_table(rows)), ("proposals", proposals_table(rows))):
+    for name, text in (("responses", responses_table(rows)), ("proposals", proposals_table(rows))):
         docs.put(DOCUMENT, name, text)
         print(text)
 

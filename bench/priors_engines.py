@@ -7,7 +7,7 @@ A small Qwen2.5-VL of random weights in fp32, greedy, kept to the prompt's JSON 
 text. Writes bench/results/priors_engines.jsonl, one JSON object an engine, and the table into docs/priors.md. `ratio`
 is the median over turns of an engine's CPU time, in vLLM's; `least` and `most` are those of single turns; `wall_ratio`
 is by the clock, which other processes disturb. The number of threads is OMP_NUM_THREADS. So small a model shows what an
-engine costs beside the model's own arithmetic, not how fast a real one answers.
+engine costs beside the model's own arithmetic, not how fast a real one responds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from l2l_core.config import PriorsParams, load_params
 from l2l_core.mllm.engine import Engine, Request
 from l2l_core.mllm.engine_transformers import TransformersEngine
 from l2l_core.mllm.engine_vllm import VllmEngine
-from l2l_core.mllm.prompt import answer_schema, prompt_text
+from l2l_core.mllm.prompt import prompt_text, response_schema
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "priors_engines.jsonl"
@@ -50,15 +50,15 @@ Row = dict[str, Any]
 def make_requests() -> list[Request]:
     """Noise images of several sizes, a few sentences each."""
     rng = np.random.default_rng(0)
-    schema = answer_schema("box-2", "resized_pixel")
-    asked = []
+    schema = response_schema("box-2", "resized_pixel")
+    requests = []
     for number in range(REQUESTS // PER_IMAGE):
         side_px = SIDES_PX[number % len(SIDES_PX)]
         image = Image.fromarray(rng.integers(0, 256, (side_px, side_px, 3), dtype=np.uint8))
         for place in range(PER_IMAGE):
             text = prompt_text("box-2", f"the cup number {number} {place} on the left", "resized_pixel")
-            asked.append(Request(image, text, schema, 0.0, 0, MAX_TOKENS))
-    return asked
+            requests.append(Request(image, text, schema, 0.0, 0, MAX_TOKENS))
+    return requests
 
 
 def measure() -> list[Row]:
@@ -75,12 +75,12 @@ def measure() -> list[Row]:
             engines[f"transformers, {count} at a time"] = TransformersEngine(
                 params.model_copy(update={"engine": engine})
             )
-        asked, cpu_s, wall_s = make_requests(), {name: [] for name in engines}, {name: [] for name in engines}
+        requests, cpu_s, wall_s = make_requests(), {name: [] for name in engines}, {name: [] for name in engines}
         for _ in range(1 + TURNS):
             texts = []
             for name, each in engines.items():
                 cpu, wall = time.process_time(), time.perf_counter()
-                done = each.generate(asked)
+                done = each.generate(requests)
                 cpu_s[name].append(time.process_time() - cpu)
                 wall_s[name].append(time.perf_counter() - wall)
                 texts.append([completion.text for completion in done])

@@ -1,10 +1,10 @@
-"""The stages `ask` and `priors` against a server with faults, killed by SIGKILL at random moments and resumed.
+"""The stages `query` and `priors` against a server with faults, killed by SIGKILL at random moments and resumed.
 
     python -m bench.priors_kills        (30 kills; about eight minutes)
 
 Every time in a fresh folder: run, kill, run again, compare with what an undisturbed run wrote. `repeated` are requests
-that the server got more than once beyond those that an answer outside the prompt makes necessary; at most the chunk in
-flight (with the second draw of its answer outside the prompt) may be asked again. Writes
+that the server got more than once beyond those that a response outside the prompt makes necessary; at most the chunk in
+flight (with the second draw of its response outside the prompt) may be sent again. Writes
 bench/results/priors_kills.jsonl, one JSON object.
 """
 
@@ -36,11 +36,11 @@ RESULTS = ROOT / "bench" / "results" / "priors_kills.jsonl"
 KILLS, CHUNK, SENTENCES = 30, 4, 60
 DRAWN_AGAIN = 1  # of the sentences, by `trouble`
 PATIENCE_S = 120
-OUTPUTS = ("data/priors/answers.parquet", "data/priors/priors.parquet", "metrics/priors.json")
+OUTPUTS = ("data/priors/responses.parquet", "data/priors/priors.parquet", "metrics/priors.json")
 
 
 def trouble(body: dict[str, Any], _: int) -> Reply:
-    """Usable answers, but for one request that the server refuses and one that is answered well when drawn again."""
+    """Usable responses, but for one request that the server refuses and one whose second draw is usable."""
     if sentence_of(body) == "thing 13":
         return 400, b"{}"
     if sentence_of(body) == "thing 29" and body["temperature"] == 0:
@@ -95,7 +95,7 @@ def start(folder: Path, stage: str) -> subprocess.Popen[str]:
 
 def finish(folder: Path) -> dict[str, bytes]:
     """Run both stages to their end -> the bytes that they wrote."""
-    for stage in ("ask", "priors"):
+    for stage in ("query", "priors"):
         process = start(folder, stage)
         output, _ = process.communicate(timeout=PATIENCE_S)
         if process.returncode:
@@ -104,8 +104,8 @@ def finish(folder: Path) -> dict[str, bytes]:
 
 
 def kill_after(folder: Path, stub: Stub, requests: int, more_s: float) -> None:
-    """Run `ask`, and kill it a moment after the server has got so many more requests."""
-    before, process, deadline = len(stub.bodies), start(folder, "ask"), time.monotonic() + PATIENCE_S
+    """Run `query`, and kill it a moment after the server has got so many more requests."""
+    before, process, deadline = len(stub.bodies), start(folder, "query"), time.monotonic() + PATIENCE_S
     try:
         while len(stub.bodies) < before + requests:
             if process.poll() is not None or time.monotonic() > deadline:
@@ -121,11 +121,11 @@ def main() -> None:
     shutil.rmtree(WORK, ignore_errors=True)
     draw = random.Random(0)
     identical = repeated = most_repeated = 0
-    with serve(Stub(answer=trouble, delay_s=0.02)) as stub:
+    with serve(Stub(respond=trouble, delay_s=0.02)) as stub:
         whole = finish(make_folder(WORK / "whole", stub.url))
         for number in range(KILLS):
             folder, before = make_folder(WORK / str(number), stub.url), len(stub.bodies)
-            # Up to a chunk before the end, so that the kill comes while it asks; 0: while it starts.
+            # Up to a chunk before the end, so that the kill comes while it queries; 0: while it starts.
             kill_after(folder, stub, draw.randint(0, SENTENCES - CHUNK - 1), draw.uniform(0, 0.05))
             identical += finish(folder) == whole
             more = len(stub.bodies) - before - SENTENCES - DRAWN_AGAIN

@@ -1,10 +1,10 @@
-"""Real photos, real sentences, real answers: how good recorded boxes are as masks, and one run through every stage.
+"""Real photos, real sentences, real responses: how good recorded boxes are as masks, and one run through every stage.
 
     L2L_REAL_DATA=<folder> python -m bench.real_photos        (about two minutes on a free core)
 
 The folder holds res_mini/ (13 RefCOCO photos in the published layout) and mllm_outputs/ (Qwen2.5-VL-7B's boxes).
 (a) Ingest, split, priors and proposals by their command lines; the proposals of the 10 testA sentences that have a
-    recorded answer, cut at 0.5, against the true masks: once rendered as boxes, once sharpened by GrabCut.
+    recorded response, cut at 0.5, against the true masks: once rendered as boxes, once sharpened by GrabCut.
 (b) `dvc repro` with 4 photos labeled, 6 unlabeled and 3 to evaluate, one round. Too few to learn from: it shows
     that every stage takes real data, and its scores mean no more than that.
 Writes bench/results/real_photos.jsonl, one JSON object a method.
@@ -41,14 +41,14 @@ ROLES = {
     "unlabeled_image_ids": [40346, 120431, 352357, 370802, 389145, 464174],
     "eval_image_ids": [486606, 491707, 561454],
 }
-"""All photos of testB and val and one of testA teach: the other nine of testA have the recorded answers."""
+"""All photos of testB and val and one of testA teach: the other nine of testA have the recorded responses."""
 
 STEPS = 60
 PARAMS: dict[str, Any] = {
     "round": 1,
     "dataset": "data/photos/refcoco",
     "split": {"list_file": "data/photos/roles.json"},
-    "priors": {"backend": "replay", "replay_file": "data/photos/answers.jsonl"},
+    "priors": {"backend": "replay", "replay_file": "data/photos/responses.jsonl"},
     "model": {"image_size_px": 256},
     "train": {"batch_size": 4, "log_every": 10},
     "warmup": {"steps": STEPS},
@@ -60,11 +60,11 @@ PARAMS: dict[str, Any] = {
 
 
 def add_photos(project: Path, real: Path) -> None:
-    """Copy photos, annotations and recorded answers into a project, and the list of who teaches."""
+    """Copy photos, annotations and recorded responses into a project, and the list of who teaches."""
     folder = project / "data" / "photos"
     shutil.copytree(real / "res_mini" / "refcoco", folder / "refcoco")
     shutil.copytree(real / "res_mini" / "images", folder / "images")
-    shutil.copy(real / "mllm_outputs" / "qwen25vl_refcoco_testA.jsonl", folder / "answers.jsonl")
+    shutil.copy(real / "mllm_outputs" / "qwen25vl_refcoco_testA.jsonl", folder / "responses.jsonl")
     (folder / "roles.json").write_text(json.dumps(ROLES), encoding="utf-8")
 
 
@@ -84,15 +84,15 @@ def run(project: Path, *command: str) -> str:
 
 
 def score_prior(project: Path, renderer: str) -> tuple[dict[str, float], int]:
-    """Render the proposals by the stage's command line; scores of the sentences that were asked, and their number."""
+    """Render the proposals by the stage's command line; scores and number of the sentences with a recorded response."""
     set_params(project, {"proposals": {"renderer": renderer}})
     run(project, "python", "-m", "stages.proposals")
     priors = _frame(project, records.PRIORS_PATH, records.PRIORS)
-    asked = priors.loc[priors["model"] != "", "sent_id"]  # others have no recorded answer
+    recorded = priors.loc[priors["model"] != "", "sent_id"]  # others have no recorded response
     refs = _frame(project, records.INDEX.refs, records.REFS)[["sent_id", "ann_id"]]
     masks = _frame(project, records.INDEX.masks, records.MASKS)
     proposals = _frame(project, records.PROPOSALS_PATH, records.PROPOSALS).drop(columns=["height", "width"])
-    rows = refs[refs["sent_id"].isin(asked)].merge(masks, on="ann_id").merge(proposals, on="sent_id")
+    rows = refs[refs["sent_id"].isin(recorded)].merge(masks, on="ann_id").merge(proposals, on="sent_id")
     sizes = rows[["height", "width"]].to_numpy(np.int64)
     cut = []
     for soft, (height, width) in zip(rows["soft"], sizes.tolist(), strict=True):
@@ -127,12 +127,12 @@ def main() -> None:
         "commit": run(ROOT, "git", "rev-parse", "--short", "HEAD").strip(),
     }
     rows = []
-    for stage in ("ingest", "split", "ask", "priors"):
+    for stage in ("ingest", "split", "query", "priors"):
         print(run(WORK, "python", "-m", f"stages.{stage}"), end="")
     for renderer in ("box", "grabcut"):
         started = time.monotonic()
         scores, count = score_prior(WORK, renderer)
-        rows.append(_row(f"prior, {renderer}, asked sentences", 0, scores, 0, started) | {"sentences": count})
+        rows.append(_row(f"prior, {renderer}, recorded sentences", 0, scores, 0, started) | {"sentences": count})
     set_params(WORK, PARAMS | {"proposals": {"renderer": "box"}})
     started = time.monotonic()
     print(run(WORK, "dvc", "repro"))

@@ -13,9 +13,9 @@ Sources of the reward on labeled sentences:
     hold-out    round 1: a share of 1 / select.folds of the labeled images that no model trains on; teacher and policy
                 make do with the rest (the teacher with select.fold_steps, a little fewer than warmup.steps, and it
                 decides about labels of its own)
-    further     round 2: the folds' teachers, trained further with the pseudo-labels of round 1
-    kept        round 2: those of round 0
-    fresh       round 2: new ones, trained with labels and pseudo-labels for select.fold_steps
+    continue    round 2: the folds' teachers, trained further with the pseudo-labels of round 1
+    freeze      round 2: those of round 0
+    retrain     round 2: new ones, trained with labels and pseudo-labels for select.fold_steps
 
 `change` names what else differs from bench/benchmark.yaml: the cost of a wrong pixel, the weight of the agreement on
 unlabeled sentences, the bonus for entropy.
@@ -54,11 +54,11 @@ from l2l_core.data.folds import fold_of_images
 from l2l_core.data.load import batches_of, pairs_of
 from l2l_core.data.pairs import load_targets
 from l2l_core.model.predictor import Predictor
-from l2l_core.pseudo_labels.features import Candidates, Outcome
-from l2l_core.pseudo_labels.generate import judge_labeled, judge_out_of_fold
+from l2l_core.pseudo_labels.features import Candidates, CandidateTruth
+from l2l_core.pseudo_labels.generate import score_labeled, score_out_of_fold
 from l2l_core.pseudo_labels.reinforce import train_policy
 from l2l_core.pseudo_labels.reward import RIGHT_IOU, utility
-from l2l_core.pseudo_labels.select import decide
+from l2l_core.pseudo_labels.select import select_labels
 from l2l_core.training.runs import labeled_stream, part_of
 
 WORK = ROOT / "bench" / "work" / "rewards"
@@ -72,11 +72,11 @@ CHANGES: dict[str, list[dict[str, float]]] = {
         {"unlabeled_weight": 1.0},
         {"entropy_bonus": 0.0},
     ],
-    "further": [{"wrong_cost": 2.0}, {"unlabeled_weight": 0.0}],
+    "continue": [{"wrong_cost": 2.0}, {"unlabeled_weight": 0.0}],
 }
 """Changes of `select` that are tried with a source, besides none."""
 
-Judged = tuple[Candidates, Outcome]
+Judged = tuple[Candidates, CandidateTruth]
 Row = dict[str, Any]
 
 
@@ -86,20 +86,20 @@ def of_val(params: Params, teacher: Predictor) -> Judged:
     evaluated = pairs_of(params, "eval")
     val = evaluated.with_sent_ids(refs.loc[refs["split"] == "val", "sent_id"].to_numpy(np.int64))
     targets = load_targets(records.INDEX.masks, records.INDEX, val)
-    return judge_labeled(params, teacher, batches_of(params, val), targets, "val")
+    return score_labeled(params, teacher, batches_of(params, val), targets, "val")
 
 
 def quality(params: Params, reward: Judged, faced: Judged, seed: int) -> Row:
     """Train a policy on `reward`, let it decide about `faced`, and look at the truth."""
     seen, truth = faced
-    decision = decide(params.select, seen, train_policy(*reward, seen, params.select, seed).policy)
+    selection = select_labels(params.select, seen, train_policy(*reward, seen, params.select, seed).policy)
     everyone = np.arange(len(seen.sent_id))
-    iou, accepted = truth.iou[everyone, decision.choice], decision.accepted
-    keep = torch.from_numpy(decision.keep_cells.astype(np.float32))
-    worth = utility(torch.from_numpy(truth.cells[everyone, decision.choice]), keep, 1.0)
+    iou, accepted = truth.iou[everyone, selection.choice], selection.accepted
+    keep = torch.from_numpy(selection.keep_cells.astype(np.float32))
+    worth = utility(torch.from_numpy(truth.cells[everyone, selection.choice]), keep, 1.0)
     of_accepted = iou[accepted] if accepted.any() else np.full(1, np.nan)
     values = {
-        "auroc": auroc(decision.accept_prob, iou > RIGHT_IOU) or float("nan"),
+        "auroc": auroc(selection.accept_prob, iou > RIGHT_IOU) or float("nan"),
         "accepted": 100 * accepted.mean(),
         "precision": 100 * np.mean(of_accepted > RIGHT_IOU),
         "iou_accepted": 100 * of_accepted.mean(),
@@ -115,20 +115,20 @@ def variants(params: Params, repro: Callable[[dict[str, Any]], None]) -> Iterato
     folds = [records.round_folder(number) / "folds" for number in (0, 1)]
     first, second = (Predictor.from_run(records.round_folder(number) / "model", params.train) for number in (0, 1))
     labeled, faced = labeled_stream(params, 1.0), of_val(params, first)
-    out_of_fold = judge_out_of_fold(params, folds[0])
+    out_of_fold = score_out_of_fold(params, folds[0])
     yield 1, "folds", count * select.fold_steps, out_of_fold, faced
-    yield 1, "in-sample", 0, judge_labeled(params, first, labeled.batches, labeled.targets, "in-sample"), faced
+    yield 1, "in-sample", 0, score_labeled(params, first, labeled.batches, labeled.targets, "in-sample"), faced
     held_out = part_of(
         labeled, np.flatnonzero(fold_of_images(labeled.batches.pairs.image_row, count, params.seed) == 0)
     )
     apart = Predictor.from_run(folds[0] / "0", params.train)
-    of_rest = judge_labeled(params, apart, held_out.batches, held_out.targets, "hold-out")
+    of_rest = score_labeled(params, apart, held_out.batches, held_out.targets, "hold-out")
     yield 1, "hold-out", 0, of_rest, of_val(params, apart)
     faced = of_val(params, second)
-    yield 2, "further", count * select.fold_update_steps, judge_out_of_fold(params, folds[1]), faced
-    yield 2, "kept", 0, out_of_fold, faced
-    repro({"fold_update": "fresh"})
-    yield 2, "fresh", count * select.fold_steps, judge_out_of_fold(params, folds[1]), faced
+    yield 2, "continue", count * select.fold_update_steps, score_out_of_fold(params, folds[1]), faced
+    yield 2, "freeze", 0, out_of_fold, faced
+    repro({"fold_update": "retrain"})
+    yield 2, "retrain", count * select.fold_steps, score_out_of_fold(params, folds[1]), faced
 
 
 def measure(seed: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on 127.0.0.1 whose answers depend on the request alone, with faults on demand."""
+"""An OpenAI-compatible server on 127.0.0.1 whose responses depend on the request alone, with faults on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, bytes]
-Answer = Callable[[dict[str, Any], int], Reply]
+Respond = Callable[[dict[str, Any], int], Reply]
 
 
 def text_of(body: dict[str, Any]) -> str:
@@ -41,7 +41,7 @@ def completion(text: str, prompt_tokens: int = 100, completion_tokens: int = 10)
 
 
 def some_box(body: dict[str, Any], _: int = 0) -> Reply:
-    """A usable answer whose box and tokens are a function of the question and the seed."""
+    """A usable response whose box and tokens are a function of the question and the seed."""
     digest = hashlib.sha256(f"{text_of(body)} {body['seed']}".encode()).digest()
     x, y = digest[0] % 40, digest[1] % 40
     said = {"found": True, "target": "cup", "attributes": ["red"], "relation": "left of", "anchor": "the box"}
@@ -51,9 +51,9 @@ def some_box(body: dict[str, Any], _: int = 0) -> Reply:
 
 @dataclass
 class Stub:
-    """What the server was asked, and how it answers: `answer` gets a request and how often it came before."""
+    """The requests that the server got, and how it responds: `respond` gets a request and how often it came before."""
 
-    answer: Answer = some_box
+    respond: Respond = some_box
     delay_s: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Stub:
             self.bodies.append(body)
             self.keys.append(key)
         time.sleep(self.delay_s)
-        return self.answer(body, before)
+        return self.respond(body, before)
 
 
 @contextmanager

@@ -81,13 +81,13 @@ def save_tiny_qwen(folder: Path, seed: int = 0) -> Path:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Letters and words of our own prompt and of answers to it, so that a question is some 200 tokens long."""
+    """Letters and words of our own prompt and of responses to it, so that a question is some 200 tokens long."""
     letters = Tokenizer(models.BPE())
     letters.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\W"), "isolated")
     letters.decoder = decoders.Fuse()
-    answer = {"found": True, "target": "cup", "attributes": ["red"], "relation": "left of", "anchor": "the box"}
-    answer |= {"boxes": [[10, 20, 30, 40]], "point": [20, 30], "confidence": 0.5}
-    texts = [prompt_text("box-2", "the red cup on the left", "resized_pixel"), json.dumps(answer)] * 4
+    response = {"found": True, "target": "cup", "attributes": ["red"], "relation": "left of", "anchor": "the box"}
+    response |= {"boxes": [[10, 20, 30, 40]], "point": [20, 30], "confidence": 0.5}
+    texts = [prompt_text("box-2", "the red cup on the left", "resized_pixel"), json.dumps(response)] * 4
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=SPECIAL,

@@ -1,9 +1,9 @@
-"""What RefShapes-VLM answers about the built-in dataset: how many boxes are right, how far off others are, its time.
+"""What RefShapes-VLM responds about the built-in dataset: how many boxes are right, how far off others are, its time.
 
     python -m bench.vlm              (some minutes)
     python -m bench.vlm --table      (tables and picture of the stored results again)
 
-Asks about every sentence as the stage `ask` does. Writes bench/results/vlm.jsonl, one JSON object a split, a style or a
+Queries every sentence as the stage `query` does. Writes bench/results/vlm.jsonl, one JSON object a split, a style or a
 stated confidence, tables of them into vlm/README.md, and the curve of the training (vlm/curve.jsonl) as
 docs/images/vlm_curve.png. Shares are of all sentences of a row; `seconds` is wall time of all splits together.
 """
@@ -26,7 +26,7 @@ import torch
 from matplotlib import pyplot
 
 from bench import docs, refshapes
-from bench.priors import PARAMS, answer, join, judge, rates, save_index
+from bench.priors import PARAMS, join, judge, query, rates, save_index
 from l2l_core.artifacts import records
 from l2l_core.core.device import resolve_precision
 from l2l_core.core.metrics import auroc
@@ -45,7 +45,7 @@ MODEL: dict[str, Any] = {
     "precision": "auto",
     "structured_output": "auto",
 }
-"""What asks the model, as params.yaml ships it."""
+"""What queries the model, as params.yaml ships it."""
 
 Row = dict[str, Any]
 
@@ -56,7 +56,7 @@ def measure() -> list[Row]:
     paths = save_index(index, "vlm")
     started = time.perf_counter()
     engine = PARAMS.priors.engine.model_copy(update={"device": "cpu"})
-    priors = answer(paths, **MODEL, engine=engine)
+    priors = query(paths, **MODEL, engine=engine)
     seconds = round(time.perf_counter() - started, 1)
     known = records.to_frame(index.refs)[["sent_id", "split", "style"]].merge(
         priors[["sent_id", "status"]], on="sent_id"
@@ -91,7 +91,7 @@ def trust(judged: pd.DataFrame) -> Row:
     return {} if percent is None else {"confidence_auroc": round(percent / 100, 3)}
 
 
-def answers_table(rows: list[Row]) -> str:
+def responses_table(rows: list[Row]) -> str:
     """Markdown: the splits, beside the error model of a large model on photos."""
     lines: list[list[object]] = []
     for row in rows:
@@ -114,41 +114,41 @@ def styles_table(rows: list[Row]) -> str:
 
 
 def confidence_table(rows: list[Row]) -> str:
-    """Markdown: val by the confidence that the answer states."""
+    """Markdown: val by the confidence that the response states."""
     lines: list[list[object]] = [
         [f"{row['confidence']:.1f}", row["answers"], row["acc50"]] for row in rows if "confidence" in row
     ]
-    return docs.markdown(["confidence (val)", "answers", "IoU >= 0.5"], lines)
+    return docs.markdown(["confidence (val)", "responses", "IoU >= 0.5"], lines)
 
 
 def time_text(rows: list[Row]) -> str:
     row = rows[0]
     threads, precision = f"{row['threads']} thread{'s' * (row['threads'] > 1)}", row.get("precision", "bf16")
     return (
-        f"All {row['asked']:,} sentences of the dataset were answered in {row['seconds']:.0f} s "
+        f"The queries for all {row['asked']:,} sentences of the dataset took {row['seconds']:.0f} s "
         f"({threads}, {row['device']}, `transformers`, {precision})."
     )
 
 
-PARTS = {"answers": answers_table, "styles": styles_table, "confidences": confidence_table, "time": time_text}
+PARTS = {"responses": responses_table, "styles": styles_table, "confidences": confidence_table, "time": time_text}
 """Marks in the model card, and what stands between them."""
 
 
 def draw_curve() -> None:
-    """Both trainings: what patches tell, then the answers' losses and how often the pointer hits."""
+    """Both trainings: what patches tell, then the responses' losses and how often the pointer hits."""
     matplotlib.use("Agg")
     lines = pd.DataFrame(json.loads(line) for line in CURVE.read_text(encoding="utf-8").splitlines())
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained")
-    tower, answers = (lines[lines["part"] == part] for part in ("tower", "answers"))
+    tower, responses = (lines[lines["part"] == part] for part in ("tower", "answers"))
     for name in ("shape", "colour", "texture", "size"):
         axes[0].plot(tower["step"], tower[name], label=name)
     axes[0].set(title="tower: patches right, held-out scenes", xlabel="step", ylim=(0, 1))
     for name, label in (("words", "words"), ("numbers", "coordinates")):
-        axes[1].plot(answers["step"], answers[name], label=label)
-    axes[1].set(title="answers: cross-entropy, held-out", xlabel="step")
+        axes[1].plot(responses["step"], responses[name], label=label)
+    axes[1].set(title="responses: cross-entropy, held-out", xlabel="step")
     axes[1].set_ylim(bottom=0)
-    axes[2].plot(answers["step"], answers["pointed"], label="right object pointed at")
-    axes[2].set(title="answers: pointer, held-out", xlabel="step", ylim=(0, 1))
+    axes[2].plot(responses["step"], responses["pointed"], label="right object pointed at")
+    axes[2].set(title="responses: pointer, held-out", xlabel="step", ylim=(0, 1))
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()

@@ -1,4 +1,4 @@
-"""What waiting threads and emulated bf16 cost: a training step and a request of `ask`, quiet and beside a busy process.
+"""What waiting threads and emulated bf16 cost a training step and a request of `query`, alone and near a busy process.
 
     python -m bench.waiting [--turns 5] [--threads 2]
 
@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "waiting.jsonl"
 DOCUMENT, MARK = ROOT / "docs" / "results.md", "waiting"
 BUSY = [sys.executable, "-c", "while True: pass"]
-ANSWER_TOKENS = 48
-"""An answer to the prompt has about so many."""
+RESPONSE_TOKENS = 48
+"""A response to the prompt has about so many."""
 
 
 WAITS = {
@@ -46,15 +46,16 @@ WAITS = {
 class Setting:
     """One way to do the work."""
 
-    work: str  # training, ask
+    work: str  # training, query
     wait: str  # one of WAITS
     neighbor: str  # none, busy
     precision: str
 
 
+KINDS = ("training", "query")
 SETTINGS = [
-    *(Setting(work, wait, near, "fp32") for work in ("training", "ask") for near in ("none", "busy") for wait in WAITS),
-    *(Setting(work, "brief", "none", "bf16") for work in ("training", "ask")),
+    *(Setting(kind, wait, neighbor, "fp32") for kind in KINDS for neighbor in ("none", "busy") for wait in WAITS),
+    *(Setting(kind, "brief", "none", "bf16") for kind in KINDS),
 ]
 
 
@@ -85,7 +86,7 @@ def training(precision: str) -> tuple[Callable[[], None], int]:
     return step, params.train.batch_size
 
 
-def ask(precision: str) -> tuple[Callable[[], None], int]:
+def query(precision: str) -> tuple[Callable[[], None], int]:
     """One batch of requests to RefShapes-VLM, and their number."""
     import numpy as np
     from PIL import Image
@@ -100,11 +101,11 @@ def ask(precision: str) -> tuple[Callable[[], None], int]:
     model = TransformersEngine(priors.model_copy(update={"precision": precision, "engine": engine}))
     pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     text = prompt_text(priors.prompt, "the small red circle on the left", "percent")
-    requests = [Request(Image.fromarray(pixels), text, None, 0.0, 0, ANSWER_TOKENS)] * engine.batch_size
+    requests = [Request(Image.fromarray(pixels), text, None, 0.0, 0, RESPONSE_TOKENS)] * engine.batch_size
     return lambda: model.generate(requests) and None, len(requests)
 
 
-WORKS = {"training": training, "ask": ask}
+WORKS = {"training": training, "query": query}
 
 
 def work(setting: Setting, times: int) -> None:
@@ -136,14 +137,18 @@ def measure(setting: Setting, threads: int, times: int) -> tuple[float, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: every setting, and the machine."""
     shown: list[list[object]] = [
-        [row["work"], row["precision"], row["wait"], row["neighbor"], f"{row['wall_ms']:.1f}", f"{row['cpu_ms']:.1f}"]
+        [
+            docs.current_name(row["work"]),
+            *(row[key] for key in ("precision", "wait", "neighbor")),
+            *(f"{row[key]:.1f}" for key in ("wall_ms", "cpu_ms")),
+        ]
         for row in rows
     ]
     head = ["work", "precision", "waiting", "neighbor", "wall ms", "CPU ms"]
     first = rows[0]
     return (
-        f"{docs.markdown(head, shown)}\n\nPer image (training) or request (ask), {first['threads']} threads, median of "
-        f"{first['turns']} turns; {first['device']}, commit {first['commit']}."
+        f"{docs.markdown(head, shown)}\n\nPer image (training) or request (query), {first['threads']} threads, "
+        f"median of {first['turns']} turns; {first['device']}, commit {first['commit']}."
     )
 
 

@@ -2,9 +2,9 @@
 
     python examples/draw_tabletop.py [FOLDER]
 
-Writes images/*.jpg and pairs.jsonl there, and beside it FOLDER_answers.jsonl. Everything is drawn and written here; no
-photo, model or other data set is part of it. The answers stand for those of a multimodal LLM: the drawn places, moved a
-little; one is missing, one says that there is nothing, one is another object's.
+Writes images/*.jpg and pairs.jsonl there, and beside it FOLDER_responses.jsonl. Everything is drawn and written here;
+no photo, model or other data set is part of it. The responses imitate a multimodal LLM: they are the drawn places,
+moved a little; one is missing, one says that there is nothing, one is another object's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 WIDTH, HEIGHT = 160, 120
 SCALE = 4  # drawn larger and shrunk, for smooth edges
 TABLE_Y = 62  # where wall and table meet
-BOX_NOISE_PX = 4  # of the answers' corners
+BOX_NOISE_PX = 4  # of the responses' corners
 QUALITY = 88  # of the JPEGs: some 5 kB each
 
 COLOURS = {
@@ -52,11 +52,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Said:
-    """A sentence about things[target]; answer: what stands for the model's: "box", "none", "missing", "wrong"."""
+    """A sentence about things[target]; response: the imitated one: "box", "none", "missing", "wrong"."""
 
     sentence: str
     target: int
-    answer: str = "box"
+    response: str = "box"
 
 
 Scene = tuple[str, bool, list[Thing], list[Said]]  # split, whether there are masks
@@ -143,7 +143,7 @@ def main() -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     pairs: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
+    responses: list[dict[str, Any]] = []
     for number, (split, has_masks, things, said) in enumerate(SCENES, start=1):
         name = f"images/{number:02d}.jpg"
         draw_scene(number, things, rng).save(folder / name, quality=QUALITY)
@@ -154,12 +154,12 @@ def main() -> None:
                 pair["mask"] = {"polygon": outlines[one.target]}
             if split != "train":
                 pair["split"] = split
-            corners = np.reshape(outlines[one.target if one.answer != "wrong" else one.target - 1], (-1, 2))
+            corners = np.reshape(outlines[one.target if one.response != "wrong" else one.target - 1], (-1, 2))
             box = np.concatenate([corners.min(0), corners.max(0)]) + rng.integers(-BOX_NOISE_PX, BOX_NOISE_PX + 1, 4)
             box = box.clip(0, [WIDTH, HEIGHT, WIDTH, HEIGHT]).round().astype(int)
-            text = {"bbox": None if one.answer == "none" else box.tolist()}
-            if one.answer != "missing":
-                answers.append(
+            text = {"bbox": None if one.response == "none" else box.tolist()}
+            if one.response != "missing":
+                responses.append(
                     {
                         "sent_id": len(pairs),
                         "expression": one.sentence,
@@ -169,7 +169,10 @@ def main() -> None:
                 )
             pairs.append(pair)
     # Not in the folder: a data set of pairs has one .jsonl file.
-    for path, rows in ((folder / "pairs.jsonl", pairs), (folder.with_name(f"{folder.name}_answers.jsonl"), answers)):
+    for path, rows in (
+        (folder / "pairs.jsonl", pairs),
+        (folder.with_name(f"{folder.name}_responses.jsonl"), responses),
+    ):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from l2l_core.errors import L2LError as L2LError
     from l2l_core.model.predictor import Prediction as Prediction
     from l2l_core.model.predictor import Predictor as Predictor
-    from l2l_core.priors.parse import parse_answer as parse_answer
+    from l2l_core.priors.parse import parse_response as parse_response
     from l2l_core.priors.proposals import render_box as render_box
     from l2l_core.priors.proposals import render_point as render_point
 
@@ -39,7 +39,7 @@ _HOMES = {
     "encode_rle": "l2l_core.core.masks",
     "load_dataset": "l2l_core.datasets.read",
     "load_params": "l2l_core.config",
-    "parse_answer": "l2l_core.priors.parse",
+    "parse_response": "l2l_core.priors.parse",
     "render_box": "l2l_core.priors.proposals",
     "render_point": "l2l_core.priors.proposals",
     "segmentation_scores": "l2l_core.core.metrics",

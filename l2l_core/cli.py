@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l2l_core.artifacts.records import METRICS_PATH, REPORT_PATH
-from l2l_core.artifacts.rounds import model_folder, newest_round
+from l2l_core.artifacts.rounds import latest_round, model_folder
 from l2l_core.core.files import added_to, end_on_sigterm
 from l2l_core.errors import ArtifactError, InputError, exit_code
 
@@ -30,9 +30,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, pre
 export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(export_app, name="export", help="Write pseudo-labels or the network for other tools.")
 
-Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the last run's newest)")]
+Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the last run's latest)")]
 Polygons = Annotated[bool, typer.Option("--polygons", help="masks as polygons, not as run lengths")]
-Run = Annotated[Path | None, typer.Option(help="folder of a round or of its model (default: the last run's newest)")]
+Run = Annotated[Path | None, typer.Option(help="folder of a round or of its model (default: the last run's latest)")]
 
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:
@@ -175,7 +175,7 @@ def export_coco(
     """
     from l2l_core.export import labels
 
-    number = newest_round("pseudo_labels.parquet") if number is None else number
+    number = latest_round("pseudo_labels.parquet") if number is None else number
     found = labels.read_labels(number)
     chosen = labels.accepted_labels(found)
     name = f"pseudo_labels_round_{number}"
@@ -203,7 +203,7 @@ def export_label_studio(
     """
     from l2l_core.export import labels, review
 
-    number = newest_round("pseudo_labels.parquet") if number is None else number
+    number = latest_round("pseudo_labels.parquet") if number is None else number
     tasks = review.label_studio_tasks(labels.read_labels(number), limit, image_prefix, polygons=polygons)
     name = f"review_round_{number}"
     with added_to(out) as folder:
@@ -338,7 +338,7 @@ def _write_pairs(imported: Imported, out: Path) -> None:
     photos = f", {len(imported.photos)} photos out of the files themselves" if imported.photos else ""
     print(f"{len(rows)} pairs, {masks} of them with a mask{photos}: {out / FILE_NAME}")
     changes = f"-S dataset={out} -S priors.backend=none -S split.labeled_fraction=1.0"
-    print(f"next, or with a backend that can be asked about these images: l2l check {changes}")
+    print(f"next, or with a backend that can be queried about these images: l2l check {changes}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -25,11 +25,17 @@ EMBEDDED_MODEL = "refshapes-vlm"
 MAX_ROUND = 5
 """Number of rounds that stages/dvc.yaml defines. A larger `round` needs a longer `chain` there."""
 
-MOVED_KEYS = {
-    f"train.{key}": f"train.engine.{key}"
-    for key in ("device", "micro_batch_size", "gradient_checkpointing", "checkpoint_every")
+RENAMED_KEYS = {
+    **{
+        f"train.{key}": f"train.engine.{key}"
+        for key in ("device", "micro_batch_size", "gradient_checkpointing", "checkpoint_every")
+    },
+    "select.policy": "select.method",
+    "retrain.passes": "retrain.num_passes",
 }
 """Keys of earlier versions -> their current names."""
+RENAMED_VALUES = {"select.fold_update": {"further": "continue", "fresh": "retrain", "kept": "freeze"}}
+"""Key -> its values in earlier versions -> their current names."""
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -95,7 +101,7 @@ class PriorEngineParams(Section):
     """How the multimodal LLM runs. Nothing here changes the queries, so changes reuse cached responses."""
 
     python: str | None
-    """Interpreter of the stage `ask`, for a backend whose packages are in a separate environment."""
+    """Interpreter of the stage `query`, for a backend whose packages are in a separate environment."""
     device: DeviceSetting
     """Device of the `transformers` backend."""
     batch_size: PositiveInt
@@ -174,7 +180,7 @@ class PriorsParams(Section):
     prices: PricesParams
 
     @property
-    def asks_embedded(self) -> bool:
+    def queries_embedded(self) -> bool:
         """Whether the backend queries the built-in multimodal LLM."""
         return self.backend in LIVE_BACKENDS and Path(str(self.model)).name == EMBEDDED_MODEL
 
@@ -284,7 +290,7 @@ class WarmupParams(Section):
 class SelectParams(Section):
     """How to select pseudo-labels and their valid pixels."""
 
-    policy: Literal[
+    method: Literal[
         "reinforce", "all", "none", "threshold", "semires", "topk", "agreement", "ranksum", "mean_teacher", "oracle"
     ]
     candidates: Annotated[list[Candidate], Field(min_length=1)]
@@ -292,10 +298,10 @@ class SelectParams(Section):
     folds: Annotated[int, Field(ge=2, le=10)]
     """Number of out-of-fold teachers. Their candidates are scored on labeled images that they never saw."""
     fold_steps: PositiveInt
-    fold_update: Literal["further", "fresh", "kept"]
+    fold_update: Literal["continue", "retrain", "freeze"]
     """After a round, fold teachers continue on its pseudo-labels, are retrained with them, or stay frozen."""
     fold_update_steps: PositiveInt
-    """Steps of `further`. `fresh` uses fold_steps."""
+    """Steps of `continue`. `retrain` uses fold_steps."""
     grid: Annotated[int, Field(ge=2, le=64)]
     """Cells per side of the grid. The pixels of a cell are kept or dropped together."""
     pixel_threshold: Annotated[float, Field(ge=0.5, lt=1.0)]
@@ -321,17 +327,22 @@ class SelectParams(Section):
 
     @model_validator(mode="after")
     def _pixel_rules_weigh_the_teacher(self) -> SelectParams:
-        if self.policy in ("threshold", "semires") and self.candidates[0] != "teacher":
+        if self.method in ("threshold", "semires") and self.candidates[0] != "teacher":
             raise ValueError(
-                f"candidates: got {self.candidates}, expected teacher as the first because policy is {self.policy}: "
+                f"candidates: got {self.candidates}, expected teacher as the first because method is {self.method}: "
                 "it weighs pixels by the teacher's confidence in its own mask"
             )
         return self
 
     @property
-    def constructed(self) -> list[str]:
-        """The candidates that the rule uses. A fixed rule uses only the first."""
-        return list(self.candidates) if self.policy in ("reinforce", "oracle") else list(self.candidates[:1])
+    def candidate_names(self) -> list[str]:
+        """The candidates that the method uses. A fixed rule uses only the first."""
+        return list(self.candidates) if self.method in ("reinforce", "oracle") else list(self.candidates[:1])
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether the method trains a policy, and therefore needs the fold teachers."""
+        return self.method == "reinforce"
 
 
 class RetrainParams(Section):
@@ -342,7 +353,7 @@ class RetrainParams(Section):
     """Fraction of each batch that comes from the labeled pairs."""
     start: Literal["scratch", "teacher"]
     """Start from random weights or from the last round's model."""
-    passes: Annotated[int, Field(ge=1, le=4)]
+    num_passes: Annotated[int, Field(ge=1, le=4)]
     """Forward passes per pair at inference. Each pass after the first takes the previous mask as its proposal."""
 
 
@@ -388,7 +399,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _model_knows_the_data(self) -> Params:
-        if not self.priors.asks_embedded:
+        if not self.priors.queries_embedded:
             return self
         for key, got, taught in (
             ("prompt", self.priors.prompt, ("box-2",)),
@@ -401,8 +412,8 @@ class Params(Section):
         if not self.is_embedded:
             raise ValueError(
                 f"priors.model: got {self.priors.model!r}, which knows {EMBEDDED_DATASET} alone, but dataset is "
-                f"{self.dataset!r}: name another model, replay recorded answers (priors.backend=replay), or do without "
-                "(priors.backend=none)"
+                f"{self.dataset!r}: name another model, replay recorded responses (priors.backend=replay), or do "
+                "without (priors.backend=none)"
             )
         return self
 
@@ -511,10 +522,12 @@ def _explain(detail: Any) -> str:
     match kind:
         case "missing":
             return f"{key}: missing, add it (see the comments in params.yaml)"
-        case "extra_forbidden" if key in MOVED_KEYS:
-            return f"{key}: moved, use {MOVED_KEYS[key]} (see params.yaml)"
+        case "extra_forbidden" if key in RENAMED_KEYS:
+            return f"{key}: renamed, use {RENAMED_KEYS[key]} (see params.yaml)"
         case "extra_forbidden":
             return f"{key}: unknown parameter, expected one of those in params.yaml; check the spelling"
+        case "literal_error" if got in RENAMED_VALUES.get(key, {}):
+            return f"{key}: {got!r} was renamed, use {RENAMED_VALUES[key][got]!r}"
         case "literal_error":
             expected = context["expected"].replace(" or ", ", ")
             return f"{key}: got {got!r}, expected {'one of ' * (', ' in expected)}{expected}"

@@ -11,7 +11,7 @@ from l2l_core.config import Params, load_params
 from l2l_core.core.files import copy_whole, scratch_folder
 from l2l_core.errors import exit_code
 from l2l_core.training.beside import Training, end_with_parent, train_all
-from l2l_core.training.fold_teachers import folds_key, learn_nothing_new, train_teacher
+from l2l_core.training.fold_teachers import folds_key, train_teacher, trains_none
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     if given.fold is not None:
         end_with_parent()
         train_teacher(params, number, given.fold, given.into)
-    elif learn_nothing_new(params, number):
+    elif trains_none(params, number):
         previous = records.round_folder(number - 1) / "folds" if number else None
         copy_whole(previous, records.round_folder(number) / "folds")
     else:

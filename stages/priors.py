@@ -11,12 +11,12 @@ from l2l_core.priors.table import interpret, precision_of, summarize
 
 
 def main() -> None:
-    """data/priors/answers.parquet -> data/priors/priors.parquet and metrics/priors.json. No model is queried."""
+    """data/priors/responses.parquet -> data/priors/priors.parquet and metrics/priors.json. No model is queried."""
     params = load_params()
-    answers = records.read_table(records.ANSWERS_PATH, records.ANSWERS)
-    priors = interpret(answers)
+    responses = records.read_table(records.RESPONSES_PATH, records.RESPONSES)
+    priors = interpret(responses)
     records.write_table(priors, records.PRIORS_PATH, records.PRIORS)
-    summary = summarize(priors, params.priors.prices) | precision_of(answers)
+    summary = summarize(priors, params.priors.prices) | precision_of(responses)
     records.PRIORS_METRICS_PATH.parent.mkdir(parents=True, exist_ok=True)
     records.PRIORS_METRICS_PATH.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print("priors: " + ", ".join(f"{count} {name}" for name, count in summary.items()))

@@ -12,9 +12,9 @@ from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
     labeled_stream,
+    method_of,
     new_network,
     online_stream,
-    policy_of,
     pseudo_stream,
     run_training,
 )
@@ -31,18 +31,18 @@ def main() -> None:
     number = parser.parse_args().round
     params = load_params()
     folder, previous = records.round_folder(number), records.round_folder(number - 1) / "model"
-    purpose, pseudo_path = f"retrain-{number}", folder / "pseudo_labels.parquet"
-    online, share = policy_of(pseudo_path) == "mean_teacher", 1 - params.retrain.labeled_share
+    run_name, pseudo_path = f"retrain-{number}", folder / "pseudo_labels.parquet"
+    online, share = method_of(pseudo_path) == "mean_teacher", 1 - params.retrain.labeled_share
     pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
     labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
     if pseudo is None:
         print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
     fresh = params.retrain.start == "scratch" and not online
-    network = new_network(params, purpose) if fresh else Segmenter.load(previous)
-    network.passes = params.retrain.passes
+    network = new_network(params, run_name) if fresh else Segmenter.load(previous)
+    network.passes = params.retrain.num_passes
     run_training(
         params,
-        purpose,
+        run_name,
         network,
         [labeled] if pseudo is None else [labeled, pseudo],
         params.retrain.steps,

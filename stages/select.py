@@ -14,13 +14,13 @@ from l2l_core.errors import exit_code
 from l2l_core.model.predictor import Predictor
 from l2l_core.pseudo_labels.generate import (
     images_of,
-    judge_out_of_fold,
-    judge_unlabeled,
     label_unlabeled,
     pseudo_label_table,
+    score_out_of_fold,
+    score_unlabeled,
 )
 from l2l_core.pseudo_labels.reinforce import CURVE_COLUMNS, train_policy
-from l2l_core.pseudo_labels.select import decide
+from l2l_core.pseudo_labels.select import select_labels
 
 
 def main() -> None:
@@ -33,24 +33,24 @@ def main() -> None:
     teacher = Predictor.from_run(previous / "model", params.train)
     print_device(teacher.device, teacher.precision)
     labels, seen = label_unlabeled(params, teacher)
-    policy, outcome, curve = None, None, []
-    match params.select.policy:
+    policy, truth, curve = None, None, []
+    match params.select.method:
         case "reinforce":
-            labeled, truth = judge_out_of_fold(params, previous / "folds")
+            labeled, scores = score_out_of_fold(params, previous / "folds")
             seed = derive_seed(params.seed, f"select-{number}")
             started = time.monotonic()
             image = images_of(params, labeled.sent_id)
-            trained = train_policy(labeled, truth, seen, params.select, seed, image)
+            trained = train_policy(labeled, scores, seen, params.select, seed, image)
             policy, curve = trained.policy, trained.curve
             print(f"round {number}: policy trained in {time.monotonic() - started:.1f} s")
         case "oracle":
-            outcome = judge_unlabeled(params, labels, records.INDEX.masks)
-    decision = decide(params.select, seen, policy, outcome)
-    table = pseudo_label_table(params, number, labels, seen, decision)
+            truth = score_unlabeled(params, labels, records.INDEX.masks)
+    selection = select_labels(params.select, seen, policy, truth)
+    table = pseudo_label_table(params, number, labels, seen, selection)
     records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
     write_rows(folder / "policy.csv", CURVE_COLUMNS, curve)
-    kept = int(decision.accepted.sum())
-    print(f"round {number}: {params.select.policy} accepts {kept} of {len(seen.sent_id)} pseudo-labels")
+    kept = int(selection.accepted.sum())
+    print(f"round {number}: {params.select.method} accepts {kept} of {len(seen.sent_id)} pseudo-labels")
 
 
 if __name__ == "__main__":

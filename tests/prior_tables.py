@@ -15,7 +15,7 @@ import pyarrow as pa
 from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams, load_params
 from l2l_core.mllm.backend import PriorBackend, Question
-from l2l_core.mllm.query import ask_table
+from l2l_core.mllm.query import query_table
 from l2l_core.priors.table import interpret
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def prior_params(engine: dict[str, object] | None = None, **changes: object) -> 
 
 def collect_priors(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:
     """Table records.PRIORS of one batch, as the two stages make it."""
-    return interpret(ask_table(backend, questions))
+    return interpret(query_table(backend, questions))
 
 
 @dataclass(frozen=True)

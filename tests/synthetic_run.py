@@ -49,16 +49,16 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
             )
             role = "eval" if part != "train" else "labeled" if number == 0 else "unlabeled"
             split.append({"sent_id": sent_id, "role": role})
-            answered = sent_id % 5 != 4
+            has_box = sent_id % 5 != 4
             guess = np.clip(box + generator.integers(-6, 7, 4), 0, [width, height, width, height])
-            priors.append(_prior(sent_id, guess.tolist() if answered else None))
+            priors.append(_prior(sent_id, guess.tolist() if has_box else None))
             soft = np.full((24, 24), 25, np.uint8)
-            if answered:
+            if has_box:
                 x1, y1, x2, y2 = (guess * 24 / [width, height, width, height]).astype(int)
                 soft[y1 : y2 + 1, x1 : x2 + 1] = 230
                 soft = cv2.GaussianBlur(soft, (5, 5), 0)
             proposals.append(
-                {"sent_id": sent_id, "height": 24, "width": 24, "soft": soft.tobytes(), "score": float(answered)}
+                {"sent_id": sent_id, "height": 24, "width": 24, "soft": soft.tobytes(), "score": float(has_box)}
             )
     records.write_table(records.make_table(images, records.IMAGES), root / records.INDEX.images, records.IMAGES)
     records.write_table(records.make_table(refs, records.REFS), root / records.INDEX.refs, records.REFS)
@@ -127,14 +127,14 @@ def _scene(generator: np.random.Generator, height: int, width: int) -> tuple[np.
 
 def _prior(sent_id: int, box: list[float] | None) -> dict[str, object]:
     status, score, raw = ("ok", 0.8, f'{{"box": {box}}}') if box else ("empty", None, "I cannot see it")
-    answer = {"status": status, "bbox": box, "score": score, "raw_text": raw, "target": "dot" if box else None}
+    response = {"status": status, "bbox": box, "score": score, "raw_text": raw, "target": "dot" if box else None}
     return {
         "sent_id": sent_id,
         "sample_index": 0,
         "backend": "simulated",
         "model": "llava",
         "prompt_sha256": "",
-    } | answer
+    } | response
 
 
 def _predictions(
@@ -170,7 +170,7 @@ def _label(generator: np.random.Generator, number: int, sent_id: int, true: np.n
         "prior_iou": 0.5,
         "confidence": 0.9,
         "accepted": accept_prob > 0.5,
-        "policy": "reinforce",
+        "method": "reinforce",
     }
 
 

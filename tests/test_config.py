@@ -57,8 +57,13 @@ def test_shipped_params_file_is_valid_and_round_trips():
         ("split.list_file", 3, r"split\.list_file: got 3, expected a valid string"),
         ("train.weight_decay", float("inf"), r"train\.weight_decay: got inf, expected a finite number"),
         ("train.lr", "fast", r"train\.lr: got 'fast', expected a valid number"),
-        ("train.device", "cpu", r"train\.device: moved, use train\.engine\.device"),
-        ("train.micro_batch_size", 8, r"train\.micro_batch_size: moved, use train\.engine\.micro_batch_size"),
+        ("train.device", "cpu", r"train\.device: renamed, use train\.engine\.device"),
+        ("train.micro_batch_size", 8, r"train\.micro_batch_size: renamed, use train\.engine\.micro_batch_size"),
+        ("select.policy", "all", r"select\.policy: renamed, use select\.method"),
+        ("retrain.passes", 2, r"retrain\.passes: renamed, use retrain\.num_passes"),
+        ("select.fold_update", "further", r"select\.fold_update: 'further' was renamed, use 'continue'"),
+        ("select.fold_update", "fresh", r"select\.fold_update: 'fresh' was renamed, use 'retrain'"),
+        ("select.fold_update", "kept", r"select\.fold_update: 'kept' was renamed, use 'freeze'"),
         ("train.lrr", 1, r"train\.lrr: unknown parameter"),
         ("trian", {}, "trian: unknown parameter"),
         ("ingest", 3, "ingest: got 3, expected a section"),
@@ -116,12 +121,12 @@ def test_lists_all_errors_at_once():
     raw = changed("round", 99)
     raw["seed"] = None
     del raw["train"]["lr"]
-    raw["select"]["policy"] = "magic"
+    raw["select"]["method"] = "magic"
 
     with pytest.raises(ConfigError) as caught:
         parse_params(raw)
     assert str(caught.value).startswith("4 problems:")
-    for expected in ("round: got 99", "seed: got None", "train.lr: missing", "select.policy: got 'magic'"):
+    for expected in ("round: got 99", "seed: got None", "train.lr: missing", "select.method: got 'magic'"):
         assert f"params.yaml: {expected}" in str(caught.value)
 
 
@@ -167,17 +172,17 @@ def test_invalid_params_exit_with_code_2_and_one_line(tmp_path, capsys):
     assert captured.err == f"error: {tmp_path}/params.yaml: round: got 'two', expected a valid integer\n"
 
 
-@pytest.mark.parametrize("policy", ["threshold", "semires"])
-def test_pixel_weighting_rules_require_the_teacher_mask_first(policy):
-    raw = changed("select.policy", policy)
+@pytest.mark.parametrize("method", ["threshold", "semires"])
+def test_pixel_weighting_rules_require_the_teacher_mask_first(method):
+    raw = changed("select.method", method)
     raw["select"]["candidates"] = ["overlap", "teacher"]
-    with pytest.raises(ConfigError, match=rf"select\.candidates: got .*, expected teacher as the first .* {policy}"):
+    with pytest.raises(ConfigError, match=rf"select\.candidates: got .*, expected teacher as the first .* {method}"):
         parse_params(raw)
 
 
 def test_fixed_rules_use_only_the_first_candidate():
-    def constructed(policy):
-        return parse_params(changed("select.policy", policy)).select.constructed
+    def names(method):
+        return parse_params(changed("select.method", method)).select.candidate_names
 
-    assert constructed("reinforce") == constructed("oracle") == SHIPPED["select"]["candidates"]
-    assert constructed("all") == constructed("semires") == ["teacher"]
+    assert names("reinforce") == names("oracle") == SHIPPED["select"]["candidates"]
+    assert names("all") == names("semires") == ["teacher"]

@@ -91,12 +91,12 @@ def test_the_readme_names_overrides_and_commands() -> None:
     assert ABSOLUTE.search("see /" + "home/me/x")
 
 
-@pytest.mark.parametrize("name", ["refshapes", "answers", "proposals", "engines", "rewards", "waiting", "imports"])
+@pytest.mark.parametrize("name", ["refshapes", "responses", "proposals", "engines", "rewards", "waiting", "imports"])
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
     """What stands in the document is what its bench makes of bench/results."""
     bench = {
         "refshapes": refshapes,
-        "answers": priors,
+        "responses": priors,
         "proposals": priors,
         "engines": priors_engines,
         "rewards": rewards,
@@ -115,7 +115,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             document, text = bench.DOCUMENT, bench.table(rows)
         case _:
             rows = [json.loads(line) for line in priors.RESULTS.read_text(encoding="utf-8").splitlines()]
-            make = priors.answers_table if name == "answers" else priors.proposals_table
+            make = priors.responses_table if name == "responses" else priors.proposals_table
             document, text = priors.DOCUMENT, make(rows)
     assert docs.get(document, name) == text
 

@@ -21,7 +21,7 @@ TABLETOP = EXAMPLES / "tabletop"
 
 def test_script_reproduces_the_stored_example(tmp_path):
     subprocess.run([sys.executable, EXAMPLES / "draw_tabletop.py", tmp_path / "tabletop"], check=True)
-    stored = [EXAMPLES / "tabletop_answers.jsonl", *TABLETOP.rglob("*")]
+    stored = [EXAMPLES / "tabletop_responses.jsonl", *TABLETOP.rglob("*")]
     names = sorted(path.relative_to(EXAMPLES) for path in stored if path.is_file())
     assert names == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
     for name in names:
@@ -61,9 +61,9 @@ def test_masks_cover_objects_of_the_named_color():
 def test_recorded_responses_are_boxes_near_the_masks():
     index = read_jsonl(TABLETOP / "pairs.jsonl")
     refs, images = (records.to_frame(table) for table in (index.refs, index.images))
-    answers = load_recorded(EXAMPLES / "tabletop_answers.jsonl", refs, images, "auto")
-    assert len(answers) == 26
-    texts = pd.Series({sent_id: answer.raw_text for (sent_id, _), answer in answers.items()})
+    responses = load_recorded(EXAMPLES / "tabletop_responses.jsonl", refs, images, "auto")
+    assert len(responses) == 26
+    texts = pd.Series({sent_id: response.raw_text for (sent_id, _), response in responses.items()})
     assert texts.str.contains("null").sum() == 1
     off = [
         np.abs(np.array(json.loads(texts[row.sent_id])["bbox"]) - row.bbox).max()

@@ -28,7 +28,7 @@ PUBLIC = {
     "encode_rle",
     "load_dataset",
     "load_params",
-    "parse_answer",
+    "parse_response",
     "render_box",
     "render_point",
     "segmentation_scores",

@@ -1,4 +1,4 @@
-"""The parts that a model folder holds: tokenizer, image processor, chat template, configuration; and the answers.
+"""The parts that a model folder holds: tokenizer, image processor, chat template, configuration; and the responses.
 
 A LLaVA: CLIP's vision tower and Llama's decoder, a few million parameters. transformers reads it without torchvision,
 and so does vLLM.
@@ -29,7 +29,7 @@ PROMPT, COORD_SPACE = "box-2", "percent"
 
 WIDTH, LAYERS, HEAD_WIDTH = 192, 6, 32
 MLP_WIDTH = 512
-CONTEXT_TOKENS = 4096  # `priors.engine.context_tokens`; a question with its answer takes some 200
+CONTEXT_TOKENS = 4096  # `priors.engine.context_tokens`; a question with its response takes some 200
 IMAGE_MEAN, IMAGE_STD = 0.5, 0.25  # of all three colours
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<answer>"]
 PAD, BOS, EOS, IMAGE, ANSWER = range(len(SPECIAL))
@@ -39,7 +39,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<answer>{% endif %}"
 )
 
-# The answer's JSON in as few tokens as can be: what stands between its values is one token each, as are numbers with
+# The response's JSON in as few tokens as can be: what stands between its values is one token each, as are numbers with
 # the comma behind them.
 JOINTS = (
     '{"found":true,"target":"',
@@ -66,13 +66,13 @@ def fixed_question() -> str:
     return question_text("\0").partition("\0")[0]
 
 
-def answer_text(sentence: str, xyxy: tuple[int, int, int, int], confidence: int) -> str:
+def response_text(sentence: str, xyxy: tuple[int, int, int, int], confidence: int) -> str:
     """The JSON for a sentence, its box in percent and a confidence in tenths."""
     target, attributes, relation = describe_sentence(sentence)
     related = _ANCHOR.fullmatch(relation)
     link, anchor = related.groups() if related else (relation, "")
     x1, y1, x2, y2 = xyxy
-    answer = {
+    response = {
         "found": True,
         "target": target,
         "attributes": attributes,
@@ -82,7 +82,7 @@ def answer_text(sentence: str, xyxy: tuple[int, int, int, int], confidence: int)
         "point": [(x1 + x2) // 2, (y1 + y2) // 2],
         "confidence": confidence / 10,
     }
-    return json.dumps(answer, separators=(",", ":"))
+    return json.dumps(response, separators=(",", ":"))
 
 
 def confidence_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -95,7 +95,7 @@ def _confidence(tenth: int) -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words of RefShapes and the answer's joints are tokens, anything else falls apart into bytes."""
+    """Whole words of RefShapes and the response's joints are tokens, anything else falls apart into bytes."""
     words = sorted(_words())
     pieces = [
         *JOINTS,
@@ -172,7 +172,7 @@ def make_config(vocabulary: int) -> LlavaConfig:
 
 
 def _words() -> set[str]:
-    """Every word that RefShapes says, and those that answers are made of."""
+    """Every word that RefShapes says, and those that responses are made of."""
     tables = (
         solver.SHAPE_WORDS,
         solver.COLOUR_WORDS,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm.build import NUMBERS, WIDTH, confidence_tokens
-from vlm.questions import PREFIX, SURE, Asked, Seen
+from vlm.questions import PREFIX, SURE, Lessons, Seen
 from vlm.scenes import ATTRIBUTES
 
 BOX_WEIGHT = 5.0  # brings errors of some hundredths of the image to the scale of a cross-entropy
@@ -46,24 +46,24 @@ class Pointer(nn.Module):
         super().__init__()
         self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, hidden: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, lessons: Lessons) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [B, L, WIDTH] -> loss; how sure each question's choice is; is it right? Both [Q].
 
         It chooses the object of its best patch, and is as sure as the shares of all patches of that object add up to.
         """
-        row, place = asked.joint.unbind(1)
+        row, place = lessons.joint.unbind(1)
         keys = self.key(hidden[:, 1:PREFIX])[row]
         scores = (keys @ self.query(hidden[row, place])[:, :, None])[..., 0].float() / math.sqrt(WIDTH)
-        pointed = (asked.object_of == asked.target[:, None]).float()
+        pointed = (lessons.object_of == lessons.target[:, None]).float()
         wanted = pointed / pointed.sum(-1, keepdim=True).clamp(min=1)
         loss = -(wanted * F.log_softmax(scores, -1)).sum(-1).mean()
-        chosen = asked.object_of.gather(1, scores.argmax(-1, keepdim=True))
-        sure = (scores.detach().softmax(-1) * (asked.object_of == chosen)).sum(-1)
-        return loss, sure * (chosen[:, 0] >= 0), chosen[:, 0] == asked.target
+        chosen = lessons.object_of.gather(1, scores.argmax(-1, keepdim=True))
+        sure = (scores.detach().softmax(-1) * (lessons.object_of == chosen)).sum(-1)
+        return loss, sure * (chosen[:, 0] >= 0), chosen[:, 0] == lessons.target
 
 
-class Answers(nn.Module):
-    """Cross-entropy of the answers' tokens; of coordinates, with targets that are blurred."""
+class Responses(nn.Module):
+    """Cross-entropy of the responses' tokens; of coordinates, with targets that are blurred."""
 
     row_of: Tensor
     soft: Tensor

@@ -20,9 +20,9 @@ from vlm.build import (
     IMAGE_STD,
     JOINTS,
     PAD,
-    answer_text,
     confidence_tokens,
     question_text,
+    response_text,
 )
 from vlm.scenes import GRID, Scenes
 
@@ -41,14 +41,14 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Several questions and answers of each of B scenes in one row of L tokens: all see the image, none another."""
+class Lessons:
+    """Several questions and responses of each of B scenes in one row of L tokens: all see the image, none another."""
 
     ids: Tensor  # [B, L]
-    labels: Tensor  # [B, L] the answers' tokens, elsewhere IGNORED
+    labels: Tensor  # [B, L] the responses' tokens, elsewhere IGNORED
     position: Tensor  # [B, L] as if a question were alone
     group: Tensor  # [B, L] number of the question, 0: the image, -1: padding
-    joint: Tensor  # [Q, 2] row and place of the token before each answer's box
+    joint: Tensor  # [Q, 2] row and place of the token before each response's box
     object_of: Tensor  # [Q, P] int64: number of the object in each patch of the question's image, -1: none
     target: Tensor  # [Q] number of the object that is meant
 
@@ -79,14 +79,14 @@ class Questions:
         (self._before_box,) = tokenizer.encode(JOINTS[4])
         self._confidences = confidence_tokens(tokenizer)
 
-    def ask(
+    def draw(
         self,
         rows: NDArray[np.int64],
         flip: NDArray[np.bool_],
         per_scene: int,
         rng: np.random.Generator,
         device: torch.device,
-    ) -> Asked:
+    ) -> Lessons:
         """Up to `per_scene` drawn sentences of each of the scenes `rows` [B], mirrored where `flip` [B]."""
         patches = _patches(self.scenes, rows, flip)
         made, joints, targets = [], [], []
@@ -95,37 +95,37 @@ class Questions:
             position, group = list(range(PREFIX)), [0] * PREFIX
             drawn = rng.permutation(np.arange(self._first[row], self._first[row + 1]))[:per_scene]
             for number, entry in enumerate(drawn.tolist(), start=1):
-                asked, said = self._tokens(entry, is_mirrored)
-                # The answer ends behind any confidence; which one is right, training puts into the labels.
+                question, said = self._tokens(entry, is_mirrored)
+                # The response ends behind any confidence; which one is right, training puts into the labels.
                 read = [*said[:-2], int(rng.choice(self._confidences)), EOS]
-                joints.append((place, len(ids) + len(asked) + said.index(self._before_box)))
+                joints.append((place, len(ids) + len(question) + said.index(self._before_box)))
                 targets.append(int(self.scenes.target[entry]))
-                ids += asked + read
-                labels += [IGNORED] * len(asked) + said
-                position += range(PREFIX, PREFIX + len(asked) + len(said))
-                group += [number] * (len(asked) + len(said))
+                ids += question + read
+                labels += [IGNORED] * len(question) + said
+                position += range(PREFIX, PREFIX + len(question) + len(said))
+                group += [number] * (len(question) + len(said))
             made.append((ids, labels, position, group))
         length = max(len(ids) for ids, *_ in made)
         columns = zip(zip(*made, strict=True), (PAD, IGNORED, 0, -1), strict=True)
         padded = [torch.tensor([v + [fill] * (length - len(v)) for v in column]).to(device) for column, fill in columns]
         joint = torch.tensor(joints)
         object_of = torch.from_numpy(patches.astype(np.int64))[joint[:, 0]]
-        return Asked(*padded, joint.to(device), object_of.to(device), torch.tensor(targets).to(device))
+        return Lessons(*padded, joint.to(device), object_of.to(device), torch.tensor(targets).to(device))
 
     def _tokens(self, entry: int, is_mirrored: bool) -> tuple[list[int], list[int]]:
-        """Question and answer."""
+        """Question and response."""
         sentence = str(self.scenes.sentences[entry])
         box = self.scenes.xyxy[self.scenes.scene[entry], self.scenes.target[entry]]
         if is_mirrored:
             sentence = mirror_sentence(sentence)
             box = _mirrored(box, np.array(True))
         x1, y1, x2, y2 = (round(100 * value) for value in box.tolist())
-        asked = [*self._tokenizer.encode(question_text(sentence)), ANSWER]
-        return asked, [*self._tokenizer.encode(answer_text(sentence, (x1, y1, x2, y2), SURE)), EOS]
+        question = [*self._tokenizer.encode(question_text(sentence)), ANSWER]
+        return question, [*self._tokenizer.encode(response_text(sentence, (x1, y1, x2, y2), SURE)), EOS]
 
 
 def visible(group: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers of questions [B, L] (`Asked.group`) -> what is added to attention logits, [B, 1, L, L].
+    """Numbers of questions [B, L] (`Lessons.group`) -> what is added to attention logits, [B, 1, L, L].
 
     Each token attends to earlier ones of its own question and of the image.
     """

@@ -28,7 +28,7 @@ from transformers import LlavaForConditionalGeneration
 
 from l2l_core.config import load_params
 from vlm.build import WIDTH, make_config, make_processor, make_tokenizer
-from vlm.losses import Answers, Pointer, TowerHeads
+from vlm.losses import Pointer, Responses, TowerHeads
 from vlm.questions import PREFIX, Questions, see, visible
 from vlm.scenes import GRID, SEED, Scenes, read_scenes, stored_scenes
 
@@ -124,33 +124,33 @@ def tower_losses(modules: nn.ModuleDict, device: torch.device) -> Losses:
     return losses
 
 
-def answer_losses(
+def response_losses(
     modules: nn.ModuleDict, tokenizer: Any, sources: list[Scenes], per_scene: int, device: torch.device
 ) -> Losses:
-    """The same, and the answers to questions about the scenes of `sources`."""
+    """The same, and the responses to questions about the scenes of `sources`."""
     model, heads, pointer = modules["model"], modules["heads"], modules["pointer"]
-    answers = Answers(tokenizer, model.config.text_config.vocab_size).to(device)
+    responses = Responses(tokenizer, model.config.text_config.vocab_size).to(device)
     questions = {id(scenes): Questions(scenes, tokenizer) for scenes in sources}
 
     def losses(
         scenes: Scenes, rows: NDArray[np.int64], flip: NDArray[np.bool_], rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        asked = questions[id(scenes)].ask(rows, flip, per_scene, rng, device)
+        lessons = questions[id(scenes)].draw(rows, flip, per_scene, rng, device)
         seen = see(scenes, rows, flip, device)
         with torch.autocast(device.type, torch.bfloat16):
             patches = _patch_tokens(model.model.vision_tower, seen.pixels)
             dense, told = heads(patches, seen)
-            embedded = model.get_input_embeddings()(asked.ids)
+            embedded = model.get_input_embeddings()(lessons.ids)
             image = model.model.multi_modal_projector(patches).to(embedded.dtype)
             embedded = torch.cat([embedded[:, :1], image, embedded[:, PREFIX:]], dim=1)
             hidden = model.model.language_model(
                 inputs_embeds=embedded,
-                attention_mask=visible(asked.group, embedded.dtype),
-                position_ids=asked.position,
+                attention_mask=visible(lessons.group, embedded.dtype),
+                position_ids=lessons.position,
                 use_cache=False,
             ).last_hidden_state
-            pointing, sure, is_right = pointer(hidden, asked)
-            words, numbers = answers(model.lm_head(hidden), answers.with_confidence(asked.labels, sure))
+            pointing, sure, is_right = pointer(hidden, lessons)
+            words, numbers = responses(model.lm_head(hidden), responses.with_confidence(lessons.labels, sure))
         told = {
             "words": float(words.detach()),
             "numbers": float(numbers.detach()),
@@ -225,8 +225,9 @@ def main() -> None:
     curve = train(settings, first, tower_losses(first, device), scenes, held_out, until)
     if curve is not None:
         second = nn.ModuleDict({"model": model, "heads": heads, "pointer": pointer}).to(device)
+        # "answers": the name of this part in the stored curve and checkpoints.
         settings = Settings("answers", args.steps, args.batch, args.rate, 2, f"{args.questions} questions {settings}")
-        losses = answer_losses(second, tokenizer, [scenes, held_out], args.questions, device)
+        losses = response_losses(second, tokenizer, [scenes, held_out], args.questions, device)
         more = train(settings, second, losses, scenes, held_out, until)
         curve = None if more is None else curve + more
     if curve is None:

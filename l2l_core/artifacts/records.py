@@ -66,7 +66,7 @@ MASKS = pa.schema(  # one row per referred object
     ]
 )
 SPLIT = pa.schema([("sent_id", pa.int64()), ("role", pa.string())])
-ANSWERS = pa.schema(  # one row per sentence and sample: the unparsed response of the multimodal LLM
+RESPONSES = pa.schema(  # one row per sentence and sample: the unparsed response of the multimodal LLM
     [
         ("sent_id", pa.int64()),
         ("sample_index", pa.int16()),
@@ -134,7 +134,7 @@ PSEUDO_LABELS = pa.schema(  # one row per unlabeled sentence and round; masks at
         ("prior_iou", pa.float32()),
         ("confidence", pa.float32()),
         ("accepted", pa.bool_()),
-        ("policy", pa.string()),
+        ("method", pa.string()),
     ]
 )
 PREDICTIONS = pa.schema(  # one row per evaluated sentence, model and prior setting
@@ -178,7 +178,7 @@ METRICS_PATH = Path("metrics/evaluate.json")
 REPORT_PATH = Path("report/index.html")
 SPLIT_PATH = Path("data/split/split.parquet")
 LABELED_MASKS_PATH = Path("data/split/labeled_masks.parquet")
-ANSWERS_PATH = Path("data/priors/answers.parquet")
+RESPONSES_PATH = Path("data/priors/responses.parquet")
 PRIORS_METRICS_PATH = Path("metrics/priors.json")
 PRIORS_PATH = Path("data/priors/priors.parquet")
 PROPOSALS_PATH = Path("data/proposals/proposals.parquet")

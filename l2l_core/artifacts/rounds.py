@@ -14,7 +14,7 @@ def rounds_with(part: str) -> list[int]:
     return sorted(int(path.parent.name) for path in rounds.glob(f"*/{part}") if path.parent.name.isdecimal())
 
 
-def newest_round(part: str) -> int:
+def latest_round(part: str) -> int:
     """The highest round of the last run that has `part` ("model", "pseudo_labels.parquet").
 
     Later rounds on disk come from an earlier run, perhaps of another dataset: DVC does not remove outputs that it no
@@ -39,7 +39,7 @@ def model_folder(run: Path | None) -> Path:
     Raises InputError if `run` is neither, ArtifactError if there is no round.
     """
     if run is None:
-        return records.round_folder(newest_round("model")) / "model"
+        return records.round_folder(latest_round("model")) / "model"
     for folder in (run / "model", run):
         if (folder / "config.json").is_file():
             return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -12,8 +11,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from l2l_core.core.progress import is_first_process
-from l2l_core.errors import ArtifactError, InputError
+from l2l_core.errors import ArtifactError, InputError, L2LError
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,26 +54,44 @@ def added_to(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` when the block succeeds and is removed when it fails.
+def atomic_dir(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `target` when the block succeeds and is removed when it fails.
 
     In a distributed run, only rank 0 may call it.
     """
-    building = target.with_name(f".{target.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
+    building, retired = (target.with_name(f".{target.name}.{kind}") for kind in ("building", "retired"))
+    shutil.rmtree(building, ignore_errors=True)  # left by a killed process
     building.mkdir(parents=True)
     try:
         yield building
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+            os.replace(target, retired)
         os.replace(building, target)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def only_process(lock: Path, busy: L2LError) -> Iterator[None]:
+    """Hold a lock file during the block and remove it afterwards. Raises `busy` if another process holds it."""
+    holder = FileLock(lock)
+    try:
+        holder.acquire(blocking=False)
+    except Timeout:
+        raise busy from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        holder.release()
 
 
 def copy_whole(source: Path | None, target: Path) -> None:
-    """Copy a folder by `whole_folder`, on rank 0 only; source None: create an empty folder."""
+    """Copy a folder by `atomic_dir`, on rank 0 only; source None: create an empty folder."""
     if is_first_process():
-        with whole_folder(target) as folder:
+        with atomic_dir(target) as folder:
             if source:
                 shutil.copytree(source, folder, dirs_exist_ok=True)
 
@@ -112,12 +131,8 @@ def scratch_folder(stage: str, key: str) -> Iterator[Path]:
         return
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{stage}-{key}"
-    with (root / f"{stage}-{key}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(f"{folder}: another process is running this stage; wait for it or end it") from None
+    busy = ArtifactError(f"{folder}: another process is running this stage; wait for it or end it")
+    with only_process(root / f"{stage}-{key}.lock", busy):
         folder.mkdir(exist_ok=True)
         yield folder
         shutil.rmtree(folder)
-        (root / f"{stage}-{key}.lock").unlink(missing_ok=True)

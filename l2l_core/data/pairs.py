@@ -111,12 +111,11 @@ class Batch:
     label: Tensor | None = None  # [B, 1, S, S] float32, 0 or 1
     keep: Tensor | None = None  # [B, 1, S, S] float32, pixel weights in 0..1
 
-
-def move_batch(batch: Batch, device: torch.device) -> Batch:
-    """Move all tensors of a batch to a device."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(batch, **moved)
+    def to(self, device: torch.device) -> Batch:
+        """The batch with all tensors on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 class ImageStore:
@@ -280,19 +279,22 @@ def _prior_columns(
     flat_prob: float,
 ) -> dict[str, Any]:
     """The columns of Pairs from priors and proposals, for sentences [N] with image sizes [N, 2]."""
-    answers = records.to_frame(priors)
-    answers = answers[answers["sample_index"] == 0].set_index("sent_id").reindex(sent_id)
+    responses = records.to_frame(priors)
+    responses = responses[responses["sample_index"] == 0].set_index("sent_id").reindex(sent_id)
     maps = records.to_frame(proposals).set_index("sent_id")
     side = math.isqrt(len(maps["soft"].iloc[0])) if len(maps) else proposal_size_px
     maps = maps.reindex(sent_id)
-    count, has_box, has_map = len(sent_id), answers["bbox"].notna().to_numpy(), maps["soft"].notna()
+    count, has_box, has_map = len(sent_id), responses["bbox"].notna().to_numpy(), maps["soft"].notna()
     box = np.zeros((count, 4), np.float32)
     if has_box.any():
         size_wh = image_hw[has_box][:, ::-1]
-        box[has_box] = np.stack(answers["bbox"][has_box].tolist()) / np.concatenate([size_wh, size_wh], axis=1)
+        box[has_box] = np.stack(responses["bbox"][has_box].tolist()) / np.concatenate([size_wh, size_wh], axis=1)
     soft = maps["soft"].where(has_map, bytes([_flat_level(flat_prob)]) * side**2)
     return {
-        "prior_text": [_prior_text(*row) for row in zip(answers["target"], answers["attributes"], answers["relation"])],  # noqa: B905
+        "prior_text": [
+            _prior_text(*row)
+            for row in zip(responses["target"], responses["attributes"], responses["relation"], strict=True)
+        ],
         "box": box,
         "has_box": has_box,
         "proposal": np.frombuffer(b"".join(soft), np.uint8).reshape(count, side, side),

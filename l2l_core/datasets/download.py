@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import zipfile
 import zlib
@@ -14,6 +12,7 @@ from typing import BinaryIO
 
 import requests
 
+from l2l_core.core.files import atomic_dir, only_process
 from l2l_core.core.progress import progress
 from l2l_core.datasets.published import Archive
 from l2l_core.errors import InputError
@@ -104,11 +103,8 @@ def _fetch_from(source: str, archive: Archive, target: Path, scratch: Path, sha2
     scratch.mkdir(parents=True, exist_ok=True)
     # Named after the address, so that a download from one mirror is not resumed from another.
     part = scratch / f"{archive.name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}.part"
-    with part.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{part}: another process is downloading it; wait for it or end it") from None
+    busy = InputError(f"{part}: another process is downloading it; wait for it or end it")
+    with only_process(part.with_suffix(".lock"), busy), part.open("ab") as file:
         _download(source, part, file)
         try:
             digest = _make(archive, part, target, sha256)
@@ -166,17 +162,12 @@ def _make(archive: Archive, path: Path, target: Path, sha256: str | None) -> str
         raise _UnusableError("not found") from None
     if sha256 not in (None, digest):
         raise _UnusableError(f"its sha256 is {digest}, fetch.sha256 says {sha256}")
-    building = target.with_name(f".{target.name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # left by a killed process
-    try:
+    with atomic_dir(target) as building:
         _unpack(archive, path, building)
         if problems := archive.problems(building):
             raise _UnusableError("; ".join(problems))
         record = {"archive": f"{archive.name}.zip", "bytes": path.stat().st_size, "sha256": digest}
         (building / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return digest
 
 

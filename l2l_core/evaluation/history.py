@@ -11,7 +11,7 @@ from l2l_core.artifacts import records
 from l2l_core.artifacts.curves import read_curve, read_rows, write_rows
 from l2l_core.config import Params
 from l2l_core.core.device import print_device
-from l2l_core.core.files import whole_folder
+from l2l_core.core.files import atomic_dir
 from l2l_core.data.load import batches_of, pairs_of
 from l2l_core.model.predictor import Predictor
 
@@ -43,7 +43,7 @@ def extend_history(params: Params, number: int) -> None:
     name = f"round_{number}"
     predictions += predict(params, folder / "model", name, [True, False])
     training += training_rows(folder / "curves", name)
-    with whole_folder(folder / "history") as out:
+    with atomic_dir(folder / "history") as out:
         records.write_table(pa.concat_tables(predictions), out / "predictions.parquet", records.PREDICTIONS)
         records.write_table(pa.concat_tables(labels), out / "pseudo_labels.parquet", records.PSEUDO_LABELS)
         write_rows(out / "training.csv", TRAINING_COLUMNS, training)

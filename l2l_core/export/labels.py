@@ -22,7 +22,7 @@ CATEGORY = {"id": 1, "name": "object", "supercategory": "object"}
 
 LABEL_COLUMNS = (
     *("round", "sent_id", "height", "width", "rle_counts", "candidate", "keep_rle"),
-    *("accept_prob", "prior_iou", "accepted", "policy"),
+    *("accept_prob", "prior_iou", "accepted", "method"),
 )
 
 
@@ -123,7 +123,7 @@ def _annotation(number: int, row: Any, polygons: bool) -> dict[str, object]:
         "sentence": row.sentence,
         "sent_id": row.sent_id,
         "round": row.round,
-        "policy": row.policy,
+        "method": row.method,
         "candidate": row.candidate,
         "keep": to_segmentation(row.keep_rle, row.height, row.width, polygons=False),
     }

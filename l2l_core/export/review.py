@@ -119,7 +119,7 @@ def _task(row: Any, image_prefix: str, polygons: bool) -> dict[str, Any]:
             "accepted": row.accepted,
         },
         "predictions": [
-            {"model_version": f"round_{row.round} {row.policy}", "score": round(row.accept_prob, 4), "result": regions}
+            {"model_version": f"round_{row.round} {row.method}", "score": round(row.accept_prob, 4), "result": regions}
         ],
     }
 

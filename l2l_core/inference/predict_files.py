@@ -30,7 +30,7 @@ from l2l_core.datasets.jsonl import read_jsonl
 from l2l_core.errors import InputError, raise_all
 from l2l_core.export.outlines import to_segmentation
 from l2l_core.mllm.backend import Question
-from l2l_core.mllm.query import ask_all, asking_key, make_backend
+from l2l_core.mllm.query import make_backend, query_all, query_key
 from l2l_core.model.predictor import Predictor, bare_pairs
 from l2l_core.priors.proposals import make_proposals
 from l2l_core.priors.table import interpret
@@ -78,8 +78,8 @@ class PredictedMasks:
         return self.pairs.proposal_score > 0
 
 
-AskMllm = Callable[[list[Question]], pa.Table]
-"""Questions -> records.ANSWERS."""
+QueryMllm = Callable[[list[Question]], pa.Table]
+"""Questions -> records.RESPONSES."""
 
 
 def pairs_of_images(words: Sequence[str]) -> PairList:
@@ -127,17 +127,17 @@ def find_priors(requested: PairList, params: Params) -> PriorTables:
     """
     if params.priors.backend not in LIVE_BACKENDS:
         return recorded_priors(requested)
-    if params.priors.asks_embedded:
+    if params.priors.queries_embedded:
         print(f"note: {params.priors.model} knows RefShapes' drawn scenes alone; of photos it says nonsense")
 
-    def ask(questions: list[Question]) -> pa.Table:
-        settings = asking_key(params.priors, records.INDEX)
+    def query(questions: list[Question]) -> pa.Table:
+        settings = query_key(params.priors, records.INDEX)
         key = hashlib.sha256(f"{settings} {questions}".encode()).hexdigest()[:16]
         make = partial(make_backend, params.priors, records.INDEX)
         with scratch_folder("predict", key) as folder:
-            return ask_all(make, questions, folder, params.priors)
+            return query_all(make, questions, folder, params.priors)
 
-    return live_priors(requested, params, ask)
+    return live_priors(requested, params, query)
 
 
 def recorded_priors(requested: PairList) -> PriorTables:
@@ -155,25 +155,25 @@ def recorded_priors(requested: PairList) -> PriorTables:
     )
 
 
-def live_priors(requested: PairList, params: Params, ask: AskMllm) -> PriorTables:
+def live_priors(requested: PairList, params: Params, query: QueryMllm) -> PriorTables:
     """Query the multimodal LLM once about every distinct pair, and render its responses as the pipeline does.
 
-    Raises InputError if every request fails, and whatever `ask` raises.
+    Raises InputError if every request fails, and whatever `query` raises.
     """
     sent_id = _pair_ids(requested)
     pairs = zip(sent_id, zip(requested.image, requested.sentence, strict=True), strict=True)
     different = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))  # by image: a model can reuse computed tokens
-    answers = ask(
+    responses = query(
         [
             Question(key, sample, file.file_name, (file.height, file.width), sentence)
             for key, (file, sentence) in different.items()
             for sample in range(params.priors.samples)
         ]
     )
-    failed = [reason for reason in answers["reason"].to_pylist() if reason]
-    if failed and len(failed) == answers.num_rows:
+    failed = [reason for reason in responses["reason"].to_pylist() if reason]
+    if failed and len(failed) == responses.num_rows:
         raise InputError(f"priors.backend {params.priors.backend}: every request failed, the first with {failed[0]!r}")
-    priors = interpret(answers)
+    priors = interpret(responses)
     refs = pd.DataFrame({"sent_id": list(different), "image_id": list(different)})  # one image per pair
     images = pd.DataFrame([vars(file) for file, _ in different.values()]).assign(image_id=refs["image_id"])
     return PriorTables(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))

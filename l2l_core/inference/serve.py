@@ -40,7 +40,7 @@ from l2l_core.inference.predict_files import (
     turned_images,
 )
 from l2l_core.mllm.backend import PriorBackend
-from l2l_core.mllm.query import ask_table, make_backend
+from l2l_core.mllm.query import make_backend, query_table
 from l2l_core.model.predictor import Predictor
 from l2l_core.viz import overlays
 
@@ -92,12 +92,12 @@ class DemoSession:
         prior_tables = self._told(requested)
         predicted = answer(self.predictor, requested, prior_tables)
         picture = overlays.fit(read_image(image), PICTURE_PX)
-        answers = [] if prior_tables is None else _answers(prior_tables)
+        responses = [] if prior_tables is None else _responses(prior_tables)
         mask = decode_rle(predicted.rle[0], requested.image[0].height, requested.image[0].width)
         has_prior = bool(predicted.with_prior[0])
         return DemoResult(
-            words="\n".join([*self._words(answers, predicted), *_notes(requested)]),
-            prior=_with_places(picture, answers, requested) if has_prior else None,
+            words="\n".join([*self._words(responses, predicted), *_notes(requested)]),
+            prior=_with_places(picture, responses, requested) if has_prior else None,
             proposal=overlays.with_soft_map(picture, predicted.pairs.proposal[0]) if has_prior else None,
             overlay=overlays.with_mask(picture, mask),
             mask=mask,
@@ -105,15 +105,15 @@ class DemoSession:
 
     def _told(self, requested: PairList) -> PriorTables | None:
         if self.backend is not None:
-            return live_priors(requested, self.params, partial(ask_table, self.backend))
+            return live_priors(requested, self.params, partial(query_table, self.backend))
         # A model folder works without its training data.
         return recorded_priors(requested) if records.PROPOSALS_PATH.is_file() else None
 
-    def _words(self, answers: list[dict[str, Any]], predicted: PredictedMasks) -> list[str]:
-        if not answers:
-            return [f"no prior: the backend {self.params.priors.backend} answers only about the dataset"]
-        read = predicted.pairs.prior_text[0] if predicted.with_prior[0] else "no prior: no answer names a place"
-        return [read, *(f"{answer['status']}: {answer['raw_text']}" for answer in answers)]
+    def _words(self, responses: list[dict[str, Any]], predicted: PredictedMasks) -> list[str]:
+        if not responses:
+            return [f"no prior: the backend {self.params.priors.backend} has responses only for the dataset"]
+        read = predicted.pairs.prior_text[0] if predicted.with_prior[0] else "no prior: no response names a place"
+        return [read, *(f"{response['status']}: {response['raw_text']}" for response in responses)]
 
 
 def require_gradio() -> None:
@@ -159,7 +159,7 @@ def _check_size(image: Path, max_mb: int) -> None:
         raise InputError(f"image: more than {MAX_PIXELS // 10**6} megapixels; make it smaller")
 
 
-def _answers(prior_tables: PriorTables) -> list[dict[str, Any]]:
+def _responses(prior_tables: PriorTables) -> list[dict[str, Any]]:
     """The rows of records.PRIORS about the first pair."""
     priors = prior_tables.priors
     return list(priors.filter(np.equal(priors["sent_id"].to_numpy(), prior_tables.sent_id[0])).to_pylist())
@@ -169,10 +169,10 @@ def _notes(requested: PairList) -> list[str]:
     return [f"note: {turned_note(['this photo'])}"] if turned_images(requested) else []
 
 
-def _with_places(picture: overlays.Picture, answers: list[dict[str, Any]], requested: PairList) -> overlays.Picture:
+def _with_places(picture: overlays.Picture, responses: list[dict[str, Any]], requested: PairList) -> overlays.Picture:
     size_wh = np.array([requested.image[0].width, requested.image[0].height], dtype=np.float64)
-    boxes = [np.array(answer["bbox"]) / np.tile(size_wh, 2) for answer in answers if answer["bbox"] is not None]
-    points = [np.array(answer["point"]) / size_wh for answer in answers if answer["point"] is not None]
+    boxes = [np.array(response["bbox"]) / np.tile(size_wh, 2) for response in responses if response["bbox"] is not None]
+    points = [np.array(response["point"]) / size_wh for response in responses if response["point"] is not None]
     return overlays.with_boxes(picture, boxes, points)
 
 

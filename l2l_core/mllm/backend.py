@@ -22,8 +22,8 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A raw response, before parsing."""
+class RawResponse:
+    """A raw response of the multimodal LLM, before parsing."""
 
     raw_text: str
     model: str
@@ -50,7 +50,7 @@ class PriorBackend(Protocol):
 
     name: str
 
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+    def query(self, questions: Sequence[Question]) -> list[RawResponse]:
         """Return one response per question, in the same order. A failed request yields a response with `error`.
 
         Raises L2LError if no query is possible at all, such as for a missing model or server.
@@ -76,10 +76,10 @@ def final_text(raw_text: str) -> str:
         elif not is_draft:
             end, is_draft = tag.start(), True
     text = raw_text[start:end]
-    answer, opened = text, None
+    final, opened = text, None
     for tag in _ANSWER_TAG.finditer(text):
         if not tag[1]:
             opened = tag.end()
         elif opened is not None:
-            answer, opened = text[opened : tag.start()], None
-    return text[opened:] if opened is not None and answer is text else answer
+            final, opened = text[opened : tag.start()], None
+    return text[opened:] if opened is not None and final is text else final

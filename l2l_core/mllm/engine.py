@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 from l2l_core.config import PriorsParams
 from l2l_core.core.images import read_image
 from l2l_core.errors import InputError, L2LError
-from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.coords import resolve_coord_space, sent_hw
-from l2l_core.mllm.prompt import Schema, answer_schema, keeps_to, prompt_sha256, prompt_text
+from l2l_core.mllm.prompt import Schema, keeps_to, prompt_sha256, prompt_text, response_schema
 
 BORDER_RGB = (122, 116, 104)
 """Border of an image padded to a square: CLIP's mean color, which the network sees as 0, as in LLaVA-1.5's training."""
@@ -80,11 +80,11 @@ class MllmBackend:
         self._params = params
         self._model = str(params.model)
         self._space = resolve_coord_space(self._model, params.coord_space)
-        self._schema = answer_schema(params.prompt, self._space) if params.is_structured else None
+        self._schema = response_schema(params.prompt, self._space) if params.is_structured else None
         self._sha256 = prompt_sha256(params.prompt, self._space)
         self._images = _Images(self._load)
 
-    def ask(self, questions: Sequence[Question], following: Sequence[Question] = ()) -> list[Answer]:
+    def query(self, questions: Sequence[Question], following: Sequence[Question] = ()) -> list[RawResponse]:
         """Return one response per question; a failed image or request yields a response with `error`.
 
         following: the next questions; their images are decoded while the engine works.
@@ -92,26 +92,28 @@ class MllmBackend:
         images = self._images.decode(questions)
         self._images.decode_ahead(following)
         try:
-            return self._ask(questions, images)
+            return self._query(questions, images)
         except BaseException:
             self._images.cancel()
             raise
 
-    def _ask(self, questions: Sequence[Question], images: Sequence[Image.Image | str]) -> list[Answer]:
-        answers = [self._unanswered(question) for question in questions]
+    def _query(self, questions: Sequence[Question], images: Sequence[Image.Image | str]) -> list[RawResponse]:
+        responses = [self._empty_response(question) for question in questions]
         waiting = []
         for row, image in enumerate(images):
             if isinstance(image, str):
-                answers[row] = replace(answers[row], unread="error", reason=image)
+                responses[row] = replace(responses[row], unread="error", reason=image)
             else:
                 waiting.append((row, image))
         for attempt in range(1 + self._params.retries):
             requests = [self._request(questions[row], image, attempt) for row, image in waiting]
             done = _generate(self._engine, requests)
             for (row, _), completion in zip(waiting, done, strict=True):
-                answers[row] = self._add(answers[row], completion, attempt)
-            waiting = [(row, image) for row, image in waiting if not answers[row].is_valid and not answers[row].reason]
-        return [replace(answer, unread="error") if answer.reason else answer for answer in answers]
+                responses[row] = self._add(responses[row], completion, attempt)
+            waiting = [
+                (row, image) for row, image in waiting if not responses[row].is_valid and not responses[row].reason
+            ]
+        return [replace(response, unread="error") if response.reason else response for response in responses]
 
     def _load(self, path: str, image_hw: tuple[int, int]) -> Image.Image | str:
         """The image at the size sent to the model, or an error message."""
@@ -126,9 +128,9 @@ class MllmBackend:
             return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=BORDER_RGB)
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
-    def _unanswered(self, question: Question) -> Answer:
+    def _empty_response(self, question: Question) -> RawResponse:
         size = sent_hw(self._space, question.image_hw, self._params.max_image_px)
-        return Answer(
+        return RawResponse(
             "", self._model, self._space, size, self._sha256, attempts=0, is_valid=False, precision=self._precision
         )
 
@@ -143,18 +145,18 @@ class MllmBackend:
             max_tokens=self._params.max_tokens * (1 + attempt),  # truncation is the usual cause of invalid responses
         )
 
-    def _add(self, answer: Answer, completion: Completion, attempt: int) -> Answer:
+    def _add(self, response: RawResponse, completion: Completion, attempt: int) -> RawResponse:
         """The response after one more attempt; a failed attempt keeps the text of an earlier one."""
-        answer = replace(
-            answer,
+        response = replace(
+            response,
             attempts=attempt + 1,
-            prompt_tokens=answer.prompt_tokens + completion.prompt_tokens,
-            completion_tokens=answer.completion_tokens + completion.completion_tokens,
+            prompt_tokens=response.prompt_tokens + completion.prompt_tokens,
+            completion_tokens=response.completion_tokens + completion.completion_tokens,
         )
         if completion.failure:
-            return answer if answer.raw_text else replace(answer, reason=completion.failure)
+            return response if response.raw_text else replace(response, reason=completion.failure)
         is_valid = keeps_to(self._params.prompt, completion.text)
-        return replace(answer, raw_text=completion.text, is_valid=is_valid)
+        return replace(response, raw_text=completion.text, is_valid=is_valid)
 
 
 class _Images:

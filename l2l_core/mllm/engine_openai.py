@@ -60,17 +60,17 @@ class OpenAIEngine:
         """
         urls = _DataUrls(keep=2 * self._concurrency)
         with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(pool.map(lambda request: self._ask(request, urls.of(request.image)), requests))
+            return list(pool.map(lambda request: self._query(request, urls.of(request.image)), requests))
 
-    def _ask(self, request: Request, image_url: str) -> Completion:
+    def _query(self, request: Request, image_url: str) -> Completion:
         try:
             response = self._session.post(self._url, json=self._body(request, image_url), timeout=self._timeout_s)
         except http.ConnectionError as error:
             reason = getattr(error.args[0], "reason", None) if error.args else None
             if isinstance(reason, NewConnectionError):
                 raise InputError(
-                    f"{self._url}: no server listens there; start one or set priors.engine.server_url. What was "
-                    "answered so far is kept: run again to go on"
+                    f"{self._url}: no server listens there; start one or set priors.engine.server_url. "
+                    "Stored responses are kept: run again to go on"
                 ) from None
             return Completion("", failure=type(reason or error).__name__)
         except http.RequestException as error:
@@ -97,7 +97,7 @@ class OpenAIEngine:
             "max_tokens": request.max_tokens,
         }
         if request.schema is not None:
-            schema = {"name": "answer", "strict": True, "schema": request.schema}
+            schema = {"name": "response", "strict": True, "schema": request.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
 

@@ -83,8 +83,8 @@ class VllmEngine:
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":  # its module differs between versions
                 raise InputError(
-                    "vLLM's engine has died (see its messages above; often too little memory: priors.engine). What was "
-                    "answered so far is kept: run again to go on"
+                    "vLLM's engine has died (see its messages above; often too little memory: priors.engine). "
+                    "Stored responses are kept: run again to go on"
                 ) from None
             raise
         return [

@@ -14,12 +14,12 @@ from l2l_core.mllm.coords import CoordSpace, is_y_first
 PromptName = Literal["box-1", "box-2", "point-1"]
 Schema = dict[str, object]
 
-_ASK_FIRST = """Find the one object in the image that this expression refers to: "{sentence}"
+_SENTENCE_FIRST = """Find the one object in the image that this expression refers to: "{sentence}"
 Answer with one JSON object and nothing else, with these keys:
 {keys}"""
 # The sentence comes last: everything before it, image included, is the same for all sentences of an image, and
 # engines that cache prefixes compute it once.
-_ASK_LAST = """An expression refers to one object in the image. Find that object.
+_SENTENCE_LAST = """An expression refers to one object in the image. Find that object.
 Answer with one JSON object and nothing else, with these keys:
 {keys}
 The expression: "{sentence}\""""
@@ -111,7 +111,7 @@ class _Prompt:
 # A prompt never changes; a new version gets a higher number. Recorded responses identify their prompt by its sha256.
 _PROMPTS: dict[PromptName, _Prompt] = {
     "box-1": _Prompt(  # the format of `simulated`
-        _ASK_FIRST,
+        _SENTENCE_FIRST,
         {
             "found": _FOUND,
             "target": _Key("the object's kind, as one noun.", lambda _: _WORD),
@@ -127,7 +127,7 @@ _PROMPTS: dict[PromptName, _Prompt] = {
         },
     ),
     "box-2": _Prompt(
-        _ASK_LAST,
+        _SENTENCE_LAST,
         {
             **_SEMANTICS,  # text first: the model writes its box after, and conditioned on, the description
             "boxes": _Key(
@@ -140,7 +140,7 @@ _PROMPTS: dict[PromptName, _Prompt] = {
         },
     ),
     # For models that point instead of drawing boxes.
-    "point-1": _Prompt(_ASK_LAST, {**_SEMANTICS, "point": _POINT, "confidence": _CONFIDENCE}),
+    "point-1": _Prompt(_SENTENCE_LAST, {**_SEMANTICS, "point": _POINT, "confidence": _CONFIDENCE}),
 }
 
 
@@ -153,7 +153,7 @@ def prompt_text(name: PromptName, sentence: str, coord_space: CoordSpace) -> str
     return prompt.template.format(sentence=sentence, keys=keys)
 
 
-def answer_schema(name: PromptName, coord_space: CoordSpace) -> Schema:
+def response_schema(name: PromptName, coord_space: CoordSpace) -> Schema:
     """JSON schema of the response, for backends that can enforce one. Everything in it is bounded."""
     properties = {key: entry.schema(coord_space) for key, entry in _PROMPTS[name].keys.items()}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
@@ -161,8 +161,8 @@ def answer_schema(name: PromptName, coord_space: CoordSpace) -> Schema:
 
 def prompt_sha256(name: PromptName, coord_space: CoordSpace) -> str:
     """Hash of the whole query except for the image and the sentence."""
-    asked = [int(name.rpartition("-")[2]), prompt_text(name, "", coord_space), answer_schema(name, coord_space)]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    query = [int(name.rpartition("-")[2]), prompt_text(name, "", coord_space), response_schema(name, coord_space)]
+    return hashlib.sha256(json.dumps(query, sort_keys=True).encode()).hexdigest()
 
 
 def keeps_to(name: PromptName, raw_text: str) -> bool:
@@ -173,16 +173,16 @@ def keeps_to(name: PromptName, raw_text: str) -> bool:
     """
     text = final_text(raw_text)
     try:
-        answer, _ = json.JSONDecoder().raw_decode(text, max(text.find("{"), 0))
+        response, _ = json.JSONDecoder().raw_decode(text, max(text.find("{"), 0))
     except (ValueError, RecursionError):
         return False
-    if not isinstance(answer, dict) or not _PROMPTS[name].keys.keys() <= answer.keys():
+    if not isinstance(response, dict) or not _PROMPTS[name].keys.keys() <= response.keys():
         return False
-    if answer["found"] is False:
+    if response["found"] is False:
         return True
     if name == "point-1":
-        return _numbers(answer["point"], 2) is not None
-    boxes = answer.get("boxes", [answer.get("bbox")])
+        return _numbers(response["point"], 2) is not None
+    boxes = response.get("boxes", [response.get("bbox")])
     return isinstance(boxes, list) and any(_is_box(box) for box in boxes)
 
 

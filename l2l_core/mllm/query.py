@@ -27,7 +27,7 @@ from l2l_core.core.memory import available_bytes
 from l2l_core.core.progress import LOG_INTERVAL_S
 from l2l_core.core.threads import thread_count
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.mllm.backend import Answer, PriorBackend, Question, clean_text
+from l2l_core.mllm.backend import PriorBackend, Question, RawResponse, clean_text
 from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.mllm.engine import Engine, MllmBackend
 from l2l_core.mllm.prompt import prompt_sha256
@@ -65,7 +65,7 @@ def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBacken
             return ReplayBackend({}, "none")
         case "transformers" | "openai" | "vllm":
             model = Path(str(params.model))
-            if params.asks_embedded and params.backend != "openai" and not model.is_dir():
+            if params.queries_embedded and params.backend != "openai" and not model.is_dir():
                 raise ConfigError(
                     f"params.yaml: priors.model: no folder {str(model)!r} here, expected the model that comes with the "
                     "project; run from the project's root"
@@ -106,14 +106,14 @@ def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
     ]
 
 
-def asking_key(params: PriorsParams, index: records.IndexPaths) -> str:
+def query_key(params: PriorsParams, index: records.IndexPaths) -> str:
     """Hex digest of everything that responses depend on: a run reuses stored chunks only if its queries are the same.
 
     The code is not part of it, so that an interrupted run can resume after a fix.
     """
     settings = params.model_dump(mode="json", exclude={"engine", "prices"})
     prompts = [prompt_sha256(params.prompt, space) for space in COORD_SPACES]
-    digest = hashlib.sha256(json.dumps([settings, prompts, str(records.ANSWERS)]).encode())
+    digest = hashlib.sha256(json.dumps([settings, prompts, str(records.RESPONSES)]).encode())
     files = [index.images, index.refs]
     files += [index.objects] if params.backend == "simulated" else []
     files += [Path(str(params.replay_file))] if params.backend == "replay" else []
@@ -127,8 +127,8 @@ def asking_key(params: PriorsParams, index: records.IndexPaths) -> str:
     return digest.hexdigest()[:16]
 
 
-def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, params: PriorsParams) -> pa.Table:
-    """Query every question -> table records.ANSWERS, one row per (sent_id, sample_index), sorted by them.
+def query_all(make: MakeBackend, questions: Sequence[Question], folder: Path, params: PriorsParams) -> pa.Table:
+    """Query every question -> table records.RESPONSES, one row per (sent_id, sample_index), sorted by them.
 
     Each chunk is stored in `folder` as soon as it is complete; stored chunks are not queried again.
     make: builds the backend, in this process or in each of `engine.data_parallel` others (then it must be picklable).
@@ -137,30 +137,29 @@ def ask_all(make: MakeBackend, questions: Sequence[Question], folder: Path, para
     size = params.engine.chunk_size
     chunks = [_Chunk(questions[start : start + size], folder) for start in range(0, len(questions), size)]
     waiting = [chunk for chunk in chunks if not chunk.path.exists()]
-    asked = sum(len(chunk.questions) for chunk in waiting)
+    queried = sum(len(chunk.questions) for chunk in waiting)
+    stored = len(questions) - queried
     in_log = not sys.stderr.isatty()
-    with tqdm(
-        total=len(questions), initial=len(questions) - asked, desc="ask", unit="request", disable=in_log, mininterval=1
-    ) as bar:
-        rates, answered, spoken = _Rates(), len(questions) - asked, time.monotonic()
-        for done in _ask_chunks(make, waiting, params):
+    with tqdm(total=len(questions), initial=stored, desc="query", unit="request", disable=in_log, mininterval=1) as bar:
+        rates, received, spoken = _Rates(), stored, time.monotonic()
+        for done in _query_chunks(make, waiting, params):
             rates.add(done)
-            answered += done.answers
-            bar.update(done.answers)
+            received += done.responses
+            bar.update(done.responses)
             bar.set_postfix_str(str(rates), refresh=False)
             if in_log and time.monotonic() - spoken >= LOG_INTERVAL_S:
                 spoken = time.monotonic()
-                print(f"ask: {answered} of {len(questions)}: {rates}", file=sys.stderr, flush=True)
-    print(f"ask: {len(questions)} answers, {len(questions) - asked} of them stored before; {asked} asked: {rates}")
-    tables = [records.ANSWERS.empty_table(), *(records.read_table(chunk.path, records.ANSWERS) for chunk in chunks)]
+                print(f"query: {received} of {len(questions)}: {rates}", file=sys.stderr, flush=True)
+    print(f"query: {len(questions)} responses, {stored} of them stored before; {queried} queried: {rates}")
+    tables = [records.RESPONSES.empty_table(), *(records.read_table(chunk.path, records.RESPONSES) for chunk in chunks)]
     order = [("sent_id", "ascending"), ("sample_index", "ascending")]
     return pa.concat_tables(tables).sort_by(order).combine_chunks()
 
 
-def ask_table(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:
-    """Query every question at once -> table records.ANSWERS, sorted by sent_id and sample_index."""
+def query_table(backend: PriorBackend, questions: Sequence[Question]) -> pa.Table:
+    """Query every question at once -> table records.RESPONSES, sorted by sent_id and sample_index."""
     order = [("sent_id", "ascending"), ("sample_index", "ascending")]
-    return _to_table(backend.name, questions, backend.ask(questions)).sort_by(order).combine_chunks()
+    return _to_table(backend.name, questions, backend.query(questions)).sort_by(order).combine_chunks()
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class _Chunk:
 class _Done:
     """Statistics of one finished chunk."""
 
-    answers: int
+    responses: int
     valid: int
     tokens: int
 
@@ -190,21 +189,21 @@ class _Rates:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._answers = self._valid = self._tokens = 0
+        self._responses = self._valid = self._tokens = 0
 
     def add(self, done: _Done) -> None:
-        self._answers += done.answers
+        self._responses += done.responses
         self._valid += done.valid
         self._tokens += done.tokens
 
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-3)
-        valid = 100 * self._valid / max(self._answers, 1)
+        valid = 100 * self._valid / max(self._responses, 1)
         tokens = f"{self._tokens / seconds:.0f} tokens/s, " if self._tokens else ""  # recorded responses have none
-        return f"{self._answers / seconds:.1f} requests/s, {tokens}{valid:.1f} % valid"
+        return f"{self._responses / seconds:.1f} requests/s, {tokens}{valid:.1f} % valid"
 
 
-def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParams) -> Iterable[_Done]:
+def _query_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParams) -> Iterable[_Done]:
     """Query and store the chunks; the order is free, since chunks are independent."""
     if not chunks:
         return
@@ -212,7 +211,7 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
     workers = min(worker_count(params), len(chunks))
     if workers == 1:
         backend = make()
-        yield from (_ask_chunk(backend, chunk, following) for chunk, following in _with_following(chunks, 1))
+        yield from (_query_chunk(backend, chunk, following) for chunk, following in _with_following(chunks, 1))
         return
     # spawn: CUDA does not survive a fork.
     context = get_context("spawn")
@@ -224,13 +223,13 @@ def _ask_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParam
         workers, context, _start_worker, (make, ranks, params.engine.tensor_parallel, threads)
     ) as pool:
         # Which worker gets which chunk is not fixed; with chunks of similar length, it is every `workers`-th.
-        waiting = [pool.submit(_ask_in_worker, *pair) for pair in _with_following(chunks, workers)]
+        waiting = [pool.submit(_query_in_worker, *pair) for pair in _with_following(chunks, workers)]
         try:
             yield from (future.result() for future in as_completed(waiting))
         except BrokenProcessPool:
             raise InputError(
-                "a process that asks was killed, most often because memory ran out (set priors.engine.data_parallel or "
-                "batch_size to a smaller number); what was answered is kept: run again to go on"
+                "a query process was killed, most often because memory ran out (set priors.engine.data_parallel or "
+                "batch_size to a smaller number); stored responses are kept: run again to go on"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -285,21 +284,21 @@ def _refuse_too_few_gpus(params: PriorsParams) -> None:
         )
 
 
-def _ask_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Question]) -> _Done:
+def _query_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Question]) -> _Done:
     if isinstance(backend, MllmBackend):
-        answers = backend.ask(chunk.questions, following)
+        responses = backend.query(chunk.questions, following)
     else:
-        answers = backend.ask(chunk.questions)
-    failed = [answer.reason for answer in answers if answer.unread == "error"]
-    if len(failed) == len(answers) >= FEWEST_FAILED:
+        responses = backend.query(chunk.questions)
+    failed = [response.reason for response in responses if response.unread == "error"]
+    if len(failed) == len(responses) >= FEWEST_FAILED:
         reason, _ = Counter(failed).most_common(1)[0]
         raise InputError(
-            f"priors.backend {backend.name}: {len(answers)} requests on end failed, the most with {reason!r} "
-            f"(the first is sent_id {chunk.questions[0].sent_id}); what was answered before is kept: run again to go on"
+            f"priors.backend {backend.name}: {len(responses)} requests on end failed, the most with {reason!r} "
+            f"(the first is sent_id {chunk.questions[0].sent_id}); stored responses are kept: run again to go on"
         )
-    records.write_table(_to_table(backend.name, chunk.questions, answers), chunk.path, records.ANSWERS)
-    tokens = sum(answer.prompt_tokens + answer.completion_tokens for answer in answers)
-    return _Done(len(answers), sum(answer.is_valid for answer in answers), tokens)
+    records.write_table(_to_table(backend.name, chunk.questions, responses), chunk.path, records.RESPONSES)
+    tokens = sum(response.prompt_tokens + response.completion_tokens for response in responses)
+    return _Done(len(responses), sum(response.is_valid for response in responses), tokens)
 
 
 _make: MakeBackend
@@ -328,31 +327,31 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _ask_in_worker(chunk: _Chunk, following: Sequence[Question]) -> _Done:
+def _query_in_worker(chunk: _Chunk, following: Sequence[Question]) -> _Done:
     global _backend
     if _backend is None:  # not in _start_worker: exceptions raised there do not reach the user
         _backend = _make()
-    return _ask_chunk(_backend, chunk, following)
+    return _query_chunk(_backend, chunk, following)
 
 
-def _to_table(backend: str, questions: Sequence[Question], answers: Sequence[Answer]) -> pa.Table:
+def _to_table(backend: str, questions: Sequence[Question], responses: Sequence[RawResponse]) -> pa.Table:
     columns: dict[str, list[object]] = {
         "sent_id": [question.sent_id for question in questions],
         "sample_index": [question.sample_index for question in questions],
         "backend": [backend] * len(questions),
-        "model": [clean_text(answer.model) for answer in answers],
-        "prompt_sha256": [answer.prompt_sha256 for answer in answers],
-        "raw_text": [clean_text(answer.raw_text) for answer in answers],
-        "unread": [answer.unread for answer in answers],
-        "reason": [answer.reason for answer in answers],
-        "attempts": [answer.attempts for answer in answers],
-        "coord_space": [answer.coord_space for answer in answers],
+        "model": [clean_text(response.model) for response in responses],
+        "prompt_sha256": [response.prompt_sha256 for response in responses],
+        "raw_text": [clean_text(response.raw_text) for response in responses],
+        "unread": [response.unread for response in responses],
+        "reason": [response.reason for response in responses],
+        "attempts": [response.attempts for response in responses],
+        "coord_space": [response.coord_space for response in responses],
         "height": [question.image_hw[0] for question in questions],
         "width": [question.image_hw[1] for question in questions],
-        "input_height": [answer.input_hw[0] for answer in answers],
-        "input_width": [answer.input_hw[1] for answer in answers],
-        "prompt_tokens": [answer.prompt_tokens for answer in answers],
-        "completion_tokens": [answer.completion_tokens for answer in answers],
-        "precision": [answer.precision for answer in answers],
+        "input_height": [response.input_hw[0] for response in responses],
+        "input_width": [response.input_hw[1] for response in responses],
+        "prompt_tokens": [response.prompt_tokens for response in responses],
+        "completion_tokens": [response.completion_tokens for response in responses],
+        "precision": [response.precision for response in responses],
     }
-    return pa.Table.from_pydict(columns, schema=records.ANSWERS)
+    return pa.Table.from_pydict(columns, schema=records.RESPONSES)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from l2l_core.core.json_lines import json_object, numbered_lines
 from l2l_core.errors import ConfigError, InputError, raise_all
-from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space
 
 MAX_SAMPLES = 16  # the maximum of priors.samples
@@ -32,20 +32,22 @@ class _Sentences:
 class ReplayBackend:
     """Returns recorded responses; a sentence without a record has no prior (`empty`)."""
 
-    def __init__(self, answers: dict[Key, Answer], name: str = "replay") -> None:
+    def __init__(self, responses: dict[Key, RawResponse], name: str = "replay") -> None:
         self.name = name
-        self._answers = answers
+        self._responses = responses
 
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+    def query(self, questions: Sequence[Question]) -> list[RawResponse]:
         """The recorded response of each question."""
         return [
-            self._answers.get((question.sent_id, question.sample_index))
-            or Answer("", model="", coord_space="pixel", input_hw=question.image_hw, unread="empty")
+            self._responses.get((question.sent_id, question.sample_index))
+            or RawResponse("", model="", coord_space="pixel", input_hw=question.image_hw, unread="empty")
             for question in questions
         ]
 
 
-def load_recorded(path: str | Path, refs: pd.DataFrame, images: pd.DataFrame, coord_space: str) -> dict[Key, Answer]:
+def load_recorded(
+    path: str | Path, refs: pd.DataFrame, images: pd.DataFrame, coord_space: str
+) -> dict[Key, RawResponse]:
     """Read recorded responses and match each to its sentence.
 
     refs: sent_id, ref_id, image_id, sentence. images: image_id, height, width. coord_space: as configured; applies to
@@ -54,7 +56,7 @@ def load_recorded(path: str | Path, refs: pd.DataFrame, images: pd.DataFrame, co
     """
     path = Path(path)
     sentences = _index_sentences(refs, images)
-    answers: dict[Key, Answer] = {}
+    responses: dict[Key, RawResponse] = {}
     line_of: dict[Key, int] = {}
     problems: list[str] = []
     try:
@@ -70,18 +72,18 @@ def load_recorded(path: str | Path, refs: pd.DataFrame, images: pd.DataFrame, co
             if sent_id is None:
                 continue
             key = (sent_id, _integer(row, "sample_index", 0, MAX_SAMPLES - 1, default=0))
-            if key in answers:
+            if key in responses:
                 raise ValueError(
-                    f"a second answer for sent_id {sent_id}, the first is in line {line_of[key]}; keep one"
+                    f"a second response for sent_id {sent_id}, the first is in line {line_of[key]}; keep one"
                 )
-            answers[key] = _to_answer(row, sentences.image[sent_id], coord_space)
+            responses[key] = _to_response(row, sentences.image[sent_id], coord_space)
             line_of[key] = number
         except (ValueError, ConfigError) as error:
             problems.append(f"{path}: line {number}: {error}")
     raise_all(problems)
-    if not answers:
-        raise InputError(f"{path}: none of its answers belongs to a sentence of the dataset; check sent_id and ref_id")
-    return answers
+    if not responses:
+        raise InputError(f"{path}: no response belongs to a sentence of the dataset; check sent_id and ref_id")
+    return responses
 
 
 def _index_sentences(refs: pd.DataFrame, images: pd.DataFrame) -> _Sentences:
@@ -108,7 +110,7 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
         if "expression" in row and _words(_expression(row)) != own:
             raise ValueError(
                 f"expression: got {row['expression']!r}, but sentence {sent_id} of the dataset is {own!r}; "
-                "the answers seem to be another dataset's"
+                "the responses seem to belong to another dataset"
             )
         return sent_id
     if "ref_id" not in row:
@@ -116,13 +118,13 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
     candidates = sentences.of_ref.get(_integer(row, "ref_id"))
     if not candidates:
         return None
-    asked = _words(_expression(row))
-    sent_id = next((sent_id for sent_id, words in candidates if words == asked), candidates[0][0])
+    wanted = _words(_expression(row))
+    sent_id = next((sent_id for sent_id, words in candidates if words == wanted), candidates[0][0])
     image_id = sentences.image[sent_id][0]
     if "image_id" in row and _integer(row, "image_id") != image_id:
         raise ValueError(
             f"image_id: got {row['image_id']}, but ref {row['ref_id']} of the dataset is in image {image_id}; "
-            "the answers seem to be another dataset's"
+            "the responses seem to belong to another dataset"
         )
     return sent_id
 
@@ -134,7 +136,7 @@ def _expression(row: dict[str, object]) -> str:
     return expression
 
 
-def _to_answer(row: dict[str, object], image: tuple[int, int, int], configured: str) -> Answer:
+def _to_response(row: dict[str, object], image: tuple[int, int, int], configured: str) -> RawResponse:
     _, height, width = image
     model = row.get("model", "")
     if not isinstance(model, str):
@@ -168,7 +170,7 @@ def _to_answer(row: dict[str, object], image: tuple[int, int, int], configured: 
             "input_height, input_width: missing; resized_pixel needs the size of the image as the model saw it"
         )
     input_hw = (_integer(row, "input_height", 1, default=height), _integer(row, "input_width", 1, default=width))
-    return Answer(raw_text, model=model, coord_space=space, input_hw=input_hw)
+    return RawResponse(raw_text, model=model, coord_space=space, input_hw=input_hw)
 
 
 def _box_text(box: object) -> str:

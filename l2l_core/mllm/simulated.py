@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.errors import InputError
-from l2l_core.mllm.backend import Answer, Question, clean_text
+from l2l_core.mllm.backend import Question, RawResponse, clean_text
 from l2l_core.mllm.coords import CoordSpace, qwen_input_hw, resolve_coord_space, write_boxes
 from l2l_core.mllm.error_model import ERROR_MODELS, Scenes, draw_boxes, random_draws
 from l2l_core.mllm.prompt import prompt_sha256
@@ -105,7 +105,7 @@ class SimulatedBackend:
         # The prompt whose response format is imitated; no model is queried.
         self._prompt_sha256 = prompt_sha256("box-1", coord_space)
 
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+    def query(self, questions: Sequence[Question]) -> list[RawResponse]:
         """One response per question; each depends on (seed, sent_id, sample_index) and its own image's truth alone."""
         sent_id = np.array([question.sent_id for question in questions], dtype=np.int64)
         sample_index = np.array([question.sample_index for question in questions], dtype=np.int64)
@@ -119,8 +119,8 @@ class SimulatedBackend:
         written = np.round(boxes, DECIMALS[self._coord_space]).tolist()
         columns = (questions, input_hw, written, drawn.has_box.tolist(), np.round(drawn.confidence, 2).tolist())
         return [
-            Answer(
-                raw_text=_answer_text(question.sentence, box if has_box else None, confidence),
+            RawResponse(
+                raw_text=_response_text(question.sentence, box if has_box else None, confidence),
                 model=self._preset,
                 coord_space=self._coord_space,
                 input_hw=hw,
@@ -169,9 +169,9 @@ def describe_sentence(sentence: str) -> tuple[str, list[str], str]:
     return (names[-1] if names else ""), names[:-1], " ".join(places + words[cut:])
 
 
-def _answer_text(sentence: str, box: list[float] | None, confidence: float) -> str:
+def _response_text(sentence: str, box: list[float] | None, confidence: float) -> str:
     target, attributes, relation = describe_sentence(sentence)
-    answer = {
+    response = {
         "found": box is not None,
         "target": target,
         "attributes": attributes,
@@ -179,4 +179,4 @@ def _answer_text(sentence: str, box: list[float] | None, confidence: float) -> s
         "bbox": box,
         "confidence": confidence if box else 0.0,
     }
-    return json.dumps(answer)
+    return json.dumps(response)

@@ -21,7 +21,7 @@ from l2l_core.core.images import to_rgb
 from l2l_core.core.masks import BoolMask, encode_rle
 from l2l_core.core.progress import progress
 from l2l_core.data.augment import mirror
-from l2l_core.data.pairs import Batch, BatchMaker, Pairs, move_batch, resize_image
+from l2l_core.data.pairs import Batch, BatchMaker, Pairs, resize_image
 from l2l_core.data.views import Views
 from l2l_core.errors import ArtifactError, ConfigError, InputError
 from l2l_core.model.segmenter import Pyramid, Segmenter
@@ -158,7 +158,7 @@ class Predictor:
         pyramid = self.encode(batch.image) if pyramid is None else pyramid
         tokens = to_device(self.network.tokenize(batch), self.device)
         with autocast(self.device, self.precision):
-            logits = self.network.ask(pyramid, move_batch(batch, self.device), tokens)
+            logits = self.network.ask(pyramid, batch.to(self.device), tokens)
         return logits.float().cpu()
 
     def masks(

@@ -57,16 +57,16 @@ def describe_priors(params: Params, data: Data | None) -> str:
     Raises InputError or ConfigError if they are not.
     """
     priors = params.priors
-    has_package(priors.engine.python, "torch")  # raises if the interpreter that runs `ask` does not exist
+    has_package(priors.engine.python, "torch")  # raises if the interpreter that runs `query` does not exist
     match priors.backend:
         case "openai" | "transformers" | "vllm":
             resolve_coord_space(str(priors.model), priors.coord_space)
             if priors.backend == "openai":
-                return f"openai: {_ask_server(priors)}"
+                return f"openai: {_query_server(priors)}"
             _check_packages(priors)
             return f"{priors.backend}: {_where('priors.model', str(priors.model))}; {_priors_device(priors)}"
         case "none":
-            return "none: nothing is asked, every sentence takes the path without prior"
+            return "none: nothing is queried, every sentence takes the path without prior"
         case "simulated" | "replay":
             if data is None:
                 return f"{priors.backend}: not looked at, since the dataset cannot be read"
@@ -76,12 +76,12 @@ def describe_priors(params: Params, data: Data | None) -> str:
             if data.is_sample:
                 return f"replay: {priors.replay_file} is not looked at before the dataset is drawn"
             refs, images = (records.to_frame(table) for table in (data.index.refs, data.index.images))
-            answers = load_recorded(str(priors.replay_file), refs, images, priors.coord_space)
-            known = len({sent_id for sent_id, _ in answers})
-            return f"replay: {priors.replay_file} answers {known} of {len(refs)} sentences"
+            responses = load_recorded(str(priors.replay_file), refs, images, priors.coord_space)
+            known = len({sent_id for sent_id, _ in responses})
+            return f"replay: {priors.replay_file} has responses for {known} of {len(refs)} sentences"
 
 
-def _ask_server(priors: PriorsParams) -> str:
+def _query_server(priors: PriorsParams) -> str:
     """Raises InputError if no server responds, ConfigError if it is not compatible or lacks the model."""
     url = f"{priors.engine.server_url.rstrip('/')}/models"
     key = os.environ.get(KEY_VARIABLE)
@@ -90,7 +90,7 @@ def _ask_server(priors: PriorsParams) -> str:
         response = http.get(url, headers=headers, timeout=SERVER_TIMEOUT_S)
     except http.RequestException as error:
         raise InputError(
-            f"{url}: no answer ({type(error).__name__}); start a server or set priors.engine.server_url"
+            f"{url}: no response ({type(error).__name__}); start a server or set priors.engine.server_url"
         ) from None
     if response.status_code != 200:
         raise ConfigError(f"{url}: HTTP {response.status_code}; check priors.engine.server_url and {KEY_VARIABLE}")

@@ -11,7 +11,7 @@ from l2l_core.priors.proposals import CHUNK_CELLS
 
 VIEWS = 3
 """Forward passes of a teacher per sentence that it labels: with prior, mirrored, without prior."""
-ANSWER_BYTES = 500
+RESPONSE_BYTES = 500
 """Size of a response, raw plus parsed: the prompt's JSON has about 300 characters, and zstd shrinks it."""
 ROW_BYTES = 50
 """Size of a table row without its masks: a dozen numbers."""
@@ -90,7 +90,7 @@ class Stage:
 
 def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
     """The stages that `dvc repro` runs from scratch, in a valid order."""
-    names = ["check", *(["refshapes"] if draws_refshapes else []), "ingest", "split", "ask", "priors", "proposals"]
+    names = ["check", *(["refshapes"] if draws_refshapes else []), "ingest", "split", "query", "priors", "proposals"]
     names += ["warmup", "predict"]
     for number in range(1, params.round + 1):
         names += ["crossfit-0" if number == 1 else f"crossfit@{number - 1}"]
@@ -127,16 +127,16 @@ def checkpoint_bytes(sizes: Sizes) -> int | None:
 
 def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float | None:
     kind, number = _parse(name)
-    select, learns = params.select, params.select.policy == "reinforce"
+    select, learns = params.select, params.select.trains_policy
     start, step_s = costs.network_start_s, costs.step_s
-    passes = params.retrain.passes if number else 1
+    passes = params.retrain.num_passes if number else 1
     decode_s, folds = costs.decode_s, select.folds
     match kind:
         case "check" | "split" | "priors":
             return costs.start_s
         case "ingest":
             return costs.start_s + costs.read_s
-        case "ask":  # a model's speed is not measured here
+        case "query":  # a model's speed is not measured here
             return costs.start_s if params.priors.backend in ("simulated", "replay", "none") else None
         case "proposals":
             images = counts.labeled_images + counts.unlabeled_images + counts.evaluated_images
@@ -153,19 +153,19 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             steps = select.fold_steps
             return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=False))
         case "crossfit":
-            if not learns or select.fold_update == "kept":
+            if not learns or select.fold_update == "freeze":
                 return costs.start_s
-            steps = select.fold_update_steps if select.fold_update == "further" else select.fold_steps
+            steps = select.fold_update_steps if select.fold_update == "continue" else select.fold_steps
             return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True))
         case "select":
-            passes = params.retrain.passes if number > 1 else 1  # of the teacher, from the previous round
-            each = VIEWS * passes * costs.ask_s + costs.label_s + len(select.constructed) * costs.mask_s
+            passes = params.retrain.num_passes if number > 1 else 1  # of the teacher, from the previous round
+            each = VIEWS * passes * costs.ask_s + costs.label_s + len(select.candidate_names) * costs.mask_s
             judged = counts.labeled if learns else 0
             policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
             images = counts.unlabeled_images + (counts.labeled_images if learns else 0)
             return start + (counts.unlabeled + judged) * each + images * decode_s + policy_s
         case "retrain":
-            if select.policy == "mean_teacher":  # the teacher labels its share of every batch
+            if select.method == "mean_teacher":  # the teacher labels its share of every batch
                 step_s += (1 - params.retrain.labeled_share) * params.train.batch_size * costs.ask_s
             steps = params.retrain.steps
             return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True)
@@ -205,7 +205,7 @@ def _memory(
     select, image_bytes = params.select, 3 * params.model.image_size_px**2
     tables = counts.sentences * (MAP_COPIES * params.proposals.size_px**2 + TEXT_BYTES)
     network = needs.network_start + tables + (sizes.model or 0)
-    learns = select.policy == "reinforce"
+    learns = select.trains_policy
 
     def training(beside: int, *, rounds: bool) -> float:
         kept = sum(min(images, room // beside) for images, _, room in _streams(params, counts, rounds=rounds))
@@ -215,14 +215,14 @@ def _memory(
         return network + needs.ask + min(images * image_bytes, IMAGE_CACHE_BYTES)
 
     match kind:
-        case "ask" if params.priors.backend not in ("simulated", "replay", "none"):
+        case "query" if params.priors.backend not in ("simulated", "replay", "none"):
             return None, None
-        case "ingest" | "split" | "ask" | "priors":
+        case "ingest" | "split" | "query" | "priors":
             return needs.start + needs.read, None
         case "proposals":
             cells = counts.sentences * params.priors.samples * params.proposals.size_px**2
             return needs.start + tables + RENDERED_BYTES * min(cells, CHUNK_CELLS), None
-        case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "kept"):
+        case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "freeze"):
             return needs.start, None
         case "warmup":  # with priors and without
             return training(min(2, at_once), rounds=False), needs.train_gpu
@@ -249,15 +249,15 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
             return sizes.index
         case "split":
             return counts.labeled * (sizes.mask + ROW_BYTES)
-        case "ask" | "priors":
-            return counts.sentences * params.priors.samples * ANSWER_BYTES
+        case "query" | "priors":
+            return counts.sentences * params.priors.samples * RESPONSE_BYTES
         case "proposals":
             return counts.sentences * params.proposals.size_px**2
         case "warmup":
             return None if sizes.model is None else 2 * sizes.model
         case "retrain":
             return sizes.model
-        case "crossfit-0" | "crossfit" if params.select.policy != "reinforce":
+        case "crossfit-0" | "crossfit" if not params.select.trains_policy:
             return 0
         case "crossfit-0" | "crossfit":
             return None if sizes.model is None else params.select.folds * sizes.model

@@ -30,8 +30,8 @@ from l2l_core.preflight.estimate import VIEWS, Costs, Needs
 from l2l_core.preflight.memory import peak_of
 from l2l_core.priors import proposals
 from l2l_core.priors.fit import unfitted
-from l2l_core.pseudo_labels.candidates import construct
-from l2l_core.pseudo_labels.features import Candidates, describe, judge
+from l2l_core.pseudo_labels.candidates import build_candidates
+from l2l_core.pseudo_labels.features import Candidates, compute_features, score_candidates
 from l2l_core.pseudo_labels.reinforce import train_policy
 from l2l_core.training.loop import Stream, stream_sizes, train
 from l2l_core.training.runs import part_of
@@ -104,12 +104,12 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, r
         (masks, candidates), label_s = _timed(lambda: _label(params, seen))
         _, masks_s = _timed(lambda: predictor.masks(batches, count, [True], "check"))
     policy_s = 0.0
-    if params.select.policy == "reinforce":
+    if params.select.trains_policy:
         truth = batches.square_masks(sample.targets.take(rows).label, rows)
-        outcome = judge(views.sent_id, masks, truth, params.select.grid)
+        scores = score_candidates(views.sent_id, masks, truth, params.select.grid)
         # A step repeats the same work for unlabeled sentences, unless their reliability is unknown.
         select = params.select.model_copy(update={"policy_steps": POLICY_STEPS, "unlabeled_weight": 0.0})
-        _, policy_s = _timed(lambda: train_policy(candidates, outcome, candidates, select, params.seed))
+        _, policy_s = _timed(lambda: train_policy(candidates, scores, candidates, select, params.seed))
     (start_s, start), (network_start_s, network_start) = _start(LIGHT_MODULE), _start(NETWORK_MODULE)
     costs = Costs(
         start_s=start_s,
@@ -176,9 +176,9 @@ def _batches(params: Params, pairs: Pairs) -> BatchMaker:
 
 
 def _label(params: Params, views: Views) -> tuple[BoolMask, Candidates]:
-    names = params.select.constructed
-    masks = construct(views, names)
-    return masks, describe(views, masks, names, params.select.grid)
+    names = params.select.candidate_names
+    masks = build_candidates(views, names)
+    return masks, compute_features(views, masks, names, params.select.grid)
 
 
 def _proposal_s(params: Params, sample: Sample) -> float:

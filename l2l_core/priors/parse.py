@@ -95,7 +95,7 @@ class _Shape:
 Item = TypeVar("Item")
 
 
-def parse_answer(
+def parse_response(
     raw_text: str, coord_space: CoordSpace, image_hw: tuple[int, int], input_hw: tuple[int, int] | None = None
 ) -> ParsedPrior:
     """Parse any text without raising.
@@ -116,7 +116,7 @@ def parse_answer(
 
     image_hw: original image. input_hw: image as the model saw it, required for `resized_pixel` (else ValueError).
 
-    >>> parse_answer('{"bbox_2d": [100, 200, 300, 400]}', "norm1000", (480, 640)).bbox
+    >>> parse_response('{"bbox_2d": [100, 200, 300, 400]}', "norm1000", (480, 640)).bbox
     (64.0, 96.0, 192.0, 192.0)
     """
     text = final_text(raw_text)
@@ -192,10 +192,10 @@ def _read_objects(text: str, objects: Iterable[Span], frame: _Frame) -> ParsedPr
     """
     unusable: ParsedPrior | None = None
     lists = [[item for value in values for item in _places(value)] for values in _in_lists(text, objects)]
-    answers = [items for items in reversed(lists) if items]
-    if any(key in item for items in answers for item in items for key in _FORM_KEYS):
-        answers.sort(key=_are_remarks)
-    for items in answers:
+    responses = [items for items in reversed(lists) if items]
+    if any(key in item for items in responses for item in items for key in _FORM_KEYS):
+        responses.sort(key=_are_remarks)
+    for items in responses:
         read = [_read_object(item, frame) for item in items]
         best = next((prior for prior in read if prior.status == "ok"), read[0])
         if best.status != "invalid":
@@ -352,8 +352,8 @@ def _patch_box(first: int, last: int, frame: _Frame) -> Box | None:
 
 def _read_shapes(text: str, frame: _Frame) -> ParsedPrior | None:
     shapes = [(shape.start, shape.end, shape) for shape in _shapes(text)]
-    for answers in reversed(_in_lists(text, shapes)):
-        for shape in answers:
+    for group in reversed(_in_lists(text, shapes)):
+        for shape in group:
             if len(shape.numbers) > 2 and (box := _to_box(shape.numbers, frame)):
                 return ParsedPrior("ok", bbox=box)
             if shape.tag == "point" and len(shape.numbers) == 2 and (point := _to_point(shape.numbers, frame)):

@@ -152,10 +152,10 @@ def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, p
     """
     samples = to_samples(priors, refs, images)
     files = images["file_name"].tolist()
-    count, answers = samples.has_box.shape
+    count, responses = samples.has_box.shape
     soft = np.empty((count, params.size_px, params.size_px), dtype=np.uint8)
     order = np.argsort(samples.image_row, kind="stable")
-    step = max(1, CHUNK_CELLS // (params.size_px**2 * answers)) if params.renderer == "box" else _GRABCUT_CHUNK
+    step = max(1, CHUNK_CELLS // (params.size_px**2 * responses)) if params.renderer == "box" else _GRABCUT_CHUNK
     for start in progress(range(0, count, step), f"proposals ({params.renderer})", "batch"):
         rows = order[start : start + step]
         soft[rows] = np.rint(_mean_maps(samples.take(rows), params, files) * 255).astype(np.uint8)
@@ -165,12 +165,12 @@ def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, p
 def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[str]) -> Map:
     """[N, S, S]: each sentence's maps, averaged over its responses."""
     maps = np.full((*samples.has_box.shape, params.size_px, params.size_px), params.flat_prob, dtype=np.float32)
-    row, answer = np.nonzero(samples.has_point)
-    maps[row, answer] = render_point(samples.point_xy[row, answer], samples.image_hw[row], params)
-    row, answer = np.nonzero(samples.has_box)
+    row, response = np.nonzero(samples.has_point)
+    maps[row, response] = render_point(samples.point_xy[row, response], samples.image_hw[row], params)
+    row, response = np.nonzero(samples.has_box)
     match params.renderer:
         case "box":
-            maps[row, answer] = render_box(samples.box_xyxy[row, answer], samples.image_hw[row], params)
+            maps[row, response] = render_box(samples.box_xyxy[row, response], samples.image_hw[row], params)
         case "grabcut":
             # OpenCV releases the GIL, so threads run in parallel. Each reads an image once.
             image_row = samples.image_row[row]
@@ -178,7 +178,7 @@ def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[s
             def cut(image: int) -> None:
                 pixels = shrink(read_bgr(files[image]))
                 for place in (image_row == image).nonzero()[0].tolist():
-                    here = row[place], answer[place]
+                    here = row[place], response[place]
                     height, width = samples.image_hw[row[place]].tolist()
                     maps[here] = render_grabcut(pixels, samples.box_xyxy[here], (height, width), params)
 
@@ -219,11 +219,11 @@ def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> Pr
     """The responses of all sentences; tables as in `make_proposals`. Raises ArtifactError if they do not match."""
     priors = priors.sort_by([("sent_id", "ascending"), ("sample_index", "ascending")])
     sent_id = priors["sent_id"].to_numpy()
-    answers = int(pc.max(priors["sample_index"]).as_py() or 0) + 1
-    shape = (len(sent_id) // answers, answers)
-    is_whole = len(sent_id) == shape[0] * answers
-    if not is_whole or (priors["sample_index"].to_numpy().reshape(shape) != np.arange(answers)).any():
-        raise ArtifactError(f"priors: sentences differ in their number of answers (up to {answers}); run dvc repro")
+    responses = int(pc.max(priors["sample_index"]).as_py() or 0) + 1
+    shape = (len(sent_id) // responses, responses)
+    is_whole = len(sent_id) == shape[0] * responses
+    if not is_whole or (priors["sample_index"].to_numpy().reshape(shape) != np.arange(responses)).any():
+        raise ArtifactError(f"priors: sentences differ in their number of responses (up to {responses}); run dvc repro")
     sent_id = sent_id.reshape(shape)[:, 0]
     image_id = refs.set_index("sent_id")["image_id"].reindex(sent_id)
     if image_id.isna().any() or len(refs) != len(sent_id):

@@ -7,22 +7,24 @@ import pyarrow as pa
 
 from l2l_core.artifacts import records
 from l2l_core.config import PricesParams
-from l2l_core.priors.parse import ParsedPrior, parse_answer
+from l2l_core.priors.parse import ParsedPrior, parse_response
 
 Summary = dict[str, int | float | str]
 
 
-def interpret(answers: pa.Table) -> pa.Table:
-    """Table records.ANSWERS -> records.PRIORS, row by row in the same order."""
+def interpret(responses: pa.Table) -> pa.Table:
+    """Table records.RESPONSES -> records.PRIORS, row by row in the same order."""
     columns = ("unread", "raw_text", "coord_space", "height", "width", "input_height", "input_width")
     parsed = [
-        ParsedPrior("invalid") if unread else parse_answer(text, space, (height, width), (input_height, input_width))
+        ParsedPrior("invalid") if unread else parse_response(text, space, (height, width), (input_height, input_width))
         for unread, text, space, height, width, input_height, input_width in zip(
-            *(answers[name].to_pylist() for name in columns), strict=True
+            *(responses[name].to_pylist() for name in columns), strict=True
         )
     ]
     said = {
-        "status": [unread or prior.status for unread, prior in zip(answers["unread"].to_pylist(), parsed, strict=True)],
+        "status": [
+            unread or prior.status for unread, prior in zip(responses["unread"].to_pylist(), parsed, strict=True)
+        ],
         "target": [prior.target for prior in parsed],
         "attributes": [prior.attributes for prior in parsed],
         "relation": [prior.relation for prior in parsed],
@@ -31,23 +33,23 @@ def interpret(answers: pa.Table) -> pa.Table:
         "score": [prior.score for prior in parsed],
         "latency_ms": [0.0] * len(parsed),
     }
-    values = {name: said[name] if name in said else answers[name].combine_chunks() for name in records.PRIORS.names}
+    values = {name: said[name] if name in said else responses[name].combine_chunks() for name in records.PRIORS.names}
     return pa.Table.from_pydict(values, schema=records.PRIORS)
 
 
-def precision_of(answers: pa.Table) -> Summary:
+def precision_of(responses: pa.Table) -> Summary:
     """`precision`: bf16 or fp32, the precision of the multimodal LLM; no key if no response reports it."""
-    found = sorted(set(answers["precision"].to_pylist()) - {None})
+    found = sorted(set(responses["precision"].to_pylist()) - {None})
     return {"precision": ", ".join(found)} if found else {}
 
 
 def summarize(priors: pa.Table, prices: PricesParams) -> Summary:
     """Counts of usable responses, and their cost: a wrong coordinate space shows here first.
 
-    Keys: answers, ok, empty, invalid, error, prompt_tokens, completion_tokens; with prices, cost_per_1000 answers.
+    Keys: responses, ok, empty, invalid, error, prompt_tokens, completion_tokens; with prices, cost_per_1000 responses.
     """
     counts = pd.Series(priors["status"].to_pandas()).value_counts()
-    summary: Summary = {"answers": priors.num_rows}
+    summary: Summary = {"responses": priors.num_rows}
     summary |= {status: int(counts.get(status, 0)) for status in records.PRIOR_STATUSES}
     tokens = {name: int(priors[name].to_pandas().sum()) for name in ("prompt_tokens", "completion_tokens")}
     summary |= tokens

@@ -24,7 +24,7 @@ REACH = 1 / 16
 """How far a sharpened mask may extend beyond the original, as a fraction of the image side."""
 
 
-def construct(views: Views, names: Sequence[str]) -> BoolArray:
+def build_candidates(views: Views, names: Sequence[str]) -> BoolArray:
     """Build the K candidates `names` (of features.CANDIDATES) for each of B sentences: bool [B, K, M, M].
 
     teacher: probability above 0.5, the threshold of evaluation.

@@ -12,7 +12,7 @@ from sklearn.svm import SVR
 
 from l2l_core.core.arrays import FloatArray
 from l2l_core.core.seeding import evenly_picked, folds_of
-from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates, Outcome
+from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates, CandidateTruth
 
 ESTIMATE = SENTENCE_FEATURES.index("estimate")
 FOLDS = 5
@@ -30,7 +30,7 @@ class Critic:
 
     members: tuple[Pipeline, ...]
 
-    def judge(self, candidates: Candidates) -> Candidates:
+    def estimate(self, candidates: Candidates) -> Candidates:
         """Fill in the feature `estimate`: the expected IoU with the ground truth, in [0, 1]."""
         if not len(candidates.sent_id):
             return candidates
@@ -40,7 +40,7 @@ class Critic:
 
 
 def train_critic(
-    labeled: Candidates, outcome: Outcome, image: NDArray[np.int64], seed: int
+    labeled: Candidates, truth: CandidateTruth, image: NDArray[np.int64], seed: int
 ) -> tuple[Critic, Candidates]:
     """Learn each candidate's IoU. Return the critic, and the labeled candidates with out-of-fold estimates.
 
@@ -51,7 +51,7 @@ def train_critic(
     kinds = labeled.sentence.shape[1]
     folds = min(FOLDS, len(np.unique(image)))
     fold = folds_of(image, folds, np.random.default_rng(seed))
-    features, iou = _features(labeled).reshape(len(fold), kinds, -1), outcome.iou
+    features, iou = _features(labeled).reshape(len(fold), kinds, -1), truth.iou
     honest = np.empty(iou.shape, dtype=np.float64)
     members = []
     for number in range(folds):

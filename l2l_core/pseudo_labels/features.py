@@ -87,7 +87,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CandidateTruth:
     """Scores of the candidates of N sentences against the ground truth: for labeled sentences and the oracle only."""
 
     sent_id: NDArray[np.int64]  # [N]
@@ -95,15 +95,15 @@ class Outcome:
     cells: FloatArray
     iou: FloatArray  # [N, K] IoU with the true mask
 
-    def take(self, rows: NDArray[np.int64]) -> Outcome:
+    def take(self, rows: NDArray[np.int64]) -> CandidateTruth:
         """The sentences of some rows, in that order."""
         return _taken(self, rows)
 
 
-Rows = TypeVar("Rows", Candidates, Outcome)
+Rows = TypeVar("Rows", Candidates, CandidateTruth)
 
 
-def describe(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -> Candidates:
+def compute_features(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -> Candidates:
     """Compute the features of the candidates `labels`, bool [B, K, M, M], whose kinds are `names` (of CANDIDATES).
 
     Cells are area-weighted means, so any map side M works with any grid. Memory is a few maps of the batch.
@@ -195,7 +195,7 @@ def _describe(
     return np.stack([cells[name] for name in CELL_FEATURES], axis=-1).astype(np.float16), sentence
 
 
-def judge(sent_id: NDArray[np.int64], labels: BoolArray, truth: BoolArray, grid: int) -> Outcome:
+def score_candidates(sent_id: NDArray[np.int64], labels: BoolArray, truth: BoolArray, grid: int) -> CandidateTruth:
     """Score candidates [B, K, M, M] against true masks [B, M, M], all bool. The IoU of two empty masks is 0."""
     true = truth.astype(np.float32)
     cells, iou = [], []
@@ -203,11 +203,14 @@ def judge(sent_id: NDArray[np.int64], labels: BoolArray, truth: BoolArray, grid:
         parts = (label & truth, label & ~truth, ~label & ~truth, ~label & truth)
         cells.append(np.stack([to_cells(part.astype(np.float32), grid) for part in parts], axis=-1))
         iou.append(soft_iou(label.astype(np.float32), true))
-    return Outcome(sent_id=sent_id, cells=np.stack(cells, axis=1), iou=np.stack(iou, axis=1))
+    return CandidateTruth(sent_id=sent_id, cells=np.stack(cells, axis=1), iou=np.stack(iou, axis=1))
 
 
 def agreement(cells: NDArray[np.float16]) -> FloatArray:
-    """Score against the other predictions, not the truth: cell features [..., C] -> [..., 4] as `Outcome.cells`."""
+    """Score against the other predictions instead of the truth.
+
+    Cell features [..., C] -> [..., 4] as in `CandidateTruth.cells`.
+    """
     label, votes, label_votes = (
         cells[..., CELL_FEATURES.index(name)].astype(np.float32) for name in ("label", "votes", "label_votes")
     )

@@ -17,20 +17,20 @@ from l2l_core.data.load import batches_of, labeled_targets, pairs_of
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
 from l2l_core.errors import InputError
 from l2l_core.model.predictor import Predictor, batched_rows
-from l2l_core.pseudo_labels.candidates import construct
+from l2l_core.pseudo_labels.candidates import build_candidates
 from l2l_core.pseudo_labels.features import (
     LABEL_THRESHOLD,
     SENTENCE_FEATURES,
     Candidates,
-    Outcome,
+    CandidateTruth,
+    compute_features,
     concatenate,
     confident_pixels,
-    describe,
     expand_cells,
-    judge,
+    score_candidates,
 )
 from l2l_core.pseudo_labels.rules import semires_weight
-from l2l_core.pseudo_labels.select import Decision
+from l2l_core.pseudo_labels.select import Selection
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Labels:
     """Candidate pseudo-labels of N pairs. Masks have the size of their images and are run-length encoded."""
 
     pairs: Pairs
-    candidates: list[list[bytes]]  # for each pair, one per name in `SelectParams.constructed`
+    candidates: list[list[bytes]]  # for each pair, one per name in `SelectParams.candidate_names`
     confident: list[bytes]  # `threshold`: pixels that reach the fixed confidence threshold; else empty
     weight: list[bytes]  # `semires`: pixel weights, as in records.PSEUDO_LABELS; else empty
 
@@ -60,26 +60,26 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
             "select: no sentence is unlabeled, so there is nothing to select; set round to 0 or label less "
             "(split.labeled_fraction, split.list_file)"
         )
-    names = params.select.constructed
+    names = params.select.candidate_names
     labels, parts, visited = Labels(batches.pairs, [], [], []), [], []
     for rows, views in teacher.views(batches, params.evaluate.batch_size, "label"):
         visited.append(rows)
-        masks = construct(views, names)
-        parts.append(describe(views, masks, names, params.select.grid))
+        masks = build_candidates(views, names)
+        parts.append(compute_features(views, masks, names, params.select.grid))
         for (height, width), prob, made in zip(batches.pairs.hw[rows].tolist(), views.prob, masks, strict=True):
             # The teacher's mask is thresholded after resizing, as in evaluation.
             soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
             full = [resize_prob(one.astype(np.float32), height, width) for one in soft]
             labels.candidates.append([encode_rle(one > LABEL_THRESHOLD) for one in full])
-            if params.select.policy == "threshold":  # the first candidate is then the teacher's mask
+            if params.select.method == "threshold":  # the first candidate is then the teacher's mask
                 labels.confident.append(encode_rle(confident_pixels(full[0], params.select.pixel_threshold)))
-            if params.select.policy == "semires":
+            if params.select.method == "semires":
                 weight = semires_weight(resize_prob(prob, params.proposals.size_px, params.proposals.size_px))
                 labels.weight.append(np.rint(weight * 255).astype(np.uint8).tobytes())
     return labels.in_order(np.concatenate(visited)), concatenate(parts, visited)
 
 
-def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]:
+def score_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, CandidateTruth]:
     """Score the fold teachers' candidates on labeled sentences whose images they never saw."""
     labeled = pairs_of(params, "labeled")
     fold = fold_of_images(labeled.image_row, params.select.folds, params.seed)
@@ -88,10 +88,10 @@ def judge_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Outcome]
         unseen = labeled.take((fold == left_out).nonzero()[0])
         teacher = Predictor.from_run(folds / str(left_out), params.train)
         parts.append(
-            judge_labeled(params, teacher, batches_of(params, unseen), labeled_targets(unseen), f"fold {left_out}")
+            score_labeled(params, teacher, batches_of(params, unseen), labeled_targets(unseen), f"fold {left_out}")
         )
-    candidates, outcomes = zip(*parts, strict=True)
-    return concatenate(candidates), concatenate(outcomes)
+    candidates, scores = zip(*parts, strict=True)
+    return concatenate(candidates), concatenate(scores)
 
 
 def images_of(params: Params, sent_ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -99,69 +99,69 @@ def images_of(params: Params, sent_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return pairs_of(params, "labeled").with_sent_ids(sent_ids).image_row
 
 
-def judge_labeled(
+def score_labeled(
     params: Params, teacher: Predictor, batches: BatchMaker, targets: Targets, what: str
-) -> tuple[Candidates, Outcome]:
+) -> tuple[Candidates, CandidateTruth]:
     """Features and scores of a teacher's candidates for pairs with ground truth, in the order of the pairs."""
-    names = params.select.constructed
-    candidates, outcomes, visited = [], [], []
+    names = params.select.candidate_names
+    candidates, scores, visited = [], [], []
     for rows, views in teacher.views(batches, params.evaluate.batch_size, what):
         visited.append(rows)
         truth = batches.square_masks(targets.take(rows).label, rows)
-        masks = construct(views, names)
-        candidates.append(describe(views, masks, names, params.select.grid))
-        outcomes.append(judge(views.sent_id, masks, truth, params.select.grid))
-    return concatenate(candidates, visited), concatenate(outcomes, visited)
+        masks = build_candidates(views, names)
+        candidates.append(compute_features(views, masks, names, params.select.grid))
+        scores.append(score_candidates(views.sent_id, masks, truth, params.select.grid))
+    return concatenate(candidates, visited), concatenate(scores, visited)
 
 
-def judge_unlabeled(params: Params, labels: Labels, masks_path: Path) -> Outcome:
+def score_unlabeled(params: Params, labels: Labels, masks_path: Path) -> CandidateTruth:
     """Score the candidates of unlabeled sentences against the ground truth. Only the oracle uses this.
 
     Raises ArtifactError if the dataset has no ground truth for an unlabeled sentence.
     """
     batches = batches_of(params, labels.pairs)
     truth = load_targets(masks_path, records.INDEX, labels.pairs)
-    count, outcomes = len(params.select.constructed), []
+    count, scores = len(params.select.candidate_names), []
     for rows in batched_rows(len(labels.pairs), params.evaluate.batch_size, "oracle"):
         mine = np.stack(
             [batches.square_masks([labels.candidates[row][k] for row in rows], rows) for k in range(count)], axis=1
         )
         true = batches.square_masks([truth.label[row] for row in rows], rows)
-        outcomes.append(judge(labels.pairs.sent_id[rows], mine, true, params.select.grid))
-    return concatenate(outcomes)
+        scores.append(score_candidates(labels.pairs.sent_id[rows], mine, true, params.select.grid))
+    return concatenate(scores)
 
 
-def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candidates, decision: Decision) -> pa.Table:
+def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candidates, selection: Selection) -> pa.Table:
     """The round's pseudo-labels (records.PSEUDO_LABELS), one row per unlabeled sentence."""
     keep = [
-        _keep_rle(params, labels, decision, row, height, width)
+        _keep_rle(params, labels, selection, row, height, width)
         for row, (height, width) in enumerate(labels.pairs.hw.tolist())
     ]
     count = len(labels.pairs)
-    chosen = seen.sentence[np.arange(count), decision.choice]
+    chosen = seen.sentence[np.arange(count), selection.choice]
     columns = {
         "round": np.full(count, number, np.int16),
         "sent_id": labels.pairs.sent_id,
         "height": labels.pairs.hw[:, 0].astype(np.int32),
         "width": labels.pairs.hw[:, 1].astype(np.int32),
-        "rle_counts": [made[k] for made, k in zip(labels.candidates, decision.choice.tolist(), strict=True)],
-        "candidate": [params.select.constructed[k] for k in decision.choice.tolist()],
+        "rle_counts": [made[k] for made, k in zip(labels.candidates, selection.choice.tolist(), strict=True)],
+        "candidate": [params.select.candidate_names[k] for k in selection.choice.tolist()],
         "keep_rle": keep,
         "weight": pa.array(labels.weight, pa.binary()) if labels.weight else pa.nulls(count, pa.binary()),
-        "accept_prob": decision.accept_prob.astype(np.float32),
-        "reward": decision.reward.astype(np.float32),
+        "accept_prob": selection.accept_prob.astype(np.float32),
+        "reward": selection.reward.astype(np.float32),
         "prior_iou": chosen[:, SENTENCE_FEATURES.index("prior_iou")],
         "confidence": chosen[:, SENTENCE_FEATURES.index("confidence")],
-        "accepted": decision.accepted,
-        "policy": [params.select.policy] * count,
+        "accepted": selection.accepted,
+        "method": [params.select.method] * count,
     }
     return pa.table(columns, schema=records.PSEUDO_LABELS)
 
 
-def _keep_rle(params: Params, labels: Labels, decision: Decision, row: int, height: int, width: int) -> bytes:
+def _keep_rle(params: Params, labels: Labels, selection: Selection, row: int, height: int, width: int) -> bytes:
     """Valid pixels of one pseudo-label, run-length encoded. A rejected one has none."""
-    if not decision.accepted[row]:
+    if not selection.accepted[row]:
         return encode_rle(np.zeros((height, width), dtype=bool))
-    if params.select.policy == "threshold":
+    if params.select.method == "threshold":
         return labels.confident[row]
-    return encode_rle(expand_cells(decision.keep_cells[row : row + 1], height, width)[0])
+    return encode_rle(expand_cells(selection.keep_cells[row : row + 1], height, width)[0])

@@ -118,8 +118,8 @@ def act(actors: Sequence[Actor], candidates: Candidates, slope: float = 1.0) -> 
             rows = slice(start, start + ROWS_AT_ONCE)
             cells, sentence = torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
             said = [actor(*actor.standardize(cells, sentence)) for actor in actors]
-            wanted, keep_logit = (torch.stack(logits).mean(0) for logits in zip(*said, strict=True))
-            teaches = ((keep_logit > 0) & (cells[..., CELL_FEATURES.index("label")] > 0)).any(-1).any(-1)
+            wanted, keep_logits = (torch.stack(logits).mean(0) for logits in zip(*said, strict=True))
+            teaches = ((keep_logits > 0) & (cells[..., CELL_FEATURES.index("label")] > 0)).any(-1).any(-1)
             possible = teaches | ~teaches.any(1, keepdim=True)
             wanted = wanted.masked_fill(~possible, -math.inf)
             chosen, any_of_them = wanted.argmax(1), wanted.logsumexp(1)
@@ -127,7 +127,7 @@ def act(actors: Sequence[Actor], candidates: Candidates, slope: float = 1.0) -> 
             choice[rows] = chosen.numpy()
             accept_logit[rows] = any_of_them.numpy()
             accepted[rows] = ((any_of_them > 0) & teaches[here]).numpy()
-            keep_prob[rows] = torch.sigmoid(keep_logit[here]).numpy()
+            keep_prob[rows] = torch.sigmoid(keep_logits[here]).numpy()
         accept_prob = torch.sigmoid(slope * torch.from_numpy(accept_logit)).numpy()
     return Action(choice, accept_logit, accept_prob, accepted, keep_prob)
 
@@ -142,7 +142,7 @@ class Policy:
 
     def act(self, candidates: Candidates) -> Action:
         """Estimate IoU with the critic, then choose a candidate for every sentence."""
-        return act(self.actors, self.critic.judge(candidates), self.slope)
+        return act(self.actors, self.critic.estimate(candidates), self.slope)
 
 
 @contextmanager

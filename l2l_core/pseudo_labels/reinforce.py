@@ -20,7 +20,7 @@ from l2l_core.config import SelectParams
 from l2l_core.core.progress import progress
 from l2l_core.core.seeding import evenly_picked, folds_of
 from l2l_core.pseudo_labels.critic import ESTIMATE, train_critic
-from l2l_core.pseudo_labels.features import Candidates, Outcome, agreement
+from l2l_core.pseudo_labels.features import Candidates, CandidateTruth, agreement
 from l2l_core.pseudo_labels.policy import Actor, Policy, act, one_thread
 from l2l_core.pseudo_labels.reward import RIGHT_IOU, agreement_reliability, utility, utility_of_sums
 
@@ -80,7 +80,7 @@ class TrainedPolicy:
 
 def train_policy(
     labeled: Candidates,
-    outcome: Outcome,
+    truth: CandidateTruth,
     unlabeled: Candidates,
     params: SelectParams,
     seed: int,
@@ -88,7 +88,7 @@ def train_policy(
 ) -> TrainedPolicy:
     """Learn which candidates to accept and which cells to keep. Runs on one CPU thread and is bitwise reproducible.
 
-    labeled, outcome: the same labeled sentences in the same order. Their candidates come from teachers that never saw
+    labeled, truth: the same labeled sentences in the same order. Their candidates come from teachers that never saw
     their images.
     unlabeled: may be empty. Training reads at most UNLABELED_SENTENCES of them.
     image: [N] image row of each labeled sentence. None: every sentence belongs to a different image.
@@ -97,37 +97,37 @@ def train_policy(
     Below FEWEST_FOR_NOISE labeled sentences, the first of NOISES is used. Raises ValueError if there is no labeled
     sentence or if the rows do not match.
     """
-    if not len(labeled.sent_id) or not np.array_equal(labeled.sent_id, outcome.sent_id):
-        raise ValueError("labeled and outcome must be rows of the same sentences, at least one")
+    if not len(labeled.sent_id) or not np.array_equal(labeled.sent_id, truth.sent_id):
+        raise ValueError("labeled and truth must be rows of the same sentences, at least one")
     image = np.arange(len(labeled.sent_id)) if image is None else image
     with one_thread():
-        critic, judged = train_critic(labeled, outcome, image, seed)
-        unlabeled = critic.judge(unlabeled.take(evenly_picked(len(unlabeled.sent_id), UNLABELED_SENTENCES)))
+        critic, judged = train_critic(labeled, truth, image, seed)
+        unlabeled = critic.estimate(unlabeled.take(evenly_picked(len(unlabeled.sent_id), UNLABELED_SENTENCES)))
         scaling = _scaling(judged, unlabeled)
-        noise = _choose_noise(scaling, judged, outcome, image, unlabeled, params, seed)
+        noise = _choose_noise(scaling, judged, truth, image, unlabeled, params, seed)
         actors, curves = [], []
         for number in range(ACTORS):
             generator = torch.Generator().manual_seed(seed + number)
             actor = _new_actor(scaling, params, generator)
-            curves.append(_improve(actor, judged, outcome, unlabeled, params, params.policy_steps, noise, generator))
+            curves.append(_improve(actor, judged, truth, unlabeled, params, params.policy_steps, noise, generator))
             actors.append(actor)
-        slope = _calibrate(actors, judged, outcome)
+        slope = _calibrate(actors, judged, truth)
     return TrainedPolicy(Policy(critic, tuple(actors), slope), curves[0])
 
 
 def policy_gradient_loss(
-    take_logit: Tensor, keep_logit: Tensor, take: Tensor, keep: Tensor, advantage: Tensor
+    choice_logits: Tensor, keep_logits: Tensor, take: Tensor, keep: Tensor, advantage: Tensor
 ) -> Tensor:
     """A scalar whose gradient is the negative REINFORCE estimate of the gradient of the mean expected reward.
 
-    take_logit [B, K] and keep_logit [B, K, G, G] require gradients. take [S, B] and keep [S, B, G, G] are drawn
+    choice_logits [B, K] and keep_logits [B, K, G, G] require gradients. take [S, B] and keep [S, B, G, G] are drawn
     actions: the candidate taken (K for none), and 1 for each of its cells that is kept, else 0. advantage: [S, B].
     If none is taken, the cells are not part of the action, since they cannot change the reward.
     """
     # Matrix products over the cells are far cheaper than one map per drawn action.
-    kept = torch.einsum("sbij,bkij->sbk", keep, keep_logit)
-    of_cells = _of_taken(kept - functional.softplus(keep_logit).sum((-2, -1)), take)
-    log_prob = _with_none(take_logit).log_softmax(1)[torch.arange(len(take_logit)), take] + of_cells
+    kept = torch.einsum("sbij,bkij->sbk", keep, keep_logits)
+    of_cells = _of_taken(kept - functional.softplus(keep_logits).sum((-2, -1)), take)
+    log_prob = _with_none(choice_logits).log_softmax(1)[torch.arange(len(choice_logits)), take] + of_cells
     return -(advantage * log_prob).mean()
 
 
@@ -140,7 +140,7 @@ def group_advantage(reward: Tensor) -> Tensor:
 def _choose_noise(
     scaling: Mapping[str, Tensor],
     labeled: Candidates,
-    outcome: Outcome,
+    truth: CandidateTruth,
     image: NDArray[np.int64],
     unlabeled: Candidates,
     params: SelectParams,
@@ -158,21 +158,21 @@ def _choose_noise(
             learned, left_out = (fold != number).nonzero()[0], (fold == number).nonzero()[0]
             generator = torch.Generator().manual_seed(seed + number)
             actor = _new_actor(scaling, params, generator)
-            known = outcome.take(learned)
+            known = truth.take(learned)
             _improve(actor, labeled.take(learned), known, unlabeled, params, steps, noise, generator)
-            earned += _expected_reward(actor, labeled.take(left_out), outcome.take(left_out), params)
+            earned += _expected_reward(actor, labeled.take(left_out), truth.take(left_out), params)
         rewards.append(earned)
     return NOISES[int(np.argmax(rewards))]
 
 
-def _expected_reward(actor: Actor, candidates: Candidates, outcome: Outcome, params: SelectParams) -> float:
+def _expected_reward(actor: Actor, candidates: Candidates, truth: CandidateTruth, params: SelectParams) -> float:
     """Reward summed over sentences, if candidates are drawn and cells with positive keep logits are kept."""
     with torch.no_grad():
-        take_logit, keep_logit = actor(
+        choice_logits, keep_logits = actor(
             *actor.standardize(torch.from_numpy(candidates.cells), torch.from_numpy(candidates.sentence))
         )
-        worth = utility(torch.from_numpy(outcome.cells), (keep_logit > 0).float(), params.wrong_cost)
-        return float((_with_none(take_logit).softmax(1)[:, :-1] * worth).sum())
+        worth = utility(torch.from_numpy(truth.cells), (keep_logits > 0).float(), params.wrong_cost)
+        return float((_with_none(choice_logits).softmax(1)[:, :-1] * worth).sum())
 
 
 def _new_actor(scaling: Mapping[str, Tensor], params: SelectParams, generator: torch.Generator) -> Actor:
@@ -197,7 +197,7 @@ def _critic_logit(estimate: Tensor, params: SelectParams) -> Tensor:
 def _improve(
     policy: Actor,
     labeled: Candidates,
-    outcome: Outcome,
+    truth: CandidateTruth,
     unlabeled: Candidates,
     params: SelectParams,
     steps_to_do: int,
@@ -205,13 +205,13 @@ def _improve(
     generator: torch.Generator,
 ) -> list[dict[str, float]]:
     """Train the actor in place and return the curve."""
-    weight = params.unlabeled_weight * _reliability(labeled, outcome, params)
+    weight = params.unlabeled_weight * _reliability(labeled, truth, params)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps_to_do))
     steps = []
     for _ in progress(range(steps_to_do), "policy", "step"):
         rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
-        loss, step = _explore(policy, labeled, rows, outcome.cells[rows], params, noise, generator)
+        loss, step = _explore(policy, labeled, rows, truth.cells[rows], params, noise, generator)
         if len(unlabeled.sent_id) and weight > 0:
             rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
             shares = agreement(unlabeled.cells[rows])
@@ -249,24 +249,24 @@ def _explore(
     varies = policy.sentence_std > SMALLEST_STD
     varies[ESTIMATE] = False
     noise = feature_noise * varies * torch.randn(sentence.shape, generator=generator)
-    take_logit, keep_logit = policy(cells, sentence + noise)
-    prob = _with_none(take_logit.detach()).softmax(1)
+    choice_logits, keep_logits = policy(cells, sentence + noise)
+    prob = _with_none(choice_logits.detach()).softmax(1)
     take = torch.multinomial(prob, params.group_size, replacement=True, generator=generator).T
-    taken = take.clamp(max=take_logit.shape[1] - 1)
-    keep_prob = torch.sigmoid(keep_logit.detach())[torch.arange(len(rows)), taken]
+    taken = take.clamp(max=choice_logits.shape[1] - 1)
+    keep_prob = torch.sigmoid(keep_logits.detach())[torch.arange(len(rows)), taken]
     keep = (torch.rand(keep_prob.shape, generator=generator) < keep_prob).float()
     scored = torch.from_numpy(shares)
     kept = torch.einsum("sbij,bkijc->sbkc", keep, scored)
     reward = _of_taken(utility_of_sums(kept, scored.sum((2, 3)), params.wrong_cost), take)
     advantage = group_advantage(reward)
-    entropy = _entropy(take_logit, keep_logit)
-    loss = policy_gradient_loss(take_logit, keep_logit, take, keep, advantage)
+    entropy = _entropy(choice_logits, keep_logits)
+    loss = policy_gradient_loss(choice_logits, keep_logits, take, keep, advantage)
     critic_logit = _critic_logit(torch.from_numpy(candidates.sentence[rows][..., ESTIMATE]), params)
-    loss = loss + CRITIC_WEIGHT * _divergence(take_logit, critic_logit) - params.entropy_bonus * entropy
+    loss = loss + CRITIC_WEIGHT * _divergence(choice_logits, critic_logit) - params.entropy_bonus * entropy
     return loss, {
         "reward": float(reward.mean()),
         "accept_rate": float(1 - prob[:, -1].mean()),
-        "keep_rate": float(torch.sigmoid(keep_logit.detach()).mean()),
+        "keep_rate": float(torch.sigmoid(keep_logits.detach()).mean()),
         "entropy": float(entropy.detach()),
         "advantage_std": float(advantage.std()),
     }
@@ -277,25 +277,25 @@ def _of_taken(values: Tensor, take: Tensor) -> Tensor:
     return functional.pad(values, (0, 1)).gather(2, take[..., None])[..., 0]
 
 
-def _with_none(take_logit: Tensor) -> Tensor:
+def _with_none(choice_logits: Tensor) -> Tensor:
     """Append the logit 0 for "none" to the candidates' logits: [..., K] -> [..., K + 1]."""
-    return functional.pad(take_logit, (0, 1))
+    return functional.pad(choice_logits, (0, 1))
 
 
-def _divergence(take_logit: Tensor, critic_logit: Tensor) -> Tensor:
+def _divergence(choice_logits: Tensor, critic_logit: Tensor) -> Tensor:
     """Mean KL(actor || critic) of the choice among the candidates and none, in nats; both logits are [B, K]."""
-    actor, critic = (_with_none(logit).log_softmax(1) for logit in (take_logit, critic_logit))
+    actor, critic = (_with_none(logit).log_softmax(1) for logit in (choice_logits, critic_logit))
     return (actor.exp() * (actor - critic)).sum(1).mean()
 
 
-def _entropy(take_logit: Tensor, keep_logit: Tensor) -> Tensor:
+def _entropy(choice_logits: Tensor, keep_logits: Tensor) -> Tensor:
     """Mean entropy of the choice plus mean entropy of a cell's decision, in nats."""
-    log_prob = _with_none(take_logit).log_softmax(1)
-    of_cells = functional.softplus(keep_logit) - torch.sigmoid(keep_logit) * keep_logit
+    log_prob = _with_none(choice_logits).log_softmax(1)
+    of_cells = functional.softplus(keep_logits) - torch.sigmoid(keep_logits) * keep_logits
     return of_cells.mean() - (log_prob.exp() * log_prob).sum(1).mean()
 
 
-def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) -> float:
+def _reliability(labeled: Candidates, truth: CandidateTruth, params: SelectParams) -> float:
     """How well agreement predicts whether the candidates of labeled sentences are correct, in [0, 1].
 
     All kinds of candidates count together, since the agreement reward compares them. The proposal is one of the
@@ -303,7 +303,7 @@ def _reliability(labeled: Candidates, outcome: Outcome, params: SelectParams) ->
     """
     shares = torch.from_numpy(agreement(labeled.cells))
     by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost).numpy()
-    return agreement_reliability(by_agreement.ravel(), outcome.iou.ravel())
+    return agreement_reliability(by_agreement.ravel(), truth.iou.ravel())
 
 
 def _scaling(labeled: Candidates, unlabeled: Candidates) -> dict[str, Tensor]:
@@ -319,7 +319,7 @@ def _scaling(labeled: Candidates, unlabeled: Candidates) -> dict[str, Tensor]:
     return {name: torch.from_numpy(values).float() for name, values in found.items()}
 
 
-def _calibrate(actors: Sequence[Actor], labeled: Candidates, outcome: Outcome) -> float:
+def _calibrate(actors: Sequence[Actor], labeled: Candidates, truth: CandidateTruth) -> float:
     """The slope that minimizes the log loss of accept_prob as the probability that the chosen candidate is correct.
 
     Uses the labeled sentences with their out-of-fold estimates. A slope without offset leaves every decision unchanged.
@@ -328,7 +328,7 @@ def _calibrate(actors: Sequence[Actor], labeled: Candidates, outcome: Outcome) -
     """
     action = act(actors, labeled)
     logit = action.accept_logit.astype(np.float64)
-    right = outcome.iou[np.arange(len(logit)), action.choice] > RIGHT_IOU
+    right = truth.iou[np.arange(len(logit)), action.choice] > RIGHT_IOU
     target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
     scaled = SLOPES[:, None] * logit
     log_loss = (np.logaddexp(0, scaled) - target * scaled).mean(1)

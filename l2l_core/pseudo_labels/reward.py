@@ -23,7 +23,7 @@ def utility(cells: Tensor, keep: Tensor, wrong_cost: float) -> Tensor:
     b: kept correct background over all correct background. It counts only times r: background alone is worth nothing.
     If all pixels are kept: u = (1 + wrong_cost) IoU - wrong_cost.
 
-    cells: [..., G, G, 4] as in Outcome; keep: [..., G, G] in [0, 1], leading axes broadcast; returns [...].
+    cells: [..., G, G, 4] as in CandidateTruth; keep: [..., G, G] in [0, 1], leading axes broadcast; returns [...].
     """
     return utility_of_sums(_total(cells * keep[..., None]), _total(cells), wrong_cost)
 

@@ -11,40 +11,40 @@ from numpy.typing import NDArray
 
 from l2l_core.config import SelectParams
 from l2l_core.core.arrays import BoolArray, FloatArray
-from l2l_core.pseudo_labels.features import Candidates, Outcome, agreement
+from l2l_core.pseudo_labels.features import Candidates, CandidateTruth, agreement
 from l2l_core.pseudo_labels.policy import ROWS_AT_ONCE, Policy, one_thread
 from l2l_core.pseudo_labels.reward import RIGHT_IOU, utility
 from l2l_core.pseudo_labels.rules import best_fraction, mean_rank, rank_sum
 
 
 @dataclass(frozen=True)
-class Decision:
+class Selection:
     """The selection for N sentences."""
 
     choice: NDArray[np.int64]  # [N] candidate that becomes the sentence's pseudo-label
-    accept_prob: FloatArray  # [N] ranking score in [0, 1]: see `decide`
+    accept_prob: FloatArray  # [N] ranking score in [0, 1]: see `select_labels`
     accepted: BoolArray  # [N] whether the pseudo-label is used in training
     keep_cells: BoolArray  # [N, G, G] valid cells; none if rejected
     reward: FloatArray  # [N] utility of the kept cells: by the truth if given, else by agreement
 
 
-def decide(
-    params: SelectParams, candidates: Candidates, policy: Policy | None, outcome: Outcome | None = None
-) -> Decision:
-    """Apply `params.policy`. Every rule except `reinforce` keeps all cells of the pseudo-labels that it accepts.
+def select_labels(
+    params: SelectParams, candidates: Candidates, policy: Policy | None, truth: CandidateTruth | None = None
+) -> Selection:
+    """Apply `params.method`. Every rule except `reinforce` keeps all cells of the pseudo-labels that it accepts.
 
     Fixed rules take each sentence's first candidate, the oracle the one with the highest IoU. accept_prob is the
     calibrated probability of a correct pseudo-label (reinforce), the rank of the rule's score (topk, agreement,
     ranksum), the IoU (oracle), 1 (all, threshold, semires, mean_teacher) or 0 (none). `threshold` accepts everything
     and drops pixels instead of cells, by `confident_pixels`. `semires` weights pixels. `mean_teacher` relabels during
-    training. Raises ValueError if the rule lacks its policy or outcome, or if the outcome is of other sentences.
+    training. Raises ValueError if the rule lacks its policy or truth, or if the truth is of other sentences.
     """
     count, grid = len(candidates.sent_id), candidates.cells.shape[2]
     everyone, choice = np.arange(count), np.zeros(count, dtype=np.int64)
     keep = np.ones((count, grid, grid), dtype=bool)
-    if outcome is not None and not np.array_equal(candidates.sent_id, outcome.sent_id):
-        raise ValueError("candidates and outcome must be rows of the same sentences")
-    match params.policy:
+    if truth is not None and not np.array_equal(candidates.sent_id, truth.sent_id):
+        raise ValueError("candidates and truth must be rows of the same sentences")
+    match params.method:
         case "all" | "threshold" | "semires" | "mean_teacher":
             score = np.ones(count, dtype=np.float32)
             accepted = score > 0.5
@@ -58,10 +58,10 @@ def decide(
                 score = mean_rank(candidates.confidence if rule == "topk" else candidates.prior_iou)
             accepted = best_fraction(score, candidates.sent_id, params.keep_fraction)
         case "oracle":
-            if outcome is None:
-                raise ValueError("oracle needs the outcome")
-            choice = outcome.iou.argmax(1)
-            score = outcome.iou[everyone, choice]
+            if truth is None:
+                raise ValueError("oracle needs the truth")
+            choice = truth.iou.argmax(1)
+            score = truth.iou[everyone, choice]
             accepted = score > RIGHT_IOU
         case "reinforce":
             if policy is None:
@@ -72,11 +72,15 @@ def decide(
         case _ as unknown:
             assert_never(unknown)
     keep = keep & accepted[:, None, None]
-    return Decision(choice, score, accepted, keep, _reward(params, candidates, outcome, choice, keep))
+    return Selection(choice, score, accepted, keep, _reward(params, candidates, truth, choice, keep))
 
 
 def _reward(
-    params: SelectParams, candidates: Candidates, outcome: Outcome | None, choice: NDArray[np.int64], keep: BoolArray
+    params: SelectParams,
+    candidates: Candidates,
+    truth: CandidateTruth | None,
+    choice: NDArray[np.int64],
+    keep: BoolArray,
 ) -> FloatArray:
     """Utility of the kept cells of each sentence's pseudo-label, [N]."""
     reward = np.empty(len(keep), dtype=np.float32)
@@ -84,7 +88,7 @@ def _reward(
         for start in range(0, len(keep), ROWS_AT_ONCE):
             rows = np.arange(start, min(start + ROWS_AT_ONCE, len(keep)))
             place = rows, choice[rows]
-            shares = agreement(candidates.cells[place]) if outcome is None else outcome.cells[place]
+            shares = agreement(candidates.cells[place]) if truth is None else truth.cells[place]
             kept = torch.from_numpy(keep[rows].astype(np.float32))
             reward[rows] = utility(torch.from_numpy(shares), kept, params.wrong_cost).numpy()
     return reward

@@ -8,8 +8,6 @@ or a sentence must raise REFSHAPES_VERSION.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from l2l_core.config import RefShapesParams
+from l2l_core.core.files import atomic_dir
 from l2l_core.core.masks import encode_rle
 from l2l_core.core.progress import progress
 from l2l_core.core.threads import thread_count
@@ -68,18 +67,9 @@ def make_scene(
 
 def write_refshapes(folder: str | Path, params: RefShapesParams) -> None:
     """Write the dataset atomically, replacing the folder; on failure, the old folder stays."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building, retired = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    try:
-        (building / "images").mkdir(parents=True)
+    with atomic_dir(Path(folder)) as building:
+        (building / "images").mkdir()
         _fill(building, params)
-        if folder.exists():
-            os.replace(folder, retired)
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _describe(scene: Scene, styles: list[str], rng: np.random.Generator) -> list[Expression] | None:

@@ -239,18 +239,18 @@ def _score_tables(experiments: Sequence[Experiment]) -> list[Table]:
             shown = {final: SCORE_NAMES} | {
                 method: {"miou": f"mIoU, {said}"}
                 for method, said in (
-                    (f"{final}_no_prior", "asked without prior"),
+                    (f"{final}_no_prior", "without prior"),
                     (SUPERVISED, "supervised only"),
                     (PRIOR, "prior only"),
                 )
             }
             for method, names in shown.items():
                 of_method = one.per_sentence["split"].eq(split) & one.per_sentence["method"].eq(method)
-                answers = one.per_sentence[of_method]
-                scores = segmentation_scores(answers["intersection_px"], answers["union_px"])
+                scored = one.per_sentence[of_method]
+                scores = segmentation_scores(scored["intersection_px"], scored["union_px"])
                 for key, name in names.items():
                     rows.setdefault(name, []).append(scores[key])
-        tables.append(_beside(f"{split}: {len(answers):,} sentences", rows))
+        tables.append(_beside(f"{split}: {len(scored):,} sentences", rows))
     return tables
 
 
@@ -269,7 +269,7 @@ def _paired_tables(experiments: Sequence[Experiment]) -> list[Table]:
             low, high = mean_interval(100 * (ious[1] - ious[0]), before["image_id"].to_numpy(), SEED)
             shares: list[float | None] = [100 * change[key] / len(before) for key in CHANGE_NAMES]
             rows.append((_difference(letter), [change["mean"], low, high, *shares]))
-        tables.append(Table(f"{split}, answer by answer", columns, rows))
+        tables.append(Table(f"{split}, sentence by sentence", columns, rows))
     return tables
 
 

@@ -189,8 +189,8 @@ class _Cases:
         """Pseudo-labels of the last round next to those of the previous round (from `_two_rounds`)."""
         for row in labels.itertuples():
             names = [f"label ({candidate})" for candidate in (row.candidate_before, row.candidate)]
-            answers = ((row.accepted_before, row.accept_prob_before), (row.accepted, row.accept_prob))
-            said = [f"{'accepted' if accepted else 'rejected'} with {prob:.2f}" for accepted, prob in answers]
+            labels = ((row.accepted_before, row.accept_prob_before), (row.accepted, row.accept_prob))
+            said = [f"{'accepted' if accepted else 'rejected'} with {prob:.2f}" for accepted, prob in labels]
             yield self._changed(row, names, said)
 
     def of_changed_predictions(self, predictions: pd.DataFrame) -> Iterator[Case]:
@@ -227,16 +227,16 @@ class _Cases:
         """The image at the size of a panel, the first panels of a case, and the true mask if known."""
         where = self._where.loc[sent_id]
         image = overlays.fit(self._read_image(where["file_name"]), PANEL_PX)
-        answers = self._priors[self._priors["sent_id"] == sent_id]
+        responses = self._priors[self._priors["sent_id"] == sent_id]
         size = np.array([where["width"], where["height"]], np.float64)
-        boxes = [np.asarray(box, np.float64) / np.tile(size, 2) for box in answers["bbox"] if box is not None]
-        points = [np.asarray(point, np.float64) / size for point in answers["point"] if point is not None]
-        named = next((f": “{target}”" for target in answers["target"] if target), "")
+        boxes = [np.asarray(box, np.float64) / np.tile(size, 2) for box in responses["bbox"] if box is not None]
+        points = [np.asarray(point, np.float64) / size for point in responses["point"] if point is not None]
+        named = next((f": “{target}”" for target in responses["target"] if target), "")
         proposal = self._proposals.loc[sent_id]
         soft = np.frombuffer(proposal["soft"], np.uint8).reshape(proposal["height"], proposal["width"])
         panels = [
             ("image", image),
-            (f"prior{named}" if boxes or points else "prior: no answer", overlays.with_boxes(image, boxes, points)),
+            (f"prior{named}" if boxes or points else "prior: no response", overlays.with_boxes(image, boxes, points)),
             ("proposal", overlays.with_soft_map(image, soft)),
         ]
         truth = self._truth.get(where["ann_id"])

@@ -99,14 +99,14 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
         "none": "none",
         "replay": f"recorded, {Path(params.priors.replay_file or '').name}",
     }.get(params.priors.backend, f"{params.priors.model} by {params.priors.backend}")
-    answered = (run.proposals["score"] > 0).mean()
+    usable = (run.proposals["score"] > 0).mean()
     facts = {
         "dataset": Path(params.dataset).name + (f", version {version}" if version is not None else ""),
         "labels": f"{budget}: {labeled[0]:,} images, {labeled[1]:,} sentences",
         "without labels": f"{unlabeled[0]:,} images, {unlabeled[1]:,} sentences",
-        "priors": f"{prior}, usable for {100 * answered:.1f} % of the sentences",
+        "priors": f"{prior}, usable for {100 * usable:.1f} % of the sentences",
         "proposals": _rendering_name(run.rendering),
-        "selection": params.select.policy,
+        "selection": params.select.method,
         "rounds": str(run.last_round),
         "seed": str(params.seed),
     }

@@ -46,11 +46,11 @@ REFERENCE = Costs(
 )
 """Seconds of the default run on two cores (bench/results/default_run.jsonl). Only their ratios matter: finished stages
 set the scale."""
-EMBEDDED_ASK_S, EVALUATE_S, REPORT_S = 0.02, 2.7, 7.2
+EMBEDDED_QUERY_S, EVALUATE_S, REPORT_S = 0.02, 2.7, 7.2
 """The same for stages that `check` does not estimate; the first is per sentence of the built-in model."""
 
 TRAININGS = ("warmup", "crossfit-0", "crossfit", "retrain")
-COMPUTES = ("ask", "training", "predict", "select")
+COMPUTES = ("query", "training", "predict", "select")
 """Kinds of stages whose speed depends on the device."""
 
 STARTS = re.compile(rb"Running stage '(?:[^']*:)?([^':]+)'")
@@ -101,8 +101,8 @@ def reference_seconds() -> dict[str, float | None]:
 
 def _not_estimated(params: Params, counts: Counts) -> dict[str, float | None]:
     found: dict[str, float | None] = {"evaluate": EVALUATE_S, "report": REPORT_S}
-    if params.priors.asks_embedded:
-        found["ask"] = counts.sentences * EMBEDDED_ASK_S
+    if params.priors.queries_embedded:
+        found["query"] = counts.sentences * EMBEDDED_QUERY_S
     return found
 
 

@@ -13,9 +13,9 @@ from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
     labeled_stream,
+    method_of,
     new_network,
     part_of,
-    policy_of,
     pseudo_stream,
     run_training,
     training_settings,
@@ -28,11 +28,11 @@ def pseudo_labels_of(number: int) -> Path:
     return records.round_folder(number) / "pseudo_labels.parquet"
 
 
-def learn_nothing_new(params: Params, number: int) -> bool:
-    """Whether a round trains no fold teachers: a fixed rule does not use them, and `kept` ones stay after round 0."""
+def trains_none(params: Params, number: int) -> bool:
+    """Whether a round trains no fold teachers: a fixed rule does not use them, and frozen ones stay after round 0."""
     if number == 0:
-        return params.select.policy != "reinforce"
-    return policy_of(pseudo_labels_of(number)) != "reinforce" or params.select.fold_update == "kept"
+        return not params.select.trains_policy
+    return method_of(pseudo_labels_of(number)) != "reinforce" or params.select.fold_update == "freeze"
 
 
 def folds_key(params: Params, number: int) -> str:
@@ -40,7 +40,7 @@ def folds_key(params: Params, number: int) -> str:
     settings = f"{training_settings(params)} {params.select.fold_steps}"
     if number:
         settings += f" {params.select.fold_update} {params.select.fold_update_steps}"
-        settings += f" {params.retrain.labeled_share} {params.retrain.passes}"
+        settings += f" {params.retrain.labeled_share} {params.retrain.num_passes}"
     return fingerprint("crossfit", settings, _inputs(params, number))
 
 
@@ -49,28 +49,28 @@ def train_teacher(params: Params, number: int, left_out: int, into: Path) -> Non
     labeled = labeled_stream(params, 1.0 if number == 0 else params.retrain.labeled_share)
     pairs = labeled.batches.pairs
     fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
-    purpose, steps = f"crossfit-{number}-{left_out}", params.select.fold_steps
+    run_name, steps = f"crossfit-{number}-{left_out}", params.select.fold_steps
     streams = [part_of(labeled, (fold != left_out).nonzero()[0])]
-    if _goes_further(params, number):
+    if _continues(params, number):
         network = Segmenter.load(records.round_folder(number - 1) / "folds" / str(left_out))
         steps = params.select.fold_update_steps
     else:
-        network = new_network(params, purpose)
+        network = new_network(params, run_name)
     if number:
-        network.passes = params.retrain.passes  # the teachers represent the round's model
+        network.passes = params.retrain.num_passes  # the teachers represent the round's model
         pseudo = pseudo_stream(params, pseudo_labels_of(number), 1 - params.retrain.labeled_share)
         # A partly labeled image also has pseudo-labels, from a teacher that has seen its labels.
         others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
         streams += [] if others is None else [others]
-    run_training(params, purpose, network, streams, steps, _inputs(params, number), into, None)
+    run_training(params, run_name, network, streams, steps, _inputs(params, number), into, None)
 
 
-def _goes_further(params: Params, number: int) -> bool:
-    return number > 0 and params.select.fold_update == "further"
+def _continues(params: Params, number: int) -> bool:
+    return number > 0 and params.select.fold_update == "continue"
 
 
 def _inputs(params: Params, number: int) -> list[Path]:
     """Input files of a round's teachers, including the last round's teachers if training continues from them."""
     inputs = [*LABEL_INPUTS, *PRIOR_INPUTS]
-    inputs += [records.round_folder(number - 1) / "folds"] if _goes_further(params, number) else []
+    inputs += [records.round_folder(number - 1) / "folds"] if _continues(params, number) else []
     return inputs + ([pseudo_labels_of(number)] if number else [])

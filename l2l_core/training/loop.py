@@ -24,7 +24,7 @@ from l2l_core.core.progress import progress
 from l2l_core.core.seeding import generator, seed_of
 from l2l_core.core.threads import share_of_launched
 from l2l_core.data.augment import strong_view
-from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets, move_batch
+from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import samples_that_teach, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
@@ -135,7 +135,7 @@ def train(
     def ask_teacher(batch: Batch) -> Tensor:
         tokens = to_device(network.tokenize(batch), accelerator.device)
         with torch.no_grad(), autocast(device, precision):
-            return teacher(move_batch(batch, accelerator.device), tokens).mask_logits.float().sigmoid().cpu()
+            return teacher(batch.to(accelerator.device), tokens).mask_logits.float().sigmoid().cpu()
 
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
         torch.manual_seed(seed_of("dropout", seed, step, accelerator.process_index))
@@ -151,7 +151,7 @@ def train(
         losses = []
         for number, batch in enumerate(batches, start=1):
             tokens = to_device(network.tokenize(batch, padding="longest"), accelerator.device)
-            batch = move_batch(batch, accelerator.device)
+            batch = batch.to(accelerator.device)
             assert batch.label is not None  # every stream has targets or gets them online
             with nullcontext() if number == len(batches) else accelerator.no_sync(student), enough_samples():
                 with autocast(device, precision):

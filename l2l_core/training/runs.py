@@ -13,7 +13,7 @@ from l2l_core.artifacts import records
 from l2l_core.artifacts.curves import live_curve
 from l2l_core.config import Params, TrainParams
 from l2l_core.core.device import choose_device, print_device, resolve_precision
-from l2l_core.core.files import fingerprint, scratch_folder, whole_folder
+from l2l_core.core.files import atomic_dir, fingerprint, scratch_folder
 from l2l_core.core.progress import is_first_process
 from l2l_core.core.seeding import derive_seed
 from l2l_core.data.load import batches_of, corpus, labeled_targets, pairs_of
@@ -28,10 +28,10 @@ ONLINE_THRESHOLD = 0.7
 """Minimum confidence of a valid pixel under an online teacher: the fixed threshold of DAM-Net (2025)."""
 
 
-def new_network(params: Params, purpose: str, *, with_priors: bool = True) -> Segmenter:
+def new_network(params: Params, run_name: str, *, with_priors: bool = True) -> Segmenter:
     """A network with random (or pretrained) weights and a tokenizer that knows the training sentences."""
     pairs = [pairs_of(params, role, with_priors=with_priors) for role in ("labeled", "unlabeled")]
-    return Segmenter.create(params.model, corpus(pairs), derive_seed(params.seed, purpose))
+    return Segmenter.create(params.model, corpus(pairs), derive_seed(params.seed, run_name))
 
 
 def labeled_stream(params: Params, share: float, *, with_priors: bool = True) -> Stream:
@@ -62,10 +62,10 @@ def online_stream(params: Params, share: float) -> OnlineStream:
     return OnlineStream(batches_of(params, pairs_of(params, "unlabeled")), ONLINE_THRESHOLD, share)
 
 
-def policy_of(pseudo_labels: Path) -> str | None:
+def method_of(pseudo_labels: Path) -> str | None:
     """The rule that selected a round's pseudo-labels; None if the table is empty."""
-    policies = records.read_table(pseudo_labels, records.PSEUDO_LABELS, ["policy"])["policy"]
-    return policies[0].as_py() if len(policies) else None
+    methods = records.read_table(pseudo_labels, records.PSEUDO_LABELS, ["method"])["method"]
+    return methods[0].as_py() if len(methods) else None
 
 
 def part_of(stream: Stream, rows: NDArray[np.int64]) -> Stream:
@@ -94,7 +94,7 @@ def _tracked(train: TrainParams) -> dict[str, object]:
 
 def run_training(
     params: Params,
-    purpose: str,
+    run_name: str,
     network: Segmenter,
     streams: Sequence[Stream | OnlineStream],
     steps: int,
@@ -106,14 +106,14 @@ def run_training(
     device, proposals = choose_device(params.train.engine.device), records.read_rendering()
     print_device(device, resolve_precision(params.train.precision, device))
     settings = f"{training_settings(params)} {steps} {[stream.share for stream in streams]}"
-    seed = derive_seed(params.seed, purpose)
-    with scratch_folder(purpose, fingerprint(purpose, settings, inputs)) as scratch:
+    seed = derive_seed(params.seed, run_name)
+    with scratch_folder(run_name, fingerprint(run_name, settings, inputs)) as scratch:
         checkpoint = scratch / "checkpoint.pt"
         if curves_out is None or not is_first_process():
-            trained = train(network, streams, steps, params.train, seed, purpose, checkpoint)
+            trained = train(network, streams, steps, params.train, seed, run_name, checkpoint)
         else:
             with live_curve(curves_out) as log:
-                trained = train(network, streams, steps, params.train, seed, purpose, checkpoint, log)
+                trained = train(network, streams, steps, params.train, seed, run_name, checkpoint, log)
         if is_first_process():
-            with whole_folder(model_out) as folder:
+            with atomic_dir(model_out) as folder:
                 trained.teacher.save(folder, proposals)

@@ -85,7 +85,7 @@ def _svg(label: str, title: str, data: Any, draw: Callable[[Axes, str, Any], Non
 
 def _draw_rounds(axes: Axes, split: str, rows: pd.DataFrame) -> None:
     axes.plot(rows["round"], rows["miou"], marker="o", label="with prior")
-    axes.plot(rows["round"], rows["no_prior_miou"], marker="o", linestyle="--", label="asked without prior")
+    axes.plot(rows["round"], rows["no_prior_miou"], marker="o", linestyle="--", label="without prior")
     axes.axhline(rows["supervised_miou"].iloc[0], linestyle=":", color=COLOURS[2], label="supervised only")
     axes.axhline(rows["prior_miou"].iloc[0], linestyle=":", color=COLOURS[5], label="prior only")
     axes.set(title=split, xlabel="round", ylabel="mIoU (%)", xticks=rows["round"])

@@ -132,20 +132,20 @@ def test_learning_stages_never_depend_on_hidden_ground_truth(name):
 
 
 WITHOUT_EFFECT: dict[str, set[str]] = {
-    "ask": {"priors.engine"},
+    "query": {"priors.engine"},
     # How training runs, and keys that only other rounds read.
     "crossfit-0": {
-        *("retrain.labeled_share", "retrain.passes", "select.fold_update", "select.fold_update_steps"),
+        *("retrain.labeled_share", "retrain.num_passes", "select.fold_update", "select.fold_update_steps"),
         "train.engine",
     },
-    "crossfit": {"select.policy", "train.engine"},
+    "crossfit": {"select.method", "train.engine"},
     # Part of the checkpoint names, but of no stage output.
     **{name: {"select.folds", "train.engine"} for name in ("warmup", "retrain")},
 }
 """Parameters that a stage's functions read without an effect on its outputs."""
 
 
-DERIVED = {"select.constructed": {"select.policy", "select.candidates"}}
+DERIVED = {"select.candidate_names": {"select.method", "select.candidates"}}
 """Properties of a section, and the parameters they derive from."""
 
 

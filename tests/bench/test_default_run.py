@@ -20,7 +20,7 @@ def row(
 ) -> dict[str, Any]:
     common = {"commit": commit, "committed": committed, "settings": settings, "device": device, "measure": "first"}
     measured = {"seconds": seconds, "cpu_seconds": 2 * seconds, "peak_rss_mb": 1024, "policy_percent": 5.0}
-    return common | measured | {"stage_seconds": {"ask": seconds}, "val_miou_warmup": 50.0}
+    return common | measured | {"stage_seconds": {"query": seconds}, "val_miou_warmup": 50.0}
 
 
 def nothing(commit: str, committed: str) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def test_keeps_rows_of_other_commits_settings_and_machines() -> None:
 
 def test_readme_line_describes_the_latest_commit_with_default_settings() -> None:
     rows = [row("ccc", NEWER, 60), nothing("ccc", NEWER), row("ddd", NEWER, 6, "round=1"), row("aaa", OLD, 600)]
-    assert default_run.newest(rows)["commit"] == "ccc"
+    assert default_run.latest(rows)["commit"] == "ccc"
     assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc), and 2.0 s" in default_run.line(rows)
 
 
 def test_row_without_a_date_counts_as_the_oldest() -> None:
     undated = {key: value for key, value in row("aaa", OLD, 9).items() if key not in ("committed", "settings")}
-    assert default_run.newest([row("bbb", NEW, 1), undated])["commit"] == "bbb"
+    assert default_run.latest([row("bbb", NEW, 1), undated])["commit"] == "bbb"
     assert default_run.before([row("bbb", NEW, 1), undated]) == [undated]
 
 
@@ -69,19 +69,26 @@ def test_table_shows_before_and_after_with_their_ratio() -> None:
     assert found["stage"] == [
         "aaa, s", "aaa train.precision=fp32, s", "ccc, s", "aaa / ccc", "aaa train.precision=fp32 / ccc"
     ]  # fmt: skip
-    assert found["ask"] == ["120.0", "90.0", "30.0", "4.00", "3.00"]
+    assert found["query"] == ["120.0", "90.0", "30.0", "4.00", "3.00"]
     assert found["all, wall time"] == ["120.0", "90.0", "30.0", "4.00", "3.00"]
     assert found["all, CPU time"] == ["240.0", "180.0", "60.0", "4.00", "3.00"]
     assert found["aaa train.precision=fp32"] == ["50.0"]
 
 
 def test_table_leaves_cells_empty_for_stages_missing_in_a_revision() -> None:
-    after = row("bbb", NEW, 30) | {"stage_seconds": {"fit": 10.0, "ask": 20.0}}
-    before = row("aaa", OLD, 60) | {"stage_seconds": {"ask": 40.0, "warmup": 20.0}}
+    after = row("bbb", NEW, 30) | {"stage_seconds": {"fit": 10.0, "query": 20.0}}
+    before = row("aaa", OLD, 60) | {"stage_seconds": {"query": 40.0, "warmup": 20.0}}
     found = cells(default_run.table([before, after]))
     assert found["fit"] == ["", "10.0", ""]
-    assert found["ask"] == ["40.0", "20.0", "2.00"]
+    assert found["query"] == ["40.0", "20.0", "2.00"]
     assert found["warmup"] == ["20.0", "", ""]
+
+
+def test_table_joins_a_renamed_stage_with_its_earlier_name() -> None:
+    before = row("aaa", OLD, 60) | {"stage_seconds": {"ask": 40.0}}
+    found = cells(default_run.table([before, row("bbb", NEW, 20)]))
+    assert found["query"] == ["40.0", "20.0", "2.00"]
+    assert "ask" not in found
 
 
 def test_reads_the_scores_of_every_model() -> None:

@@ -252,9 +252,9 @@ def test_per_seed_claims_stay_open_while_seeds_are_missing() -> None:
 
 def test_continued_training_counts_all_earlier_steps() -> None:
     """400 steps of warm-up and 800 steps per round."""
-    params = {"warmup": {"steps": 400}, "retrain": {"steps": 800, "start": "scratch"}, "select": {"policy": "all"}}
+    params = {"warmup": {"steps": 400}, "retrain": {"steps": 800, "start": "scratch"}, "select": {"method": "all"}}
     assert [trained_steps(params, number) for number in (0, 1, 2)] == [400, 800, 800]
-    online = params | {"select": {"policy": "mean_teacher"}}
+    online = params | {"select": {"method": "mean_teacher"}}
     warm = params | {"retrain": {"steps": 800, "start": "teacher"}}
     for goes_on in (online, warm):
         assert [trained_steps(goes_on, number) for number in (0, 1, 2)] == [400, 1200, 2000]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from l2l_core.artifacts.rounds import model_folder, newest_round
+from l2l_core.artifacts.rounds import latest_round, model_folder
 from l2l_core.core import files
-from l2l_core.core.files import added_to, fingerprint, scratch_folder, whole_folder
+from l2l_core.core.files import added_to, atomic_dir, fingerprint, scratch_folder
 from l2l_core.errors import ArtifactError, InputError
 
 
@@ -71,11 +71,11 @@ def test_refuses_an_output_folder_that_is_a_file(tmp_path):
 def test_latest_round_is_the_highest_round_with_the_requested_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError, match=r"data/rounds: no round has model; .*dvc repro"):
-        newest_round("model")
+        latest_round("model")
     for number in ("2", "10", "9", "backup"):
         (tmp_path / "data/rounds" / number / "model").mkdir(parents=True)
     (tmp_path / "data/rounds/11/folds").mkdir(parents=True)
-    assert newest_round("model") == 10
+    assert latest_round("model") == 10
 
 
 def test_ignores_later_rounds_left_by_an_earlier_run(tmp_path, monkeypatch):
@@ -85,9 +85,9 @@ def test_ignores_later_rounds_left_by_an_earlier_run(tmp_path, monkeypatch):
         (tmp_path / f"data/rounds/{number}/model").mkdir(parents=True)
     (tmp_path / "data/rounds/3/pseudo_labels.parquet").touch()
     (tmp_path / "data/round.txt").write_text("1\n")
-    assert newest_round("model") == 1
+    assert latest_round("model") == 1
     with pytest.raises(ArtifactError, match=r"no round up to 1 .*has pseudo_labels\.parquet; .*of a run before"):
-        newest_round("pseudo_labels.parquet")
+        latest_round("pseudo_labels.parquet")
 
 
 def test_finds_a_model_by_its_folder_or_its_round(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ class Killed(Exception):
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     target = tmp_path / "new" / "model"
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
     assert (target / "a").read_text() == "1"
@@ -126,13 +126,13 @@ def test_a_folder_appears_only_when_it_is_complete(tmp_path):
 
 def test_a_failure_keeps_the_old_folder_and_adds_nothing(tmp_path):
     target = tmp_path / "model"
-    with suppress(Killed), whole_folder(target) as folder:
+    with suppress(Killed), atomic_dir(target) as folder:
         (folder / "a").write_text("1")
         raise Killed
     assert list(tmp_path.iterdir()) == []
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(Killed), whole_folder(target) as folder:
+    with pytest.raises(Killed), atomic_dir(target) as folder:
         raise Killed
     assert [path.name for path in target.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [target]
@@ -145,7 +145,7 @@ def test_ignores_leftovers_of_a_killed_process(tmp_path):
     (left / "stale").write_text("")
     target.mkdir()
     (target / "old").write_text("")
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         (folder / "a").write_text("1")
     assert [path.name for path in target.iterdir()] == ["a"]
     assert list(tmp_path.iterdir()) == [target]

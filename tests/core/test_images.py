@@ -60,8 +60,8 @@ def seen_by_mllm(path: Path) -> np.ndarray | str:
     params = load_params().priors.model_copy(
         update={"backend": "openai", "model": "qwen3-vl", "coord_space": "norm1000", "retries": 0}
     )
-    (answer,) = MllmBackend(engine, params).ask([Question(0, 0, str(path), (40, 50), "cup")])
-    return np.asarray(engine.images[0]) if engine.images else answer.reason
+    (response,) = MllmBackend(engine, params).query([Question(0, 0, str(path), (40, 50), "cup")])
+    return np.asarray(engine.images[0]) if engine.images else response.reason
 
 
 def test_reads_rgb_gray_and_alpha_images_as_rgb(tmp_path):

@@ -84,11 +84,11 @@ def test_pairs_match_the_tables(run):
         assert pairs.sentence[row] == refs[sent_id]["sentence"]
         assert pairs.image_path[pairs.image_row[row]] == image["file_name"]
         assert pairs.hw[row].tolist() == [image["height"], image["width"]]
-        answer = priors[sent_id]["bbox"]
-        assert pairs.has_box[row] == (answer is not None)
-        expected = np.divide(answer, [64, 48, 64, 48]) if answer else np.zeros(4)
+        box = priors[sent_id]["bbox"]
+        assert pairs.has_box[row] == (box is not None)
+        expected = np.divide(box, [64, 48, 64, 48]) if box else np.zeros(4)
         np.testing.assert_allclose(pairs.box[row], expected, rtol=1e-6)
-        assert pairs.prior_text[row] == ("dot" if answer else "")
+        assert pairs.prior_text[row] == ("dot" if box else "")
         assert pairs.proposal[row].tobytes() == soft[sent_id]["soft"]
         assert pairs.proposal_score[row] == soft[sent_id]["score"]
 

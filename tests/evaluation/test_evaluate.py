@@ -55,7 +55,7 @@ def prediction(model: str, with_prior: bool, sent_id: int, rle: bytes, width: in
 
 def label(sent_id: int, rle: bytes, keep: bytes, accept_prob: float, number: int = 1) -> dict[str, object]:
     row = {"round": number, "sent_id": sent_id, "height": HEIGHT, "width": WIDTH, "rle_counts": rle, "keep_rle": keep}
-    return row | {"accept_prob": accept_prob, "accepted": accept_prob > 0.5, "policy": "threshold"}
+    return row | {"accept_prob": accept_prob, "accepted": accept_prob > 0.5, "method": "threshold"}
 
 
 def proposal(sent_id: int, first: int, last: int) -> dict[str, object]:

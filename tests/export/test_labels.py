@@ -69,7 +69,7 @@ def test_pycocotools_reads_every_accepted_label(run, monkeypatch, capsys, polygo
         assert mask[:, x].any()
         assert mask[y + height - 1].any()
         assert annotation["sentence"] == sentences()[sent_id]
-        assert (annotation["policy"], annotation["round"], annotation["iscrowd"]) == ("reinforce", 2, 0)
+        assert (annotation["method"], annotation["round"], annotation["iscrowd"]) == ("reinforce", 2, 0)
         assert annotation["candidate"] == f"way {sent_id}"
         assert annotation["score"] == pytest.approx(row["accept_prob"], abs=1e-6)
         keep = coco.annToMask(annotation | {"segmentation": annotation["keep"]})

@@ -160,7 +160,7 @@ def test_sorts_tasks_by_review_score_and_applies_the_limit(run, monkeypatch):
 
 
 def test_quotes_unusual_file_names_and_omits_empty_regions():
-    row = {"sent_id": 3, "round": 1, "policy": "all", "height": 4, "width": 4, "accepted": True}
+    row = {"sent_id": 3, "round": 1, "method": "all", "height": 4, "width": 4, "accepted": True}
     row |= {"rle_counts": encode_rle(np.zeros((4, 4))), "file_name": "my photos/ü & 100%.png"}
     (task,) = label_studio_tasks(LABELS.head(1).assign(**row), 5, "/files/?d=", polygons=False)
     assert task["predictions"][0]["result"] == []

@@ -25,7 +25,7 @@ from l2l_core.datasets.jsonl import read_jsonl
 from l2l_core.errors import InputError
 from l2l_core.evaluation.history import extend_history
 from l2l_core.inference import predict_files
-from l2l_core.mllm.query import ask_table, make_backend, make_questions
+from l2l_core.mllm.query import make_backend, make_questions, query_table
 from l2l_core.model.predictor import Predictor
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.priors.proposals import make_proposals
@@ -315,7 +315,7 @@ def test_full_disk_keeps_masks_without_pictures(run, monkeypatch, capsys):
 # --- live priors
 
 
-def answer_by_sentence(body, _):
+def respond_by_sentence(body, _):
     """The response depends on the sentence and on greedy decoding; some responses break the format or fail."""
     sentence, moved = sentence_of(body), 100 if body["temperature"] else 0
     said = {"found": True, "target": "dot", "attributes": ["dark"], "relation": "", "anchor": "", "confidence": 0.7}
@@ -339,7 +339,7 @@ SENTENCES = ("dot", "the dark dot", "a point", "no dot", "the garbled dot", "the
 def live(run, monkeypatch):
     """A project with priors from a server, and user images with pairs that are not in the dataset."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve(Stub(answer=answer_by_sentence)) as stub:
+    with serve(Stub(respond=respond_by_sentence)) as stub:
         engine = PARAMS.priors.engine.model_copy(update={"server_url": stub.url, "server_retries": 0})
         live_params(run, engine=engine)
         rng = np.random.default_rng(0)
@@ -367,7 +367,7 @@ def through_the_pipeline(params, folder):
     records.write_table(index.images, paths.images, records.IMAGES)
     records.write_table(index.refs, paths.refs, records.REFS)
     backend = make_backend(params.priors, paths)
-    priors = interpret(ask_table(backend, make_questions(paths, params.priors.samples)))
+    priors = interpret(query_table(backend, make_questions(paths, params.priors.samples)))
     frames = records.to_frame(index.refs), records.to_frame(index.images)
     records.write_table(priors, folder / "priors.parquet", records.PRIORS)
     proposals = make_proposals(priors, *frames, params.proposals)
@@ -391,7 +391,7 @@ def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch
 
     requested = predict_files.pairs_of_file(run / "own/pairs.jsonl")
     backend = make_backend(params.priors, records.INDEX)
-    prior_tables = predict_files.live_priors(requested, params, lambda questions: ask_table(backend, questions))
+    prior_tables = predict_files.live_priors(requested, params, lambda questions: query_table(backend, questions))
     predicted = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
     assert all(alike(*both, *size) for *both, size in zip(predicted.rle, masks, sizes, strict=True))
     assert predicted.pairs.sentence == pairs.sentence
@@ -419,7 +419,7 @@ def test_queries_each_pair_once_and_independently_of_other_pairs(live, run):
     def prior_tables(*keys):
         files = inspect_images([run / f"own/{image}.png" for image, _ in keys], 1)
         requested = predict_files.PairList(files, [sentence for _, sentence in keys])
-        return predict_files.live_priors(requested, params, lambda questions: ask_table(backend, questions))
+        return predict_files.live_priors(requested, params, lambda questions: query_table(backend, questions))
 
     twice = prior_tables((0, "dot"), (1, "dot"), (0, "dot"))
     assert len(live.bodies) == 2 * 3
@@ -446,7 +446,7 @@ def test_unresponsive_server_gives_one_line_and_no_file(live, run, monkeypatch, 
         engine = load_params().priors.engine.model_copy(update={"server_url": f"http://127.0.0.1:{port}/v1"})
         live_params(run, engine=engine)
     else:
-        live.answer = lambda *_: (400, b"no")
+        live.respond = lambda *_: (400, b"no")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert call(monkeypatch, "predict", "own/0.png", "own/1.png", "the dot", "--with-priors") == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -27,7 +27,7 @@ from l2l_core.artifacts import records
 from l2l_core.core.masks import decode_rle
 from l2l_core.errors import L2LError
 from l2l_core.inference import predict_files, serve
-from l2l_core.mllm.backend import Answer
+from l2l_core.mllm.backend import RawResponse
 from l2l_core.model.predictor import Predictor
 from l2l_core.viz.overlays import BOX
 
@@ -97,7 +97,7 @@ def test_shows_a_dataset_pair_with_its_recorded_prior(session: serve.DemoSession
 
 def test_shows_another_pair_without_prior_and_explains_why(session: serve.DemoSession) -> None:
     seen = session.look(Path("own.png"), "the dot")
-    assert seen.words == "no prior: the backend simulated answers only about the dataset"
+    assert seen.words == "no prior: the backend simulated has responses only for the dataset"
     assert seen.prior is None
     assert seen.proposal is None
     assert seen.overlay.shape == (400, 640, 3)
@@ -108,10 +108,10 @@ def test_queries_a_live_backend(session: serve.DemoSession) -> None:
     class Scripted:
         name = "scripted"
 
-        def ask(self, questions):  # type: ignore[no-untyped-def]
+        def query(self, questions):  # type: ignore[no-untyped-def]
             assert [(question.image_hw, question.sentence) for question in questions] == [((50, 80), "the dot")]
             said = {"target": "cup", "bbox": [8, 10, 40, 30]} if self.found else {"found": False}
-            return [Answer(json.dumps(said), "m", "pixel", (50, 80))]
+            return [RawResponse(json.dumps(said), "m", "pixel", (50, 80))]
 
     backend = Scripted()
     live = serve.DemoSession(session.predictor, PARAMS, backend, 1)
@@ -122,7 +122,7 @@ def test_queries_a_live_backend(session: serve.DemoSession) -> None:
     assert has_colour(seen.prior, BOX)
     backend.found = False
     seen = live.look(Path("own.png"), "the dot")
-    assert seen.words.splitlines() == ["no prior: no answer names a place", 'empty: {"found": false}']
+    assert seen.words.splitlines() == ["no prior: no response names a place", 'empty: {"found": false}']
     assert seen.prior is None
 
 
@@ -194,7 +194,7 @@ def test_downloaded_mask_matches_predict(server: Server, sentence: str, known: b
     image = KNOWN if known else "own.png"
     client = Client(server.url, download_files=tmp_path, verbose=False, analytics_enabled=False)
     words, prior, proposal, overlay, mask = client.predict(handle_file(image), sentence, api_name="/segment")
-    assert words.startswith("dot\nok: " if known else "no prior: the backend simulated answers only about")
+    assert words.startswith("dot\nok: " if known else "no prior: the backend simulated has responses only for")
     assert (prior is not None) == (proposal is not None) == known
     with Image.open(overlay) as picture:
         assert max(picture.size) == serve.PICTURE_PX

@@ -21,8 +21,8 @@ from l2l_core.mllm import engine
 from l2l_core.mllm.backend import Question
 from l2l_core.mllm.coords import CoordSpace, sent_hw
 from l2l_core.mllm.engine import Completion, MllmBackend, Request, request_seed
-from l2l_core.mllm.prompt import answer_schema, prompt_sha256
-from l2l_core.priors.parse import parse_answer
+from l2l_core.mllm.prompt import prompt_sha256, response_schema
+from l2l_core.priors.parse import parse_response
 
 GOOD = json.dumps(BOX_2)
 
@@ -47,7 +47,7 @@ def image(tmp_path: Path) -> str:
     return str(path)
 
 
-def ask_about(image: str, *sentences: str) -> list[Question]:
+def questions_about(image: str, *sentences: str) -> list[Question]:
     return [Question(number, 0, image, (48, 64), text) for number, text in enumerate(sentences)]
 
 
@@ -57,21 +57,21 @@ def backend(engine: Scripted, **changes: object) -> MllmBackend:
 
 def test_request_holds_the_image_and_the_prompt(image: str) -> None:
     engine = Scripted()
-    (answer,) = backend(engine).ask(ask_about(image, "red cup"))
+    (response,) = backend(engine).query(questions_about(image, "red cup"))
     ((request,),) = engine.batches
     assert request.image.mode == "RGB"
     assert request.image.size == (64, 48)
     assert '"red cup"' in request.text
-    assert request.schema == answer_schema("box-2", "norm1000")
+    assert request.schema == response_schema("box-2", "norm1000")
     assert (request.temperature, request.max_tokens) == (0.0, 256)
-    assert (answer.raw_text, answer.model, answer.coord_space) == (GOOD, "Qwen3-VL-8B", "norm1000")
-    assert answer.prompt_sha256 == prompt_sha256("box-2", "norm1000")
-    assert (answer.prompt_tokens, answer.completion_tokens, answer.attempts, answer.unread) == (10, 3, 1, None)
+    assert (response.raw_text, response.model, response.coord_space) == (GOOD, "Qwen3-VL-8B", "norm1000")
+    assert response.prompt_sha256 == prompt_sha256("box-2", "norm1000")
+    assert (response.prompt_tokens, response.completion_tokens, response.attempts, response.unread) == (10, 3, 1, None)
 
 
 def test_request_has_no_schema_without_structured_output(image: str) -> None:
     engine = Scripted()
-    backend(engine, structured_output=False).ask(ask_about(image, "red cup"))
+    backend(engine, structured_output=False).query(questions_about(image, "red cup"))
     assert engine.batches[0][0].schema is None
 
 
@@ -95,18 +95,18 @@ def test_qwen25_images_are_resized_to_the_size_its_boxes_refer_to(tmp_path: Path
     path = tmp_path / "photo.jpg"
     Image.new("L", (640, 480)).save(path)  # grayscale
     engine = Scripted()
-    asked = MllmBackend(engine, prior_params(backend="vllm", model="Qwen2.5-VL-7B"))
-    (answer,) = asked.ask([Question(0, 0, str(path), (480, 640), "cup")])
+    mllm = MllmBackend(engine, prior_params(backend="vllm", model="Qwen2.5-VL-7B"))
+    (response,) = mllm.query([Question(0, 0, str(path), (480, 640), "cup")])
     assert engine.batches[0][0].image.size == (644, 476)
-    assert answer.input_hw == (476, 644)
+    assert response.input_hw == (476, 644)
 
 
 def test_resamples_a_response_that_violates_the_prompt(image: str) -> None:
     """The retry samples with a new seed and more tokens; only the response that violated the prompt is repeated."""
     engine = Scripted(lambda request: "what?" if '"bad"' in request.text and request.temperature == 0 else GOOD)
-    answers = backend(engine).ask(ask_about(image, "good", "bad"))
-    assert [answer.raw_text for answer in answers] == [GOOD, GOOD]
-    assert [(answer.attempts, answer.prompt_tokens) for answer in answers] == [(1, 10), (2, 20)]
+    responses = backend(engine).query(questions_about(image, "good", "bad"))
+    assert [response.raw_text for response in responses] == [GOOD, GOOD]
+    assert [(response.attempts, response.prompt_tokens) for response in responses] == [(1, 10), (2, 20)]
     assert [len(batch) for batch in engine.batches] == [2, 1]
     again = engine.batches[1][0]
     assert (again.temperature, again.max_tokens, again.seed) == (0.7, 512, request_seed(3, 1, 0, 1))
@@ -114,8 +114,8 @@ def test_resamples_a_response_that_violates_the_prompt(image: str) -> None:
 
 def test_keeps_the_raw_text_when_every_attempt_violates_the_prompt(image: str) -> None:
     engine = Scripted(lambda request: f"what? {request.max_tokens}")
-    (answer,) = backend(engine, retries=2).ask(ask_about(image, "cup"))
-    assert (answer.raw_text, answer.attempts, answer.is_valid, answer.unread) == ("what? 768", 3, False, None)
+    (response,) = backend(engine, retries=2).query(questions_about(image, "cup"))
+    assert (response.raw_text, response.attempts, response.is_valid, response.unread) == ("what? 768", 3, False, None)
 
 
 def test_request_seed_is_unique_for_every_draw() -> None:
@@ -132,7 +132,7 @@ def test_request_seed_is_unique_for_every_draw() -> None:
 
 def test_samples_after_the_first_use_a_temperature(image: str) -> None:
     engine = Scripted()
-    backend(engine).ask([Question(0, sample, image, (48, 64), "cup") for sample in range(3)])
+    backend(engine).query([Question(0, sample, image, (48, 64), "cup") for sample in range(3)])
     assert [request.temperature for request in engine.batches[0]] == [0.0, 0.7, 0.7]
     assert len({request.seed for request in engine.batches[0]}) == 3
 
@@ -151,12 +151,12 @@ def test_bisects_a_failing_batch_and_keeps_the_other_responses(image: str) -> No
     engine = Poisoned()
     sentences = [f"thing {number}" for number in range(33)]
     sentences[5] = sentences[20] = "poison"
-    answers = backend(engine).ask(ask_about(image, *sentences))
-    assert [row for row, answer in enumerate(answers) if answer.unread == "error"] == [5, 20]
-    assert {answers[row].reason for row in (5, 20)} == {
+    responses = backend(engine).query(questions_about(image, *sentences))
+    assert [row for row, response in enumerate(responses) if response.unread == "error"] == [5, 20]
+    assert {responses[row].reason for row in (5, 20)} == {
         "RuntimeError"
     }  # not the message, which differs from run to run
-    assert all(answer.raw_text == GOOD for row, answer in enumerate(answers) if row not in (5, 20))
+    assert all(response.raw_text == GOOD for row, response in enumerate(responses) if row not in (5, 20))
     assert len(engine.batches) <= 1 + 2 * 2 * 6  # two halves per level, two bad requests, six levels
 
 
@@ -168,30 +168,30 @@ def test_an_input_error_stops_after_one_batch(image: str) -> None:
 
     engine = Gone()
     with pytest.raises(InputError, match="no server"):
-        backend(engine).ask(ask_about(image, "a", "b", "c"))
+        backend(engine).query(questions_about(image, "a", "b", "c"))
     assert len(engine.batches) == 1
 
 
 def test_a_broken_image_fails_only_its_own_sentences(image: str, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
-    asked = ask_about(image, "cup")
-    asked.append(Question(7, 0, str(tmp_path / "broken.png"), (48, 64), "cup"))
-    asked.append(Question(8, 0, str(tmp_path / "gone.png"), (48, 64), "cup"))
-    asked.append(Question(9, 0, image, (64, 48), "cup"))
-    answers = backend(Scripted()).ask(asked)
+    questions = questions_about(image, "cup")
+    questions.append(Question(7, 0, str(tmp_path / "broken.png"), (48, 64), "cup"))
+    questions.append(Question(8, 0, str(tmp_path / "gone.png"), (48, 64), "cup"))
+    questions.append(Question(9, 0, image, (64, 48), "cup"))
+    responses = backend(Scripted()).query(questions)
     reasons = [
         "",
         f"{tmp_path}/broken.png: corrupt, or not one of JPEG, PNG, WEBP, BMP, TIFF",
         f"{tmp_path}/gone.png: image not found",
         "image of another size than the index says",
     ]
-    assert [answer.reason for answer in answers] == reasons
-    assert [answer.unread for answer in answers] == [None, "error", "error", "error"]
+    assert [response.reason for response in responses] == reasons
+    assert [response.unread for response in responses] == [None, "error", "error", "error"]
 
 
 def test_an_image_is_opened_once_for_all_its_sentences(image: str) -> None:
     engine = Scripted()
-    backend(engine).ask(ask_about(image, "a", "b", "c"))
+    backend(engine).query(questions_about(image, "a", "b", "c"))
     first, *others = [request.image for request in engine.batches[0]]
     assert all(other is first for other in others)
 
@@ -234,11 +234,11 @@ def test_the_next_images_are_decoded_while_the_engine_works(tmp_path: Path, deco
             return super().generate(requests)
 
     engine = Waiting()
-    asked = backend(engine)
-    asked.ask(first, second)
+    mllm = backend(engine)
+    mllm.query(first, second)
     assert came.is_set()
     assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # before the first batch is done
-    asked.ask(second)
+    mllm.query(second)
     assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]  # no image is decoded twice, even across chunks
     assert [request.image.getpixel((0, 0))[0] for request in engine.batches[1]] == [1, 1, 2, 2, 3]
 
@@ -250,18 +250,18 @@ def test_prefetching_does_not_change_the_responses(tmp_path: Path) -> None:
         return json.dumps(BOX_2 | {"target": str(request.image.getpixel((0, 0)))})
 
     plain, ahead = backend(Scripted(write)), backend(Scripted(write))
-    wanted = [plain.ask(chunk) for chunk in chunks]
+    wanted = [plain.query(chunk) for chunk in chunks]
     following = [*chunks[2:], [], []]  # a wrong guess does no harm either
-    assert [ahead.ask(chunk, after) for chunk, after in zip(chunks, following, strict=True)] == wanted
+    assert [ahead.query(chunk, after) for chunk, after in zip(chunks, following, strict=True)] == wanted
 
 
 def test_prefetching_stays_within_its_memory_budget(
     tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "AHEAD_BYTES", 2 * 3 * 48 * 64)
-    asked = backend(Scripted())
-    asked.ask(about_images(tmp_path, 0), about_images(tmp_path, 1, 2, 3, 4))
-    asked._images._threads.shutdown(wait=True)
+    mllm = backend(Scripted())
+    mllm.query(about_images(tmp_path, 0), about_images(tmp_path, 1, 2, 3, 4))
+    mllm._images._threads.shutdown(wait=True)
     assert sorted(decoded) == ["0.png", "1.png", "2.png"]
 
 
@@ -270,10 +270,10 @@ def test_a_failure_releases_the_prefetched_images(tmp_path: Path) -> None:
         def generate(self, requests: Sequence[Request]) -> list[Completion]:
             raise KeyboardInterrupt
 
-    asked = backend(Gone())
+    mllm = backend(Gone())
     with pytest.raises(KeyboardInterrupt):
-        asked.ask(about_images(tmp_path, 0), about_images(tmp_path, *range(1, 9)))
-    assert not asked._images._held
+        mllm.query(about_images(tmp_path, 0), about_images(tmp_path, *range(1, 9)))
+    assert not mllm._images._held
 
 
 # --- squares
@@ -300,12 +300,12 @@ def test_a_cropping_processor_sees_the_whole_image_and_its_box_maps_back(
         return json.dumps(BOX_2 | {"boxes": [[float(value) for value in box]]})
 
     params = prior_params(backend="vllm", model="llava-hf/llava-1.5-7b-hf", max_image_px=max_px)
-    (answer,) = MllmBackend(Scripted(write), params).ask(
+    (response,) = MllmBackend(Scripted(write), params).query(
         [Question(0, 0, str(tmp_path / "photo.png"), (height, width), "cup")]
     )
-    assert answer.coord_space == "unit_square"
-    assert answer.input_hw[0] == answer.input_hw[1] == min(max(size), int(max_px**0.5))
-    prior = parse_answer(answer.raw_text, answer.coord_space, (height, width), answer.input_hw)
+    assert response.coord_space == "unit_square"
+    assert response.input_hw[0] == response.input_hw[1] == min(max(size), int(max_px**0.5))
+    prior = parse_response(response.raw_text, response.coord_space, (height, width), response.input_hw)
     pixel = max(size) / 56  # original pixels per processor pixel
     assert prior.bbox == pytest.approx((x1, y1, x2, y2), abs=1.01 * pixel)
 
@@ -315,10 +315,10 @@ def test_refshapes_vlm_receives_unmodified_images(tmp_path: Path) -> None:
     path = tmp_path / "scene.png"
     Image.fromarray(np.arange(96 * 96 * 3, dtype=np.uint8).reshape(96, 96, 3)).save(path)
     engine = Scripted()
-    asked = MllmBackend(engine, prior_params(backend="transformers", model="vlm/refshapes-vlm"))
-    (answer,) = asked.ask([Question(0, 0, str(path), (96, 96), "red circle")])
+    mllm = MllmBackend(engine, prior_params(backend="transformers", model="vlm/refshapes-vlm"))
+    (response,) = mllm.query([Question(0, 0, str(path), (96, 96), "red circle")])
     assert np.array_equal(np.asarray(engine.batches[0][0].image), np.asarray(Image.open(path)))
-    assert (answer.coord_space, answer.input_hw) == ("percent", (96, 96))
+    assert (response.coord_space, response.input_hw) == ("percent", (96, 96))
 
 
 def test_a_failed_retry_keeps_the_first_response(image: str) -> None:
@@ -328,5 +328,5 @@ def test_a_failed_retry_keeps_the_first_response(image: str) -> None:
                 raise TimeoutError
             return super().generate(requests)
 
-    (answer,) = backend(Once(lambda _: "it is at [1, 2, 3, 4]")).ask(ask_about(image, "cup"))
-    assert (answer.raw_text, answer.unread) == ("it is at [1, 2, 3, 4]", None)
+    (response,) = backend(Once(lambda _: "it is at [1, 2, 3, 4]")).query(questions_about(image, "cup"))
+    assert (response.raw_text, response.unread) == ("it is at [1, 2, 3, 4]", None)

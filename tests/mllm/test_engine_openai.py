@@ -19,10 +19,10 @@ from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm import engine_openai
 from l2l_core.mllm.engine import Completion, Request
 from l2l_core.mllm.engine_openai import OpenAIEngine
-from l2l_core.mllm.prompt import answer_schema, prompt_text
+from l2l_core.mllm.prompt import prompt_text, response_schema
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-SCHEMA = answer_schema("box-2", "norm1000")
+SCHEMA = response_schema("box-2", "norm1000")
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_omits_the_schema_and_key_when_unset(stub: Stub) -> None:
 
 
 def test_returns_completions_in_request_order(stub: Stub) -> None:
-    stub.answer = lambda body, _: completion(sentence_of(body), len(sentence_of(body)), 2)
+    stub.respond = lambda body, _: completion(sentence_of(body), len(sentence_of(body)), 2)
     sentences = [f"thing {number}" * (1 + number % 3) for number in range(20)]
     done = engine(stub.url).generate([request(sentence) for sentence in sentences])
     assert done == [Completion(sentence, len(sentence), 2) for sentence in sentences]
@@ -95,7 +95,7 @@ def test_returns_completions_in_request_order(stub: Stub) -> None:
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_retries_transient_http_errors(stub: Stub, status: int) -> None:
-    stub.answer = lambda _, before: (status, b"busy") if before < 2 else completion("here")
+    stub.respond = lambda _, before: (status, b"busy") if before < 2 else completion("here")
     assert [done.text for done in engine(stub.url).generate([request("cup")])] == ["here"]
     assert len(stub.bodies) == 3
 
@@ -105,10 +105,10 @@ def test_retries_transient_http_errors(stub: Stub, status: int) -> None:
     [(429, 4), (500, 4), (400, 1), (413, 1)],  # client errors are not retried
 )
 def test_marks_persistent_http_errors_and_keeps_the_other_completions(stub: Stub, status: int, times: int) -> None:
-    def answer(body: dict[str, object], _: int) -> Reply:
+    def respond(body: dict[str, object], _: int) -> Reply:
         return (status, b"no") if sentence_of(body) == "bad" else completion("here")
 
-    stub.answer = answer
+    stub.respond = respond
     done = engine(stub.url).generate([request(sentence) for sentence in ("good", "bad", "fine")])
     assert [(entry.text, entry.failure) for entry in done] == [("here", ""), ("", f"HTTP {status}"), ("here", "")]
     assert len(stub.bodies) == 2 + times
@@ -123,7 +123,7 @@ def test_marks_a_read_timeout(stub: Stub) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"choices": []}', b'{"choices": [{"message": 1}]}'])
 def test_marks_a_body_that_is_not_a_chat_completion(stub: Stub, body: bytes) -> None:
-    stub.answer = lambda *_: (200, body)
+    stub.respond = lambda *_: (200, body)
     assert engine(stub.url).generate([request("cup")]) == [Completion("", failure="not a chat completion")]
 
 
@@ -131,13 +131,13 @@ def test_a_refusal_becomes_an_empty_completion(stub: Stub) -> None:
     body = json.loads(completion("")[1])
     body["choices"][0]["message"]["content"] = None
     del body["usage"]
-    stub.answer = lambda *_: (200, json.dumps(body).encode())
+    stub.respond = lambda *_: (200, json.dumps(body).encode())
     assert engine(stub.url).generate([request("cup")]) == [Completion("")]
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_an_authorization_or_unknown_model_error_stops_the_run(stub: Stub, status: int) -> None:
-    stub.answer = lambda *_: (status, b'{"message": "no model\\n qwen3-vl"}')
+    stub.respond = lambda *_: (status, b'{"message": "no model\\n qwen3-vl"}')
     with pytest.raises(ConfigError, match=rf"HTTP {status} for priors\.model 'qwen3-vl': .*no model.* check model"):
         engine(stub.url).generate([request(f"thing {number}") for number in range(9)])
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from l2l_core.errors import ConfigError
 from l2l_core.mllm.engine import Request
 from l2l_core.mllm.engine_transformers import TransformersEngine, _SeededDraws, _tokens_at
-from l2l_core.mllm.prompt import answer_schema, keeps_to
+from l2l_core.mllm.prompt import keeps_to, response_schema
 
 needs_xgrammar = pytest.mark.skipif(
     importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed: pip install '.[mllm]'"
@@ -69,11 +69,11 @@ def test_batched_greedy_text_equals_the_models_own_generate(folder: Path, plain:
 
 
 def test_a_sample_depends_only_on_its_seed(plain: TransformersEngine) -> None:
-    asked = [request("cup", seed=seed, temperature=0.7) for seed in range(7)]
-    together = [entry.text for entry in plain.generate(asked)]
+    requests = [request("cup", seed=seed, temperature=0.7) for seed in range(7)]
+    together = [entry.text for entry in plain.generate(requests)]
     assert len(set(together)) > 4
-    assert [entry.text for entry in plain.generate(asked[::-1])][::-1] == together
-    assert [plain.generate([entry])[0].text for entry in asked] == together
+    assert [entry.text for entry in plain.generate(requests[::-1])][::-1] == together
+    assert [plain.generate([entry])[0].text for entry in requests] == together
     greedy = [request("cup", seed=seed) for seed in range(3)]
     assert len({entry.text for entry in plain.generate(greedy)}) == 1
 
@@ -159,13 +159,13 @@ def test_refuses_a_cropping_processor_unless_images_are_padded_to_squares(tmp_pa
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_structured_output_always_matches_the_prompt_schema(folder: Path, temperature: float) -> None:
     """Random weights do not produce JSON without the constraint."""
-    schema = answer_schema("box-2", "norm1000")
-    asked = [request(text, 1, temperature, 1500, schema=schema) for text in TEXTS]
-    for entry in engine(folder, structured_output=True).generate(asked):
+    schema = response_schema("box-2", "norm1000")
+    requests = [request(text, 1, temperature, 1500, schema=schema) for text in TEXTS]
+    for entry in engine(folder, structured_output=True).generate(requests):
         said = json.loads(entry.text)
         assert list(said) == schema["required"]
         assert all(0 <= value <= 1000 for box in said["boxes"] for value in box)
-    loose = engine(folder).generate(asked[:1])
+    loose = engine(folder).generate(requests[:1])
     assert not keeps_to("box-2", loose[0].text)
 
 

@@ -11,7 +11,7 @@ import pytest
 from prior_tables import BOX_2
 
 from l2l_core.mllm.coords import COORD_SPACES, CoordSpace
-from l2l_core.mllm.prompt import PromptName, answer_schema, keeps_to, prompt_sha256, prompt_text
+from l2l_core.mllm.prompt import PromptName, keeps_to, prompt_sha256, prompt_text, response_schema
 
 NAMES: tuple[PromptName, ...] = get_args(PromptName)
 
@@ -21,7 +21,7 @@ def test_prompt_contains_the_sentence_range_and_schema_keys(name: PromptName) ->
     text = prompt_text(name, 'the {red} "cup"', "norm1000")
     assert 'the {red} "cup"' in text
     assert "from 0 to 1000" in text
-    properties = answer_schema(name, "unit")["properties"]
+    properties = response_schema(name, "unit")["properties"]
     assert isinstance(properties, dict)
     assert all(f'"{key}"' in text for key in properties)
 
@@ -52,7 +52,7 @@ def test_every_schema_value_is_bounded(name: PromptName, space: CoordSpace) -> N
         "integer": {"minimum", "maximum"},
         "object": {"required"},
     }
-    for leaf in leaves(answer_schema(name, space)):
+    for leaf in leaves(response_schema(name, space)):
         assert bounds.get(leaf.get("type", ""), set()) <= leaf.keys()
         assert "multipleOf" not in leaf
 
@@ -62,7 +62,7 @@ def test_every_schema_value_is_bounded(name: PromptName, space: CoordSpace) -> N
     [("resized_pixel", "integer", 16384), ("norm1000", "integer", 1000), ("percent", "number", 100)],
 )
 def test_schema_bounds_coordinates_by_coordinate_space(space: CoordSpace, kind: str, largest: int) -> None:
-    schema: Any = answer_schema("box-2", space)
+    schema: Any = response_schema("box-2", space)
     assert schema["properties"]["boxes"]["items"]["items"] == {"type": kind, "minimum": 0, "maximum": largest}
 
 
@@ -81,8 +81,8 @@ def test_fingerprint_changes_with_prompt_and_coordinate_space() -> None:
     assert len(fingerprints) == 12
     assert all(len(fingerprint) == 64 for fingerprint in fingerprints)
     # One of them, computed by hand.
-    asked = [2, prompt_text("box-2", "", "unit"), answer_schema("box-2", "unit")]
-    wanted = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    query = [2, prompt_text("box-2", "", "unit"), response_schema("box-2", "unit")]
+    wanted = hashlib.sha256(json.dumps(query, sort_keys=True).encode()).hexdigest()
     assert prompt_sha256("box-2", "unit") == wanted
 
 
@@ -91,7 +91,7 @@ POINT_1 = {key: value for key, value in BOX_2.items() if key != "boxes"} | {"poi
 
 
 @pytest.mark.parametrize(
-    ("name", "answer"),
+    ("name", "response"),
     [
         ("box-2", BOX_2),
         ("box-2", BOX_2 | {"boxes": [[3, 2, 1, 4], [1, 2, 3, 4]]}),  # one of them is valid
@@ -101,9 +101,9 @@ POINT_1 = {key: value for key, value in BOX_2.items() if key != "boxes"} | {"poi
         ("point-1", POINT_1),
     ],
 )
-def test_keeps_to_accepts_valid_responses(name: PromptName, answer: dict[str, object]) -> None:
-    assert keeps_to(name, json.dumps(answer))
-    assert keeps_to(name, f"Here it is:\n```json\n{json.dumps(answer, indent=1)}\n```")
+def test_keeps_to_accepts_valid_responses(name: PromptName, response: dict[str, object]) -> None:
+    assert keeps_to(name, json.dumps(response))
+    assert keeps_to(name, f"Here it is:\n```json\n{json.dumps(response, indent=1)}\n```")
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,16 @@ from prior_tables import ROOT, Index, collect_priors, image_row, prior_params, r
 from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.query import (
     FEWEST_FAILED,
     SMALL_BYTES,
     _start_worker,
-    ask_all,
-    ask_table,
-    asking_key,
     make_backend,
     make_questions,
+    query_all,
+    query_key,
+    query_table,
     worker_count,
 )
 from l2l_core.priors.table import interpret
@@ -44,13 +44,13 @@ class Echo:
 
     fails: str = ""
     name: str = "echo"
-    asked: list[list[int]] = field(default_factory=list)
+    queried: list[list[int]] = field(default_factory=list)
 
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        self.asked.append([question.sent_id for question in questions])
+    def query(self, questions: Sequence[Question]) -> list[RawResponse]:
+        self.queried.append([question.sent_id for question in questions])
         if any(question.sentence == self.fails for question in questions):
             raise KeyboardInterrupt
-        return [Answer(question.sentence, "echo-1", "pixel", question.image_hw) for question in questions]
+        return [RawResponse(question.sentence, "echo-1", "pixel", question.image_hw) for question in questions]
 
 
 def questions(count: int) -> list[Question]:
@@ -72,8 +72,8 @@ def test_questions_are_ordered_by_image(tmp_path: Path) -> None:
         pd.DataFrame([ref_row(7, 2, "b", None), ref_row(9, 1, "c", None, split="train"), ref_row(3, 2, "a", None)]),
         pd.DataFrame([]),
     )
-    asked = make_questions(index.save(tmp_path), samples=2)
-    assert [(question.sent_id, question.sample_index) for question in asked] == [
+    made = make_questions(index.save(tmp_path), samples=2)
+    assert [(question.sent_id, question.sample_index) for question in made] == [
         (9, 0),
         (9, 1),
         (3, 0),
@@ -81,7 +81,7 @@ def test_questions_are_ordered_by_image(tmp_path: Path) -> None:
         (7, 0),
         (7, 1),
     ]
-    assert asked[2] == Question(3, 0, "images/2.png", (30, 40), "a")
+    assert made[2] == Question(3, 0, "images/2.png", (30, 40), "a")
 
 
 def test_tables_have_their_full_schemas_and_are_sorted(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_tables_have_their_full_schemas_and_are_sorted(tmp_path: Path) -> None:
         "(1, 2)",
     ]
     rows = [Question(sent_id, 0, "x.png", (10, 20), text) for sent_id, text in zip((5, 3, 4), sentences, strict=True)]
-    assert ask_table(Echo(), rows).schema == records.ANSWERS
+    assert query_table(Echo(), rows).schema == records.RESPONSES
     table = collect_priors(Echo(), rows)
     assert table.schema == records.PRIORS
     records.write_table(table, tmp_path / "priors.parquet", records.PRIORS)
@@ -117,13 +117,13 @@ def test_tables_have_their_full_schemas_and_are_sorted(tmp_path: Path) -> None:
 
 def test_failed_requests_are_stored_as_errors() -> None:
     class Broken(Echo):
-        def ask(self, questions: Sequence[Question]) -> list[Answer]:
-            answers = super().ask(questions)
-            return [replace(answer, raw_text="", unread="error", reason="HTTP 500") for answer in answers]
+        def query(self, questions: Sequence[Question]) -> list[RawResponse]:
+            responses = super().query(questions)
+            return [replace(response, raw_text="", unread="error", reason="HTTP 500") for response in responses]
 
-    asked = [Question(1, 0, "x.png", (10, 20), "cup")]
-    assert ask_table(Broken(), asked)["reason"].to_pylist() == ["HTTP 500"]
-    table = collect_priors(Broken(), asked)
+    made = [Question(1, 0, "x.png", (10, 20), "cup")]
+    assert query_table(Broken(), made)["reason"].to_pylist() == ["HTTP 500"]
+    table = collect_priors(Broken(), made)
     assert table["status"].to_pylist() == ["error"]
     assert table["bbox"].to_pylist() == [None]
 
@@ -142,8 +142,10 @@ def test_simulated_priors_stay_the_same_to_the_byte(tmp_path: Path, preset: str,
     index = random_scenes(images=30).save(tmp_path)
     params = prior_params(preset=preset, seed=7, engine={"chunk_size": 17})
     (tmp_path / "chunks").mkdir()
-    answers = ask_all(partial(make_backend, params, index), make_questions(index, samples), tmp_path / "chunks", params)
-    records.write_table(interpret(answers), tmp_path / "priors.parquet", records.PRIORS)
+    responses = query_all(
+        partial(make_backend, params, index), make_questions(index, samples), tmp_path / "chunks", params
+    )
+    records.write_table(interpret(responses), tmp_path / "priors.parquet", records.PRIORS)
     assert hashlib.sha256((tmp_path / "priors.parquet").read_bytes()).hexdigest() == sha256
 
 
@@ -153,10 +155,10 @@ def test_replay_does_not_read_ground_truth(tmp_path: Path) -> None:
         pd.DataFrame([image_row(1, 10, 20)]), pd.DataFrame([ref_row(5, 1, "cup", None)]), pd.DataFrame([])
     ).save(tmp_path)
     index.objects.unlink()
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text('{"sent_id": 5, "raw_text": "[1, 1, 9, 9]", "coord_space": "pixel"}')
-    params = prior_params(backend="replay", replay_file=str(answers))
-    asking_key(params, index)
+    recorded = tmp_path / "responses.jsonl"
+    recorded.write_text('{"sent_id": 5, "raw_text": "[1, 1, 9, 9]", "coord_space": "pixel"}')
+    params = prior_params(backend="replay", replay_file=str(recorded))
+    query_key(params, index)
     table = collect_priors(make_backend(params, index), make_questions(index, 1))
     assert table["bbox"].to_pylist() == [[1, 1, 9, 9]]
 
@@ -171,9 +173,9 @@ def test_simulated_refuses_data_without_boxes(tmp_path: Path) -> None:
 
 def test_replay_refuses_a_model_of_unknown_family(tmp_path: Path) -> None:
     index = random_scenes(images=1).save(tmp_path)
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text('{"sent_id": 0, "raw_text": "x", "model": "odd"}')
-    params = prior_params(backend="replay", replay_file=str(answers))
+    recorded = tmp_path / "responses.jsonl"
+    recorded.write_text('{"sent_id": 0, "raw_text": "x", "model": "odd"}')
+    params = prior_params(backend="replay", replay_file=str(recorded))
     with pytest.raises((InputError, ConfigError), match=r"line 1: priors\.coord_space"):
         make_backend(params, index)
 
@@ -199,16 +201,16 @@ def test_resuming_reuses_stored_chunks(tmp_path: Path, capsys: pytest.CaptureFix
     params = prior_params(engine={"chunk_size": 3})
     first = Echo(fails="thing 7")
     with pytest.raises(KeyboardInterrupt):
-        ask_all(lambda: first, questions(10), tmp_path, params)
-    assert first.asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+        query_all(lambda: first, questions(10), tmp_path, params)
+    assert first.queried == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     second = Echo()
-    table = ask_all(lambda: second, questions(10), tmp_path, params)
-    assert second.asked == [[6, 7, 8], [9]]
+    table = query_all(lambda: second, questions(10), tmp_path, params)
+    assert second.queried == [[6, 7, 8], [9]]
     assert re.fullmatch(
-        r"ask: 10 answers, 6 of them stored before; 4 asked: [\d.]+ requests/s, 100\.0 % valid\n",
+        r"query: 10 responses, 6 of them stored before; 4 queried: [\d.]+ requests/s, 100\.0 % valid\n",
         capsys.readouterr().out,
     )
-    assert table == ask_table(Echo(), questions(10))
+    assert table == query_table(Echo(), questions(10))
 
 
 def test_a_partially_written_file_is_not_used_as_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,29 +223,29 @@ def test_a_partially_written_file_is_not_used_as_a_chunk(tmp_path: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", die)
         with pytest.raises(KeyboardInterrupt):
-            ask_all(Echo, questions(5), tmp_path, params)
+            query_all(Echo, questions(5), tmp_path, params)
     (tmp_path / ".left.tmp").write_bytes(b"PAR1")
     again = Echo()
-    assert ask_all(lambda: again, questions(5), tmp_path, params) == ask_table(Echo(), questions(5))
-    assert again.asked == [[0, 1, 2], [3, 4]]
+    assert query_all(lambda: again, questions(5), tmp_path, params) == query_table(Echo(), questions(5))
+    assert again.queried == [[0, 1, 2], [3, 4]]
 
 
 def test_builds_no_backend_when_all_chunks_are_stored(tmp_path: Path) -> None:
     def refuse() -> Echo:
         raise AssertionError
 
-    whole = ask_all(Echo, questions(5), tmp_path, PARAMS)
-    assert ask_all(refuse, questions(5), tmp_path, PARAMS) == whole
+    whole = query_all(Echo, questions(5), tmp_path, PARAMS)
+    assert query_all(refuse, questions(5), tmp_path, PARAMS) == whole
 
 
 def test_no_questions_give_an_empty_table(tmp_path: Path) -> None:
-    assert ask_all(Echo, [], tmp_path, PARAMS).schema == records.ANSWERS
+    assert query_all(Echo, [], tmp_path, PARAMS).schema == records.RESPONSES
 
 
 def test_changed_sentences_invalidate_stored_chunks(tmp_path: Path) -> None:
-    ask_all(Echo, questions(5), tmp_path, PARAMS)
+    query_all(Echo, questions(5), tmp_path, PARAMS)
     changed = [replace(question, sentence=question.sentence.upper()) for question in questions(5)]
-    table = ask_all(Echo, changed, tmp_path, PARAMS)
+    table = query_all(Echo, changed, tmp_path, PARAMS)
     assert table["raw_text"].to_pylist() == [f"THING {number}" for number in range(5)]
 
 
@@ -251,13 +253,13 @@ def test_stores_nothing_when_every_request_fails(tmp_path: Path) -> None:
     """A dead server or a full GPU must not fill the table with errors; a few bad requests must not stop the run."""
 
     class Down(Echo):
-        def ask(self, questions: Sequence[Question]) -> list[Answer]:
-            return [replace(answer, unread="error", reason="HTTP 503") for answer in super().ask(questions)]
+        def query(self, questions: Sequence[Question]) -> list[RawResponse]:
+            return [replace(response, unread="error", reason="HTTP 503") for response in super().query(questions)]
 
     with pytest.raises(InputError, match=rf"{FEWEST_FAILED} requests on end failed, .*'HTTP 503' .*run again to go on"):
-        ask_all(Down, questions(FEWEST_FAILED), tmp_path, PARAMS)
+        query_all(Down, questions(FEWEST_FAILED), tmp_path, PARAMS)
     assert list(tmp_path.iterdir()) == []
-    few = ask_all(Down, questions(FEWEST_FAILED - 1), tmp_path, PARAMS)
+    few = query_all(Down, questions(FEWEST_FAILED - 1), tmp_path, PARAMS)
     assert few["unread"].to_pylist() == ["error"] * (FEWEST_FAILED - 1)
 
 
@@ -270,8 +272,8 @@ def test_multiple_processes_give_the_same_bytes(tmp_path: Path, workers: int) ->
         folder = tmp_path / str(count)
         folder.mkdir()
         make = partial(make_backend, params, index)
-        table = ask_all(make, make_questions(index, 1), folder, params)
-        records.write_table(table, folder / "answers", records.ANSWERS)
+        table = query_all(make, make_questions(index, 1), folder, params)
+        records.write_table(table, folder / "responses", records.RESPONSES)
         files.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert len(files[0]) == 10  # nine chunks and the full table
     assert files[0] == files[1]
@@ -308,7 +310,7 @@ def test_a_worker_error_is_reported_in_one_line(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
     params = prior_params(backend="replay", replay_file="nowhere.jsonl", engine={"chunk_size": 1, "data_parallel": 2})
     with pytest.raises(InputError, match=r"^nowhere\.jsonl: cannot be read"):
-        ask_all(partial(make_backend, params, index), make_questions(index, 1), tmp_path, params)
+        query_all(partial(make_backend, params, index), make_questions(index, 1), tmp_path, params)
 
 
 @pytest.mark.parametrize(
@@ -335,16 +337,16 @@ def test_each_worker_sees_only_its_own_visible_gpu(
 class Killed(Echo):
     """Kills its own process, as the out-of-memory killer does."""
 
-    def ask(self, asked: Sequence[Question]) -> list[Answer]:
+    def query(self, questions: Sequence[Question]) -> list[RawResponse]:
         os.kill(os.getpid(), signal.SIGKILL)
-        return super().ask(asked)
+        return super().query(questions)
 
 
 def test_a_killed_worker_is_reported_in_one_line_and_keeps_stored_chunks(tmp_path: Path) -> None:
     params = prior_params(engine={"chunk_size": 2, "data_parallel": 2})
-    ask_all(Echo, questions(4), tmp_path, params)
-    with pytest.raises(InputError, match=r"^a process that asks was killed, .* run again to go on$"):
-        ask_all(Killed, questions(8), tmp_path, params)
+    query_all(Echo, questions(4), tmp_path, params)
+    with pytest.raises(InputError, match=r"^a query process was killed, .* run again to go on$"):
+        query_all(Killed, questions(8), tmp_path, params)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -356,25 +358,25 @@ def test_refuses_more_processes_than_the_gpus_allow(
     engine = {"data_parallel": 2, "tensor_parallel": 2}
     params = prior_params(backend=backend, model="Qwen2.5-VL-7B", engine=engine)
     with pytest.raises(ConfigError, match=r"data_parallel 2 x tensor_parallel 2 wants 4 GPUs, torch sees 3"):
-        ask_all(Echo, questions(4), tmp_path, params)
+        query_all(Echo, questions(4), tmp_path, params)
 
 
 # Invalidation of stored responses
 
 
-def test_dvc_reruns_ask_only_for_settings_that_change_the_query() -> None:
+def test_dvc_reruns_query_only_for_settings_that_change_it() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    tracked = {name.removeprefix("priors.") for name in stages["ask"]["params"]}
+    tracked = {name.removeprefix("priors.") for name in stages["query"]["params"]}
     assert tracked == PriorsParams.model_fields.keys() - {"engine", "prices"}
-    code = [path for stage in ("ask", "priors") for path in stages[stage]["deps"] if path.endswith("parse.py")]
+    code = [path for stage in ("query", "priors") for path in stages[stage]["deps"] if path.endswith("parse.py")]
     assert code == ["l2l_core/priors/parse.py"]  # only of `priors`: changing the parser does not query the model again
     assert "l2l_core/priors/parse.py" in stages["priors"]["deps"]
 
 
 def test_cache_key_changes_with_the_query(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text("{}")
+    recorded = tmp_path / "responses.jsonl"
+    recorded.write_text("{}")
     real = {"backend": "openai", "model": "qwen2.5-vl-7b"}
     settings: list[dict[str, object]] = [
         {},
@@ -385,13 +387,13 @@ def test_cache_key_changes_with_the_query(tmp_path: Path) -> None:
         real | {"model": "qwen3-vl-8b"},
         real | {"prompt": "box-1"},
         real | {"temperature": 0.5},
-        {"backend": "replay", "replay_file": str(answers)},
+        {"backend": "replay", "replay_file": str(recorded)},
     ]
-    keys = [asking_key(prior_params(**changes), index) for changes in settings]
-    answers.write_text("{ }")
-    keys.append(asking_key(prior_params(backend="replay", replay_file=str(answers)), index))
+    keys = [query_key(prior_params(**changes), index) for changes in settings]
+    recorded.write_text("{ }")
+    keys.append(query_key(prior_params(backend="replay", replay_file=str(recorded)), index))
     random_scenes(images=2, seed=1).save(tmp_path)
-    keys.append(asking_key(PARAMS, index))
+    keys.append(query_key(PARAMS, index))
     assert len(set(keys)) == len(keys)
 
 
@@ -399,4 +401,4 @@ def test_cache_key_ignores_engine_and_price_settings(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
     elsewhere = prior_params(engine={"data_parallel": 8, "server_url": "http://other:1/v1"})
     priced = prior_params(prices={"prompt": 1.0, "completion": 2.0})
-    assert {asking_key(params, index) for params in (elsewhere, priced)} == {asking_key(PARAMS, index)}
+    assert {query_key(params, index) for params in (elsewhere, priced)} == {query_key(PARAMS, index)}

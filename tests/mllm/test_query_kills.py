@@ -30,14 +30,14 @@ KILLS = 5
 
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    with serve(Stub(answer=trouble, delay_s=0.02)) as running:
+    with serve(Stub(respond=trouble, delay_s=0.02)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Output of the stages when they run without interruption."""
-    with serve(Stub(answer=trouble)) as undisturbed:
+    with serve(Stub(respond=trouble)) as undisturbed:
         written = finish(make_folder(tmp_path_factory.mktemp("whole") / "project", undisturbed.url))
         assert len(undisturbed.bodies) == SENTENCES + DRAWN_AGAIN
         return written
@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def test_stub_server_causes_one_failed_request(whole: dict[str, bytes]) -> None:
     summary = json.loads(whole["metrics/priors.json"])
-    assert (summary["answers"], summary["ok"], summary["error"]) == (SENTENCES, SENTENCES - 1, 1)
+    assert (summary["responses"], summary["ok"], summary["error"]) == (SENTENCES, SENTENCES - 1, 1)
 
 
 def test_resuming_after_random_kills_gives_the_same_bytes(tmp_path: Path, stub: Stub, whole: dict[str, bytes]) -> None:
@@ -67,7 +67,7 @@ def test_two_workers_die_with_their_parent_and_resume_to_the_same_bytes(
     tmp_path: Path, stub: Stub, whole: dict[str, bytes]
 ) -> None:
     folder = make_folder(tmp_path / "project", stub.url, data_parallel=2)
-    process, deadline = start(folder, "ask"), time.monotonic() + PATIENCE_S
+    process, deadline = start(folder, "query"), time.monotonic() + PATIENCE_S
     while len(stub.bodies) < CHUNK:
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -28,7 +28,7 @@ INDEX = Index(
 
 
 def recorded(tmp_path: Path, *lines: object) -> Path:
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / "responses.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
     return path
 
@@ -159,12 +159,12 @@ def test_all_bad_lines_are_reported_at_once(tmp_path: Path) -> None:
 
 def test_refuses_a_duplicate_response(tmp_path: Path) -> None:
     line = {"ref_id": 100, "expression": "red cup", "pred_box_xyxy": None}
-    with pytest.raises(InputError, match=r"line 3: a second answer for sent_id 10, the first is in line 1; keep one"):
+    with pytest.raises(InputError, match=r"line 3: a second response for sent_id 10, the first is in line 1; keep one"):
         load(recorded(tmp_path, line, {"ref_id": 200, "pred_box_xyxy": None}, line))
 
 
 def test_refuses_responses_for_another_dataset(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none of its answers belongs to a sentence"):
+    with pytest.raises(InputError, match="no response belongs to a sentence"):
         load(recorded(tmp_path, {"ref_id": 999, "pred_box_xyxy": None}))
 
 
@@ -183,10 +183,10 @@ def test_replay_reproduces_the_published_accuracy_of_real_responses(
 ) -> None:
     """acc@0.5 over the 1,975 refs of RefCOCO testA (IoU by pycocotools) equals the published value for each file."""
     index = refcoco_testa(real_data)
-    answers = load_recorded(real_data / f"mllm_outputs/{file}_refcoco_testA.jsonl", index.refs, index.images, "auto")
-    table = collect_priors(ReplayBackend(answers), make_questions(index.save(tmp_path), 1)).to_pandas()
+    responses = load_recorded(real_data / f"mllm_outputs/{file}_refcoco_testA.jsonl", index.refs, index.images, "auto")
+    table = collect_priors(ReplayBackend(responses), make_questions(index.save(tmp_path), 1)).to_pandas()
     first = index.refs.groupby("ref_id")["sent_id"].min()
-    assert len(answers) == len(first) == 1975
+    assert len(responses) == len(first) == 1975
     assert (table.loc[table["model"] == "", "status"] == "empty").all()
     found = table[table["status"] == "ok"].merge(index.refs, on="sent_id", suffixes=("", "_true"))
     pairs = zip(found["bbox"], found["bbox_true"], strict=True)
@@ -198,5 +198,5 @@ def test_replay_reproduces_the_published_accuracy_of_real_responses(
 
 def test_an_unrecorded_sentence_gives_an_empty_prior(tmp_path: Path) -> None:
     backend = load(recorded(tmp_path, {"ref_id": 200, "pred_box_xyxy": [1, 2, 30, 40]}))
-    answer = backend.ask([Question(77, 0, "x.png", (5, 6), "what")])[0]
-    assert (answer.unread, answer.raw_text) == ("empty", "")
+    response = backend.query([Question(77, 0, "x.png", (5, 6), "what")])[0]
+    assert (response.unread, response.raw_text) == ("empty", "")

@@ -15,8 +15,8 @@ from prior_tables import ROOT, Index, image_row, ref_row
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.data.pairs import BatchMaker, load_pairs
-from l2l_core.mllm.backend import Answer, Question
-from l2l_core.mllm.query import ask_table, make_questions
+from l2l_core.mllm.backend import Question, RawResponse
+from l2l_core.mllm.query import make_questions, query_table
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.priors.fit import unfitted
 from l2l_core.priors.proposals import make_proposals
@@ -39,8 +39,10 @@ SAID = [
 class Scripted:
     name = "scripted"
 
-    def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        return [Answer(json.dumps(SAID[question.sent_id]), "m", "pixel", question.image_hw) for question in questions]
+    def query(self, questions: Sequence[Question]) -> list[RawResponse]:
+        return [
+            RawResponse(json.dumps(SAID[question.sent_id]), "m", "pixel", question.image_hw) for question in questions
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def guidance(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     index = Index(images, refs, pd.DataFrame([])).save(folder)
     params = load_params(ROOT / "params.yaml")
     model = params.model.model_copy(update={"image_size_px": 32, "dim": 16})
-    priors = interpret(ask_table(Scripted(), make_questions(index, 1)))
+    priors = interpret(query_table(Scripted(), make_questions(index, 1)))
     records.write_table(priors, folder / "priors.parquet", records.PRIORS)
     proposals = make_proposals(priors, refs, images, unfitted(params.proposals))
     records.write_table(proposals, folder / "proposals.parquet", records.PROPOSALS)

@@ -11,11 +11,11 @@ from prior_tables import Index, random_scenes, refcoco_testa
 from pycocotools import mask as coco_mask
 
 from l2l_core.errors import InputError
-from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.error_model import ERROR_MODELS
-from l2l_core.mllm.prompt import answer_schema
+from l2l_core.mllm.prompt import response_schema
 from l2l_core.mllm.simulated import SimulatedBackend, describe_sentence, make_truth, preset_coord_space
-from l2l_core.priors.parse import ParsedPrior, parse_answer
+from l2l_core.priors.parse import ParsedPrior, parse_response
 
 EDGES = (0.0, 0.05, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95)
 # Measured on real responses: share without a box, share with IoU >= 0.5, share of wrong objects, shares by IoU bin.
@@ -41,10 +41,10 @@ def questions(index: Index, samples: int = 1) -> list[Question]:
     ]
 
 
-def parse(asked: list[Question], answers: list[Answer]) -> list[ParsedPrior]:
+def parse(queries: list[Question], responses: list[RawResponse]) -> list[ParsedPrior]:
     return [
-        parse_answer(answer.raw_text, answer.coord_space, question.image_hw, answer.input_hw)
-        for question, answer in zip(asked, answers, strict=True)
+        parse_response(response.raw_text, response.coord_space, question.image_hw, response.input_hw)
+        for question, response in zip(queries, responses, strict=True)
     ]
 
 
@@ -55,14 +55,14 @@ def coco_iou(box: object, others: object) -> np.ndarray:
     return np.asarray(coco_mask.iou(*to_xywh, [0] * len(many)))[0]
 
 
-def judge(index: Index, asked: list[Question], priors: list[ParsedPrior]) -> pd.DataFrame:
+def judge(index: Index, queries: list[Question], priors: list[ParsedPrior]) -> pd.DataFrame:
     """IoU with the true box (NaN without one), and the ann_id of the object marked instead (-1: none)."""
     here: dict[int, list[tuple[int, list[float]]]] = {}
     for image_id, ann_id, box in index.objects[["image_id", "ann_id", "bbox"]].itertuples(index=False):
         here.setdefault(image_id, []).append((ann_id, box))
     truth = {row.sent_id: row for row in index.refs[["sent_id", "image_id", "ann_id", "bbox"]].itertuples(index=False)}
     rows = []
-    for question, prior in zip(asked, priors, strict=True):
+    for question, prior in zip(queries, priors, strict=True):
         if prior.bbox is None:
             rows.append((np.nan, -1, np.nan))
             continue
@@ -75,8 +75,8 @@ def judge(index: Index, asked: list[Question], priors: list[ParsedPrior]) -> pd.
 
 
 def judged(preset: str, index: Index) -> pd.DataFrame:
-    asked = questions(index)
-    return judge(index, asked, parse(asked, backend(preset, index).ask(asked)))
+    queries = questions(index)
+    return judge(index, queries, parse(queries, backend(preset, index).query(queries)))
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,11 @@ def assert_measured(preset: str, seen: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("preset", MEASURED)
 def test_presets_reproduce_the_measured_rates(preset: str, scenes: Index) -> None:
-    asked = questions(scenes)
-    priors = parse(asked, backend(preset, scenes).ask(asked))
+    queries = questions(scenes)
+    priors = parse(queries, backend(preset, scenes).query(queries))
     assert len(priors) == 5000
     assert {prior.status for prior in priors} <= {"ok", "empty"}
-    assert_measured(preset, judge(scenes, asked, priors))
+    assert_measured(preset, judge(scenes, queries, priors))
 
 
 @pytest.mark.parametrize("preset", MEASURED)
@@ -156,33 +156,33 @@ def test_confidence_is_only_weakly_informative(llava: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("preset", MEASURED)
 def test_a_response_depends_only_on_its_question(preset: str, scenes: Index) -> None:
-    asked = questions(scenes, samples=2)[:400]
-    answers = backend(preset, scenes).ask(asked)
-    assert backend(preset, scenes).ask(asked[::-1]) == answers[::-1]
+    queries = questions(scenes, samples=2)[:400]
+    responses = backend(preset, scenes).query(queries)
+    assert backend(preset, scenes).query(queries[::-1]) == responses[::-1]
     some = backend(preset, scenes)
-    assert some.ask(asked[7:9]) == answers[7:9]
-    assert some.ask([]) == []
-    assert some.ask(asked) == answers
+    assert some.query(queries[7:9]) == responses[7:9]
+    assert some.query([]) == []
+    assert some.query(queries) == responses
     shuffled = Index(
         scenes.images, scenes.refs.sample(frac=1, random_state=1), scenes.objects.sample(frac=1, random_state=2)
     )
-    assert backend(preset, shuffled).ask(asked) == answers
-    other_seed = backend(preset, scenes, seed=1).ask(asked)
-    assert sum(a.raw_text == b.raw_text for a, b in zip(answers, other_seed, strict=True)) < 40
-    samples = [(answers[row].raw_text, answers[row + 1].raw_text) for row in range(0, 400, 2)]
+    assert backend(preset, shuffled).query(queries) == responses
+    other_seed = backend(preset, scenes, seed=1).query(queries)
+    assert sum(a.raw_text == b.raw_text for a, b in zip(responses, other_seed, strict=True)) < 40
+    samples = [(responses[row].raw_text, responses[row + 1].raw_text) for row in range(0, 400, 2)]
     assert sum(a == b for a, b in samples) < 20
 
 
 def test_responses_conform_to_the_prompt_schema(scenes: Index) -> None:
     for preset in MEASURED:
-        asked = questions(scenes)[:500]
-        answers = backend(preset, scenes).ask(asked)
-        schema = answer_schema("box-1", answers[0].coord_space)
+        queries = questions(scenes)[:500]
+        responses = backend(preset, scenes).query(queries)
+        schema = response_schema("box-1", responses[0].coord_space)
         properties = schema["properties"]
         assert isinstance(properties, dict)
         number = properties["bbox"]["anyOf"][0]["items"]
-        for answer in answers:
-            said = json.loads(answer.raw_text)
+        for response in responses:
+            said = json.loads(response.raw_text)
             assert list(said) == schema["required"]
             assert len(said["target"]) <= properties["target"]["maxLength"]
             assert len(said["attributes"]) <= properties["attributes"]["maxItems"]
@@ -198,10 +198,10 @@ def test_responses_use_the_configured_coordinate_space(scenes: Index) -> None:
     written = {}
     for space in ("pixel", "resized_pixel", "norm1000", "unit"):
         simulated = SimulatedBackend("llava-1.5-7b", space, 0, make_truth(scenes.refs, scenes.objects))
-        answer = simulated.ask([row])[0]
-        assert answer.coord_space == space
-        assert answer.input_hw == ((476, 644) if space == "resized_pixel" else (480, 640))
-        written[space] = np.array(json.loads(answer.raw_text)["bbox"])
+        response = simulated.query([row])[0]
+        assert response.coord_space == space
+        assert response.input_hw == ((476, 644) if space == "resized_pixel" else (480, 640))
+        written[space] = np.array(json.loads(response.raw_text)["bbox"])
     assert written["resized_pixel"] == pytest.approx(written["pixel"] * np.tile([644 / 640, 476 / 480], 2), abs=0.01)
     assert written["norm1000"] == pytest.approx(written["pixel"] / np.tile([0.64, 0.48], 2), abs=0.01)
     assert written["unit"] == pytest.approx(written["norm1000"] / 1000, abs=1e-5)
@@ -237,13 +237,13 @@ def test_presets_match_real_responses(preset: str, file: str, real_data: Path) -
     index = refcoco_testa(real_data)
     first = index.refs.drop_duplicates("ref_id").set_index("ref_id")["sent_id"]
     lines = (real_data / f"mllm_outputs/{file}_refcoco_testA.jsonl").read_text().splitlines()
-    asked, priors = [], []
+    queries, priors = [], []
     for row in map(json.loads, lines):
         box = row["pred_box_xyxy"]
         clipped = None if box is None else tuple(np.clip(box, 0, [row["width"], row["height"]] * 2).tolist())
-        asked.append(Question(int(first[row["ref_id"]]), 0, "", (row["height"], row["width"]), ""))
+        queries.append(Question(int(first[row["ref_id"]]), 0, "", (row["height"], row["width"]), ""))
         priors.append(ParsedPrior("ok", bbox=clipped))
-    real = judge(index, asked, priors)
+    real = judge(index, queries, priors)
     assert len(real) == 1975
     assert (real["wrong_ann_id"] >= 0).mean() == pytest.approx(MEASURED[preset][2], abs=0.001)
     for place, (low, high) in enumerate(pairwise(EDGES[:4])):

@@ -26,12 +26,12 @@ from bench.tiny_qwen import save_tiny_qwen
 from bench.vlm import MODEL
 from l2l_core.config import PriorsParams
 from l2l_core.errors import ConfigError
-from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.engine import Engine, MllmBackend
 from l2l_core.mllm.engine_openai import OpenAIEngine
 from l2l_core.mllm.engine_transformers import TransformersEngine
 from l2l_core.mllm.engine_vllm import STRUCTURED_OUTPUTS, VllmEngine
-from l2l_core.mllm.prompt import answer_schema, keeps_to
+from l2l_core.mllm.prompt import keeps_to, response_schema
 from l2l_core.refshapes.dataset import make_scene
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM and its dependencies emit many warnings
@@ -119,13 +119,13 @@ def served(server_url: str) -> OpenAIEngine:
 def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
     """Images of many sizes with several sentences each, in the order in which the stage queries them."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    asked = []
+    made = []
     for number, (height, width) in enumerate(SIZES_HW):
         path = folder / f"{number}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
         for place, sentence in enumerate(SENTENCES):
-            asked.append(Question(len(SENTENCES) * number + place, 0, str(path), (height, width), sentence))
-    return asked
+            made.append(Question(len(SENTENCES) * number + place, 0, str(path), (height, width), sentence))
+    return made
 
 
 def backend(engine: Engine, model: Path | str = NAME, **changes: Any) -> MllmBackend:
@@ -136,46 +136,46 @@ def is_valid(text: str) -> bool:
     """Validates with a JSON schema validator, independent of grammars."""
     import jsonschema  # a dependency of vLLM
 
-    jsonschema.validate(json.loads(text), answer_schema("box-2", "resized_pixel"))
+    jsonschema.validate(json.loads(text), response_schema("box-2", "resized_pixel"))
     return True
 
 
-def said(answers: Sequence[Answer]) -> list[Answer]:
+def said(responses: Sequence[RawResponse]) -> list[RawResponse]:
     """The responses without their precision, which a server does not report."""
-    return [replace(answer, precision=None) for answer in answers]
+    return [replace(response, precision=None) for response in responses]
 
 
 def test_vllm_server_and_transformers_give_the_same_text(
     model: Path, offline: VllmEngine, served: OpenAIEngine, questions: list[Question]
 ) -> None:
     """Greedy, in fp32. The three differ in the code that computes, batches and constrains the output to JSON."""
-    by_vllm = backend(offline).ask(questions)
-    by_server = backend(served).ask(questions)
-    by_transformers = backend(TransformersEngine(params(model))).ask(questions)
+    by_vllm = backend(offline).query(questions)
+    by_server = backend(served).query(questions)
+    by_transformers = backend(TransformersEngine(params(model))).query(questions)
     assert said(by_vllm) == by_server == said(by_transformers)  # texts, sizes and tokens
-    assert {answer.precision for answer in [*by_vllm, *by_transformers]} == {"fp32"}
-    assert all(answer.unread is None and is_valid(answer.raw_text) for answer in by_vllm)
-    assert all(keeps_to("box-2", answer.raw_text) == answer.is_valid for answer in by_vllm)
-    assert len({answer.raw_text for answer in by_vllm}) > len(questions) * 0.9  # image and sentence matter
+    assert {response.precision for response in [*by_vllm, *by_transformers]} == {"fp32"}
+    assert all(response.unread is None and is_valid(response.raw_text) for response in by_vllm)
+    assert all(keeps_to("box-2", response.raw_text) == response.is_valid for response in by_vllm)
+    assert len({response.raw_text for response in by_vllm}) > len(questions) * 0.9  # image and sentence matter
 
 
 def test_samples_are_valid_and_depend_only_on_their_seed(
     offline: VllmEngine, served: OpenAIEngine, questions: list[Question]
 ) -> None:
     drawn = [replace(question, sample_index=sample) for question in questions[:12] for sample in (1, 2)]
-    asked = backend(offline, temperature=1.5)
-    answers = asked.ask(drawn)
-    assert all(is_valid(answer.raw_text) for answer in answers)
-    assert len({answer.raw_text for answer in answers}) == len(drawn)
-    assert asked.ask(drawn[::-1])[::-1] == answers
-    assert asked.ask(drawn[:1]) == answers[:1]
-    assert backend(served, temperature=1.5).ask(drawn) == said(answers)
+    sampled = backend(offline, temperature=1.5)
+    responses = sampled.query(drawn)
+    assert all(is_valid(response.raw_text) for response in responses)
+    assert len({response.raw_text for response in responses}) == len(drawn)
+    assert sampled.query(drawn[::-1])[::-1] == responses
+    assert sampled.query(drawn[:1]) == responses[:1]
+    assert backend(served, temperature=1.5).query(drawn) == said(responses)
 
 
 def test_output_is_unconstrained_without_a_schema(offline: VllmEngine, questions: list[Question]) -> None:
-    answers = backend(offline, structured_output=False, max_tokens=20).ask(questions[:4])
-    assert not any(answer.is_valid for answer in answers)
-    assert all(answer.raw_text and answer.unread is None for answer in answers)
+    responses = backend(offline, structured_output=False, max_tokens=20).query(questions[:4])
+    assert not any(response.is_valid for response in responses)
+    assert all(response.raw_text and response.unread is None for response in responses)
 
 
 @pytest.mark.parametrize("way", ["offline", "served"])
@@ -187,12 +187,12 @@ def test_marks_impossible_requests_and_completes_the_others(
     Image.new("RGB", (30000, 10)).save(thin)
     good = questions[:5]
     bad = [replace(good[0], sentence="very " * 5000), replace(good[0], image_path=str(thin), image_hw=(10, 30000))]
-    asked = backend(request.getfixturevalue(way))
-    answers = asked.ask([good[0], bad[0], *good[1:4], bad[1], good[4]])
-    assert [answer.unread for answer in answers] == [None, "error", None, None, None, "error", None]
-    reasons = {answer.reason for answer in answers if answer.unread}
+    mllm = backend(request.getfixturevalue(way))
+    responses = mllm.query([good[0], bad[0], *good[1:4], bad[1], good[4]])
+    assert [response.unread for response in responses] == [None, "error", None, None, None, "error", None]
+    reasons = {response.reason for response in responses if response.unread}
     assert reasons == ({"HTTP 400"} if way == "served" else {"VLLMValidationError", "ValueError"})
-    assert [answer for answer in answers if not answer.unread] == asked.ask(good)
+    assert [response for response in responses if not response.unread] == mllm.query(good)
 
 
 def test_missing_model_error_names_the_model(tmp_path: Path) -> None:
@@ -205,20 +205,20 @@ def test_built_in_model_gives_the_same_text_with_both_engines(tmp_path: Path) ->
 
     Must stay the last test: vLLM keeps state in the process, so engines started earlier return nonsense afterwards.
     """
-    asked = []
+    made = []
     for number in range(100):
         scene, expressions = make_scene(12345, "extra", number)
         Image.fromarray(scene.image).save(tmp_path / f"{number}.png")
         for expression in expressions:
             path = str(tmp_path / f"{number}.png")
-            asked.append(Question(len(asked), 0, path, scene.image.shape[:2], expression.sentence))
-    assert len(asked) == 200
+            made.append(Question(len(made), 0, path, scene.image.shape[:2], expression.sentence))
+    assert len(made) == 200
     changes = MODEL | {"model": str(EMBEDDED), "precision": "fp32", "structured_output": True}
     by_vllm, by_transformers = (
         MllmBackend(make(params(**(changes | {"backend": name}))), params(**(changes | {"backend": name})))
         for name, make in (("vllm", VllmEngine), ("transformers", TransformersEngine))
     )
-    texts = [answer.raw_text for answer in by_vllm.ask(asked)]
-    assert texts == [answer.raw_text for answer in by_transformers.ask(asked)]
+    texts = [response.raw_text for response in by_vllm.query(made)]
+    assert texts == [response.raw_text for response in by_transformers.query(made)]
     assert all(keeps_to("box-2", text) for text in texts)
     assert len(set(texts)) > 190  # image and sentence matter

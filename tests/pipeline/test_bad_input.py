@@ -76,7 +76,7 @@ WRONG_PARAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "wrong type": ({"warmup": {"steps": "many"}}, ["params.yaml", "warmup.steps", "'many'", "integer"]),
     "out of range": ({"round": 6}, ["params.yaml", "round", "got 6", "less than or equal to 5"]),
     "not a number": ({"round": "two"}, ["params.yaml", "round", "'two'", "integer"]),
-    "no such choice": ({"select": {"policy": "best"}}, ["select.policy", "'best'", "'reinforce'", "'threshold'"]),
+    "no such choice": ({"select": {"method": "best"}}, ["select.method", "'best'", "'reinforce'", "'threshold'"]),
 }
 
 

@@ -33,8 +33,8 @@ def test_fold_update_keeps_continues_or_restarts_the_teachers(first_run, tmp_pat
     """Four more training steps stay closer to the old teachers than new random weights do."""
     project = first_run.project.copy(tmp_path / "project")
     before = teachers(project, 0)
-    assert after_round_1(project, "kept") == before
-    further, fresh = after_round_1(project, "further"), after_round_1(project, "fresh")
-    for old, near, far in zip(before, further, fresh, strict=True):
+    assert after_round_1(project, "freeze") == before
+    continued, retrained = after_round_1(project, "continue"), after_round_1(project, "retrain")
+    for old, near, far in zip(before, continued, retrained, strict=True):
         assert 0 < distance(old, near) < 0.1 * distance(old, far)
-    assert further[0] != further[1]
+    assert continued[0] != continued[1]

@@ -12,7 +12,7 @@ from tiny_project import executed
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 BEFORE_ROUNDS = [
-    *("check", "refshapes", "ingest", "split", "ask", "priors", "proposals"),
+    *("check", "refshapes", "ingest", "split", "query", "priors", "proposals"),
     *("warmup", "predict"),
 ]
 LAST = ["evaluate", "report"]
@@ -29,7 +29,7 @@ def project(first_run):
 def threshold(first_run):
     """Executed stages of an experiment with another policy, and its name."""
     project = first_run.project
-    ran = project.stages_run("dvc", "exp", "run", "--name", "by-threshold", "-S", "select.policy=threshold")
+    ran = project.stages_run("dvc", "exp", "run", "--name", "by-threshold", "-S", "select.method=threshold")
     project.back()
     return ran, "by-threshold"
 
@@ -72,7 +72,7 @@ def test_empty_teacher_folder_of_a_fixed_rule_is_cached_and_later_filled(first_r
     project = first_run.project.copy(tmp_path / "project")
     folds, target = project.folder / "data/rounds/0/folds", "stages/dvc.yaml:crossfit-0"
     trained = project.read("data/rounds/0/folds/0/model.safetensors")
-    project.change_params({"select": {"policy": "threshold", "fold_steps": 3}})  # not in the cache
+    project.change_params({"select": {"method": "threshold", "fold_steps": 3}})  # not in the cache
     assert project.stages_run("dvc", "repro", target) == ["crossfit-0"]
     assert list(folds.iterdir()) == []
 
@@ -83,7 +83,7 @@ def test_empty_teacher_folder_of_a_fixed_rule_is_cached_and_later_filled(first_r
     assert project.stages_run("dvc", "repro", target) == []
     assert list(folds.iterdir()) == []
 
-    project.change_params({"select": {"policy": "reinforce"}})
+    project.change_params({"select": {"method": "reinforce"}})
     assert project.stages_run("dvc", "repro", target) == ["crossfit-0"]
     assert project.read("data/rounds/0/folds/0/model.safetensors") != trained
     project.change_params({"select": {"fold_steps": 4}})
@@ -93,7 +93,7 @@ def test_empty_teacher_folder_of_a_fixed_rule_is_cached_and_later_filled(first_r
 
 def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
     project = first_run.project.copy(tmp_path / "project")
-    project.change_params({"select": {"policy": "threshold"}})
+    project.change_params({"select": {"method": "threshold"}})
     for stage in ("select", "crossfit"):
         project.run("python", "-m", f"stages.{stage}", "--round", "1")
     for fold in ("0", "1"):
@@ -113,17 +113,17 @@ def test_parser_change_reparses_cached_responses_without_new_queries(project):
 
 
 def test_model_change_queries_again_but_chunk_size_change_does_not(project):
-    assert project.stages_run("dvc", "exp", "run", "-S", "priors.model=another") == ["ask", "report"]
+    assert project.stages_run("dvc", "exp", "run", "-S", "priors.model=another") == ["query", "report"]
     assert project.stages_run("dvc", "exp", "run", "-S", "priors.engine.chunk_size=7") == []
 
 
 def test_experiment_in_a_temporary_copy_keeps_the_workspace_unchanged(project):
-    ran = project.stages_run("dvc", "exp", "run", "--temp", "--name", "without-labels", "-S", "select.policy=none")
+    ran = project.stages_run("dvc", "exp", "run", "--temp", "--name", "without-labels", "-S", "select.method=none")
     assert sorted(ran) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", *LAST])
     assert project.out("git", "status", "--porcelain") == ""
     assert project.stages_run("dvc", "repro") == []
     shown = csv.DictReader(io.StringIO(project.out("dvc", "exp", "show", "--csv")))
-    policies = {row["Experiment"]: row["select.policy"] for row in shown}
+    policies = {row["Experiment"]: row["select.method"] for row in shown}
     assert policies["without-labels"] == "none"
 
 
@@ -140,7 +140,7 @@ def test_compares_metrics_and_parameters_of_experiments(project, threshold):
     assert scores["val_round_0_miou"]["old"] == scores["val_round_0_miou"]["new"]
 
     difference = json.loads(project.out("dvc", "exp", "diff", "--all", "--json", "HEAD", name))
-    assert difference["params"]["params.yaml"]["select.policy"] == {"old": "reinforce", "new": "threshold"}
+    assert difference["params"]["params.yaml"]["select.method"] == {"old": "reinforce", "new": "threshold"}
     assert difference["metrics"]["metrics/evaluate.json"]["val_miou"] == scores["val_miou"]
 
     listed = csv.DictReader(io.StringIO(project.out("dvc", "exp", "show", "--csv")))
@@ -149,7 +149,7 @@ def test_compares_metrics_and_parameters_of_experiments(project, threshold):
     assert float(rows[name]["val_miou"]) == scores["val_miou"]["new"]
     table = project.out("dvc", "exp", "show", "--md", "--only-changed")
     assert name in table
-    assert "select.policy" in table
+    assert "select.method" in table
 
 
 def test_compares_curves_of_experiments(project, threshold):

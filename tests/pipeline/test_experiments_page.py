@@ -81,7 +81,7 @@ def rounds(project: Project, outputs: Outputs) -> None:
     """All queued experiments, each with the parameters of its command."""
     shown = csv.DictReader(io.StringIO(project.out("dvc", "exp", "show", "--csv")))
     share = str(yaml.safe_load(project.read("params.yaml"))["split"]["labeled_fraction"])
-    keys = ("split.labeled_fraction", "select.policy", "seed", "round")
+    keys = ("split.labeled_fraction", "select.method", "seed", "round")
     found = {row["Experiment"]: tuple(row[key] for key in keys) for row in shown if row["State"] == "Queued"}
     assert found == {
         "rate-1": ("0.05", "reinforce", "0", "1"),
@@ -110,7 +110,7 @@ def queue(project: Project, outputs: Outputs) -> None:
 def table(project: Project, outputs: Outputs) -> None:
     (text,) = outputs.values()
     rows = [line.split() for line in text.splitlines() if line.strip(" ─")]
-    assert rows[0] == ["Experiment", "val_miou", "test_miou", "select.policy"]
+    assert rows[0] == ["Experiment", "val_miou", "test_miou", "select.method"]
     policies = {line[-4]: line[-1] for line in rows[2:]}
     assert policies["[policy-1]"] == "reinforce"
     assert policies["[policy-3]"] == "agreement"
@@ -126,7 +126,7 @@ def comparison(project: Project, outputs: Outputs) -> None:
     for name, old, new, change in changes:
         assert old == "-" or float(old) == pytest.approx(now[name], abs=1e-4)
         assert "-" in (old, new) or float(new) - float(old) == pytest.approx(float(change), abs=1e-4)
-    assert re.search(r"^params\.yaml +select\.policy +reinforce +agreement$", params, re.MULTILINE)
+    assert re.search(r"^params\.yaml +select\.method +reinforce +agreement$", params, re.MULTILINE)
     assert "dvc_plots/index.html" in plots
     page = project.read("dvc_plots/index.html").decode()
     assert "policy-3" in page
@@ -135,9 +135,9 @@ def comparison(project: Project, outputs: Outputs) -> None:
 
 def application(project: Project, outputs: Outputs) -> None:
     _, difference, _, again = outputs.values()
-    assert re.search(r"^params\.yaml +select\.policy +reinforce +agreement$", difference, re.MULTILINE)
+    assert re.search(r"^params\.yaml +select\.method +reinforce +agreement$", difference, re.MULTILINE)
     assert executed(again) == []
-    assert yaml.safe_load(project.read("params.yaml"))["select"]["policy"] == "reinforce"
+    assert yaml.safe_load(project.read("params.yaml"))["select"]["method"] == "reinforce"
 
 
 def sharing(project: Project, outputs: Outputs) -> None:

@@ -44,6 +44,6 @@ def test_oracle_policy_fails_without_the_hidden_masks(first_run, tmp_path):
     """This shows that the test above would detect a stage that reads them."""
     project = first_run.project.copy(tmp_path / "project")
     (project.folder / records.INDEX.masks).unlink()
-    project.change_params({"select": {"policy": "oracle"}})
+    project.change_params({"select": {"method": "oracle"}})
     output = project.run(sys.executable, "-m", "stages.select", "--round", "1", code=2)
     assert f"{records.INDEX.masks}: not found" in output

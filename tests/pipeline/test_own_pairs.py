@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("own_pairs")]
 SMALLER = {
     "model": {"image_size_px": 64, "dim": 16},
     "train": {"batch_size": 4, "log_every": 2, "engine": {"device": "cpu"}},
-    "select": {"policy": "all", "fold_update_steps": 2},  # in so few steps `reinforce` learns to reject every label
+    "select": {"method": "all", "fold_update_steps": 2},  # in so few steps `reinforce` learns to reject every label
     "evaluate": {"batch_size": 8},
     "report": {"cases": 2},
 }
@@ -36,7 +36,7 @@ def test_example_passes_the_check_and_runs_every_stage(tmp_path):
     output = project.run(*run, *changes, "-S", "select.fold_steps=2")
     ran = set(executed(output))
     assert ran == planned - {"together"}
-    assert {"ingest", "ask", "warmup", "crossfit-0", "select@1", "retrain@1", "evaluate", "report"} <= ran
+    assert {"ingest", "query", "warmup", "crossfit-0", "select@1", "retrain@1", "evaluate", "report"} <= ran
     assert "refshapes" not in ran
     metrics = json.loads(project.read("metrics/evaluate.json"))
     assert metrics["n_val"] == 7
@@ -46,9 +46,9 @@ def test_example_passes_the_check_and_runs_every_stage(tmp_path):
     assert "<img" in project.read("report/index.html").decode()
 
     # Without priors, with the learned policy: proposals are flat, and candidates built from them are empty.
-    without = ("-S", "priors.backend=none", "-S", "select.policy=reinforce", "-S", "select.policy_steps=4")
+    without = ("-S", "priors.backend=none", "-S", "select.method=reinforce", "-S", "select.policy_steps=4")
     ran = set(executed(project.run(*run, *changes, "-S", "select.fold_steps=2", *without)))
-    assert {"ask", "proposals", "warmup", "select@1", "evaluate", "report"} <= ran
+    assert {"query", "proposals", "warmup", "select@1", "evaluate", "report"} <= ran
     assert json.loads(project.read("metrics/priors.json"))["empty"] == 27
     metrics = json.loads(project.read("metrics/evaluate.json"))
     assert metrics["val_prior_miou"] == 0

@@ -40,7 +40,7 @@ def box_iou_with_mask(box, mask: np.ndarray) -> float:
 
 
 def test_scores_recorded_boxes_of_ten_sentences_as_masks(project, real_data):
-    for stage in ("ingest", "split", "ask", "priors"):
+    for stage in ("ingest", "split", "query", "priors"):
         project.run("python", "-m", f"stages.{stage}")
     box, count = score_prior(project.folder, "box")
     grabcut, _ = score_prior(project.folder, "grabcut")
@@ -52,15 +52,15 @@ def test_scores_recorded_boxes_of_ten_sentences_as_masks(project, real_data):
     annotations = {row["id"]: row for row in json.loads((folder / "instances.json").read_text())["annotations"]}
     lines = (real_data / "mllm_outputs" / "qwen25vl_refcoco_testA.jsonl").read_text().splitlines()
     ious = []
-    for answer in (answer for answer in map(json.loads, lines) if answer["ref_id"] in refs):
-        segmentation = annotations[refs[answer["ref_id"]]["ann_id"]]["segmentation"]
+    for response in (response for response in map(json.loads, lines) if response["ref_id"] in refs):
+        segmentation = annotations[refs[response["ref_id"]]["ann_id"]]["segmentation"]
         if isinstance(segmentation, list):
-            rles = coco_mask.frPyObjects(segmentation, answer["height"], answer["width"])
+            rles = coco_mask.frPyObjects(segmentation, response["height"], response["width"])
             segmentation = coco_mask.merge(rles)
         elif isinstance(segmentation["counts"], list):
-            segmentation = coco_mask.frPyObjects(segmentation, answer["height"], answer["width"])
+            segmentation = coco_mask.frPyObjects(segmentation, response["height"], response["width"])
         mask = coco_mask.decode(segmentation).astype(bool)
-        ious.append(box_iou_with_mask(answer["pred_box_xyxy"], mask) if answer["pred_box_xyxy"] else 0.0)
+        ious.append(box_iou_with_mask(response["pred_box_xyxy"], mask) if response["pred_box_xyxy"] else 0.0)
     assert len(ious) == 10
     # A proposal map has 48 cells per side, so its borders lie within one cell of the box.
     assert box["miou"] == pytest.approx(100 * np.mean(ious), abs=2)
@@ -73,7 +73,7 @@ def test_every_stage_runs_on_real_photos(project):
     ran = executed(output)
     assert "accepted nothing" not in output  # training used real pseudo-labels
     assert "refshapes" not in ran
-    assert {"ingest", "split", "ask", "priors", "proposals", "warmup", "crossfit-0"} <= set(ran)
+    assert {"ingest", "split", "query", "priors", "proposals", "warmup", "crossfit-0"} <= set(ran)
     assert {"select@1", "retrain@1", "predict@1", "evaluate", "report"} <= set(ran)
     metrics = json.loads(project.read("metrics/evaluate.json"))
     assert metrics["n_testA"] == 9  # three refs with three sentences each

@@ -31,7 +31,7 @@ def forget(project: Project, stages: list[str]) -> None:
         path.write_text(yaml.safe_dump(lock, sort_keys=False))
 
 
-def kill_after_first_checkpoint(project: Project, target: str, purpose: str) -> Path:
+def kill_after_first_checkpoint(project: Project, target: str, run_name: str) -> Path:
     """Run a stage, kill DVC, the shell and the stage at once by SIGKILL, and return the checkpoint."""
     process = subprocess.Popen(
         ["dvc", "repro", target],
@@ -43,7 +43,7 @@ def kill_after_first_checkpoint(project: Project, target: str, purpose: str) -> 
     )
     deadline = time.monotonic() + PATIENCE_S
     try:
-        while not (found := list((project.folder / ".scratch").glob(f"{purpose}-*/checkpoint.pt"))):
+        while not (found := list((project.folder / ".scratch").glob(f"{run_name}-*/checkpoint.pt"))):
             assert process.poll() is None, "the stage ended without a checkpoint"
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -54,16 +54,16 @@ def kill_after_first_checkpoint(project: Project, target: str, purpose: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("stage", "target", "purpose", "outputs"),
+    ("stage", "target", "run_name", "outputs"),
     [
         ("warmup", "warmup", "warmup", "data/rounds/0"),
         ("retrain@1", "stages/dvc.yaml:retrain@1", "retrain-1", "data/rounds/1"),
     ],
 )
-def test_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage, target, purpose, outputs):
+def test_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage, target, run_name, outputs):
     whole, steps = first_run.project.copy(tmp_path / "whole"), TINY["warmup"]["steps"]
     if stage == "retrain@1":  # a rule that accepts pseudo-labels gives two streams of pairs
-        whole.change_params({"select": {"policy": "threshold"}})
+        whole.change_params({"select": {"method": "threshold"}})
         whole.run("dvc", "repro")
         assert pq.read_table(whole.folder / outputs / "pseudo_labels.parquet")["accepted"].to_numpy().any()
         steps = TINY["retrain"]["steps"]
@@ -72,13 +72,13 @@ def test_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage, t
     model, curves = f"{outputs}/model", f"{outputs}/curves"
     assert not (project.folder / model).exists()
 
-    checkpoint = kill_after_first_checkpoint(project, target, purpose)
+    checkpoint = kill_after_first_checkpoint(project, target, run_name)
     assert checkpoint.exists()
     assert not (project.folder / model).exists()  # the kill came before training ended
 
     output = project.run("dvc", "repro")
     assert executed(output) == [stage, "evaluate"]  # later stages see the same bytes and do not run
-    resumed = [line for line in output.splitlines() if line.startswith(f"{purpose}: resuming at step ")]
+    resumed = [line for line in output.splitlines() if line.startswith(f"{run_name}: resuming at step ")]
     assert len(resumed) == 1
     assert 0 < int(resumed[0].split()[4]) < steps
     assert resumed[0].endswith(f"of {steps}")

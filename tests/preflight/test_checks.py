@@ -28,14 +28,14 @@ SMALL = {
     "model": {"image_size_px": 32, "dim": 16, "heads": 2},
     "train": {"precision": "fp32", "batch_size": 4, "engine": {"device": "cpu"}},
 }
-REPLAY = {"backend": "replay", "replay_file": "answers.jsonl"}
+REPLAY = {"backend": "replay", "replay_file": "responses.jsonl"}
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project with params.yaml, the example dataset and its recorded responses."""
     shutil.copytree(ROOT / "examples" / "tabletop", tmp_path / "mine")
-    shutil.copy(ROOT / "examples" / "tabletop_answers.jsonl", tmp_path / "answers.jsonl")
+    shutil.copy(ROOT / "examples" / "tabletop_responses.jsonl", tmp_path / "responses.jsonl")
     shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     change({**SMALL, "dataset": "mine", "split": {"labeled_fraction": 1.0}, "priors": REPLAY})
@@ -81,7 +81,7 @@ def test_prints_the_plan_with_time_estimates(project, monkeypatch, capsys):
     assert "mine: 12 images, 27 sentences (train 20, val 7), 16 masks" in said
     assert "160x120 px; the network sees 32x32" in said
     assert "labeled: 4 images, 9 sentences; unlabeled: 5 images, 11 sentences; eval: 3 images, 7 sentences" in said
-    assert "answers.jsonl answers 26 of 27 sentences" in said
+    assert "responses.jsonl has responses for 26 of 27 sentences" in said
     assert "image_encoder: tiny, text_encoder: tiny" in said
     assert "cpu (" in said
     rows = dict(line.split(maxsplit=1) for line in said.splitlines()[said.splitlines().index("") + 2 :])
@@ -108,7 +108,7 @@ def memory_of(row: str) -> float:
 
 def test_warns_once_per_remedy_about_stages_that_exceed_memory(project, monkeypatch, capsys):
     monkeypatch.setattr(checks, "available_bytes", lambda: 250_000_000)
-    said = checked(monkeypatch, capsys, "-S", "round=1", "-S", "select.policy=topk")
+    said = checked(monkeypatch, capsys, "-S", "round=1", "-S", "select.method=topk")
     (memory,) = (line for line in said.splitlines() if line.startswith("memory "))
     assert "250.0 MB are available here" in memory
     warnings = [line.removeprefix("warning").strip() for line in said.splitlines() if line.startswith("warning")]
@@ -195,10 +195,10 @@ WRONG = {
         lambda: change({"evaluate": {"splits": ["test"]}}),
         ["evaluate.splits: got test, expected some of val: sentences to evaluate are there"],
     ),
-    "no answers": (lambda: Path("answers.jsonl").unlink(), ["answers.jsonl: cannot be read: No such file"]),
-    "bad answers": (
-        lambda: Path("answers.jsonl").write_text('{"sent_id": 0, "raw_text": 3}\n'),
-        ["answers.jsonl: line 1: raw_text: got 3, expected a string"],
+    "no responses": (lambda: Path("responses.jsonl").unlink(), ["responses.jsonl: cannot be read: No such file"]),
+    "bad responses": (
+        lambda: Path("responses.jsonl").write_text('{"sent_id": 0, "raw_text": 3}\n'),
+        ["responses.jsonl: line 1: raw_text: got 3, expected a string"],
     ),
     "no boxes": (
         lambda: change({"priors": {"backend": "simulated"}}),
@@ -246,7 +246,9 @@ def test_refuses_rounds_without_unlabeled_sentences(project, monkeypatch, capsys
     path = Path("mine/pairs.jsonl")
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if '"mask"' in line))
     # Sentences are numbered by line, so the recorded responses now belong to other sentences.
-    assert any("the answers seem to be another dataset's" in problem for problem in problems(monkeypatch, capsys))
+    assert any(
+        "the responses seem to belong to another dataset" in problem for problem in problems(monkeypatch, capsys)
+    )
     change({"priors": {"backend": "none"}})
     (found,) = problems(monkeypatch, capsys)
     assert "round: got 2, but no sentence is unlabeled" in found
@@ -354,7 +356,7 @@ def server(status: int, body: bytes, keys: list[str | None]) -> Iterator[str]:
 MODELS = json.dumps({"object": "list", "data": [{"id": "qwen2.5-vl"}, {"id": "other"}]}).encode()
 
 
-def ask_for(model: str, url: str) -> None:
+def use_server(model: str, url: str) -> None:
     change({"priors": {"backend": "openai", "model": model, "engine": ENGINE | {"server_url": url}}})
 
 
@@ -365,7 +367,7 @@ def test_accepts_a_server_that_has_the_model(project, monkeypatch, capsys):
     keys: list[str | None] = []
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with server(200, MODELS, keys) as url:
-        ask_for("qwen2.5-vl", f"{url}/")
+        use_server("qwen2.5-vl", f"{url}/")
         said = checked(monkeypatch, capsys, "--no-timing")
     assert f"openai: {url}/models has qwen2.5-vl" in said
     assert "secret" not in said
@@ -383,7 +385,7 @@ def test_accepts_a_server_that_has_the_model(project, monkeypatch, capsys):
 )
 def test_refuses_an_unsuitable_server(project, monkeypatch, capsys, status, body, words):
     with server(status, body, []) as url:
-        ask_for("qwen3-vl", url)
+        use_server("qwen3-vl", url)
         (found,) = problems(monkeypatch, capsys)
     assert words.replace("URL", url) in found
 
@@ -391,9 +393,9 @@ def test_refuses_an_unsuitable_server(project, monkeypatch, capsys, status, body
 def test_refuses_a_server_that_does_not_respond(project, monkeypatch, capsys):
     with server(200, MODELS, []) as url:
         pass  # the port is free again
-    ask_for("qwen2.5-vl", url)
+    use_server("qwen2.5-vl", url)
     (found,) = problems(monkeypatch, capsys)
-    assert f"{url}/models: no answer (ConnectionError); start a server" in found
+    assert f"{url}/models: no response (ConnectionError); start a server" in found
 
 
 def test_reports_a_project_outside_a_git_repository_first(project, monkeypatch, capsys):
@@ -414,7 +416,7 @@ def test_accepts_a_project_in_a_repository_or_its_subfolder(project, monkeypatch
     subprocess.run(["git", "init", "--quiet", "."], check=True)
     below = project / place
     below.mkdir(parents=True, exist_ok=True)
-    for name in ("mine", "answers.jsonl", "params.yaml"):
+    for name in ("mine", "responses.jsonl", "params.yaml"):
         (project / name).rename(below / name)
     shutil.copy(ROOT / "dvc.yaml", below / "dvc.yaml")
     shutil.copytree(ROOT / ".dvc", below / ".dvc", ignore=lambda *_: ["cache", "tmp"])

@@ -56,14 +56,14 @@ def seconds(number: int = 2, **sections: dict[str, object]) -> dict[str, float |
     return {stage.name: stage.seconds for stage in plan(params, COUNTS, COSTS, SIZES, draws_refshapes=True)}
 
 
-SELECT = {"policy": "reinforce", "candidates": ["teacher", "prior"], "folds": 2, "fold_steps": 300}
-SELECT |= {"fold_update": "further", "fold_update_steps": 150, "policy_steps": 400}
+SELECT = {"method": "reinforce", "candidates": ["teacher", "prior"], "folds": 2, "fold_steps": 300}
+SELECT |= {"fold_update": "continue", "fold_update_steps": 150, "policy_steps": 400}
 
 
 def test_time_estimates_match_hand_computed_values():
     found = seconds(select=SELECT)
     assert found["ingest"] == 1 + 2
-    assert found["split"] == found["ask"] == found["priors"] == 1
+    assert found["split"] == found["query"] == found["priors"] == 1
     assert found["proposals"] == pytest.approx(1 + 1000 * 0.01)
     # All images fit into the cache: each is decoded once, in 0.5 s.
     assert found["warmup"] == pytest.approx(5 + 2 * (40 + 20 * 0.5))
@@ -125,7 +125,7 @@ def test_memory_estimates_match_hand_computed_values():
     tables = 1000 * (4 * 10**2 + 1000)
     network = 500 + tables + 1_000_000  # a process, its tables, the weights
     image = 3 * 32 * 32
-    assert found["ingest"] == found["split"] == found["ask"] == found["priors"] == (100 + 70, None)
+    assert found["ingest"] == found["split"] == found["query"] == found["priors"] == (100 + 70, None)
     assert found["proposals"] == (100 + tables + 24 * 1000 * 10**2, None)
     assert found["warmup"] == found["crossfit-0"] == (2 * (network + 10_000 + 20 * image), 90_000)
     assert found["crossfit@1"] == (2 * (network + 10_000 + 420 * image), 90_000)
@@ -154,36 +154,36 @@ def test_decoded_images_take_at_most_the_cache_size(monkeypatch):
 
 
 def test_memory_of_fixed_rules_excludes_fold_teachers_and_labeled_sentences():
-    found = memory(select=SELECT | {"policy": "topk"})
+    found = memory(select=SELECT | {"method": "topk"})
     assert found["crossfit-0"] == found["crossfit@1"] == (100, None)
     ruled = 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 800
     assert found["select@1"] == (ruled, 40_000)
 
 
 def test_memory_of_a_multimodal_model_is_unknown():
-    assert memory(priors={"backend": "vllm", "model": "x"})["ask"] == (None, None)
+    assert memory(priors={"backend": "vllm", "model": "x"})["query"] == (None, None)
 
 
 def test_fixed_rules_neither_query_fold_teachers_nor_train_a_policy():
-    found = seconds(select=SELECT | {"policy": "topk"})
+    found = seconds(select=SELECT | {"method": "topk"})
     assert found["crossfit-0"] == 1
     assert found["select@1"] == pytest.approx(5 + 800 * (3 * 0.002 + 0.02 + 1 * 0.001) + 400 * 0.5)
     assert found["crossfit@1"] == 1
 
 
 def test_time_of_fold_teachers_follows_fold_update():
-    assert seconds(select=SELECT | {"fold_update": "kept"})["crossfit@1"] == 1
-    assert seconds(select=SELECT | {"fold_update": "fresh"})["crossfit@1"] == pytest.approx(5 + 2 * (30 + 210))
+    assert seconds(select=SELECT | {"fold_update": "freeze"})["crossfit@1"] == 1
+    assert seconds(select=SELECT | {"fold_update": "retrain"})["crossfit@1"] == pytest.approx(5 + 2 * (30 + 210))
 
 
 def test_online_teacher_adds_its_labeling_time_to_every_batch():
-    found = seconds(select=SELECT | {"policy": "mean_teacher"})
+    found = seconds(select=SELECT | {"method": "mean_teacher"})
     assert found["retrain@1"] == pytest.approx(5 + 800 * (0.1 + 24 * 0.002) + 420 * 0.5)
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("replay", 1), ("none", 1), ("openai", None), ("vllm", None)])
 def test_time_of_live_models_is_unknown(backend, expected):
-    assert seconds(priors={"backend": backend, "model": "x"})["ask"] == expected
+    assert seconds(priors={"backend": backend, "model": "x"})["query"] == expected
 
 
 def test_size_estimates_match_hand_computed_values():
@@ -194,7 +194,7 @@ def test_size_estimates_match_hand_computed_values():
     size = {name: stage.size_bytes for name, stage in found.items()}
     assert size["ingest"] == 7000
     assert size["split"] == 50 * 200
-    assert size["ask"] == size["priors"] == 3000 * 500
+    assert size["query"] == size["priors"] == 3000 * 500
     assert size["proposals"] == 1000 * 100
     assert size["retrain@2"] == 1_000_000
     assert size["warmup"] == size["crossfit-0"] == size["crossfit@1"] == 2_000_000

@@ -43,10 +43,10 @@ def slow_network(sample: Sample, seconds: float) -> tuple[object, list[bool]]:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_measures_each_part_separately(sample, monkeypatch, number):
-    construct = measuring.construct
-    monkeypatch.setattr(measuring, "construct", lambda *args: (time.sleep(0.4), construct(*args))[1])
+    build = measuring.build_candidates
+    monkeypatch.setattr(measuring, "build_candidates", lambda *args: (time.sleep(0.4), build(*args))[1])
     network, passes = slow_network(sample, 0.2)
-    params = toy_params(proposals={"size_px": 16}, select={"policy": "topk"}, evaluate={"batch_size": PAIRS})
+    params = toy_params(proposals={"size_px": 16}, select={"method": "topk"}, evaluate={"batch_size": PAIRS})
     costs, needs = measure(params.model_copy(update={"round": number}), network, sample, 3.25, 30)
     assert passes.count(True) == 1 + TRAINING_STEPS
     assert passes.count(False) == 3 + 1  # the three views, and masks
@@ -65,7 +65,7 @@ def test_measures_image_decoding_separately_from_training_and_inference(sample, 
     """Reading an image takes 0.1 s, so four images in a training step or in inference would take 0.4 s."""
     read, calls = pairs.read_image, []
     monkeypatch.setattr(pairs, "read_image", lambda path: (time.sleep(0.1), calls.append(path), read(path))[2])
-    params = toy_params(proposals={"size_px": 16}, select={"policy": "topk"}, evaluate={"batch_size": PAIRS})
+    params = toy_params(proposals={"size_px": 16}, select={"method": "topk"}, evaluate={"batch_size": PAIRS})
     costs, _ = measure(params.model_copy(update={"round": number}), toy_network(sample.pairs), sample, 0, 0)
     assert 0.1 <= costs.decode_s < 0.4
     trained = PAIRS if number == 0 else 1 + 3  # from two streams, each with its share of the batch
@@ -84,7 +84,7 @@ def test_measures_memory_of_training_and_inference_separately(sample):
         return decode(*args)
 
     network.decode = fill
-    params = toy_params(proposals={"size_px": 16}, select={"policy": "topk"}, evaluate={"batch_size": 2 * PAIRS})
+    params = toy_params(proposals={"size_px": 16}, select={"method": "topk"}, evaluate={"batch_size": 2 * PAIRS})
     _, needs = measure(params.model_copy(update={"round": 0}), network, sample, 0, 0)
     assert 190 * MIB <= needs.train < 400 * MIB
     assert 2 * 90 * MIB <= needs.ask < 2 * 200 * MIB
@@ -104,7 +104,7 @@ def test_names_the_parameter_to_lower_if_the_gpu_memory_is_too_small(sample):
 
 
 def test_measures_the_policy_and_grabcut_if_they_are_used(sample):
-    params = toy_params(proposals={"size_px": 16, "renderer": "grabcut"}, select={"policy": "reinforce"})
+    params = toy_params(proposals={"size_px": 16, "renderer": "grabcut"}, select={"method": "reinforce"})
     costs, _ = measure(params, toy_network(sample.pairs), sample, 0, 0)
     assert 0 < costs.policy_step_s < 2
     assert 0 < costs.proposal_s < 2
@@ -114,7 +114,7 @@ def test_stops_early_on_a_slow_network(sample, monkeypatch):
     """Two steps of half a second exhaust the budget; it leaves room for inference on two pairs at most."""
     monkeypatch.setattr(measuring, "BUDGET_S", 0.7)
     network, passes = slow_network(sample, 0.5)
-    params = toy_params(select={"policy": "topk"}, proposals={"size_px": 16}, train={"batch_size": 2})
+    params = toy_params(select={"method": "topk"}, proposals={"size_px": 16}, train={"batch_size": 2})
     costs, _ = measure(params.model_copy(update={"round": 0}), network, sample, 0, 0)
     assert passes.count(True) <= 2
     assert costs.step_s >= 0.5

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2l_core.mllm.coords import COORD_SPACES, CoordSpace
-from l2l_core.priors.parse import ParsedPrior, parse_answer
+from l2l_core.priors.parse import ParsedPrior, parse_response
 
 HW = (480, 640)  # height, width
 
 
 def read(text: str, space: CoordSpace = "pixel", input_hw: tuple[int, int] | None = None) -> ParsedPrior:
-    return parse_answer(text, space, HW, input_hw)
+    return parse_response(text, space, HW, input_hw)
 
 
 def box_text(*values: object) -> str:
@@ -73,7 +73,7 @@ def test_every_coordinate_space_round_trips_the_box(
     pairs = zip(ys, xs, strict=True) if space.endswith("_yx") else zip(xs, ys, strict=True)
     text = box_text(*(value for pair in pairs for value in pair))
     true_box = (left * hw[1], top * hw[0], right * hw[1], bottom * hw[0])
-    prior = parse_answer(text, space, hw)
+    prior = parse_response(text, space, hw)
     if true_box[2] - true_box[0] > 1.001 and true_box[3] - true_box[1] > 1.001:
         assert prior.bbox == pytest.approx(true_box, abs=1e-3)
     elif true_box[2] - true_box[0] < 0.999 or true_box[3] - true_box[1] < 0.999:
@@ -143,17 +143,17 @@ def test_uses_the_first_box_of_a_list_joined_by_and_or_or(text: str) -> None:
     assert read(text).bbox == HERE
 
 
-ANSWER = '{"target": "cat", "bbox": [10, 20, 30, 40]}'
+RESPONSE = '{"target": "cat", "bbox": [10, 20, 30, 40]}'
 DOG = '{"label": "dog", "bbox": [1, 2, 3, 4]}'
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        f"{ANSWER} Note: there is another {DOG} nearby",
-        f"There is a dog, {DOG}, but the answer is {ANSWER}. Also a {DOG} and a {DOG}.",
+        f"{RESPONSE} Note: there is another {DOG} nearby",
+        f"There is a dog, {DOG}, but the answer is {RESPONSE}. Also a {DOG} and a {DOG}.",
         f'{{"found": true, "bbox": [10, 20, 30, 40]}} Beside it: {DOG}',
-        f'{{"answer": {ANSWER}}} Beside it: {{"others": [{DOG}]}}',
+        f'{{"answer": {RESPONSE}}} Beside it: {{"others": [{DOG}]}}',
         '{"target": "cup", "bbox": [50, 60, 70, 80]} No, rather: {"bbox": [10, 20, 30, 40]}',  # no extra keys
         '{"target": "cup", "bbox": [50, 60, 70, 80]} No, rather: {"target": "cup", "bbox": [10, 20, 30, 40]}',
         '{"target": "cup", "bbox": [5]} It is {"label": "cup", "bbox": [10, 20, 30, 40]}',  # the only usable one
@@ -248,8 +248,8 @@ def test_parses_points(text: str, space: CoordSpace, expected: tuple[float, floa
 
 
 def test_parses_words_and_confidence() -> None:
-    answer = {"target": " red  cup ", "attributes": ["red", "", 5, "tall"], "relation": "on\nthe left"}
-    prior = read(json.dumps({**answer, "bbox": [10, 20, 30, 40], "confidence": 0.8}))
+    response = {"target": " red  cup ", "attributes": ["red", "", 5, "tall"], "relation": "on\nthe left"}
+    prior = read(json.dumps({**response, "bbox": [10, 20, 30, 40], "confidence": 0.8}))
     assert (prior.target, prior.attributes, prior.relation) == ("red cup", ("red", "tall"), "on the left")
     assert prior.score == pytest.approx(0.8)
     assert read('{"label": "cup", "attributes": "red", "bbox": [10, 20, 30, 40]}').attributes == ("red",)
@@ -294,7 +294,7 @@ DRAFTS = [
 
 @pytest.mark.parametrize("text", DRAFTS)
 def test_ignores_boxes_in_draft_text(text: str) -> None:
-    prior = parse_answer(text.format(cat="500, 500, 600, 600", dog="100, 200, 300, 400"), "norm1000", (1000, 1000))
+    prior = parse_response(text.format(cat="500, 500, 600, 600", dog="100, 200, 300, 400"), "norm1000", (1000, 1000))
     assert prior.bbox == (100, 200, 300, 400)
 
 
@@ -322,16 +322,16 @@ def test_a_response_of_only_draft_text_is_invalid(text: str) -> None:
     ],
 )
 def test_the_box_of_an_outline_is_its_bounding_box(text: str) -> None:
-    assert parse_answer(text, "norm1000", (1000, 1000)).bbox == (90, 200, 310, 400)
-    assert parse_answer(text, "norm1000_yx", (1000, 1000)).bbox == (200, 90, 400, 310)
+    assert parse_response(text, "norm1000", (1000, 1000)).bbox == (90, 200, 310, 400)
+    assert parse_response(text, "norm1000_yx", (1000, 1000)).bbox == (200, 90, 400, 310)
 
 
 # --- families: the box 64 48 320 240 and the point 32 48 in the notation of their model cards ---
 
 
 def test_gemini_writes_y_before_x() -> None:
-    answer = '```json\n[\n  {"box_2d": [100, 200, 500, 600], "label": "cup"}\n]\n```'
-    assert read(answer, "norm1000_yx").bbox == (128, 48, 384, 240)
+    response = '```json\n[\n  {"box_2d": [100, 200, 500, 600], "label": "cup"}\n]\n```'
+    assert read(response, "norm1000_yx").bbox == (128, 48, 384, 240)
     assert read('[{"point": [100, 50], "label": "cup"}]', "norm1000_yx").point == pytest.approx((32, 48))
     assert read('{"bbox": {"x1": 200, "y1": 100, "x2": 600, "y2": 500}}', "norm1000_yx").bbox == (128, 48, 384, 240)
 
@@ -373,7 +373,7 @@ def test_parses_florence_box_lists_and_outlines() -> None:
     boxes = "cup<loc_100><loc_100><loc_500><loc_500><loc_600><loc_600><loc_700><loc_700>"
     assert read(boxes).bbox == pytest.approx((64.32, 48.24, 320.32, 240.24))
     outline = "<poly><loc_100><loc_200><loc_310><loc_220><loc_300><loc_400><loc_90><loc_380></poly>"
-    assert parse_answer(outline, "pixel", (1000, 1000)).bbox == (90.5, 200.5, 310.5, 400.5)
+    assert parse_response(outline, "pixel", (1000, 1000)).bbox == (90.5, 200.5, 310.5, 400.5)
 
 
 @settings(deadline=None)
@@ -468,7 +468,7 @@ def mangled_json(draw: st.DrawFn) -> str:
 @settings(max_examples=400, deadline=None)
 @given(st.text() | st.text(st.characters(codec=None)) | mangled_json() | notations(), st.sampled_from(COORD_SPACES))
 def test_any_text_parses_without_an_exception_to_a_valid_prior(text: str, space: CoordSpace) -> None:
-    prior = parse_answer(text, space, (48, 64), (84, 112))
+    prior = parse_response(text, space, (48, 64), (84, 112))
     assert prior.status in ("ok", "empty", "invalid")
     assert (prior.status == "ok") == (prior.bbox is not None or prior.point is not None)
     if prior.bbox:

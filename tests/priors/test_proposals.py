@@ -197,7 +197,7 @@ def test_chunk_size_does_not_change_the_proposals(monkeypatch: pytest.MonkeyPatc
 
 
 def test_refuses_priors_that_do_not_match_the_index() -> None:
-    with pytest.raises(ArtifactError, match="differ in their number of answers"):
+    with pytest.raises(ArtifactError, match="differ in their number of responses"):
         run(prior(1), prior(1, 1), prior(2))
     table = pa.Table.from_pylist([prior(1)], records.PRIORS)
     images = pd.DataFrame([{"image_id": 1, "file_name": "x", "height": 10, "width": 10}])

@@ -15,7 +15,7 @@ from l2l_core.priors.table import interpret, summarize
 NO_PRICES = PricesParams(prompt=None, completion=None)
 
 
-def answers(*changes: dict[str, object]) -> pa.Table:
+def responses(*changes: dict[str, object]) -> pa.Table:
     """One response per dict; each dict overrides fields of a usable response."""
     plain = {
         "sample_index": 0,
@@ -35,7 +35,7 @@ def answers(*changes: dict[str, object]) -> pa.Table:
         "completion_tokens": 0,
     }
     return records.make_table(
-        [{"sent_id": row} | plain | change for row, change in enumerate(changes)], records.ANSWERS
+        [{"sent_id": row} | plain | change for row, change in enumerate(changes)], records.RESPONSES
     )
 
 
@@ -62,7 +62,7 @@ def test_reads_the_boxes_of_each_model_family(model: str, input_hw: tuple[int, i
         "input_height": input_hw[0],
         "input_width": input_hw[1],
     }
-    (prior,) = interpret(answers(row)).to_pylist()
+    (prior,) = interpret(responses(row)).to_pylist()
     assert prior["status"] == "ok"
     assert prior["bbox"] == pytest.approx([64, 48, 320, 240])
 
@@ -72,7 +72,7 @@ def test_reads_the_boxes_of_each_model_family(model: str, input_hw: tuple[int, i
 )
 def test_molmo_points_are_in_percent(raw_text: str) -> None:
     space: CoordSpace = resolve_coord_space("allenai/Molmo-7B-D-0924", "auto")
-    (prior,) = interpret(answers({"raw_text": raw_text, "coord_space": space})).to_pylist()
+    (prior,) = interpret(responses({"raw_text": raw_text, "coord_space": space})).to_pylist()
     assert (prior["status"], prior["bbox"]) == ("ok", None)
     assert prior["point"] == pytest.approx([192, 144])
 
@@ -88,7 +88,7 @@ def test_reads_every_field_of_a_response() -> None:
         "point": [20, 30],
         "confidence": 0.75,
     }
-    (prior,) = interpret(answers({"raw_text": json.dumps(said)})).to_pylist()
+    (prior,) = interpret(responses({"raw_text": json.dumps(said)})).to_pylist()
     wanted = {
         "status": "ok",
         "target": "red cup",
@@ -113,10 +113,10 @@ def test_reads_every_field_of_a_response() -> None:
 )
 def test_joins_relation_and_anchor_into_one_phrase(relation: str, anchor: str | None, read: str) -> None:
     said = {"relation": relation, "anchor": anchor, "bbox": [10, 20, 30, 40]}
-    assert interpret(answers({"raw_text": json.dumps(said)}))["relation"].to_pylist() == [read]
+    assert interpret(responses({"raw_text": json.dumps(said)}))["relation"].to_pylist() == [read]
 
 
-MIXED = answers(
+MIXED = responses(
     {"prompt_tokens": 900, "completion_tokens": 100},
     {"raw_text": '{"found": false}', "prompt_tokens": 1000},
     {"raw_text": "no idea", "prompt_tokens": 1100, "completion_tokens": 60},
@@ -127,7 +127,7 @@ MIXED = answers(
 
 def test_summary_counts_statuses_and_tokens() -> None:
     assert summarize(interpret(MIXED), NO_PRICES) == {
-        "answers": 5,
+        "responses": 5,
         "ok": 1,
         "empty": 2,
         "invalid": 1,
@@ -142,4 +142,4 @@ def test_cost_per_1000_matches_a_hand_computed_value() -> None:
     summary = summarize(interpret(MIXED), PricesParams(prompt=2.0, completion=10.0))
     assert summary["cost_per_1000"] == pytest.approx(1.52)
     assert "cost_per_1000" not in summarize(interpret(MIXED), PricesParams(prompt=2.0, completion=None))
-    assert "cost_per_1000" not in summarize(interpret(answers()), PricesParams(prompt=2.0, completion=10.0))
+    assert "cost_per_1000" not in summarize(interpret(responses()), PricesParams(prompt=2.0, completion=10.0))

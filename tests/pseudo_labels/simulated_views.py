@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l2l_core.data.views import Views
-from l2l_core.pseudo_labels.features import Candidates, Outcome, describe, judge
+from l2l_core.pseudo_labels.features import Candidates, CandidateTruth, compute_features, score_candidates
 
 TEACHER = ("teacher",)
 
@@ -16,11 +16,11 @@ def teacher_labels(views: Views) -> np.ndarray:
 
 
 def described(views: Views, grid: int) -> Candidates:
-    return describe(views, teacher_labels(views), TEACHER, grid)
+    return compute_features(views, teacher_labels(views), TEACHER, grid)
 
 
-def judged(views: Views, truth: np.ndarray, grid: int) -> Outcome:
-    return judge(views.sent_id, teacher_labels(views), truth, grid)
+def judged(views: Views, truth: np.ndarray, grid: int) -> CandidateTruth:
+    return score_candidates(views.sent_id, teacher_labels(views), truth, grid)
 
 
 def simulated_views(count: int, seed: int, side: int = 32, first_id: int = 0) -> tuple[Views, np.ndarray]:

@@ -6,7 +6,7 @@ import torch
 from simulated_views import simulated_views
 
 from l2l_core.data.views import Views
-from l2l_core.pseudo_labels.candidates import construct, sharpen
+from l2l_core.pseudo_labels.candidates import build_candidates, sharpen
 from l2l_core.pseudo_labels.features import CANDIDATES
 
 SIDE = 96
@@ -73,7 +73,7 @@ def test_candidates_match_hand_computed_masks(scene):
     image, red, _ = scene
     rough_red, rough_blue = disc(42, 31, 12), disc(61, 69, 11)
     views = views_of(image, 0.9 * rough_red, 0.2 * rough_red, 0.9 * (rough_red | rough_blue), 0.8 * rough_blue)
-    made = dict(zip(CANDIDATES, construct(views, CANDIDATES)[0], strict=True))
+    made = dict(zip(CANDIDATES, build_candidates(views, CANDIDATES)[0], strict=True))
     np.testing.assert_array_equal(made["teacher"], rough_red)
     np.testing.assert_array_equal(made["ensemble"], rough_red)  # (0.9 + 0.2 + 0.9) / 3 on red, 0.3 on blue
     assert iou(made["sharpened"], red) > 0.95
@@ -85,9 +85,9 @@ def test_candidates_match_hand_computed_masks(scene):
 @pytest.mark.parametrize("names", [("teacher",), ("union", "prior"), ("overlap",)])
 def test_candidates_follow_the_requested_order(names):
     views, _ = simulated_views(6, seed=0)
-    everything = construct(views, CANDIDATES)
+    everything = build_candidates(views, CANDIDATES)
     expected = everything[:, [CANDIDATES.index(name) for name in names]]
-    np.testing.assert_array_equal(construct(views, names), expected)
+    np.testing.assert_array_equal(build_candidates(views, names), expected)
     assert everything.shape == (6, len(CANDIDATES), 32, 32)
     assert everything.dtype == bool
 
@@ -100,6 +100,6 @@ def test_candidates_do_not_depend_on_the_thread_count():
     made = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        made.append(construct(views, ("sharpened", "prior")))
+        made.append(build_candidates(views, ("sharpened", "prior")))
     torch.set_num_threads(threads)
     np.testing.assert_array_equal(*made)

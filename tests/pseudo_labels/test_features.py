@@ -15,12 +15,12 @@ from l2l_core.pseudo_labels.features import (
     CELL_FEATURES,
     SENTENCE_FEATURES,
     agreement,
+    compute_features,
     concatenate,
     confident_pixels,
-    describe,
     expand_cells,
-    judge,
     label_and_surroundings,
+    score_candidates,
     soft_iou,
     to_cells,
 )
@@ -175,8 +175,8 @@ def test_concatenated_batches_equal_the_full_batch():
     joined = concatenate([described_views(part(slice(0, 3)), 6), described_views(part(slice(3, 10)), 6)])
     for field in fields(whole):
         np.testing.assert_allclose(getattr(joined, field.name), getattr(whole, field.name), atol=1e-3)
-    outcomes = [judged(part(rows), truth[rows], 6) for rows in (slice(0, 3), slice(3, 10))]
-    np.testing.assert_array_equal(concatenate(outcomes).iou, judged(views, truth, 6).iou)
+    scores = [judged(part(rows), truth[rows], 6) for rows in (slice(0, 3), slice(3, 10))]
+    np.testing.assert_array_equal(concatenate(scores).iou, judged(views, truth, 6).iou)
 
 
 def test_cells_split_pixels_on_their_border():
@@ -196,16 +196,16 @@ def test_candidate_scores_match_hand_computed_values():
     left = np.zeros((4, 4), dtype=bool)
     left[:, :2] = True
     labels = np.stack([QUARTER > 0, left])[None]  # the second candidate is the truth itself
-    outcome = judge(np.array([1]), labels, left[None], grid=2)
-    np.testing.assert_array_equal(outcome.iou, [[0.5, 1.0]])
+    truth = score_candidates(np.array([1]), labels, left[None], grid=2)
+    np.testing.assert_array_equal(truth.iou, [[0.5, 1.0]])
     expected = [[[1, 0, 0, 0], [0, 0, 1, 0]], [[0, 0, 0, 1], [0, 0, 1, 0]]]
-    np.testing.assert_array_equal(outcome.cells[0, 0], expected)
-    np.testing.assert_array_equal(outcome.cells[0, 1, ..., [1, 3]], 0)  # the truth has no wrong pixels
+    np.testing.assert_array_equal(truth.cells[0, 0], expected)
+    np.testing.assert_array_equal(truth.cells[0, 1, ..., [1, 3]], 0)  # the truth has no wrong pixels
 
 
 def test_the_iou_of_two_empty_masks_is_zero():
     empty = np.zeros((1, 4, 4), dtype=bool)
-    assert judge(np.array([1]), empty[:, None], empty, 2).iou[0, 0] == 0
+    assert score_candidates(np.array([1]), empty[:, None], empty, 2).iou[0, 0] == 0
 
 
 def test_agreement_treats_the_votes_as_the_truth(described):
@@ -220,15 +220,15 @@ def test_agreement_with_unanimous_true_masks_equals_the_scores():
     unanimous = replace(
         views, **{name: truth.astype(np.float32) for name in ("prob_flipped", "prob_no_prior", "proposal")}
     )
-    outcome = judged(views, truth, 12)
-    np.testing.assert_allclose(agreement(described_views(unanimous, 12).cells), outcome.cells, atol=2e-3)
+    truth = judged(views, truth, 12)
+    np.testing.assert_allclose(agreement(described_views(unanimous, 12).cells), truth.cells, atol=2e-3)
 
 
 def test_features_identify_and_compare_candidates():
     """The teacher marks the top left quarter and the prior the top half, so their IoU is 4 / 8."""
     views = one_view(QUARTER, QUARTER, QUARTER, HALF)
     labels = np.stack([QUARTER > 0, HALF > 0])[None]
-    seen = describe(views, labels, ("teacher", "prior"), grid=2)
+    seen = compute_features(views, labels, ("teacher", "prior"), grid=2)
     columns = [
         SENTENCE_FEATURES.index(name) for name in ("is_teacher", "is_prior", "with_teacher_iou", "with_prior_iou")
     ]

@@ -18,12 +18,12 @@ from l2l_core.pseudo_labels import generate
 from l2l_core.pseudo_labels.features import Candidates
 from l2l_core.pseudo_labels.generate import (
     Labels,
-    judge_out_of_fold,
-    judge_unlabeled,
     label_unlabeled,
     pseudo_label_table,
+    score_out_of_fold,
+    score_unlabeled,
 )
-from l2l_core.pseudo_labels.select import Decision, decide
+from l2l_core.pseudo_labels.select import Selection, select_labels
 
 HEIGHT, WIDTH, GRID = 48, 64, 4
 
@@ -31,7 +31,7 @@ HEIGHT, WIDTH, GRID = 48, 64, 4
 def params_of(policy: str = "reinforce", **select: object) -> Params:
     return toy_params(
         proposals={"size_px": 24},
-        select={"policy": policy, "grid": GRID, "pixel_threshold": 0.9, "candidates": ["teacher"], **select},
+        select={"method": policy, "grid": GRID, "pixel_threshold": 0.9, "candidates": ["teacher"], **select},
         evaluate={"batch_size": 3},
     )
 
@@ -88,10 +88,10 @@ class Doubtful(Oracle):
             yield rows, replace(views, prob=prob, proposal=views.prob)
 
 
-def decision(count: int, accepted: list[int], cells: np.ndarray | None = None) -> Decision:
+def selection(count: int, accepted: list[int], cells: np.ndarray | None = None) -> Selection:
     taken = np.isin(np.arange(count), accepted)
     keep = np.ones((count, GRID, GRID), dtype=bool) if cells is None else cells
-    return Decision(np.zeros(count, np.int64), taken * 0.7 + 0.1, taken, keep, np.linspace(-1, 1, count))
+    return Selection(np.zeros(count, np.int64), taken * 0.7 + 0.1, taken, keep, np.linspace(-1, 1, count))
 
 
 def teachers_own(labels: Labels) -> list[bytes]:
@@ -132,13 +132,13 @@ def test_pseudo_label_table_records_the_selection(run):
     params = params_of()
     labels, seen = labels_and_candidates(params)
     count = len(labels.pairs)
-    made = decision(count, accepted=[0, 3])
+    made = selection(count, accepted=[0, 3])
     rows = pseudo_label_table(params, 2, labels, seen, made).to_pylist()
     assert [row["sent_id"] for row in rows] == labels.pairs.sent_id.tolist()
     assert [row["accepted"] for row in rows] == [number in (0, 3) for number in range(count)]
     assert [row["rle_counts"] for row in rows] == teachers_own(labels)
     assert {row["round"] for row in rows} == {2}
-    assert {row["policy"] for row in rows} == {"reinforce"}
+    assert {row["method"] for row in rows} == {"reinforce"}
     assert {(row["height"], row["width"]) for row in rows} == {(HEIGHT, WIDTH)}
     np.testing.assert_allclose([row["reward"] for row in rows], made.reward, rtol=1e-6)
     np.testing.assert_allclose([row["accept_prob"] for row in rows], made.accept_prob, rtol=1e-6)
@@ -152,7 +152,7 @@ def test_pseudo_label_table_holds_the_chosen_candidate(run):
     labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
     assert all(first != second for first, second in labels.candidates)
     count = len(labels.pairs)
-    made = replace(decision(count, list(range(count))), choice=np.arange(count) % 2)
+    made = replace(selection(count, list(range(count))), choice=np.arange(count) % 2)
     rows = pseudo_label_table(params, 1, labels, seen, made).to_pylist()
     assert [row["candidate"] for row in rows] == ["teacher" if number % 2 == 0 else "prior" for number in range(count)]
     truth = true_masks()
@@ -169,7 +169,7 @@ def test_oracle_selects_the_best_candidate_of_each_sentence(run):
     for names in (["teacher", "prior"], ["prior", "teacher"]):
         params = params_of("oracle", candidates=names)
         labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
-        made = decide(params.select, seen, None, judge_unlabeled(params, labels, records.INDEX.masks))
+        made = select_labels(params.select, seen, None, score_unlabeled(params, labels, records.INDEX.masks))
         assert {names[k] for k in made.choice} == {"prior"}
         assert made.accept_prob.min() > 0.4
 
@@ -178,7 +178,7 @@ def test_semires_stores_a_weight_for_each_pixel(run):
     """0.95 has the weight 1.3 - N(0.95; 0.5, 0.1) = 0.8417, and 0.2 has 0.4956: 215 and 126 of 255."""
     params = params_of("semires")
     labels, seen = labels_and_candidates(params)
-    made = decision(len(labels.pairs), [0])
+    made = selection(len(labels.pairs), [0])
     for row in pseudo_label_table(params, 1, labels, seen, made).to_pylist():
         weight = np.frombuffer(row["weight"], np.uint8)
         assert weight.shape == (24 * 24,)
@@ -188,10 +188,10 @@ def test_semires_stores_a_weight_for_each_pixel(run):
 
 @pytest.mark.parametrize("policy", ["reinforce", "threshold", "all"])
 def test_rejected_labels_keep_no_pixels(run, policy):
-    """This holds whatever cells the decision still contains."""
+    """This holds whatever cells the selection still contains."""
     params = params_of(policy)
     labels, seen = labels_and_candidates(params)
-    rows = pseudo_label_table(params, 1, labels, seen, decision(len(labels.pairs), accepted=[1])).to_pylist()
+    rows = pseudo_label_table(params, 1, labels, seen, selection(len(labels.pairs), accepted=[1])).to_pylist()
     kept = [decode_rle(row["keep_rle"], HEIGHT, WIDTH).any() for row in rows]
     assert kept == [number == 1 for number in range(len(rows))]
 
@@ -200,7 +200,7 @@ def test_kept_cells_expand_to_pixels(run):
     params = params_of()
     labels, seen = labels_and_candidates(params)
     cells = np.random.default_rng(0).random((len(labels.pairs), GRID, GRID)) > 0.5
-    made = decision(len(labels.pairs), list(range(len(labels.pairs))), cells)
+    made = selection(len(labels.pairs), list(range(len(labels.pairs))), cells)
     rows = pseudo_label_table(params, 1, labels, seen, made).to_pylist()
     for row, kept in zip(rows, cells, strict=True):
         expected = kept.repeat(HEIGHT // GRID, axis=0).repeat(WIDTH // GRID, axis=1)
@@ -212,7 +212,7 @@ def test_threshold_rule_keeps_confident_pixels_instead_of_cells(run):
     labels, seen = labels_and_candidates(params)
     count = len(labels.pairs)
     none = np.zeros((count, GRID, GRID), dtype=bool)
-    rows = pseudo_label_table(params, 1, labels, seen, decision(count, list(range(count)), none)).to_pylist()
+    rows = pseudo_label_table(params, 1, labels, seen, selection(count, list(range(count)), none)).to_pylist()
     assert [row["keep_rle"] for row in rows] == labels.confident
 
 
@@ -237,12 +237,12 @@ def test_fold_teachers_score_labeled_sentences_of_held_out_images(run, monkeypat
 
     monkeypatch.setattr(generate, "Predictor", Runs)
     params = params_of(folds=2)
-    seen, outcome = judge_out_of_fold(params, run / "folds")
+    seen, truth = score_out_of_fold(params, run / "folds")
     assert sorted(teachers) == [str(run / "folds/0"), str(run / "folds/1")]
     assert sorted(sorted(teacher.asked) for teacher in teachers.values()) == [[0, 1], [2, 3]]  # one image each
-    np.testing.assert_array_equal(seen.sent_id, outcome.sent_id)
-    assert sorted(outcome.sent_id.tolist()) == [0, 1, 2, 3]
-    np.testing.assert_allclose(outcome.iou, 1.0)  # the teacher predicts the truth
+    np.testing.assert_array_equal(seen.sent_id, truth.sent_id)
+    assert sorted(truth.sent_id.tolist()) == [0, 1, 2, 3]
+    np.testing.assert_allclose(truth.iou, 1.0)  # the teacher predicts the truth
 
 
 def test_oracle_scores_labels_against_the_truth(run):
@@ -252,13 +252,13 @@ def test_oracle_scores_labels_against_the_truth(run):
     truth = true_masks()
     right = [encode_rle(truth[number]) for number in labels.pairs.sent_id.tolist()]
     mixed = [counts if row % 2 else empty for row, counts in enumerate(right)]
-    outcome = judge_unlabeled(params, Labels(labels.pairs, [[counts] for counts in mixed], [], []), records.INDEX.masks)
-    np.testing.assert_array_equal(outcome.sent_id, labels.pairs.sent_id)
-    np.testing.assert_array_equal(outcome.iou[:, 0], np.arange(len(mixed)) % 2)
+    truth = score_unlabeled(params, Labels(labels.pairs, [[counts] for counts in mixed], [], []), records.INDEX.masks)
+    np.testing.assert_array_equal(truth.sent_id, labels.pairs.sent_id)
+    np.testing.assert_array_equal(truth.iou[:, 0], np.arange(len(mixed)) % 2)
 
 
 def test_oracle_requires_the_true_masks(run):
     params = params_of("oracle")
     labels, _ = labels_and_candidates(params)
     with pytest.raises(ArtifactError, match="lacks the mask"):
-        judge_unlabeled(params, labels, records.LABELED_MASKS_PATH)
+        score_unlabeled(params, labels, records.LABELED_MASKS_PATH)

@@ -43,7 +43,7 @@ def test_flipped_cells_give_flipped_decisions(actor, candidates):
 
 
 def test_cell_decisions_ignore_distant_cells(actor, candidates):
-    """A cell's decision depends only on its 3 x 3 neighborhood and on the sentence."""
+    """A cell's selection depends only on its 3 x 3 neighborhood and on the sentence."""
     cells = candidates.cells.copy()
     cells[:, :, 0, 0] = 1 - cells[:, :, 0, 0]
     before = act([actor], candidates).keep_prob

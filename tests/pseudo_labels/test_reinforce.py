@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from l2l_core.config import load_params
 from l2l_core.pseudo_labels import reinforce
-from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, Outcome, agreement
+from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, CandidateTruth, agreement
 from l2l_core.pseudo_labels.policy import Actor
 from l2l_core.pseudo_labels.reinforce import (
     CURVE_COLUMNS,
@@ -21,7 +21,7 @@ from l2l_core.pseudo_labels.reinforce import (
     train_policy,
 )
 from l2l_core.pseudo_labels.reward import utility
-from l2l_core.pseudo_labels.select import decide
+from l2l_core.pseudo_labels.select import select_labels
 
 GRID = 8
 PARAMS = load_params().select.model_copy(
@@ -66,8 +66,8 @@ def test_gradient_estimator_is_unbiased():
     """One sentence has two candidates of two cells, so there are 9 actions: none, or one candidate with any subset
     of its cells. The expected reward is summed over all actions and differentiated. The estimate is averaged over
     all 81 groups of two draws, weighted by their probabilities."""
-    take_logit = torch.tensor([[0.3, -0.7]], dtype=torch.float64, requires_grad=True)
-    keep_logit = torch.tensor([1.1, -0.2, 0.4, 0.9], dtype=torch.float64).reshape(1, 2, 1, 2).requires_grad_()
+    choice_logits = torch.tensor([[0.3, -0.7]], dtype=torch.float64, requires_grad=True)
+    keep_logits = torch.tensor([1.1, -0.2, 0.4, 0.9], dtype=torch.float64).reshape(1, 2, 1, 2).requires_grad_()
     right = [[[0.5, 0.1, 0.3, 0.1], [0.1, 0.3, 0.2, 0.4]], [[0.3, 0.0, 0.1, 0.2], [0.4, 0.1, 0.6, 0.0]]]
     shares = torch.tensor(right, dtype=torch.float64)[:, None]  # [K, 1, 2, 4]
     none = 2
@@ -79,15 +79,15 @@ def test_gradient_estimator_is_unbiased():
         return torch.zeros((), dtype=torch.float64) if kind == none else utility(shares[kind], kept[0], 1.0)
 
     def probability(kind, kept):
-        weights = torch.cat([take_logit[0].exp(), torch.ones(1, dtype=torch.float64)])  # no candidate: exp(0)
+        weights = torch.cat([choice_logits[0].exp(), torch.ones(1, dtype=torch.float64)])  # no candidate: exp(0)
         taken = weights[kind] / weights.sum()
         if kind == none:
             return taken
-        keeps = torch.sigmoid(keep_logit[0, kind])
+        keeps = torch.sigmoid(keep_logits[0, kind])
         return taken * torch.prod(torch.where(kept[0] > 0, keeps, 1 - keeps))
 
     expected = sum(probability(*action) * reward(*action) for action in actions)
-    exact = torch.autograd.grad(expected, [take_logit, keep_logit])
+    exact = torch.autograd.grad(expected, [choice_logits, keep_logits])
     assert sum(probability(*action).item() for action in actions) == pytest.approx(1.0)
 
     estimate = [torch.zeros_like(gradient) for gradient in exact]
@@ -95,9 +95,9 @@ def test_gradient_estimator_is_unbiased():
         take = torch.tensor([[kind] for kind, _ in group])
         keep = torch.stack([kept for _, kept in group])
         rewards = torch.stack([reward(*action) for action in group])[:, None]
-        loss = policy_gradient_loss(take_logit, keep_logit, take, keep, group_advantage(rewards))
+        loss = policy_gradient_loss(choice_logits, keep_logits, take, keep, group_advantage(rewards))
         both = (probability(*group[0]) * probability(*group[1])).detach()
-        for total, gradient in zip(estimate, torch.autograd.grad(loss, [take_logit, keep_logit]), strict=True):
+        for total, gradient in zip(estimate, torch.autograd.grad(loss, [choice_logits, keep_logits]), strict=True):
             total -= both * gradient
     for found, wanted in zip(estimate, exact, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
@@ -112,13 +112,13 @@ def test_advantage_compares_with_the_rest_of_the_group():
 
 def test_cells_of_rejected_candidates_get_no_gradient():
     """The first sentence takes no candidate, the other its second one."""
-    keep_logit = torch.zeros(2, 2, 2, 2, requires_grad=True)
+    keep_logits = torch.zeros(2, 2, 2, 2, requires_grad=True)
     take = torch.tensor([[2, 1], [2, 1]])
     advantage = torch.tensor([[1.0, 1.0], [-3.0, -3.0]])
-    policy_gradient_loss(torch.zeros(2, 2), keep_logit, take, torch.ones(2, 2, 2, 2), advantage).backward()
-    assert (keep_logit.grad[0] == 0).all()
-    assert (keep_logit.grad[1, 0] == 0).all()
-    assert (keep_logit.grad[1, 1] != 0).all()
+    policy_gradient_loss(torch.zeros(2, 2), keep_logits, take, torch.ones(2, 2, 2, 2), advantage).backward()
+    assert (keep_logits.grad[0] == 0).all()
+    assert (keep_logits.grad[1, 0] == 0).all()
+    assert (keep_logits.grad[1, 1] != 0).all()
 
 
 def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out):
@@ -130,23 +130,23 @@ def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out):
         sentence[..., SENTENCE_FEATURES.index("words")] = right
         return replace(candidates, sentence=sentence)
 
-    seen, outcome = labeled
-    test_seen, test_outcome = held_out
-    policy = train_policy(revealed(seen, outcome.iou > 0.5), outcome, revealed(unlabeled, 0.5), PARAMS, seed=0).policy
-    decision = decide(PARAMS, revealed(test_seen, test_outcome.iou > 0.5), policy, test_outcome)
-    assert roc_auc_score(test_outcome.iou[:, 0] > 0.5, decision.accept_prob) > 0.97
-    assert np.mean(decision.accepted == (test_outcome.iou[:, 0] > 0.5)) > 0.9
+    seen, truth = labeled
+    test_seen, test_truth = held_out
+    policy = train_policy(revealed(seen, truth.iou > 0.5), truth, revealed(unlabeled, 0.5), PARAMS, seed=0).policy
+    selection = select_labels(PARAMS, revealed(test_seen, test_truth.iou > 0.5), policy, test_truth)
+    assert roc_auc_score(test_truth.iou[:, 0] > 0.5, selection.accept_prob) > 0.97
+    assert np.mean(selection.accepted == (test_truth.iou[:, 0] > 0.5)) > 0.9
 
 
 def test_beats_fixed_rules_on_unseen_sentences(trained, held_out):
-    seen, outcome = held_out
-    right = outcome.iou[:, 0] > 0.5
+    seen, truth = held_out
+    right = truth.iou[:, 0] > 0.5
 
     def apply(rule):
-        return decide(PARAMS.model_copy(update={"policy": rule}), seen, trained.policy, outcome)
+        return select_labels(PARAMS.model_copy(update={"policy": rule}), seen, trained.policy, truth)
 
     rules = {rule: apply(rule) for rule in ("all", "none", "topk", "agreement", "ranksum", "reinforce")}
-    worth = {rule: decision.reward.mean() for rule, decision in rules.items()}
+    worth = {rule: selection.reward.mean() for rule, selection in rules.items()}
     learned = worth.pop("reinforce")
     assert learned > max(worth.values()) + 0.02, (learned, worth)
     auroc = {rule: roc_auc_score(right, rules[rule].accept_prob) for rule in ("reinforce", "ranksum")}
@@ -155,19 +155,19 @@ def test_beats_fixed_rules_on_unseen_sentences(trained, held_out):
 
 def test_dropping_cells_increases_the_reward(trained, held_out):
     """For accepted sentences, the kept cells have a higher utility than all cells."""
-    seen, outcome = held_out
-    decision = decide(PARAMS, seen, trained.policy, outcome)
-    cells = torch.from_numpy(outcome.cells[:, 0])
+    seen, truth = held_out
+    selection = select_labels(PARAMS, seen, trained.policy, truth)
+    cells = torch.from_numpy(truth.cells[:, 0])
     everything = utility(cells, torch.ones(cells.shape[:3]), 1.0).numpy()
-    assert decision.reward[decision.accepted].mean() > everything[decision.accepted].mean() + 0.01
+    assert selection.reward[selection.accepted].mean() > everything[selection.accepted].mean() + 0.01
 
 
 def test_kept_cells_contain_foreground_and_background(trained, held_out):
     """The policy does not collapse to background only or to foreground only."""
     seen, _ = held_out
-    decision = decide(PARAMS, seen, trained.policy)
+    selection = select_labels(PARAMS, seen, trained.policy)
     label = seen.cells[:, 0, ..., CELL_FEATURES.index("label")].astype(np.float32)
-    kept, accepted = decision.keep_cells, decision.accepted
+    kept, accepted = selection.keep_cells, selection.accepted
     assert (label * kept).sum((1, 2))[accepted].min() > 0
     assert (label * kept)[accepted].sum() > 0.5 * label[accepted].sum()
     assert ((1 - label) * kept)[accepted].sum() > 0.5 * (1 - label)[accepted].sum()
@@ -175,19 +175,19 @@ def test_kept_cells_contain_foreground_and_background(trained, held_out):
 
 def test_accepts_small_objects_nearly_as_often_as_large_ones(trained, held_out):
     """Compares the smaller and the larger half of the correct labels."""
-    seen, outcome = held_out
-    decision = decide(PARAMS, seen, trained.policy)
-    right = outcome.iou[:, 0] > 0.5
+    seen, truth = held_out
+    selection = select_labels(PARAMS, seen, trained.policy)
+    right = truth.iou[:, 0] > 0.5
     size = seen.sentence[:, 0, SENTENCE_FEATURES.index("size")]
     small = size < np.median(size[right])
-    assert decision.accepted[right & small].mean() > 0.75 * decision.accepted[right & ~small].mean()
+    assert selection.accepted[right & small].mean() > 0.75 * selection.accepted[right & ~small].mean()
 
 
 def test_calibration_improves_the_log_loss_on_unseen_sentences(trained, held_out):
     """Calibrated probabilities have a lower log loss than the policy's overconfident ones and than the constant base
     rate. The decisions do not change."""
-    seen, outcome = held_out
-    right = outcome.iou[:, 0] > 0.5
+    seen, truth = held_out
+    right = truth.iou[:, 0] > 0.5
     accept_prob = trained.policy.act(seen).accept_prob
     own = 1 / (1 + np.exp(-trained.policy.act(seen).accept_logit.astype(np.float64)))
     calibrated = log_loss(right, accept_prob)
@@ -237,7 +237,7 @@ def test_unlabeled_term_increases_agreement(labeled, unlabeled):
 
     def agreement_kept(weight):
         params = PARAMS.model_copy(update={"policy_steps": 100, "unlabeled_weight": weight})
-        return decide(params, unlabeled, train_policy(*labeled, unlabeled, params, seed=0).policy).reward.mean()
+        return select_labels(params, unlabeled, train_policy(*labeled, unlabeled, params, seed=0).policy).reward.mean()
 
     assert agreement_kept(20.0) > agreement_kept(0.0) + 0.01
 
@@ -261,29 +261,29 @@ def test_training_runs_on_one_thread(labeled, unlabeled, monkeypatch):
 
 
 def test_learns_to_keep_nothing_from_all_wrong_labels(labeled, unlabeled):
-    seen, outcome = labeled
-    wrong = outcome.iou[:, 0] < 0.1
-    policy = train_policy(chosen(seen, wrong), chosen(outcome, wrong), unlabeled, PARAMS, seed=0).policy
-    decision = decide(PARAMS, seen, policy)
+    seen, truth = labeled
+    wrong = truth.iou[:, 0] < 0.1
+    policy = train_policy(chosen(seen, wrong), chosen(truth, wrong), unlabeled, PARAMS, seed=0).policy
+    selection = select_labels(PARAMS, seen, policy)
     # Sentences unlike the wrong ones are new to the policy, but it keeps almost none of their cells.
-    assert decision.keep_cells.mean() < 0.05
-    assert not decision.accepted[wrong].any()
+    assert selection.keep_cells.mean() < 0.05
+    assert not selection.accepted[wrong].any()
 
 
 def test_learns_to_keep_nearly_all_from_all_correct_labels(labeled, unlabeled):
-    seen, outcome = labeled
-    right = outcome.iou[:, 0] > 0.8
-    policy = train_policy(chosen(seen, right), chosen(outcome, right), unlabeled, PARAMS, seed=0).policy
-    decision = decide(PARAMS, chosen(seen, right), policy)
-    assert decision.accepted.mean() > 0.9
-    assert decision.keep_cells.mean() > 0.8
+    seen, truth = labeled
+    right = truth.iou[:, 0] > 0.8
+    policy = train_policy(chosen(seen, right), chosen(truth, right), unlabeled, PARAMS, seed=0).policy
+    selection = select_labels(PARAMS, chosen(seen, right), policy)
+    assert selection.accepted.mean() > 0.9
+    assert selection.keep_cells.mean() > 0.8
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_trains_on_few_labeled_sentences(labeled, unlabeled, count):
-    seen, outcome = labeled
+    seen, truth = labeled
     params = PARAMS.model_copy(update={"policy_steps": 30})
-    policy = train_policy(taken(slice(0, count), seen), taken(slice(0, count), outcome), unlabeled, params, 0).policy
+    policy = train_policy(taken(slice(0, count), seen), taken(slice(0, count), truth), unlabeled, params, 0).policy
     action = policy.act(unlabeled)
     assert np.isfinite(action.accept_prob).all()
     assert np.isfinite(action.keep_prob).all()
@@ -293,27 +293,27 @@ def test_trains_without_unlabeled_sentences(labeled, unlabeled):
     params = PARAMS.model_copy(update={"policy_steps": 10})
     trained = train_policy(*labeled, taken(slice(0, 0), unlabeled), params, seed=0)
     assert len(trained.curve) == 1
-    assert not decide(PARAMS, taken(slice(0, 0), unlabeled), trained.policy).accepted.size
+    assert not select_labels(PARAMS, taken(slice(0, 0), unlabeled), trained.policy).accepted.size
 
 
 def test_refuses_mismatched_or_empty_labeled_sentences(labeled, unlabeled):
-    seen, outcome = labeled
+    seen, truth = labeled
     with pytest.raises(ValueError, match="same sentences"):
-        train_policy(seen, taken(slice(None, None, -1), outcome), unlabeled, PARAMS, seed=0)
+        train_policy(seen, taken(slice(None, None, -1), truth), unlabeled, PARAMS, seed=0)
     with pytest.raises(ValueError, match="at least one"):
-        train_policy(taken(slice(0, 0), seen), taken(slice(0, 0), outcome), unlabeled, PARAMS, seed=0)
+        train_policy(taken(slice(0, 0), seen), taken(slice(0, 0), truth), unlabeled, PARAMS, seed=0)
 
 
 def test_uses_unlabeled_agreement_only_if_it_is_reliable(labeled, unlabeled):
     """If the agreement of labeled sentences says nothing about the truth (one constant view), the term is switched
     off. Other unlabeled sentences with the same scaling then change nothing."""
-    seen, outcome = labeled
+    seen, truth = labeled
     constant = replace(seen, cells=np.repeat(seen.cells[:1], len(seen.sent_id), axis=0))
     turned = taken(slice(None, None, -1), unlabeled)  # other draws, but the same set and the same scaling
     params = PARAMS.model_copy(update={"policy_steps": 30, "unlabeled_weight": 5.0})
 
     def curve(candidates, teaching):
-        return [row["reward"] for row in train_policy(candidates, outcome, teaching, params, seed=0).curve]
+        return [row["reward"] for row in train_policy(candidates, truth, teaching, params, seed=0).curve]
 
     np.testing.assert_allclose(curve(constant, unlabeled), curve(constant, turned), rtol=1e-5)
     assert not np.allclose(curve(seen, unlabeled), curve(seen, turned), rtol=1e-5)
@@ -322,20 +322,20 @@ def test_uses_unlabeled_agreement_only_if_it_is_reliable(labeled, unlabeled):
 def test_agreement_reliability_covers_all_candidates(labeled):
     """If agreement separates correct from wrong labels, its reliability is 1. A second candidate with equal
     agreement and inverted IoUs reduces it to 0."""
-    seen, outcome = labeled
+    seen, truth = labeled
     shares = torch.from_numpy(agreement(seen.cells[:, 0]))
     order = utility(shares, torch.ones(shares.shape[:-1]), PARAMS.wrong_cost).numpy().argsort().argsort()
     iou = (order / len(order)).astype(np.float32)[:, None]
     both = replace(seen, cells=np.concatenate([seen.cells] * 2, axis=1))
-    cells = np.concatenate([outcome.cells] * 2, axis=1)
-    assert _reliability(seen, Outcome(outcome.sent_id, outcome.cells, iou), PARAMS) == pytest.approx(1.0)
-    told = _reliability(both, Outcome(outcome.sent_id, cells, np.concatenate([iou, 1 - iou], axis=1)), PARAMS)
+    cells = np.concatenate([truth.cells] * 2, axis=1)
+    assert _reliability(seen, CandidateTruth(truth.sent_id, truth.cells, iou), PARAMS) == pytest.approx(1.0)
+    told = _reliability(both, CandidateTruth(truth.sent_id, cells, np.concatenate([iou, 1 - iou], axis=1)), PARAMS)
     assert told == pytest.approx(0.0, abs=0.02)
 
 
 def test_constant_features_get_no_noise(labeled, unlabeled, monkeypatch):
     """Even with very large noise, only the varying columns change."""
-    seen, outcome = labeled
+    seen, truth = labeled
     words = SENTENCE_FEATURES.index("words")
 
     def fixed(candidates):
@@ -352,7 +352,7 @@ def test_constant_features_get_no_noise(labeled, unlabeled, monkeypatch):
 
     monkeypatch.setattr(Actor, "forward", watched)
     monkeypatch.setattr("l2l_core.pseudo_labels.reinforce.NOISES", (2.0,))
-    train_policy(fixed(seen), outcome, fixed(unlabeled), PARAMS.model_copy(update={"policy_steps": 1}), seed=0)
+    train_policy(fixed(seen), truth, fixed(unlabeled), PARAMS.model_copy(update={"policy_steps": 1}), seed=0)
     training = inputs[0]  # [B, K, D]; later inputs are for calibration, without noise
     np.testing.assert_array_equal(training[..., words], 0)
     spread = training.std((0, 1))
@@ -372,11 +372,13 @@ def test_chooses_a_correct_candidate_and_rejects_sentences_without_one(labeled):
     sentence[..., SENTENCE_FEATURES.index("words")] = right
     both = replace(seen, cells=np.concatenate([seen.cells, seen.cells], axis=1), sentence=sentence)
     cells = np.where(right[..., None, None, None], when_right, when_wrong)
-    policy = train_policy(both, Outcome(seen.sent_id, cells, right * 0.9), taken(slice(0, 0), both), PARAMS, 0).policy
-    decision = decide(PARAMS, both, policy)
+    policy = train_policy(
+        both, CandidateTruth(seen.sent_id, cells, right * 0.9), taken(slice(0, 0), both), PARAMS, 0
+    ).policy
+    selection = select_labels(PARAMS, both, policy)
     has_right = right.any(1)
-    assert (decision.accepted == has_right).mean() > 0.95
-    assert right[np.arange(len(right)), decision.choice][has_right].mean() > 0.95
+    assert (selection.accepted == has_right).mean() > 0.95
+    assert right[np.arange(len(right)), selection.choice][has_right].mean() > 0.95
 
 
 def test_chooses_the_better_of_two_correct_candidates(labeled):
@@ -391,18 +393,18 @@ def test_chooses_the_better_of_two_correct_candidates(labeled):
     sentence = np.concatenate([seen.sentence, seen.sentence], axis=1)
     sentence[..., SENTENCE_FEATURES.index("words")] = better
     both = replace(seen, cells=np.concatenate([seen.cells, seen.cells], axis=1), sentence=sentence)
-    outcome = Outcome(seen.sent_id, cells, np.where(better, 1.0, 0.9))
-    decision = decide(PARAMS, both, train_policy(both, outcome, taken(slice(0, 0), both), PARAMS, 0).policy)
+    truth = CandidateTruth(seen.sent_id, cells, np.where(better, 1.0, 0.9))
+    selection = select_labels(PARAMS, both, train_policy(both, truth, taken(slice(0, 0), both), PARAMS, 0).policy)
     labels = share[:, 0].any((1, 2))
-    assert decision.accepted[labels].mean() > 0.95
-    assert better[np.arange(len(better)), decision.choice][labels].mean() > 0.95
+    assert selection.accepted[labels].mean() > 0.95
+    assert better[np.arange(len(better)), selection.choice][labels].mean() > 0.95
 
 
 def test_policy_starts_from_the_estimates_of_the_critic(labeled, unlabeled):
     """Without training steps, the policy accepts a label exactly if the critic predicts a positive utility: an IoU
     above 0.5."""
     trained = train_policy(*labeled, unlabeled, PARAMS.model_copy(update={"policy_steps": 0}), seed=0)
-    judged = trained.policy.critic.judge(unlabeled)
+    judged = trained.policy.critic.estimate(unlabeled)
     estimate = judged.sentence[..., SENTENCE_FEATURES.index("estimate")]
     clear = np.abs(estimate[:, 0] - 0.5) > 0.01
     has_label = (unlabeled.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
@@ -421,7 +423,7 @@ def test_seed_barely_changes_the_accepted_labels(labeled, unlabeled, held_out):
 
 def test_selects_the_noise_with_the_highest_out_of_fold_reward(labeled, unlabeled, monkeypatch):
     """The rewards are fixed by hand. With few labeled sentences, the first noise is used without comparison."""
-    seen, outcome = labeled
+    seen, truth = labeled
     used, earned = [], {0.5: 1.0, 0.0: 2.0}
 
     def improve(actor, candidates, *rest):
@@ -430,8 +432,8 @@ def test_selects_the_noise_with_the_highest_out_of_fold_reward(labeled, unlabele
 
     monkeypatch.setattr(reinforce, "_improve", improve)
     monkeypatch.setattr(reinforce, "_expected_reward", lambda *_: earned[used[-1]])
-    train_policy(seen, outcome, unlabeled, PARAMS, seed=0)
+    train_policy(seen, truth, unlabeled, PARAMS, seed=0)
     assert used == [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
     used.clear()
-    train_policy(taken(slice(0, 12), seen), taken(slice(0, 12), outcome), unlabeled, PARAMS, seed=0)
+    train_policy(taken(slice(0, 12), seen), taken(slice(0, 12), truth), unlabeled, PARAMS, seed=0)
     assert used == [0.5, 0.5, 0.5]

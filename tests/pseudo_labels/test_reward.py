@@ -6,17 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2l_core.pseudo_labels.features import judge
+from l2l_core.pseudo_labels.features import score_candidates
 from l2l_core.pseudo_labels.reward import agreement_reliability, utility
 
 
-def outcome_of(label, truth, grid):
-    return judge(np.array([0]), np.asarray(label, dtype=bool)[None, None], np.asarray(truth, dtype=bool)[None], grid)
+def truth_of(label, truth, grid):
+    return score_candidates(
+        np.array([0]), np.asarray(label, dtype=bool)[None, None], np.asarray(truth, dtype=bool)[None], grid
+    )
 
 
 def utility_of(label, truth, keep, wrong_cost=1.0):
     keep = torch.tensor(keep, dtype=torch.float32)
-    cells = torch.from_numpy(outcome_of(label, truth, keep.shape[-1]).cells[0])
+    cells = torch.from_numpy(truth_of(label, truth, keep.shape[-1]).cells[0])
     return float(utility(cells, keep, wrong_cost))
 
 
@@ -109,7 +111,7 @@ def test_an_empty_label_never_has_positive_utility():
 
 
 def test_utility_broadcasts_over_groups_of_actions():
-    cells = torch.from_numpy(outcome_of(LABEL, TRUTH, 2).cells)
+    cells = torch.from_numpy(truth_of(LABEL, TRUTH, 2).cells)
     keep = torch.tensor([[[[1, 0], [0, 0]]], [[[0, 1], [0, 0]]]], dtype=torch.float32)
     torch.testing.assert_close(utility(cells, keep, 1.0), torch.tensor([[0.2], [-0.4]]))
 

@@ -11,10 +11,10 @@ from simulated_views import described, judged, simulated_views
 
 from l2l_core.config import SelectParams, load_params
 from l2l_core.pseudo_labels.critic import Critic
-from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, Outcome
+from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, Candidates, CandidateTruth
 from l2l_core.pseudo_labels.policy import Actor, Policy
 from l2l_core.pseudo_labels.rules import best_fraction, mean_rank
-from l2l_core.pseudo_labels.select import decide
+from l2l_core.pseudo_labels.select import select_labels
 
 RULES = get_args(SelectParams.model_fields["policy"].annotation)
 
@@ -42,7 +42,7 @@ def five():
     )
     right = np.array([0.9, 0.5, 0.51, 0.0, 0.2], dtype=np.float32)
     shares = np.stack([right, 1 - right, 0 * right, 0 * right], axis=-1)[:, None, None, None, :]
-    return seen, Outcome(seen.sent_id, shares, right[:, None])
+    return seen, CandidateTruth(seen.sent_id, shares, right[:, None])
 
 
 @pytest.mark.parametrize(
@@ -61,35 +61,35 @@ def five():
 )
 def test_fixed_rules_match_hand_computed_decisions(five, rule, accepted, accept_prob):
     """The best 40% of five are two. The lowest rank is 1 / 5; the two prior IoUs of 0 share the rank 1.5 / 5."""
-    seen, outcome = five
-    decision = decide(params_of(rule), seen, None, outcome)
-    np.testing.assert_array_equal(decision.accepted, np.array(accepted, dtype=bool))
-    np.testing.assert_allclose(decision.accept_prob, accept_prob, atol=1e-6)
-    np.testing.assert_array_equal(decision.keep_cells[:, 0, 0], decision.accepted)
+    seen, truth = five
+    selection = select_labels(params_of(rule), seen, None, truth)
+    np.testing.assert_array_equal(selection.accepted, np.array(accepted, dtype=bool))
+    np.testing.assert_allclose(selection.accept_prob, accept_prob, atol=1e-6)
+    np.testing.assert_array_equal(selection.keep_cells[:, 0, 0], selection.accepted)
 
 
 def test_reward_is_the_utility_of_the_kept_cells(five):
     """For one foreground cell with a correct share v and no background, the reward is v / 2 - (1 - v). It is 0 for a
     rejected label. The share comes from the truth if given, otherwise from the votes 0, 1/4, ..."""
-    seen, outcome = five
-    by_truth = decide(params_of("oracle"), seen, None, outcome).reward
+    seen, truth = five
+    by_truth = select_labels(params_of("oracle"), seen, None, truth).reward
     np.testing.assert_allclose(by_truth, [0.35, 0, 0.51 / 2 - 0.49, 0, 0], atol=1e-6)
-    by_votes = decide(params_of("all"), seen, None).reward
+    by_votes = select_labels(params_of("all"), seen, None).reward
     np.testing.assert_allclose(by_votes, [-1, 0.125 - 0.75, -0.25, 0.375 - 0.25, 0.5], atol=1e-6)
 
 
 def test_refuses_rules_without_their_required_inputs(five):
-    seen, outcome = five
+    seen, truth = five
     with pytest.raises(ValueError, match="oracle needs"):
-        decide(params_of("oracle"), seen, None)
+        select_labels(params_of("oracle"), seen, None)
     with pytest.raises(ValueError, match="reinforce needs"):
-        decide(params_of("reinforce"), seen, None)
+        select_labels(params_of("reinforce"), seen, None)
     with pytest.raises(ValueError, match="same sentences"):
-        decide(params_of("oracle"), seen, None, replace(outcome, sent_id=outcome.sent_id[::-1]))
+        select_labels(params_of("oracle"), seen, None, replace(truth, sent_id=truth.sent_id[::-1]))
 
 
 class Silent(Critic):
-    def judge(self, candidates):
+    def estimate(self, candidates):
         return candidates
 
 
@@ -110,31 +110,31 @@ def test_reinforce_never_accepts_a_label_without_kept_foreground(five):
     seen = replace(seen, cells=cells)
     policy = eager_policy(50.0)
     torch.nn.init.constant_(policy.actors[0].keep_bias, 100.0)
-    np.testing.assert_array_equal(decide(params_of("reinforce"), seen, policy).accepted, [0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(select_labels(params_of("reinforce"), seen, policy).accepted, [0, 0, 1, 1, 1])
     torch.nn.init.constant_(policy.actors[0].keep_bias, -100.0)
-    assert not decide(params_of("reinforce"), seen, policy).accepted.any()
+    assert not select_labels(params_of("reinforce"), seen, policy).accepted.any()
 
 
 def test_a_rejected_label_keeps_no_cell(five):
-    decision = decide(params_of("reinforce"), five[0], eager_policy(-50.0))
-    assert not decision.accepted.any()
-    assert not decision.keep_cells.any()
-    assert (decision.reward == 0).all()
+    selection = select_labels(params_of("reinforce"), five[0], eager_policy(-50.0))
+    assert not selection.accepted.any()
+    assert not selection.keep_cells.any()
+    assert (selection.reward == 0).all()
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_reordering_the_sentences_reorders_the_decisions(rule):
     """This also holds for tied scores, since many prior IoUs are 0."""
     views, truth = simulated_views(60, seed=21)
-    seen, outcome = described(views, 6), judged(views, truth, 6)
+    seen, truth = described(views, 6), judged(views, truth, 6)
     order = np.random.default_rng(0).permutation(60)
 
     def reordered(table):
         return type(table)(**{name: values[order] for name, values in vars(table).items()})
 
     policy = eager_policy(0.0)
-    plain = decide(params_of(rule), seen, policy, outcome)
-    shuffled = decide(params_of(rule), reordered(seen), policy, reordered(outcome))
+    plain = select_labels(params_of(rule), seen, policy, truth)
+    shuffled = select_labels(params_of(rule), reordered(seen), policy, reordered(truth))
     np.testing.assert_array_equal(shuffled.accepted, plain.accepted[order])
     np.testing.assert_array_equal(shuffled.keep_cells, plain.keep_cells[order])
     np.testing.assert_allclose(shuffled.accept_prob, plain.accept_prob[order], atol=1e-6)

@@ -78,7 +78,7 @@ def test_shows_scores_side_by_side_with_differences(
     same = [row[-1] for row in rows if row[0] in ("mIoU, supervised only", "mIoU, prior only")]
     assert same == ["+0.00"] * 4
     assert not any(row[0] == "round" for row in rows)  # the parameter is the same in both
-    assert ["select.policy", "reinforce", TRAP.replace("<", "&lt;").replace(">", "&gt;")] in rows
+    assert ["select.method", "reinforce", TRAP.replace("<", "&lt;").replace(">", "&gt;")] in rows
     assert ["refshapes.seed", "7", "not there"] in rows
     assert ["refshapes.sead", "not there", "7"] in rows
     assert TRAP not in page

@@ -20,8 +20,8 @@ from l2l_core.preflight.estimate import stage_names
 from l2l_core.reporting.run import Progress, planned_stages, reference_seconds, reproduce, seconds_left
 
 ROOT = Path(__file__).parents[2]
-STAGES = ["ask", "warmup", "retrain@1", "select@1", "report"]
-EXPECTED = {"ask": 10.0, "warmup": 100.0, "retrain@1": 200.0, "select@1": 50.0, "report": 5.0}
+STAGES = ["query", "warmup", "retrain@1", "select@1", "report"]
+EXPECTED = {"query": 10.0, "warmup": 100.0, "retrain@1": 200.0, "select@1": 50.0, "report": 5.0}
 
 
 def said(lines: list[tuple[float, str]], expected: dict[str, float | None]) -> list[str | None]:
@@ -36,7 +36,7 @@ def said(lines: list[tuple[float, str]], expected: dict[str, float | None]) -> l
 
 def test_stage_count_includes_skipped_and_cached_stages() -> None:
     lines = [
-        (0, "Stage 'ask' didn't change, skipping"),
+        (0, "Stage 'query' didn't change, skipping"),
         (0, "Stage 'warmup' is cached - skipping run, checking out outputs"),
         (1, "Running stage 'stages/dvc.yaml:retrain@1':"),
         (1, "> python -m stages.retrain --round 1"),
@@ -46,15 +46,15 @@ def test_stage_count_includes_skipped_and_cached_stages() -> None:
 
 
 def test_scales_the_time_left_by_finished_stages() -> None:
-    """`ask` takes twice its estimate, so all others do; then training takes half, and the others 70 / 110."""
+    """`query` takes twice its estimate, so all others do; then training takes half, and the others 70 / 110."""
     lines = [
-        (0, "Running stage 'ask':"),
+        (0, "Running stage 'query':"),
         (20, "Running stage 'warmup':"),
         (70, "Running stage 'stages/dvc.yaml:retrain@1':"),
     ]
     # 2 x (100 + 200 + 50 + 5) = 710 s; 200 / 2 + 55 x 70 / 110 = 135 s.
     assert said(lines, EXPECTED) == [
-        "[0/5 stages] ask",
+        "[0/5 stages] query",
         "[1/5 stages, about 12 min left] warmup",
         "[2/5 stages, about 2 min left] retrain@1",
     ]
@@ -70,7 +70,7 @@ def test_shows_no_time_while_a_stage_without_an_estimate_remains() -> None:
 
 def test_shows_short_remaining_times_as_less_than_a_minute() -> None:
     lines = [(0, "Running stage 'warmup':"), (10, "Running stage 'report':")]
-    assert said(lines, {"warmup": 100.0, "ask": 1.0, "retrain@1": 1.0, "select@1": 1.0, "report": 5.0})[1] == (
+    assert said(lines, {"warmup": 100.0, "query": 1.0, "retrain@1": 1.0, "select@1": 1.0, "report": 5.0})[1] == (
         "[1/5 stages, less than a minute left] report"
     )
 

@@ -21,10 +21,10 @@ from l2l_core.training import fold_teachers, loop, runs
 from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.runs import (
     labeled_stream,
+    method_of,
     new_network,
     online_stream,
     part_of,
-    policy_of,
     pseudo_stream,
     run_training,
     without_images,
@@ -136,9 +136,9 @@ def test_online_stream_contains_every_unlabeled_sentence_in_split_order(run):
 
 def test_reads_the_policy_from_the_pseudo_label_table(run):
     path = records.round_folder(1) / "history/pseudo_labels.parquet"
-    assert policy_of(path) == "reinforce"
+    assert method_of(path) == "reinforce"
     records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
-    assert policy_of(path) is None
+    assert method_of(path) is None
 
 
 def test_pseudo_stream_is_none_without_accepted_labels(run):
@@ -187,8 +187,8 @@ def test_fold_teachers_never_learn_from_held_out_images(run, monkeypatch):
 
     taught: dict[str, list[int]] = {}
 
-    def note(params, purpose, network, streams, *rest):
-        taught[purpose] = [int(sent_id) for stream in streams for sent_id in stream.batches.pairs.sent_id]
+    def note(params, run_name, network, streams, *rest):
+        taught[run_name] = [int(sent_id) for stream in streams for sent_id in stream.batches.pairs.sent_id]
 
     monkeypatch.setattr(fold_teachers, "run_training", note)
     monkeypatch.setattr(crossfit, "load_params", lambda: PARAMS)
@@ -218,17 +218,17 @@ def test_mean_teacher_starts_from_the_previous_model_and_labels_online(run, monk
     history = records.round_folder(1) / "history/pseudo_labels.parquet"
     rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
     path, previous = records.round_folder(1) / "pseudo_labels.parquet", records.round_folder(0) / "model"
-    labels = [row | {"accepted": True, "policy": "mean_teacher"} for row in rows]
+    labels = [row | {"accepted": True, "method": "mean_teacher"} for row in rows]
     records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
-    params = toy_params(proposals={"size_px": 24}, retrain={"start": start, "steps": 9, "passes": 2})
+    params = toy_params(proposals={"size_px": 24}, retrain={"start": start, "steps": 9, "num_passes": 2})
     given = []
     monkeypatch.setattr(retrain, "run_training", lambda *all_given: given.extend(all_given))
     monkeypatch.setattr(retrain, "load_params", lambda: params)
     monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: SimpleNamespace(folder=folder))
     monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
     retrain.main()
-    _, purpose, network, (labeled, pseudo), steps, inputs, _, _ = given
-    assert (purpose, network.folder, steps) == ("retrain-1", previous, 9)
+    _, run_name, network, (labeled, pseudo), steps, inputs, _, _ = given
+    assert (run_name, network.folder, steps) == ("retrain-1", previous, 9)
     assert network.passes == 2
     assert {path, previous} <= set(inputs)
     assert isinstance(labeled, Stream)
@@ -241,7 +241,7 @@ def test_crossfit_copies_unused_fold_teachers_unchanged(run, monkeypatch):
     history = records.round_folder(1) / "history/pseudo_labels.parquet"
     rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
     path = records.round_folder(1) / "pseudo_labels.parquet"
-    labels = [row | {"policy": "mean_teacher"} for row in rows]
+    labels = [row | {"method": "mean_teacher"} for row in rows]
     records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
     before = records.round_folder(0) / "folds/1"
     before.mkdir(parents=True)
@@ -276,12 +276,12 @@ def files_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def do(folder, toy, params=PARAMS, purpose="warmup"):
+def do(folder, toy, params=PARAMS, run_name="warmup"):
     pairs, targets = toy
     streams = [Stream(toy_batches(pairs), targets, 1.0)]
     AcceleratorState._reset_state(True)
     inputs = [folder.parent / "input"]
-    run_training(params, purpose, toy_network(pairs), streams, 5, inputs, folder / "model", folder / "curves")
+    run_training(params, run_name, toy_network(pairs), streams, 5, inputs, folder / "model", folder / "curves")
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from transformers import LlavaForConditionalGeneration
 
 from l2l_core.config import load_params
 from l2l_core.mllm.prompt import keeps_to
-from l2l_core.priors.parse import parse_answer
+from l2l_core.priors.parse import parse_response
 from l2l_core.refshapes.dataset import make_scene
 from l2l_core.refshapes.scene import draw_scene
 from l2l_core.refshapes.solver import measure, solve
-from vlm.build import ANSWER, EOS, PROMPT, WIDTH, answer_text, make_config, make_tokenizer, question_text
-from vlm.losses import BLUR, Answers, Pointer
-from vlm.questions import IGNORED, PREFIX, Asked, Questions, see, visible
+from vlm.build import ANSWER, EOS, PROMPT, WIDTH, make_config, make_tokenizer, question_text, response_text
+from vlm.losses import BLUR, Pointer, Responses
+from vlm.questions import IGNORED, PREFIX, Lessons, Questions, see, visible
 from vlm.scenes import ATTRIBUTES, GRID, IMAGE_SIZE_PX, PATCH_PX, SEED, Scenes, make_scenes
 
 DEVICE = torch.device("cpu")
@@ -77,8 +77,8 @@ def test_flipped_sentences_refer_to_the_flipped_object(scenes: Scenes, tokenizer
     for entry in range(len(scenes.sentences)):
         scene = draw_scene(np.random.default_rng([SEED, 500 + int(scenes.scene[entry])]), IMAGE_SIZE_PX)
         world = measure(scene.objects, scene.masks[:, :, ::-1])
-        asked, said = questions._tokens(entry, True)
-        sentence = re.search(r'expression: "(.*)"', tokenizer.decode(asked)).group(1)
+        question, said = questions._tokens(entry, True)
+        sentence = re.search(r'expression: "(.*)"', tokenizer.decode(question)).group(1)
         sided += sentence != str(scenes.sentences[entry])
         assert solve(sentence, world) == scenes.target[entry]
         x1, y1, x2, y2 = json.loads(tokenizer.decode(said[:-1]))["boxes"][0]
@@ -101,7 +101,7 @@ def test_flipping_a_scene_flips_its_patch_targets(scenes: Scenes) -> None:
 
 
 def test_responses_follow_the_prompt_and_can_be_parsed(tokenizer: Any) -> None:
-    text = answer_text("the small striped star to the left of the red disc", (10, 20, 35, 48), 9)
+    text = response_text("the small striped star to the left of the red disc", (10, 20, 35, 48), 9)
     assert keeps_to(PROMPT, text)
     assert json.loads(text) == {
         "found": True,
@@ -113,7 +113,7 @@ def test_responses_follow_the_prompt_and_can_be_parsed(tokenizer: Any) -> None:
         "point": [22, 34],
         "confidence": 0.9,
     }
-    prior = parse_answer(text, "percent", (50, 200), (50, 200))
+    prior = parse_response(text, "percent", (50, 200), (50, 200))
     assert prior.status == "ok"
     assert prior.bbox == pytest.approx((20, 10, 70, 24))
     ids = tokenizer.encode(text)
@@ -130,38 +130,38 @@ def test_parallel_questions_do_not_affect_each_other(scenes: Scenes, tokenizer: 
     model = LlavaForConditionalGeneration(make_config(len(tokenizer))).eval()
     row, rng = np.array([3]), np.random.default_rng(0)
     pixels = see(scenes, row, STRAIGHT, DEVICE).pixels
-    asked = Questions(scenes, tokenizer).ask(row, STRAIGHT, 3, rng, DEVICE)
-    assert asked.group.unique().tolist() == [0, 1, 2, 3]
+    lessons = Questions(scenes, tokenizer).draw(row, STRAIGHT, 3, rng, DEVICE)
+    assert lessons.group.unique().tolist() == [0, 1, 2, 3]
     with torch.inference_mode():
         together = model(
-            input_ids=asked.ids,
+            input_ids=lessons.ids,
             pixel_values=pixels,
-            attention_mask=visible(asked.group, torch.float32),
-            position_ids=asked.position,
+            attention_mask=visible(lessons.group, torch.float32),
+            position_ids=lessons.position,
         ).logits
         for number in (1, 2, 3):
-            mine = (asked.group[0] == 0) | (asked.group[0] == number)
-            alone = model(input_ids=asked.ids[:, mine], pixel_values=pixels).logits
+            mine = (lessons.group[0] == 0) | (lessons.group[0] == number)
+            alone = model(input_ids=lessons.ids[:, mine], pixel_values=pixels).logits
             torch.testing.assert_close(together[0, mine][PREFIX:], alone[0, PREFIX:], atol=1e-4, rtol=1e-4)
 
 
 def test_labels_cover_only_responses_and_the_pointer_precedes_the_box(scenes: Scenes, tokenizer: Any) -> None:
     row = np.array([3])
-    asked = Questions(scenes, tokenizer).ask(row, STRAIGHT, 2, np.random.default_rng(0), DEVICE)
+    lessons = Questions(scenes, tokenizer).draw(row, STRAIGHT, 2, np.random.default_rng(0), DEVICE)
     for number in (1, 2):
-        labels = asked.labels[0][asked.group[0] == number]
+        labels = lessons.labels[0][lessons.group[0] == number]
         text = tokenizer.decode(labels[labels != IGNORED].tolist()[:-1])
         assert json.loads(text)["found"]
         assert labels[-1] == EOS
-        ids = asked.ids[0][asked.group[0] == number]
+        ids = lessons.ids[0][lessons.group[0] == number]
         differ = (ids != labels)[labels != IGNORED]
         assert not differ[:-2].any()  # only the confidence, which ends every response
         assert tokenizer.decode(ids[-2:-1]) in {f"{tenth / 10}}}" for tenth in range(11)}
         assert ids[-1] == EOS
         assert (labels == IGNORED).sum() == ids.tolist().index(ANSWER) + 1
-    for (_, place), object_of, target in zip(asked.joint.tolist(), asked.object_of, asked.target, strict=True):
+    for (_, place), object_of, target in zip(lessons.joint.tolist(), lessons.object_of, lessons.target, strict=True):
         pointed = object_of == target
-        x1, y1, x2, y2 = json.loads("[" + tokenizer.decode(asked.ids[0, place + 1 : place + 5]) + "]")
+        x1, y1, x2, y2 = json.loads("[" + tokenizer.decode(lessons.ids[0, place + 1 : place + 5]) + "]")
         y, x = np.nonzero(pointed.reshape(GRID, GRID).numpy())
         step = 100 / GRID
         assert x1 - step < x.min() * step
@@ -172,14 +172,14 @@ def test_labels_cover_only_responses_and_the_pointer_precedes_the_box(scenes: Sc
 
 def test_a_near_coordinate_costs_less_than_a_far_one(tokenizer: Any) -> None:
     """All mass is on one number. The cost is the negative mean of log probabilities under the soft target, by hand."""
-    answers = Answers(tokenizer, len(tokenizer))
+    responses = Responses(tokenizer, len(tokenizer))
     (wanted,), (word,) = tokenizer.encode("40,"), tokenizer.encode(" red")
     labels = torch.tensor([[IGNORED, wanted, word]])
     costs = []
     for said in (40, 41, 60):
         logits = torch.zeros(1, 3, len(tokenizer))
         logits[0, 0, tokenizer.encode(f"{said},")[0]] = 5.0
-        words, numbers = answers(logits, labels)
+        words, numbers = responses(logits, labels)
         soft = np.exp(-((np.arange(101) - 40) ** 2) / (2 * BLUR**2))
         log_all = np.log(len(tokenizer) - 1 + np.exp(5.0))
         assert float(numbers) == pytest.approx(log_all - 5.0 * (soft / soft.sum())[said], abs=1e-4)
@@ -192,13 +192,13 @@ def test_confidence_is_the_pointer_probability_of_its_object(tokenizer: Any) -> 
     """Two questions about four patches, with pointer scores set by hand."""
     pointer = Pointer()
     hidden = torch.zeros(1, PREFIX + 8, WIDTH)
-    asked = Asked(
+    lessons = Lessons(
         *torch.zeros(4, 1, PREFIX + 8, dtype=torch.int64),
         joint=torch.tensor([[0, PREFIX], [0, PREFIX + 1]]),
         object_of=torch.full((2, PREFIX - 1), -1),
         target=torch.tensor([0, 0]),
     )
-    asked.object_of[:, :4] = torch.tensor([0, 0, 1, 1])
+    lessons.object_of[:, :4] = torch.tensor([0, 0, 1, 1])
     with torch.no_grad():
         for layer in (pointer.query, pointer.key):
             layer.weight.copy_(torch.eye(WIDTH))
@@ -207,15 +207,15 @@ def test_confidence_is_the_pointer_probability_of_its_object(tokenizer: Any) -> 
     shares = torch.full((PREFIX - 1,), 1e-9)
     shares[:4] = torch.tensor([0.4, 0.25, 0.3, 0.05])
     hidden[0, 1:PREFIX, 0] = shares.log()
-    loss, sure, is_right = pointer(hidden, asked)
+    loss, sure, is_right = pointer(hidden, lessons)
     inverse = 1 / shares  # the scores of the second question
     wanted = [-shares[:2].log().mean(), -(inverse[:2] / inverse.sum()).log().mean()]
     assert float(loss.detach()) == pytest.approx(float(sum(wanted)) / 2, abs=1e-3)
     assert sure.tolist() == pytest.approx([0.65, 0.0], abs=1e-4)  # the second points to a patch without an object
     assert is_right.tolist() == [True, False]
-    answers = Answers(tokenizer, len(tokenizer))
+    responses = Responses(tokenizer, len(tokenizer))
     (sure_token,), (word,) = tokenizer.encode("0.9}"), tokenizer.encode(" red")
     labels = torch.tensor([[word, IGNORED, sure_token, IGNORED, sure_token, EOS]])
-    told = answers.with_confidence(labels, torch.tensor([0.66, 0.04]))
+    told = responses.with_confidence(labels, torch.tensor([0.66, 0.04]))
     assert tokenizer.decode(told[0, [2, 4]]) == "0.7}0.0}"
     assert torch.equal(told[0, [0, 1, 3, 5]], labels[0, [0, 1, 3, 5]])

@@ -1,4 +1,4 @@
-"""The bundled model, queried as in the stage `ask`."""
+"""The bundled model, queried as in the stage `query`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from safetensors import safe_open
 from bench.vlm import MODEL
 from l2l_core.config import PriorsParams, load_params
 from l2l_core.core.boxes import iou_xyxy
-from l2l_core.mllm.backend import Answer, Question
+from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.engine import MllmBackend
 from l2l_core.mllm.engine_transformers import TransformersEngine
 from l2l_core.mllm.simulated import describe_sentence
-from l2l_core.priors.parse import parse_answer
+from l2l_core.priors.parse import parse_response
 from l2l_core.refshapes.dataset import make_scene
 
 pytestmark = pytest.mark.xdist_group("refshapes_vlm")  # queries the model only once
@@ -37,7 +37,7 @@ def backend() -> MllmBackend:
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Question], list[tuple[float, ...]]]:
+def queried(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Question], list[tuple[float, ...]]]:
     """Scenes outside all splits and the training data, with their true boxes."""
     folder, questions, boxes = tmp_path_factory.mktemp("scenes"), [], []
     for number in range(SCENES):
@@ -52,8 +52,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Question], lis
 
 
 @pytest.fixture(scope="module")
-def answers(backend: MllmBackend, asked: tuple[list[Question], list[tuple[float, ...]]]) -> list[Answer]:
-    return backend.ask(asked[0])
+def responses(backend: MllmBackend, queried: tuple[list[Question], list[tuple[float, ...]]]) -> list[RawResponse]:
+    return backend.query(queried[0])
 
 
 def test_refshapes_vlm_is_the_default_model() -> None:
@@ -72,39 +72,42 @@ def test_refshapes_vlm_has_the_stated_size() -> None:
 
 
 def test_responses_are_valid_and_mostly_correct(
-    asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
+    queried: tuple[list[Question], list[tuple[float, ...]]], responses: list[RawResponse]
 ) -> None:
     """The bound is below the result of bench.vlm; chance is below a tenth."""
-    read = [parse_answer(a.raw_text, "percent", q.image_hw) for q, a in zip(asked[0], answers, strict=True)]
-    assert all(answer.is_valid and answer.attempts == 1 for answer in answers)
+    read = [parse_response(a.raw_text, "percent", q.image_hw) for q, a in zip(queried[0], responses, strict=True)]
+    assert all(response.is_valid and response.attempts == 1 for response in responses)
     assert {prior.status for prior in read} == {"ok"}
-    right = [iou_xyxy(np.array([p.bbox]), np.array([box]))[0] >= 0.5 for p, box in zip(read, asked[1], strict=True)]
+    right = [iou_xyxy(np.array([p.bbox]), np.array([box]))[0] >= 0.5 for p, box in zip(read, queried[1], strict=True)]
     assert np.mean(right) > 0.6
 
 
 def test_responses_describe_the_sentence(
-    asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
+    queried: tuple[list[Question], list[tuple[float, ...]]], responses: list[RawResponse]
 ) -> None:
-    told = [json.loads(answer.raw_text) for answer in answers]
-    wanted = [describe_sentence(question.sentence) for question in asked[0]]
+    told = [json.loads(response.raw_text) for response in responses]
+    wanted = [describe_sentence(question.sentence) for question in queried[0]]
     same = [(t["target"], t["attributes"]) == (w[0], list(w[1])) for t, w in zip(told, wanted, strict=True)]
     assert np.mean(same) > 0.9
 
 
 def test_fp32_responses_do_not_depend_on_the_batch(
-    backend: MllmBackend, asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer]
+    backend: MllmBackend, queried: tuple[list[Question], list[tuple[float, ...]]], responses: list[RawResponse]
 ) -> None:
-    alone = [backend.ask([question])[0] for question in asked[0][:6]]
-    assert [answer.raw_text for answer in alone] == [answer.raw_text for answer in answers[:6]]
+    alone = [backend.query([question])[0] for question in queried[0][:6]]
+    assert [response.raw_text for response in alone] == [response.raw_text for response in responses[:6]]
 
 
 def test_responds_to_unseen_images_and_words(
-    backend: MllmBackend, asked: tuple[list[Question], list[tuple[float, ...]]], answers: list[Answer], tmp_path: Path
+    backend: MllmBackend,
+    queried: tuple[list[Question], list[tuple[float, ...]]],
+    responses: list[RawResponse],
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 333, 3), dtype=np.uint8)).save(path)
     strange = Question(0, 0, str(path), (120, 333), "der Mann mit dem größten Hut, 3. von links")
-    answer, known = backend.ask([strange, asked[0][0]])
-    assert answer.unread is None
-    assert answer.raw_text
-    assert known.raw_text == answers[0].raw_text
+    response, known = backend.query([strange, queried[0][0]])
+    assert response.unread is None
+    assert response.raw_text
+    assert known.raw_text == responses[0].raw_text

@@ -19,7 +19,7 @@ from vlm.build import make_config, make_tokenizer, question_text
 from vlm.losses import Pointer, TowerHeads
 from vlm.questions import PREFIX, Questions, see
 from vlm.scenes import Scenes, make_scenes
-from vlm.train import Settings, answer_losses, save, starting_positions, tower_losses, train
+from vlm.train import Settings, response_losses, save, starting_positions, tower_losses, train
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def network() -> nn.ModuleDict:
 def losses_of(kind: str, modules: nn.ModuleDict, scenes: Scenes) -> Callable[..., Any]:
     if kind == "tower":
         return tower_losses(modules, CPU)
-    return answer_losses(modules, make_tokenizer(), [scenes], 2, CPU)
+    return response_losses(modules, make_tokenizer(), [scenes], 2, CPU)
 
 
 @pytest.mark.parametrize("kind", ["tower", "answers"])
@@ -89,23 +89,23 @@ def test_saved_model_gives_the_same_logits_as_training(scenes: Scenes, tmp_path:
     modules, tokenizer = network(), make_tokenizer()
     modules.to(torch.bfloat16).to(torch.float32)  # the precision of the saved weights
     row, straight = np.array([2]), np.zeros(1, bool)
-    asked = Questions(scenes, tokenizer).ask(row, straight, 1, np.random.default_rng(0), CPU)
+    lessons = Questions(scenes, tokenizer).draw(row, straight, 1, np.random.default_rng(0), CPU)
     with torch.no_grad():
         model = modules["model"]
         patches = training._patch_tokens(modules["tower"], see(scenes, row, straight, CPU).pixels)
-        embedded = model.get_input_embeddings()(asked.ids)
+        embedded = model.get_input_embeddings()(lessons.ids)
         embedded[:, 1:PREFIX] = model.model.multi_modal_projector(patches)
         trained = model(inputs_embeds=embedded).logits
         save(model, tokenizer, tmp_path)
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(tmp_path)
-        sentence = tokenizer.decode(asked.ids[0]).rpartition('expression: "')[2].partition('"')[0]
+        sentence = tokenizer.decode(lessons.ids[0]).rpartition('expression: "')[2].partition('"')[0]
         image = {"type": "image", "image": Image.fromarray(scenes.images[2])}
         chat = [{"role": "user", "content": [image, {"type": "text", "text": question_text(sentence)}]}]
         inputs = processor.apply_chat_template(
             chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
         length = inputs["input_ids"].shape[1]
-        assert torch.equal(inputs["input_ids"], asked.ids[:, :length])
+        assert torch.equal(inputs["input_ids"], lessons.ids[:, :length])
         told = loaded(**inputs).logits
     torch.testing.assert_close(told, trained[:, :length], atol=1e-3, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""The stage `ask` with real vLLM in .venv-vllm, from a pipeline in .venv: with DVC, a kill, and two engines."""
+"""The stage `query` with real vLLM in .venv-vllm, from a pipeline in .venv: with DVC, a kill, and two engines."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from bench.tiny_qwen import save_tiny_qwen
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 OWN, VLLM = (ROOT / name / "bin" / "python" for name in (".venv", ".venv-vllm"))
-ANSWERS = "data/priors/answers.parquet"
-CHUNKS = ".scratch/ask-*/*.parquet"
-ASK = ("python", "-m", "stages.ask")
+RESPONSES = "data/priors/responses.parquet"
+CHUNKS = ".scratch/query-*/*.parquet"
+QUERY = ("python", "-m", "stages.query")
 CHUNK, SENTENCES = 4, 20
 PATIENCE_S = 1200.0
 IMAGES = {"image_size_px": 64, "train_images": 6, "val_images": 2, "test_images": 2, "sentences_per_image": 2}
@@ -46,38 +46,38 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project after `dvc repro ask`."""
+def queried(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project after `dvc repro query`."""
     folder = tmp_path_factory.mktemp("vllm")
     model = save_tiny_qwen(folder / "tiny-Qwen2.5-VL")
     priors = {"backend": "vllm", "model": str(model), "precision": "fp32", "retries": 1, "max_tokens": 300}
     engine = {"python": str(VLLM), "chunk_size": CHUNK}
     changes = TINY | {"refshapes": IMAGES, "priors": {**priors, "engine": engine}}
     project = make_project(folder / "project", changes)
-    finish(start(project, "dvc", "repro", "ask", VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    finish(start(project, "dvc", "repro", "query", VLLM_ENABLE_V1_MULTIPROCESSING="0"))
     return project
 
 
 @pytest.fixture
-def again(asked: Project, tmp_path: Path) -> Project:
+def again(queried: Project, tmp_path: Path) -> Project:
     """The same project without responses."""
-    project = asked.copy(tmp_path / "project")
-    (project.folder / ANSWERS).unlink()
+    project = queried.copy(tmp_path / "project")
+    (project.folder / RESPONSES).unlink()
     return project
 
 
-def test_pipeline_queries_vllm_in_the_configured_environment(asked: Project) -> None:
+def test_pipeline_queries_vllm_in_the_configured_environment(queried: Project) -> None:
     """The pipeline's environment has no vLLM."""
     assert subprocess.run([OWN, "-c", "import vllm"], capture_output=True, check=False).returncode == 1
-    table = pq.read_table(asked.folder / ANSWERS).to_pydict()
+    table = pq.read_table(queried.folder / RESPONSES).to_pydict()
     assert (set(table["backend"]), len(table["sent_id"]), set(table["unread"])) == ({"vllm"}, SENTENCES, {None})
     assert len(set(table["raw_text"])) > SENTENCES / 2
-    assert "up to date" in finish(start(asked, "dvc", "status", "ask"))[0]
+    assert "up to date" in finish(start(queried, "dvc", "status", "query"))[0]
 
 
-def test_resumes_after_a_kill_and_writes_the_same_bytes(asked: Project, again: Project) -> None:
+def test_resumes_after_a_kill_and_writes_the_same_bytes(queried: Project, again: Project) -> None:
     """By default, vLLM's engine runs in a separate process, which must not outlive the stage."""
-    process, deadline = start(again, *ASK), time.monotonic() + PATIENCE_S
+    process, deadline = start(again, *QUERY), time.monotonic() + PATIENCE_S
     while not list(again.folder.glob(CHUNKS)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -86,21 +86,21 @@ def test_resumes_after_a_kill_and_writes_the_same_bytes(asked: Project, again: P
     process.communicate(timeout=PATIENCE_S)  # the engine holds the pipe open: this returns when it ends
     stored = len(list(again.folder.glob(CHUNKS)))
     assert 0 < stored < SENTENCES / CHUNK
-    assert not (again.folder / ANSWERS).exists()
-    said, _ = finish(start(again, *ASK, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
-    assert f"{SENTENCES} answers, {stored * CHUNK} of them stored before" in said
-    assert again.read(ANSWERS) == asked.read(ANSWERS)
+    assert not (again.folder / RESPONSES).exists()
+    said, _ = finish(start(again, *QUERY, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    assert f"{SENTENCES} responses, {stored * CHUNK} of them stored before" in said
+    assert again.read(RESPONSES) == queried.read(RESPONSES)
     assert not list(again.folder.glob(".scratch/*"))
 
 
-def test_two_engines_write_the_same_bytes(asked: Project, again: Project) -> None:
+def test_two_engines_write_the_same_bytes(queried: Project, again: Project) -> None:
     again.change_params({"priors": {"engine": {"data_parallel": 2}}})
-    finish(start(again, *ASK, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
-    assert again.read(ANSWERS) == asked.read(ANSWERS)
+    finish(start(again, *QUERY, VLLM_ENABLE_V1_MULTIPROCESSING="0"))
+    assert again.read(RESPONSES) == queried.read(RESPONSES)
 
 
 def test_names_an_environment_without_vllm(again: Project) -> None:
     again.change_params({"priors": {"engine": {"python": None}}})
-    (line,) = finish(start(again, *ASK), code=2)[1].splitlines()
+    (line,) = finish(start(again, *QUERY), code=2)[1].splitlines()
     assert "priors.backend: got 'vllm', but vLLM is not installed in" in line
     assert "priors.engine.python" in line
