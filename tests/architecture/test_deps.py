@@ -138,14 +138,17 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
         *("retrain.labeled_share", "retrain.num_passes", "select.fold_update", "select.fold_update_steps"),
         "train.engine",
     },
-    "crossfit": {"select.method", "train.engine"},
+    "crossfit": {"select.trains_policy", "train.engine"},
     # Part of the checkpoint names, but of no stage output.
     **{name: {"select.folds", "train.engine"} for name in ("warmup", "retrain")},
 }
 """Parameters that a stage's functions read without an effect on its outputs."""
 
 
-DERIVED = {"select.candidate_names": {"select.method", "select.candidates"}}
+DERIVED = {
+    "select.candidate_names": {"select.method", "select.candidates"},
+    "select.trains_policy": {"select.method"},
+}
 """Properties of a section, and the parameters they derive from."""
 
 
