@@ -25,6 +25,7 @@ from l2l_core.core.seeding import generator, seed_of
 from l2l_core.core.threads import share_of_launched
 from l2l_core.data.augment import strong_view
 from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets
+from l2l_core.data.prior_swap import prior_rows
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import samples_that_teach, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
@@ -42,6 +43,7 @@ class Stream:
     batches: BatchMaker
     targets: Targets
     share: float
+    prior_swap: float = 0.0  # fraction of its samples that get another sentence's prior (data/prior_swap.py)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class OnlineStream:
     batches: BatchMaker
     threshold: float  # a pixel is valid if the teacher's confidence max(p, 1 - p) reaches this
     share: float
+    prior_swap: float = 0.0  # as in Stream, for the student; the teacher sees each pair's own prior
 
 
 @dataclass(frozen=True)
@@ -335,18 +338,22 @@ def _draw(
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
         rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, number), step)
         no_prior = generator("prior dropout", seed, step, number).random(size) < params.prior_dropout
+        swap = generator("prior swap", seed, step, number)
+        of_prior = prior_rows(stream.batches.pairs, rows, stream.prior_swap, swap)
         if places is not None:
             here = places[(places >= first) & (places < first + size)] - first
-            rows, no_prior = rows[here], no_prior[here]
+            rows, no_prior, of_prior = rows[here], no_prior[here], of_prior[here]
         first += size
         if not len(rows):
             continue
         if isinstance(stream, OnlineStream):
             # The teacher sees every prior and the original image. The student's input is augmented afterwards.
             prob = teacher_prob(stream.batches(rows))
-            parts.append(label_online(stream.batches(rows, None, no_prior), prob, stream.threshold))
+            parts.append(
+                label_online(stream.batches(rows, None, no_prior, prior_rows=of_prior), prob, stream.threshold)
+            )
         else:
-            parts.append(stream.batches(rows, stream.targets, no_prior))
+            parts.append(stream.batches(rows, stream.targets, no_prior, prior_rows=of_prior))
     return parts[0] if len(parts) == 1 else _concatenate(parts)
 
 

@@ -135,7 +135,8 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     "query": {"priors.engine"},
     # How training runs, and keys that only other rounds read.
     "crossfit-0": {
-        *("retrain.labeled_share", "retrain.num_passes", "select.fold_update", "select.fold_update_steps"),
+        *("retrain.labeled_share", "retrain.prior_swap", "retrain.num_passes"),
+        *("select.fold_update", "select.fold_update_steps"),
         "train.engine",
     },
     "crossfit": {"select.trains_policy", "train.engine"},
