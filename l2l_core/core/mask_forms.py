@@ -1,4 +1,4 @@
-"""A mask in the forms that JSON lines hold: the path of a PNG, polygons, or COCO run lengths; a list unites its parts."""
+"""A mask in the forms that JSON lines hold: the path of a PNG, polygons, COCO run lengths, or a list of its parts."""
 
 from __future__ import annotations
 
