@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pycocotools import mask as coco_mask
 from l2l_core.core.masks import decode_rle
 from l2l_core.errors import InputError
 from l2l_core.mllm.backend import Question
-from l2l_core.mllm.query import make_questions, query_key
+from l2l_core.mllm.query import make_backend, make_questions, query_all, query_key
 from l2l_core.mllm.replay import ReplayBackend, load_recorded
 
 INDEX = Index(
@@ -190,6 +191,20 @@ def test_an_empty_mask_means_that_nothing_was_found(tmp_path: Path) -> None:
     assert table["status"].tolist() == ["empty", "empty", "empty", "ok", "invalid"]
     assert table["mask"].isna().all()
     assert table["bbox"].notna().tolist() == [False, False, False, True, False]
+
+
+def test_stored_chunks_keep_the_masks(tmp_path: Path) -> None:
+    """A run that only reads chunks of an interrupted run gives the same table as the run that wrote them."""
+    index = INDEX.save(tmp_path)
+    path = recorded(tmp_path, {"sent_id": 12, "mask": CORNERS, "score": 0.5}, {"sent_id": 10, "mask": None})
+    params = prior_params(backend="replay", replay_file=str(path), engine={"chunk_size": 2})
+    (tmp_path / "chunks").mkdir()
+    questions = make_questions(index, 1)
+    first = query_all(partial(make_backend, params, index), questions, tmp_path / "chunks", params)
+    again = query_all(lambda: pytest.fail("queried again"), questions, tmp_path / "chunks", params)
+    assert first.equals(again)
+    assert [mask is not None for mask in again["mask"].to_pylist()] == [False, False, True]
+    np.testing.assert_array_equal(decode_rle(again["mask"][2].as_py(), 100, 200), MASK)
 
 
 def test_a_resumed_run_sees_that_a_mask_file_changed(tmp_path: Path) -> None:
