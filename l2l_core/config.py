@@ -145,7 +145,7 @@ class PriorsParams(Section):
     samples: Annotated[int, Field(ge=1, le=16)]
     """Responses per sentence."""
     replay_file: str | None
-    """JSON lines with recorded responses, for the `replay` backend."""
+    """JSON lines with recorded responses or masks, for the `replay` backend."""
     coord_space: Literal[
         "auto",
         "pixel",

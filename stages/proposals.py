@@ -14,7 +14,7 @@ from l2l_core.priors.proposals import make_proposals
 def main() -> None:
     """data/priors -> data/proposals: proposals.parquet, one row per sentence, and the rendering parameters."""
     params = load_params()
-    columns = ["sent_id", "sample_index", "bbox", "point", "score"]
+    columns = ["sent_id", "sample_index", "bbox", "point", "mask", "score"]
     priors = records.read_table(records.PRIORS_PATH, records.PRIORS, columns)
     refs = records.to_frame(records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "ann_id"]))
     sizes = ["image_id", "file_name", "height", "width"]

@@ -27,6 +27,7 @@ TRAIN = "train"
 EVAL_SPLITS = ("val", "test", "testA", "testB")
 ROLES = ("labeled", "unlabeled", "eval")
 PRIOR_STATUSES = ("ok", "empty", "invalid", "error")
+PRIOR_KINDS = ("mask", "box", "point", "none")  # what a prior is rendered from; a mask comes before a box
 
 _BOX = pa.list_(pa.float32(), 4)
 _POINT = pa.list_(pa.float32(), 2)
@@ -74,6 +75,7 @@ RESPONSES = pa.schema(  # one row per sentence and sample: the unparsed response
         ("model", pa.string()),
         ("prompt_sha256", pa.string()),
         ("raw_text", pa.string()),
+        ("mask", pa.binary()),  # run lengths of a response that is a mask; null: only text
         ("unread", pa.string()),  # empty or error if there is no text; else null
         ("reason", pa.string()),  # of an error
         ("attempts", pa.int16()),
@@ -101,6 +103,7 @@ PRIORS = pa.schema(
         ("relation", pa.string()),
         ("bbox", _BOX),
         ("point", _POINT),
+        ("mask", pa.binary()),  # a row with a mask also has a bbox, by default the mask's bounding box
         ("score", pa.float32()),
         ("coord_space", pa.string()),
         ("input_height", pa.int32()),

@@ -53,6 +53,17 @@ def rle_box_xyxy(counts: bytes, height: int, width: int) -> tuple[float, float, 
     return x, y, x + box_width, y + box_height
 
 
+def union_rle(counts: Sequence[bytes], height: int, width: int) -> bytes:
+    """The union of at least one mask of one size.
+
+    >>> union_rle([encode_rle(np.array([[1, 0], [0, 0]])), encode_rle(np.array([[0, 1], [0, 1]]))], 2, 2) == encode_rle(
+    ...     np.array([[1, 1], [0, 1]])
+    ... )
+    True
+    """
+    return bytes(coco_mask.merge([{"size": [height, width], "counts": one} for one in counts])["counts"])
+
+
 def intersection_union_px(
     first: Sequence[bytes], second: Sequence[bytes], sizes_hw: NDArray[np.int64]
 ) -> NDArray[np.int64]:

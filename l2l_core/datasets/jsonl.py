@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from l2l_core.artifacts import records
 from l2l_core.core.images import ImageFile, inspect_images, project_path
 from l2l_core.core.json_lines import json_object, numbered_lines
-from l2l_core.core.masks import encode_rle, rle_area_px, rle_box_xyxy, segmentation_to_rle
+from l2l_core.core.mask_forms import read_mask
+from l2l_core.core.masks import rle_area_px, rle_box_xyxy
 from l2l_core.core.progress import progress
 from l2l_core.datasets.index import (
     NO_MASK,
@@ -31,13 +29,6 @@ from l2l_core.datasets.index import (
 from l2l_core.errors import InputError, raise_all
 
 KEYS = ("image", "sentence", "mask", "split", "id")
-
-MASK_FORMS = (
-    "the path of a PNG, polygons as [[x1, y1, x2, y2, x3, y3, ...], ...], or run lengths as "
-    '{"size": [height, width], "counts": ...}'
-)
-MASK_MODES = ("1", "L", "P", "I", "I;16")
-"""Pillow's modes of one channel, where "not 0" is unambiguous; a color image would need a guess."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +47,9 @@ def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> 
     """Read and check a file of pairs.
 
     Keys of a line: `image` (path, relative to the file's folder, or to `images` if that is a folder), `sentence`, and
-    optionally `mask` (path of a PNG relative to the file's folder, nonzero is foreground; COCO polygons, bare or as
-    {"polygon": ...}; or a COCO run-length object), `split` (default train) and `id` (an integer; on every line or on
-    none). A training pair without a mask is unlabeled; a pair of an evaluation split needs a mask.
+    optionally `mask` (in any form of `read_mask`, paths relative to the file's folder; not empty), `split` (default
+    train) and `id` (an integer; on every line or on none). A training pair without a mask is unlabeled; a pair of an
+    evaluation split needs a mask.
     Ids: sent_id is `id` or the row number; pairs with the same image and mask share a ref_id. ref_ids and image_ids are
     numbered by first occurrence. Raises InputError that lists every bad line.
     """
@@ -162,42 +153,8 @@ def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
 
 
 def _mask_rle(mask: object, folder: Path, height: int, width: int) -> bytes:
-    """A mask in any form of the key `mask` -> run lengths. Raises ValueError with a description of the problem."""
-    if isinstance(mask, str):
-        counts = encode_rle(_mask_image(folder / mask, height, width))
-    else:
-        counts = segmentation_to_rle(_segmentation(mask), height, width)
+    """The mask of a labeled pair as run lengths, which holds a pixel. Raises ValueError that describes the problem."""
+    counts = read_mask(mask, folder, height, width)
     if not rle_area_px(counts, height, width):
         raise ValueError("empty, expected at least one foreground pixel")
     return counts
-
-
-def _segmentation(mask: object) -> object:
-    """COCO polygons or run lengths. Raises ValueError that names the form found instead."""
-    if isinstance(mask, dict) and {"size", "counts"} & set(mask):
-        return mask
-    if isinstance(mask, dict) and set(mask) != {"polygon"}:
-        raise ValueError(f"got an object with the keys {', '.join(map(repr, mask)) or 'none'}, expected {MASK_FORMS}")
-    polygons = mask["polygon"] if isinstance(mask, dict) else mask
-    if not isinstance(polygons, list):
-        raise ValueError(f"polygon: got {type(polygons).__name__}, expected {MASK_FORMS}")
-    is_one = bool(polygons) and not any(isinstance(part, list) for part in polygons)
-    return [polygons] if is_one else polygons
-
-
-def _mask_image(path: Path, height: int, width: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    name = project_path(path)
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            mode, size = image.mode, image.size
-            # Decoded only if it has the image's size, which is within MAX_PIXELS.
-            values = np.asarray(image) if size == (width, height) else None
-    except FileNotFoundError:
-        raise ValueError(f"{name} not found") from None
-    except Exception as error:  # decoders raise many exception types on a damaged file
-        raise ValueError(f"{name} is not a readable PNG: {error}") from None
-    if mode not in MASK_MODES:
-        raise ValueError(f"{name} has mode {mode}, expected one channel in which 0 is background")
-    if size != (width, height):
-        raise ValueError(f"{name} is {size[0]}x{size[1]} px, expected {width}x{height} like the image")
-    return np.asarray(values) != 0

@@ -171,9 +171,12 @@ def _notes(requested: PairList) -> list[str]:
 
 def _with_places(picture: overlays.Picture, responses: list[dict[str, Any]], requested: PairList) -> overlays.Picture:
     size_wh = np.array([requested.image[0].width, requested.image[0].height], dtype=np.float64)
-    boxes = [np.array(response["bbox"]) / np.tile(size_wh, 2) for response in responses if response["bbox"] is not None]
-    points = [np.array(response["point"]) / size_wh for response in responses if response["point"] is not None]
-    return overlays.with_boxes(picture, boxes, points)
+    placed = [response for response in responses if response["mask"] is None]  # a mask shows more than its box
+    boxes = [np.array(response["bbox"]) / np.tile(size_wh, 2) for response in placed if response["bbox"] is not None]
+    points = [np.array(response["point"]) / size_wh for response in placed if response["point"] is not None]
+    hw = requested.image[0].height, requested.image[0].width
+    masks = [decode_rle(response["mask"], *hw) for response in responses if response["mask"] is not None]
+    return overlays.with_outlines(overlays.with_boxes(picture, boxes, points), masks)
 
 
 def _make_app(session: DemoSession, folder: Path) -> Any:

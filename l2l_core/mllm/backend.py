@@ -23,7 +23,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class RawResponse:
-    """A raw response of the multimodal LLM, before parsing."""
+    """A raw response of the multimodal LLM, or of another system in its place, before parsing."""
 
     raw_text: str
     model: str
@@ -37,6 +37,7 @@ class RawResponse:
     prompt_tokens: int = 0  # of all attempts; 0 if the backend does not report it
     completion_tokens: int = 0
     precision: Literal["bf16", "fp32"] | None = None  # precision of the model; None: unknown
+    mask: bytes | None = None  # COCO compressed run lengths at the image's own size; not empty
 
 
 _DRAFT_TAG = re.compile(

@@ -31,7 +31,7 @@ from l2l_core.mllm.backend import PriorBackend, Question, RawResponse, clean_tex
 from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.mllm.engine import Engine, MllmBackend
 from l2l_core.mllm.prompt import prompt_sha256
-from l2l_core.mllm.replay import ReplayBackend, load_recorded
+from l2l_core.mllm.replay import ReplayBackend, load_recorded, mask_files
 from l2l_core.mllm.simulated import SimulatedBackend, make_truth, preset_coord_space
 
 FEWEST_FAILED = 8
@@ -121,9 +121,11 @@ def query_key(params: PriorsParams, index: records.IndexPaths) -> str:
         with path.open("rb") as file:  # read in blocks
             digest.update(hashlib.file_digest(file, "sha256").digest())
     model = Path(str(params.model))
-    if params.backend in LIVE_BACKENDS and model.is_dir():
-        for path in sorted(model.iterdir()):  # gigabytes: file times show whether it changed
-            digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    large = sorted(model.iterdir()) if params.backend in LIVE_BACKENDS and model.is_dir() else []
+    if params.backend == "replay" and Path(str(params.replay_file)).is_file():
+        large += mask_files(str(params.replay_file))
+    for path in large:  # gigabytes: file times show whether it changed
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -342,6 +344,7 @@ def _to_table(backend: str, questions: Sequence[Question], responses: Sequence[R
         "model": [clean_text(response.model) for response in responses],
         "prompt_sha256": [response.prompt_sha256 for response in responses],
         "raw_text": [clean_text(response.raw_text) for response in responses],
+        "mask": [response.mask for response in responses],
         "unread": [response.unread for response in responses],
         "reason": [response.reason for response in responses],
         "attempts": [response.attempts for response in responses],

@@ -1,17 +1,23 @@
-"""Recorded responses of a multimodal LLM, read from JSON lines; docs/priors.md describes the format."""
+"""Recorded responses of any system: texts, boxes or masks, read from JSON lines; docs/priors.md has the format."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
 from l2l_core.core.json_lines import json_object, numbered_lines
+from l2l_core.core.mask_forms import MASK_FORMS, mask_paths, read_mask
+from l2l_core.core.masks import rle_area_px
+from l2l_core.core.progress import progress
 from l2l_core.errors import ConfigError, InputError, raise_all
 from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space
@@ -51,7 +57,8 @@ def load_recorded(
     """Read recorded responses and match each to its sentence.
 
     refs: sent_id, ref_id, image_id, sentence. images: image_id, height, width. coord_space: as configured; applies to
-    lines that do not name their own. Lines about sentences and refs outside the dataset are skipped.
+    lines that do not name their own. Mask files are relative to the file's folder. Lines about sentences and refs
+    outside the dataset are skipped.
     Raises InputError that lists every bad line, or if no line belongs to the dataset.
     """
     path = Path(path)
@@ -65,7 +72,7 @@ def load_recorded(
         raise InputError(
             f"{path}: cannot be read: {error.strerror}; set priors.replay_file to a JSON-lines file"
         ) from None
-    for number, line in lines:
+    for number, line in progress(lines, "recorded responses", "line"):
         try:
             row = json_object(line)
             sent_id = _find_sentence(row, sentences)
@@ -76,7 +83,7 @@ def load_recorded(
                 raise ValueError(
                     f"a second response for sent_id {sent_id}, the first is in line {line_of[key]}; keep one"
                 )
-            responses[key] = _to_response(row, sentences.image[sent_id], coord_space)
+            responses[key] = _to_response(row, sentences.image[sent_id], coord_space, path.parent)
             line_of[key] = number
         except (ValueError, ConfigError) as error:
             problems.append(f"{path}: line {number}: {error}")
@@ -84,6 +91,15 @@ def load_recorded(
     if not responses:
         raise InputError(f"{path}: no response belongs to a sentence of the dataset; check sent_id and ref_id")
     return responses
+
+
+def mask_files(path: str | Path) -> list[Path]:
+    """The existing mask files that a file of recorded responses names; lines that cannot be read are skipped."""
+    found: list[Path] = []
+    for _, line in numbered_lines(Path(path)):
+        with suppress(ValueError):
+            found += mask_paths(json_object(line).get("mask"), Path(path).parent)
+    return [file for file in dict.fromkeys(found) if os.path.isfile(file)]  # Path.is_file raises for impossible names
 
 
 def _index_sentences(refs: pd.DataFrame, images: pd.DataFrame) -> _Sentences:
@@ -136,7 +152,7 @@ def _expression(row: dict[str, object]) -> str:
     return expression
 
 
-def _to_response(row: dict[str, object], image: tuple[int, int, int], configured: str) -> RawResponse:
+def _to_response(row: dict[str, object], image: tuple[int, int, int], configured: str, folder: Path) -> RawResponse:
     _, height, width = image
     model = row.get("model", "")
     if not isinstance(model, str):
@@ -146,16 +162,28 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
             raise ValueError(
                 f"{key}: got {row[key]}, but the image of the dataset has {own}; the picture is another one"
             )
+    mask = _mask(row.get("mask"), folder, height, width)
+    found: dict[str, object] = {} if mask is None else {"found": True}
+    unread: Literal["empty"] | None = None
     if "raw_text" in row:
         raw_text = row["raw_text"]
         if not isinstance(raw_text, str):
             raise ValueError(f"raw_text: got {raw_text!r}, expected a string")
+        if "score" in row:
+            raise ValueError("score: got one beside raw_text; give it in raw_text, under the key confidence")
         default = configured
     elif "pred_box_xyxy" in row:
-        raw_text = _box_text(row["pred_box_xyxy"])
+        raw_text = _written(_box(row["pred_box_xyxy"]) or found, _score(row))
         default = "pixel" if configured == "auto" else configured
+    elif "mask" in row:
+        raw_text = _written(found, _score(row))
+        unread = "empty" if mask is None else None
+        default = "pixel"
     else:
-        raise ValueError("raw_text: missing; give raw_text, or pred_box_xyxy (null where the model gave no box)")
+        raise ValueError(
+            "raw_text: missing; give raw_text, pred_box_xyxy (null where the model gave no box), or mask (null where "
+            "it found nothing)"
+        )
     said = row.get("coord_space", default)
     if said not in (*COORD_SPACES, "auto"):
         raise ValueError(f"coord_space: got {said!r}, expected one of {'|'.join(COORD_SPACES)}")
@@ -170,16 +198,44 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
             "input_height, input_width: missing; resized_pixel needs the size of the image as the model saw it"
         )
     input_hw = (_integer(row, "input_height", 1, default=height), _integer(row, "input_width", 1, default=width))
-    return RawResponse(raw_text, model=model, coord_space=space, input_hw=input_hw)
+    return RawResponse(raw_text, model=model, coord_space=space, input_hw=input_hw, unread=unread, mask=mask)
 
 
-def _box_text(box: object) -> str:
-    """A recorded box as a response; a missing box becomes an unparsable response, as in the original recordings."""
+def _mask(mask: object, folder: Path, height: int, width: int) -> bytes | None:
+    """The mask of a line as run lengths; None without a mask, and for one without a pixel: nothing was found."""
+    if mask is None:
+        return None
+    if not isinstance(mask, str | list | dict):
+        raise ValueError(f"mask: got {_shown(mask)}, expected {MASK_FORMS}")
+    try:
+        counts = read_mask(mask, folder, height, width)
+    except ValueError as error:
+        raise ValueError(f"mask: {error}") from None
+    return counts if rle_area_px(counts, height, width) else None
+
+
+def _written(place: dict[str, object], score: dict[str, object]) -> str:
+    """A recorded place and its score as the text of a response; without a place, a text that cannot be parsed."""
+    return json.dumps(place | score) if place else ""
+
+
+def _box(box: object) -> dict[str, object]:
+    """A recorded box; a missing box becomes an unparsable response, as in the original recordings."""
     if box is None:
-        return ""
+        return {}
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
         raise ValueError(f"pred_box_xyxy: got {_shown(box)}, expected four finite numbers or null")
-    return json.dumps({"bbox": box})
+    return {"bbox": box}
+
+
+def _score(row: dict[str, object]) -> dict[str, object]:
+    """The confidence of a line, if it has one."""
+    score = row.get("score")
+    if score is None:
+        return {}
+    if not isinstance(score, int | float) or isinstance(score, bool) or not 0 <= score <= 1:
+        raise ValueError(f"score: got {_shown(score)}, expected a number from 0 to 1")
+    return {"confidence": score}
 
 
 def _is_number(value: object) -> bool:

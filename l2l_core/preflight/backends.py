@@ -17,10 +17,11 @@ from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.coords import resolve_coord_space
 from l2l_core.mllm.engine_openai import KEY_VARIABLE
 from l2l_core.mllm.interpreter import has_package
-from l2l_core.mllm.query import make_backend
-from l2l_core.mllm.replay import load_recorded
+from l2l_core.mllm.query import make_backend, make_questions, query_table
+from l2l_core.mllm.replay import ReplayBackend, load_recorded
 from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.preflight.inputs import Data
+from l2l_core.priors.table import interpret, kinds_of_sentences
 
 SERVER_TIMEOUT_S = 5.0
 """A running server lists its models at once."""
@@ -75,10 +76,19 @@ def describe_priors(params: Params, data: Data | None) -> str:
                 return f"simulated: {priors.preset}'s errors on the true boxes"
             if data.is_sample:
                 return f"replay: {priors.replay_file} is not looked at before the dataset is drawn"
-            refs, images = (records.to_frame(table) for table in (data.index.refs, data.index.images))
-            responses = load_recorded(str(priors.replay_file), refs, images, priors.coord_space)
-            known = len({sent_id for sent_id, _ in responses})
-            return f"replay: {priors.replay_file} has responses for {known} of {len(refs)} sentences"
+            return f"replay: {priors.replay_file} has {_describe_recorded(priors, data)}"
+
+
+def _describe_recorded(priors: PriorsParams, data: Data) -> str:
+    """How many sentences have recorded responses, and of which kind they are, as the stages read them."""
+    refs, images = (records.to_frame(table) for table in (data.index.refs, data.index.images))
+    responses = load_recorded(str(priors.replay_file), refs, images, priors.coord_space)
+    read = interpret(query_table(ReplayBackend(responses), make_questions(data.paths, priors.samples)))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in kinds_of_sentences(read).items())
+    known = len({sent_id for sent_id, _ in responses})
+    unused = sum(sample_index >= priors.samples for _, sample_index in responses)
+    note = f"; {unused} with a sample_index from {priors.samples} on are not read (priors.samples)" if unused else ""
+    return f"responses for {known} of {len(refs)} sentences: {kinds}{note}"
 
 
 def _query_server(priors: PriorsParams) -> str:

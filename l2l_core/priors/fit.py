@@ -54,7 +54,8 @@ def fit_proposals(
     """Choose `ring` and then `core`, if they are `fit` in `params`, by mean IoU with the labeled masks.
 
     priors, refs, images: as in `make_proposals`. truth: sent_id -> true mask of each labeled sentence, as run lengths.
-    Only the first response to a sentence counts. If no cut beats the boxes themselves, the renderer becomes `box`.
+    Only the first response to a sentence counts, and only if it is a box. If no cut beats the boxes themselves, the
+    renderer becomes `box`.
     Raises InputError if an image cannot be read.
     """
     settled = unfitted(params)
@@ -62,7 +63,7 @@ def fit_proposals(
         return Fit(settled, 0, 0.0, 0.0)
     samples = to_samples(priors, refs, images)
     is_labeled = np.isin(samples.sent_id, np.fromiter(truth, np.int64, len(truth)))
-    rows = (samples.has_box[:, 0] & is_labeled).nonzero()[0]
+    rows = (samples.has_box[:, 0] & ~samples.has_mask[:, 0] & is_labeled).nonzero()[0]  # a mask is used as it is
     if len(rows) < FEWEST:
         return Fit(settled, 0, 0.0, 0.0)
     compared = samples.take(rows[evenly_picked(len(rows), MOST)])

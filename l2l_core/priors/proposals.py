@@ -20,6 +20,8 @@ from l2l_core.core import grabcut
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.core.boxes import iou_xyxy
 from l2l_core.core.images import read_image
+from l2l_core.core.masks import BoolMask, decode_rle, intersection_union_px
+from l2l_core.core.metrics import iou_from_px
 from l2l_core.core.progress import progress
 from l2l_core.core.threads import thread_count
 from l2l_core.errors import ArtifactError, InputError
@@ -49,6 +51,8 @@ class PriorSamples:
     has_box: NDArray[np.bool_]  # [N, K]
     point_xy: DoubleArray  # [N, K, 2]
     has_point: NDArray[np.bool_]  # [N, K] a point and no box
+    mask: NDArray[np.object_]  # [N, K] run lengths at the image's size, or None
+    has_mask: NDArray[np.bool_]  # [N, K] a mask and its box
     confidence: DoubleArray  # [N, K] in [0, 1], reported by the model; 1 if missing
 
     def take(self, rows: NDArray[np.int64]) -> PriorSamples:
@@ -98,6 +102,18 @@ def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsPara
     return _to_prob(np.exp2(-distance2), params)
 
 
+def render_mask(mask: BoolMask, params: ProposalsParams) -> Map:
+    """A mask [H, W] -> map [S, S] of the share of each cell's area that the mask covers.
+
+    The value is inside_prob in a covered cell, 1 - inside_prob in a free one, and in between at the mask's border.
+    """
+    for axis in (0, 1):  # OpenCV's area shares are exact only if no side grows
+        mask = mask.repeat(-(-params.size_px // mask.shape[axis]), axis)
+    size_wh = (params.size_px, params.size_px)
+    share = np.asarray(cv2.resize(mask.astype(np.float32), size_wh, interpolation=cv2.INTER_AREA), np.float32)
+    return _to_prob(share, params)
+
+
 def shrink(image_bgr: Image) -> Image:
     """Resize an image [H, W, 3] for GrabCut: its longer side becomes at most GRABCUT_SIDE_PX pixels."""
     height, width = image_bgr.shape[:2]
@@ -110,9 +126,8 @@ def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, image_hw: tuple[int, i
     """Segment the object in a box [4] of an image with GrabCut -> map [S, S].
 
     image_bgr: as `shrink` returns it (BGR, as OpenCV reads it). box_xyxy: in pixels of the image of size image_hw.
-    A cell's value is inside_prob inside GrabCut's mask, 1 - inside_prob outside, and in between at the mask's border.
-    If GrabCut finds almost nothing, the result is the box's map. Raises ValueError if ring or core of `params` are not
-    fitted yet.
+    The map is that of GrabCut's mask. If GrabCut finds almost nothing, the result is the box's map. Raises ValueError
+    if ring or core of `params` are not fitted yet.
     """
     if params.ring == "fit" or params.core == "fit":
         raise ValueError("proposals.ring and proposals.core must be numbers here; see l2l_core/priors/fit.py")
@@ -122,22 +137,25 @@ def render_grabcut(image_bgr: Image, box_xyxy: ArrayLike, image_hw: tuple[int, i
     cut = grabcut.grabcut(image_bgr, grabcut.box_trimap(small_height, small_width, scaled, params.ring, params.core))
     if cut is None:
         return render_box(box, image_hw, params)
-    share = np.asarray(
-        cv2.resize(cut.astype(np.float32), (params.size_px, params.size_px), interpolation=cv2.INTER_AREA), np.float32
-    )
-    return _to_prob(share, params)
+    return render_mask(cut, params)
 
 
 def prior_score(samples: PriorSamples) -> DoubleArray:
     """[N] reliability of a proposal, in (0, 1]; 0 for a sentence without any response that gives a place.
 
     Share of the responses that give a place x their agreement x their mean confidence. Agreement is the expected IoU of
-    two of them drawn with replacement: 1 for one response or equal ones, 1 / m for m disjoint ones.
+    two of them drawn with replacement: 1 for one response or equal ones, 1 / m for m disjoint ones. It is the IoU of
+    masks where both are masks, else of boxes.
     """
     located = samples.has_box | samples.has_point
     boxes = np.where(samples.has_box[..., None], samples.box_xyxy, _point_box(samples.point_xy, samples.image_hw))
     both = located[:, :, None] & located[:, None, :]
     iou = iou_xyxy(boxes[:, :, None], boxes[:, None, :])
+    row, first, second = np.nonzero(np.triu(samples.has_mask[:, :, None] & samples.has_mask[:, None, :], 1))
+    pixels = intersection_union_px(
+        samples.mask[row, first].tolist(), samples.mask[row, second].tolist(), samples.image_hw[row]
+    )
+    iou[row, first, second] = iou[row, second, first] = iou_from_px(*pixels.T)
     agreement = (iou * both).sum(axis=(1, 2)) / np.maximum(both.sum(axis=(1, 2)), 1)
     count = located.sum(axis=1)
     confidence = (np.maximum(samples.confidence, MIN_CONFIDENCE) * located).sum(axis=1) / np.maximum(count, 1)
@@ -148,7 +166,8 @@ def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, p
     """Tables records.PRIORS -> records.PROPOSALS, one row per sentence, sorted by sent_id.
 
     refs: sent_id, image_id. images: image_id, file_name, height, width. A sentence's map is the average over its
-    responses; a response without a place counts as a flat map at flat_prob. Only GrabCut reads the images.
+    responses; a response without a place counts as a flat map at flat_prob. A mask is used as it is, whatever the
+    renderer. Only GrabCut reads the images.
     """
     samples = to_samples(priors, refs, images)
     files = images["file_name"].tolist()
@@ -167,7 +186,10 @@ def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[s
     maps = np.full((*samples.has_box.shape, params.size_px, params.size_px), params.flat_prob, dtype=np.float32)
     row, response = np.nonzero(samples.has_point)
     maps[row, response] = render_point(samples.point_xy[row, response], samples.image_hw[row], params)
-    row, response = np.nonzero(samples.has_box)
+    for place in zip(*np.nonzero(samples.has_mask), strict=True):
+        height, width = samples.image_hw[place[0]].tolist()
+        maps[place] = render_mask(decode_rle(samples.mask[place], height, width), params)
+    row, response = np.nonzero(samples.has_box & ~samples.has_mask)
     match params.renderer:
         case "box":
             maps[row, response] = render_box(samples.box_xyxy[row, response], samples.image_hw[row], params)
@@ -231,6 +253,7 @@ def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> Pr
     image_row = pd.Index(images["image_id"]).get_indexer(image_id)
     box_xyxy, has_box = _fixed_lists(priors["bbox"], 4)
     point_xy, has_point = _fixed_lists(priors["point"], 2)
+    mask = np.array(priors["mask"].to_pylist(), dtype=np.object_)
     return PriorSamples(
         sent_id=sent_id,
         image_row=image_row,
@@ -239,6 +262,8 @@ def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> Pr
         has_box=has_box.reshape(shape),
         point_xy=point_xy.reshape(*shape, 2),
         has_point=(has_point & ~has_box).reshape(shape),
+        mask=mask.reshape(shape),
+        has_mask=priors["mask"].is_valid().to_numpy().reshape(shape),
         confidence=priors["score"].fill_null(1.0).to_numpy().astype(np.float64).reshape(shape),
     )
 

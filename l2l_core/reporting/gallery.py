@@ -228,19 +228,23 @@ class _Cases:
         where = self._where.loc[sent_id]
         image = overlays.fit(self._read_image(where["file_name"]), PANEL_PX)
         responses = self._priors[self._priors["sent_id"] == sent_id]
-        size = np.array([where["width"], where["height"]], np.float64)
-        boxes = [np.asarray(box, np.float64) / np.tile(size, 2) for box in responses["bbox"] if box is not None]
-        points = [np.asarray(point, np.float64) / size for point in responses["point"] if point is not None]
+        height, width = int(where["height"]), int(where["width"])
+        size = np.array([width, height], np.float64)
+        masks = [decode_rle(mask, height, width) for mask in responses["mask"] if mask is not None]
+        placed = responses[responses["mask"].isna()]  # a mask shows more than its box
+        boxes = [np.asarray(box, np.float64) / np.tile(size, 2) for box in placed["bbox"] if box is not None]
+        points = [np.asarray(point, np.float64) / size for point in placed["point"] if point is not None]
+        prior = overlays.with_outlines(overlays.with_boxes(image, boxes, points), masks)
         named = next((f": “{target}”" for target in responses["target"] if target), "")
         proposal = self._proposals.loc[sent_id]
         soft = np.frombuffer(proposal["soft"], np.uint8).reshape(proposal["height"], proposal["width"])
         panels = [
             ("image", image),
-            (f"prior{named}" if boxes or points else "prior: no response", overlays.with_boxes(image, boxes, points)),
+            (f"prior{named}" if masks or boxes or points else "prior: no response", prior),
             ("proposal", overlays.with_soft_map(image, soft)),
         ]
         truth = self._truth.get(where["ann_id"])
-        known = None if truth is None else decode_rle(truth, int(where["height"]), int(where["width"]))
+        known = None if truth is None else decode_rle(truth, height, width)
         return image, panels, known
 
     def _case(self, sent_id: int, facts: list[str], panels: Sequence[Titled]) -> Case:

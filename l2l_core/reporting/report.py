@@ -247,7 +247,7 @@ def _legend() -> list[tuple[str, str]]:
     ramp = mpl.colormaps[overlays.SOFT_MAP](np.linspace(0, 1, 5))
     stops = ", ".join(mpl.colors.to_hex(colour) for colour in ramp)
     plain = {
-        overlays.BOX: "prior: box or point",
+        overlays.BOX: "prior: mask, box or point",
         overlays.MASK: "mask",
         overlays.RIGHT: "right (TP)",
         overlays.WRONG: "wrong (FP)",

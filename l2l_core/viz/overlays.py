@@ -57,6 +57,16 @@ def with_boxes(
     return picture
 
 
+def with_outlines(image: Picture, masks: Iterable[BoolMask]) -> Picture:
+    """Outline masks [H, W] of any size over the whole image, in the color of a prior, on a copy."""
+    picture = image.copy()
+    for mask in masks:
+        contours, _ = cv2.findContours(_like(mask, image).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(picture, contours, -1, (0, 0, 0), 4)  # a dark rim, as around boxes
+        cv2.drawContours(picture, contours, -1, BOX, 2)
+    return picture
+
+
 def with_soft_map(image: Picture, soft: NDArray[np.uint8]) -> Picture:
     """A soft map [h, w] (0..255 is 0..1, over the whole image) as a heat map over the gray image."""
     height, width = image.shape[:2]

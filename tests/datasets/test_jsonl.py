@@ -30,7 +30,10 @@ def folder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.jpg", "c.png"):
         Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(tmp_path / "photos" / name)
-    Image.fromarray(TRUTH.astype(np.uint8) * 255).save(tmp_path / "masks" / "a.png")
+    columns = np.arange(WIDTH)
+    parts = {"a": TRUTH, "left": TRUTH & (columns < 11), "right": TRUTH & (columns >= 11), "nothing": TRUTH & False}
+    for name, part in parts.items():
+        Image.fromarray(part.astype(np.uint8) * 255).save(tmp_path / "masks" / f"{name}.png")
     return tmp_path
 
 
@@ -75,6 +78,9 @@ MASKS = {
     "bare polygon": POLYGON,
     "overlapping polygons": [POLYGON, [8, 5, 12, 5, 12, 8, 8, 8]],
     "two halves": [[6, 4, 11, 4, 11, 9, 6, 9], [11, 4, 16, 4, 16, 9, 11, 9]],
+    "parts in two images": ["masks/left.png", "masks/right.png"],
+    "parts of three forms": ["masks/left.png", {"polygon": [11, 4, 16, 4, 16, 9, 11, 9]}, [8, 5, 12, 5, 12, 8, 8, 8]],
+    "runs and an empty part": [{"size": [HEIGHT, WIDTH], "counts": RUNS}, "masks/nothing.png"],
     "runs": {"size": [HEIGHT, WIDTH], "counts": RUNS},
     "compressed runs": {
         "size": [HEIGHT, WIDTH],
@@ -158,7 +164,12 @@ BAD_LINES = {
     "truncated mask": (B | {"mask": "masks/cut.png"}, r"line 2: mask: .*cut\.png is not a readable PNG"),
     "jpeg mask": (B | {"mask": "photos/b.jpg"}, r"line 2: mask: .*b\.jpg is not a readable PNG"),
     "bad polygon": (B | {"mask": [1, 2, 3]}, r"line 2: mask: segmentation: each polygon needs"),
-    "polygon outside": (B | {"mask": [-5, -5, -2, -5, -2, -2]}, r"line 2: mask: empty"),
+    "polygon outside": (B | {"mask": [-5, -5, -2, -5, -2, -2]}, r"line 2: mask: empty: the polygons enclose no pixel"),
+    "empty part": (B | {"mask": ["masks/nothing.png"]}, r"line 2: mask: empty, expected at least one foreground pixel"),
+    "part of no type": (
+        B | {"mask": ["masks/a.png", 5]},
+        r"line 2: mask: polygon: got int, expected the path of a PNG",
+    ),
     "wrong runs": (B | {"mask": {"size": [HEIGHT, WIDTH], "counts": [1, 2]}}, r"line 2: mask: segmentation\.counts"),
     "other object": (
         B | {"mask": {"box": [1, 2]}},

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from synthetic_run import write_run
 from test_predict_files import PARAMS, lively_network
 
 from l2l_core.artifacts import records
-from l2l_core.core.masks import decode_rle
+from l2l_core.core.masks import decode_rle, encode_rle
 from l2l_core.errors import L2LError
 from l2l_core.inference import predict_files, serve
 from l2l_core.mllm.backend import RawResponse
+from l2l_core.mllm.query import query_table
 from l2l_core.model.predictor import Predictor
 from l2l_core.viz.overlays import BOX
 
@@ -93,6 +95,53 @@ def test_shows_a_dataset_pair_with_its_recorded_prior(session: serve.DemoSession
     edges = np.argwhere((seen.prior == BOX).all(axis=2))
     np.testing.assert_allclose([*edges.min(axis=0)[::-1], *edges.max(axis=0)[::-1]], [x1, y1, x2, y2], atol=3)
     np.testing.assert_array_equal(seen.mask, expected_mask(KNOWN, sentence, with_priors=True))
+
+
+def left_half(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), dtype=bool)
+    mask[:, : width // 2] = True
+    return mask
+
+
+def edges_of(picture: np.ndarray) -> list[int]:
+    """Left, top, right and bottom of what is drawn in the color of a prior."""
+    rows, columns = np.nonzero((picture == BOX).all(axis=2))
+    return [columns.min(), rows.min(), columns.max(), rows.max()]
+
+
+def test_shows_a_recorded_mask_in_place_of_its_box(
+    session: serve.DemoSession, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = records.read_table(records.PRIORS_PATH, records.PRIORS).to_pylist()
+    rows[0]["mask"] = encode_rle(left_half(48, 64))
+    records.write_table(records.make_table(rows, records.PRIORS), tmp_path / "priors.parquet", records.PRIORS)
+    monkeypatch.setattr(records, "PRIORS_PATH", tmp_path / "priors.parquet")
+    seen = session.look(Path(KNOWN), sentence)
+    assert seen.prior is not None
+    np.testing.assert_allclose(edges_of(seen.prior), [0, 0, 320, 479], atol=3)  # shown as 640 x 480
+
+
+def test_renders_the_mask_of_a_live_backend(session: serve.DemoSession) -> None:
+    """The proposal is the left half of the image, with the probabilities that the model was trained with."""
+
+    class Segmenting:
+        name = "segmenting"
+
+        def query(self, questions):  # type: ignore[no-untyped-def]
+            return [RawResponse("", "m", "pixel", (50, 80), mask=encode_rle(left_half(50, 80))) for _ in questions]
+
+    requested = predict_files.pairs_of_paths([Path("own.png")], "the dot")
+    found = predict_files.live_priors(requested, PARAMS, partial(query_table, Segmenting()))
+    predicted = predict_files.answer(session.predictor, requested, found)
+    assert predicted.pairs.has_box.all()
+    assert predicted.pairs.box.tolist() == [[0, 0, 0.5, 1]]
+    assert predicted.with_prior.all()
+    size, inside = PARAMS.proposals.size_px, PARAMS.proposals.inside_prob
+    halves = np.repeat([[inside, 1 - inside]], size // 2, axis=1).repeat(size, axis=0)
+    np.testing.assert_allclose(predicted.pairs.proposal[0] / 255, halves, atol=1 / 255)
+    seen = serve.DemoSession(session.predictor, PARAMS, Segmenting(), 1).look(Path("own.png"), "the dot")
+    assert seen.prior is not None
+    np.testing.assert_allclose(edges_of(seen.prior), [0, 0, 320, 399], atol=3)  # shown as 640 x 400
 
 
 def test_shows_another_pair_without_prior_and_explains_why(session: serve.DemoSession) -> None:

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from prior_tables import Index, collect_priors, image_row, ref_row, refcoco_testa
+from PIL import Image
+from prior_tables import Index, collect_priors, image_row, prior_params, ref_row, refcoco_testa
 from pycocotools import mask as coco_mask
 
+from l2l_core.core.masks import decode_rle
 from l2l_core.errors import InputError
 from l2l_core.mllm.backend import Question
-from l2l_core.mllm.query import make_questions
+from l2l_core.mllm.query import make_backend, make_questions, query_all, query_key
 from l2l_core.mllm.replay import ReplayBackend, load_recorded
 
 INDEX = Index(
@@ -107,6 +111,115 @@ def test_each_recorded_sample_is_replayed_separately(tmp_path: Path) -> None:
     assert table.loc[(10, 1), "bbox"].tolist() == [0, 0, 320, 240]
 
 
+MASK = np.zeros((100, 200), dtype=bool)
+MASK[20:60, 30:90] = True
+CORNERS = [30, 20, 90, 20, 90, 60, 30, 60]
+RUNS = [30 * 100 + 20, *([40, 60] * 59), 40, 40 + 110 * 100]
+"""MASK in column-major order: 30 empty columns, 60 columns of 40 pixels, 110 empty columns."""
+MASK_FORMS = {
+    "png": "masks/dog.png",
+    "polygon": CORNERS,
+    "polygons": {"polygon": [[30, 20, 50, 20, 50, 60, 30, 60], [50, 20, 90, 20, 90, 60, 50, 60]]},
+    "runs": {"size": [100, 200], "counts": RUNS},
+    "compressed runs": {
+        "size": [100, 200],
+        "counts": coco_mask.encode(np.asfortranarray(MASK.astype(np.uint8)))["counts"].decode(),
+    },
+    "parts": ["masks/dog.png", {"polygon": CORNERS}],
+}
+
+
+def draw(folder: Path, name: str, mask: np.ndarray) -> None:
+    (folder / "masks").mkdir(exist_ok=True)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{name}.png")
+
+
+@pytest.mark.parametrize("form", MASK_FORMS)
+def test_a_mask_in_every_form_is_a_prior_with_its_bounding_box(tmp_path: Path, form: str) -> None:
+    """Paths are relative to the file, not to the current folder."""
+    draw(tmp_path, "dog", MASK)
+    table = priors(load(recorded(tmp_path, {"sent_id": 12, "mask": MASK_FORMS[form]})), tmp_path)
+    assert table["status"].tolist() == ["empty", "empty", "ok"]
+    row = table.loc[(12, 0)]
+    np.testing.assert_array_equal(decode_rle(row["mask"], 100, 200), MASK)
+    assert row["bbox"].tolist() == [30, 20, 90, 60]
+    assert np.isnan(row["score"])
+    assert table["mask"].isna().tolist() == [True, True, False]
+
+
+def test_a_line_may_hold_a_mask_with_a_box_words_and_a_score(tmp_path: Path) -> None:
+    """The mask stays beside the box of the text; only without one does the box come from the mask."""
+    said = {"found": True, "target": "red cup", "confidence": 0.5}
+    path = recorded(
+        tmp_path,
+        {"sent_id": 12, "mask": CORNERS, "score": 0.75},
+        {"sent_id": 12, "sample_index": 1, "mask": CORNERS, "pred_box_xyxy": [1, 2, 30, 40], "score": 1},
+        {"sent_id": 12, "sample_index": 2, "mask": CORNERS, "pred_box_xyxy": None, "score": 0.25},
+        {"sent_id": 12, "sample_index": 3, "mask": CORNERS, "raw_text": json.dumps(said), "coord_space": "unit"},
+        {
+            "sent_id": 12,
+            "sample_index": 4,
+            "mask": CORNERS,
+            "raw_text": json.dumps({**said, "bbox": [0.5, 0.5, 1, 1]}),
+            "coord_space": "unit",
+        },
+        {"sent_id": 12, "sample_index": 5, "mask": CORNERS, "raw_text": "Sure, [SEG].", "coord_space": "pixel"},
+    )
+    table = priors(load(path), tmp_path, samples=6).loc[12]
+    assert table["status"].tolist() == ["ok"] * 6
+    assert table["mask"].notna().all()
+    whole = [30, 20, 90, 60]
+    assert table["bbox"].map(list).tolist() == [whole, [1, 2, 30, 40], whole, whole, [100, 50, 200, 100], whole]
+    assert table["score"].fillna(-1).tolist() == [0.75, 1, 0.25, 0.5, 0.5, -1]
+    assert table["target"].tolist() == ["", "", "", "red cup", "red cup", ""]
+
+
+def test_an_empty_mask_means_that_nothing_was_found(tmp_path: Path) -> None:
+    """Segmentation models write an empty mask for it. A box or a text beside it counts as without a mask."""
+    draw(tmp_path, "nothing", np.zeros((100, 200), dtype=bool))
+    empty = {"sent_id": 12, "mask": "masks/nothing.png"}
+    runs = {"size": [100, 200], "counts": [20000]}
+    path = recorded(
+        tmp_path,
+        {**empty, "score": 0.9},
+        {"sent_id": 12, "sample_index": 1, "mask": None},
+        {"sent_id": 12, "sample_index": 2, "mask": runs},
+        {**empty, "sample_index": 3, "pred_box_xyxy": [1, 2, 30, 40]},
+        {**empty, "sample_index": 4, "raw_text": "no idea", "coord_space": "pixel"},
+    )
+    table = priors(load(path), tmp_path, samples=5).loc[12]
+    assert table["status"].tolist() == ["empty", "empty", "empty", "ok", "invalid"]
+    assert table["mask"].isna().all()
+    assert table["bbox"].notna().tolist() == [False, False, False, True, False]
+
+
+def test_stored_chunks_keep_the_masks(tmp_path: Path) -> None:
+    """A run that only reads chunks of an interrupted run gives the same table as the run that wrote them."""
+    index = INDEX.save(tmp_path)
+    path = recorded(tmp_path, {"sent_id": 12, "mask": CORNERS, "score": 0.5}, {"sent_id": 10, "mask": None})
+    params = prior_params(backend="replay", replay_file=str(path), engine={"chunk_size": 2})
+    (tmp_path / "chunks").mkdir()
+    questions = make_questions(index, 1)
+    first = query_all(partial(make_backend, params, index), questions, tmp_path / "chunks", params)
+    again = query_all(lambda: pytest.fail("queried again"), questions, tmp_path / "chunks", params)
+    assert first.equals(again)
+    assert [mask is not None for mask in again["mask"].to_pylist()] == [False, False, True]
+    np.testing.assert_array_equal(decode_rle(again["mask"][2].as_py(), 100, 200), MASK)
+
+
+def test_a_resumed_run_sees_that_a_mask_file_changed(tmp_path: Path) -> None:
+    """Stored chunks belong to the masks that were read; lines that cannot be read change nothing."""
+    draw(tmp_path, "dog", MASK)
+    index = INDEX.save(tmp_path)
+    path = recorded(tmp_path, "{", {"sent_id": 12, "mask": ["masks/dog.png", "masks/missing.png", "x" * 5000]})
+    params = prior_params(backend="replay", replay_file=str(path))
+    key = query_key(params, index)
+    assert query_key(params, index) == key
+    draw(tmp_path, "dog", ~MASK)
+    os.utime(tmp_path / "masks" / "dog.png", ns=(1, 1))
+    assert query_key(params, index) != key
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_reads_the_same_encodings_as_pair_files(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "recorded.jsonl"
@@ -143,10 +256,28 @@ BAD_LINES: list[tuple[object, str]] = [
         "image_id: got 2, but ref 100 of the dataset is in image 1",
     ),
     ({"ref_id": 100, "width": 320, "pred_box_xyxy": None}, "width: got 320, but the image of the dataset has 640"),
+    ({"sent_id": 12, "mask": 5}, "mask: got 5, expected the path of a PNG, polygons as [[x1, y1, "),
+    ({"sent_id": 12, "mask": "masks/missing.png"}, "masks/missing.png not found"),
+    ({"sent_id": 12, "mask": "masks/wide.png"}, "masks/wide.png is 201x100 px, expected 200x100 like the image"),
+    (
+        {"sent_id": 12, "mask": {"size": [200, 100], "counts": [20000]}},
+        "mask: segmentation.size: got [200, 100], expected [100, 200] (the image's height, width)",
+    ),
+    (
+        {"sent_id": 12, "mask": [0.1, 0.1, 0.9, 0.1, 0.9, 0.4]},
+        "mask: empty: the polygons enclose no pixel of the image",
+    ),
+    ({"sent_id": 12, "mask": CORNERS, "score": 1.02}, "score: got 1.02, expected a number from 0 to 1"),
+    ({"sent_id": 12, "mask": CORNERS, "score": True}, "score: got True, expected a number from 0 to 1"),
+    (
+        {"sent_id": 12, "mask": CORNERS, "raw_text": "x", "score": 0.5, "coord_space": "pixel"},
+        "score: got one beside raw_text; give it in raw_text, under the key confidence",
+    ),
 ]
 
 
 def test_all_bad_lines_are_reported_at_once(tmp_path: Path) -> None:
+    draw(tmp_path, "wide", np.ones((100, 201), dtype=bool))
     path = recorded(tmp_path, *(line for line, _ in BAD_LINES))
     with pytest.raises(InputError) as caught:
         load(path)

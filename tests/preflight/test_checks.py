@@ -100,6 +100,22 @@ def test_prints_the_plan_with_time_estimates(project, monkeypatch, capsys):
     assert "warning" not in rows
 
 
+def test_counts_sentences_by_the_kind_of_their_recorded_priors(project, monkeypatch, capsys):
+    """Sentence 0 has a mask beside its box, and 1 a mask as its second response only."""
+    lines = [json.loads(line) for line in Path("responses.jsonl").read_text().splitlines()]
+    mask = {"polygon": [10, 10, 50, 10, 50, 50]}
+    lines[0] |= {"mask": mask}
+    lines.append({"sent_id": 1, "sample_index": 1, "mask": mask})
+    Path("responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = checked(monkeypatch, capsys, "--no-timing")
+    assert (
+        "replay: responses.jsonl has responses for 26 of 27 sentences: 1 mask, 24 box, 0 point, 2 none; "
+        "1 with a sample_index from 1 on are not read (priors.samples)\n" in said
+    )
+    said = checked(monkeypatch, capsys, "--no-timing", "-S", "priors.samples=2")
+    assert "for 26 of 27 sentences: 2 mask, 23 box, 0 point, 2 none\n" in said
+
+
 def memory_of(row: str) -> float:
     """Bytes in the last column: `8 s  1.1 MB  420.0 MB`."""
     value, unit = row.split()[-2:]

@@ -130,6 +130,21 @@ def test_does_not_fit_with_too_few_labeled_boxes(tmp_path: Path) -> None:
     assert (fit.params, fit.sentences) == (unfitted(PARAMS), 0)
 
 
+def test_masks_do_not_take_part_in_the_fit(tmp_path: Path) -> None:
+    """The boxes of the other sentences give the same fit as without the masks, and too few of them give none."""
+    priors, refs, images, truth = disk_images(tmp_path, FEWEST + 2, half_as_large)
+    rows = priors.to_pylist()
+    for row in rows[:2]:
+        row["mask"] = encode_rle(np.ones(HW, bool))
+    few = {number: truth[number] for number in range(2, FEWEST + 2)}
+    fit = fit_proposals(pa.Table.from_pylist(rows, records.PRIORS), refs, images, truth, PARAMS)
+    assert fit == fit_proposals(priors, refs, images, few, PARAMS)
+    assert fit.sentences == FEWEST
+    rows[2]["mask"] = rows[0]["mask"]
+    fit = fit_proposals(pa.Table.from_pylist(rows, records.PRIORS), refs, images, truth, PARAMS)
+    assert (fit.params, fit.sentences) == (unfitted(PARAMS), 0)
+
+
 def test_fits_on_an_evenly_spaced_subset_of_many_labeled_sentences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,10 +14,17 @@ from hypothesis import strategies as st
 
 from l2l_core.artifacts import records
 from l2l_core.config import ProposalsParams
-from l2l_core.core.masks import decode_rle, segmentation_to_rle
+from l2l_core.core.masks import decode_rle, encode_rle, segmentation_to_rle
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.priors import proposals
-from l2l_core.priors.proposals import make_proposals, render_box, render_grabcut, render_point, shrink
+from l2l_core.priors.proposals import (
+    make_proposals,
+    render_box,
+    render_grabcut,
+    render_mask,
+    render_point,
+    shrink,
+)
 
 PARAMS = ProposalsParams(renderer="box", ring=0.1, core=0.0, size_px=48, falloff=0.15, inside_prob=0.9, flat_prob=0.1)
 GRABCUT = PARAMS.model_copy(update={"renderer": "grabcut"})
@@ -204,6 +211,83 @@ def test_refuses_priors_that_do_not_match_the_index() -> None:
     refs = pd.DataFrame({"sent_id": [1, 2], "image_id": [1, 1]})
     with pytest.raises(ArtifactError, match="not those of the index"):
         make_proposals(table, refs, images, PARAMS)
+
+
+# --- masks ---
+
+
+def mask_prior(sent_id: int, mask: np.ndarray, sample_index: int = 0, **more: Any) -> dict[str, Any]:
+    """A prior with a mask and, as the priors table always has, a box; by default the mask's."""
+    ys, xs = mask.nonzero()
+    box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    return prior(sent_id, sample_index, **{"mask": encode_rle(mask), "bbox": [float(side) for side in box]} | more)
+
+
+def part(rows: slice, columns: slice) -> np.ndarray:
+    mask = np.zeros(HW, dtype=bool)
+    mask[rows, columns] = True
+    return mask
+
+
+def test_a_mask_becomes_the_covered_share_of_each_cell() -> None:
+    """Cells are 5 x 10 px. The mask's first 15 columns and 12 rows cover cells by 1, 1/2, 2/5 and 1/5."""
+    (soft,), scores = run(mask_prior(1, part(slice(0, 12), slice(0, 15)), score=0.8))
+    low, span = 0.1, 0.8
+    expected = np.full((48, 48), low)
+    expected[:2, 0], expected[:2, 1] = low + span, low + span / 2
+    expected[2, 0], expected[2, 1] = low + span * 2 / 5, low + span / 5
+    assert np.abs(soft / 255 - expected).max() <= 0.5 / 255 + 1e-6
+    assert scores == pytest.approx([0.8])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32 - 1))
+def test_cells_hold_exact_area_shares_at_any_image_size(height: int, width: int, seed: int) -> None:
+    """Against the mask enlarged until every cell is a whole number of pixels; smaller and larger than the grid."""
+    mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    params = PARAMS.model_copy(update={"size_px": 16, "inside_prob": 1.0})
+    large = mask.repeat(16, axis=0).repeat(16, axis=1)
+    shares = large.reshape(16, height, 16, width).mean(axis=(1, 3))
+    np.testing.assert_allclose(render_mask(mask, params), shares, atol=1e-5)
+
+
+def test_masks_are_used_as_they_are_by_every_renderer() -> None:
+    """GrabCut would need the image, and boxes would lose the shape; a box beside the mask changes nothing."""
+    ring = part(slice(40, 200), slice(100, 300)) & ~part(slice(80, 160), slice(150, 250))
+    rows = [mask_prior(1, ring), mask_prior(2, ring, bbox=[0.0, 0.0, 50.0, 50.0])]
+    by_box, scores = run(*rows)
+    cut, _ = run(*rows, params=GRABCUT, image=Path("gone.png"))
+    np.testing.assert_array_equal(by_box, cut)
+    np.testing.assert_array_equal(by_box[0], by_box[1])
+    assert by_box[0, 24, 20] == round(0.1 * 255)  # the hole, which the box's map fills
+    assert scores.tolist() == [1, 1]
+
+
+def test_averages_masks_boxes_and_missing_responses() -> None:
+    left, box = part(slice(0, 240), slice(0, 240)), [240.0, 0.0, 480.0, 240.0]
+    (mean, mask, by_box, flat), _ = run(
+        *[mask_prior(1, left), prior(1, 1, bbox=box), prior(1, 2)],
+        *[mask_prior(2, left, sample) for sample in range(3)],
+        *[prior(3, sample, bbox=box) for sample in range(3)],
+        *[prior(4, sample) for sample in range(3)],
+    )
+    assert np.abs(mean - (mask.astype(float) + by_box + flat) / 3).max() <= 1  # rounding
+
+
+def test_masks_agree_by_their_pixels_and_not_by_their_boxes() -> None:
+    """1: opposite quarters of the image and the other two: boxes of IoU 1, masks of IoU 0, agreement 1/2.
+
+    2: upper and left half, IoU 1/3, agreement 2/3. 3: a mask and a box are compared by their boxes, the whole image and
+    its left half, IoU 1/2, agreement 3/4.
+    """
+    top, left = part(slice(0, 120), slice(0, 480)), part(slice(0, 240), slice(0, 240))
+    cross = top ^ left  # upper right and lower left quarter
+    _, scores = run(
+        *[mask_prior(1, cross), mask_prior(1, ~cross, 1)],
+        *[mask_prior(2, top), mask_prior(2, left, 1)],
+        *[mask_prior(3, cross), prior(3, 1, bbox=[0, 0, 240, 240])],
+    )
+    assert scores == pytest.approx([1 / 2, 2 / 3, 3 / 4])
 
 
 # --- GrabCut ---

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from l2l_core.artifacts import records
 from l2l_core.config import PricesParams
+from l2l_core.core.masks import encode_rle
 from l2l_core.mllm.coords import CoordSpace, resolve_coord_space
-from l2l_core.priors.table import interpret, summarize
+from l2l_core.priors.table import interpret, kinds, kinds_of_sentences, summarize
 
 NO_PRICES = PricesParams(prompt=None, completion=None)
 
@@ -132,9 +134,35 @@ def test_summary_counts_statuses_and_tokens() -> None:
         "empty": 2,
         "invalid": 1,
         "error": 1,
+        "mask": 0,
+        "box": 1,
+        "point": 0,
+        "none": 4,
         "prompt_tokens": 3000,
         "completion_tokens": 160,
     }
+
+
+def test_counts_priors_by_what_their_proposals_are_rendered_from() -> None:
+    """A mask counts before a box and a box before a point; a sentence counts by its best response."""
+    mask = encode_rle(np.ones((480, 640), dtype=bool))
+    point = '{"found": true, "point": [20, 30]}'
+    rows = [
+        {"sent_id": 1, "mask": mask},  # a mask and a box
+        {"sent_id": 1, "sample_index": 1, "raw_text": point, "mask": mask},
+        {"sent_id": 2},
+        {"sent_id": 2, "sample_index": 1, "mask": mask, "raw_text": "no idea"},
+        {"sent_id": 3, "raw_text": point},
+        {"sent_id": 3, "sample_index": 1, "raw_text": "no idea"},
+        {"sent_id": 4, "raw_text": "", "unread": "empty"},
+        {"sent_id": 4, "sample_index": 1, "raw_text": "", "unread": "error"},
+    ]
+    priors = interpret(responses(*rows))
+    assert kinds(priors).tolist() == ["mask", "mask", "box", "mask", "point", "none", "none", "none"]
+    summary = summarize(priors, NO_PRICES)
+    assert [summary[name] for name in records.PRIOR_KINDS] == [3, 1, 1, 3]
+    assert kinds_of_sentences(priors) == {"mask": 2, "box": 0, "point": 1, "none": 1}
+    assert kinds_of_sentences(interpret(responses())) == {"mask": 0, "box": 0, "point": 0, "none": 0}
 
 
 def test_cost_per_1000_matches_a_hand_computed_value() -> None:

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import parse_qs
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -20,6 +21,7 @@ from pycocotools import mask as coco_mask
 from synthetic_run import TRAP, write_run
 
 from l2l_core.artifacts import records
+from l2l_core.core.masks import encode_rle
 from l2l_core.errors import ArtifactError
 from l2l_core.reporting.gallery import PANEL_PX, spread
 from stages import evaluate, report
@@ -226,6 +228,25 @@ def test_shows_pseudo_labels_without_ground_truth(tmp_path: Path, monkeypatch: p
     assert ["accepted", f"{coverage:.2f}"] in page.rows
     assert ["AUROC", "n/a"] in page.rows
     assert {case["data-size"] for case in page.all("article") if case["data-split"] == "train"} == {"unknown"}
+
+
+def test_draws_a_mask_prior_and_not_its_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every prior is the left half of its image, so the one line is in the middle of the picture."""
+    write_run(tmp_path, rounds=0)
+    path = tmp_path / records.PRIORS_PATH
+    rows = records.read_table(path, records.PRIORS).to_pylist()
+    left = np.zeros((48, 64), bool)
+    left[:, :32] = True
+    rows = [row | {"mask": encode_rle(left), "bbox": [40, 10, 60, 40]} for row in rows]
+    records.write_table(records.make_table(rows, records.PRIORS), path, records.PRIORS)
+    page = Page(make_report(tmp_path, monkeypatch, rounds=0))
+    pictures = [picture["src"] for picture in page.all("img") if picture["alt"].startswith("prior")]
+    assert pictures
+    for source in pictures:
+        panel = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))), int)
+        yellow = (panel[..., 0] > 200) & (panel[..., 1] > 160) & (panel[..., 2] < 110)
+        inside = yellow[10:-10, 10:-10].any(axis=0).nonzero()[0] + 10  # the outline also follows the picture's border
+        assert np.abs(inside - PANEL_PX / 2).max() <= 3
 
 
 def test_spreads_cases_over_the_value_range_and_over_images() -> None:

@@ -57,6 +57,16 @@ def test_draws_a_box_at_relative_coordinates() -> None:
     assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == pytest.approx((50, 20, 150, 80), abs=2)
 
 
+def test_outlines_a_mask_of_any_size_where_it_is() -> None:
+    """A mask of twice the picture's size from 25 % to 75 % of its width and 20 % to 80 % of its height."""
+    mask = np.zeros((200, 400), bool)
+    mask[40:160, 100:300] = True
+    picture = overlays.with_outlines(np.full((100, 200, 3), 90, np.uint8), [mask])
+    ys, xs = np.nonzero((picture == overlays.BOX).all(axis=2))
+    assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == pytest.approx((50, 20, 150, 80), abs=2)
+    assert (picture[50, 100] == 90).all()  # the inside stays visible
+
+
 @pytest.mark.parametrize("shape", [(10, 40), (400, 100), (30, 30)])
 def test_fits_pictures_to_the_requested_size_and_keeps_their_aspect_ratio(shape: tuple[int, int]) -> None:
     picture = overlays.fit(np.zeros((*shape, 3), np.uint8), 80)
