@@ -225,6 +225,12 @@ class ProposalsParams(Section):
         """Whether some values of the renderer must be fitted to the labeled masks."""
         return self.renderer == "grabcut" and "fit" in (self.ring, self.core)
 
+    @property
+    def unread(self) -> frozenset[str]:
+        """Keys that the renderer does not read."""
+        read = {"box": set(), "grabcut": {"ring", "core"}, "sam": {"model"}}[self.renderer]
+        return frozenset({"ring", "core", "model"} - read)
+
     @model_validator(mode="after")
     def _sam_has_a_model(self) -> ProposalsParams:
         if self.renderer == "sam" and not self.model:

@@ -168,16 +168,17 @@ class Sam:
         As the model's processor does it: bilinear, without the padding of the model's input.
         """
         size = {"original_sizes": [(height, width)]} | image.padding
-        return self._processor.post_process_masks([logits[:, None]], binarize=False, **size)[0][:, 0]
+        parts = [  # a part at once: the processor first enlarges padded masks to the model's input
+            self._processor.post_process_masks([some[:, None]], binarize=False, **size)[0][:, 0]
+            for some in torch.split(logits, PROMPTS_AT_ONCE)
+        ]
+        return torch.cat(parts)
 
     def probabilities(self, logits: Tensor, image: EncodedImage, size_px: int) -> FloatArray:
         """Mask logits [N, L, L] -> [N, size_px, size_px] over the whole image: mean probability of a cell."""
         whole = -(-self.mask_side // size_px) * size_px  # at least the masks' own resolution
-        parts = []
-        for some in torch.split(logits, PROMPTS_AT_ONCE):
-            prob = self.resize(some, image, whole, whole).sigmoid()
-            parts.append(F.interpolate(prob[:, None], (size_px, size_px), mode="area")[:, 0].cpu())
-        return torch.cat(parts).numpy()
+        prob = self.resize(logits, image, whole, whole).sigmoid()
+        return F.interpolate(prob[:, None], (size_px, size_px), mode="area")[:, 0].cpu().numpy()
 
     def _sure(self, image: EncodedImage, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The masks and scores, [N, L, L] and [N], of those with a high predicted IoU and a stable border."""
@@ -251,7 +252,7 @@ def stability(logits: Tensor) -> Tensor:
 
 
 def without_duplicates(masks: Tensor, scores: Tensor) -> Tensor:
-    """Masks [N, L, L] bool and scores [N] > 0 -> rows to keep, best first: none has a better one's box (MAX_BOX_IOU)."""
+    """Masks [N, L, L] bool and scores [N] > 0 -> rows to keep, best first: no box overlaps a better one's too much."""
     boxes = [cv2.boundingRect(mask) for mask in masks.cpu().numpy().astype(np.uint8)]
     # OpenCV's boxes are x, y, width, height.
     rows = cv2.dnn.NMSBoxes(boxes, scores.cpu().tolist(), 0.0, MAX_BOX_IOU) if boxes else []

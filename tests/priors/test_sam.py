@@ -294,7 +294,12 @@ def test_checkpoints_of_a_video_model_load_as_the_image_model(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("broken", "reason"),
-    [("nowhere/at/all", "Repo id|nowhere"), ("empty", "config.json"), ("weights", "model.safetensors"), ("bert", "bert")],
+    [
+        ("nowhere/at/all", "Repo id|nowhere"),
+        ("empty", "config.json"),
+        ("weights", "model.safetensors"),
+        ("bert", "bert"),
+    ],
 )
 def test_a_model_that_cannot_be_loaded_gives_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, reason: str
