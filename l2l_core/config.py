@@ -371,6 +371,8 @@ class RetrainParams(Section):
     steps: PositiveInt
     labeled_share: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Fraction of each batch that comes from the labeled pairs."""
+    prior_swap: Fraction
+    """Fraction of the samples that get the box and proposal of another sentence (data/prior_swap.py)."""
     start: Literal["scratch", "teacher"]
     """Start from random weights or from the last round's model."""
     num_passes: Annotated[int, Field(ge=1, le=4)]

@@ -163,12 +163,17 @@ class BatchMaker:
         targets: Targets | None = None,
         no_prior: NDArray[np.bool_] | None = None,
         image: Tensor | None = None,
+        prior_rows: NDArray[np.int64] | None = None,
     ) -> Batch:
         """Rows [B] -> batch. `targets` has one entry per row of `pairs`; `no_prior` [B] hides the priors of pairs.
 
-        image: the rows' `pixels`, if already loaded.
+        image: the rows' `pixels`, if already loaded. prior_rows: [B] rows whose box and proposal the pairs get (their
+        own: None).
         """
         pairs = self.pairs.take(rows)
+        if prior_rows is not None:
+            names = ("box", "has_box", "proposal", "proposal_score")
+            pairs = replace(pairs, **{name: getattr(self.pairs, name)[prior_rows] for name in names})
         hidden = np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior
         proposal = pairs.proposal.astype(np.float32) / 255.0
         proposal[hidden] = np.float32(_flat_level(self.flat_prob)) / 255.0

@@ -19,6 +19,7 @@ from l2l_core.training.runs import (
     pseudo_stream,
     run_training,
     training_settings,
+    with_prior_swap,
     without_images,
 )
 
@@ -40,7 +41,7 @@ def folds_key(params: Params, number: int) -> str:
     settings = f"{training_settings(params)} {params.select.fold_steps}"
     if number:
         settings += f" {params.select.fold_update} {params.select.fold_update_steps}"
-        settings += f" {params.retrain.labeled_share} {params.retrain.num_passes}"
+        settings += f" {params.retrain.labeled_share} {params.retrain.prior_swap} {params.retrain.num_passes}"
     return fingerprint("crossfit", settings, _inputs(params, number))
 
 
@@ -62,6 +63,7 @@ def train_teacher(params: Params, number: int, left_out: int, into: Path) -> Non
         # A partly labeled image also has pseudo-labels, from a teacher that has seen its labels.
         others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
         streams += [] if others is None else [others]
+        streams = with_prior_swap(params, streams)
     run_training(params, run_name, network, streams, steps, _inputs(params, number), into, None)
 
 

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l2l_core.config import TrainParams
-from l2l_core.core.device import autocast, choose_device, resolve_precision, to_device
+from l2l_core.core.device import Precision, autocast, choose_device, resolve_precision, to_device
 from l2l_core.core.progress import progress
 from l2l_core.core.seeding import generator, seed_of
 from l2l_core.core.threads import share_of_launched
 from l2l_core.data.augment import strong_view
 from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets
+from l2l_core.data.prior_swap import prior_rows
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import samples_that_teach, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
@@ -42,6 +43,7 @@ class Stream:
     batches: BatchMaker
     targets: Targets
     share: float
+    prior_swap: float = 0.0  # fraction of its samples that get another sentence's prior (data/prior_swap.py)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class OnlineStream:
     batches: BatchMaker
     threshold: float  # a pixel is valid if the teacher's confidence max(p, 1 - p) reaches this
     share: float
+    prior_swap: float = 0.0  # as in Stream, for the student; the teacher sees each pair's own prior
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,10 @@ def train(
     curve: list[dict[str, float]] = []
     first = 0
     state = load_checkpoint(checkpoint) if checkpoint else None
+    learned: dict[str, Any] = {"student": network, "teacher": teacher, "optimizer": optimizer}
     if state is not None:
-        network.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, module in learned.items():
+            module.load_state_dict(state[name])
         curve, first = state["curve"], state["step"]
         print(f"{what}: resuming at step {first} of {steps}", flush=True)
     if accelerator.is_main_process:
@@ -132,34 +135,19 @@ def train(
     learning = list(network.parameters())
     average = MovingAverage(teacher, network)
 
-    def ask_teacher(batch: Batch) -> Tensor:
+    def teacher_prob(batch: Batch) -> Tensor:
         tokens = to_device(network.tokenize(batch), accelerator.device)
         with torch.no_grad(), autocast(device, precision):
             return teacher(batch.to(accelerator.device), tokens).mask_logits.float().sigmoid().cpu()
 
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
         torch.manual_seed(seed_of("dropout", seed, step, accelerator.process_index))
-        batches = []
-        for part in mine:
-            drawn = _draw(streams, params, seed, step, ask_teacher, part)
-            seeds = [seed_of("view", seed, step, place) for place in part.tolist()]
-            batches.append(strong_view(drawn, seeds, flip=params.flip))
+        batches = [_strong_batch(streams, params, seed, step, teacher_prob, part) for part in mine]
         count = sum_of(accelerator, [samples_that_teach(_keep(batch)).sum() for batch in batches])
         for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
             group["lr"] = peak * schedule(step, steps, params.warmup_fraction, params.lr_decay)
         stepper.zero_grad()
-        losses = []
-        for number, batch in enumerate(batches, start=1):
-            tokens = to_device(network.tokenize(batch, padding="longest"), accelerator.device)
-            batch = batch.to(accelerator.device)
-            assert batch.label is not None  # every stream has targets or gets them online
-            with nullcontext() if number == len(batches) else accelerator.no_sync(student), enough_samples():
-                with autocast(device, precision):
-                    output = student(batch, tokens)
-                loss = segmentation_loss(output, batch.label, _keep(batch), count)
-                with attention_kernels(accelerator.device):
-                    accelerator.backward(loss.total * accelerator.num_processes)  # backward divides by it
-            losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
+        losses = _backward(student, network, batches, count, accelerator, precision)
         torch.nn.utils.clip_grad_norm_(learning, params.grad_clip)  # accelerate's version looks them up each time
         stepper.step()
         average.update(step + 1, params.ema_decay)
@@ -176,17 +164,36 @@ def train(
                 )
         due = done % params.engine.checkpoint_every == 0 and done < steps
         if checkpoint and due and accelerator.is_main_process:
-            save_checkpoint(
-                checkpoint,
-                {
-                    "student": network.state_dict(),
-                    "teacher": teacher.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "curve": curve,
-                    "step": done,
-                },
-            )
+            weights = {name: module.state_dict() for name, module in learned.items()}
+            save_checkpoint(checkpoint, {**weights, "curve": curve, "step": done})
     return Trained(teacher, curve)
+
+
+def _backward(
+    student: torch.nn.Module,
+    network: Segmenter,
+    batches: Sequence[Batch],
+    count: Tensor,
+    accelerator: Accelerator,
+    precision: Precision,
+) -> list[Tensor]:
+    """Add up the gradients of one step's batches; return total, BCE and Dice loss [3] of each.
+
+    student: `network`, wrapped for several processes. count: samples of the whole step that teach.
+    """
+    losses = []
+    for number, batch in enumerate(batches, start=1):
+        tokens = to_device(network.tokenize(batch, padding="longest"), accelerator.device)
+        batch = batch.to(accelerator.device)
+        assert batch.label is not None  # every stream has targets or gets them online
+        with nullcontext() if number == len(batches) else accelerator.no_sync(student), enough_samples():
+            with autocast(accelerator.device, precision):
+                output = student(batch, tokens)
+            loss = segmentation_loss(output, batch.label, _keep(batch), count)
+            with attention_kernels(accelerator.device):
+                accelerator.backward(loss.total * accelerator.num_processes)  # backward divides by it
+        losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
+    return losses
 
 
 def _accelerator(device: torch.device) -> Accelerator:
@@ -305,12 +312,25 @@ def label_online(batch: Batch, prob: Tensor, threshold: float) -> Batch:
     return replace(batch, label=(prob > 0.5).float(), keep=(torch.maximum(prob, 1 - prob) >= threshold).float())
 
 
+def _strong_batch(
+    streams: Sequence[Stream | OnlineStream],
+    params: TrainParams,
+    seed: int,
+    step: int,
+    teacher_prob: Callable[[Batch], Tensor],
+    places: NDArray[np.int64],
+) -> Batch:
+    """The strong view of a step's samples at the positions `places`."""
+    seeds = [seed_of("view", seed, step, place) for place in places.tolist()]
+    return strong_view(_draw(streams, params, seed, step, teacher_prob, places), seeds, flip=params.flip)
+
+
 def _draw(
     streams: Sequence[Stream | OnlineStream],
     params: TrainParams,
     seed: int,
     step: int,
-    ask_teacher: Callable[[Batch], Tensor],
+    teacher_prob: Callable[[Batch], Tensor],
     places: NDArray[np.int64] | None = None,
 ) -> Batch:
     """The step's batch, or its samples at the positions `places`, in ascending order."""
@@ -318,18 +338,22 @@ def _draw(
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
         rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, number), step)
         no_prior = generator("prior dropout", seed, step, number).random(size) < params.prior_dropout
+        swap = generator("prior swap", seed, step, number)
+        of_prior = prior_rows(stream.batches.pairs, rows, stream.prior_swap, swap)
         if places is not None:
             here = places[(places >= first) & (places < first + size)] - first
-            rows, no_prior = rows[here], no_prior[here]
+            rows, no_prior, of_prior = rows[here], no_prior[here], of_prior[here]
         first += size
         if not len(rows):
             continue
         if isinstance(stream, OnlineStream):
             # The teacher sees every prior and the original image. The student's input is augmented afterwards.
-            prob = ask_teacher(stream.batches(rows))
-            parts.append(label_online(stream.batches(rows, None, no_prior), prob, stream.threshold))
+            prob = teacher_prob(stream.batches(rows))
+            parts.append(
+                label_online(stream.batches(rows, None, no_prior, prior_rows=of_prior), prob, stream.threshold)
+            )
         else:
-            parts.append(stream.batches(rows, stream.targets, no_prior))
+            parts.append(stream.batches(rows, stream.targets, no_prior, prior_rows=of_prior))
     return parts[0] if len(parts) == 1 else _concatenate(parts)
 
 

@@ -47,7 +47,7 @@ def test_lists_the_stages_that_dvc_would_run(tmp_path, monkeypatch, number, data
 def seconds(number: int = 2, **sections: dict[str, object]) -> dict[str, float | None]:
     settings = {
         "warmup": {"steps": 400},
-        "retrain": {"steps": 800, "passes": 2, "labeled_share": 0.25},
+        "retrain": {"steps": 800, "num_passes": 2, "labeled_share": 0.25},
         "evaluate": {"batch_size": 64},
         "train": {"batch_size": 32},
     }

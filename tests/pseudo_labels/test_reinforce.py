@@ -25,7 +25,7 @@ from l2l_core.pseudo_labels.select import select_labels
 
 GRID = 8
 PARAMS = load_params().select.model_copy(
-    update={"policy": "reinforce", "policy_steps": 200, "group_size": 64, "wrong_cost": 1.0}
+    update={"method": "reinforce", "policy_steps": 200, "group_size": 64, "wrong_cost": 1.0}
 )
 
 
@@ -143,7 +143,7 @@ def test_beats_fixed_rules_on_unseen_sentences(trained, held_out):
     right = truth.iou[:, 0] > 0.5
 
     def apply(rule):
-        return select_labels(PARAMS.model_copy(update={"policy": rule}), seen, trained.policy, truth)
+        return select_labels(PARAMS.model_copy(update={"method": rule}), seen, trained.policy, truth)
 
     rules = {rule: apply(rule) for rule in ("all", "none", "topk", "agreement", "ranksum", "reinforce")}
     worth = {rule: selection.reward.mean() for rule, selection in rules.items()}
