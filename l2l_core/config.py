@@ -48,7 +48,8 @@ PrecisionSetting = Literal["auto", "bf16", "fp32"]
 """auto: bf16 where the device computes it natively, else fp32 (core/device.py)."""
 DeviceSetting = Literal["auto", "cpu", "cuda", "mps"]
 """auto: CUDA if a GPU is available, else the CPU."""
-Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union"]
+SAM_EXPECTED = "a hub id or folder of a model of the SAM family, such as facebook/sam2.1-hiera-tiny,"
+Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union", "sam"]
 """Ways to build a candidate mask: see pseudo_labels/candidates.py."""
 
 
@@ -201,7 +202,10 @@ class PriorsParams(Section):
 class ProposalsParams(Section):
     """How a prior becomes a soft map."""
 
-    renderer: Literal["box", "grabcut"]
+    renderer: Literal["box", "grabcut", "sam"]
+    model: str | None = None  # models of earlier versions do not store it
+    """Of the renderer `sam`, the candidate `sam` and the method `semires`: hub id or folder of a model of the SAM
+    family."""
     ring: Annotated[float, Field(ge=0.0, le=4.0)] | Literal["fit"]
     """Of `grabcut`: how far the object may extend beyond the box, as a fraction of the box sides. fit: the value that
     fits the labeled masks best."""
@@ -220,6 +224,18 @@ class ProposalsParams(Section):
     def needs_fit(self) -> bool:
         """Whether some values of the renderer must be fitted to the labeled masks."""
         return self.renderer == "grabcut" and "fit" in (self.ring, self.core)
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """Keys that the renderer does not read."""
+        read = {"box": set(), "grabcut": {"ring", "core"}, "sam": {"model"}}[self.renderer]
+        return frozenset({"ring", "core", "model"} - read)
+
+    @model_validator(mode="after")
+    def _sam_has_a_model(self) -> ProposalsParams:
+        if self.renderer == "sam" and not self.model:
+            raise ValueError(f"model: got {self.model!r}, expected {SAM_EXPECTED} because renderer is sam")
+        return self
 
 
 class ModelParams(Section):
@@ -339,6 +355,10 @@ class SelectParams(Section):
         """The candidates that the method uses. A fixed rule uses only the first."""
         return list(self.candidates) if self.method in ("reinforce", "oracle") else list(self.candidates[:1])
 
+    def uses_sam(self, model: str | None) -> bool:
+        """Whether the selection runs SAM. model: `proposals.model`; `semires` matches SAM's masks if one is named."""
+        return "sam" in self.candidate_names or (self.method == "semires" and bool(model))
+
     @property
     def trains_policy(self) -> bool:
         """Whether the method trains a policy, and therefore needs the fold teachers."""
@@ -398,6 +418,15 @@ class Params(Section):
     def is_embedded(self) -> bool:
         """Whether the stage `refshapes` writes the dataset."""
         return Path(self.dataset) == Path(EMBEDDED_DATASET)
+
+    @model_validator(mode="after")
+    def _candidate_has_a_model(self) -> Params:
+        if "sam" in self.select.candidate_names and not self.proposals.model:
+            raise ValueError(
+                f"proposals.model: got {self.proposals.model!r}, expected {SAM_EXPECTED} because select.candidates "
+                "names sam"
+            )
+        return self
 
     @model_validator(mode="after")
     def _model_knows_the_data(self) -> Params:

@@ -6,9 +6,10 @@ import json
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
+from l2l_core.core.files import scratch_folder
 from l2l_core.errors import exit_code
 from l2l_core.priors.fit import fit_proposals
-from l2l_core.priors.proposals import make_proposals
+from l2l_core.priors.proposals import make_proposals, render_key
 
 
 def main() -> None:
@@ -30,7 +31,10 @@ def main() -> None:
         print(f"proposals: {found} fits best: {scores}")
     elif params.proposals.needs_fit:
         print(f"proposals: too few labeled boxes to fit; {found}")
-    records.write_table(make_proposals(priors, refs, images, fit.params), records.PROPOSALS_PATH, records.PROPOSALS)
+    key = render_key(fit.params, [records.PRIORS_PATH, records.INDEX.refs, records.INDEX.images])
+    with scratch_folder("proposals", key) as folder:
+        table = make_proposals(priors, refs, images, fit.params, folder, params.priors.engine.device)
+        records.write_table(table, records.PROPOSALS_PATH, records.PROPOSALS)
     summary = {"sentences": fit.sentences, "box_miou": round(fit.box_miou, 2), "miou": round(fit.miou, 2)}
     text = json.dumps({"proposals": fit.params.model_dump(), "fit": summary}, indent=2)
     records.RENDERING_PATH.write_text(text + "\n", encoding="utf-8")

@@ -120,6 +120,7 @@ PROPOSALS = pa.schema(
         ("width", pa.int16()),
         ("soft", pa.binary()),  # height * width bytes, row-major, 0..255 is probability 0..1 over the whole image
         ("score", pa.float32()),  # 0 without a prior
+        ("predicted_iou", pa.float32()),  # the renderer's own estimate of the mask's IoU; null if it has none
     ]
 )
 PSEUDO_LABELS = pa.schema(  # one row per unlabeled sentence and round; masks at the image's own size

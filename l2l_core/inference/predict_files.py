@@ -176,7 +176,8 @@ def live_priors(requested: PairList, params: Params, query: QueryMllm) -> PriorT
     priors = interpret(responses)
     refs = pd.DataFrame({"sent_id": list(different), "image_id": list(different)})  # one image per pair
     images = pd.DataFrame([vars(file) for file, _ in different.values()]).assign(image_id=refs["image_id"])
-    return PriorTables(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))
+    proposals = make_proposals(priors, refs, images, params.proposals, device=params.priors.engine.device)
+    return PriorTables(np.array(sent_id), priors, proposals)
 
 
 def answer(

@@ -50,6 +50,8 @@ SENTENCE_FEATURES = (
     "size",  # square root of the candidate's fraction of the image area
     "compactness",  # 4 sqrt(area) / perimeter: 1 for a square, less for ragged or scattered masks
     "proposal_score",
+    "predicted_iou",  # the renderer's own estimate of the proposal's IoU; 0 if it has none
+    "sam_iou",  # SAM's own estimate of the IoU of the sentence's candidate `sam`; 0 if there is none
     "has_prior",  # 1 or 0
     "words",  # log(1 + words in the sentence)
     *(f"is_{name}" for name in CANDIDATES),  # 1 or 0: kind of the candidate
@@ -103,13 +105,16 @@ class CandidateTruth:
 Rows = TypeVar("Rows", Candidates, CandidateTruth)
 
 
-def compute_features(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -> Candidates:
+def compute_features(
+    views: Views, labels: BoolArray, names: Sequence[str], grid: int, sam_iou: FloatArray | None = None
+) -> Candidates:
     """Compute the features of the candidates `labels`, bool [B, K, M, M], whose kinds are `names` (of CANDIDATES).
 
-    Cells are area-weighted means, so any map side M works with any grid. Memory is a few maps of the batch.
+    sam_iou: [B] SAM's own estimates for its masks. Cells are area-weighted means, so any map side M works with any
+    grid. Memory is a few maps of the batch.
     """
     masks = [label.astype(np.float32) for label in labels.swapaxes(0, 1)]
-    shared = _share(views, grid)
+    shared = _share(views, grid, sam_iou)
     described = [_describe(views, shared, mask, grid) for mask in masks]
     for row, (name, (_, sentence)) in enumerate(zip(names, described, strict=True)):
         sentence |= {f"is_{name}": np.ones(len(views.sent_id))}
@@ -138,7 +143,7 @@ class _Shared:
     sentence: dict[str, NDArray[Any]]  # [B] each
 
 
-def _share(views: Views, grid: int) -> _Shared:
+def _share(views: Views, grid: int, sam_iou: FloatArray | None) -> _Shared:
     """Compute the shared features once for all candidates."""
     prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
     votes = np.stack([opinion > LABEL_THRESHOLD for opinion in (flipped, no_prior, proposal)]).mean(0, dtype=np.float32)
@@ -156,6 +161,8 @@ def _share(views: Views, grid: int) -> _Shared:
         "no_prior_iou": soft_iou(prob, no_prior),
         "no_prior_proposal_iou": soft_iou(no_prior, proposal),
         "proposal_score": views.proposal_score,
+        "predicted_iou": views.predicted_iou,
+        "sam_iou": np.zeros(len(views.sent_id)) if sam_iou is None else sam_iou,
         "has_prior": (views.proposal_score > 0).astype(np.float32),
         "words": np.log1p(views.words),
     }

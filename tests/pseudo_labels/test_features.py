@@ -38,6 +38,7 @@ def one_view(prob, flipped, no_prior, proposal, score=0.7, words=3):
         prob_no_prior=as_map(no_prior),
         proposal=as_map(proposal),
         proposal_score=np.array([score], dtype=np.float32),
+        predicted_iou=np.array([0.6], dtype=np.float32),
         words=np.array([words]),
     )
 
@@ -105,6 +106,8 @@ def test_sentence_features_match_hand_computed_values(described):
         "size": 0.5,
         "compactness": 1.0,  # a square: 4 * 2 / 8 pixels
         "proposal_score": 0.7,
+        "predicted_iou": 0.6,
+        "sam_iou": 0.0,  # SAM built no candidate
         "has_prior": 1.0,
         "words": np.log(4),
         # the only candidate is the teacher's label, which agrees with itself
