@@ -58,8 +58,9 @@ from bench.vlm import MODEL
 from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams
 from l2l_core.core.files import only_process
+from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.errors import InputError
-from l2l_core.evaluation.evaluate import CURVES_FOLDER, GOOD_IOU, method_scores
+from l2l_core.evaluation.evaluate import CURVES_FOLDER, method_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "label_efficiency"
@@ -328,8 +329,8 @@ def trained_steps(params: dict[str, Any], number: int) -> int:
 
 
 def lost_points(iou: pd.Series) -> dict[str, float]:
-    """Where 100 - mIoU is lost, in points: sentences below GOOD_IOU (as a rule another object) and above (borders)."""
-    wrong = iou < GOOD_IOU
+    """Points that mIoU lacks of 100: in sentences below POSITIVE_IOU (mostly another object) and above (borders)."""
+    wrong = iou < POSITIVE_IOU
     loss = 100 * (1 - iou.astype(float))
     return {
         "lost_objects": round(float((loss * wrong).mean()), 2),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bench.docs import markdown, put
 from bench.params import EDITION
-from l2l_core.evaluation.evaluate import GOOD_IOU
+from l2l_core.core.metrics import POSITIVE_IOU
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -191,7 +191,7 @@ def _commands(rows: pd.DataFrame, setting: Setting) -> str:
 def table(rows: pd.DataFrame) -> str:
     """Markdown: a row for each method and round of one setting, means over the seeds."""
     head = ["method", "round", "seeds", "val mIoU (min to max)", "val mIoU without prior", "AUROC", "accepted"]
-    head += [f"accepted: IoU > {GOOD_IOU}", "wrong pixels kept / all", "wrong foreground kept / all"]
+    head += [f"accepted: IoU > {POSITIVE_IOU}", "wrong pixels kept / all", "wrong foreground kept / all"]
     head += ["test mIoU (min to max)"]
     body: list[list[object]] = []
     for method, number, group in _by_method(rows):
@@ -207,7 +207,7 @@ def limits(rows: pd.DataFrame) -> str:
 
     Means over the seeds that all of them have; nothing where there is none.
 
-    Objects: sentences below GOOD_IOU, as a rule another object. Borders: the rest. What the oracle of the same
+    Objects: sentences below POSITIVE_IOU, as a rule another object. Borders: the rest. What the oracle of the same
     candidates still gains over `reinforce` is the policy's part; what full supervision leaves is the network's.
     """
     body: list[list[object]] = []
@@ -227,7 +227,7 @@ def limits(rows: pd.DataFrame) -> str:
         "round",
         "seeds",
         "val mIoU",
-        f"lost where IoU < {GOOD_IOU} (objects)",
+        f"lost where IoU < {POSITIVE_IOU} (objects)",
         "lost elsewhere (borders)",
     ]
     return markdown(head, body)
@@ -516,7 +516,7 @@ def _draw_coverage(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None
         if ranks or method == "all":  # others that trust all labels alike stand where `all` does
             dot = rows[(rows["method"] == method) & (rows["round"] == 1)][["coverage", "precision"]].mean()
             axes.plot(*dot, "o", color=style["color"], markerfacecolor=_face(style), zorder=4, label=_title(method))
-    axes.set(xlabel="pseudo-labels taken, most trusted first (%)", ylabel=f"of these with IoU > {GOOD_IOU} (%)")
+    axes.set(xlabel="pseudo-labels taken, most trusted first (%)", ylabel=f"of these with IoU > {POSITIVE_IOU} (%)")
     axes.set(xlim=(0, 102), ylim=(None, 101), title="precision by coverage, round 1; dots: what is accepted")
     axes.legend()
 
@@ -526,6 +526,6 @@ def _draw_reliability(axes: Axes, curves: pd.DataFrame) -> None:
     axes.plot([0, 100], [0, 100], linestyle=":", color="0.5", label="perfectly calibrated")
     for row in curves[curves["method"] == "reinforce"].sort_values("seed").itertuples():
         axes.plot(row.prob, row.share, marker="o", markersize=4, label=f"seed {row.seed}")
-    axes.set(xlabel="accept_prob (%)", ylabel=f"with IoU > {GOOD_IOU} (%)", xlim=(0, 102), ylim=(0, 102))
+    axes.set(xlabel="accept_prob (%)", ylabel=f"with IoU > {POSITIVE_IOU} (%)", xlim=(0, 102), ylim=(0, 102))
     axes.set(title="reliability of reinforce, round 1")
     axes.legend()

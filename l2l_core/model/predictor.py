@@ -157,7 +157,7 @@ class Predictor:
         pyramid = self.encode(batch.image) if pyramid is None else pyramid
         tokens = to_device(self.network.tokenize(batch), self.device)
         with autocast(self.device, self.precision):
-            logits = self.network.ask(pyramid, batch.to(self.device), tokens)
+            logits = self.network.predict_logits(pyramid, batch.to(self.device), tokens)
         return logits.float().cpu()
 
     def masks(

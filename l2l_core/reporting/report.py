@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from l2l_core.config import Params, ProposalsParams
+from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.evaluation.error_analysis import CHANGED_IOU, OUTCOMES, SIZES, changes, outcomes, sizes
-from l2l_core.evaluation.evaluate import GOOD_IOU, PRIOR, SUPERVISED, method_scores
+from l2l_core.evaluation.evaluate import PRIOR, SUPERVISED, method_scores
 from l2l_core.reporting.gallery import UNKNOWN, Gallery, Run, area_share, evaluated_size_limits, make_galleries
 from l2l_core.reporting.html import COUNT, DIFFERENCE, PERCENT, SCORE_NAMES, Table, render_page
 from l2l_core.viz import overlays
@@ -22,7 +23,7 @@ from l2l_core.viz.figures import draw_figures
 
 LABEL_QUALITY_NAMES = {
     "coverage": "accepted",
-    "precision": f"accepted: IoU > {GOOD_IOU}",
+    "precision": f"accepted: IoU > {POSITIVE_IOU}",
     "miou_all": "mIoU, all",
     "miou_accepted": "mIoU, accepted",
     "miou_rejected": "mIoU, rejected",
@@ -36,8 +37,8 @@ LABEL_QUALITY_NAMES = {
 CHANGE_NAMES = {
     "better": ("better", COUNT),
     "worse": ("worse", COUNT),
-    "reached": (f"reached IoU {GOOD_IOU}", COUNT),
-    "lost": (f"fell below {GOOD_IOU}", COUNT),
+    "reached": (f"reached IoU {POSITIVE_IOU}", COUNT),
+    "lost": (f"fell below {POSITIVE_IOU}", COUNT),
     "mean": ("mIoU", DIFFERENCE),
 }
 """Keys of `error_analysis.changes`: name on the page, and number format."""

@@ -120,8 +120,8 @@ def test_single_and_batched_pairs_give_the_evaluated_mask(run, with_prior):
     def masks(keys):
         files = inspect_images([run / image for image, _ in keys], 1)
         requested = predict_files.PairList(files, [sentence for _, sentence in keys])
-        prior_tables = predict_files.find_priors(requested, PARAMS) if with_prior else None
-        return predict_files.answer(predictor, requested, prior_tables, 32)
+        prior_tables = predict_files.get_priors(requested, PARAMS) if with_prior else None
+        return predict_files.predict_masks(predictor, requested, prior_tables, 32)
 
     together = masks(list(expected))
     assert all(map(alike, together.rle, expected.values()))
@@ -141,7 +141,7 @@ def test_finds_a_prior_by_image_bytes_and_sentence(run):
     requested = predict_files.PairList(files, [sentence, sentence, sentence + " there"])
     prior_tables = predict_files.recorded_priors(requested)
     assert np.isin(prior_tables.sent_id, prior_tables.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
-    predicted = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
+    predicted = predict_files.predict_masks(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
     assert alike(predicted.rle[0], rle)
     assert predicted.with_prior.tolist() == [True, False, False]
 
@@ -392,7 +392,7 @@ def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch
     requested = predict_files.pairs_of_file(run / "own/pairs.jsonl")
     backend = make_backend(params.priors, records.INDEX)
     prior_tables = predict_files.live_priors(requested, params, lambda questions: query_table(backend, questions))
-    predicted = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
+    predicted = predict_files.predict_masks(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
     assert all(alike(*both, *size) for *both, size in zip(predicted.rle, masks, sizes, strict=True))
     assert predicted.pairs.sentence == pairs.sentence
     assert predicted.pairs.prior_text == pairs.prior_text
@@ -401,7 +401,7 @@ def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch
         np.testing.assert_array_equal(getattr(predicted.pairs, name), getattr(pairs, name), err_msg=name)
     assert np.isin(predicted.pairs.proposal_score > 0, [True, False]).all()
 
-    without = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, None)
+    without = predict_files.predict_masks(Predictor.from_pretrained(MODEL_FOLDER), requested, None)
     assert [alike(*both, *size) for *both, size in zip(masks, without.rle, sizes, strict=True)] == [
         False,
         False,
