@@ -21,10 +21,10 @@ from l2l_core.mllm.query import make_backend
 from l2l_core.mllm.replay import load_recorded
 from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.preflight.inputs import Data
+from l2l_core.priors.sam import WEIGHTS, check_sam
 
 SERVER_TIMEOUT_S = 5.0
 """A running server lists its models at once."""
-WEIGHTS = ("*.safetensors", "*.bin")
 REMEDIES = {
     "transformers": "pip install '.[mllm]'",
     "vllm": "set priors.engine.python to the Python of an environment that has it (docs/priors.md)",
@@ -79,6 +79,31 @@ def describe_priors(params: Params, data: Data | None) -> str:
             responses = load_recorded(str(priors.replay_file), refs, images, priors.coord_space)
             known = len({sent_id for sent_id, _ in responses})
             return f"replay: {priors.replay_file} has responses for {known} of {len(refs)} sentences"
+
+
+def describe_proposals(params: Params) -> str:
+    """The renderer, and SAM's model if the run uses one, in one line. Raises ConfigError if the model is unusable."""
+    proposals, renderer = params.proposals, params.proposals.renderer
+    if not _uses_sam(params):
+        return renderer
+    where = _where("proposals.model", str(proposals.model))
+    folder = local_sam(params)
+    kind = f", {check_sam(folder)}" if folder is not None else ""
+    device = choose_device(params.priors.engine.device, "priors.engine.device")
+    precision = resolve_precision("auto", device)
+    return f"{renderer}; SAM: {where}{kind}; {describe(device, precision)}"
+
+
+def local_sam(params: Params) -> str | None:
+    """Folder of SAM's model; None if the run uses none, or it is not on this machine. Raises ConfigError."""
+    if not _uses_sam(params):
+        return None
+    folder = _local_folder("proposals.model", str(params.proposals.model))
+    return None if folder is None else str(folder)
+
+
+def _uses_sam(params: Params) -> bool:
+    return params.proposals.renderer == "sam" or (params.round > 0 and params.select.uses_sam(params.proposals.model))
 
 
 def _query_server(priors: PriorsParams) -> str:
