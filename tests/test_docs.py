@@ -24,6 +24,7 @@ from bench import (
     priors_engines,
     refshapes,
     rewards,
+    sam,
     vlm,
     waiting,
 )
@@ -91,7 +92,9 @@ def test_the_readme_names_overrides_and_commands() -> None:
     assert ABSOLUTE.search("see /" + "home/me/x")
 
 
-@pytest.mark.parametrize("name", ["refshapes", "responses", "proposals", "engines", "rewards", "waiting", "imports"])
+@pytest.mark.parametrize(
+    "name", ["refshapes", "responses", "proposals", "engines", "rewards", "waiting", "imports", "sam"]
+)
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
     """What stands in the document is what its bench makes of bench/results."""
     bench = {
@@ -102,6 +105,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
         "rewards": rewards,
         "waiting": waiting,
         "imports": imports,
+        "sam": sam,
     }[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
@@ -110,7 +114,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
         case "rewards":
             document, text = rewards.DOCUMENT, rewards.table(pd.read_json(rewards.RESULTS, lines=True))
-        case "engines" | "waiting" | "imports":
+        case "engines" | "waiting" | "imports" | "sam":
             rows = [json.loads(line) for line in bench.RESULTS.read_text(encoding="utf-8").splitlines()]
             document, text = bench.DOCUMENT, bench.table(rows)
         case _:
