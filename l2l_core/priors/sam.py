@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -19,11 +21,6 @@ from l2l_core.core.device import Precision, autocast, choose_device, print_devic
 from l2l_core.core.optional import hidden
 from l2l_core.errors import ConfigError
 
-with hidden("scipy", "sklearn"):  # for losses of detectors, and assisted decoding
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
 Image = NDArray[np.uint8]
 
 IMAGES_AT_ONCE = 4
@@ -32,6 +29,8 @@ PROMPTS_AT_ONCE = 32
 """Prompts decoded at once: each takes tens of MiB in the mask decoder."""
 LOGIT_LIMIT = 10.0
 """A rough mask's logits are clipped to this: probabilities of 0 and 1 have none."""
+
+WEIGHTS = ("*.safetensors", "*.bin")
 
 POINTS_PER_SIDE = 32
 MIN_PREDICTED_IOU, MIN_STABILITY, MAX_BOX_IOU = 0.88, 0.95, 0.7
@@ -85,25 +84,10 @@ class Sam:
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
         self.precision: Precision = resolve_precision("auto", device)
-        try:
-            config = AutoConfig.from_pretrained(name)
-            if type(config) not in MODEL_FOR_MASK_GENERATION_MAPPING:
-                raise ValueError(f"its model_type is {config.model_type}")
-            kind = MODEL_FOR_MASK_GENERATION_MAPPING[type(config)]
-            # By the class of the image model: checkpoints of SAM 2 and SAM 3 name the processor of their video model.
-            self._processor = PROCESSOR_MAPPING[kind.config_class].from_pretrained(name)
+        with _explained(name):
+            kind, _ = _kind_of(name)
+            self._processor = _processor_of(name, kind)
             self._model = kind.from_pretrained(name, dtype=torch.float32).to(device).eval()
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"params.yaml: proposals.model: got {name!r}, expected a hub id (needs a network or a local copy) or a "
-                "folder of a model of the SAM family that transformers loads; SAM 2, EdgeTAM and SAM 3 also need the "
-                f"packages of pip install '.[sam]': {reason}"
-            ) from None
-        except torch.OutOfMemoryError:
-            raise ConfigError(
-                f"params.yaml: proposals.model: {name!r} does not fit into the GPU's memory; take a smaller one"
-            ) from None
         self.mask_side = 4 * int(self._model.prompt_encoder.image_embedding_size[0])
         print_device(device, self.precision)
 
@@ -245,6 +229,18 @@ def load_sam(name: str, device: str, key: str) -> Sam:
     return Sam(name, choose_device(device, key))
 
 
+def check_sam(folder: str) -> str:
+    """The class of the model in a folder. Raises ConfigError if it or its packages are missing; reads no weights."""
+    with _explained(folder):
+        kind, config = _kind_of(folder)
+        _processor_of(folder, kind)
+        with torch.device("meta"):  # a backbone can need a package of its own
+            kind(config)
+        if not any(file for pattern in WEIGHTS for file in Path(folder).glob(pattern)):
+            raise OSError(f"no file {' or '.join(WEIGHTS)}")
+    return str(kind.__name__)
+
+
 def stability(logits: Tensor) -> Tensor:
     """IoU of a mask with itself at a higher and a lower threshold: logits [..., L, L] -> [...]; 0 for an empty mask."""
     inside, around = ((logits > offset).flatten(-2).sum(-1) for offset in (STABILITY_OFFSET, -STABILITY_OFFSET))
@@ -257,6 +253,43 @@ def without_duplicates(masks: Tensor, scores: Tensor) -> Tensor:
     # OpenCV's boxes are x, y, width, height.
     rows = cv2.dnn.NMSBoxes(boxes, scores.cpu().tolist(), 0.0, MAX_BOX_IOU) if boxes else []
     return torch.as_tensor(np.asarray(rows, dtype=np.int64), device=masks.device)
+
+
+def _kind_of(name: str) -> tuple[Any, Any]:
+    """The model class of transformers for a hub id or folder, and its configuration."""
+    with hidden("scipy", "sklearn"):  # for losses of detectors, and assisted decoding
+        from transformers import AutoConfig  # here, since the estimates of a run read this module's constants
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING
+
+    config = AutoConfig.from_pretrained(name)
+    if type(config) not in MODEL_FOR_MASK_GENERATION_MAPPING:
+        raise ValueError(f"its model_type is {config.model_type}")
+    return MODEL_FOR_MASK_GENERATION_MAPPING[type(config)], config
+
+
+def _processor_of(name: str, kind: Any) -> Any:
+    """By the class of the image model, since checkpoints of SAM 2 and SAM 3 name the processor of their video model."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    return PROCESSOR_MAPPING[kind.config_class].from_pretrained(name)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what goes wrong when a model is loaded into a ConfigError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"params.yaml: proposals.model: got {name!r}, expected a hub id (needs a network or a local copy) or a "
+            "folder of a model of the SAM family that transformers loads; SAM 2, EdgeTAM and SAM 3 also need the "
+            f"packages of pip install '.[sam]': {reason}"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"params.yaml: proposals.model: {name!r} does not fit into the GPU's memory; take a smaller one"
+        ) from None
 
 
 def _predicted_iou(scores: Tensor) -> FloatArray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import assert_never
 
 import matplotlib as mpl
 import numpy as np
@@ -83,7 +84,15 @@ def _method_name(method: str) -> str:
 
 
 def _rendering_name(rendering: ProposalsParams) -> str:
-    return "box" if rendering.renderer == "box" else f"grabcut, ring {rendering.ring}, core {rendering.core}"
+    match rendering.renderer:
+        case "box":
+            return "box"
+        case "grabcut":
+            return f"grabcut, ring {rendering.ring}, core {rendering.core}"
+        case "sam":
+            return f"sam, {rendering.model}"
+        case _:
+            assert_never(rendering.renderer)
 
 
 def _facts(run: Run, params: Params) -> list[tuple[str, str]]:

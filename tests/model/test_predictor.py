@@ -340,6 +340,7 @@ def test_warning_about_emulated_precision_names_the_model_config(pairs, tmp_path
 
 
 CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
+BY_SAM = {"renderer": "sam", "model": "a"}
 
 
 @pytest.mark.parametrize(
@@ -351,6 +352,9 @@ CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
         (CUT, CUT | {"core": 0.0}, "core: got 0.0, but the model was trained with 0.35"),
         (CUT, CUT | {"renderer": "box"}, "renderer: got box, but the model was trained with grabcut"),
         ({"ring": 0.5}, {"ring": 0.1}, None),  # boxes are not cut
+        (CUT, CUT | {"model": "a"}, None),  # GrabCut needs no model
+        (BY_SAM, BY_SAM | {"ring": 0.9}, None),
+        (BY_SAM, BY_SAM | {"model": "b"}, "model: got b, but the model was trained with a"),
     ],
 )
 def test_recorded_proposals_must_match_the_rendering_of_the_model(pairs, tmp_path, monkeypatch, mine, recorded, named):

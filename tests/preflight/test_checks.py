@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from called import call
+from tiny_sam import save_tiny_sam
 
 from bench.params import merged
 from l2l_core.config import load_params
@@ -468,3 +469,52 @@ def test_make_demo_reports_a_missing_repository_before_installing(tmp_path):
     (tmp_path / ".dvc" / "config.local").unlink()
     (tmp_path / "below").mkdir()
     subprocess.run(["make", "-f", "../Makefile", "repository"], cwd=tmp_path / "below", check=True)
+
+
+# --- SAM
+
+
+def use_sam(model: str) -> None:
+    change({"proposals": {"renderer": "sam", "model": model}})
+
+
+def test_names_the_sam_model_and_estimates_its_stages(project, monkeypatch, capsys):
+    save_tiny_sam(Path("models/sam"), "sam")
+    use_sam("models/sam")
+    said = checked(monkeypatch, capsys)
+    line, row = (line for line in said.splitlines() if line.startswith("proposals "))
+    assert line.startswith("proposals   sam; SAM: models/sam, SamModel; cpu")
+    assert row.split()[1] != "-"
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("models/empty", "config.json"), ("models/no-weights", "safetensors"), ("models/bert", "model_type is bert")],
+)
+def test_a_sam_model_that_cannot_be_used_is_reported(project, monkeypatch, capsys, model, reason):
+    Path("models/empty").mkdir(parents=True)
+    (save_tiny_sam(Path("models/no-weights"), "sam") / "model.safetensors").unlink()
+    Path("models/bert").mkdir()
+    Path("models/bert/config.json").write_text('{"model_type": "bert"}')
+    use_sam(model)
+    capsys.readouterr()  # the progress bar of saving
+    (problem,) = problems(monkeypatch, capsys)
+    assert problem.startswith(f"params.yaml: proposals.model: got '{model}', expected a hub id")
+    assert reason in problem
+
+
+def test_a_sam_model_on_the_hub_is_not_fetched(project, monkeypatch, capsys):
+    """Its times are unknown; the other stages' are not."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    use_sam("facebook/sam-vit-base")
+    said = checked(monkeypatch, capsys, "--no-timing")
+    assert "sam; SAM: facebook/sam-vit-base (hub id, not on this machine: fetched when it is first needed)" in said
+
+
+def test_sam_needs_a_model(project, monkeypatch, capsys):
+    change({"proposals": {"renderer": "sam"}})
+    (problem,) = problems(monkeypatch, capsys)
+    assert problem.startswith(
+        "params.yaml: proposals.model: got None, expected a hub id or folder of a model of the SAM"
+    )
+    assert problem.endswith("because renderer is sam")
