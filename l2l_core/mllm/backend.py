@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
+from l2l_core.errors import L2LError
 from l2l_core.mllm.coords import CoordSpace
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,27 @@ class PriorBackend(Protocol):
         Raises L2LError if no query is possible at all, such as for a missing model or server.
         """
         ...
+
+
+def isolate_failures(
+    run: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], failed: Callable[[str], Result]
+) -> list[Result]:
+    """Run a batch -> one result per item. A failing batch is split in half until the failing items are isolated.
+
+    failed: the result of a failing item, given the exception's type. Messages contain addresses and times, which differ
+    from run to run. An L2LError passes: it means that no item can succeed.
+    """
+    if not items:
+        return []
+    try:
+        return run(items)
+    except L2LError:
+        raise
+    except Exception as error:  # whatever a model's library raises
+        if len(items) == 1:
+            return [failed(type(error).__name__)]
+    middle = len(items) // 2
+    return isolate_failures(run, items[:middle], failed) + isolate_failures(run, items[middle:], failed)
 
 
 def clean_text(text: str) -> str:

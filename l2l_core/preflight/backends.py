@@ -66,6 +66,9 @@ def describe_priors(params: Params, data: Data | None) -> str:
                 return f"openai: {_query_server(priors)}"
             _check_packages(priors)
             return f"{priors.backend}: {_where('priors.model', str(priors.model))}; {_priors_device(priors)}"
+        case "detector":
+            _check_detector(priors)
+            return f"detector: {_where('priors.model', str(priors.model))}; {_priors_device(priors)}"
         case "none":
             return "none: nothing is queried, every sentence takes the path without prior"
         case "simulated" | "replay":
@@ -151,11 +154,26 @@ def _check_packages(priors: PriorsParams) -> None:
             )
 
 
+def _check_detector(priors: PriorsParams) -> None:
+    """Raises ConfigError if the model is on this machine but is not a complete detector, or if a package is missing."""
+    from l2l_core.mllm.engine_detector import find_family, load_processor  # loads much that other backends do not need
+
+    folder = _local_folder("priors.model", str(priors.model))
+    if folder is None:
+        return
+    if priors.engine.python is None:
+        load_processor(str(folder))
+    else:  # the other environment has its own packages
+        find_family(str(folder))
+    if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        raise ConfigError(f"params.yaml: priors.model: got {priors.model!r}, a folder without {' or '.join(WEIGHTS)}")
+
+
 def _priors_device(priors: PriorsParams) -> str:
-    """Device and precision of the multimodal LLM. Raises ConfigError if torch does not see the configured device."""
+    """Device and precision of the model. Raises ConfigError if torch does not see the configured device."""
     if priors.engine.python is not None:  # the other environment has its own torch
         return f"precision {priors.precision}, decided by {priors.engine.python}"
-    name = priors.engine.device if priors.backend == "transformers" else "auto"  # vLLM chooses by itself
+    name = "auto" if priors.backend == "vllm" else priors.engine.device  # vLLM chooses by itself
     device = choose_device(name, "priors.engine.device")
     precision = resolve_precision(priors.precision, device, "priors.precision")
     return f"{describe(device, precision)} (priors.precision: {priors.precision})"

@@ -12,6 +12,7 @@ import yaml
 from called import call
 from PIL import Image
 from synthetic_run import write_run
+from tiny_detectors import save_tiny_owlv2
 from torch import nn
 from toy_pairs import MODEL, toy_params
 
@@ -428,6 +429,21 @@ def test_queries_each_pair_once_and_independently_of_other_pairs(live, run):
     live.bodies.clear()
     prior_tables((1, "dot"))
     assert {json.dumps(body, sort_keys=True) for body in live.bodies} < together
+
+
+def test_a_detector_finds_the_priors_of_new_images(live, run, monkeypatch):
+    """The same priors as its backend gives to a dataset of these images, for every sample."""
+    model = save_tiny_owlv2(run / "tiny-owl")
+    params = live_params(run, backend="detector", model=str(model), precision="fp32")
+    pairs, masks = through_the_pipeline(params, run / "ingested")
+    assert pairs.has_box.all()
+    assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
+    lines = lines_of(run / "predictions")
+    assert all(line["with_prior"] for line in lines)
+    for line, mask in zip(lines, masks, strict=True):
+        size = line["height"], line["width"]
+        assert alike(segmentation_to_rle(line["segmentation"], *size), mask, *size)
+    assert not live.bodies
 
 
 def test_recorded_backends_send_no_queries(live, run, monkeypatch):
