@@ -132,7 +132,7 @@ def test_renders_the_mask_of_a_live_backend(session: serve.DemoSession) -> None:
 
     requested = predict_files.pairs_of_paths([Path("own.png")], "the dot")
     found = predict_files.live_priors(requested, PARAMS, partial(query_table, Segmenting()))
-    predicted = predict_files.answer(session.predictor, requested, found)
+    predicted = predict_files.predict_masks(session.predictor, requested, found)
     assert predicted.pairs.has_box.all()
     assert predicted.pairs.box.tolist() == [[0, 0, 0.5, 1]]
     assert predicted.with_prior.all()
