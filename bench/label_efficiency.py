@@ -71,7 +71,7 @@ RATES = (0.01, 0.05, 0.1)
 """The label shares of the field's tables."""
 PRESETS = ("llava-1.5-7b", "qwen2.5-vl-7b")
 """The weakest and the strongest of the simulated priors."""
-EMBEDDED = "refshapes-vlm"
+BUILTIN = "refshapes-vlm"
 """Priors of the model that comes with the project."""
 
 SELECTION: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ class Run:
             "round": self.rounds,
             "split": {"labeled_fraction": self.rate},
             "priors": MODEL
-            if self.preset == EMBEDDED
+            if self.preset == BUILTIN
             else {"backend": "simulated", "preset": self.preset, "seed": self.seed},
             "warmup": {"steps": steps},
         }
@@ -376,7 +376,7 @@ def _stop(*_: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.05])
-    presets = (*get_args(PriorsParams.model_fields["preset"].annotation), EMBEDDED)
+    presets = (*get_args(PriorsParams.model_fields["preset"].annotation), BUILTIN)
     parser.add_argument("--presets", nargs="+", choices=presets, default=[PRESETS[0]])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

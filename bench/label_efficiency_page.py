@@ -32,6 +32,7 @@ ROUND_0 = {
 }
 """Runs without a round, and the rows that the methods of their evaluation give. The warm-up is what all rounds start
 from; the others train for as many steps as a round does, the last on all labels."""
+ROUND_0_METHODS = {row for results in ROUND_0.values() for row in results.values()}
 
 MAIN = (0.05, "llava-1.5-7b")
 """Label rate and preset for which the claims are made."""
@@ -56,14 +57,14 @@ LAST = ("oracle", "oracle_constructed", "fully_supervised_no_priors", "fully_sup
 """The order of tables; what is in neither (ablations) stands between them."""
 
 COMPARED = {
-    "prior": "prior alone",
-    "supervised": "labels alone, no priors",
-    "warmup": "labels with priors (warm-up)",
-    "agreement_overlap": "fixed rule (agreement, overlap)",
-    "reinforce": "**L2L** (reinforce)",
-    "fully_supervised": "all labels with priors",
+    "prior": "proposal, thresholded",
+    "supervised": "supervised, no priors",
+    "warmup": "labels with priors",
+    "agreement_overlap": "fixed rule",
+    "reinforce": "**L2L**",
+    "fully_supervised": "fully supervised, with priors",
 }
-"""Methods that README.md and the first chart compare across settings, and what they are called there."""
+"""Methods that README.md and the first chart compare across settings, and their descriptions in README.md."""
 
 LIMITS = ("warmup", "all", "reinforce", "oracle_constructed", "fully_supervised")
 """Methods whose lost points are told apart: what each step wins, what a perfect choice would, what all labels do."""
@@ -243,8 +244,8 @@ def edition_note(rows: pd.DataFrame) -> list[str]:
     if "edition" in rows and (rows["edition"] == EDITION).all():
         return []
     return [
-        "**Measured with the first edition of the method**, without fitted proposals, the network that starts at them, "
-        "and the critic. The second edition is not measured at this size yet."
+        "**These results predate** fitted proposals, the network that starts at its proposal, and the critic. "
+        "The current version has not been evaluated at this size."
     ]
 
 
@@ -255,8 +256,10 @@ def summary_table(rows: pd.DataFrame) -> str:
     body: list[list[object]] = []
     for name in COMPARED:
         groups = [rows_of(val[val["method"] == name], setting) for setting in columns]
-        body.append([COMPARED[name], *(_range(group) if len(group) else "" for group in groups)])
-    return markdown(["val mIoU", *(f"{100 * rate:g} %, {preset}" for rate, preset in columns)], body)
+        number = 0 if name in ROUND_0_METHODS else 1
+        scores = [_range(group) if len(group) else "" for group in groups]
+        body.append([f"{COMPARED[name]} ({_title(name)})", number, *scores])
+    return markdown(["val mIoU", "round", *(f"{100 * rate:g} %, {preset}" for rate, preset in columns)], body)
 
 
 def _by_method(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
@@ -493,7 +496,7 @@ def _draw_summary(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         axes.annotate(
             f"{miou.mean():.0f}", (miou.mean(), place), (0, 4), textcoords="offset points", ha="center", fontsize=8
         )
-    axes.set_yticks(range(len(COMPARED)), [name.replace("**", "") for name in COMPARED.values()])
+    axes.set_yticks(range(len(COMPARED)), [_title(name) for name in COMPARED])
     axes.set(ylim=(len(COMPARED) - 0.5, -0.7), xlim=(0, 100), xlabel="val mIoU (%)", title=title)
 
 

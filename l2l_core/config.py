@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from l2l_core.errors import ConfigError, raise_all
 
-EMBEDDED_DATASET = "data/refshapes"
+BUILTIN_DATASET = "data/refshapes"
 """Written by the stage `refshapes`. Any other folder holds the user's data."""
 LIVE_BACKENDS = ("transformers", "openai", "vllm", "detector")
 """Backends that run a model and accept any image. The others know only the sentences of the dataset."""
-EMBEDDED_MODEL = "refshapes-vlm"
+BUILTIN_MODEL = "refshapes-vlm"
 """Folder name of the built-in multimodal LLM, which is trained only on RefShapes."""
 
 MAX_ROUND = 5
@@ -181,9 +181,9 @@ class PriorsParams(Section):
     prices: PricesParams
 
     @property
-    def queries_embedded(self) -> bool:
+    def uses_builtin_mllm(self) -> bool:
         """Whether the backend queries the built-in multimodal LLM."""
-        return self.backend in LIVE_BACKENDS and Path(str(self.model)).name == EMBEDDED_MODEL
+        return self.backend in LIVE_BACKENDS and Path(str(self.model)).name == BUILTIN_MODEL
 
     @model_validator(mode="after")
     def _backends_have_what_they_need(self) -> PriorsParams:
@@ -420,9 +420,9 @@ class Params(Section):
     report: ReportParams
 
     @property
-    def is_embedded(self) -> bool:
+    def uses_builtin_dataset(self) -> bool:
         """Whether the stage `refshapes` writes the dataset."""
-        return Path(self.dataset) == Path(EMBEDDED_DATASET)
+        return Path(self.dataset) == Path(BUILTIN_DATASET)
 
     @model_validator(mode="after")
     def _candidate_has_a_model(self) -> Params:
@@ -435,7 +435,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _model_knows_the_data(self) -> Params:
-        if not self.priors.queries_embedded:
+        if not self.priors.uses_builtin_mllm:
             return self
         for key, got, taught in (
             ("prompt", self.priors.prompt, ("box-2",)),
@@ -443,11 +443,11 @@ class Params(Section):
         ):
             if got not in taught:
                 raise ValueError(
-                    f"priors.{key}: got {got!r}, expected {taught[-1]!r}, the one that {EMBEDDED_MODEL} was taught"
+                    f"priors.{key}: got {got!r}, expected {taught[-1]!r}, the one that {BUILTIN_MODEL} was taught"
                 )
-        if not self.is_embedded:
+        if not self.uses_builtin_dataset:
             raise ValueError(
-                f"priors.model: got {self.priors.model!r}, which knows {EMBEDDED_DATASET} alone, but dataset is "
+                f"priors.model: got {self.priors.model!r}, which knows {BUILTIN_DATASET} alone, but dataset is "
                 f"{self.dataset!r}: name another model, replay recorded responses (priors.backend=replay), or do "
                 "without (priors.backend=none)"
             )

@@ -128,7 +128,7 @@ def get_priors(requested: PairList, params: Params) -> PriorTables:
     """
     if params.priors.backend not in LIVE_BACKENDS:
         return recorded_priors(requested)
-    if params.priors.queries_embedded:
+    if params.priors.uses_builtin_mllm:
         print(
             f"note: {params.priors.model} is trained only on the synthetic scenes of RefShapes; "
             "its responses for photographs are meaningless"

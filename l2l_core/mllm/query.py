@@ -67,7 +67,7 @@ def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBacken
             return ReplayBackend({}, "none")
         case "transformers" | "openai" | "vllm":
             model = Path(str(params.model))
-            if params.queries_embedded and params.backend != "openai" and not model.is_dir():
+            if params.uses_builtin_mllm and params.backend != "openai" and not model.is_dir():
                 raise ConfigError(
                     f"params.yaml: priors.model: no folder {str(model)!r} here, expected the model that comes with the "
                     "project; run from the project's root"

@@ -73,7 +73,7 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
                     inputs.count_roles(data, split),
                     costs,
                     sizes,
-                    draws_refshapes=params.is_embedded,
+                    draws_refshapes=params.uses_builtin_dataset,
                     needs=needs,
                     at_once=find_places(params, params.select.folds, data.index.images.num_rows).at_once,
                 )

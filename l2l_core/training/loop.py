@@ -86,19 +86,22 @@ def train(
 ) -> Trained:
     """Train for a number of steps and return the EMA teacher.
 
-    Every random choice of a step is a function of (seed, step), so a run that resumes from `checkpoint` ends with the
-    same bytes as an uninterrupted run. `log` receives every row of the curve; after a resume, also the old rows.
+    network: the student, trained in place. params: the section `train`. what: name of the run in messages and the
+    progress bar. `log` receives every row of the curve. After a resume, `log` first receives the stored rows.
+
+    The random draws of a step depend only on the seed, the step, the position in the batch and the process index. On a
+    CPU, a resumed run therefore ends with the same bytes as an uninterrupted one.
 
     With several launched processes (torchrun, accelerate launch), each computes a part of every batch, and
-    `micro_batch_size` splits this part further. The loss is that of the whole batch. Batch norm sees only a part of the
-    batch, but on GPUs the processes share its statistics. The first process writes the checkpoints.
+    `micro_batch_size` splits this part further. The loss is that of the whole batch. Batch norm statistics cover only
+    a part of the batch; on GPUs they are synchronized over the processes. The first process writes the checkpoints.
 
-    Raises InputError if a stream is empty. Raises ConfigError if the loss is not finite or if a batch is too small for
-    all streams or processes.
+    Raises InputError if a stream has no pairs. Raises ConfigError if the loss is not finite or if a batch is too small
+    for all streams or processes.
     """
     for stream in streams:
         if not len(stream.batches.pairs):
-            raise InputError(f"{what}: nothing to learn from (no pair in one of its streams); check the label budget")
+            raise InputError(f"{what}: a stream has no pairs, so there is nothing to learn; check the label budget")
     use_share_of_cores()
     device = choose_device(params.engine.device)
     precision = resolve_precision(params.precision, device)
@@ -179,7 +182,7 @@ def _backward(
 ) -> list[Tensor]:
     """Add up the gradients of one step's batches; return total, BCE and Dice loss [3] of each.
 
-    student: `network`, wrapped for several processes. count: samples of the whole step that teach.
+    student: `network`, wrapped for several processes. count: samples of the whole step with at least one valid pixel.
     """
     losses = []
     for number, batch in enumerate(batches, start=1):
@@ -191,13 +194,16 @@ def _backward(
                 output = student(batch, tokens)
             loss = segmentation_loss(output, batch.label, _keep(batch), count)
             with attention_kernels(accelerator.device):
-                accelerator.backward(loss.total * accelerator.num_processes)  # backward divides by it
+                # DDP averages gradients over the processes; this restores their sum.
+                accelerator.backward(loss.total * accelerator.num_processes)
         losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
     return losses
 
 
 def _accelerator(device: torch.device) -> Accelerator:
-    """Moves the training to its device and splits it between launched processes. It does not handle precision."""
+    """Create the Accelerator. It moves training to the device and splits it over the processes, but does not handle
+    precision.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
@@ -249,8 +255,8 @@ def enough_samples() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError(
-            "params.yaml: train.batch_size, train.engine.micro_batch_size: a process computes one sample at once, but "
-            "the image encoder's batch norm needs at least two; raise them, use fewer processes, or another encoder"
+            "params.yaml: train.batch_size, train.engine.micro_batch_size: a process computes one sample at a time, "
+            "but the image encoder's batch norm needs at least two; raise them, use fewer processes, or another encoder"
         ) from None
 
 
@@ -261,7 +267,10 @@ def sum_of(accelerator: Accelerator, values: Sequence[Tensor]) -> Tensor:
 
 
 def epoch_rows(count: int, batch: int, seed: int, step: int) -> NDArray[np.int64]:
-    """[batch] int64 rows of step `step` in an endless sequence of shuffled epochs of `count` rows; a pure function."""
+    """Rows [batch] int64 of step `step`. Pure function.
+
+    Epochs of `count` shuffled rows follow each other without end.
+    """
     positions = np.arange(step * batch, (step + 1) * batch)
     rows = np.empty(batch, dtype=np.int64)
     for epoch in np.unique(positions // count):
@@ -278,9 +287,9 @@ def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:
-    """Give each stream its share of IMAGE_CACHE_BYTES. All streams of all processes on a machine share it.
+    """Give each stream an equal share of IMAGE_CACHE_BYTES, which all streams of all processes on a machine share.
 
-    Processes are those started by a launcher (torchrun), and parallel trainings.
+    Launched processes and parallel training runs both count.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(BESIDE_VARIABLE, "1"))
     room = IMAGE_CACHE_BYTES // (len(streams) * processes)

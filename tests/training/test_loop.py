@@ -90,7 +90,7 @@ def test_refuses_a_batch_smaller_than_the_number_of_streams(toy):
 def test_refuses_a_single_sample_with_batch_norm(toy):
     """The last feature map of the tiny encoder has one pixel for these images."""
     with pytest.raises(
-        ConfigError, match=r"train\.batch_size, .*: a process computes one sample at once, but the image"
+        ConfigError, match=r"train\.batch_size, .*: a process computes one sample at a time, but the image"
     ):
         train(toy_network(toy[0]), streams_of(toy), 1, with_(batch_size=1), 0, "test")
 
@@ -316,7 +316,7 @@ def test_dropped_pixels_do_not_change_the_weights(toy):
 def test_refuses_an_empty_stream(toy):
     none = np.zeros(0, dtype=np.int64)
     streams = [*streams_of(toy), Stream(toy_batches(toy[0].take(none)), Targets([]), 0.5)]
-    with pytest.raises(InputError, match="warmup: nothing to learn from"):
+    with pytest.raises(InputError, match="warmup: a stream has no pairs"):
         train(toy_network(toy[0]), streams, 1, TRAIN, 0, "warmup")
 
 
