@@ -191,7 +191,7 @@ class PriorsParams(Section):
             raise ValueError("replay_file: got null, expected a JSON-lines file because backend is replay")
         if self.backend in LIVE_BACKENDS and not self.model:
             raise ValueError(f"model: got {self.model!r}, expected a model's name because backend is {self.backend}")
-        if self.backend == "detector" and self.queries_embedded:
+        if self.backend == "detector" and self.uses_builtin_mllm:
             raise ValueError(
                 f"model: got {self.model!r}, which is no detector, expected one such as "
                 "IDEA-Research/grounding-dino-tiny because backend is detector (docs/priors.md)"
