@@ -18,7 +18,7 @@ from l2l_core.config import PriorsParams
 from l2l_core.core.images import read_image
 from l2l_core.errors import InputError, L2LError
 from l2l_core.mllm.backend import Question, RawResponse
-from l2l_core.mllm.coords import resolve_coord_space, sent_hw
+from l2l_core.mllm.coords import resolve_coord_space, scale_of, sent_hw
 from l2l_core.mllm.prompt import Schema, keeps_to, prompt_sha256, prompt_text, response_schema
 
 BORDER_RGB = (122, 116, 104)
@@ -124,7 +124,7 @@ class MllmBackend:
             return str(error)
         if image.size != (image_hw[1], image_hw[0]):
             return "image of another size than the index says"
-        if self._space == "unit_square":
+        if scale_of(self._space) == "unit_square":
             return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=BORDER_RGB)
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
