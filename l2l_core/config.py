@@ -152,14 +152,23 @@ class PriorsParams(Section):
         "pixel",
         "resized_pixel",
         "norm1000",
-        "norm1000_yx",
         "norm999",
-        "norm1024_yx",
+        "norm1024",
         "percent",
         "unit",
         "unit_square",
+        "pixel_yx",
+        "resized_pixel_yx",
+        "norm1000_yx",
+        "norm999_yx",
+        "norm1024_yx",
+        "percent_yx",
+        "unit_yx",
+        "unit_square_yx",
     ]
     """How the model writes coordinates. `auto` looks up the model family."""
+    check_coords: bool
+    """Whether the stage `priors` stops if the labels show that coordinates have another meaning."""
     model: str | None
     """Hub id or folder (`transformers`, `vllm`, `detector`), or the model's name on the server (`openai`)."""
     prompt: Literal["box-1", "box-2", "point-1"]

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
-from l2l_core.core.masks import encode_rle, intersection_union_px, rle_area_px_all, wrong_kept_px
+from l2l_core.core.masks import cut_proposal, intersection_union_px, rle_area_px_all, wrong_kept_px
 from l2l_core.core.metrics import (
     POSITIVE_IOU,
     auroc,
@@ -299,13 +298,6 @@ def _prior_masks(proposals: pd.DataFrame, truth: pd.DataFrame) -> list[bytes]:
         cut_proposal(np.frombuffer(soft, np.uint8).reshape(map_height, map_width), height, width)
         for soft, map_height, map_width, height, width in zip(*(column.tolist() for column in columns), strict=True)
     ]
-
-
-def cut_proposal(soft: NDArray[np.uint8], height: int, width: int) -> bytes:
-    """A soft map [h, w] uint8 (0..255 is 0..1) -> run lengths of the pixels above 0.5 at the image's size, bilinear."""
-    # Resized transposed: run lengths are column-major, so this order avoids a copy.
-    large = cv2.resize(soft.T.astype(np.float32), (height, width), interpolation=cv2.INTER_LINEAR)
-    return encode_rle((large > 127.5).T)
 
 
 def _by_sentence(rows: pd.DataFrame, sent_ids: pd.Index[int], what: str) -> pd.DataFrame:

@@ -45,9 +45,16 @@ class RawResponse:
 
 
 _DRAFT_TAG = re.compile(
-    r"<(?P<closes>/?)(?:think|thinking|thought|reasoning|reflection|scratchpad)>|◁(?P<ends>/?)think▷", re.IGNORECASE
+    r"(?P<opens><(?:seed:)?(?:think|thinking|thought|reasoning|reflection|scratchpad)>|◁think▷|\[THINK\]"
+    r"|<\|begin_of_thought\|>|<\|channel\|?>(?:thought|analysis|commentary)\b)"
+    r"|</(?:seed:)?(?:think|thinking|thought|reasoning|reflection|scratchpad)>|◁/think▷|\[/THINK\]"
+    r"|<\|end_of_thought\|>|<channel\|>|<\|channel\|>final\b",
+    re.IGNORECASE,
 )
-_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+"""Tags around the reasoning of models. Each alternative occurs in a published chat template: Kimi writes ◁think▷,
+Magistral [THINK], Seed-OSS <seed:think>, Gemma 4 <|channel>thought, and gpt-oss <|channel|>analysis."""
+_ANSWER_TAG = re.compile(r"<(?:(?P<ends>/)?answer|\|(?:begin|(?P<closes>end))_of_box\|)>", re.IGNORECASE)
+"""GLM-V writes its answer between <|begin_of_box|> and <|end_of_box|>."""
 
 
 class PriorBackend(Protocol):
@@ -92,19 +99,21 @@ def clean_text(text: str) -> str:
 def final_text(raw_text: str) -> str:
     """The final response of a model: no draft in <think> tags, and if there is an <answer> tag, only its last content.
 
+    Other models' tags with these meanings count too.
+
     A closed draft ends at its last closing tag, even if the chat template opened it. An unclosed draft extends to
     the end of the text. Time is linear in the length of the text.
     """
     start, end, is_draft = 0, len(raw_text), False
     for tag in _DRAFT_TAG.finditer(raw_text):
-        if tag["closes"] or tag["ends"]:
+        if not tag["opens"]:
             start, end, is_draft = tag.end(), len(raw_text), False
         elif not is_draft:
             end, is_draft = tag.start(), True
     text = raw_text[start:end]
     final, opened = text, None
     for tag in _ANSWER_TAG.finditer(text):
-        if not tag[1]:
+        if not (tag["ends"] or tag["closes"]):
             opened = tag.end()
         elif opened is not None:
             final, opened = text[opened : tag.start()], None

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from l2l_core.config import PriorsParams
 from l2l_core.mllm.backend import Question, RawResponse, isolate_failures
-from l2l_core.mllm.coords import resolve_coord_space, sent_hw
+from l2l_core.mllm.coords import resolve_coord_space, scale_of, sent_hw
 from l2l_core.mllm.image_backend import ImageBackend
 from l2l_core.mllm.prompt import Schema, keeps_to, prompt_sha256, prompt_text, response_schema
 
@@ -101,7 +101,7 @@ class MllmBackend(ImageBackend):
         if isinstance(image, str):
             return image
         height, width = sent_hw(self._space, image_hw, self._params.max_image_px)
-        if self._space == "unit_square":
+        if scale_of(self._space) == "unit_square":
             return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=BORDER_RGB)
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 

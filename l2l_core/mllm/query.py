@@ -121,7 +121,7 @@ def query_key(params: PriorsParams, index: records.IndexPaths) -> str:
 
     The code is not part of it, so that an interrupted run can resume after a fix.
     """
-    settings = params.model_dump(mode="json", exclude={"engine", "prices"})
+    settings = params.model_dump(mode="json", exclude={"engine", "prices", "check_coords"})
     prompts = [prompt_sha256(params.prompt, space) for space in COORD_SPACES]
     digest = hashlib.sha256(json.dumps([settings, prompts, str(records.RESPONSES)]).encode())
     files = [index.images, index.refs]

@@ -35,6 +35,14 @@ LABEL_QUALITY_NAMES = {
     "auroc": "AUROC",
 }
 
+PRIOR_SCORE_NAMES = {
+    "box_acc50": "box acc@0.5",
+    "box_miou": "mIoU, box",
+    "pointing_acc": "pointing accuracy",
+    "score_auroc": "AUROC of the score",
+}
+"""Keys of `priors.scores.score_priors`: names on the page."""
+
 CHANGE_NAMES = {
     "better": ("better", COUNT),
     "worse": ("worse", COUNT),
@@ -56,6 +64,7 @@ def render_report(run: Run, params: Params, read_image: Callable[[str], overlays
         facts=_facts(run, params),
         tiles=_tiles(run),
         scores=_score_tables(run),
+        priors=_prior_table(run),
         styles=_style_tables(run),
         sizes=_size_tables(run),
         size_rule=f"small below {low:.1f} % of the image, large from {high:.1f} % on",
@@ -150,6 +159,18 @@ def _score_tables(run: Run) -> list[Table]:
             )
         )
     return tables
+
+
+def _prior_table(run: Run) -> Table:
+    """Scores of priors and proposals on the labeled sentences; a row per model if there are several."""
+    scores = run.prior_scores
+    rows = [("all", scores, run.proposal_scores.get("miou"))]
+    rows += [(source, of_source, None) for source, of_source in scores.get("by_source", {}).items()]
+    return Table(
+        f"Priors on {scores['labeled']:,} labeled sentences, {scores['labeled_without_prior']:,} without a prior",
+        {**dict.fromkeys(PRIOR_SCORE_NAMES.values(), PERCENT), "mIoU, proposal": PERCENT},
+        [(name, [*(of_row[key] for key in PRIOR_SCORE_NAMES), miou]) for name, of_row, miou in rows],
+    )
 
 
 def _style_tables(run: Run) -> list[Table]:
