@@ -65,6 +65,8 @@ def make_folder(folder: Path, url: str, **engine: object) -> Path:
         (images, records.INDEX.images, records.IMAGES),
         (refs, records.INDEX.refs, records.REFS),
         ([], records.INDEX.objects, records.OBJECTS),
+        ([{"sent_id": ref["sent_id"], "role": "unlabeled"} for ref in refs], records.SPLIT_PATH, records.SPLIT),
+        ([], records.LABELED_MASKS_PATH, records.MASKS),
     ):
         records.write_table(records.make_table(rows, schema), folder / path, schema)
     engine = {"server_url": url, "chunk_size": CHUNK, "concurrency": 2} | engine

@@ -19,7 +19,7 @@ from bench.priors_kills import OUTPUTS, PATIENCE_S, start
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.mllm.detector import DISTINCT_IOU
-from stages import ingest, priors, query, refshapes
+from stages import ingest, priors, query, refshapes, split
 
 ROOT = Path(__file__).parents[2]
 IMAGES = {"image_size_px": 64, "train_images": 5, "val_images": 2, "test_images": 2, "sentences_per_image": 2}
@@ -41,11 +41,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shipped = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     engine = {"chunk_size": CHUNK, "batch_size": 3, "device": "cpu", "data_parallel": 1}
     settings = {"backend": "none", "precision": "fp32", "samples": SAMPLES, "engine": engine}
-    (folder / "params.yaml").write_text(yaml.safe_dump(merged(shipped, {"refshapes": IMAGES, "priors": settings})))
+    (folder / "params.yaml").write_text(
+        yaml.safe_dump(merged(shipped, {"refshapes": IMAGES, "split": {"labeled_fraction": 0.4}, "priors": settings}))
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         refshapes.main()
         ingest.main()
+        split.main()
     return folder
 
 
