@@ -372,7 +372,7 @@ def test_refuses_more_processes_than_the_gpus_allow(
 def test_dvc_reruns_query_only_for_settings_that_change_it() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     tracked = {name.removeprefix("priors.") for name in stages["query"]["params"]}
-    assert tracked == PriorsParams.model_fields.keys() - {"engine", "prices"}
+    assert tracked == PriorsParams.model_fields.keys() - {"engine", "prices", "check_coords"}
     code = [path for stage in ("query", "priors") for path in stages[stage]["deps"] if path.endswith("parse.py")]
     assert code == ["l2l_core/priors/parse.py"]  # only of `priors`: changing the parser does not query the model again
     assert "l2l_core/priors/parse.py" in stages["priors"]["deps"]
