@@ -30,9 +30,13 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, pre
 export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(export_app, name="export", help="Write pseudo-labels or the network for other tools.")
 
-Round = Annotated[int | None, typer.Option("--round", min=1, help="round to export (default: the last run's latest)")]
+Round = Annotated[
+    int | None, typer.Option("--round", min=1, help="round to export (default: the latest of the last run)")
+]
 Polygons = Annotated[bool, typer.Option("--polygons", help="masks as polygons, not as run lengths")]
-Run = Annotated[Path | None, typer.Option(help="folder of a round or of its model (default: the last run's latest)")]
+Run = Annotated[
+    Path | None, typer.Option(help="folder of a round or of its model (default: the latest of the last run)")
+]
 
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:

@@ -571,7 +571,7 @@ def _explain(detail: Any) -> str:
             return f"{key}: renamed, use {RENAMED_KEYS[key]} (see params.yaml)"
         case "extra_forbidden":
             return f"{key}: unknown parameter, expected one of those in params.yaml; check the spelling"
-        case "literal_error" if got in RENAMED_VALUES.get(key, {}):
+        case "literal_error" if isinstance(got, str) and got in RENAMED_VALUES.get(key, {}):
             return f"{key}: {got!r} was renamed, use {RENAMED_VALUES[key][got]!r}"
         case "literal_error":
             expected = context["expected"].replace(" or ", ", ")

@@ -40,7 +40,7 @@ def main() -> None:
         print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
     fresh = params.retrain.start == "scratch" and not online
     network = new_network(params, run_name) if fresh else Segmenter.load(previous)
-    network.passes = params.retrain.num_passes
+    network.num_passes = params.retrain.num_passes
     run_training(
         params,
         run_name,

@@ -64,6 +64,7 @@ def test_shipped_params_file_is_valid_and_round_trips():
         ("select.fold_update", "further", r"select\.fold_update: 'further' was renamed, use 'continue'"),
         ("select.fold_update", "fresh", r"select\.fold_update: 'fresh' was renamed, use 'retrain'"),
         ("select.fold_update", "kept", r"select\.fold_update: 'kept' was renamed, use 'freeze'"),
+        ("select.method", ["all"], r"select\.method: got \['all'\], expected one of 'reinforce'"),
         ("train.lrr", 1, r"train\.lrr: unknown parameter"),
         ("trian", {}, "trian: unknown parameter"),
         ("ingest", 3, "ingest: got 3, expected a section"),

@@ -55,22 +55,29 @@ def added_to(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `target` when the block succeeds and is removed when it fails.
+    """Yield a temporary folder that replaces `target` when the block succeeds.
+
+    If the block or the replacement fails, `target` stays as it was.
 
     In a distributed run, only rank 0 may call it.
     """
     building, retired = (target.with_name(f".{target.name}.{kind}") for kind in ("building", "retired"))
-    shutil.rmtree(building, ignore_errors=True)  # left by a killed process
+
+    def clean_up() -> None:
+        if retired.exists() and not target.exists():
+            os.replace(retired, target)
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+    clean_up()  # after a killed process
     building.mkdir(parents=True)
     try:
         yield building
         if target.exists():
-            shutil.rmtree(retired, ignore_errors=True)
             os.replace(target, retired)
         os.replace(building, target)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        clean_up()
 
 
 @contextmanager

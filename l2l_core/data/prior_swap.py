@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from l2l_core.core.metrics import iou_from_px
 from l2l_core.data.pairs import Pairs
 
 MAX_OVERLAP = 0.2
@@ -24,13 +25,8 @@ def prior_rows(pairs: Pairs, rows: NDArray[np.int64], fraction: float, draws: np
     for place in is_swapped.nonzero()[0]:
         own = rows[place]
         of_image = (pairs.image_row == pairs.image_row[own]).nonzero()[0]
-        others = [row for row in of_image if _overlap(pairs, row, own) < MAX_OVERLAP]
-        chosen[place] = others[int(position[place] * len(others))] if others else anyone[place]
+        mine, marked = pairs.proposal[own] > 127, pairs.proposal[of_image] > 127
+        iou = iou_from_px((marked & mine).sum((1, 2)), (marked | mine).sum((1, 2)))
+        others = of_image[iou < MAX_OVERLAP]
+        chosen[place] = others[int(position[place] * len(others))] if len(others) else anyone[place]
     return chosen
-
-
-def _overlap(pairs: Pairs, first: int, second: int) -> float:
-    """IoU of two proposals, cut at 0.5; 1 if both are empty."""
-    one, other = pairs.proposal[first] > 127, pairs.proposal[second] > 127
-    union = np.count_nonzero(one | other)
-    return np.count_nonzero(one & other) / union if union else 1.0

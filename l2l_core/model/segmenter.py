@@ -81,14 +81,14 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
 class Segmenter(nn.Module):
     """Encoders, guidance and decoder, with the tokenizer that belongs to them.
 
-    passes: number of decoder passes per pair at inference; see `predict_logits`. Training uses one.
+    num_passes: number of decoder passes per pair at inference; see `predict_logits`. Training uses one.
     proposals: parameters of the proposals used in training. precision: precision used in training. Both are None before
     training. precision_setting: `train.precision` (auto before training). `save` stores all three, so that a model
     folder is self-contained.
     """
 
     memory_format = torch.channels_last  # faster on CPUs and GPUs; see bench/training.py
-    passes = 1
+    num_passes = 1
     proposals: ProposalsParams | None = None
     precision: str | None = None
     precision_setting = "auto"
@@ -133,14 +133,14 @@ class Segmenter(nn.Module):
             raise ArtifactError(f"{folder}: not found, run the stage that writes it: dvc repro")
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            found, passes = config.pop("format", None), int(config.pop("passes", cls.passes))
+            found, passes = config.pop("format", None), int(config.pop("passes", cls.num_passes))
             proposals, precision = config.pop("proposals", None), config.pop("precision", None)
             precision_setting = config.pop("precision_setting", cls.precision_setting)
             if found != FORMAT:
                 raise ValueError(f"config.json: format: got {found!r}, expected {FORMAT}; train it again")
             params = ModelParams.model_validate(config)
             network = cls(params, load_tokenizer(folder / "tokenizer"), *blank_encoders(folder))
-            network.passes, network.precision, network.precision_setting = passes, precision, precision_setting
+            network.num_passes, network.precision, network.precision_setting = passes, precision, precision_setting
             network.proposals = None if proposals is None else ProposalsParams.model_validate(proposals)
             network.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -156,7 +156,7 @@ class Segmenter(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "model.safetensors")
-        config = {"format": FORMAT} | self.params.model_dump() | {"passes": self.passes}
+        config = {"format": FORMAT} | self.params.model_dump() | {"passes": self.num_passes}
         config |= {"precision": self.precision, "precision_setting": self.precision_setting}
         if (known := proposals or self.proposals) is not None:
             config["proposals"] = known.model_dump()
@@ -194,7 +194,7 @@ class Segmenter(nn.Module):
 
         The proposal score stays that of the prior. pyramid: of the batch's images.
         """
-        for _ in range(self.passes - 1):
+        for _ in range(self.num_passes - 1):
             found = self.decode(pyramid, batch, tokens).mask_logits.sigmoid()
             proposal = F.interpolate(found, batch.proposal.shape[-2:], mode="area")
             batch = replace(batch, proposal=proposal)

@@ -191,8 +191,8 @@ class _Cases:
         """Pseudo-labels of the last round next to those of the previous round (from `_two_rounds`)."""
         for row in labels.itertuples():
             names = [f"label ({candidate})" for candidate in (row.candidate_before, row.candidate)]
-            labels = ((row.accepted_before, row.accept_prob_before), (row.accepted, row.accept_prob))
-            said = [f"{'accepted' if accepted else 'rejected'} with {prob:.2f}" for accepted, prob in labels]
+            verdicts = ((row.accepted_before, row.accept_prob_before), (row.accepted, row.accept_prob))
+            said = [f"{'accepted' if accepted else 'rejected'} with {prob:.2f}" for accepted, prob in verdicts]
             yield self._changed(row, names, said)
 
     def of_changed_predictions(self, predictions: pd.DataFrame) -> Iterator[Case]:

@@ -59,7 +59,7 @@ def train_teacher(params: Params, number: int, left_out: int, into: Path) -> Non
     else:
         network = new_network(params, run_name)
     if number:
-        network.passes = params.retrain.num_passes  # the teachers represent the round's model
+        network.num_passes = params.retrain.num_passes  # the teachers represent the round's model
         pseudo = pseudo_stream(params, pseudo_labels_of(number), 1 - params.retrain.labeled_share)
         # A partly labeled image also has pseudo-labels, from a teacher that has seen its labels.
         others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])

@@ -124,9 +124,9 @@ def train(
     curve: list[dict[str, float]] = []
     first = 0
     state = load_checkpoint(checkpoint) if checkpoint else None
-    learned: dict[str, Any] = {"student": network, "teacher": teacher, "optimizer": optimizer}
+    checkpointed: dict[str, Any] = {"student": network, "teacher": teacher, "optimizer": optimizer}
     if state is not None:
-        for name, module in learned.items():
+        for name, module in checkpointed.items():
             module.load_state_dict(state[name])
         curve, first = state["curve"], state["step"]
         print(f"{what}: resuming at step {first} of {steps}", flush=True)
@@ -145,7 +145,11 @@ def train(
 
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
         torch.manual_seed(seed_of("dropout", seed, step, accelerator.process_index))
-        batches = [_strong_batch(streams, params, seed, step, teacher_prob, part) for part in mine]
+        batches = []
+        for part in mine:
+            drawn = _draw(streams, params, seed, step, teacher_prob, part)
+            seeds = [seed_of("view", seed, step, place) for place in part.tolist()]
+            batches.append(strong_view(drawn, seeds, flip=params.flip))
         count = sum_of(accelerator, [samples_that_teach(_keep(batch)).sum() for batch in batches])
         for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
             group["lr"] = peak * schedule(step, steps, params.warmup_fraction, params.lr_decay)
@@ -167,7 +171,7 @@ def train(
                 )
         due = done % params.engine.checkpoint_every == 0 and done < steps
         if checkpoint and due and accelerator.is_main_process:
-            weights = {name: module.state_dict() for name, module in learned.items()}
+            weights = {name: module.state_dict() for name, module in checkpointed.items()}
             save_checkpoint(checkpoint, {**weights, "curve": curve, "step": done})
     return Trained(teacher, curve)
 
@@ -321,19 +325,6 @@ def label_online(batch: Batch, prob: Tensor, threshold: float) -> Batch:
     return replace(batch, label=(prob > 0.5).float(), keep=(torch.maximum(prob, 1 - prob) >= threshold).float())
 
 
-def _strong_batch(
-    streams: Sequence[Stream | OnlineStream],
-    params: TrainParams,
-    seed: int,
-    step: int,
-    teacher_prob: Callable[[Batch], Tensor],
-    places: NDArray[np.int64],
-) -> Batch:
-    """The strong view of a step's samples at the positions `places`."""
-    seeds = [seed_of("view", seed, step, place) for place in places.tolist()]
-    return strong_view(_draw(streams, params, seed, step, teacher_prob, places), seeds, flip=params.flip)
-
-
 def _draw(
     streams: Sequence[Stream | OnlineStream],
     params: TrainParams,
@@ -347,11 +338,14 @@ def _draw(
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
         rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, number), step)
         no_prior = generator("prior dropout", seed, step, number).random(size) < params.prior_dropout
-        swap = generator("prior swap", seed, step, number)
-        of_prior = prior_rows(stream.batches.pairs, rows, stream.prior_swap, swap)
+        of_prior = None
+        if stream.prior_swap:
+            swap = generator("prior swap", seed, step, number)
+            of_prior = prior_rows(stream.batches.pairs, rows, stream.prior_swap, swap)
         if places is not None:
             here = places[(places >= first) & (places < first + size)] - first
-            rows, no_prior, of_prior = rows[here], no_prior[here], of_prior[here]
+            rows, no_prior = rows[here], no_prior[here]
+            of_prior = None if of_prior is None else of_prior[here]
         first += size
         if not len(rows):
             continue

@@ -100,7 +100,7 @@ def _draw_coverage(axes: Axes, title: str, rounds: Curves) -> None:
 
 
 def _draw_reliability(axes: Axes, title: str, rounds: Curves) -> None:
-    axes.plot([0, 100], [0, 100], linestyle=":", color=COLOURS[5], label="as good as its word")
+    axes.plot([0, 100], [0, 100], linestyle=":", color=COLOURS[5], label="perfectly calibrated")
     for name, rows in rounds.items():
         axes.plot(rows["prob"], rows["share"], marker="o", label=name.replace("_", " "))
     xlabel, ylabel = "probability of acceptance (%)", f"with IoU > {POSITIVE_IOU} (%)"

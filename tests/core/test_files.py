@@ -151,6 +151,34 @@ def test_ignores_leftovers_of_a_killed_process(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").write_text("old")
+    replace = os.replace
+
+    def fail(source, to):
+        if source.name == ".model.building":
+            raise OSError("no permission")
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no permission"), atomic_dir(target) as folder:
+        (folder / "a").write_text("1")
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_restores_the_old_folder_after_a_kill_during_the_replacement(tmp_path):
+    target, retired = tmp_path / "model", tmp_path / ".model.retired"
+    retired.mkdir()
+    (retired / "old").write_text("old")
+    with pytest.raises(Killed), atomic_dir(target):
+        raise Killed
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 # --- fingerprints
 
 

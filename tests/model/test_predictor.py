@@ -37,7 +37,7 @@ class Stub(nn.Module):
 
     def __init__(self, ramp: float = 0.0, told=lambda batch, row: 0.0) -> None:
         super().__init__()
-        self.ramp, self.told, self.passes = ramp, told, 1
+        self.ramp, self.told, self.num_passes = ramp, told, 1
         self.asked: list[Batch] = []
         self.encoded: list[Tensor] = []
 
@@ -74,7 +74,7 @@ class Echo(nn.Module):
 
     def __init__(self, passes: int) -> None:
         super().__init__()
-        self.passes = passes
+        self.num_passes = passes
 
     predict_logits = Segmenter.predict_logits
 
@@ -98,10 +98,10 @@ def test_each_pass_uses_the_previous_mask_as_its_proposal(pairs, passes):
 def test_saves_the_number_of_passes_with_the_network(pairs, tmp_path):
     network, batches = toy_network(pairs).eval(), toy_batches(pairs)
     once = Predictor.of(network, FP32).logits(batches(np.arange(2)))
-    network.passes = 3
+    network.num_passes = 3
     network.save(tmp_path)
     loaded = Segmenter.load(tmp_path)
-    assert loaded.passes == 3
+    assert loaded.num_passes == 3
     thrice = Predictor.of(loaded, FP32).logits(batches(np.arange(2)))
     torch.testing.assert_close(thrice, Predictor.of(network, FP32).logits(batches(np.arange(2))))
     assert not torch.allclose(once, thrice)
@@ -245,7 +245,7 @@ def test_views_encode_each_image_and_its_flip_once(pairs, monkeypatch):
 def test_padded_batch_results_depend_only_on_their_own_pair(pairs, passes):
     """With 39 other pairs of 5 images or alone, the mask and the probabilities of every view are equal."""
     shared, network = shared_images(pairs), stirred(pairs)
-    network.passes = passes
+    network.num_passes = passes
     asked = Predictor.of(network, FP32)
     together = asked.masks(toy_batches(shared), 16, [True, False], "test")
     views = {

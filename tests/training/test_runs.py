@@ -229,7 +229,7 @@ def test_mean_teacher_starts_from_the_previous_model_and_labels_online(run, monk
     retrain.main()
     _, run_name, network, (labeled, pseudo), steps, inputs, _, _ = given
     assert (run_name, network.folder, steps) == ("retrain-1", previous, 9)
-    assert network.passes == 2
+    assert network.num_passes == 2
     assert {path, previous} <= set(inputs)
     assert isinstance(labeled, Stream)
     assert isinstance(pseudo, OnlineStream)
