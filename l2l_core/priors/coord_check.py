@@ -69,7 +69,6 @@ class Fit:
 
     model: str
     space: CoordSpace  # as configured
-    is_replayed: bool
     sentences: int
     by_points: bool  # fits are shares of points inside the true mask instead of mean IoU of boxes
     configured: float  # 0..1
@@ -101,12 +100,14 @@ class Fit:
 def fit_coords(responses: pa.Table, labels: Labels) -> list[Fit]:
     """Compare readings of the first responses to the labeled sentences, for each model and configured space.
 
-    responses: records.RESPONSES. Models with fewer than FEWEST_OBJECTS labeled objects are left out.
+    responses: records.RESPONSES. Masks are left out, since they have no coordinates, and so are models with fewer than
+    FEWEST_OBJECTS labeled objects.
     """
-    columns = ["sent_id", "sample_index", "backend", "model", "raw_text", "unread", "coord_space"]
+    columns = ["sent_id", "sample_index", "backend", "model", "raw_text", "mask", "unread", "coord_space"]
     columns += ["input_height", "input_width"]
     frame = records.to_frame(responses.select(columns))
-    frame = frame[(frame["sample_index"] == 0) & frame["unread"].isna() & frame["sent_id"].isin(labels.sent_id)]
+    frame = frame[(frame["sample_index"] == 0) & frame["sent_id"].isin(labels.sent_id)]
+    frame = frame[frame["unread"].isna() & frame["mask"].isna()]
     found = []
     for (model, space, backend), rows in frame.groupby(["model", "coord_space", "backend"]):
         rows = rows.sort_values("sent_id").iloc[evenly_picked(len(rows), MOST)]
@@ -156,7 +157,6 @@ def _fit(rows: pd.DataFrame, labels: Labels, model: str, space: CoordSpace, *, i
     return Fit(
         model=model,
         space=space,
-        is_replayed=is_replayed,
         sentences=len(texts),
         by_points=by_points,
         configured=float(own.mean()),

@@ -44,8 +44,8 @@ _SEPARATORS = re.compile(r"[\s,;]*")
 _BETWEEN_NUMBERS = re.compile(r"[\s,;()\[\]]+")
 _TAG = re.compile(r"<[^<>]*>")
 _DIVIDING_WORD = re.compile(r"\b(?!(?:and|or)\b)\w", re.IGNORECASE)
-_GROUP = re.compile(r"(?:[\[(]|<(?P<tag>box|bbox|quad|point)>)(?P<inner>[^\[\]()<>]*+)(?:[\])]|</(?P=tag)>)")
-"""Innermost brackets, and tags that hold only numbers: <box>x1 y1 x2 y2</box>, <point>x y</point>."""
+_GROUP = re.compile(r"(?:[\[(]|<(?P<tag>box|bbox|quad|point)>[\s\[(]*+)(?P<inner>[^\[\]()<>]*+)(?:[\])]|</(?P=tag)>)")
+"""Innermost brackets, and tags around numbers or brackets: <box>x1 y1 x2 y2</box>, <point>(x, y)</point>."""
 _POINT_TAG = re.compile(r"<points?\s[^<>]*>")
 _POINT_TAG_XY = re.compile(r"\bx1?\s*=\s*\"([^\"]{1,32})\"\s*y1?\s*=\s*\"([^\"]{1,32})\"")
 _POINT_TAG_COORDS = re.compile(r"\bcoords\s*=\s*\"[^\"]*?\b\d{1,4} (\d{3,4}) (\d{3,4})\b")
@@ -408,7 +408,7 @@ def _shapes(text: str) -> list[_Shape]:
         numbers = _numbers(match["inner"])
         if not numbers:
             continue
-        is_corner = len(numbers) == 2 and match["tag"] is None
+        is_corner = len(numbers) == 2 and match["tag"] != "point"
         if is_corner and found and found[-1].is_corners and _SEPARATORS.fullmatch(text, found[-1].end, match.start()):
             found[-1].numbers.extend(numbers)
             found[-1] = replace(found[-1], end=match.end())

@@ -123,8 +123,8 @@ def test_only_check_depends_on_the_number_of_rounds(stage):
     assert ("round" in stage.body["params"]) == (stage.name == "check")
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-def test_learning_stages_never_depend_on_hidden_ground_truth(name):
+@pytest.mark.parametrize("name", ["priors", "proposals", *LEARNERS])
+def test_scoring_and_learning_stages_never_depend_on_hidden_ground_truth(name):
     for stage in (stage for stage in STAGES if stage.name == name):
         assert not stage.depends_on("data/index/masks.parquet")
         assert not stage.depends_on("data/index/objects.parquet")

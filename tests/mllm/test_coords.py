@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 
 from l2l_core.errors import ConfigError
-from l2l_core.mllm.coords import is_y_first, origin_px, pixels_per_unit, qwen_input_hw, resolve_coord_space
+from l2l_core.mllm.coords import (
+    COORD_SPACES,
+    is_y_first,
+    origin_px,
+    pixels_per_unit,
+    qwen_input_hw,
+    resolve_coord_space,
+    scale_of,
+    sent_hw,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +77,18 @@ def test_pixels_per_unit_matches_the_coordinate_space(space: str, x: float, y: f
         ("microsoft/kosmos-2-patch14-224", "unit"),
         ("llava-hf/llava-1.5-7b-hf", "unit_square"),
         ("liuhaotian/llava-v1.5-13b", "unit_square"),
+        ("gemini-robotics-er-1.5-preview", "norm1000_yx"),
+        ("zai-org/GLM-4.5V", "norm1000"),
+        ("zai-org/GLM-4.6V-Flash", "norm1000"),
+        ("zai-org/GLM-4.1V-9B-Thinking", "norm1000"),
+        ("ByteDance-Seed/Seed1.5-VL", "norm1000"),
+        ("doubao-1.5-vision-pro", "norm1000"),
+        ("doubao-1-5-thinking-vision-pro-250428", "norm1000"),
+        ("IDEA-Research/Rex-Omni", "norm999"),
+        ("Vision-CAIR/MiniGPT-v2", "percent"),
+        ("AIDC-AI/Ovis2.5-9B", "unit"),
+        ("vikhyatk/moondream2", "unit"),
+        ("moondream/moondream3-preview", "unit"),
         ("C:\\models\\Qwen2.5-VL-7B", "resized_pixel"),
         ("vlm/refshapes-vlm", "percent"),
         ("llava/vlm/refshapes-vlm", "percent"),
@@ -92,6 +113,16 @@ def test_auto_resolves_the_space_from_the_model_family(model: str, space: str) -
         "gemini-4-pro",
         "google/paligemma3-3b",
         "microsoft/kosmos-2.5",
+        "openbmb/MiniCPM-V-4_6",
+        "gemini-3.5-flash",
+        "gemini-robotics-er-2-preview",
+        "zai-org/GLM-4V-9B",
+        "zai-org/GLM-4.7V",
+        "zai-org/GLM-4.5",
+        "doubao-seed-1-6-vision-250815",
+        "AIDC-AI/Ovis2-8B",
+        "moondream/moondream4",
+        "Vision-CAIR/MiniGPT-4",
         "qwen2.5-vl/my-model",  # the parent folder does not identify the model
         "qwen2.5-vl-to-internvl3",  # two families
     ],
@@ -110,10 +141,22 @@ def test_unit_square_origin_lies_in_the_padding_around_the_image() -> None:
 
 
 def test_is_y_first_detects_spaces_that_write_y_before_x() -> None:
-    assert [space for space in ("norm1000", "norm1000_yx", "norm1024_yx", "unit") if is_y_first(space)] == [
+    assert [space for space in ("norm1000", "norm1000_yx", "pixel_yx", "unit") if is_y_first(space)] == [
         "norm1000_yx",
-        "norm1024_yx",
+        "pixel_yx",
     ]
+
+
+def test_swapped_axes_keep_the_scale_and_the_image_size() -> None:
+    scales = [space for space in COORD_SPACES if not is_y_first(space)]
+    assert 2 * len(scales) == len(COORD_SPACES)
+    for space in scales:
+        (swapped,) = (other for other in COORD_SPACES if other == f"{space}_yx")
+        assert scale_of(swapped) == scale_of(space) == space
+        sizes = ((800, 640), (200, 320))
+        assert pixels_per_unit(swapped, *sizes).tolist() == pixels_per_unit(space, *sizes).tolist()
+        assert origin_px(swapped, (100, 400)).tolist() == origin_px(space, (100, 400)).tolist()
+        assert sent_hw(swapped, (2000, 4000), 1_003_520) == sent_hw(space, (2000, 4000), 1_003_520)
 
 
 def test_unknown_family_error_names_the_setting() -> None:

@@ -11,8 +11,11 @@ from l2l_core.artifacts import records
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
-STAGES = (("warmup",), ("crossfit", "--round", "0"), ("select", "--round", "1"), ("retrain", "--round", "1"))
-"""All stages between priors and evaluation that train or select."""
+STAGES = (
+    *(("priors",), ("proposals",), ("warmup",)),
+    *(("crossfit", "--round", "0"), ("select", "--round", "1"), ("retrain", "--round", "1")),
+)
+"""All stages between the queries and the evaluation that score, train or select."""
 
 
 def made_by(project: Project) -> dict[str, bytes]:
@@ -20,7 +23,9 @@ def made_by(project: Project) -> dict[str, bytes]:
     folder = project.folder / "data/rounds"
     kept = [*folder.glob("0/model/**/*"), *folder.glob("0/folds/**/*"), *folder.glob("1/model/**/*")]
     kept += [folder / "1/pseudo_labels.parquet", folder / "1/policy.csv"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in kept if path.is_file()}
+    scored = [records.PRIORS_PATH, records.PROPOSALS_PATH, records.PRIORS_METRICS_PATH, records.PROPOSALS_METRICS_PATH]
+    kept += [project.folder / path for path in scored]
+    return {str(path.relative_to(project.folder)): path.read_bytes() for path in kept if path.is_file()}
 
 
 def test_outputs_are_identical_without_the_hidden_masks(first_run, tmp_path):
@@ -33,6 +38,7 @@ def test_outputs_are_identical_without_the_hidden_masks(first_run, tmp_path):
     for path in (project.folder / "data/refshapes").iterdir():
         if path.is_file():
             path.unlink()
+    project.run("rm", "-rf", "metrics", str(records.PRIORS_PATH), "data/proposals")
     project.run("rm", "-rf", "data/rounds", "data/evaluation", ".dvc/cache", ".scratch")
     assert not [path for path in project.folder.rglob("*.json*") if b"segmentation" in path.read_bytes()]
     for stage, *arguments in STAGES:

@@ -288,10 +288,10 @@ def test_few_objects_prove_nothing() -> None:
     assert fit_coords(responses_of(recorded, "pixel"), labels_of(recorded, sentences_per_object=4)) == []
 
 
-def test_unread_responses_and_further_samples_do_not_count() -> None:
+def test_unread_responses_further_samples_and_masks_do_not_count() -> None:
     true, _, image_hw = scenes(0)
     recorded = synthetic("norm1000", true, true, image_hw)
-    for changes in ({"unread": "error"}, {"sample_index": 1}):
+    for changes in ({"unread": "error"}, {"sample_index": 1}, {"mask": b"mask"}):
         assert fit_coords(responses_of(recorded, "pixel", **changes), labels_of(recorded)) == []
 
 

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2l_core.mllm.coords import COORD_SPACES, CoordSpace
-from l2l_core.priors.parse import ParsedPrior, parse_response
+from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space
+from l2l_core.priors.parse import BoxForm, ParsedPrior, parse_response
 
 HW = (480, 640)  # height, width
 
@@ -286,6 +287,13 @@ DRAFTS = [
     "<answer>[{cat}]</answer> or rather <answer>[{dog}]</answer>",
     "<answer>[{cat}]</answer> or rather <answer>[{dog}]</answer> or <answer>[5, 5",
     "<answer>[{dog}]",
+    "[THINK]The cat is at [{cat}].[/THINK]The dog is at [{dog}].",
+    "<seed:think>[{cat}]</seed:think>[{dog}]",
+    "<|begin_of_thought|>[{cat}]<|end_of_thought|>[{dog}]",
+    "<|channel>thought\nThe cat is at [{cat}].<channel|>[{dog}]",
+    "<|channel|>analysis<|message|>[{cat}]<|end|><|start|>assistant<|channel|>final<|message|>[{dog}]",
+    "<think>[{cat}]</think><answer>The dog, not [{cat}], is <|begin_of_box|>[[{dog}]]<|end_of_box|>.</answer>",
+    "The cat is at [{cat}]. <|begin_of_box|>{{'bbox_2d': [{dog}]}}<|end_of_box|>",
     "The cat is at [{cat}], so the dog is at [{dog}].",
     'Maybe {{"bbox": [{cat}]}}? No: {{"bbox": [{dog}]}}',
     "The cat is at ({cat}), the dog at ({dog}), the third at (5, 5, 90",
@@ -300,7 +308,14 @@ def test_ignores_boxes_in_draft_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<think>It is at [10, 20, 30, 40], or", "<think>[10, 20, 30, 40]</think>", "[10, 20, 30, 40]</think> no"]
+    "text",
+    [
+        "<think>It is at [10, 20, 30, 40], or",
+        "<think>[10, 20, 30, 40]</think>",
+        "[10, 20, 30, 40]</think> no",
+        "[THINK][10, 20, 30, 40]",
+        "<|channel>thought\n[10, 20, 30, 40]",
+    ],
 )
 def test_a_response_of_only_draft_text_is_invalid(text: str) -> None:
     assert read(text).status == "invalid"
@@ -397,6 +412,126 @@ def test_molmo2_points_are_index_x_y_in_thousandths_in_every_space(space: CoordS
     assert read(text, space).point == pytest.approx((32, 48))
 
 
+# Responses as the families write them, for a 640 x 480 image. The box of most is 64 120 320 360 and the point 64 120,
+# converted by hand: a thousandth is 0.64 x 0.48 pixels, a 1024th 0.625 x 0.46875, a percent 6.4 x 4.8.
+BOX, POINT = (64, 120, 320, 360), (64, 120)
+OF_999 = (0, 160, 640 * 2 / 3, 480)  # 0 333 666 999
+GOLDEN: list[tuple[str, str, tuple[float, ...]]] = [
+    (
+        "gemini-2.5-flash",
+        '```json\n[\n  {"box_2d": [250, 100, 750, 500], "mask": "data:image/png;base64,iV", "label": "dog"}\n]\n```',
+        BOX,
+    ),
+    ("gemini-robotics-er-1.5-preview", '[{"point": [250, 100], "label": "dog"}]', POINT),
+    ("Qwen/Qwen3-VL-8B-Thinking", 'The left one.\n</think>\n\n{"bbox_2d": [100, 250, 500, 750]}', BOX),
+    (
+        "Qwen/Qwen2-VL-7B",
+        "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(100,250),(500,750)<|box_end|>",
+        BOX,
+    ),
+    ("Qwen/Qwen-VL-Chat", "<ref>dog</ref><box>(100,250),(500,750)</box>", BOX),
+    ("OpenGVLab/InternVL3_5-8B", "<ref>the dog</ref><box>[[100, 250, 500, 750]]</box>", BOX),
+    ("openbmb/MiniCPM-V-4_5", "<ref>dog</ref><box>100 250 500 750</box>", BOX),
+    (
+        "zai-org/GLM-4.5V",
+        "<think>Two dogs.</think><answer>It is at <|begin_of_box|>[[100,250,500,750]]<|end_of_box|>.</answer>",
+        BOX,
+    ),
+    ("zai-org/GLM-4.1V-9B-Thinking", "The dog is <|begin_of_box|>[100, 250, 500, 750]<|end_of_box|>.", BOX),
+    ("doubao-1-5-thinking-vision-pro-250428", "<bbox>100 250 500 750</bbox>", BOX),
+    ("doubao-1-5-vision-pro-32k", '[{"category": "dog", "bbox": "<bbox>100 250 500 750</bbox>"}]', BOX),
+    ("ByteDance-Seed/Seed1.5-VL", "<point>100 250</point>", POINT),
+    ("deepseek-ai/deepseek-vl2", "<|ref|>dog<|/ref|><|det|>[[0, 333, 666, 999]]<|/det|>", OF_999),
+    ("THUDM/cogvlm-grounding-generalist-hf", "The dog [[000,333,666,999]] lies.", OF_999),
+    (
+        "IDEA-Research/Rex-Omni",
+        "<|object_ref_start|>dog<|object_ref_end|><|box_start|><0><333><666><999>, <9><9><9><9><|box_end|>",
+        OF_999,
+    ),
+    (
+        "IDEA-Research/Rex-Omni",
+        "<|object_ref_start|>dog<|object_ref_end|><|box_start|><333><666><|box_end|>",
+        (640 / 3, 320),
+    ),
+    # Bins 100, 250, 500 and 750 of 1,000: half a bin to their centers.
+    (
+        "microsoft/Florence-2-large",
+        "</s><s>dog<loc_100><loc_250><loc_500><loc_750></s>",
+        (64.32, 120.24, 320.32, 360.24),
+    ),
+    ("google/paligemma2-3b-mix-448", "<loc0256><loc0128><loc0768><loc0512> dog", (80, 120, 320, 360)),
+    ("google/paligemma-3b-mix-224", "<loc0256><loc0128><loc0768><loc0512><seg001><seg127> dog", (80, 120, 320, 360)),
+    # Patch 260 is column 4 of row 8, patch 784 column 16 of row 24: their centers, in patches of 20 x 15 px.
+    (
+        "microsoft/kosmos-2-patch14-224",
+        "<phrase> the dog</phrase><object><patch_index_0260><patch_index_0784></object>",
+        (90, 127.5, 330, 367.5),
+    ),
+    ("allenai/Molmo-7B-D-0924", ' <point x="10.0" y="25.0" alt="dog">dog</point>', POINT),
+    ("allenai/MolmoE-1B-0924", ' <points x1="10.0" y1="25.0" x2="50.0" y2="75.0" alt="dogs">dogs</points>', POINT),
+    (
+        "allenai/Molmo2-8B",
+        'Counting the <points coords="1 1 100 250 2 500 750">dogs</points> shows a total of 2.',
+        POINT,
+    ),
+    ("Vision-CAIR/MiniGPT-v2", "<p>dog</p> {<10><25><50><75>}", BOX),
+    (
+        "AIDC-AI/Ovis2.5-9B",
+        "<ref>dog</ref>[\n  <box>(0.100,0.250),(0.500,0.750)</box>,\n  <box>(0.6,0.1),(0.7,0.2)</box>\n]",
+        BOX,
+    ),
+    ("AIDC-AI/Ovis2.5-2B", "<ref>dog</ref><point>(0.100,0.250)</point>", POINT),
+    (
+        "moondream/moondream3-preview",
+        '{"objects": [{"x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75}]}',
+        BOX,
+    ),
+    ("vikhyatk/moondream2", "{'points': [{'x': 0.1, 'y': 0.25}]}", POINT),
+    ("llava-hf/llava-1.5-7b-hf", "[0.10, 0.25, 0.50, 0.75]", (64, 80, 320, 400)),  # of 640 px, 80 px above the image
+]
+
+
+@pytest.mark.parametrize(("model", "text", "place"), GOLDEN, ids=[model for model, _, _ in GOLDEN])
+def test_responses_of_each_family_give_the_place_converted_by_hand(
+    model: str, text: str, place: tuple[float, ...]
+) -> None:
+    prior = read(text, resolve_coord_space(model, "auto"))
+    assert prior.status == "ok"
+    assert (prior.bbox or prior.point) == pytest.approx(place)
+
+
+@pytest.mark.parametrize("space", ["pixel", "norm1000_yx", "unit"])
+def test_numbered_tokens_mean_the_same_in_every_space(space: CoordSpace) -> None:
+    assert read("<p>dog</p> {<10><25><50><75>}", space).bbox == pytest.approx(BOX)
+    assert read("<|box_start|><0><333><666><999><|box_end|>", space).bbox == pytest.approx(OF_999)
+    assert read("<|box_start|><9><9><9><9>,<0><333><666><999>", space).bbox == pytest.approx(OF_999)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{<10><25><50>}",
+        "<10><25><50><75>",  # thousandths or percent: unknown without what stands in front
+        "<|box_start|>None<|box_end|>",
+        '{"x_min": 0.1, "y_min": 0.25, "x_max": 0.5}',
+        '{"left": "dog", "top": "hat", "right": "cat", "bottom": "paws"}',
+    ],
+)
+def test_incomplete_notations_are_invalid(text: str) -> None:
+    assert read(text, "unit").status == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("form", "values"), [("xyxy", (64, 48, 320, 240)), ("xywh", (64, 48, 256, 192)), ("cxcywh", (192, 144, 256, 192))]
+)
+def test_other_box_forms_are_read_on_request(form: BoxForm, values: tuple[float, ...]) -> None:
+    assert parse_response(box_text(*values), "pixel", HW, box_form=form).bbox == (64, 48, 320, 240)
+    swapped = [values[place] for place in (1, 0, 3, 2)]
+    assert parse_response(box_text(*swapped), "pixel_yx", HW, box_form=form).bbox == (64, 48, 320, 240)
+    named = '{"bbox": {"x1": 64, "y1": 48, "x2": 320, "y2": 240}}'  # names state the form
+    assert parse_response(named, "pixel", HW, box_form=form).bbox == (64, 48, 320, 240)
+
+
 # --- any text ---
 
 JSON = st.recursive(
@@ -410,7 +545,10 @@ JSON = st.recursive(
         st.lists(inner, max_size=5)
         | st.dictionaries(
             st.sampled_from(
-                ["bbox", "bbox_2d", "box", "point", "found", "target", "attributes", "confidence", "x1", "a"]
+                [
+                    *("bbox", "bbox_2d", "box", "point", "found", "target", "attributes", "confidence", "a"),
+                    *("x1", "y1", "x2", "y2", "x_min", "y_min", "x_max", "y_max"),
+                ]
             ),
             inner,
             max_size=5,
@@ -441,6 +579,20 @@ NOTATIONS = [
     "None",
     "9" * 400,
     " ; cup ",
+    "<|box_start|>",
+    "<12>",
+    "<12><34><56><789>, ",
+    "{<1><2><30><40>}",
+    "<bbox>1 2 30 40</bbox>",
+    "<point>(1, 2)</point>",
+    "(0.1,0.2),(0.3,0.4)",
+    "<|begin_of_box|>",
+    "<|end_of_box|>",
+    "[THINK]",
+    "[/THINK]",
+    "<|channel|>final",
+    "<|channel>thought",
+    '{"x_min": 1, "y_min": 2, "x_max": 30, "y_max": 40}',
 ]
 """Fragments of the notations of the families."""
 
@@ -466,10 +618,26 @@ def mangled_json(draw: st.DrawFn) -> str:
     return text
 
 
+@st.composite
+def mangled_golden(draw: st.DrawFn) -> str:
+    """A family's response with other numbers, and a piece missing, doubled or replaced."""
+    text = draw(st.sampled_from([text for _, text, _ in GOLDEN]))
+    if draw(st.booleans()):
+        number = draw(st.sampled_from(["-1", "0", "1e308", "9" * 400, "NaN", "", "0x1", "1.5"]))
+        text = re.sub(r"\d+", number, text, count=draw(st.integers(1, 3)))
+    start = draw(st.integers(0, len(text)))
+    stop = draw(st.integers(start, min(len(text), start + 8)))
+    return text[:start] + draw(st.sampled_from(["", text[start:stop] * 2, *NOTATIONS])) + text[stop:]
+
+
 @settings(max_examples=400, deadline=None)
-@given(st.text() | st.text(st.characters(codec=None)) | mangled_json() | notations(), st.sampled_from(COORD_SPACES))
-def test_any_text_parses_without_an_exception_to_a_valid_prior(text: str, space: CoordSpace) -> None:
-    prior = parse_response(text, space, (48, 64), (84, 112))
+@given(
+    st.text() | st.text(st.characters(codec=None)) | mangled_json() | notations() | mangled_golden(),
+    st.sampled_from(COORD_SPACES),
+    st.sampled_from(["xyxy", "xywh", "cxcywh"]),
+)
+def test_any_text_parses_without_an_exception_to_a_valid_prior(text: str, space: CoordSpace, form: BoxForm) -> None:
+    prior = parse_response(text, space, (48, 64), (84, 112), form)
     assert prior.status in ("ok", "empty", "invalid")
     assert (prior.status == "ok") == (prior.bbox is not None or prior.point is not None)
     if prior.bbox:
@@ -519,7 +687,18 @@ MEGABYTE = 1_000_000
         '<points coords="1 ',
         'x="1" ',
         "<box>1 ",
+        "<box>(",
         '{"bbox": "',
+        "<|box_start|>",
+        "<|box_start|><1>,",
+        "<12>",
+        "{<1>",
+        "{<1><2><3><4>}",
+        "[THINK]",
+        "<|channel|>final",
+        "<|begin_of_box|>",
+        "<|begin_of_box|><|end_of_box|>",
+        '{"x_min": 1, "y_min": 1, "x_max": 9, "y_max": 9}',
     ],
 )
 def test_parses_a_megabyte_of_any_repeated_piece(piece: str) -> None:
