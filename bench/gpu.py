@@ -3,10 +3,10 @@
     python -m bench.gpu [--parts networks pipeline] [--networks tiny swin-b]
 
 `networks`: the tiny network and one of the size of Swin-B and BERT-base, with random weights (nothing is downloaded),
-at 480 px. Each runs the stages from the warm-up to the evaluation on drawn scenes, of which 2,000 sentences are labeled
-by `select` and 2,000 evaluated; trains some hundred steps in bf16; trains a shorter run in bf16 and in fp32; and is
-killed by SIGKILL in the middle of that run and resumed. `pipeline`: `dvc repro` of params.yaml as it is, in a clone of
-HEAD. Without a CUDA device the script says so in one line and exits with 0.
+at 480 px. Each runs the stages from the warm-up to the evaluation on synthetic scenes, of which 2,000 sentences are
+labeled by `select` and 2,000 evaluated; trains some hundred steps in bf16; trains a shorter run in bf16 and in fp32;
+and is killed by SIGKILL in the middle of that run and resumed. `pipeline`: `dvc repro` of params.yaml as it is, in a
+clone of HEAD. Without a CUDA device the script says so in one line and exits with 0.
 
 Adds one JSON object a measurement to bench/results/gpu.jsonl, with what the machine offers:
 

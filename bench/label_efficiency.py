@@ -58,8 +58,9 @@ from bench.vlm import MODEL
 from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams
 from l2l_core.core.files import only_process
+from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.errors import InputError
-from l2l_core.evaluation.evaluate import CURVES_FOLDER, GOOD_IOU, method_scores
+from l2l_core.evaluation.evaluate import CURVES_FOLDER, method_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "label_efficiency"
@@ -70,7 +71,7 @@ RATES = (0.01, 0.05, 0.1)
 """The label shares of the field's tables."""
 PRESETS = ("llava-1.5-7b", "qwen2.5-vl-7b")
 """The weakest and the strongest of the simulated priors."""
-EMBEDDED = "refshapes-vlm"
+BUILTIN = "refshapes-vlm"
 """Priors of the model that comes with the project."""
 
 SELECTION: dict[str, dict[str, Any]] = {
@@ -152,7 +153,7 @@ class Run:
             "round": self.rounds,
             "split": {"labeled_fraction": self.rate},
             "priors": MODEL
-            if self.preset == EMBEDDED
+            if self.preset == BUILTIN
             else {"backend": "simulated", "preset": self.preset, "seed": self.seed},
             "warmup": {"steps": steps},
         }
@@ -328,8 +329,8 @@ def trained_steps(params: dict[str, Any], number: int) -> int:
 
 
 def lost_points(iou: pd.Series) -> dict[str, float]:
-    """Where 100 - mIoU is lost, in points: sentences below GOOD_IOU (as a rule another object) and above (borders)."""
-    wrong = iou < GOOD_IOU
+    """Points that mIoU lacks of 100: in sentences below POSITIVE_IOU (mostly another object) and above (borders)."""
+    wrong = iou < POSITIVE_IOU
     loss = 100 * (1 - iou.astype(float))
     return {
         "lost_objects": round(float((loss * wrong).mean()), 2),
@@ -375,7 +376,7 @@ def _stop(*_: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.05])
-    presets = (*get_args(PriorsParams.model_fields["preset"].annotation), EMBEDDED)
+    presets = (*get_args(PriorsParams.model_fields["preset"].annotation), BUILTIN)
     parser.add_argument("--presets", nargs="+", choices=presets, default=[PRESETS[0]])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bench.docs import markdown, put
 from bench.params import EDITION
-from l2l_core.evaluation.evaluate import GOOD_IOU
+from l2l_core.core.metrics import POSITIVE_IOU
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -32,6 +32,7 @@ ROUND_0 = {
 }
 """Runs without a round, and the rows that the methods of their evaluation give. The warm-up is what all rounds start
 from; the others train for as many steps as a round does, the last on all labels."""
+ROUND_0_METHODS = {row for results in ROUND_0.values() for row in results.values()}
 
 MAIN = (0.05, "llava-1.5-7b")
 """Label rate and preset for which the claims are made."""
@@ -56,14 +57,14 @@ LAST = ("oracle", "oracle_constructed", "fully_supervised_no_priors", "fully_sup
 """The order of tables; what is in neither (ablations) stands between them."""
 
 COMPARED = {
-    "prior": "prior alone",
-    "supervised": "labels alone, no priors",
-    "warmup": "labels with priors (warm-up)",
-    "agreement_overlap": "fixed rule (agreement, overlap)",
-    "reinforce": "**L2L** (reinforce)",
-    "fully_supervised": "all labels with priors",
+    "prior": "proposal, thresholded",
+    "supervised": "supervised, no priors",
+    "warmup": "labels with priors",
+    "agreement_overlap": "fixed rule",
+    "reinforce": "**L2L**",
+    "fully_supervised": "fully supervised, with priors",
 }
-"""Methods that README.md and the first chart compare across settings, and what they are called there."""
+"""Methods that README.md and the first chart compare across settings, and their descriptions in README.md."""
 
 LIMITS = ("warmup", "all", "reinforce", "oracle_constructed", "fully_supervised")
 """Methods whose lost points are told apart: what each step wins, what a perfect choice would, what all labels do."""
@@ -191,7 +192,7 @@ def _commands(rows: pd.DataFrame, setting: Setting) -> str:
 def table(rows: pd.DataFrame) -> str:
     """Markdown: a row for each method and round of one setting, means over the seeds."""
     head = ["method", "round", "seeds", "val mIoU (min to max)", "val mIoU without prior", "AUROC", "accepted"]
-    head += [f"accepted: IoU > {GOOD_IOU}", "wrong pixels kept / all", "wrong foreground kept / all"]
+    head += [f"accepted: IoU > {POSITIVE_IOU}", "wrong pixels kept / all", "wrong foreground kept / all"]
     head += ["test mIoU (min to max)"]
     body: list[list[object]] = []
     for method, number, group in _by_method(rows):
@@ -207,7 +208,7 @@ def limits(rows: pd.DataFrame) -> str:
 
     Means over the seeds that all of them have; nothing where there is none.
 
-    Objects: sentences below GOOD_IOU, as a rule another object. Borders: the rest. What the oracle of the same
+    Objects: sentences below POSITIVE_IOU, as a rule another object. Borders: the rest. What the oracle of the same
     candidates still gains over `reinforce` is the policy's part; what full supervision leaves is the network's.
     """
     body: list[list[object]] = []
@@ -227,7 +228,7 @@ def limits(rows: pd.DataFrame) -> str:
         "round",
         "seeds",
         "val mIoU",
-        f"lost where IoU < {GOOD_IOU} (objects)",
+        f"lost where IoU < {POSITIVE_IOU} (objects)",
         "lost elsewhere (borders)",
     ]
     return markdown(head, body)
@@ -243,8 +244,8 @@ def edition_note(rows: pd.DataFrame) -> list[str]:
     if "edition" in rows and (rows["edition"] == EDITION).all():
         return []
     return [
-        "**Measured with the first edition of the method**, without fitted proposals, the network that starts at them, "
-        "and the critic. The second edition is not measured at this size yet."
+        "**These results predate** fitted proposals, the network that starts at its proposal, and the critic. "
+        "The current version has not been evaluated at this size."
     ]
 
 
@@ -255,8 +256,10 @@ def summary_table(rows: pd.DataFrame) -> str:
     body: list[list[object]] = []
     for name in COMPARED:
         groups = [rows_of(val[val["method"] == name], setting) for setting in columns]
-        body.append([COMPARED[name], *(_range(group) if len(group) else "" for group in groups)])
-    return markdown(["val mIoU", *(f"{100 * rate:g} %, {preset}" for rate, preset in columns)], body)
+        number = 0 if name in ROUND_0_METHODS else 1
+        scores = [_range(group) if len(group) else "" for group in groups]
+        body.append([f"{COMPARED[name]} ({_title(name)})", number, *scores])
+    return markdown(["val mIoU", "round", *(f"{100 * rate:g} %, {preset}" for rate, preset in columns)], body)
 
 
 def _by_method(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
@@ -493,7 +496,7 @@ def _draw_summary(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         axes.annotate(
             f"{miou.mean():.0f}", (miou.mean(), place), (0, 4), textcoords="offset points", ha="center", fontsize=8
         )
-    axes.set_yticks(range(len(COMPARED)), [name.replace("**", "") for name in COMPARED.values()])
+    axes.set_yticks(range(len(COMPARED)), [_title(name) for name in COMPARED])
     axes.set(ylim=(len(COMPARED) - 0.5, -0.7), xlim=(0, 100), xlabel="val mIoU (%)", title=title)
 
 
@@ -516,7 +519,7 @@ def _draw_coverage(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None
         if ranks or method == "all":  # others that trust all labels alike stand where `all` does
             dot = rows[(rows["method"] == method) & (rows["round"] == 1)][["coverage", "precision"]].mean()
             axes.plot(*dot, "o", color=style["color"], markerfacecolor=_face(style), zorder=4, label=_title(method))
-    axes.set(xlabel="pseudo-labels taken, most trusted first (%)", ylabel=f"of these with IoU > {GOOD_IOU} (%)")
+    axes.set(xlabel="pseudo-labels taken, most trusted first (%)", ylabel=f"of these with IoU > {POSITIVE_IOU} (%)")
     axes.set(xlim=(0, 102), ylim=(None, 101), title="precision by coverage, round 1; dots: what is accepted")
     axes.legend()
 
@@ -526,6 +529,6 @@ def _draw_reliability(axes: Axes, curves: pd.DataFrame) -> None:
     axes.plot([0, 100], [0, 100], linestyle=":", color="0.5", label="perfectly calibrated")
     for row in curves[curves["method"] == "reinforce"].sort_values("seed").itertuples():
         axes.plot(row.prob, row.share, marker="o", markersize=4, label=f"seed {row.seed}")
-    axes.set(xlabel="accept_prob (%)", ylabel=f"with IoU > {GOOD_IOU} (%)", xlim=(0, 102), ylim=(0, 102))
+    axes.set(xlabel="accept_prob (%)", ylabel=f"with IoU > {POSITIVE_IOU} (%)", xlim=(0, 102), ylim=(0, 102))
     axes.set(title="reliability of reinforce, round 1")
     axes.legend()

@@ -22,7 +22,8 @@ from bench.default_run import CLONE, ROOT
 from l2l_core.artifacts import records
 from l2l_core.core.images import read_image
 from l2l_core.core.masks import decode_rle
-from l2l_core.evaluation.evaluate import GOOD_IOU, read_history
+from l2l_core.core.metrics import POSITIVE_IOU
+from l2l_core.evaluation.evaluate import read_history
 from l2l_core.viz import overlays
 
 PICTURE = ROOT / "docs" / "images" / "example.png"
@@ -77,7 +78,7 @@ def chosen() -> Iterator[tuple[str, Panels]]:
     predictions = frame(history.predictions)
     predictions = predictions[(predictions["model"] == f"round_{number}") & predictions["with_prior"]]
     for found in (True, False):
-        row = middle(scored[(scored["iou"] >= GOOD_IOU) == found], "iou")
+        row = middle(scored[(scored["iou"] >= POSITIVE_IOU) == found], "iou")
         image, panels, true = common(row["sent_id"])
         mask = decode_rle(predictions.set_index("sent_id").at[row["sent_id"], "rle_counts"], *true.shape)
         panels += [("prediction", overlays.with_mask(image, mask))]

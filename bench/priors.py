@@ -35,10 +35,9 @@ from l2l_core.config import PriorsParams, load_params
 from l2l_core.core import grabcut
 from l2l_core.core.boxes import area_xyxy, iou_xyxy, xywh_to_xyxy
 from l2l_core.core.images import read_image
-from l2l_core.core.masks import intersection_union_px
+from l2l_core.core.masks import cut_proposal, intersection_union_px
 from l2l_core.datasets.index import Index
 from l2l_core.datasets.read import load_dataset
-from l2l_core.evaluation.evaluate import cut_proposal
 from l2l_core.mllm.coords import qwen_input_hw
 from l2l_core.mllm.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
 from l2l_core.mllm.query import make_backend, make_questions, query_table

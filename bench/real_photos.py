@@ -28,9 +28,9 @@ import yaml
 
 from bench.params import merged
 from l2l_core.artifacts import records
-from l2l_core.core.masks import intersection_union_px
+from l2l_core.core.masks import cut_proposal, intersection_union_px
 from l2l_core.core.metrics import segmentation_scores
-from l2l_core.evaluation.evaluate import cut_proposal, method_scores
+from l2l_core.evaluation.evaluate import method_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "real_photos"

@@ -48,7 +48,7 @@ from bench.label_efficiency import WORK as SHARED
 from bench.params import BENCHMARK, merged
 from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
-from l2l_core.core.metrics import auroc
+from l2l_core.core.metrics import POSITIVE_IOU, auroc
 from l2l_core.core.seeding import derive_seed
 from l2l_core.data.folds import fold_of_images
 from l2l_core.data.load import batches_of, pairs_of
@@ -57,7 +57,7 @@ from l2l_core.model.predictor import Predictor
 from l2l_core.pseudo_labels.features import Candidates, CandidateTruth
 from l2l_core.pseudo_labels.generate import score_labeled, score_out_of_fold
 from l2l_core.pseudo_labels.reinforce import train_policy
-from l2l_core.pseudo_labels.reward import RIGHT_IOU, utility
+from l2l_core.pseudo_labels.reward import utility
 from l2l_core.pseudo_labels.select import select_labels
 from l2l_core.training.runs import labeled_stream, part_of
 
@@ -99,9 +99,9 @@ def quality(params: Params, reward: Judged, faced: Judged, seed: int) -> Row:
     worth = utility(torch.from_numpy(truth.cells[everyone, selection.choice]), keep, 1.0)
     of_accepted = iou[accepted] if accepted.any() else np.full(1, np.nan)
     values = {
-        "auroc": auroc(selection.accept_prob, iou > RIGHT_IOU) or float("nan"),
+        "auroc": auroc(selection.accept_prob, iou > POSITIVE_IOU) or float("nan"),
         "accepted": 100 * accepted.mean(),
-        "precision": 100 * np.mean(of_accepted > RIGHT_IOU),
+        "precision": 100 * np.mean(of_accepted > POSITIVE_IOU),
         "iou_accepted": 100 * of_accepted.mean(),
         "iou_chosen": 100 * iou.mean(),
         "utility": 100 * float(worth.mean()),
@@ -175,7 +175,7 @@ def table(rows: pd.DataFrame) -> str:
     for (number, source, change), group in rows.groupby(["round", "source", "change"], sort=False):
         means = [f"{group[name].mean():.1f}" for name in columns]
         body.append([number, source, change, len(group), *means, int(group["steps"].mean())])
-    head = ["round", "reward from", "change", "seeds", "AUROC", "accepted", f"of these IoU > {RIGHT_IOU}"]
+    head = ["round", "reward from", "change", "seeds", "AUROC", "accepted", f"of these IoU > {POSITIVE_IOU}"]
     return markdown([*head, "mIoU of accepted", "mIoU of chosen", "utility", "steps"], body)
 
 

@@ -39,9 +39,12 @@ def score_table(metrics: dict[str, float]) -> pd.DataFrame:
     """metrics/evaluate.json -> a row a split and method: mIoU of all, the other scores of the final model."""
     import pandas as pd
 
+    from l2l_core.config import MAX_ROUND
+
     rows = []
     for split in (key.removeprefix("n_") for key in metrics if key.startswith("n_")):
-        beside = ["prior", "supervised"] + [f"round_{k}" for k in range(8) if f"{split}_round_{k}_miou" in metrics]
+        rounds = [f"round_{k}" for k in range(MAX_ROUND + 1) if f"{split}_round_{k}_miou" in metrics]
+        beside = ["prior", "supervised", *rounds]
         for method in beside:
             name = WARMUP if method == "round_0" else method.replace("_", " ")
             row = {"split": split, "method": name, "mIoU": metrics[f"{split}_{method}_miou"]}
@@ -107,7 +110,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="folder for masks, overlays and predictions.jsonl")] = Path("predictions"),
     with_priors: Annotated[
         bool,
-        typer.Option("--with-priors", help="show the network what priors.backend says, or is recorded to have said"),
+        typer.Option("--with-priors", help="use priors: query priors.backend, or read stored responses"),
     ] = False,
     polygons: Polygons = False,
     batch_size: Annotated[
@@ -129,14 +132,14 @@ def predict(
     folder = model_folder(run)
     device = load_params().train.engine.device if Path("params.yaml").is_file() else "auto"
     requested = predict_files.pairs_of_file(pairs) if pairs else predict_files.pairs_of_images(words or [])
-    turned = predict_files.turned_images(requested)
+    turned = predict_files.exif_rotated_images(requested)
     if turned:
         print(f"note: {turned_note(turned)}")
     with predict_files.predictions_folder(out) as building:
-        predict_files.try_names(requested, building)
+        predict_files.check_file_names(requested, building)
         predictor = Predictor.from_pretrained(folder, device=device)
-        prior_tables = predict_files.find_priors(requested, predictor.fitted(load_params())) if with_priors else None
-        predicted = predict_files.answer(predictor, requested, prior_tables, batch_size)
+        prior_tables = predict_files.get_priors(requested, predictor.fitted(load_params())) if with_priors else None
+        predicted = predict_files.predict_masks(predictor, requested, prior_tables, batch_size)
         trouble = predict_files.write_predictions(requested, predicted, building, polygons=polygons)
     empty = (rle_area_px_all(predicted.rle, predicted.pairs.hw) == 0).sum()
     if trouble:

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from l2l_core.errors import ConfigError, raise_all
 
-EMBEDDED_DATASET = "data/refshapes"
+BUILTIN_DATASET = "data/refshapes"
 """Written by the stage `refshapes`. Any other folder holds the user's data."""
-LIVE_BACKENDS = ("transformers", "openai", "vllm")
+LIVE_BACKENDS = ("transformers", "openai", "vllm", "detector")
 """Backends that run a model and accept any image. The others know only the sentences of the dataset."""
-EMBEDDED_MODEL = "refshapes-vlm"
+BUILTIN_MODEL = "refshapes-vlm"
 """Folder name of the built-in multimodal LLM, which is trained only on RefShapes."""
 
 MAX_ROUND = 5
@@ -48,7 +48,8 @@ PrecisionSetting = Literal["auto", "bf16", "fp32"]
 """auto: bf16 where the device computes it natively, else fp32 (core/device.py)."""
 DeviceSetting = Literal["auto", "cpu", "cuda", "mps"]
 """auto: CUDA if a GPU is available, else the CPU."""
-Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union"]
+SAM_EXPECTED = "a hub id or folder of a model of the SAM family, such as facebook/sam2.1-hiera-tiny,"
+Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union", "sam"]
 """Ways to build a candidate mask: see pseudo_labels/candidates.py."""
 
 
@@ -103,9 +104,9 @@ class PriorEngineParams(Section):
     python: str | None
     """Interpreter of the stage `query`, for a backend whose packages are in a separate environment."""
     device: DeviceSetting
-    """Device of the `transformers` backend."""
+    """Device of the `transformers` and `detector` backends."""
     batch_size: PositiveInt
-    """Requests per batch of the `transformers` backend."""
+    """Requests per batch of the `transformers` and `detector` backends."""
     chunk_size: PositiveInt
     """Requests stored at once. A kill loses at most this many, times data_parallel."""
     data_parallel: Literal["auto"] | PositiveInt
@@ -135,15 +136,15 @@ class PricesParams(Section):
 
 
 class PriorsParams(Section):
-    """What to query the multimodal LLM for."""
+    """What to query the multimodal LLM for, or a detector in its place."""
 
-    backend: Literal["simulated", "replay", "transformers", "openai", "vllm", "none"]
+    backend: Literal["simulated", "replay", "transformers", "openai", "vllm", "detector", "none"]
     preset: Literal["qwen2.5-vl-7b", "internvl2.5-8b", "llava-1.5-7b"]
     """Error model of the `simulated` backend."""
     seed: Seed
     """Draws simulated responses, and additional samples and attempts of a model."""
     samples: Annotated[int, Field(ge=1, le=16)]
-    """Responses per sentence."""
+    """Responses per sentence; of `detector`: its best boxes."""
     replay_file: str | None
     """JSON lines with recorded responses or masks, for the `replay` backend."""
     coord_space: Literal[
@@ -151,23 +152,32 @@ class PriorsParams(Section):
         "pixel",
         "resized_pixel",
         "norm1000",
-        "norm1000_yx",
         "norm999",
-        "norm1024_yx",
+        "norm1024",
         "percent",
         "unit",
         "unit_square",
+        "pixel_yx",
+        "resized_pixel_yx",
+        "norm1000_yx",
+        "norm999_yx",
+        "norm1024_yx",
+        "percent_yx",
+        "unit_yx",
+        "unit_square_yx",
     ]
     """How the model writes coordinates. `auto` looks up the model family."""
+    check_coords: bool
+    """Whether the stage `priors` stops if the labels show that coordinates have another meaning."""
     model: str | None
-    """Hub id or folder (`transformers`, `vllm`), or the model's name on the server (`openai`)."""
+    """Hub id or folder (`transformers`, `vllm`, `detector`), or the model's name on the server (`openai`)."""
     prompt: Literal["box-1", "box-2", "point-1"]
     """Prompt template. `simulated` always responds in the format of box-1."""
     structured_output: Literal[True, False, "auto"]
     """Constrain the output to the prompt's JSON. `transformers` needs xgrammar, `openai` a server that supports it.
     auto: true for `vllm` and `openai`."""
     precision: PrecisionSetting
-    """Precision of the `transformers` and `vllm` backends."""
+    """Precision of the `transformers`, `vllm` and `detector` backends."""
     max_image_px: Annotated[int, Field(ge=56 * 56)]
     """Area in pixels to which larger images are downscaled."""
     max_tokens: PositiveInt
@@ -180,9 +190,9 @@ class PriorsParams(Section):
     prices: PricesParams
 
     @property
-    def queries_embedded(self) -> bool:
+    def uses_builtin_mllm(self) -> bool:
         """Whether the backend queries the built-in multimodal LLM."""
-        return self.backend in LIVE_BACKENDS and Path(str(self.model)).name == EMBEDDED_MODEL
+        return self.backend in LIVE_BACKENDS and Path(str(self.model)).name == BUILTIN_MODEL
 
     @model_validator(mode="after")
     def _backends_have_what_they_need(self) -> PriorsParams:
@@ -190,6 +200,11 @@ class PriorsParams(Section):
             raise ValueError("replay_file: got null, expected a JSON-lines file because backend is replay")
         if self.backend in LIVE_BACKENDS and not self.model:
             raise ValueError(f"model: got {self.model!r}, expected a model's name because backend is {self.backend}")
+        if self.backend == "detector" and self.uses_builtin_mllm:
+            raise ValueError(
+                f"model: got {self.model!r}, which is no detector, expected one such as "
+                "IDEA-Research/grounding-dino-tiny because backend is detector (docs/priors.md)"
+            )
         return self
 
     @property
@@ -201,7 +216,10 @@ class PriorsParams(Section):
 class ProposalsParams(Section):
     """How a prior becomes a soft map."""
 
-    renderer: Literal["box", "grabcut"]
+    renderer: Literal["box", "grabcut", "sam"]
+    model: str | None = None  # models of earlier versions do not store it
+    """Of the renderer `sam`, the candidate `sam` and the method `semires`: hub id or folder of a model of the SAM
+    family."""
     ring: Annotated[float, Field(ge=0.0, le=4.0)] | Literal["fit"]
     """Of `grabcut`: how far the object may extend beyond the box, as a fraction of the box sides. fit: the value that
     fits the labeled masks best."""
@@ -220,6 +238,18 @@ class ProposalsParams(Section):
     def needs_fit(self) -> bool:
         """Whether some values of the renderer must be fitted to the labeled masks."""
         return self.renderer == "grabcut" and "fit" in (self.ring, self.core)
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """Keys that the renderer does not read."""
+        read = {"box": set(), "grabcut": {"ring", "core"}, "sam": {"model"}}[self.renderer]
+        return frozenset({"ring", "core", "model"} - read)
+
+    @model_validator(mode="after")
+    def _sam_has_a_model(self) -> ProposalsParams:
+        if self.renderer == "sam" and not self.model:
+            raise ValueError(f"model: got {self.model!r}, expected {SAM_EXPECTED} because renderer is sam")
+        return self
 
 
 class ModelParams(Section):
@@ -339,6 +369,10 @@ class SelectParams(Section):
         """The candidates that the method uses. A fixed rule uses only the first."""
         return list(self.candidates) if self.method in ("reinforce", "oracle") else list(self.candidates[:1])
 
+    def uses_sam(self, model: str | None) -> bool:
+        """Whether the selection runs SAM. model: `proposals.model`; `semires` matches SAM's masks if one is named."""
+        return "sam" in self.candidate_names or (self.method == "semires" and bool(model))
+
     @property
     def trains_policy(self) -> bool:
         """Whether the method trains a policy, and therefore needs the fold teachers."""
@@ -351,6 +385,8 @@ class RetrainParams(Section):
     steps: PositiveInt
     labeled_share: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Fraction of each batch that comes from the labeled pairs."""
+    prior_swap: Fraction
+    """Fraction of the samples that get the box and proposal of another sentence (data/prior_swap.py)."""
     start: Literal["scratch", "teacher"]
     """Start from random weights or from the last round's model."""
     num_passes: Annotated[int, Field(ge=1, le=4)]
@@ -393,13 +429,22 @@ class Params(Section):
     report: ReportParams
 
     @property
-    def is_embedded(self) -> bool:
+    def uses_builtin_dataset(self) -> bool:
         """Whether the stage `refshapes` writes the dataset."""
-        return Path(self.dataset) == Path(EMBEDDED_DATASET)
+        return Path(self.dataset) == Path(BUILTIN_DATASET)
+
+    @model_validator(mode="after")
+    def _candidate_has_a_model(self) -> Params:
+        if "sam" in self.select.candidate_names and not self.proposals.model:
+            raise ValueError(
+                f"proposals.model: got {self.proposals.model!r}, expected {SAM_EXPECTED} because select.candidates "
+                "names sam"
+            )
+        return self
 
     @model_validator(mode="after")
     def _model_knows_the_data(self) -> Params:
-        if not self.priors.queries_embedded:
+        if not self.priors.uses_builtin_mllm:
             return self
         for key, got, taught in (
             ("prompt", self.priors.prompt, ("box-2",)),
@@ -407,11 +452,11 @@ class Params(Section):
         ):
             if got not in taught:
                 raise ValueError(
-                    f"priors.{key}: got {got!r}, expected {taught[-1]!r}, the one that {EMBEDDED_MODEL} was taught"
+                    f"priors.{key}: got {got!r}, expected {taught[-1]!r}, the one that {BUILTIN_MODEL} was taught"
                 )
-        if not self.is_embedded:
+        if not self.uses_builtin_dataset:
             raise ValueError(
-                f"priors.model: got {self.priors.model!r}, which knows {EMBEDDED_DATASET} alone, but dataset is "
+                f"priors.model: got {self.priors.model!r}, which knows {BUILTIN_DATASET} alone, but dataset is "
                 f"{self.dataset!r}: name another model, replay recorded responses (priors.backend=replay), or do "
                 "without (priors.backend=none)"
             )

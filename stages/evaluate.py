@@ -51,9 +51,8 @@ def main() -> None:
         path = CURVES_FOLDER / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         curve.to_csv(path, index=False)
-    records.METRICS_PATH.parent.mkdir(parents=True, exist_ok=True)
     metrics = result.metrics | trained_precision(records.round_folder(number) / "model")
-    records.METRICS_PATH.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    records.write_metrics(metrics, records.METRICS_PATH)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from l2l_core.config import EMBEDDED_DATASET, load_params
+from l2l_core.config import BUILTIN_DATASET, load_params
 from l2l_core.errors import exit_code
 from l2l_core.refshapes.dataset import write_refshapes
 
 
 def main() -> None:
     """Draw the scenes and write them in RefCOCO's layout."""
-    write_refshapes(EMBEDDED_DATASET, load_params().refshapes)
+    write_refshapes(BUILTIN_DATASET, load_params().refshapes)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 import pandas as pd
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.core.images import read_image
-from l2l_core.errors import ArtifactError, exit_code
+from l2l_core.errors import exit_code
 from l2l_core.evaluation.evaluate import CURVES_FOLDER, read_history
 from l2l_core.reporting.gallery import Run
 from l2l_core.reporting.report import render_report
@@ -22,8 +21,7 @@ def main() -> None:
     parser.add_argument("--round", type=int, required=True, help="round that was evaluated")
     number = parser.parse_args().round
     params = load_params()
-    if not records.METRICS_PATH.is_file():
-        raise ArtifactError(f"{records.METRICS_PATH}: not found, run the stage that writes it: dvc repro")
+    metrics = records.read_metrics(records.METRICS_PATH)
     history = read_history(records.round_folder(number) / "history")
     index, read, frame = records.INDEX, records.read_table, records.to_frame
     run = Run(
@@ -37,7 +35,9 @@ def main() -> None:
         predictions=frame(history.predictions),
         pseudo_labels=frame(history.pseudo_labels),
         per_sentence=frame(read(records.PER_SENTENCE_PATH, records.PER_SENTENCE)),
-        metrics=json.loads(records.METRICS_PATH.read_text(encoding="utf-8")),
+        metrics=metrics,
+        prior_scores=records.read_metrics(records.PRIORS_METRICS_PATH),
+        proposal_scores=records.read_metrics(records.PROPOSALS_METRICS_PATH),
         curves={
             path.relative_to(CURVES_FOLDER).with_suffix("").as_posix(): pd.read_csv(path)
             for path in sorted(CURVES_FOLDER.rglob("*.csv"))

@@ -17,6 +17,7 @@ from l2l_core.training.runs import (
     online_stream,
     pseudo_stream,
     run_training,
+    with_prior_swap,
 )
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         params,
         run_name,
         network,
-        [labeled] if pseudo is None else [labeled, pseudo],
+        with_prior_swap(params, [labeled] if pseudo is None else [labeled, pseudo]),
         params.retrain.steps,
         # If training starts from the last model, that is an input too, so the two ways never share a checkpoint.
         [*LABEL_INPUTS, *PRIOR_INPUTS, pseudo_path, *(() if fresh else (previous,))],

@@ -18,6 +18,17 @@ WORDS = ("left", "right", "dark", "bright", "big", "small", "upper", "lower")
 TRAP = '<script>alert("pwned")</script> & the "dot"'
 """A sentence that a report must show but not execute."""
 
+PRIOR_SCORES = {
+    "labeled": 20,
+    "labeled_without_prior": 3,
+    **{"box_acc50": 85.0, "box_miou": 70.5, "pointing_acc": 90.0, "score_auroc": None},
+    "by_source": {
+        "replay org/<b>": {"box_acc50": 100.0, "box_miou": 81.0, "pointing_acc": 95.0, "score_auroc": 66.5},
+        "replay org/c": {"box_acc50": None, "box_miou": None, "pointing_acc": 80.0, "score_auroc": None},
+    },
+}
+"""Scores as the stage `priors` writes them, for recorded responses of two models."""
+
 
 def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: int = 48, width: int = 64) -> None:
     """Write index, split, priors, proposals and the history of round `rounds` below `root`.
@@ -78,6 +89,8 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
         "flat_prob": 0.1,
     }
     (root / records.RENDERING_PATH).write_text(json.dumps({"proposals": rendered}))
+    records.write_metrics(PRIOR_SCORES, root / records.PRIORS_METRICS_PATH)
+    records.write_metrics({"miou": 61.25, "score_auroc": None}, root / records.PROPOSALS_METRICS_PATH)
     roles = {row["sent_id"]: row["role"] for row in split}
     folder = root / records.round_folder(rounds) / "history"
     folder.mkdir(parents=True, exist_ok=True)

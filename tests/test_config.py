@@ -76,6 +76,11 @@ def test_shipped_params_file_is_valid_and_round_trips():
         ),
         ("priors.model", None, r"priors\.model: got None, expected a model's name because backend is transformers"),
         (
+            "priors.backend",
+            "detector",
+            r"priors\.model: got 'vlm/refshapes-vlm', which is no detector, expected one such",
+        ),
+        (
             "dataset",
             "mine",
             r"priors\.model: got 'vlm/refshapes-vlm', which knows data/refshapes alone, .*'mine': name",
@@ -186,3 +191,15 @@ def test_fixed_rules_use_only_the_first_candidate():
 
     assert names("reinforce") == names("oracle") == SHIPPED["select"]["candidates"]
     assert names("all") == names("semires") == ["teacher"]
+
+
+def test_the_candidate_sam_needs_a_model_only_where_it_is_used():
+    raw = changed("select.candidates", ["teacher", "sam"])
+    with pytest.raises(
+        ConfigError, match=r"^params\.yaml: proposals\.model: got None, .* select\.candidates names sam$"
+    ):
+        parse_params(raw)
+    raw["select"]["method"] = "agreement"  # takes the first candidate
+    assert parse_params(raw).select.candidate_names == ["teacher"]
+    raw["select"]["method"], raw["proposals"]["model"] = "reinforce", "facebook/sam-vit-base"
+    assert parse_params(raw).select.candidate_names == ["teacher", "sam"]

@@ -25,6 +25,7 @@ from bench import (
     priors_engines,
     refshapes,
     rewards,
+    sam,
     vlm,
     waiting,
 )
@@ -93,7 +94,8 @@ def test_the_readme_names_overrides_and_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["refshapes", "responses", "proposals", "engines", "rewards", "waiting", "imports", "photo_priors"]
+    "name",
+    ["refshapes", "responses", "proposals", "engines", "rewards", "waiting", "imports", "photo_priors", "sam"],
 )
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
     """What stands in the document is what its bench makes of bench/results."""
@@ -106,6 +108,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
         "waiting": waiting,
         "imports": imports,
         "photo_priors": photo_priors,
+        "sam": sam,
     }[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
@@ -114,7 +117,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
         case "rewards":
             document, text = rewards.DOCUMENT, rewards.table(pd.read_json(rewards.RESULTS, lines=True))
-        case "engines" | "waiting" | "imports" | "photo_priors":
+        case "engines" | "waiting" | "imports" | "photo_priors" | "sam":
             rows = [json.loads(line) for line in bench.RESULTS.read_text(encoding="utf-8").splitlines()]
             document, text = bench.DOCUMENT, bench.table(rows)
         case _:

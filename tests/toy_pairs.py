@@ -78,6 +78,7 @@ def toy_pairs(folder: Path, count: int = 4) -> tuple[Pairs, Targets]:
         has_box=np.ones(count, dtype=bool),
         proposal=proposal,
         proposal_score=np.ones(count, dtype=np.float32),
+        predicted_iou=np.zeros(count, dtype=np.float32),
     )
     return pairs, Targets(rles)
 

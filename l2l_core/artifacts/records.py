@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +120,7 @@ PROPOSALS = pa.schema(
         ("width", pa.int16()),
         ("soft", pa.binary()),  # height * width bytes, row-major, 0..255 is probability 0..1 over the whole image
         ("score", pa.float32()),  # 0 without a prior
+        ("predicted_iou", pa.float32()),  # the renderer's own estimate of the mask's IoU; null if it has none
     ]
 )
 PSEUDO_LABELS = pa.schema(  # one row per unlabeled sentence and round; masks at the image's own size
@@ -184,6 +185,7 @@ LABELED_MASKS_PATH = Path("data/split/labeled_masks.parquet")
 RESPONSES_PATH = Path("data/priors/responses.parquet")
 PRIORS_METRICS_PATH = Path("metrics/priors.json")
 PRIORS_PATH = Path("data/priors/priors.parquet")
+PROPOSALS_METRICS_PATH = Path("metrics/proposals.json")
 PROPOSALS_PATH = Path("data/proposals/proposals.parquet")
 RENDERING_PATH = Path("data/proposals/rendering.json")
 SUPERVISED_FOLDER = Path("data/supervised")
@@ -205,6 +207,25 @@ def read_rendering() -> ProposalsParams:
         raise ArtifactError(f"{RENDERING_PATH}: not found, run the stage that writes it: dvc repro") from None
     except (ValueError, TypeError, KeyError):
         raise ArtifactError(f"{RENDERING_PATH}: not a file of this project; run dvc repro") from None
+
+
+def write_metrics(metrics: Mapping[str, object], path: Path) -> None:
+    """Write metrics where DVC reads them, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read metrics. Raises ArtifactError if the file is missing or not JSON."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: not found, run the stage that writes it: dvc repro") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path}: not a file of this project; run dvc repro")
+    return found
 
 
 def make_table(rows: Iterable[dict[str, object]], schema: pa.Schema) -> pa.Table:

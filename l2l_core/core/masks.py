@@ -135,6 +135,13 @@ def resize_prob(prob: NDArray[np.float32], height: int, width: int) -> NDArray[n
     return np.asarray(cv2.resize(prob, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
 
 
+def cut_proposal(soft: NDArray[np.uint8], height: int, width: int) -> bytes:
+    """A soft map [h, w] uint8 (0..255 is 0..1) -> run lengths of the pixels above 0.5 at the image's size, bilinear."""
+    # Resized transposed: run lengths are column-major, so this order avoids a copy.
+    large = cv2.resize(soft.T.astype(np.float32), (height, width), interpolation=cv2.INTER_LINEAR)
+    return encode_rle((large > 127.5).T)
+
+
 def square_px(reach: float) -> NDArray[np.uint8]:
     """Square structuring element for dilation and erosion by `reach` pixels (at least one) to each side."""
     size = 2 * max(1, round(reach)) + 1

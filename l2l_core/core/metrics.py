@@ -14,6 +14,9 @@ from l2l_core.core.arrays import DoubleArray
 PR_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 """IoU thresholds of Pr@X; the five that are usual in the field."""
 
+POSITIVE_IOU = 0.5
+"""IoU with the ground truth that separates correct masks from wrong ones: the field's usual threshold (Pr@0.5)."""
+
 
 def iou_from_px(intersection_px: ArrayLike, union_px: ArrayLike) -> DoubleArray:
     """Intersection over union in [0, 1], shape [N]; two empty masks agree, so 0 / 0 gives 1."""

@@ -48,6 +48,7 @@ class Pairs:
     has_box: NDArray[np.bool_]  # [N]
     proposal: NDArray[np.uint8]  # [N, P, P], 0..255 is probability 0..1
     proposal_score: NDArray[np.float32]  # [N], 0 without a prior
+    predicted_iou: NDArray[np.float32]  # [N] the renderer's own estimate of the proposal's IoU; 0 if it has none
 
     def __len__(self) -> int:
         return len(self.sent_id)
@@ -65,6 +66,7 @@ class Pairs:
             has_box=self.has_box[rows],
             proposal=self.proposal[rows],
             proposal_score=self.proposal_score[rows],
+            predicted_iou=self.predicted_iou[rows],
         )
 
     def with_sent_ids(self, sent_ids: NDArray[np.int64]) -> Pairs:
@@ -161,12 +163,17 @@ class BatchMaker:
         targets: Targets | None = None,
         no_prior: NDArray[np.bool_] | None = None,
         image: Tensor | None = None,
+        prior_rows: NDArray[np.int64] | None = None,
     ) -> Batch:
         """Rows [B] -> batch. `targets` has one entry per row of `pairs`; `no_prior` [B] hides the priors of pairs.
 
-        image: the rows' `pixels`, if already loaded.
+        image: the rows' `pixels`, if already loaded. prior_rows: [B] rows whose box and proposal the pairs get (their
+        own: None).
         """
         pairs = self.pairs.take(rows)
+        if prior_rows is not None:
+            names = ("box", "has_box", "proposal", "proposal_score")
+            pairs = replace(pairs, **{name: getattr(self.pairs, name)[prior_rows] for name in names})
         hidden = np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior
         proposal = pairs.proposal.astype(np.float32) / 255.0
         proposal[hidden] = np.float32(_flat_level(self.flat_prob)) / 255.0
@@ -241,6 +248,7 @@ def load_pairs(
             has_box=np.zeros(count, bool),
             proposal=np.full((count, proposal_size_px, proposal_size_px), _flat_level(flat_prob), np.uint8),
             proposal_score=np.zeros(count, np.float32),
+            predicted_iou=np.zeros(count, np.float32),
         )
     proposals = records.read_table(proposals_path, records.PROPOSALS)
     if not np.isin(columns["sent_id"], proposals["sent_id"].to_numpy()).all():
@@ -299,6 +307,7 @@ def _prior_columns(
         "has_box": has_box,
         "proposal": np.frombuffer(b"".join(soft), np.uint8).reshape(count, side, side),
         "proposal_score": maps["score"].fillna(0).to_numpy(np.float32),
+        "predicted_iou": maps["predicted_iou"].fillna(0).to_numpy(np.float32),
     }
 
 

@@ -21,4 +21,5 @@ class Views:
     prob_no_prior: FloatArray  # the same without the prior
     proposal: FloatArray  # soft proposal
     proposal_score: FloatArray  # [B], 0 without a prior
+    predicted_iou: FloatArray  # [B] the renderer's own estimate of the proposal's IoU; 0 if it has none
     words: NDArray[np.int64]  # [B] words in the sentence

@@ -174,7 +174,7 @@ def _make(archive: Archive, path: Path, target: Path, sha256: str | None) -> str
 def _unpack(archive: Archive, path: Path, folder: Path) -> None:
     """Unpack one folder of the zip file. Only file names are used, so no file can land elsewhere."""
     files = folder / archive.into
-    files.mkdir(parents=True)
+    files.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(path) as bundle:
             members = {

@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from l2l_core.core.metrics import iou_from_px
-from l2l_core.evaluation.evaluate import GOOD_IOU
+from l2l_core.core.metrics import POSITIVE_IOU, iou_from_px
 
 SIZES = ("small", "medium", "large")
 
-RIGHT_IOU = 0.7
-"""A prediction is right from this IoU on; between GOOD_IOU and this the object is found but its outline is off."""
+BOUNDARY_IOU = 0.7
+"""From this IoU on, the prediction is right. From POSITIVE_IOU to below this, the object is right but its boundary is
+wrong."""
 
 WRONG_IOU = 0.1
 """Below this IoU, mask and truth hardly overlap: the mask marks another object. The usual line of error analyses."""
@@ -22,14 +22,16 @@ WRONG_IOU = 0.1
 SIZE_FACTOR = 2
 """A mask is too large (small) if its area is at least this factor above (below) the area of the truth."""
 
+_PARTIAL = f"IoU from {WRONG_IOU} to below {POSITIVE_IOU}"
+
 OUTCOMES = {
     "wrong object": f"IoU below {WRONG_IOU}, and the mask is not empty.",
     "empty": "Nothing was predicted, though there is an object.",
-    "too large": f"IoU from {WRONG_IOU} to below {GOOD_IOU}, the mask at least {SIZE_FACTOR} times the truth's area.",
-    "too small": f"IoU from {WRONG_IOU} to below {GOOD_IOU}, the truth at least {SIZE_FACTOR} times the mask's area.",
-    "misplaced": f"IoU from {WRONG_IOU} to below {GOOD_IOU}, and both areas are less than {SIZE_FACTOR} times apart.",
-    "boundary": f"IoU from {GOOD_IOU} to below {RIGHT_IOU}: the right object, its outline off.",
-    "right": f"IoU of at least {RIGHT_IOU}.",
+    "too large": f"{_PARTIAL}, the mask at least {SIZE_FACTOR} times the truth's area.",
+    "too small": f"{_PARTIAL}, the truth at least {SIZE_FACTOR} times the mask's area.",
+    "misplaced": f"{_PARTIAL}, and both areas are less than {SIZE_FACTOR} times apart.",
+    "boundary": f"IoU from {POSITIVE_IOU} to below {BOUNDARY_IOU}: the right object, its outline off.",
+    "right": f"IoU of at least {BOUNDARY_IOU}.",
 }
 """Outcome -> its rule; every sentence has exactly one outcome."""
 
@@ -45,8 +47,8 @@ def outcomes(per_sentence: pd.DataFrame) -> pd.Series[str]:
     iou = iou_from_px(per_sentence["intersection_px"], per_sentence["union_px"])
     mask, truth = per_sentence["pred_area_px"].to_numpy(), per_sentence["gt_area_px"].to_numpy()
     rules = {
-        "right": iou >= RIGHT_IOU,
-        "boundary": iou >= GOOD_IOU,
+        "right": iou >= BOUNDARY_IOU,
+        "boundary": iou >= POSITIVE_IOU,
         "empty": mask == 0,
         "wrong object": iou < WRONG_IOU,
         "too large": mask >= SIZE_FACTOR * truth,
@@ -70,11 +72,11 @@ def sizes(area_share: pd.Series[float], limits: tuple[float, float]) -> pd.Serie
 def changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float]:
     """Compare two methods by their rows of records.PER_SENTENCE, which must list the same sentences in the same order.
 
-    Counts of sentences: better, worse (by more than CHANGED_IOU), reached and lost (an IoU of GOOD_IOU); mean: of the
-    IoU differences, in percent, which equals the difference of mIoU.
+    Counts of sentences: better, worse (by more than CHANGED_IOU), reached and lost (an IoU of POSITIVE_IOU); mean: of
+    the IoU differences, in percent, which equals the difference of mIoU.
     """
     first, second = (iou_from_px(rows["intersection_px"], rows["union_px"]) for rows in (before, after))
-    difference, good, still = second - first, first >= GOOD_IOU, second >= GOOD_IOU
+    difference, good, still = second - first, first >= POSITIVE_IOU, second >= POSITIVE_IOU
     return {
         "better": float(np.sum(difference > CHANGED_IOU)),
         "worse": float(np.sum(difference < -CHANGED_IOU)),

@@ -9,23 +9,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
-from l2l_core.core.masks import encode_rle, intersection_union_px, rle_area_px_all, wrong_kept_px
-from l2l_core.core.metrics import auroc, iou_from_px, precision_by_coverage, reliability, segmentation_scores
+from l2l_core.core.masks import cut_proposal, intersection_union_px, rle_area_px_all, wrong_kept_px
+from l2l_core.core.metrics import (
+    POSITIVE_IOU,
+    auroc,
+    iou_from_px,
+    precision_by_coverage,
+    reliability,
+    segmentation_scores,
+)
 from l2l_core.errors import ArtifactError, ConfigError, raise_all
 
 CURVES_FOLDER = Path("plots")
 
 PRIOR, SUPERVISED = "prior", "supervised"
-
-GOOD_IOU = 0.5
-"""A pseudo-label is good above this IoU: roughly the right object. The field's usual threshold (Pr@0.5)."""
 
 LABEL_PX = ["wrong_px", "label_px", "false_px"]
 KEPT_PX = ["kept_px", "kept_wrong_px", "kept_label_px", "kept_false_px"]
@@ -230,7 +233,7 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
         accepted = known["accepted"].astype(bool)
         values = {
             "coverage": 100 * rows["accepted"].mean(),
-            "precision": 100 * (known.loc[accepted, "iou"] > GOOD_IOU).mean(),
+            "precision": 100 * (known.loc[accepted, "iou"] > POSITIVE_IOU).mean(),
             "miou_all": 100 * known["iou"].mean(),
             "miou_accepted": 100 * known.loc[accepted, "iou"].mean(),
             "miou_rejected": 100 * known.loc[~accepted, "iou"].mean(),
@@ -238,7 +241,7 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
             "pixel_error_kept": _percent(known["kept_wrong_px"], known["kept_px"]),
             "foreground_error_all": _percent(known["false_px"], known["label_px"]),
             "foreground_error_kept": _percent(known["kept_false_px"], known["kept_label_px"]),
-            "auroc": auroc(known["accept_prob"], known["iou"] > GOOD_IOU),
+            "auroc": auroc(known["accept_prob"], known["iou"] > POSITIVE_IOU),
         }
         defined = {name: float(value) for name, value in values.items() if value is not None and not np.isnan(value)}
         metrics |= {f"pseudo_round_{number}_{name}": value for name, value in _rounded(defined).items()}
@@ -266,15 +269,15 @@ def round_curves(per_sentence: pd.DataFrame, last_round: int) -> dict[str, pd.Da
 def label_curves(labels: pd.DataFrame, last_round: int) -> dict[str, pd.DataFrame]:
     """`coverage/round_<k>` and `reliability/round_<k>` of the pseudo-labels with known truth; no row without any.
 
-    A label above GOOD_IOU is good. coverage: share of good labels among the most trusted ones, against the share
-    taken. reliability: share of good labels against their accept_prob.
+    A label above POSITIVE_IOU is correct. coverage: share of correct labels among the most trusted ones, against the
+    share taken. reliability: share of correct labels against their accept_prob.
     """
     curves = {}
     for number in range(last_round + 1):
         rows = labels[(labels["round"] == number) & labels["iou"].notna()]
-        good = rows["iou"] > GOOD_IOU
-        curves[f"coverage/round_{number}"] = precision_by_coverage(rows["accept_prob"], good, CURVE_POINTS).round(2)
-        curves[f"reliability/round_{number}"] = reliability(rows["accept_prob"], good, RELIABILITY_BINS).round(2)
+        correct = rows["iou"] > POSITIVE_IOU
+        curves[f"coverage/round_{number}"] = precision_by_coverage(rows["accept_prob"], correct, CURVE_POINTS).round(2)
+        curves[f"reliability/round_{number}"] = reliability(rows["accept_prob"], correct, RELIABILITY_BINS).round(2)
     return curves
 
 
@@ -295,13 +298,6 @@ def _prior_masks(proposals: pd.DataFrame, truth: pd.DataFrame) -> list[bytes]:
         cut_proposal(np.frombuffer(soft, np.uint8).reshape(map_height, map_width), height, width)
         for soft, map_height, map_width, height, width in zip(*(column.tolist() for column in columns), strict=True)
     ]
-
-
-def cut_proposal(soft: NDArray[np.uint8], height: int, width: int) -> bytes:
-    """A soft map [h, w] uint8 (0..255 is 0..1) -> run lengths of the pixels above 0.5 at the image's size, bilinear."""
-    # Resized transposed: run lengths are column-major, so this order avoids a copy.
-    large = cv2.resize(soft.T.astype(np.float32), (height, width), interpolation=cv2.INTER_LINEAR)
-    return encode_rle((large > 127.5).T)
 
 
 def _by_sentence(rows: pd.DataFrame, sent_ids: pd.Index[int], what: str) -> pd.DataFrame:

@@ -34,7 +34,7 @@ class _Plain(nn.Module):
         image, box, has_box, proposal, score, *tokens = tensors
         batch = Batch(image, [], [], box, has_box, proposal, score)
         named = dict(zip(self.token_names, tokens, strict=True))
-        return self.network.ask(self.network.encode_image(image), batch, named)
+        return self.network.predict_logits(self.network.encode_image(image), batch, named)
 
 
 def onnx_inputs(batch: Batch, tokens: dict[str, Tensor]) -> dict[str, Tensor]:

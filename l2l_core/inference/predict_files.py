@@ -47,9 +47,9 @@ PICTURES = ("mask", "overlay")
 
 @dataclass(frozen=True)
 class PairList:
-    """N pairs of the user's own."""
+    """N user-supplied pairs."""
 
-    image: list[ImageFile]
+    images: list[ImageFile]
     sentence: list[str]
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class PairList:
 
 @dataclass(frozen=True)
 class PriorTables:
-    """Responses of the multimodal LLM for N pairs: a pair whose sent_id is not in the tables has no prior."""
+    """Priors and proposals for N pairs. A pair whose sent_id is not in the tables has no prior."""
 
     sent_id: NDArray[np.int64]  # [N]
     priors: pa.Table  # records.PRIORS
@@ -67,14 +67,14 @@ class PriorTables:
 
 @dataclass(frozen=True)
 class PredictedMasks:
-    """N pairs as the network saw them, and their masks at their images' original size, as run lengths."""
+    """The network's input pairs (N), and their masks at their images' original size, as run lengths."""
 
     pairs: Pairs
     rle: list[bytes]
 
     @property
     def with_prior(self) -> NDArray[np.bool_]:
-        """[N] whether the network saw a prior with a place."""
+        """[N] whether the network's input had a prior with a box or a point."""
         return self.pairs.proposal_score > 0
 
 
@@ -83,7 +83,7 @@ QueryMllm = Callable[[list[Question]], pa.Table]
 
 
 def pairs_of_images(words: Sequence[str]) -> PairList:
-    """Command line words -> pairs: images or folders of images, and last the sentence about each of them.
+    """Parse command-line arguments: images or folders, then one sentence that applies to all of them.
 
     Raises InputError that names every unusable image.
     """
@@ -114,21 +114,25 @@ def pairs_of_file(path: Path) -> PairList:
     return PairList([files[image_id] for image_id in refs["image_id"]], refs["sentence"])
 
 
-def turned_images(requested: PairList) -> list[str]:
-    """Images with an EXIF rotation, which the whole pipeline ignores: masks are of the stored pixels."""
-    return [name for name in dict.fromkeys(file.file_name for file in requested.image) if is_turned(name)]
+def exif_rotated_images(requested: PairList) -> list[str]:
+    """Images with an EXIF rotation or mirroring. The pipeline ignores it: masks match the stored pixels."""
+    return [name for name in dict.fromkeys(file.file_name for file in requested.images) if is_turned(name)]
 
 
-def find_priors(requested: PairList, params: Params) -> PriorTables:
-    """Priors of the pairs by `priors.backend`: queried now if the backend accepts any image, else as recorded.
+def get_priors(requested: PairList, params: Params) -> PriorTables:
+    """Priors of the pairs by `priors.backend`: queried if the backend accepts any image, otherwise read from the stored
+    tables.
 
     Responses are stored in .scratch as they arrive, so that an interrupted call resumes. Raises L2LError if the backend
     cannot be queried, or the dataset's tables are missing.
     """
     if params.priors.backend not in LIVE_BACKENDS:
         return recorded_priors(requested)
-    if params.priors.queries_embedded:
-        print(f"note: {params.priors.model} knows RefShapes' drawn scenes alone; of photos it says nonsense")
+    if params.priors.uses_builtin_mllm:
+        print(
+            f"note: {params.priors.model} is trained only on the synthetic scenes of RefShapes; "
+            "its responses for photographs are meaningless"
+        )
 
     def query(questions: list[Question]) -> pa.Table:
         settings = query_key(params.priors, records.INDEX)
@@ -141,13 +145,13 @@ def find_priors(requested: PairList, params: Params) -> PriorTables:
 
 
 def recorded_priors(requested: PairList) -> PriorTables:
-    """The priors of the dataset's sentences with the same words about an image of the same bytes."""
+    """Stored priors of dataset sentences with the same text and an image with the same bytes."""
     refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id", "sha256"])
     known = records.to_frame(refs).merge(records.to_frame(images), on="image_id").sort_values("sent_id")
     first = known.drop_duplicates(["sha256", "sentence"])
     sent_ids = dict(zip(zip(first["sha256"], first["sentence"], strict=True), first["sent_id"], strict=True))
-    keys = zip((file.sha256 for file in requested.image), requested.sentence, strict=True)
+    keys = zip((file.sha256 for file in requested.images), requested.sentence, strict=True)
     return PriorTables(
         np.array([sent_ids.get(key, own) for key, own in zip(keys, _pair_ids(requested), strict=True)], dtype=np.int64),
         records.read_table(records.PRIORS_PATH, records.PRIORS),
@@ -161,12 +165,13 @@ def live_priors(requested: PairList, params: Params, query: QueryMllm) -> PriorT
     Raises InputError if every request fails, and whatever `query` raises.
     """
     sent_id = _pair_ids(requested)
-    pairs = zip(sent_id, zip(requested.image, requested.sentence, strict=True), strict=True)
-    different = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))  # by image: a model can reuse computed tokens
+    pairs = zip(sent_id, zip(requested.images, requested.sentence, strict=True), strict=True)
+    # Sorted by image, so that a model can reuse computed tokens.
+    unique_pairs = dict(sorted(pairs, key=lambda pair: pair[1][0].sha256))
     responses = query(
         [
             Question(key, sample, file.file_name, (file.height, file.width), sentence)
-            for key, (file, sentence) in different.items()
+            for key, (file, sentence) in unique_pairs.items()
             for sample in range(params.priors.samples)
         ]
     )
@@ -174,20 +179,22 @@ def live_priors(requested: PairList, params: Params, query: QueryMllm) -> PriorT
     if failed and len(failed) == responses.num_rows:
         raise InputError(f"priors.backend {params.priors.backend}: every request failed, the first with {failed[0]!r}")
     priors = interpret(responses)
-    refs = pd.DataFrame({"sent_id": list(different), "image_id": list(different)})  # one image per pair
-    images = pd.DataFrame([vars(file) for file, _ in different.values()]).assign(image_id=refs["image_id"])
-    return PriorTables(np.array(sent_id), priors, make_proposals(priors, refs, images, params.proposals))
+    refs = pd.DataFrame({"sent_id": list(unique_pairs), "image_id": list(unique_pairs)})  # one image per pair
+    images = pd.DataFrame([vars(file) for file, _ in unique_pairs.values()]).assign(image_id=refs["image_id"])
+    proposals = make_proposals(priors, refs, images, params.proposals, device=params.priors.engine.device)
+    return PriorTables(np.array(sent_id), priors, proposals)
 
 
-def answer(
+def predict_masks(
     predictor: Predictor, requested: PairList, prior_tables: PriorTables | None, batch_size: int = 1
 ) -> PredictedMasks:
     """Predict a mask for every pair, with its prior if it has one; prior_tables None: without priors.
 
-    At most `batch_size` pairs are computed at once. Masks equal those of the stage `predict` with the same priors,
+    At most `batch_size` pairs form a batch. Masks equal those of the stage `predict` with the same priors,
     except for pixels whose logit rounds to another side of 0: the stage pads all batches to one size.
     """
-    paths, sizes = [file.file_name for file in requested.image], [(file.height, file.width) for file in requested.image]
+    paths = [file.file_name for file in requested.images]
+    sizes = [(file.height, file.width) for file in requested.images]
     network = predictor.network
     proposals = network.known_proposals()
     pairs = bare_pairs(paths, sizes, requested.sentence, proposals.size_px)
@@ -212,9 +219,10 @@ def predictions_folder(out: Path) -> Iterator[Path]:
         (out / name).unlink(missing_ok=True)
 
 
-def try_names(requested: PairList, folder: Path) -> None:
-    """Create every file of `write_predictions` empty and remove it, to find names that the file system rejects before
-    computing anything. Raises InputError that names the first rejected name.
+def check_file_names(requested: PairList, folder: Path) -> None:
+    """Check that the file system accepts every output name, before any computation.
+
+    Raises InputError that names the first rejected name.
     """
     for name in [INDEX_NAME, *(name for names in _picture_names(requested) for name in names.values())]:
         try:
@@ -234,8 +242,9 @@ def save_mask(mask: BoolMask, path: Path) -> None:
 def write_predictions(requested: PairList, predicted: PredictedMasks, folder: Path, *, polygons: bool) -> str:
     """Write a mask (PNG, 255 is foreground) and an overlay for each pair, and predictions.jsonl, into a folder.
 
-    If the pictures cannot be written, such as on a full disk, only predictions.jsonl is kept, without their names but
-    with every mask, and the error message is returned, else "". Raises InputError if not even that can be written.
+    If the pictures cannot be written (such as on a full disk), keep only predictions.jsonl. It then holds every mask
+    but no picture names. Return the error message, or an empty string on success. Raises InputError if
+    predictions.jsonl cannot be written.
     """
     lines: list[dict[str, object]] = [
         {
@@ -248,7 +257,7 @@ def write_predictions(requested: PairList, predicted: PredictedMasks, folder: Pa
             "segmentation": to_segmentation(rle, file.height, file.width, polygons=polygons),
         }
         for file, sentence, rle, with_prior in zip(
-            requested.image, requested.sentence, predicted.rle, predicted.with_prior.tolist(), strict=True
+            requested.images, requested.sentence, predicted.rle, predicted.with_prior.tolist(), strict=True
         )
     ]
     names = _picture_names(requested)
@@ -257,7 +266,7 @@ def write_predictions(requested: PairList, predicted: PredictedMasks, folder: Pa
     except OSError as error:
         raise InputError(f"--out: {INDEX_NAME} cannot be written: {error.strerror}; name another folder") from None
     try:
-        rows = list(zip(requested.image, predicted.rle, names, strict=True))
+        rows = list(zip(requested.images, predicted.rle, names, strict=True))
         for file, rle, name in progress(rows, "pictures", "pair"):
             mask = decode_rle(rle, file.height, file.width)
             save_mask(mask, folder / name["mask"])
@@ -287,7 +296,7 @@ def _picture_names(requested: PairList) -> list[dict[str, str]]:
     """The files of each pair by kind."""
     names = [
         f"{number:04d}_{_slug(Path(file.file_name).stem)}_{_slug(sentence)}"
-        for number, (file, sentence) in enumerate(zip(requested.image, requested.sentence, strict=True))
+        for number, (file, sentence) in enumerate(zip(requested.images, requested.sentence, strict=True))
     ]
     return [{kind: f"{name}.{kind}.png" for kind in PICTURES} for name in names]
 
@@ -303,8 +312,8 @@ def _images_at(place: Path) -> list[Path]:
 
 
 def _pair_ids(requested: PairList) -> list[int]:
-    """63-bit ids derived from image and words: the random draws of a pair do not depend on the others."""
-    keys = (f"{file.sha256} {sentence}" for file, sentence in zip(requested.image, requested.sentence, strict=True))
+    """63-bit ids, hashed from image and sentence, so that the random draws of a pair do not depend on other pairs."""
+    keys = (f"{file.sha256} {sentence}" for file, sentence in zip(requested.images, requested.sentence, strict=True))
     return [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1 for key in keys]
 
 
@@ -322,6 +331,6 @@ def _pictures_of(index: Path) -> set[str]:
 
 
 def _slug(text: str) -> str:
-    """A text as part of a file name."""
+    """Convert a text to a part of a file name, at most NAME_BYTES long."""
     name = "-".join(re.findall(r"\w+", text)).encode("utf-8", "ignore")
     return name[:NAME_BYTES].decode("utf-8", "ignore")  # only whole characters

@@ -32,12 +32,12 @@ from l2l_core.inference.predict_files import (
     PairList,
     PredictedMasks,
     PriorTables,
-    answer,
+    exif_rotated_images,
     live_priors,
     pairs_of_paths,
+    predict_masks,
     recorded_priors,
     save_mask,
-    turned_images,
 )
 from l2l_core.mllm.backend import PriorBackend
 from l2l_core.mllm.query import make_backend, query_table
@@ -90,10 +90,10 @@ class DemoSession:
         _check_size(image, self.max_mb)
         requested = pairs_of_paths([image], sentence)
         prior_tables = self._told(requested)
-        predicted = answer(self.predictor, requested, prior_tables)
+        predicted = predict_masks(self.predictor, requested, prior_tables)
         picture = overlays.fit(read_image(image), PICTURE_PX)
         responses = [] if prior_tables is None else _responses(prior_tables)
-        mask = decode_rle(predicted.rle[0], requested.image[0].height, requested.image[0].width)
+        mask = decode_rle(predicted.rle[0], requested.images[0].height, requested.images[0].width)
         has_prior = bool(predicted.with_prior[0])
         return DemoResult(
             words="\n".join([*self._words(responses, predicted), *_notes(requested)]),
@@ -166,16 +166,16 @@ def _responses(prior_tables: PriorTables) -> list[dict[str, Any]]:
 
 
 def _notes(requested: PairList) -> list[str]:
-    return [f"note: {turned_note(['this photo'])}"] if turned_images(requested) else []
+    return [f"note: {turned_note(['this photo'])}"] if exif_rotated_images(requested) else []
 
 
 def _with_places(picture: overlays.Picture, responses: list[dict[str, Any]], requested: PairList) -> overlays.Picture:
-    size_wh = np.array([requested.image[0].width, requested.image[0].height], dtype=np.float64)
+    height, width = requested.images[0].height, requested.images[0].width
+    size_wh = np.array([width, height], dtype=np.float64)
     placed = [response for response in responses if response["mask"] is None]  # a mask shows more than its box
     boxes = [np.array(response["bbox"]) / np.tile(size_wh, 2) for response in placed if response["bbox"] is not None]
     points = [np.array(response["point"]) / size_wh for response in placed if response["point"] is not None]
-    hw = requested.image[0].height, requested.image[0].width
-    masks = [decode_rle(response["mask"], *hw) for response in responses if response["mask"] is not None]
+    masks = [decode_rle(response["mask"], height, width) for response in responses if response["mask"] is not None]
     return overlays.with_outlines(overlays.with_boxes(picture, boxes, points), masks)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
+from l2l_core.errors import L2LError
 from l2l_core.mllm.coords import CoordSpace
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +45,16 @@ class RawResponse:
 
 
 _DRAFT_TAG = re.compile(
-    r"<(?P<closes>/?)(?:think|thinking|thought|reasoning|reflection|scratchpad)>|◁(?P<ends>/?)think▷", re.IGNORECASE
+    r"(?P<opens><(?:seed:)?(?:think|thinking|thought|reasoning|reflection|scratchpad)>|◁think▷|\[THINK\]"
+    r"|<\|begin_of_thought\|>|<\|channel\|?>(?:thought|analysis|commentary)\b)"
+    r"|</(?:seed:)?(?:think|thinking|thought|reasoning|reflection|scratchpad)>|◁/think▷|\[/THINK\]"
+    r"|<\|end_of_thought\|>|<channel\|>|<\|channel\|>final\b",
+    re.IGNORECASE,
 )
-_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+"""Tags around the reasoning of models. Each alternative occurs in a published chat template: Kimi writes ◁think▷,
+Magistral [THINK], Seed-OSS <seed:think>, Gemma 4 <|channel>thought, and gpt-oss <|channel|>analysis."""
+_ANSWER_TAG = re.compile(r"<(?:(?P<ends>/)?answer|\|(?:begin|(?P<closes>end))_of_box\|)>", re.IGNORECASE)
+"""GLM-V writes its answer between <|begin_of_box|> and <|end_of_box|>."""
 
 
 class PriorBackend(Protocol):
@@ -59,6 +70,27 @@ class PriorBackend(Protocol):
         ...
 
 
+def isolate_failures(
+    run: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], failed: Callable[[str], Result]
+) -> list[Result]:
+    """Run a batch -> one result per item. A failing batch is split in half until the failing items are isolated.
+
+    failed: the result of a failing item, given the exception's type. Messages contain addresses and times, which differ
+    from run to run. An L2LError passes: it means that no item can succeed.
+    """
+    if not items:
+        return []
+    try:
+        return run(items)
+    except L2LError:
+        raise
+    except Exception as error:  # whatever a model's library raises
+        if len(items) == 1:
+            return [failed(type(error).__name__)]
+    middle = len(items) // 2
+    return isolate_failures(run, items[:middle], failed) + isolate_failures(run, items[middle:], failed)
+
+
 def clean_text(text: str) -> str:
     """Replace what UTF-8 cannot encode (lone surrogates), so that the text can be stored."""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -67,19 +99,21 @@ def clean_text(text: str) -> str:
 def final_text(raw_text: str) -> str:
     """The final response of a model: no draft in <think> tags, and if there is an <answer> tag, only its last content.
 
+    Other models' tags with these meanings count too.
+
     A closed draft ends at its last closing tag, even if the chat template opened it. An unclosed draft extends to
     the end of the text. Time is linear in the length of the text.
     """
     start, end, is_draft = 0, len(raw_text), False
     for tag in _DRAFT_TAG.finditer(raw_text):
-        if tag["closes"] or tag["ends"]:
+        if not tag["opens"]:
             start, end, is_draft = tag.end(), len(raw_text), False
         elif not is_draft:
             end, is_draft = tag.start(), True
     text = raw_text[start:end]
     final, opened = text, None
     for tag in _ANSWER_TAG.finditer(text):
-        if not tag[1]:
+        if not (tag["ends"] or tag["closes"]):
             opened = tag.end()
         elif opened is not None:
             final, opened = text[opened : tag.start()], None

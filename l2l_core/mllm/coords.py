@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,11 +13,21 @@ from numpy.typing import ArrayLike
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.errors import ConfigError
 
-CoordSpace = Literal[
-    "pixel", "resized_pixel", "norm1000", "norm1000_yx", "norm999", "norm1024_yx", "percent", "unit", "unit_square"
-]
+CoordScale = Literal["pixel", "resized_pixel", "norm1000", "norm999", "norm1024", "percent", "unit", "unit_square"]
 """pixel: of the original image; resized_pixel: of the image as the model saw it; norm*, percent and unit span the whole
-image from 0 to their number; unit_square spans the image padded to a square. `_yx`: y comes before x."""
+image from 0 to their number; unit_square spans the image padded to a square."""
+CoordSpace = Literal[
+    CoordScale,
+    "pixel_yx",
+    "resized_pixel_yx",
+    "norm1000_yx",
+    "norm999_yx",
+    "norm1024_yx",
+    "percent_yx",
+    "unit_yx",
+    "unit_square_yx",
+]
+"""A scale, and whether y comes before x (`_yx`)."""
 COORD_SPACES: tuple[CoordSpace, ...] = get_args(CoordSpace)
 
 _FAMILIES: tuple[tuple[str, CoordSpace], ...] = (
@@ -27,13 +37,14 @@ _FAMILIES: tuple[tuple[str, CoordSpace], ...] = (
     ("internvl-?(2|25|3|35)", "norm1000"),
     ("minicpm-?v-?(26|4|45)|minicpm-?o-?26", "norm1000"),
     ("florence-?2", "norm1000"),
-    ("gemini-?(15|2|20|25|3)", "norm1000_yx"),
-    ("deepseek-?vl-?2|cogvlm", "norm999"),
+    ("gemini-?(15|2|20|25|3)|gemini-robotics-er-1[56]", "norm1000_yx"),
+    ("glm-?4[156]v|(doubao-|seed-?)1-?5-?(thinking-)?(vision|vl)", "norm1000"),
+    ("deepseek-?vl-?2|cogvlm|rex-?omni", "norm999"),
     ("paligemma-?2?", "norm1024_yx"),
-    (r"molmoe?(?=-\d+b)", "percent"),
+    (r"molmoe?(?=-\d+b)|minigpt-?v2", "percent"),
     ("molmo2", "norm1000"),
     ("llava-?v?-?15", "unit_square"),
-    ("kosmos-?2", "unit"),
+    ("kosmos-?2|ovis-?25|moondream-?[23]", "unit"),
 )
 """Pattern of a family name (see `_family_name`) -> the convention in its model card. Matches are exact: a successor may
 use another convention, so its name must not match."""
@@ -41,11 +52,10 @@ use another convention, so its name must not match."""
 MIN_SIDE_PX = 1.0
 """A box thinner than one pixel of the original image is unusable; it usually means a wrong coordinate space."""
 
-_SPAN: dict[CoordSpace, float] = {
+_SPAN: dict[CoordScale, float] = {
     "norm1000": 1000.0,
-    "norm1000_yx": 1000.0,
     "norm999": 999.0,
-    "norm1024_yx": 1024.0,
+    "norm1024": 1024.0,
     "percent": 100.0,
     "unit": 1.0,
 }
@@ -85,21 +95,26 @@ def is_y_first(space: CoordSpace) -> bool:
     return space.endswith("_yx")
 
 
+def scale_of(space: CoordSpace) -> CoordScale:
+    """A coordinate space without the order of its axes."""
+    return cast(CoordScale, space.removesuffix("_yx"))
+
+
 def pixels_per_unit(space: CoordSpace, image_hw: ArrayLike, input_hw: ArrayLike | None = None) -> DoubleArray:
     """Original-image pixels per unit of a coordinate space along x and y; [..., 2] height, width -> [..., 2] x, y.
 
     input_hw: size of the image as the model saw it; required for `resized_pixel`, ignored otherwise.
     """
-    image_wh = np.asarray(image_hw, dtype=np.float64)[..., ::-1]
-    if space == "pixel":
+    image_wh, scale = np.asarray(image_hw, dtype=np.float64)[..., ::-1], scale_of(space)
+    if scale == "pixel":
         return np.ones_like(image_wh)
-    if space == "resized_pixel":
+    if scale == "resized_pixel":
         if input_hw is None:
             raise ValueError("resized_pixel needs the size of the image as the model saw it")
         return np.asarray(image_wh / np.asarray(input_hw, dtype=np.float64)[..., ::-1])
-    if space == "unit_square":
+    if scale == "unit_square":
         return np.repeat(image_wh.max(axis=-1, keepdims=True), 2, axis=-1)
-    return np.asarray(image_wh / _SPAN[space])
+    return np.asarray(image_wh / _SPAN[scale])
 
 
 def origin_px(space: CoordSpace, image_hw: ArrayLike) -> DoubleArray:
@@ -108,7 +123,7 @@ def origin_px(space: CoordSpace, image_hw: ArrayLike) -> DoubleArray:
     Only `unit_square` starts outside the image: in the border that centers the image in a square.
     """
     image_wh = np.asarray(image_hw, dtype=np.float64)[..., ::-1]
-    if space != "unit_square":
+    if scale_of(space) != "unit_square":
         return np.zeros_like(image_wh)
     return np.asarray((image_wh - image_wh.max(axis=-1, keepdims=True)) / 2)
 
@@ -146,13 +161,13 @@ def sent_hw(space: CoordSpace, image_hw: tuple[int, int], max_px: int) -> tuple[
     known for every engine. unit_square: a square that contains the image. All others: the original size. All but
     `pixel` are shrunk to at most max_px.
     """
-    height, width = image_hw
-    if space == "unit_square":
+    (height, width), scale = image_hw, scale_of(space)
+    if scale == "unit_square":
         side = min(max(image_hw), math.isqrt(max_px))
         return side, side
-    if space == "resized_pixel":
+    if scale == "resized_pixel":
         return qwen_input_hw(height, width, max_px)
-    if space == "pixel" or height * width <= max_px:
+    if scale == "pixel" or height * width <= max_px:
         return image_hw
-    scale = math.sqrt(max_px / (height * width))
-    return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+    shrink = math.sqrt(max_px / (height * width))
+    return max(1, math.floor(height * shrink)), max(1, math.floor(width * shrink))

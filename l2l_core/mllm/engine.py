@@ -7,26 +7,20 @@ The models are behind `Engine`: engine_transformers.py, engine_openai.py and eng
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from PIL import Image, ImageOps
 
 from l2l_core.config import PriorsParams
-from l2l_core.core.images import read_image
-from l2l_core.errors import InputError, L2LError
-from l2l_core.mllm.backend import Question, RawResponse
-from l2l_core.mllm.coords import resolve_coord_space, sent_hw
+from l2l_core.mllm.backend import Question, RawResponse, isolate_failures
+from l2l_core.mllm.coords import resolve_coord_space, scale_of, sent_hw
+from l2l_core.mllm.image_backend import ImageBackend
 from l2l_core.mllm.prompt import Schema, keeps_to, prompt_sha256, prompt_text, response_schema
 
 BORDER_RGB = (122, 116, 104)
 """Border of an image padded to a square: CLIP's mean color, which the network sees as 0, as in LLaVA-1.5's training."""
-AHEAD_BYTES = 256 * 2**20
-"""Limit for images that are decoded ahead."""
-DECODERS = 4
-"""Threads that decode images; reading and decoding release the GIL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +61,14 @@ class Engine(Protocol):
         ...
 
 
-class MllmBackend:
+class MllmBackend(ImageBackend):
     """Queries a model about every question with the prompt `priors.prompt`.
 
     Raises ConfigError if the model's family is unknown and `priors.coord_space` is not set.
     """
 
     def __init__(self, engine: Engine, params: PriorsParams) -> None:
-        self.name: str = params.backend
+        super().__init__(params.backend)
         self._engine = engine
         self._precision = engine.precision
         self._params = params
@@ -82,20 +76,6 @@ class MllmBackend:
         self._space = resolve_coord_space(self._model, params.coord_space)
         self._schema = response_schema(params.prompt, self._space) if params.is_structured else None
         self._sha256 = prompt_sha256(params.prompt, self._space)
-        self._images = _Images(self._load)
-
-    def query(self, questions: Sequence[Question], following: Sequence[Question] = ()) -> list[RawResponse]:
-        """Return one response per question; a failed image or request yields a response with `error`.
-
-        following: the next questions; their images are decoded while the engine works.
-        """
-        images = self._images.decode(questions)
-        self._images.decode_ahead(following)
-        try:
-            return self._query(questions, images)
-        except BaseException:
-            self._images.cancel()
-            raise
 
     def _query(self, questions: Sequence[Question], images: Sequence[Image.Image | str]) -> list[RawResponse]:
         responses = [self._empty_response(question) for question in questions]
@@ -107,7 +87,7 @@ class MllmBackend:
                 waiting.append((row, image))
         for attempt in range(1 + self._params.retries):
             requests = [self._request(questions[row], image, attempt) for row, image in waiting]
-            done = _generate(self._engine, requests)
+            done = isolate_failures(self._engine.generate, requests, _failure)
             for (row, _), completion in zip(waiting, done, strict=True):
                 responses[row] = self._add(responses[row], completion, attempt)
             waiting = [
@@ -117,14 +97,11 @@ class MllmBackend:
 
     def _load(self, path: str, image_hw: tuple[int, int]) -> Image.Image | str:
         """The image at the size sent to the model, or an error message."""
+        image = super()._load(path, image_hw)
+        if isinstance(image, str):
+            return image
         height, width = sent_hw(self._space, image_hw, self._params.max_image_px)
-        try:
-            image = Image.fromarray(read_image(path))
-        except InputError as error:
-            return str(error)
-        if image.size != (image_hw[1], image_hw[0]):
-            return "image of another size than the index says"
-        if self._space == "unit_square":
+        if scale_of(self._space) == "unit_square":
             return ImageOps.pad(image, (width, height), Image.Resampling.BICUBIC, color=BORDER_RGB)
         return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -159,59 +136,11 @@ class MllmBackend:
         return replace(response, raw_text=completion.text, is_valid=is_valid)
 
 
-class _Images:
-    """Images by path and size, as `load` returns them: each is decoded once for consecutive questions about it."""
-
-    def __init__(self, load: Callable[[str, tuple[int, int]], Image.Image | str]) -> None:
-        self._load = load
-        self._threads = ThreadPoolExecutor(DECODERS, "decode")
-        self._held: dict[tuple[str, tuple[int, int]], Future[Image.Image | str]] = {}
-
-    def decode(self, questions: Sequence[Question]) -> list[Image.Image | str]:
-        """The image of each question, in order. Drops all other images."""
-        keys = [(question.image_path, question.image_hw) for question in questions]
-        held = {key: self._held.pop(key, None) for key in dict.fromkeys(keys)}
-        self.cancel()
-        self._held = {key: future or self._threads.submit(self._load, *key) for key, future in held.items()}
-        return [self._held[key].result() for key in keys]
-
-    def decode_ahead(self, questions: Sequence[Question]) -> None:
-        """Start to decode the images of the questions, up to AHEAD_BYTES, without waiting for them."""
-        room = AHEAD_BYTES
-        for key in dict.fromkeys((question.image_path, question.image_hw) for question in questions):
-            height, width = key[1]
-            room -= 3 * height * width
-            if room < 0:
-                return
-            if key not in self._held:
-                self._held[key] = self._threads.submit(self._load, *key)
-
-    def cancel(self) -> None:
-        """Drop all images and cancel pending decodes."""
-        for future in self._held.values():
-            future.cancel()
-        self._held.clear()
-
-
 def request_seed(seed: int, sent_id: int, sample_index: int, attempt: int) -> int:
     """Seed of one sample, the same in every run and order: 0..2**31 - 1."""
     digest = hashlib.sha256(f"{seed} {sent_id} {sample_index} {attempt}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-    """Split a failing batch in half until the failing requests are isolated; the others get completions.
-
-    Only the exception type is stored: messages contain addresses and times, which differ from run to run.
-    """
-    if not requests:
-        return []
-    try:
-        return engine.generate(requests)
-    except L2LError:
-        raise
-    except Exception as error:  # whatever an engine's library raises
-        if len(requests) == 1:
-            return [Completion("", failure=type(error).__name__)]
-    middle = len(requests) // 2
-    return _generate(engine, requests[:middle]) + _generate(engine, requests[middle:])
+def _failure(reason: str) -> Completion:
+    return Completion("", failure=reason)

@@ -13,7 +13,7 @@ from l2l_core.config import PriorsParams
 from l2l_core.core.device import choose_device, print_device, resolve_precision
 from l2l_core.core.optional import hidden
 from l2l_core.errors import ConfigError
-from l2l_core.mllm.coords import resolve_coord_space
+from l2l_core.mllm.coords import resolve_coord_space, scale_of
 from l2l_core.mllm.engine import Completion, Request
 from l2l_core.mllm.prompt import Schema
 
@@ -50,7 +50,7 @@ class TransformersEngine:
                 "priors.engine.tensor_parallel GPUs for each model"
             ) from None
         crops = getattr(getattr(self._processor, "image_processor", None), "do_center_crop", False)
-        if crops and resolve_coord_space(str(name), params.coord_space) != "unit_square":
+        if crops and scale_of(resolve_coord_space(str(name), params.coord_space)) != "unit_square":
             raise ConfigError(
                 f"params.yaml: priors.coord_space: got {params.coord_space!r}, but the image processor of {name!r} "
                 "crops images to a square, so that its coordinates are not the image's; set it to unit_square, which "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from l2l_core.mllm.backend import final_text
-from l2l_core.mllm.coords import CoordSpace, is_y_first
+from l2l_core.mllm.coords import CoordScale, CoordSpace, is_y_first, scale_of
 
 PromptName = Literal["box-1", "box-2", "point-1"]
 Schema = dict[str, object]
@@ -24,26 +24,24 @@ Answer with one JSON object and nothing else, with these keys:
 {keys}
 The expression: "{sentence}\""""
 
-_COORDINATES: dict[CoordSpace, str] = {
+_COORDINATES: dict[CoordScale, str] = {
     "pixel": "in pixels of the image",
     "resized_pixel": "in pixels of the image",
     "norm1000": "as numbers from 0 to 1000 relative to the image's width and height",
-    "norm1000_yx": "as numbers from 0 to 1000 relative to the image's width and height",
     "norm999": "as numbers from 0 to 999 relative to the image's width and height",
-    "norm1024_yx": "as numbers from 0 to 1024 relative to the image's width and height",
+    "norm1024": "as numbers from 0 to 1024 relative to the image's width and height",
     "percent": "in percent of the image's width and height",
     "unit": "as fractions from 0 to 1 of the image's width and height",
     "unit_square": "as fractions from 0 to 1 of the image's width and height",  # the model sees only the square
 }
 
 # Bounds keep constrained decoding from endless numbers, strings and lists. No model sees images of this many pixels.
-_LARGEST: dict[CoordSpace, int] = {
+_LARGEST: dict[CoordScale, int] = {
     "pixel": 16384,
     "resized_pixel": 16384,
     "norm1000": 1000,
-    "norm1000_yx": 1000,
     "norm999": 999,
-    "norm1024_yx": 1024,
+    "norm1024": 1024,
     "percent": 100,
     "unit": 1,
     "unit_square": 1,
@@ -57,12 +55,13 @@ _SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 
 
 def _number(space: CoordSpace) -> Schema:
-    return {"type": "number", "minimum": 0, "maximum": _LARGEST[space]}
+    return {"type": "number", "minimum": 0, "maximum": _LARGEST[scale_of(space)]}
 
 
 def _coordinate(space: CoordSpace) -> Schema:
     """Whole numbers if models write them in this space: fewer tokens, and no endless decimals."""
-    return _number(space) if space in ("percent", "unit", "unit_square") else {**_number(space), "type": "integer"}
+    takes_fractions = scale_of(space) in ("percent", "unit", "unit_square")
+    return _number(space) if takes_fractions else {**_number(space), "type": "integer"}
 
 
 def _exactly(count: int, item: Schema) -> Schema:
@@ -149,7 +148,7 @@ def prompt_text(name: PromptName, sentence: str, coord_space: CoordSpace) -> str
     prompt = _PROMPTS[name]
     lines = [f'"{key}": {entry.meaning}' for key, entry in prompt.keys.items()]
     corners, point = ("[y1, x1, y2, x2]", "[y, x]") if is_y_first(coord_space) else ("[x1, y1, x2, y2]", "[x, y]")
-    keys = "\n".join(lines).format(coordinates=_COORDINATES[coord_space], corners=corners, point=point)
+    keys = "\n".join(lines).format(coordinates=_COORDINATES[scale_of(coord_space)], corners=corners, point=point)
     return prompt.template.format(sentence=sentence, keys=keys)
 
 

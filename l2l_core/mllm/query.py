@@ -29,7 +29,9 @@ from l2l_core.core.threads import thread_count
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.backend import PriorBackend, Question, RawResponse, clean_text
 from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
+from l2l_core.mllm.detector import Detector, DetectorBackend
 from l2l_core.mllm.engine import Engine, MllmBackend
+from l2l_core.mllm.image_backend import ImageBackend
 from l2l_core.mllm.prompt import prompt_sha256
 from l2l_core.mllm.replay import ReplayBackend, load_recorded, mask_files
 from l2l_core.mllm.simulated import SimulatedBackend, make_truth, preset_coord_space
@@ -65,13 +67,15 @@ def make_backend(params: PriorsParams, index: records.IndexPaths) -> PriorBacken
             return ReplayBackend({}, "none")
         case "transformers" | "openai" | "vllm":
             model = Path(str(params.model))
-            if params.queries_embedded and params.backend != "openai" and not model.is_dir():
+            if params.uses_builtin_mllm and params.backend != "openai" and not model.is_dir():
                 raise ConfigError(
                     f"params.yaml: priors.model: no folder {str(model)!r} here, expected the model that comes with the "
                     "project; run from the project's root"
                 )
             resolve_coord_space(str(params.model), params.coord_space)  # fail before loading a model for minutes
             return MllmBackend(_make_engine(params), params)
+        case "detector":
+            return DetectorBackend(_make_detector(params), params)
         case _:
             assert_never(params.backend)
 
@@ -93,6 +97,12 @@ def _make_engine(params: PriorsParams) -> Engine:
             return VllmEngine(params)
 
 
+def _make_detector(params: PriorsParams) -> Detector:
+    from l2l_core.mllm.engine_detector import TransformersDetector  # not at the top: it loads PyTorch
+
+    return TransformersDetector(params)
+
+
 def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
     """Every sentence, `samples` times, ordered by image so that a model can reuse what it computed for an image."""
     refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "image_id", "sentence"]))
@@ -111,7 +121,7 @@ def query_key(params: PriorsParams, index: records.IndexPaths) -> str:
 
     The code is not part of it, so that an interrupted run can resume after a fix.
     """
-    settings = params.model_dump(mode="json", exclude={"engine", "prices"})
+    settings = params.model_dump(mode="json", exclude={"engine", "prices", "check_coords"})
     prompts = [prompt_sha256(params.prompt, space) for space in COORD_SPACES]
     digest = hashlib.sha256(json.dumps([settings, prompts, str(records.RESPONSES)]).encode())
     files = [index.images, index.refs]
@@ -247,13 +257,13 @@ def worker_count(params: PriorsParams) -> int:
     """Resolve `engine.data_parallel`. `auto` is 1, except for a small model on a CPU: one process per core.
 
     There, single-thread processes give a higher throughput than the threads of one process. Only the `transformers`
-    backend computes in its processes; a model is small if its folder has at most SMALL_BYTES.
+    and `detector` backends compute in their processes; a model is small if its folder has at most SMALL_BYTES.
     """
     wanted = params.engine.data_parallel
     if wanted != "auto":
         return wanted
     model = Path(str(params.model))
-    if params.backend != "transformers" or not model.is_dir():
+    if params.backend not in ("transformers", "detector") or not model.is_dir():
         return 1
     size = sum(path.stat().st_size for path in model.iterdir() if path.is_file())
     if thread_count() == 1 or size > SMALL_BYTES:
@@ -270,7 +280,7 @@ def _refuse_too_few_gpus(params: PriorsParams) -> None:
     engine = params.engine
     processes = engine.data_parallel
     if (
-        params.backend not in ("transformers", "vllm")
+        params.backend not in ("transformers", "vllm", "detector")
         or engine.device == "cpu"
         or processes == "auto"
         or processes == 1
@@ -287,7 +297,7 @@ def _refuse_too_few_gpus(params: PriorsParams) -> None:
 
 
 def _query_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Question]) -> _Done:
-    if isinstance(backend, MllmBackend):
+    if isinstance(backend, ImageBackend):
         responses = backend.query(chunk.questions, following)
     else:
         responses = backend.query(chunk.questions)

@@ -20,7 +20,7 @@ from l2l_core.core.masks import rle_area_px
 from l2l_core.core.progress import progress
 from l2l_core.errors import ConfigError, InputError, raise_all
 from l2l_core.mllm.backend import Question, RawResponse
-from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space
+from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space, scale_of
 
 MAX_SAMPLES = 16  # the maximum of priors.samples
 Key = tuple[int, int]  # sent_id, sample_index
@@ -192,11 +192,9 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
             f"coord_space: missing, and no model tells it; give it, or priors.coord_space: {'|'.join(COORD_SPACES)}"
         )
     space: CoordSpace = resolve_coord_space(model, str(said))
-    needs_size = space == "resized_pixel"
+    needs_size = scale_of(space) == "resized_pixel"
     if needs_size and not {"input_height", "input_width"} <= row.keys():
-        raise ValueError(
-            "input_height, input_width: missing; resized_pixel needs the size of the image as the model saw it"
-        )
+        raise ValueError(f"input_height, input_width: missing; {space} needs the size of the image as the model saw it")
     input_hw = (_integer(row, "input_height", 1, default=height), _integer(row, "input_width", 1, default=width))
     return RawResponse(raw_text, model=model, coord_space=space, input_hw=input_hw, unread=unread, mask=mask)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.errors import InputError
 from l2l_core.mllm.backend import Question, RawResponse, clean_text
-from l2l_core.mllm.coords import CoordSpace, qwen_input_hw, resolve_coord_space, write_boxes
+from l2l_core.mllm.coords import CoordScale, CoordSpace, qwen_input_hw, resolve_coord_space, scale_of, write_boxes
 from l2l_core.mllm.error_model import ERROR_MODELS, Scenes, draw_boxes, random_draws
 from l2l_core.mllm.prompt import prompt_sha256
 
@@ -27,13 +27,12 @@ PRESET_COORD_SPACES: dict[str, CoordSpace] = {
     "internvl2.5-8b": "norm1000",
     "llava-1.5-7b": "unit",  # of the image, not of a square: no image was padded, and published results stay valid
 }
-DECIMALS: dict[CoordSpace, int] = {
+DECIMALS: dict[CoordScale, int] = {
     "pixel": 3,
     "resized_pixel": 3,
     "norm1000": 3,
-    "norm1000_yx": 3,
     "norm999": 3,
-    "norm1024_yx": 3,
+    "norm1024": 3,
     "percent": 4,
     "unit": 6,
     "unit_square": 6,
@@ -113,10 +112,10 @@ class SimulatedBackend:
         scenes = self._scenes(sent_id, image_hw)
         drawn = draw_boxes(ERROR_MODELS[self._preset], scenes, random_draws(self._seed, sent_id, sample_index))
 
-        is_resized = self._coord_space == "resized_pixel"
+        is_resized = scale_of(self._coord_space) == "resized_pixel"
         input_hw = [qwen_input_hw(*hw) if is_resized else hw for hw in (question.image_hw for question in questions)]
         boxes = write_boxes(drawn.xyxy, self._coord_space, image_hw, np.array(input_hw).reshape(-1, 2))
-        written = np.round(boxes, DECIMALS[self._coord_space]).tolist()
+        written = np.round(boxes, DECIMALS[scale_of(self._coord_space)]).tolist()
         columns = (questions, input_hw, written, drawn.has_box.tolist(), np.round(drawn.confidence, 2).tolist())
         return [
             RawResponse(

@@ -133,10 +133,9 @@ class Predictor:
         mine = self.network.known_proposals()
         if params.priors.backend not in LIVE_BACKENDS:
             recorded = read_rendering()
-            unread = {"ring", "core"} if recorded.renderer == mine.renderer == "box" else set()
             for name, expected in mine:
                 got = getattr(recorded, name)
-                if got != expected and name not in unread:
+                if got != expected and name not in mine.unread:
                     raise ConfigError(
                         f"{RENDERING_PATH}: proposals.{name}: got {got}, but the model was trained with {expected}; "
                         f"recorded priors are of use to a model of the same proposals only"
@@ -158,7 +157,7 @@ class Predictor:
         pyramid = self.encode(batch.image) if pyramid is None else pyramid
         tokens = to_device(self.network.tokenize(batch), self.device)
         with autocast(self.device, self.precision):
-            logits = self.network.ask(pyramid, batch.to(self.device), tokens)
+            logits = self.network.predict_logits(pyramid, batch.to(self.device), tokens)
         return logits.float().cpu()
 
     def masks(
@@ -206,6 +205,7 @@ class Predictor:
                 prob_no_prior=without[:count, 0].numpy(),
                 proposal=proposal[:count, 0].numpy(),
                 proposal_score=batch.proposal_score[:count].numpy(),
+                predicted_iou=pairs.predicted_iou[rows],
                 words=words[rows],
             )
             yield rows, views
@@ -295,6 +295,7 @@ def bare_pairs(
         has_box=np.zeros(count, dtype=bool),
         proposal=np.zeros((count, proposal_size_px, proposal_size_px), np.uint8),
         proposal_score=np.zeros(count, np.float32),
+        predicted_iou=np.zeros(count, np.float32),
     )
 
 

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
-"""ImageNet's channel statistics, used in training of the hub's backbones."""
+"""ImageNet channel means and standard deviations, which pretrained backbones expect."""
 FORMAT = 3
-"""Version of a model folder: changes when the same weights define another function. Early versions stored none."""
+"""Version of the model folder. It changes when stored weights would compute a different function. Early folders have no
+version."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,19 @@ class Pyramid:
     """The encoding of B images, independent of sentences and priors."""
 
     levels: list[Tensor]  # [B, D, h, w] each, finest first
-    pooled: Tensor  # [B, D, h, w] of the second coarsest level, for the guidance
+    guidance_features: Tensor  # [B, D, h, w] second coarsest level, projected; input of the guidance
     detail: Tensor  # [B, C, H, W] image detail at twice the finest level's size, for the borders
 
     def take(self, rows: Tensor) -> Pyramid:
         """The pyramid of the given images, rows [N] int64 on any device, in that order."""
-        return Pyramid([level[rows] for level in self.levels], self.pooled[rows], self.detail[rows])
+        return Pyramid([level[rows] for level in self.levels], self.guidance_features[rows], self.detail[rows])
 
     @classmethod
     def cat(cls, parts: Sequence[Pyramid]) -> Pyramid:
         """Concatenate the images of several pyramids."""
         levels = [torch.cat(list(level)) for level in zip(*(part.levels for part in parts), strict=True)]
-        pooled, detail = (torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "detail"))
-        return cls(levels, pooled, detail)
+        guidance_features = torch.cat([part.guidance_features for part in parts])
+        return cls(levels, guidance_features, torch.cat([part.detail for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,10 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
 class Segmenter(nn.Module):
     """Encoders, guidance and decoder, with the tokenizer that belongs to them.
 
-    passes: number of decoder passes per pair at inference; see `ask`. Training uses one.
-    proposals, precision, precision_setting: the proposal parameters, the precision and `train.precision` of training;
-    not set before training. `save` stores them, so that a model folder is self-contained.
+    passes: number of decoder passes per pair at inference; see `predict_logits`. Training uses one.
+    proposals: parameters of the proposals used in training. precision: precision used in training. Both are None before
+    training. precision_setting: `train.precision` (auto before training). `save` stores all three, so that a model
+    folder is self-contained.
     """
 
     memory_format = torch.channels_last  # faster on CPUs and GPUs; see bench/training.py
@@ -115,7 +117,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def create(cls, params: ModelParams, corpus: list[str], seed: int) -> Segmenter:
-        """A new network: pretrained encoders if named, all other weights random from `seed`."""
+        """Create a network. Encoders are pretrained if named; `seed` initializes all other weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             tokenizer = make_tokenizer(params.text_encoder, corpus)
@@ -173,8 +175,8 @@ class Segmenter(nn.Module):
     def tokenize(self, batch: Batch, padding: Literal["max_length", "longest"] = "max_length") -> dict[str, Tensor]:
         """Sentence and prior text as one pair of segments [B, L] int64.
 
-        `max_length` pads to `max_text_tokens`, so that a pair's result does not depend, even in the last bit, on the
-        length of the others. `longest` pads to the longest pair of the batch, which trains faster.
+        `max_length` pads to `max_text_tokens`, so that a pair's result is bitwise independent of the other pairs'
+        lengths. `longest` pads to the longest pair of the batch, which trains faster.
         """
         limit = self.params.max_text_tokens
         encoded = self.tokenizer(
@@ -187,10 +189,10 @@ class Segmenter(nn.Module):
         # Not `return_tensors`: it first flattens every list in Python.
         return {name: torch.tensor(rows) for name, rows in encoded.items()}
 
-    def ask(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Tensor:
-        """Mask logits [B, 1, S, S] of the last of `passes` passes; after each pass, its mask replaces the proposal.
+    def predict_logits(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Tensor:
+        """Mask logits [B, 1, S, S] of the last pass. Each pass after the first takes the previous mask as its proposal.
 
-        The score stays: it measures the initial trust in the prior. pyramid: of the batch's images.
+        The proposal score stays that of the prior. pyramid: of the batch's images.
         """
         for _ in range(self.passes - 1):
             found = self.decode(pyramid, batch, tokens).mask_logits.sigmoid()
@@ -212,12 +214,18 @@ class Segmenter(nn.Module):
             return Pyramid(self.decoder.join(features), self.pool_projection(features[-2]), detail)
 
     def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
-        """Pyramid of the batch's images, batch and tokens -> logits; only size and device of `batch.image` matter."""
+        """Pyramid of the batch's images, batch, tokens -> logits. `batch.image` supplies only the size and device."""
         with attention_kernels(batch.image.device):
             text = self.text_projection(self.text_encoder(**tokens).last_hidden_state)
             padding_mask = tokens["attention_mask"] == 0
             guidance = self.guidance(
-                text, padding_mask, batch.box, batch.has_box, pyramid.pooled, batch.proposal, batch.proposal_score
+                text,
+                padding_mask,
+                batch.box,
+                batch.has_box,
+                pyramid.guidance_features,
+                batch.proposal,
+                batch.proposal_score,
             )
             present = (~padding_mask)[:, :, None].to(text.dtype)
             conditioning = guidance.mean(1) + (text * present).sum(1) / present.sum(1)
@@ -239,7 +247,7 @@ class Segmenter(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Make the encoders recompute their activations in the backward pass instead of storing them.
 
-        Raises ConfigError if transformers does not support this for one of them.
+        Raises ConfigError if an encoder does not support it.
         """
         for name, encoder in (("image_encoder", self.image_encoder), ("text_encoder", self.text_encoder)):
             try:
@@ -248,7 +256,7 @@ class Segmenter(nn.Module):
             except ValueError:
                 raise ConfigError(
                     f"params.yaml: train.engine.gradient_checkpointing: got true, but model.{name} "
-                    f"({type(encoder).__name__}) cannot do so; use false or another encoder"
+                    f"({type(encoder).__name__}) does not support it; use false or another encoder"
                 ) from None
 
     def parameter_groups(self, lr: float, encoder_lr_scale: float, weight_decay: float) -> list[dict[str, object]]:

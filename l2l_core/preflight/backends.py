@@ -21,11 +21,11 @@ from l2l_core.mllm.query import make_backend, make_questions, query_table
 from l2l_core.mllm.replay import ReplayBackend, load_recorded
 from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.preflight.inputs import Data
+from l2l_core.priors.sam import WEIGHTS, check_sam
 from l2l_core.priors.table import interpret, kinds_of_sentences
 
 SERVER_TIMEOUT_S = 5.0
 """A running server lists its models at once."""
-WEIGHTS = ("*.safetensors", "*.bin")
 REMEDIES = {
     "transformers": "pip install '.[mllm]'",
     "vllm": "set priors.engine.python to the Python of an environment that has it (docs/priors.md)",
@@ -66,6 +66,9 @@ def describe_priors(params: Params, data: Data | None) -> str:
                 return f"openai: {_query_server(priors)}"
             _check_packages(priors)
             return f"{priors.backend}: {_where('priors.model', str(priors.model))}; {_priors_device(priors)}"
+        case "detector":
+            _check_detector(priors)
+            return f"detector: {_where('priors.model', str(priors.model))}; {_priors_device(priors)}"
         case "none":
             return "none: nothing is queried, every sentence takes the path without prior"
         case "simulated" | "replay":
@@ -89,6 +92,31 @@ def _describe_recorded(priors: PriorsParams, data: Data) -> str:
     unused = sum(sample_index >= priors.samples for _, sample_index in responses)
     note = f"; {unused} with a sample_index from {priors.samples} on are not read (priors.samples)" if unused else ""
     return f"responses for {known} of {len(refs)} sentences: {kinds}{note}"
+
+
+def describe_proposals(params: Params) -> str:
+    """The renderer, and SAM's model if the run uses one, in one line. Raises ConfigError if the model is unusable."""
+    proposals, renderer = params.proposals, params.proposals.renderer
+    if not _uses_sam(params):
+        return renderer
+    where = _where("proposals.model", str(proposals.model))
+    folder = local_sam(params)
+    kind = f", {check_sam(folder)}" if folder is not None else ""
+    device = choose_device(params.priors.engine.device, "priors.engine.device")
+    precision = resolve_precision("auto", device)
+    return f"{renderer}; SAM: {where}{kind}; {describe(device, precision)}"
+
+
+def local_sam(params: Params) -> str | None:
+    """Folder of SAM's model; None if the run uses none, or it is not on this machine. Raises ConfigError."""
+    if not _uses_sam(params):
+        return None
+    folder = _local_folder("proposals.model", str(params.proposals.model))
+    return None if folder is None else str(folder)
+
+
+def _uses_sam(params: Params) -> bool:
+    return params.proposals.renderer == "sam" or (params.round > 0 and params.select.uses_sam(params.proposals.model))
 
 
 def _query_server(priors: PriorsParams) -> str:
@@ -126,11 +154,26 @@ def _check_packages(priors: PriorsParams) -> None:
             )
 
 
+def _check_detector(priors: PriorsParams) -> None:
+    """Raises ConfigError if the model is on this machine but is not a complete detector, or if a package is missing."""
+    from l2l_core.mllm.engine_detector import find_family, load_processor  # loads much that other backends do not need
+
+    folder = _local_folder("priors.model", str(priors.model))
+    if folder is None:
+        return
+    if priors.engine.python is None:
+        load_processor(str(folder))
+    else:  # the other environment has its own packages
+        find_family(str(folder))
+    if not any(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        raise ConfigError(f"params.yaml: priors.model: got {priors.model!r}, a folder without {' or '.join(WEIGHTS)}")
+
+
 def _priors_device(priors: PriorsParams) -> str:
-    """Device and precision of the multimodal LLM. Raises ConfigError if torch does not see the configured device."""
+    """Device and precision of the model. Raises ConfigError if torch does not see the configured device."""
     if priors.engine.python is not None:  # the other environment has its own torch
         return f"precision {priors.precision}, decided by {priors.engine.python}"
-    name = priors.engine.device if priors.backend == "transformers" else "auto"  # vLLM chooses by itself
+    name = "auto" if priors.backend == "vllm" else priors.engine.device  # vLLM chooses by itself
     device = choose_device(name, "priors.engine.device")
     precision = resolve_precision(priors.precision, device, "priors.precision")
     return f"{describe(device, precision)} (priors.precision: {priors.precision})"

@@ -50,6 +50,8 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
         with _collected(problems):
             say(f"priors      {backends.describe_priors(params, data)}")
         with _collected(problems):
+            say(f"proposals   {backends.describe_proposals(params)}")
+        with _collected(problems):
             say(f"device      {backends.describe_device(params)}")
         network = costs = needs = None
         with _collected(problems):
@@ -64,13 +66,14 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
                     say("times       not measured: an encoder is not on this machine")
                 elif timing and network is not None:
                     sample = take_sample(params, data.paths, inputs.sample_sentences(params, data, split))
-                    costs, needs = measure(params, network, sample, data.read_s, data.read_bytes)
+                    folder = backends.local_sam(params)
+                    costs, needs = measure(params, network, sample, data.read_s, data.read_bytes, folder)
                 stages = plan(
                     params,
                     inputs.count_roles(data, split),
                     costs,
                     sizes,
-                    draws_refshapes=params.is_embedded,
+                    draws_refshapes=params.uses_builtin_dataset,
                     needs=needs,
                     at_once=find_places(params, params.select.folds, data.index.images.num_rows).at_once,
                 )

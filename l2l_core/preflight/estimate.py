@@ -8,6 +8,7 @@ from l2l_core.config import Params
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES
 from l2l_core.priors.fit import renderings_of_fit
 from l2l_core.priors.proposals import CHUNK_CELLS
+from l2l_core.priors.sam import POINTS_PER_SIDE
 
 VIEWS = 3
 """Forward passes of a teacher per sentence that it labels: with prior, mirrored, without prior."""
@@ -52,6 +53,8 @@ class Costs:
     label_s: float  # per sentence: its candidates and the policy's features
     mask_s: float  # per mask at its image's size, as run lengths
     policy_step_s: float
+    sam_image_s: float | None = None  # per image, read and encoded by SAM; None: SAM is not measured
+    sam_prompt_s: float | None = None  # per prompt about an encoded image
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Needs:
     state: float  # the policy's features of a sentence
     train_gpu: int | None  # total on the GPU; None: the network runs on the CPU
     ask_gpu: int | None
+    sam: int = 0  # SAM with its weights, while it encodes and decodes
+    sam_gpu: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,9 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             return costs.start_s if params.priors.backend in ("simulated", "replay", "none") else None
         case "proposals":
             images = counts.labeled_images + counts.unlabeled_images + counts.evaluated_images
+            if params.proposals.renderer == "sam":
+                rendering_s = _sam_seconds(costs, images, counts.sentences * params.priors.samples)
+                return None if rendering_s is None else start + rendering_s
             if params.proposals.renderer == "box":
                 return costs.start_s + counts.sentences * costs.proposal_s
             rendered = counts.sentences + renderings_of_fit(params.proposals, counts.labeled)
@@ -163,7 +171,14 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             judged = counts.labeled if learns else 0
             policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
             images = counts.unlabeled_images + (counts.labeled_images if learns else 0)
-            return start + (counts.unlabeled + judged) * each + images * decode_s + policy_s
+            by_sam: float | None = 0.0
+            if select.uses_sam(params.proposals.model):
+                points = POINTS_PER_SIDE**2 * images  # of the automatic masks
+                prompts = points if select.method == "semires" else counts.unlabeled + judged
+                by_sam = _sam_seconds(costs, images, prompts)
+            if by_sam is None:
+                return None
+            return start + (counts.unlabeled + judged) * each + images * decode_s + policy_s + by_sam
         case "retrain":
             if select.method == "mean_teacher":  # the teacher labels its share of every batch
                 step_s += (1 - params.retrain.labeled_share) * params.train.batch_size * costs.ask_s
@@ -177,6 +192,13 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             return start + ways * (filled * passes * costs.ask_s + counts.evaluated * costs.mask_s) + read
         case _:
             return None  # drawing, evaluating, reporting: not measured
+
+
+def _sam_seconds(costs: Costs, images: int, prompts: int) -> float | None:
+    """Time of SAM for prompts about images; None if it was not measured."""
+    if costs.sam_image_s is None or costs.sam_prompt_s is None:
+        return None
+    return images * costs.sam_image_s + prompts * costs.sam_prompt_s
 
 
 def _decoded(params: Params, counts: Counts, steps: int, *, rounds: bool) -> float:
@@ -221,7 +243,10 @@ def _memory(
             return needs.start + needs.read, None
         case "proposals":
             cells = counts.sentences * params.priors.samples * params.proposals.size_px**2
-            return needs.start + tables + RENDERED_BYTES * min(cells, CHUNK_CELLS), None
+            rendered = tables + RENDERED_BYTES * min(cells, CHUNK_CELLS)
+            if params.proposals.renderer == "sam":
+                return needs.network_start + rendered + needs.sam, needs.sam_gpu
+            return needs.start + rendered, None
         case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "freeze"):
             return needs.start, None
         case "warmup":  # with priors and without
@@ -234,7 +259,10 @@ def _memory(
             return training(1, rounds=True), needs.train_gpu
         case "select":  # the batches' states, and all of them in one array
             states = 2 * needs.state * (counts.unlabeled + (counts.labeled if learns else 0))
-            return asking(counts.unlabeled_images) + states, needs.ask_gpu
+            if not select.uses_sam(params.proposals.model):
+                return asking(counts.unlabeled_images) + states, needs.ask_gpu
+            on_gpu = None if needs.ask_gpu is None else needs.ask_gpu + (needs.sam_gpu or 0)
+            return asking(counts.unlabeled_images) + states + needs.sam, on_gpu
         case "predict":
             return asking(counts.evaluated_images), needs.ask_gpu
         case _:

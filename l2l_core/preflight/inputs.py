@@ -49,7 +49,7 @@ def read_data(params: Params, folder: Path) -> Data:
     Raises InputError that lists every bad row.
     """
     dataset, share, refs = Path(params.dataset), 1.0, None
-    if params.is_embedded and not dataset.exists():
+    if params.uses_builtin_dataset and not dataset.exists():
         dataset, share = folder / "refshapes", _draw_sample(params.refshapes, folder / "refshapes")
         refs = _refs_to_come(params.refshapes)
     started = time.monotonic()

@@ -30,8 +30,9 @@ from l2l_core.preflight.estimate import VIEWS, Costs, Needs
 from l2l_core.preflight.memory import peak_of
 from l2l_core.priors import proposals
 from l2l_core.priors.fit import unfitted
+from l2l_core.priors.sam import Prompts, Sam
 from l2l_core.pseudo_labels.candidates import build_candidates
-from l2l_core.pseudo_labels.features import Candidates, compute_features, score_candidates
+from l2l_core.pseudo_labels.features import LABEL_THRESHOLD, Candidates, compute_features, score_candidates
 from l2l_core.pseudo_labels.reinforce import train_policy
 from l2l_core.training.loop import Stream, stream_sizes, train
 from l2l_core.training.runs import part_of
@@ -43,6 +44,8 @@ BUDGET_S = 12.0
 """Limit for training, and again for labeling: with the rest, a check takes about half a minute at most."""
 RENDERED = 4
 """Images segmented by GrabCut: each takes tens of milliseconds."""
+PROMPTS = 8
+"""Prompts of SAM about an image: RefCOCO's images have about as many sentences."""
 
 LIGHT_MODULE, NETWORK_MODULE = "l2l_core.mllm.query", "l2l_core.pseudo_labels.generate"
 """Modules imported by stages without the network, and with it."""
@@ -78,11 +81,13 @@ def take_sample(params: Params, index: records.IndexPaths, sent_ids: list[int]) 
     return Sample(pairs, load_targets(index.masks, index, pairs), box)
 
 
-def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, read_bytes: int) -> tuple[Costs, Needs]:
+def measure(
+    params: Params, network: Segmenter, sample: Sample, read_s: float, read_bytes: int, sam_folder: str | None = None
+) -> tuple[Costs, Needs]:
     """Train and label a little.
 
-    read_s, read_bytes: cost of reading the dataset. Raises ConfigError if the loss is not finite, a batch is too small,
-    or the GPU's memory is too small.
+    read_s, read_bytes: cost of reading the dataset. sam_folder: of SAM's model, if the run uses one. Raises ConfigError
+    if the loss is not finite, a batch is too small, or the GPU's memory is too small.
     """
     device = choose_device(params.train.engine.device)
     with peak_of(device) as training, _fitting("train.engine.micro_batch_size"):
@@ -110,6 +115,8 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, r
         # A step repeats the same work for unlabeled sentences, unless their reliability is unknown.
         select = params.select.model_copy(update={"policy_steps": POLICY_STEPS, "unlabeled_weight": 0.0})
         _, policy_s = _timed(lambda: train_policy(candidates, scores, candidates, select, params.seed))
+    with peak_of(device) as by_sam, _fitting("proposals.model"):
+        sam_image_s, sam_prompt_s = (None, None) if sam_folder is None else _sam_s(params, sample, sam_folder)
     (start_s, start), (network_start_s, network_start) = _start(LIGHT_MODULE), _start(NETWORK_MODULE)
     costs = Costs(
         start_s=start_s,
@@ -122,6 +129,8 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, r
         label_s=label_s / count,
         mask_s=max(0.0, masks_s / count - ask_s),
         policy_step_s=2 * policy_s / POLICY_STEPS,
+        sam_image_s=sam_image_s,
+        sam_prompt_s=sam_prompt_s,
     )
     whole = params.evaluate.batch_size / count  # stages pad their batches
     needs = Needs(
@@ -133,6 +142,8 @@ def measure(params: Params, network: Segmenter, sample: Sample, read_s: float, r
         state=sum(getattr(candidates, field.name).nbytes for field in fields(candidates)) / count,
         train_gpu=training.gpu_bytes,
         ask_gpu=None if asking.gpu_bytes is None else round(whole * asking.gpu_bytes),
+        sam=by_sam.ram_bytes,
+        sam_gpu=by_sam.gpu_bytes,
     )
     return costs, needs
 
@@ -177,13 +188,13 @@ def _batches(params: Params, pairs: Pairs) -> BatchMaker:
 
 def _label(params: Params, views: Views) -> tuple[BoolMask, Candidates]:
     names = params.select.candidate_names
-    masks = build_candidates(views, names)
+    masks = build_candidates(views, names, views.proposal > LABEL_THRESHOLD)  # SAM itself is measured apart
     return masks, compute_features(views, masks, names, params.select.grid)
 
 
 def _proposal_s(params: Params, sample: Sample) -> float:
     """Seconds per sentence, with threads working in parallel; drawing a box takes far less than a millisecond."""
-    if params.proposals.renderer == "box":
+    if params.proposals.renderer != "grabcut":
         return 0.0
     paths, rows = sample.pairs.image_path, range(min(RENDERED, len(sample.pairs)))
     settings = unfitted(params.proposals)
@@ -195,6 +206,21 @@ def _proposal_s(params: Params, sample: Sample) -> float:
             proposals.render_grabcut(small, sample.box_xyxy[row], size, settings)
 
     return _timed(render)[1] / len(rows) * params.priors.samples / thread_count()
+
+
+def _sam_s(params: Params, sample: Sample, folder: str) -> tuple[float, float]:
+    """Seconds per image and per prompt, on one image; the first run also pays for what is set up once."""
+    sam = Sam(folder, choose_device(params.train.engine.device))
+    path = sample.pairs.image_path[sample.pairs.image_row[0]]
+    prompts = Prompts(np.repeat(sample.box_xyxy[:1], PROMPTS, axis=0), np.full((PROMPTS, 2), np.nan))
+
+    def run() -> tuple[float, float]:
+        (encoded,), image_s = _timed(lambda: sam.encode([read_image(path)]))
+        _, prompts_s = _timed(lambda: sam.probabilities(sam.segment(encoded, prompts).logits, encoded, 8))
+        return image_s, prompts_s / PROMPTS
+
+    first = run()
+    return first if sum(first) > BUDGET_S / 4 else run()
 
 
 def _start(module: str) -> tuple[float, int]:

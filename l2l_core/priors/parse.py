@@ -49,6 +49,8 @@ _GROUP = re.compile(r"(?:[\[(]|<(?P<tag>box|bbox|quad|point)>)(?P<inner>[^\[\]()
 _POINT_TAG = re.compile(r"<points?\s[^<>]*>")
 _POINT_TAG_XY = re.compile(r"\bx1?\s*=\s*\"([^\"]{1,32})\"\s*y1?\s*=\s*\"([^\"]{1,32})\"")
 _POINT_TAG_COORDS = re.compile(r"\bcoords\s*=\s*\"[^\"]*?\b\d{1,4} (\d{3,4}) (\d{3,4})\b")
+_REX_RUN = re.compile(r"<\|box_start\|>((?:<\d{1,3}>|[\s,])++)")
+_MINIGPT_BOX = re.compile(r"\{((?:<\d{1,3}>){4})\}")
 _FLORENCE_RUN = re.compile(r"(?:<loc_\d{1,4}>)+")
 _PALIGEMMA_RUN = re.compile(r"(?:<loc\d{4}>)+")
 _KOSMOS_PAIR = re.compile(r"<patch_index_(\d{4})><patch_index_(\d{4})>")
@@ -56,6 +58,8 @@ _KOSMOS_SIDE = 32  # patches along each side of the image
 
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
+BoxForm = Literal["xyxy", "xywh", "cxcywh"]
+"""Meaning of four numbers: two corners; a corner, width and height; or the center, width and height."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class _Frame:
     origin_xy: Point  # position of 0, 0 in original-image pixels
     size_wh: Point  # original image
     is_y_first: bool  # of boxes and points without named axes
+    box_form: BoxForm  # of four numbers without names
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,11 @@ Item = TypeVar("Item")
 
 
 def parse_response(
-    raw_text: str, coord_space: CoordSpace, image_hw: tuple[int, int], input_hw: tuple[int, int] | None = None
+    raw_text: str,
+    coord_space: CoordSpace,
+    image_hw: tuple[int, int],
+    input_hw: tuple[int, int] | None = None,
+    box_form: BoxForm = "xyxy",
 ) -> ParsedPrior:
     """Parse any text without raising.
 
@@ -104,7 +113,8 @@ def parse_response(
 
     - JSON objects (in prose or code fences; keys bbox, bbox_2d, box_2d, box, point, ...; numbers as strings);
     - tokens and tags of families, whose meaning no setting changes: Florence-2's <loc_12>, PaliGemma's <loc0012>,
-      Kosmos-2's <patch_index_0012>, Molmo's <point x="" y=""> and <points coords="">;
+      Kosmos-2's <patch_index_0012>, Rex-Omni's <|box_start|><12>, MiniGPT-v2's {<12>}, Molmo's <point x="" y=""> and
+      <points coords="">;
     - numbers in brackets or in <box>, <quad> and <point> tags.
 
     The first usable place of a list counts, since the prompt asks for the most likely one first. `and` and `or`
@@ -115,12 +125,13 @@ def parse_response(
     the order of corners. `coord_space` says whether y comes before x, unless the axes are named.
 
     image_hw: original image. input_hw: image as the model saw it, required for `resized_pixel` (else ValueError).
+    box_form: other forms than corners occur in files of other tools; priors/coord_check.py tries them.
 
     >>> parse_response('{"bbox_2d": [100, 200, 300, 400]}', "norm1000", (480, 640)).bbox
     (64.0, 96.0, 192.0, 192.0)
     """
     text = final_text(raw_text)
-    frame = _frame(coord_space, image_hw, input_hw)
+    frame = _frame(coord_space, image_hw, input_hw, box_form)
     objects = _json_objects(text) or _json_objects(_with_double_quotes(text))
     prior = _read_objects(text, objects, frame)
     if prior is not None:
@@ -130,12 +141,18 @@ def parse_response(
     return prior or ParsedPrior("invalid")
 
 
-def _frame(space: CoordSpace, image_hw: tuple[int, int], input_hw: tuple[int, int] | None = None) -> _Frame:
+def _frame(
+    space: CoordSpace,
+    image_hw: tuple[int, int],
+    input_hw: tuple[int, int] | None = None,
+    box_form: BoxForm = "xyxy",
+) -> _Frame:
     return _Frame(
         scale_xy=_pair(pixels_per_unit(space, image_hw, input_hw).tolist()),
         origin_xy=_pair(origin_px(space, image_hw).tolist()),
         size_wh=(float(image_hw[1]), float(image_hw[0])),
         is_y_first=is_y_first(space),
+        box_form=box_form,
     )
 
 
@@ -218,7 +235,7 @@ def _places(value: object) -> Iterator[dict[str, object]]:
         item = waiting.pop()
         if isinstance(item, dict):
             keyed = {key.strip().lower(): entry for key, entry in item.items()}
-            if any(key in keyed for key in _PLACE_KEYS):
+            if any(key in keyed for key in _PLACE_KEYS) or _named_corners(keyed):
                 yield keyed
             else:
                 waiting += reversed(keyed.values())
@@ -229,6 +246,8 @@ def _places(value: object) -> Iterator[dict[str, object]]:
 def _read_object(item: dict[str, object], frame: _Frame) -> ParsedPrior:
     box_value, point_value = _first(item, _BOX_KEYS), _first(item, _POINT_KEYS)
     named = [key for key in _PLACE_KEYS if key in item]
+    if box_value is None and _named_corners(item):  # Moondream's objects have no other keys
+        box_value = item
     found = item.get("found", True)
     if (found.strip().lower() if isinstance(found, str) else found) in _NO:
         return _with_words("empty", item)
@@ -274,8 +293,7 @@ def _boxes(value: object, frame: _Frame, depth: int = _MAX_DEPTH) -> Iterator[Bo
     if isinstance(value, str):
         value = _numbers(_BETWEEN_NUMBERS.sub(" ", _TAG.sub(" ", value)))
     if isinstance(value, dict):
-        four = next((four for names in _CORNER_NAMES if None not in (four := [value.get(name) for name in names])), [])
-        box = _to_box(four, replace(frame, is_y_first=False))
+        box = _to_box(_named_corners(value), replace(frame, is_y_first=False, box_form="xyxy"))
         if box:
             yield box
     elif isinstance(value, list) and depth:
@@ -287,6 +305,12 @@ def _boxes(value: object, frame: _Frame, depth: int = _MAX_DEPTH) -> Iterator[Bo
         else:
             for entry in value:
                 yield from _boxes(entry, frame, depth - 1)
+
+
+def _named_corners(item: dict[str, object]) -> list[object]:
+    """The values of left, top, right and bottom under one set of names; empty if some are missing."""
+    named = ([item.get(name) for name in names] for names in _CORNER_NAMES)
+    return next((four for four in named if None not in four), [])
 
 
 def _points(value: object, frame: _Frame) -> Iterator[Point]:
@@ -326,6 +350,13 @@ def _read_tokens(text: str, image_hw: tuple[int, int]) -> ParsedPrior | None:
         box = _patch_box(int(pair[1]), int(pair[2]), _frame("unit", image_hw))
         if box:
             return ParsedPrior("ok", bbox=box)
+    for run in _REX_RUN.finditer(text):
+        for place in run[1].split(","):
+            if prior := _numbered_place(place, _frame("norm999", image_hw)):
+                return prior
+    for run in _MINIGPT_BOX.finditer(text):
+        if prior := _numbered_place(run[1], _frame("percent", image_hw)):
+            return prior
     for tag in _POINT_TAG.findall(text):
         match, coords = _POINT_TAG_XY.search(tag), _POINT_TAG_COORDS.search(tag)
         point = _to_point(match.groups(), _frame("percent", image_hw)) if match else None
@@ -333,6 +364,15 @@ def _read_tokens(text: str, image_hw: tuple[int, int]) -> ParsedPrior | None:
         if point:
             return ParsedPrior("ok", point=point)
     return None
+
+
+def _numbered_place(text: str, frame: _Frame) -> ParsedPrior | None:
+    """The box or point in tokens such as <12><345>: two are a point, four a box, and more an outline."""
+    numbers = [float(number) for number in re.findall(r"\d+", text)]
+    if len(numbers) == 2 and (point := _to_point(numbers, frame)):
+        return ParsedPrior("ok", point=point)
+    box = _to_box(numbers, frame)
+    return ParsedPrior("ok", bbox=box) if box else None
 
 
 def _patch_box(first: int, last: int, frame: _Frame) -> Box | None:
@@ -403,6 +443,10 @@ def _to_box(values: Iterable[object], frame: _Frame) -> Box | None:
     xs, ys = (known[1::2], known[::2]) if frame.is_y_first else (known[::2], known[1::2])
     if len(known) > 4:
         xs, ys = [min(xs), max(xs)], [min(ys), max(ys)]
+    elif frame.box_form == "xywh":
+        xs, ys = [xs[0], xs[0] + xs[1]], [ys[0], ys[0] + ys[1]]
+    elif frame.box_form == "cxcywh":
+        xs, ys = [xs[0] - xs[1] / 2, xs[0] + xs[1] / 2], [ys[0] - ys[1] / 2, ys[0] + ys[1] / 2]
     x1, x2 = (_clip(value * frame.scale_xy[0] + frame.origin_xy[0], frame.size_wh[0]) for value in xs)
     y1, y2 = (_clip(value * frame.scale_xy[1] + frame.origin_xy[1], frame.size_wh[1]) for value in ys)
     return (x1, y1, x2, y2) if x2 - x1 >= MIN_SIDE_PX and y2 - y1 >= MIN_SIDE_PX else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, assert_never
 
 import cv2
@@ -19,6 +20,7 @@ from l2l_core.config import ProposalsParams
 from l2l_core.core import grabcut
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.core.boxes import iou_xyxy
+from l2l_core.core.files import fingerprint
 from l2l_core.core.images import read_image
 from l2l_core.core.masks import BoolMask, decode_rle, intersection_union_px
 from l2l_core.core.metrics import iou_from_px
@@ -35,7 +37,8 @@ RefCOCO's val, testA and testB objects is 0.39 of it."""
 MIN_CONFIDENCE = 0.01
 """Keeps a proposal's score above 0, which means `no prior`, if a model reports confidence 0."""
 
-_GRABCUT_CHUNK = 64  # sentences between two updates of the progress bar
+_GRABCUT_CHUNK = 64  # sentences that are rendered and stored together
+_SAM_CHUNK = 16  # images whose sentences are rendered and stored together
 CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary array
 _BINARY_CHUNK_BYTES = 2**30
 
@@ -53,6 +56,7 @@ class PriorSamples:
     has_point: NDArray[np.bool_]  # [N, K] a point and no box
     mask: NDArray[np.object_]  # [N, K] run lengths at the image's size, or None
     has_mask: NDArray[np.bool_]  # [N, K] a mask and its box
+    any_point: NDArray[np.bool_]  # [N, K] a point, with or without a box
     confidence: DoubleArray  # [N, K] in [0, 1], reported by the model; 1 if missing
 
     def take(self, rows: NDArray[np.int64]) -> PriorSamples:
@@ -162,28 +166,79 @@ def prior_score(samples: PriorSamples) -> DoubleArray:
     return np.asarray(count / located.shape[1] * agreement * confidence)
 
 
-def make_proposals(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame, params: ProposalsParams) -> pa.Table:
+def render_key(params: ProposalsParams, tables: Sequence[Path]) -> str:
+    """Hex digest of everything that proposals depend on: a run reuses stored chunks only if it would write the same.
+
+    tables: the files of priors, sentences and images.
+    """
+    model = Path(str(params.model))
+    files = sorted(model.iterdir()) if model.is_dir() else []  # gigabytes: file times show whether it changed
+    state = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return fingerprint("proposals", f"{params.model_dump_json()}\n{state}", tables)
+
+
+def make_proposals(
+    priors: pa.Table,
+    refs: pd.DataFrame,
+    images: pd.DataFrame,
+    params: ProposalsParams,
+    folder: Path | None = None,
+    device: str = "auto",
+) -> pa.Table:
     """Tables records.PRIORS -> records.PROPOSALS, one row per sentence, sorted by sent_id.
 
     refs: sent_id, image_id. images: image_id, file_name, height, width. A sentence's map is the average over its
     responses; a response without a place counts as a flat map at flat_prob. A mask is used as it is, whatever the
-    renderer. Only GrabCut reads the images.
+    renderer. Only GrabCut and SAM read the images.
+    folder: where finished chunks are stored and, after a kill, found again. device: where SAM computes.
+    Raises InputError if an image cannot be read, ConfigError if SAM's model cannot be loaded.
     """
     samples = to_samples(priors, refs, images)
     files = images["file_name"].tolist()
-    count, responses = samples.has_box.shape
+    count = len(samples.sent_id)
     soft = np.empty((count, params.size_px, params.size_px), dtype=np.uint8)
+    predicted = np.empty(count, dtype=np.float32)
+    for number, rows in enumerate(progress(_chunks(samples, params), f"proposals ({params.renderer})", "batch")):
+        path = None if folder is None else folder / f"{number}.parquet"
+        if path is not None and path.exists():
+            table = records.read_table(path, records.PROPOSALS)
+        else:
+            table = _render(samples.take(rows), params, files, device)
+            if path is not None:
+                records.write_table(table, path, records.PROPOSALS)
+        soft[rows] = np.frombuffer(b"".join(table["soft"].to_pylist()), np.uint8).reshape(len(rows), *soft.shape[1:])
+        predicted[rows] = table["predicted_iou"].fill_null(np.nan).to_numpy()
+    return _to_table(samples.sent_id, soft, prior_score(samples), predicted)
+
+
+def _chunks(samples: PriorSamples, params: ProposalsParams) -> list[NDArray[np.int64]]:
+    """Rows that are rendered together, ordered by image; SAM encodes an image once for all its sentences."""
     order = np.argsort(samples.image_row, kind="stable")
-    step = max(1, CHUNK_CELLS // (params.size_px**2 * responses)) if params.renderer == "box" else _GRABCUT_CHUNK
-    for start in progress(range(0, count, step), f"proposals ({params.renderer})", "batch"):
-        rows = order[start : start + step]
-        soft[rows] = np.rint(_mean_maps(samples.take(rows), params, files) * 255).astype(np.uint8)
-    return _to_table(samples.sent_id, soft, prior_score(samples))
+    match params.renderer:
+        case "box":
+            size = max(1, CHUNK_CELLS // (params.size_px**2 * samples.has_box.shape[1]))
+        case "grabcut":
+            size = _GRABCUT_CHUNK
+        case "sam":
+            _, first = np.unique(samples.image_row[order], return_index=True)
+            return np.split(order, first[_SAM_CHUNK::_SAM_CHUNK]) if len(order) else []
+        case _:
+            assert_never(params.renderer)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[str]) -> Map:
-    """[N, S, S]: each sentence's maps, averaged over its responses."""
+def _render(samples: PriorSamples, params: ProposalsParams, files: Sequence[str], device: str) -> pa.Table:
+    """records.PROPOSALS of some sentences."""
+    maps, predicted = _mean_maps(samples, params, files, device)
+    return _to_table(samples.sent_id, np.rint(maps * 255).astype(np.uint8), prior_score(samples), predicted)
+
+
+def _mean_maps(
+    samples: PriorSamples, params: ProposalsParams, files: Sequence[str], device: str
+) -> tuple[Map, NDArray[np.float32]]:
+    """[N, S, S]: each sentence's maps, averaged over its responses; and [N] mean predicted IoUs, NaN for none."""
     maps = np.full((*samples.has_box.shape, params.size_px, params.size_px), params.flat_prob, dtype=np.float32)
+    predicted = np.full(samples.has_box.shape, np.nan, dtype=np.float32)
     row, response = np.nonzero(samples.has_point)
     maps[row, response] = render_point(samples.point_xy[row, response], samples.image_hw[row], params)
     for place in zip(*np.nonzero(samples.has_mask), strict=True):
@@ -206,9 +261,45 @@ def _mean_maps(samples: PriorSamples, params: ProposalsParams, files: Sequence[s
 
             with ThreadPoolExecutor(thread_count()) as pool:
                 list(pool.map(cut, np.unique(image_row).tolist()))
+        case "sam":
+            _render_sam(samples, params, files, device, maps, predicted)
         case _:
             assert_never(params.renderer)
-    return np.asarray(maps.mean(axis=1))
+    return np.asarray(maps.mean(axis=1)), _mean_of_known(predicted)
+
+
+def _render_sam(
+    samples: PriorSamples, params: ProposalsParams, files: Sequence[str], device: str, maps: Map, predicted: Map
+) -> None:
+    """Write the maps [N, K, S, S] and predicted IoUs [N, K] of all responses with a box or a point and no mask."""
+    from l2l_core.priors import sam as sam_module  # it loads PyTorch, which the other renderers do not need
+
+    row, response = np.nonzero((samples.has_box | samples.any_point) & ~samples.has_mask)
+    if not len(row):
+        return
+    sam = sam_module.load_sam(str(params.model), device, "priors.engine.device")
+    image_row = samples.image_row[row]
+    image_rows = np.unique(image_row)
+    for start in range(0, len(image_rows), sam_module.IMAGES_AT_ONCE):
+        some = image_rows[start : start + sam_module.IMAGES_AT_ONCE].tolist()
+        with ThreadPoolExecutor(thread_count()) as pool:
+            photos = list(pool.map(lambda image: _read(files[image], "SAM"), some))
+        for image, encoded in zip(some, sam.encode(photos), strict=True):
+            mine = image_row == image
+            here = row[mine], response[mine]
+            box = np.where(samples.has_box[here][:, None], samples.box_xyxy[here], np.nan)
+            point = np.where(samples.any_point[here][:, None], samples.point_xy[here], np.nan)
+            found = sam.segment(encoded, sam_module.Prompts(box, point))
+            maps[here] = sam.probabilities(found.logits, encoded, params.size_px)
+            predicted[here] = found.predicted_iou
+
+
+def _mean_of_known(values: Map) -> NDArray[np.float32]:
+    """[N, K] -> [N] means without NaN; NaN where all are."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=1)
+    mean = np.where(known, values, 0).sum(axis=1) / np.maximum(count, 1)
+    return np.where(count > 0, mean, np.nan).astype(np.float32)
 
 
 def _smooth_step(ramp: DoubleArray) -> DoubleArray:
@@ -231,10 +322,15 @@ def _point_box(point_xy: DoubleArray, image_hw: NDArray[np.int64]) -> DoubleArra
 
 def read_bgr(path: str) -> Image:
     """The image [H, W, 3] in OpenCV's channel order (BGR). Raises InputError."""
+    return np.ascontiguousarray(_read(path, "GrabCut")[..., ::-1])
+
+
+def _read(path: str, renderer: str) -> Image:
+    """The image [H, W, 3] in RGB. Raises InputError that says which renderer needs it."""
     try:
-        return np.ascontiguousarray(read_image(path)[..., ::-1])
+        return read_image(path)
     except InputError as error:
-        raise InputError(f"{error}; GrabCut needs it, the box renderer does not") from None
+        raise InputError(f"{error}; {renderer} needs it, the box renderer does not") from None
 
 
 def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> PriorSamples:
@@ -264,6 +360,7 @@ def to_samples(priors: pa.Table, refs: pd.DataFrame, images: pd.DataFrame) -> Pr
         has_point=(has_point & ~has_box).reshape(shape),
         mask=mask.reshape(shape),
         has_mask=priors["mask"].is_valid().to_numpy().reshape(shape),
+        any_point=has_point.reshape(shape),
         confidence=priors["score"].fill_null(1.0).to_numpy().astype(np.float64).reshape(shape),
     )
 
@@ -276,7 +373,9 @@ def _fixed_lists(column: pa.ChunkedArray, length: int) -> tuple[DoubleArray, NDA
     return values, is_there
 
 
-def _to_table(sent_id: NDArray[np.int64], soft: NDArray[np.uint8], score: DoubleArray) -> pa.Table:
+def _to_table(
+    sent_id: NDArray[np.int64], soft: NDArray[np.uint8], score: DoubleArray, predicted_iou: NDArray[np.float32]
+) -> pa.Table:
     count, size = soft.shape[:2]
     # One chunk per block of rows: Arrow's binary arrays hold less than 2 GiB each.
     step = max(1, _BINARY_CHUNK_BYTES // (size * size))
@@ -287,6 +386,7 @@ def _to_table(sent_id: NDArray[np.int64], soft: NDArray[np.uint8], score: Double
         "width": pa.array(np.full(count, size), pa.int16()),
         "soft": pa.chunked_array(blocks, pa.binary()),
         "score": pa.array(score, pa.float32()),
+        "predicted_iou": pa.array(predicted_iou, pa.float32(), from_pandas=True),  # NaN: null
     }
     return pa.table(columns, schema=records.PROPOSALS)
 

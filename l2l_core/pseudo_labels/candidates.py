@@ -24,7 +24,7 @@ REACH = 1 / 16
 """How far a sharpened mask may extend beyond the original, as a fraction of the image side."""
 
 
-def build_candidates(views: Views, names: Sequence[str]) -> BoolArray:
+def build_candidates(views: Views, names: Sequence[str], sam: BoolArray | None = None) -> BoolArray:
     """Build the K candidates `names` (of features.CANDIDATES) for each of B sentences: bool [B, K, M, M].
 
     teacher: probability above 0.5, the threshold of evaluation.
@@ -32,8 +32,13 @@ def build_candidates(views: Views, names: Sequence[str]) -> BoolArray:
     sharpened: mean of the two views with the prior above 0.5, fitted to the image's colors (`sharpen`).
     prior: the proposal above 0.5. It can be right even if the teacher ignores it.
     overlap, union: intersection and union of sharpened and prior.
+    sam: SAM's masks [B, M, M] for the teacher's masks as prompts (sam_masks.py). ValueError if they are missing.
     """
     made: dict[str, BoolArray] = {}
+    if "sam" in names:
+        if sam is None:
+            raise ValueError("the candidate sam needs SAM's masks")
+        made["sam"] = sam
     if "teacher" in names:
         made["teacher"] = views.prob > LABEL_THRESHOLD
     if "ensemble" in names:

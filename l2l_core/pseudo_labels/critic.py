@@ -40,17 +40,17 @@ class Critic:
 
 
 def train_critic(
-    labeled: Candidates, truth: CandidateTruth, image: NDArray[np.int64], seed: int
+    labeled: Candidates, truth: CandidateTruth, image_row: NDArray[np.int64], seed: int
 ) -> tuple[Critic, Candidates]:
     """Learn each candidate's IoU. Return the critic, and the labeled candidates with out-of-fold estimates.
 
-    image: int64 [N], image of each sentence. Sentences of one image often refer to the same object, so folds consist of
-    whole images: the estimate of a labeled sentence comes from the member that saw no sentence of its image. With a
-    single image, nothing can be left out, and the estimates are in-sample.
+    image_row: int64 [N], image row of each sentence. Sentences of one image often refer to the same object, so folds
+    consist of whole images: the estimate of a labeled sentence comes from the member that saw no sentence of its image.
+    With a single image, nothing can be left out, and the estimates are in-sample.
     """
     kinds = labeled.sentence.shape[1]
-    folds = min(FOLDS, len(np.unique(image)))
-    fold = folds_of(image, folds, np.random.default_rng(seed))
+    folds = min(FOLDS, len(np.unique(image_row)))
+    fold = folds_of(image_row, folds, np.random.default_rng(seed))
     features, iou = _features(labeled).reshape(len(fold), kinds, -1), truth.iou
     honest = np.empty(iou.shape, dtype=np.float64)
     members = []

@@ -32,9 +32,9 @@ STRONG_EDGE = 0.9
 """An edge is strong above this quantile of the image's gradients."""
 
 
-def image_evidence(images: NDArray[np.uint8], labels: NDArray[np.bool_]) -> NDArray[np.float32]:
+def image_evidence(images: NDArray[np.uint8], candidate_masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     """RGB images uint8 [B, M, M, 3] and their candidates bool [B, K, M, M] -> EVIDENCE float32 [B, K, 8]."""
-    return np.stack([_of_image(image, masks) for image, masks in zip(images, labels, strict=True)])
+    return np.stack([_of_image(image, masks) for image, masks in zip(images, candidate_masks, strict=True)])
 
 
 def _of_image(image: NDArray[np.uint8], masks: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -28,10 +28,10 @@ CELL_FEATURES = (
     "flip_change",  # |prob - prob_flipped|
     "prior_change",  # |prob - prob_no_prior|
     "votes",  # fraction of the three other predictions (flipped, no prior, proposal) that vote foreground
-    "label_votes",  # the same, counted only inside the candidate; with `votes` it gives the cell's agreement
+    "label_votes",  # the same, counted only inside the candidate; with `votes` it gives the cell's confusion fractions
     "distance",  # from the candidate's centroid, in radii of the candidate, scaled to [0, 1] at FAR_RADII
 )
-"""Channels of `Candidates.cells`: means over a cell's pixels, each in [0, 1]."""
+"""Channels of `Candidates.cells`, each in [0, 1]. All but `distance` are area-weighted means over the cell's pixels."""
 
 SENTENCE_FEATURES = (
     "confidence",
@@ -50,6 +50,8 @@ SENTENCE_FEATURES = (
     "size",  # square root of the candidate's fraction of the image area
     "compactness",  # 4 sqrt(area) / perimeter: 1 for a square, less for ragged or scattered masks
     "proposal_score",
+    "predicted_iou",  # the renderer's own estimate of the proposal's IoU; 0 if it has none
+    "sam_iou",  # SAM's own estimate of the IoU of the sentence's candidate `sam`; 0 if there is none
     "has_prior",  # 1 or 0
     "words",  # log(1 + words in the sentence)
     *(f"is_{name}" for name in CANDIDATES),  # 1 or 0: kind of the candidate
@@ -57,7 +59,8 @@ SENTENCE_FEATURES = (
     *EVIDENCE,  # image evidence: see evidence.py
     "estimate",  # the critic's estimate of the IoU with the ground truth; 0 before the critic runs
 )
-"""Columns of `Candidates.sentence`. All are in [0, 1], except `words` >= 0. Means over an empty mask are 0."""
+"""Columns of `Candidates.sentence`. All are in [0, 1], except `words` >= 0. Means over an empty mask are 0,
+except `confidence`, which is 0.5."""
 
 FAR_RADII = 4.0
 """Distances are capped at this many radii of the candidate: such cells are far from any boundary."""
@@ -77,13 +80,13 @@ class Candidates:
     sent_id: NDArray[np.int64]  # [N]
     cells: NDArray[np.float16]  # [N, K, G, G, C] CELL_FEATURES; half precision, since it dominates memory
     sentence: FloatArray  # [N, K, D] SENTENCE_FEATURES
-    # Of each sentence's first candidate, which the fixed rules rank:
+    # Features of the first candidate. Fixed rules rank sentences by them.
     confidence: FloatArray  # [N] mean of max(p, 1 - p) over the foreground and its surroundings, in [0.5, 1]
     prior_iou: FloatArray  # [N] IoU with the proposal thresholded at 0.5; 0 without a prior
 
     def take(self, rows: NDArray[np.int64]) -> Candidates:
-        """The sentences of some rows, in that order."""
-        return _taken(self, rows)
+        """Select sentences by row index."""
+        return _select_rows(self, rows)
 
 
 @dataclass(frozen=True)
@@ -96,25 +99,28 @@ class CandidateTruth:
     iou: FloatArray  # [N, K] IoU with the true mask
 
     def take(self, rows: NDArray[np.int64]) -> CandidateTruth:
-        """The sentences of some rows, in that order."""
-        return _taken(self, rows)
+        """Select sentences by row index."""
+        return _select_rows(self, rows)
 
 
 Rows = TypeVar("Rows", Candidates, CandidateTruth)
 
 
-def compute_features(views: Views, labels: BoolArray, names: Sequence[str], grid: int) -> Candidates:
-    """Compute the features of the candidates `labels`, bool [B, K, M, M], whose kinds are `names` (of CANDIDATES).
+def compute_features(
+    views: Views, candidate_masks: BoolArray, names: Sequence[str], grid: int, sam_iou: FloatArray | None = None
+) -> Candidates:
+    """Compute the features of candidate masks [B, K, M, M] bool.
 
-    Cells are area-weighted means, so any map side M works with any grid. Memory is a few maps of the batch.
+    names: the kind of each candidate (of CANDIDATES). sam_iou: [B] SAM's own estimates for its masks.
+    Cells are area-weighted means, so any map side M works with any grid. Memory: a few maps per batch.
     """
-    masks = [label.astype(np.float32) for label in labels.swapaxes(0, 1)]
-    shared = _share(views, grid)
-    described = [_describe(views, shared, mask, grid) for mask in masks]
+    masks = [mask.astype(np.float32) for mask in candidate_masks.swapaxes(0, 1)]
+    shared = _shared_features(views, grid, sam_iou)
+    described = [_candidate_features(views, shared, mask, grid) for mask in masks]
     for row, (name, (_, sentence)) in enumerate(zip(names, described, strict=True)):
         sentence |= {f"is_{name}": np.ones(len(views.sent_id))}
         sentence |= {f"with_{other}_iou": soft_iou(masks[row], mask) for other, mask in zip(names, masks, strict=True)}
-    evidence = image_evidence(views.image, labels)
+    evidence = image_evidence(views.image, candidate_masks)
     for row, (_, sentence) in enumerate(described):
         sentence |= dict(zip(EVIDENCE, evidence[:, row].T, strict=True))
     nothing = np.zeros(len(views.sent_id))
@@ -138,7 +144,7 @@ class _Shared:
     sentence: dict[str, NDArray[Any]]  # [B] each
 
 
-def _share(views: Views, grid: int) -> _Shared:
+def _shared_features(views: Views, grid: int, sam_iou: FloatArray | None) -> _Shared:
     """Compute the shared features once for all candidates."""
     prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
     votes = np.stack([opinion > LABEL_THRESHOLD for opinion in (flipped, no_prior, proposal)]).mean(0, dtype=np.float32)
@@ -156,82 +162,86 @@ def _share(views: Views, grid: int) -> _Shared:
         "no_prior_iou": soft_iou(prob, no_prior),
         "no_prior_proposal_iou": soft_iou(no_prior, proposal),
         "proposal_score": views.proposal_score,
+        "predicted_iou": views.predicted_iou,
+        "sam_iou": np.zeros(len(views.sent_id)) if sam_iou is None else sam_iou,
         "has_prior": (views.proposal_score > 0).astype(np.float32),
         "words": np.log1p(views.words),
     }
     return _Shared(votes, cells, sentence)
 
 
-def _describe(
-    views: Views, shared: _Shared, label: FloatArray, grid: int
+def _candidate_features(
+    views: Views, shared: _Shared, mask: FloatArray, grid: int
 ) -> tuple[NDArray[np.float16], dict[str, NDArray[Any]]]:
     """One candidate [B, M, M] (0 or 1) per sentence -> its cells [B, G, G, C] and its sentence features, each [B]."""
     prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
-    side = label.shape[-1]
-    nearby = label_and_surroundings(label)
-    area = label.mean((1, 2))
-    bordered = np.pad(label, ((0, 0), (1, 1), (1, 1)))
+    side = mask.shape[-1]
+    nearby = mask_and_surroundings(mask)
+    area = mask.mean((1, 2))
+    bordered = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
     perimeter = (np.abs(np.diff(bordered, axis=1)).sum((1, 2)) + np.abs(np.diff(bordered, axis=2)).sum((1, 2))) / side
     sentence = shared.sentence | {
         "confidence": np.where(area > 0, _mean_inside(np.maximum(prob, 1 - prob), nearby), 0.5),
-        "prior_iou": shared.sentence["has_prior"] * soft_iou(label, (proposal > LABEL_THRESHOLD).astype(np.float32)),
-        "prob_iou": soft_iou(label, prob),
-        "agreement_iou": soft_iou(label, shared.votes),
-        "label_prob": _mean_inside(prob, label),
-        "label_flipped": _mean_inside(flipped, label),
-        "label_no_prior": _mean_inside(no_prior, label),
-        "label_proposal": _mean_inside(proposal, label),
-        "outside": _mean_inside(1 - label, prob),
-        "outside_no_prior": _mean_inside(1 - label, no_prior),
+        "prior_iou": shared.sentence["has_prior"] * soft_iou(mask, (proposal > LABEL_THRESHOLD).astype(np.float32)),
+        "prob_iou": soft_iou(mask, prob),
+        "agreement_iou": soft_iou(mask, shared.votes),
+        "label_prob": _mean_inside(prob, mask),
+        "label_flipped": _mean_inside(flipped, mask),
+        "label_no_prior": _mean_inside(no_prior, mask),
+        "label_proposal": _mean_inside(proposal, mask),
+        "outside": _mean_inside(1 - mask, prob),
+        "outside_no_prior": _mean_inside(1 - mask, no_prior),
         "size": np.sqrt(area),
         "compactness": 4 * np.sqrt(area) / np.maximum(perimeter, EPSILON),
     }
 
     cells = shared.cells | {
-        "label": to_cells(label, grid),
-        "label_votes": to_cells(label * shared.votes, grid),
+        "label": to_cells(mask, grid),
+        "label_votes": to_cells(mask * shared.votes, grid),
     }
     cells["distance"] = _distance_in_radii(cells["label"]) / FAR_RADII
     return np.stack([cells[name] for name in CELL_FEATURES], axis=-1).astype(np.float16), sentence
 
 
-def score_candidates(sent_id: NDArray[np.int64], labels: BoolArray, truth: BoolArray, grid: int) -> CandidateTruth:
+def score_candidates(
+    sent_id: NDArray[np.int64], candidate_masks: BoolArray, truth: BoolArray, grid: int
+) -> CandidateTruth:
     """Score candidates [B, K, M, M] against true masks [B, M, M], all bool. The IoU of two empty masks is 0."""
     true = truth.astype(np.float32)
     cells, iou = [], []
-    for label in labels.swapaxes(0, 1):
-        parts = (label & truth, label & ~truth, ~label & ~truth, ~label & truth)
+    for mask in candidate_masks.swapaxes(0, 1):
+        parts = (mask & truth, mask & ~truth, ~mask & ~truth, ~mask & truth)
         cells.append(np.stack([to_cells(part.astype(np.float32), grid) for part in parts], axis=-1))
-        iou.append(soft_iou(label.astype(np.float32), true))
+        iou.append(soft_iou(mask.astype(np.float32), true))
     return CandidateTruth(sent_id=sent_id, cells=np.stack(cells, axis=1), iou=np.stack(iou, axis=1))
 
 
-def agreement(cells: NDArray[np.float16]) -> FloatArray:
-    """Score against the other predictions instead of the truth.
+def confusion_against_votes(cells: NDArray[np.float16]) -> FloatArray:
+    """Confusion fractions against the votes, which replace the ground truth.
 
     Cell features [..., C] -> [..., 4] as in `CandidateTruth.cells`.
     """
-    label, votes, label_votes = (
+    mask, votes, mask_votes = (
         cells[..., CELL_FEATURES.index(name)].astype(np.float32) for name in ("label", "votes", "label_votes")
     )
-    background_votes = votes - label_votes
-    shares = np.stack([label_votes, label - label_votes, 1 - label - background_votes, background_votes], axis=-1)
-    return np.clip(shares, 0.0, 1.0)  # half precision can give values slightly below 0
+    background_votes = votes - mask_votes
+    confusion = np.stack([mask_votes, mask - mask_votes, 1 - mask - background_votes, background_votes], axis=-1)
+    return np.clip(confusion, 0.0, 1.0)  # half precision can give values slightly below 0
 
 
-def concatenate(parts: Sequence[Rows], places: Sequence[NDArray[np.int64]] | None = None) -> Rows:
+def concatenate(parts: Sequence[Rows], positions: Sequence[NDArray[np.int64]] | None = None) -> Rows:
     """Concatenate at least one batch, with rows in order.
 
-    places: for each batch, the positions [B] of its rows in the result; together they are 0..N-1.
+    positions: for each batch, the positions [B] of its rows in the result; together they are 0..N-1.
     """
     first = parts[0]
-    order = slice(None) if places is None else np.argsort(np.concatenate(places))
+    order = slice(None) if positions is None else np.argsort(np.concatenate(positions))
     return type(first)(
         **{field.name: np.concatenate([getattr(part, field.name) for part in parts])[order] for field in fields(first)}
     )
 
 
-def _taken(table: Rows, rows: NDArray[np.int64]) -> Rows:
+def _select_rows(table: Rows, rows: NDArray[np.int64]) -> Rows:
     return type(table)(**{field.name: getattr(table, field.name)[rows] for field in fields(table)})
 
 
@@ -261,12 +271,12 @@ def soft_iou(first: FloatArray, second: FloatArray) -> FloatArray:
     return np.asarray(intersection / np.maximum(union, EPSILON), dtype=np.float32)
 
 
-def label_and_surroundings(label: FloatArray) -> FloatArray:
+def mask_and_surroundings(mask: FloatArray) -> FloatArray:
     """0/1 mask [B, M, M] -> the mask dilated by SURROUNDINGS with a square, also 0/1."""
-    side = label.shape[-1]
+    side = mask.shape[-1]
     reach = max(1, round(SURROUNDINGS * side))
     near = (np.abs(np.subtract.outer(np.arange(side), np.arange(side))) <= reach).astype(np.float32)
-    return (near @ label @ near.T > 0.5).astype(np.float32)
+    return (near @ mask @ near.T > 0.5).astype(np.float32)
 
 
 def _mean_inside(values: FloatArray, weight: FloatArray) -> FloatArray:
@@ -280,18 +290,18 @@ def _entropy_bits(prob: FloatArray) -> FloatArray:
     return np.asarray(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)))
 
 
-def _distance_in_radii(label_cells: FloatArray) -> FloatArray:
+def _distance_in_radii(mask_cells: FloatArray) -> FloatArray:
     """Distance of each cell from the mask's centroid, in radii of a disc of the same area, at most FAR_RADII.
 
     [B, G, G] foreground fractions -> [B, G, G]. For an empty mask, every distance is FAR_RADII.
     """
-    grid = label_cells.shape[-1]
-    centres = (np.arange(grid, dtype=np.float32) + 0.5) / grid
-    area = label_cells.mean((1, 2))
-    total = np.maximum(label_cells.sum((1, 2)), EPSILON)
-    row = (label_cells.sum(2) @ centres) / total
-    column = (label_cells.sum(1) @ centres) / total
-    down, right = centres - row[:, None], centres - column[:, None]
+    grid = mask_cells.shape[-1]
+    centers = (np.arange(grid, dtype=np.float32) + 0.5) / grid
+    area = mask_cells.mean((1, 2))
+    total = np.maximum(mask_cells.sum((1, 2)), EPSILON)
+    row = (mask_cells.sum(2) @ centers) / total
+    column = (mask_cells.sum(1) @ centers) / total
+    down, right = centers - row[:, None], centers - column[:, None]
     distance = np.sqrt(down[:, :, None] ** 2 + right[:, None, :] ** 2)
     radius = np.sqrt(area / np.pi)[:, None, None]
     return np.where(radius > 0, np.minimum(distance / np.maximum(radius, EPSILON), FAR_RADII), FAR_RADII)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
 from l2l_core.config import Params
+from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.core.masks import encode_rle, resize_prob
 from l2l_core.data.folds import fold_of_images
 from l2l_core.data.load import batches_of, labeled_targets, pairs_of
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
+from l2l_core.data.views import Views
 from l2l_core.errors import InputError
 from l2l_core.model.predictor import Predictor, batched_rows
 from l2l_core.pseudo_labels.candidates import build_candidates
@@ -30,6 +33,7 @@ from l2l_core.pseudo_labels.features import (
     score_candidates,
 )
 from l2l_core.pseudo_labels.rules import semires_weight
+from l2l_core.pseudo_labels.sam_masks import Match, SamMasks, sam_masks_of
 from l2l_core.pseudo_labels.select import Selection
 
 
@@ -41,12 +45,14 @@ class Labels:
     candidates: list[list[bytes]]  # for each pair, one per name in `SelectParams.candidate_names`
     confident: list[bytes]  # `threshold`: pixels that reach the fixed confidence threshold; else empty
     weight: list[bytes]  # `semires`: pixel weights, as in records.PSEUDO_LABELS; else empty
+    matched: list[bool] = field(default_factory=list)  # `semires`: whether a mask of SAM replaces the teacher's
 
     def in_order(self, rows: NDArray[np.int64]) -> Labels:
         """Sort labels into the order of the pairs. The k-th label belongs to pair `rows[k]`."""
         order = np.argsort(rows)
         confident, weight = ([part[row] for row in order] if part else [] for part in (self.confident, self.weight))
-        return Labels(self.pairs, [self.candidates[row] for row in order], confident, weight)
+        matched = [self.matched[row] for row in order] if self.matched else []
+        return Labels(self.pairs, [self.candidates[row] for row in order], confident, weight, matched)
 
 
 def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candidates]:
@@ -61,12 +67,20 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
             "(split.labeled_fraction, split.list_file)"
         )
     names = params.select.candidate_names
+    sam = sam_masks_of(params, batches.pairs)
     labels, parts, visited = Labels(batches.pairs, [], [], []), [], []
     for rows, views in teacher.views(batches, params.evaluate.batch_size, "label"):
         visited.append(rows)
-        masks = build_candidates(views, names)
-        parts.append(compute_features(views, masks, names, params.select.grid))
-        for (height, width), prob, made in zip(batches.pairs.hw[rows].tolist(), views.prob, masks, strict=True):
+        masks, sam_iou = _build(rows, views, names, sam)
+        matches: list[Match | None] = [None] * len(rows)
+        if params.select.method == "semires" and sam is not None:
+            matches = sam.match(rows, masks[:, 0])
+            for made, match in zip(masks, matches, strict=True):
+                made[0] = made[0] if match is None else match.square
+        parts.append(compute_features(views, masks, names, params.select.grid, sam_iou))
+        for (height, width), prob, made, match in zip(
+            batches.pairs.hw[rows].tolist(), views.prob, masks, matches, strict=True
+        ):
             # The teacher's mask is thresholded after resizing, as in evaluation.
             soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
             full = [resize_prob(one.astype(np.float32), height, width) for one in soft]
@@ -75,8 +89,22 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
                 labels.confident.append(encode_rle(confident_pixels(full[0], params.select.pixel_threshold)))
             if params.select.method == "semires":
                 weight = semires_weight(resize_prob(prob, params.proposals.size_px, params.proposals.size_px))
+                if match is not None:
+                    labels.candidates[-1] = [match.rle]
+                    weight = np.ones_like(weight)
                 labels.weight.append(np.rint(weight * 255).astype(np.uint8).tobytes())
+                labels.matched.append(match is not None)
     return labels.in_order(np.concatenate(visited)), concatenate(parts, visited)
+
+
+def _build(
+    rows: NDArray[np.int64], views: Views, names: Sequence[str], sam: SamMasks | None
+) -> tuple[BoolArray, FloatArray | None]:
+    """The candidates of a batch, [B, K, M, M], and SAM's own estimates of its masks' IoU, [B], if it builds one."""
+    if sam is None or "sam" not in names:
+        return build_candidates(views, names), None
+    refined = sam.refine(rows, views.prob)
+    return build_candidates(views, names, refined.mask), refined.predicted_iou
 
 
 def score_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, CandidateTruth]:
@@ -104,12 +132,13 @@ def score_labeled(
 ) -> tuple[Candidates, CandidateTruth]:
     """Features and scores of a teacher's candidates for pairs with ground truth, in the order of the pairs."""
     names = params.select.candidate_names
+    sam = sam_masks_of(params, batches.pairs)
     candidates, scores, visited = [], [], []
     for rows, views in teacher.views(batches, params.evaluate.batch_size, what):
         visited.append(rows)
         truth = batches.square_masks(targets.take(rows).label, rows)
-        masks = build_candidates(views, names)
-        candidates.append(compute_features(views, masks, names, params.select.grid))
+        masks, sam_iou = _build(rows, views, names, sam)
+        candidates.append(compute_features(views, masks, names, params.select.grid, sam_iou))
         scores.append(score_candidates(views.sent_id, masks, truth, params.select.grid))
     return concatenate(candidates, visited), concatenate(scores, visited)
 
@@ -145,7 +174,10 @@ def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candid
         "height": labels.pairs.hw[:, 0].astype(np.int32),
         "width": labels.pairs.hw[:, 1].astype(np.int32),
         "rle_counts": [made[k] for made, k in zip(labels.candidates, selection.choice.tolist(), strict=True)],
-        "candidate": [params.select.candidate_names[k] for k in selection.choice.tolist()],
+        "candidate": [
+            "sam" if matched else params.select.candidate_names[k]
+            for k, matched in zip(selection.choice.tolist(), labels.matched or [False] * count, strict=True)
+        ],
         "keep_rle": keep,
         "weight": pa.array(labels.weight, pa.binary()) if labels.weight else pa.nulls(count, pa.binary()),
         "accept_prob": selection.accept_prob.astype(np.float32),

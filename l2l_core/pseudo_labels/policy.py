@@ -36,8 +36,8 @@ class Actor(nn.Module):
     """Two heads over the standardized features of one candidate: a choice logit, and a keep logit for each cell.
 
     The policy takes one of a sentence's candidates or none: a softmax over their choice logits and 0 for "none". The
-    cell head sees the cell, the mean of its 3 x 3 neighborhood and the sentence features, so mirrored input gives
-    mirrored decisions. At the start, all candidates are as likely as "none", and nearly all cells are kept (KEEP_BIAS).
+    cell head sees the cell, the mean of its 3 x 3 neighborhood and the sentence features. It is equivariant to
+    mirroring. At the start, all candidates are as likely as "none", and nearly all cells are kept (KEEP_BIAS).
     """
 
     sentence_mean: Tensor

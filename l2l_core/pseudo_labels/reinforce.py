@@ -1,8 +1,8 @@
 """Policy training: actors start from the critic's estimates and improve on them by REINFORCE.
 
-The baseline of an action is the mean reward of the other actions in its group. A KL term keeps an actor near the
-critic, so that it still explores unlikely candidates. The actors form an ensemble and are averaged. There is no ratio
-clipping, and advantages are not divided by their standard deviation.
+The baseline of an action is the mean reward of the other actions in its group. A KL term keeps an actor's distribution
+close to the critic's, so that unlikely candidates are still sampled. The actors form an ensemble: their logits are
+averaged. There is no ratio clipping, and advantages are not divided by their standard deviation.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from l2l_core.config import SelectParams
+from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.core.progress import progress
 from l2l_core.core.seeding import evenly_picked, folds_of
 from l2l_core.pseudo_labels.critic import ESTIMATE, train_critic
-from l2l_core.pseudo_labels.features import Candidates, CandidateTruth, agreement
+from l2l_core.pseudo_labels.features import Candidates, CandidateTruth, confusion_against_votes
 from l2l_core.pseudo_labels.policy import Actor, Policy, act, one_thread
-from l2l_core.pseudo_labels.reward import RIGHT_IOU, agreement_reliability, utility, utility_of_sums
+from l2l_core.pseudo_labels.reward import agreement_reliability, utility, utility_of_sums
 
 SENTENCES_PER_STEP = 64
 """Labeled sentences per step, and as many unlabeled ones. This bounds a step's memory for any label budget."""
@@ -34,8 +35,8 @@ NOISES = (0.5, 0.0)
 """Standard deviations to try for Gaussian noise on the standardized sentence features, against overfitting. The
 critic's estimate gets no noise. The value with the highest out-of-fold reward wins; in a tie, the first."""
 NOISE_FOLDS = 2
-NOISE_STEPS = 4
-"""The actors that choose the noise train for 1 / NOISE_STEPS of the steps and are scored on held-out sentences."""
+NOISE_STEP_DIVISOR = 4
+"""The actors that select the noise train for 1 / NOISE_STEP_DIVISOR of the steps and are scored on held-out images."""
 FEWEST_FOR_NOISE = 20
 """With fewer labeled sentences, the first noise is used."""
 
@@ -69,7 +70,7 @@ SLOPES = np.logspace(-2, 1, 301)
 class TrainedPolicy:
     """A policy and the curve of its first actor: one dict per CURVE_EVERY steps.
 
-    step: steps done. reward: mean true utility of the drawn actions. accept_rate, keep_rate: mean probability of
+    step: steps done. reward: mean true utility of the sampled actions. accept_rate, keep_rate: mean probability of
     taking any candidate, and of keeping a cell. entropy: of the choice plus the mean over the cells, in nats.
     advantage_std: standard deviation of the advantages. All are over the labeled sentences of the steps.
     """
@@ -84,14 +85,14 @@ def train_policy(
     unlabeled: Candidates,
     params: SelectParams,
     seed: int,
-    image: NDArray[np.int64] | None = None,
+    image_row: NDArray[np.int64] | None = None,
 ) -> TrainedPolicy:
     """Learn which candidates to accept and which cells to keep. Runs on one CPU thread and is bitwise reproducible.
 
     labeled, truth: the same labeled sentences in the same order. Their candidates come from teachers that never saw
     their images.
     unlabeled: may be empty. Training reads at most UNLABELED_SENTENCES of them.
-    image: [N] image row of each labeled sentence. None: every sentence belongs to a different image.
+    image_row: [N] image row of each labeled sentence. None: every sentence belongs to a different image.
 
     If all candidates are wrong, the policy learns to keep nothing. If all are correct, it keeps nearly everything.
     Below FEWEST_FOR_NOISE labeled sentences, the first of NOISES is used. Raises ValueError if there is no labeled
@@ -99,40 +100,47 @@ def train_policy(
     """
     if not len(labeled.sent_id) or not np.array_equal(labeled.sent_id, truth.sent_id):
         raise ValueError("labeled and truth must be rows of the same sentences, at least one")
-    image = np.arange(len(labeled.sent_id)) if image is None else image
+    image_row = np.arange(len(labeled.sent_id)) if image_row is None else image_row
     with one_thread():
-        critic, judged = train_critic(labeled, truth, image, seed)
+        critic, labeled_with_estimates = train_critic(labeled, truth, image_row, seed)
         unlabeled = critic.estimate(unlabeled.take(evenly_picked(len(unlabeled.sent_id), UNLABELED_SENTENCES)))
-        scaling = _scaling(judged, unlabeled)
-        noise = _choose_noise(scaling, judged, truth, image, unlabeled, params, seed)
+        scaling = _scaling(labeled_with_estimates, unlabeled)
+        noise = _choose_noise(scaling, labeled_with_estimates, truth, image_row, unlabeled, params, seed)
         actors, curves = [], []
         for number in range(ACTORS):
             generator = torch.Generator().manual_seed(seed + number)
             actor = _new_actor(scaling, params, generator)
-            curves.append(_improve(actor, judged, truth, unlabeled, params, params.policy_steps, noise, generator))
+            curve = _train_actor(
+                actor, labeled_with_estimates, truth, unlabeled, params, params.policy_steps, noise, generator
+            )
+            curves.append(curve)
             actors.append(actor)
-        slope = _calibrate(actors, judged, truth)
+        slope = _calibrate(actors, labeled_with_estimates, truth)
     return TrainedPolicy(Policy(critic, tuple(actors), slope), curves[0])
 
 
 def policy_gradient_loss(
-    choice_logits: Tensor, keep_logits: Tensor, take: Tensor, keep: Tensor, advantage: Tensor
+    choice_logits: Tensor, keep_logits: Tensor, choice: Tensor, keep: Tensor, advantage: Tensor
 ) -> Tensor:
-    """A scalar whose gradient is the negative REINFORCE estimate of the gradient of the mean expected reward.
+    """REINFORCE surrogate loss.
 
-    choice_logits [B, K] and keep_logits [B, K, G, G] require gradients. take [S, B] and keep [S, B, G, G] are drawn
-    actions: the candidate taken (K for none), and 1 for each of its cells that is kept, else 0. advantage: [S, B].
-    If none is taken, the cells are not part of the action, since they cannot change the reward.
+    Its gradient is an unbiased estimate of the negative gradient of the mean expected reward.
+    choice_logits [B, K] and keep_logits [B, K, G, G] require gradients. choice [S, B] and keep [S, B, G, G] are sampled
+    actions: the chosen candidate (K for none), and 1 for each of its cells that is kept, else 0. advantage: [S, B].
+    If none is chosen, the cells are not part of the action, since they cannot change the reward.
     """
-    # Matrix products over the cells are far cheaper than one map per drawn action.
+    # Matrix products over the cells are far cheaper than one map per sampled action.
     kept = torch.einsum("sbij,bkij->sbk", keep, keep_logits)
-    of_cells = _of_taken(kept - functional.softplus(keep_logits).sum((-2, -1)), take)
-    log_prob = _with_none(choice_logits).log_softmax(1)[torch.arange(len(choice_logits)), take] + of_cells
+    of_cells = _of_choice(kept - functional.softplus(keep_logits).sum((-2, -1)), choice)
+    log_prob = _with_none(choice_logits).log_softmax(1)[torch.arange(len(choice_logits)), choice] + of_cells
     return -(advantage * log_prob).mean()
 
 
 def group_advantage(reward: Tensor) -> Tensor:
-    """Reward minus the mean reward of the OTHER actions in the group: [S, B] -> [S, B], S >= 2, unbiased."""
+    """Leave-one-out advantage: reward minus the mean reward of the other actions in the group.
+
+    [S, B] -> [S, B] for S >= 2 actions per sentence.
+    """
     size = reward.shape[0]
     return (reward - reward.mean(0)) * (size / (size - 1))
 
@@ -141,32 +149,32 @@ def _choose_noise(
     scaling: Mapping[str, Tensor],
     labeled: Candidates,
     truth: CandidateTruth,
-    image: NDArray[np.int64],
+    image_row: NDArray[np.int64],
     unlabeled: Candidates,
     params: SelectParams,
     seed: int,
 ) -> float:
-    """The noise of NOISES whose actors earn the highest reward on held-out labeled images."""
-    steps = params.policy_steps // NOISE_STEPS
-    if len(image) < FEWEST_FOR_NOISE or len(np.unique(image)) < NOISE_FOLDS or not steps:
+    """Select the noise of NOISES by cross-validation: highest reward on held-out labeled images."""
+    steps = params.policy_steps // NOISE_STEP_DIVISOR
+    if len(image_row) < FEWEST_FOR_NOISE or len(np.unique(image_row)) < NOISE_FOLDS or not steps:
         return NOISES[0]
-    fold = folds_of(image, NOISE_FOLDS, np.random.default_rng(seed))
+    fold = folds_of(image_row, NOISE_FOLDS, np.random.default_rng(seed))
     rewards = []
     for noise in NOISES:
         earned = 0.0
         for number in range(NOISE_FOLDS):
-            learned, left_out = (fold != number).nonzero()[0], (fold == number).nonzero()[0]
+            train_rows, val_rows = (fold != number).nonzero()[0], (fold == number).nonzero()[0]
             generator = torch.Generator().manual_seed(seed + number)
             actor = _new_actor(scaling, params, generator)
-            known = truth.take(learned)
-            _improve(actor, labeled.take(learned), known, unlabeled, params, steps, noise, generator)
-            earned += _expected_reward(actor, labeled.take(left_out), truth.take(left_out), params)
+            train_truth = truth.take(train_rows)
+            _train_actor(actor, labeled.take(train_rows), train_truth, unlabeled, params, steps, noise, generator)
+            earned += _expected_reward(actor, labeled.take(val_rows), truth.take(val_rows), params)
         rewards.append(earned)
     return NOISES[int(np.argmax(rewards))]
 
 
 def _expected_reward(actor: Actor, candidates: Candidates, truth: CandidateTruth, params: SelectParams) -> float:
-    """Reward summed over sentences, if candidates are drawn and cells with positive keep logits are kept."""
+    """Expected reward over the choice, summed over the sentences. Cells with a positive keep logit are kept."""
     with torch.no_grad():
         choice_logits, keep_logits = actor(
             *actor.standardize(torch.from_numpy(candidates.cells), torch.from_numpy(candidates.sentence))
@@ -176,7 +184,7 @@ def _expected_reward(actor: Actor, candidates: Candidates, truth: CandidateTruth
 
 
 def _new_actor(scaling: Mapping[str, Tensor], params: SelectParams, generator: torch.Generator) -> Actor:
-    """An actor that chooses as the critic does: its logit is CRITIC_SHARPNESS times the estimated utility."""
+    """An actor initialized so that its choice logit equals CRITIC_SHARPNESS times the estimated utility."""
     actor = Actor(generator)
     for name, values in scaling.items():
         getattr(actor, name).copy_(values)
@@ -194,31 +202,31 @@ def _critic_logit(estimate: Tensor, params: SelectParams) -> Tensor:
     return CRITIC_SHARPNESS * ((1 + params.wrong_cost) * estimate - params.wrong_cost)
 
 
-def _improve(
-    policy: Actor,
+def _train_actor(
+    actor: Actor,
     labeled: Candidates,
     truth: CandidateTruth,
     unlabeled: Candidates,
     params: SelectParams,
-    steps_to_do: int,
+    num_steps: int,
     noise: float,
     generator: torch.Generator,
 ) -> list[dict[str, float]]:
     """Train the actor in place and return the curve."""
     weight = params.unlabeled_weight * _reliability(labeled, truth, params)
-    optimiser = torch.optim.AdamW(policy.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps_to_do))
+    optimizer = torch.optim.AdamW(actor.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps))
     steps = []
-    for _ in progress(range(steps_to_do), "policy", "step"):
+    for _ in progress(range(num_steps), "policy", "step"):
         rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
-        loss, step = _explore(policy, labeled, rows, truth.cells[rows], params, noise, generator)
+        loss, step = _reinforce_loss(actor, labeled, rows, truth.cells[rows], params, noise, generator)
         if len(unlabeled.sent_id) and weight > 0:
             rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
-            shares = agreement(unlabeled.cells[rows])
-            loss = loss + weight * _explore(policy, unlabeled, rows, shares, params, noise, generator)[0]
-        optimiser.zero_grad()
+            confusion = confusion_against_votes(unlabeled.cells[rows])
+            loss = loss + weight * _reinforce_loss(actor, unlabeled, rows, confusion, params, noise, generator)[0]
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+        optimizer.step()
         cosine.step()
         steps.append(step)
     return [
@@ -233,34 +241,34 @@ def _improve(
     ]
 
 
-def _explore(
-    policy: Actor,
+def _reinforce_loss(
+    actor: Actor,
     candidates: Candidates,
     rows: NDArray[np.int64],
-    shares: NDArray[np.float32],
+    confusion: NDArray[np.float32],
     params: SelectParams,
     feature_noise: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Draw a group of actions per row and score them by `shares` [B, K, G, G, 4]. Return loss and curve values."""
-    cells, sentence = policy.standardize(
+    """Sample a group of actions per row and score them by `confusion` [B, K, G, G, 4]. Return loss and curve values."""
+    cells, sentence = actor.standardize(
         torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
     )
-    varies = policy.sentence_std > SMALLEST_STD
+    varies = actor.sentence_std > SMALLEST_STD
     varies[ESTIMATE] = False
     noise = feature_noise * varies * torch.randn(sentence.shape, generator=generator)
-    choice_logits, keep_logits = policy(cells, sentence + noise)
+    choice_logits, keep_logits = actor(cells, sentence + noise)
     prob = _with_none(choice_logits.detach()).softmax(1)
-    take = torch.multinomial(prob, params.group_size, replacement=True, generator=generator).T
-    taken = take.clamp(max=choice_logits.shape[1] - 1)
-    keep_prob = torch.sigmoid(keep_logits.detach())[torch.arange(len(rows)), taken]
+    choice = torch.multinomial(prob, params.group_size, replacement=True, generator=generator).T
+    candidate = choice.clamp(max=choice_logits.shape[1] - 1)
+    keep_prob = torch.sigmoid(keep_logits.detach())[torch.arange(len(rows)), candidate]
     keep = (torch.rand(keep_prob.shape, generator=generator) < keep_prob).float()
-    scored = torch.from_numpy(shares)
-    kept = torch.einsum("sbij,bkijc->sbkc", keep, scored)
-    reward = _of_taken(utility_of_sums(kept, scored.sum((2, 3)), params.wrong_cost), take)
+    whole = torch.from_numpy(confusion)
+    kept = torch.einsum("sbij,bkijc->sbkc", keep, whole)
+    reward = _of_choice(utility_of_sums(kept, whole.sum((2, 3)), params.wrong_cost), choice)
     advantage = group_advantage(reward)
     entropy = _entropy(choice_logits, keep_logits)
-    loss = policy_gradient_loss(choice_logits, keep_logits, take, keep, advantage)
+    loss = policy_gradient_loss(choice_logits, keep_logits, choice, keep, advantage)
     critic_logit = _critic_logit(torch.from_numpy(candidates.sentence[rows][..., ESTIMATE]), params)
     loss = loss + CRITIC_WEIGHT * _divergence(choice_logits, critic_logit) - params.entropy_bonus * entropy
     return loss, {
@@ -272,9 +280,9 @@ def _explore(
     }
 
 
-def _of_taken(values: Tensor, take: Tensor) -> Tensor:
-    """Candidate values [S, B, K] and drawn actions take [S, B] -> values of the actions [S, B], 0 for none."""
-    return functional.pad(values, (0, 1)).gather(2, take[..., None])[..., 0]
+def _of_choice(values: Tensor, choice: Tensor) -> Tensor:
+    """Candidate values [S, B, K] and sampled choices [S, B] -> values of the actions [S, B], 0 for none."""
+    return functional.pad(values, (0, 1)).gather(2, choice[..., None])[..., 0]
 
 
 def _with_none(choice_logits: Tensor) -> Tensor:
@@ -298,11 +306,11 @@ def _entropy(choice_logits: Tensor, keep_logits: Tensor) -> Tensor:
 def _reliability(labeled: Candidates, truth: CandidateTruth, params: SelectParams) -> float:
     """How well agreement predicts whether the candidates of labeled sentences are correct, in [0, 1].
 
-    All kinds of candidates count together, since the agreement reward compares them. The proposal is one of the
+    One value covers all candidate kinds, since the agreement reward compares them. The proposal is one of the
     predictions that vote, so candidates built from it agree by construction. If they are wrong, reliability drops.
     """
-    shares = torch.from_numpy(agreement(labeled.cells))
-    by_agreement = utility(shares, torch.ones(shares.shape[:-1]), params.wrong_cost).numpy()
+    confusion = torch.from_numpy(confusion_against_votes(labeled.cells))
+    by_agreement = utility(confusion, torch.ones(confusion.shape[:-1]), params.wrong_cost).numpy()
     return agreement_reliability(by_agreement.ravel(), truth.iou.ravel())
 
 
@@ -322,13 +330,13 @@ def _scaling(labeled: Candidates, unlabeled: Candidates) -> dict[str, Tensor]:
 def _calibrate(actors: Sequence[Actor], labeled: Candidates, truth: CandidateTruth) -> float:
     """The slope that minimizes the log loss of accept_prob as the probability that the chosen candidate is correct.
 
-    Uses the labeled sentences with their out-of-fold estimates. A slope without offset leaves every decision unchanged.
-    Targets follow Platt (1999): class counts pull them away from 0 and 1, so a few sentences never make the policy
-    certain.
+    Uses the labeled sentences with their out-of-fold estimates. A slope without offset (Platt scaling without bias)
+    leaves every decision unchanged. Platt's smoothed targets (1999) keep the probabilities away from 0 and 1 when there
+    are few sentences.
     """
     action = act(actors, labeled)
     logit = action.accept_logit.astype(np.float64)
-    right = truth.iou[np.arange(len(logit)), action.choice] > RIGHT_IOU
+    right = truth.iou[np.arange(len(logit)), action.choice] > POSITIVE_IOU
     target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
     scaled = SLOPES[:, None] * logit
     log_loss = (np.logaddexp(0, scaled) - target * scaled).mean(1)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from l2l_core.core.arrays import FloatArray
-from l2l_core.core.metrics import auroc
-
-RIGHT_IOU = 0.5
-"""A mask is correct if its IoU with the truth exceeds this. At wrong_cost 1, keeping all of it has a utility > 0."""
+from l2l_core.core.metrics import POSITIVE_IOU, auroc
 
 SMALLEST_SHARE = 1e-6
 """Lower bound of a denominator. It is far below the area fraction of one pixel, so only an empty mask reaches it."""
@@ -21,7 +18,7 @@ def utility(cells: Tensor, keep: Tensor, wrong_cost: float) -> Tensor:
     r: kept correct foreground over the union of mask and truth, so that small objects count like large ones,
     w: kept wrong pixels, foreground and background, over the same union,
     b: kept correct background over all correct background. It counts only times r: background alone is worth nothing.
-    If all pixels are kept: u = (1 + wrong_cost) IoU - wrong_cost.
+    If all pixels are kept: u = (1 + wrong_cost) IoU - wrong_cost. At wrong_cost 1, this is > 0 above POSITIVE_IOU.
 
     cells: [..., G, G, 4] as in CandidateTruth; keep: [..., G, G] in [0, 1], leading axes broadcast; returns [...].
     """
@@ -44,7 +41,7 @@ def agreement_reliability(agreement_utility: FloatArray, iou: FloatArray) -> flo
     Both inputs are [N], from labeled sentences. Returns 0 if all masks are correct or all are wrong, since AUROC is
     then undefined.
     """
-    percent = auroc(agreement_utility, iou > RIGHT_IOU)
+    percent = auroc(agreement_utility, iou > POSITIVE_IOU)
     return 0.0 if percent is None else max(0.0, 2 * percent / 100 - 1)
 
 

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.pseudo_labels.features import Candidates
 
+MATCH_IOU = 0.5
+"""A mask of SAM with a higher IoU replaces the teacher's mask (SemiRES)."""
+
 
 def mean_rank(score: NDArray[np.floating[Any]]) -> FloatArray:
     """Ranks of scores [N], from 1 / N for the lowest to 1 for the highest. Ties get their mean rank."""
@@ -40,3 +43,16 @@ def semires_weight(prob: FloatArray) -> FloatArray:
     """
     density = np.exp(-((prob - 0.5) ** 2) / (2 * 0.1)) / math.sqrt(2 * math.pi * 0.1)
     return np.asarray(1.3 - density, dtype=np.float32)
+
+
+def best_match(label: BoolArray, masks: BoolArray) -> int | None:
+    """Index of the mask [K, M, M] with the highest IoU with the label [M, M], if it exceeds MATCH_IOU; else None.
+
+    SemiRES's matching by IoU. Equal masks: the first.
+    """
+    if not len(masks):
+        return None
+    union = (masks | label).sum((1, 2))
+    iou = (masks & label).sum((1, 2)) / np.maximum(union, 1)
+    best = int(iou.argmax())
+    return best if iou[best] > MATCH_IOU else None

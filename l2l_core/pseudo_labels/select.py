@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from l2l_core.config import SelectParams
 from l2l_core.core.arrays import BoolArray, FloatArray
-from l2l_core.pseudo_labels.features import Candidates, CandidateTruth, agreement
+from l2l_core.core.metrics import POSITIVE_IOU
+from l2l_core.pseudo_labels.features import Candidates, CandidateTruth, confusion_against_votes
 from l2l_core.pseudo_labels.policy import ROWS_AT_ONCE, Policy, one_thread
-from l2l_core.pseudo_labels.reward import RIGHT_IOU, utility
+from l2l_core.pseudo_labels.reward import utility
 from l2l_core.pseudo_labels.rules import best_fraction, mean_rank, rank_sum
 
 
@@ -62,7 +63,7 @@ def select_labels(
                 raise ValueError("oracle needs the truth")
             choice = truth.iou.argmax(1)
             score = truth.iou[everyone, choice]
-            accepted = score > RIGHT_IOU
+            accepted = score > POSITIVE_IOU
         case "reinforce":
             if policy is None:
                 raise ValueError("reinforce needs a policy")
@@ -88,7 +89,7 @@ def _reward(
         for start in range(0, len(keep), ROWS_AT_ONCE):
             rows = np.arange(start, min(start + ROWS_AT_ONCE, len(keep)))
             place = rows, choice[rows]
-            shares = agreement(candidates.cells[place]) if truth is None else truth.cells[place]
+            confusion = confusion_against_votes(candidates.cells[place]) if truth is None else truth.cells[place]
             kept = torch.from_numpy(keep[rows].astype(np.float32))
-            reward[rows] = utility(torch.from_numpy(shares), kept, params.wrong_cost).numpy()
+            reward[rows] = utility(torch.from_numpy(confusion), kept, params.wrong_cost).numpy()
     return reward

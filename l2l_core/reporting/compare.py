@@ -15,10 +15,10 @@ import pandas as pd
 import yaml
 
 from l2l_core.artifacts import records
-from l2l_core.core.metrics import iou_from_px, segmentation_scores
+from l2l_core.core.metrics import POSITIVE_IOU, iou_from_px, segmentation_scores
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.evaluation.error_analysis import CHANGED_IOU, RESAMPLES, changes, mean_interval
-from l2l_core.evaluation.evaluate import GOOD_IOU, PRIOR, SUPERVISED
+from l2l_core.evaluation.evaluate import PRIOR, SUPERVISED
 from l2l_core.reporting.html import DIFFERENCE, PERCENT, SCORE_NAMES, Table, render_page
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ SEED = 0
 CHANGE_NAMES = {
     "better": "better",
     "worse": "worse",
-    "reached": f"reached IoU {GOOD_IOU}",
-    "lost": f"fell below {GOOD_IOU}",
+    "reached": f"reached IoU {POSITIVE_IOU}",
+    "lost": f"fell below {POSITIVE_IOU}",
 }
 """Keys of `error_analysis.changes` shown as shares of the sentences."""
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import assert_never
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
 from l2l_core.config import Params, ProposalsParams
+from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.evaluation.error_analysis import CHANGED_IOU, OUTCOMES, SIZES, changes, outcomes, sizes
-from l2l_core.evaluation.evaluate import GOOD_IOU, PRIOR, SUPERVISED, method_scores
+from l2l_core.evaluation.evaluate import PRIOR, SUPERVISED, method_scores
 from l2l_core.reporting.gallery import UNKNOWN, Gallery, Run, area_share, evaluated_size_limits, make_galleries
 from l2l_core.reporting.html import COUNT, DIFFERENCE, PERCENT, SCORE_NAMES, Table, render_page
 from l2l_core.viz import overlays
@@ -22,7 +24,7 @@ from l2l_core.viz.figures import draw_figures
 
 LABEL_QUALITY_NAMES = {
     "coverage": "accepted",
-    "precision": f"accepted: IoU > {GOOD_IOU}",
+    "precision": f"accepted: IoU > {POSITIVE_IOU}",
     "miou_all": "mIoU, all",
     "miou_accepted": "mIoU, accepted",
     "miou_rejected": "mIoU, rejected",
@@ -33,11 +35,19 @@ LABEL_QUALITY_NAMES = {
     "auroc": "AUROC",
 }
 
+PRIOR_SCORE_NAMES = {
+    "box_acc50": "box acc@0.5",
+    "box_miou": "mIoU, box",
+    "pointing_acc": "pointing accuracy",
+    "score_auroc": "AUROC of the score",
+}
+"""Keys of `priors.scores.score_priors`: names on the page."""
+
 CHANGE_NAMES = {
     "better": ("better", COUNT),
     "worse": ("worse", COUNT),
-    "reached": (f"reached IoU {GOOD_IOU}", COUNT),
-    "lost": (f"fell below {GOOD_IOU}", COUNT),
+    "reached": (f"reached IoU {POSITIVE_IOU}", COUNT),
+    "lost": (f"fell below {POSITIVE_IOU}", COUNT),
     "mean": ("mIoU", DIFFERENCE),
 }
 """Keys of `error_analysis.changes`: name on the page, and number format."""
@@ -54,6 +64,7 @@ def render_report(run: Run, params: Params, read_image: Callable[[str], overlays
         facts=_facts(run, params),
         tiles=_tiles(run),
         scores=_score_tables(run),
+        priors=_prior_table(run),
         styles=_style_tables(run),
         sizes=_size_tables(run),
         size_rule=f"small below {low:.1f} % of the image, large from {high:.1f} % on",
@@ -82,7 +93,15 @@ def _method_name(method: str) -> str:
 
 
 def _rendering_name(rendering: ProposalsParams) -> str:
-    return "box" if rendering.renderer == "box" else f"grabcut, ring {rendering.ring}, core {rendering.core}"
+    match rendering.renderer:
+        case "box":
+            return "box"
+        case "grabcut":
+            return f"grabcut, ring {rendering.ring}, core {rendering.core}"
+        case "sam":
+            return f"sam, {rendering.model}"
+        case _:
+            assert_never(rendering.renderer)
 
 
 def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
@@ -140,6 +159,18 @@ def _score_tables(run: Run) -> list[Table]:
             )
         )
     return tables
+
+
+def _prior_table(run: Run) -> Table:
+    """Scores of priors and proposals on the labeled sentences; a row per model if there are several."""
+    scores = run.prior_scores
+    rows = [("all", scores, run.proposal_scores.get("miou"))]
+    rows += [(source, of_source, None) for source, of_source in scores.get("by_source", {}).items()]
+    return Table(
+        f"Priors on {scores['labeled']:,} labeled sentences, {scores['labeled_without_prior']:,} without a prior",
+        {**dict.fromkeys(PRIOR_SCORE_NAMES.values(), PERCENT), "mIoU, proposal": PERCENT},
+        [(name, [*(of_row[key] for key in PRIOR_SCORE_NAMES), miou]) for name, of_row, miou in rows],
+    )
 
 
 def _style_tables(run: Run) -> list[Table]:

@@ -46,7 +46,7 @@ REFERENCE = Costs(
 )
 """Seconds of the default run on two cores (bench/results/default_run.jsonl). Only their ratios matter: finished stages
 set the scale."""
-EMBEDDED_QUERY_S, EVALUATE_S, REPORT_S = 0.02, 2.7, 7.2
+BUILTIN_QUERY_S, EVALUATE_S, REPORT_S = 0.02, 2.7, 7.2
 """The same for stages that `check` does not estimate; the first is per sentence of the built-in model."""
 
 TRAININGS = ("warmup", "crossfit-0", "crossfit", "retrain")
@@ -94,15 +94,15 @@ def reference_seconds() -> dict[str, float | None]:
     except L2LError:  # DVC's own stages report the error
         return {}
     counts = Counts(roles.total(), roles["labeled"], roles["unlabeled"], roles["eval"], 0, 0, 0)
-    stages = plan(params, counts, REFERENCE, Sizes(0, 0, None), draws_refshapes=params.is_embedded)
+    stages = plan(params, counts, REFERENCE, Sizes(0, 0, None), draws_refshapes=params.uses_builtin_dataset)
     found = {stage.name: stage.seconds for stage in stages}
     return found | _not_estimated(params, counts)
 
 
 def _not_estimated(params: Params, counts: Counts) -> dict[str, float | None]:
     found: dict[str, float | None] = {"evaluate": EVALUATE_S, "report": REPORT_S}
-    if params.priors.queries_embedded:
-        found["query"] = counts.sentences * EMBEDDED_QUERY_S
+    if params.priors.uses_builtin_mllm:
+        found["query"] = counts.sentences * BUILTIN_QUERY_S
     return found
 
 

@@ -9,6 +9,7 @@ from l2l_core.config import Params
 from l2l_core.core.files import fingerprint
 from l2l_core.data.folds import fold_of_images
 from l2l_core.model.segmenter import Segmenter
+from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
@@ -19,6 +20,7 @@ from l2l_core.training.runs import (
     pseudo_stream,
     run_training,
     training_settings,
+    with_prior_swap,
     without_images,
 )
 
@@ -40,7 +42,7 @@ def folds_key(params: Params, number: int) -> str:
     settings = f"{training_settings(params)} {params.select.fold_steps}"
     if number:
         settings += f" {params.select.fold_update} {params.select.fold_update_steps}"
-        settings += f" {params.retrain.labeled_share} {params.retrain.num_passes}"
+        settings += f" {params.retrain.labeled_share} {params.retrain.prior_swap} {params.retrain.num_passes}"
     return fingerprint("crossfit", settings, _inputs(params, number))
 
 
@@ -50,7 +52,7 @@ def train_teacher(params: Params, number: int, left_out: int, into: Path) -> Non
     pairs = labeled.batches.pairs
     fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
     run_name, steps = f"crossfit-{number}-{left_out}", params.select.fold_steps
-    streams = [part_of(labeled, (fold != left_out).nonzero()[0])]
+    streams: list[Stream | OnlineStream] = [part_of(labeled, (fold != left_out).nonzero()[0])]
     if _continues(params, number):
         network = Segmenter.load(records.round_folder(number - 1) / "folds" / str(left_out))
         steps = params.select.fold_update_steps
@@ -62,6 +64,7 @@ def train_teacher(params: Params, number: int, left_out: int, into: Path) -> Non
         # A partly labeled image also has pseudo-labels, from a teacher that has seen its labels.
         others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
         streams += [] if others is None else [others]
+        streams = with_prior_swap(params, streams)
     run_training(params, run_name, network, streams, steps, _inputs(params, number), into, None)
 
 

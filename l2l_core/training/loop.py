@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l2l_core.config import TrainParams
-from l2l_core.core.device import autocast, choose_device, resolve_precision, to_device
+from l2l_core.core.device import Precision, autocast, choose_device, resolve_precision, to_device
 from l2l_core.core.progress import progress
 from l2l_core.core.seeding import generator, seed_of
 from l2l_core.core.threads import share_of_launched
 from l2l_core.data.augment import strong_view
 from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets
+from l2l_core.data.prior_swap import prior_rows
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import samples_that_teach, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
@@ -42,6 +43,7 @@ class Stream:
     batches: BatchMaker
     targets: Targets
     share: float
+    prior_swap: float = 0.0  # fraction of its samples that get another sentence's prior (data/prior_swap.py)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class OnlineStream:
     batches: BatchMaker
     threshold: float  # a pixel is valid if the teacher's confidence max(p, 1 - p) reaches this
     share: float
+    prior_swap: float = 0.0  # as in Stream, for the student; the teacher sees each pair's own prior
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,22 @@ def train(
 ) -> Trained:
     """Train for a number of steps and return the EMA teacher.
 
-    Every random choice of a step is a function of (seed, step), so a run that resumes from `checkpoint` ends with the
-    same bytes as an uninterrupted run. `log` receives every row of the curve; after a resume, also the old rows.
+    network: the student, trained in place. params: the section `train`. what: name of the run in messages and the
+    progress bar. `log` receives every row of the curve. After a resume, `log` first receives the stored rows.
+
+    The random draws of a step depend only on the seed, the step, the position in the batch and the process index. On a
+    CPU, a resumed run therefore ends with the same bytes as an uninterrupted one.
 
     With several launched processes (torchrun, accelerate launch), each computes a part of every batch, and
-    `micro_batch_size` splits this part further. The loss is that of the whole batch. Batch norm sees only a part of the
-    batch, but on GPUs the processes share its statistics. The first process writes the checkpoints.
+    `micro_batch_size` splits this part further. The loss is that of the whole batch. Batch norm statistics cover only
+    a part of the batch; on GPUs they are synchronized over the processes. The first process writes the checkpoints.
 
-    Raises InputError if a stream is empty. Raises ConfigError if the loss is not finite or if a batch is too small for
-    all streams or processes.
+    Raises InputError if a stream has no pairs. Raises ConfigError if the loss is not finite or if a batch is too small
+    for all streams or processes.
     """
     for stream in streams:
         if not len(stream.batches.pairs):
-            raise InputError(f"{what}: nothing to learn from (no pair in one of its streams); check the label budget")
+            raise InputError(f"{what}: a stream has no pairs, so there is nothing to learn; check the label budget")
     use_share_of_cores()
     device = choose_device(params.engine.device)
     precision = resolve_precision(params.precision, device)
@@ -118,10 +124,10 @@ def train(
     curve: list[dict[str, float]] = []
     first = 0
     state = load_checkpoint(checkpoint) if checkpoint else None
+    learned: dict[str, Any] = {"student": network, "teacher": teacher, "optimizer": optimizer}
     if state is not None:
-        network.load_state_dict(state["student"])
-        teacher.load_state_dict(state["teacher"])
-        optimizer.load_state_dict(state["optimizer"])
+        for name, module in learned.items():
+            module.load_state_dict(state[name])
         curve, first = state["curve"], state["step"]
         print(f"{what}: resuming at step {first} of {steps}", flush=True)
     if accelerator.is_main_process:
@@ -132,34 +138,19 @@ def train(
     learning = list(network.parameters())
     average = MovingAverage(teacher, network)
 
-    def ask_teacher(batch: Batch) -> Tensor:
+    def teacher_prob(batch: Batch) -> Tensor:
         tokens = to_device(network.tokenize(batch), accelerator.device)
         with torch.no_grad(), autocast(device, precision):
             return teacher(batch.to(accelerator.device), tokens).mask_logits.float().sigmoid().cpu()
 
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
         torch.manual_seed(seed_of("dropout", seed, step, accelerator.process_index))
-        batches = []
-        for part in mine:
-            drawn = _draw(streams, params, seed, step, ask_teacher, part)
-            seeds = [seed_of("view", seed, step, place) for place in part.tolist()]
-            batches.append(strong_view(drawn, seeds, flip=params.flip))
+        batches = [_strong_batch(streams, params, seed, step, teacher_prob, part) for part in mine]
         count = sum_of(accelerator, [samples_that_teach(_keep(batch)).sum() for batch in batches])
         for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
             group["lr"] = peak * schedule(step, steps, params.warmup_fraction, params.lr_decay)
         stepper.zero_grad()
-        losses = []
-        for number, batch in enumerate(batches, start=1):
-            tokens = to_device(network.tokenize(batch, padding="longest"), accelerator.device)
-            batch = batch.to(accelerator.device)
-            assert batch.label is not None  # every stream has targets or gets them online
-            with nullcontext() if number == len(batches) else accelerator.no_sync(student), enough_samples():
-                with autocast(device, precision):
-                    output = student(batch, tokens)
-                loss = segmentation_loss(output, batch.label, _keep(batch), count)
-                with attention_kernels(accelerator.device):
-                    accelerator.backward(loss.total * accelerator.num_processes)  # backward divides by it
-            losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
+        losses = _backward(student, network, batches, count, accelerator, precision)
         torch.nn.utils.clip_grad_norm_(learning, params.grad_clip)  # accelerate's version looks them up each time
         stepper.step()
         average.update(step + 1, params.ema_decay)
@@ -176,21 +167,43 @@ def train(
                 )
         due = done % params.engine.checkpoint_every == 0 and done < steps
         if checkpoint and due and accelerator.is_main_process:
-            save_checkpoint(
-                checkpoint,
-                {
-                    "student": network.state_dict(),
-                    "teacher": teacher.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "curve": curve,
-                    "step": done,
-                },
-            )
+            weights = {name: module.state_dict() for name, module in learned.items()}
+            save_checkpoint(checkpoint, {**weights, "curve": curve, "step": done})
     return Trained(teacher, curve)
 
 
+def _backward(
+    student: torch.nn.Module,
+    network: Segmenter,
+    batches: Sequence[Batch],
+    count: Tensor,
+    accelerator: Accelerator,
+    precision: Precision,
+) -> list[Tensor]:
+    """Add up the gradients of one step's batches; return total, BCE and Dice loss [3] of each.
+
+    student: `network`, wrapped for several processes. count: samples of the whole step with at least one valid pixel.
+    """
+    losses = []
+    for number, batch in enumerate(batches, start=1):
+        tokens = to_device(network.tokenize(batch, padding="longest"), accelerator.device)
+        batch = batch.to(accelerator.device)
+        assert batch.label is not None  # every stream has targets or gets them online
+        with nullcontext() if number == len(batches) else accelerator.no_sync(student), enough_samples():
+            with autocast(accelerator.device, precision):
+                output = student(batch, tokens)
+            loss = segmentation_loss(output, batch.label, _keep(batch), count)
+            with attention_kernels(accelerator.device):
+                # DDP averages gradients over the processes; this restores their sum.
+                accelerator.backward(loss.total * accelerator.num_processes)
+        losses.append(torch.stack([loss.total.detach(), loss.bce, loss.dice]))
+    return losses
+
+
 def _accelerator(device: torch.device) -> Accelerator:
-    """Moves the training to its device and splits it between launched processes. It does not handle precision."""
+    """Create the Accelerator. It moves training to the device and splits it over the processes, but does not handle
+    precision.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
@@ -242,8 +255,8 @@ def enough_samples() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError(
-            "params.yaml: train.batch_size, train.engine.micro_batch_size: a process computes one sample at once, but "
-            "the image encoder's batch norm needs at least two; raise them, use fewer processes, or another encoder"
+            "params.yaml: train.batch_size, train.engine.micro_batch_size: a process computes one sample at a time, "
+            "but the image encoder's batch norm needs at least two; raise them, use fewer processes, or another encoder"
         ) from None
 
 
@@ -254,7 +267,10 @@ def sum_of(accelerator: Accelerator, values: Sequence[Tensor]) -> Tensor:
 
 
 def epoch_rows(count: int, batch: int, seed: int, step: int) -> NDArray[np.int64]:
-    """[batch] int64 rows of step `step` in an endless sequence of shuffled epochs of `count` rows; a pure function."""
+    """Rows [batch] int64 of step `step`. Pure function.
+
+    Epochs of `count` shuffled rows follow each other without end.
+    """
     positions = np.arange(step * batch, (step + 1) * batch)
     rows = np.empty(batch, dtype=np.int64)
     for epoch in np.unique(positions // count):
@@ -271,9 +287,9 @@ def _epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:
-    """Give each stream its share of IMAGE_CACHE_BYTES. All streams of all processes on a machine share it.
+    """Give each stream an equal share of IMAGE_CACHE_BYTES, which all streams of all processes on a machine share.
 
-    Processes are those started by a launcher (torchrun), and parallel trainings.
+    Launched processes and parallel training runs both count.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(BESIDE_VARIABLE, "1"))
     room = IMAGE_CACHE_BYTES // (len(streams) * processes)
@@ -305,12 +321,25 @@ def label_online(batch: Batch, prob: Tensor, threshold: float) -> Batch:
     return replace(batch, label=(prob > 0.5).float(), keep=(torch.maximum(prob, 1 - prob) >= threshold).float())
 
 
+def _strong_batch(
+    streams: Sequence[Stream | OnlineStream],
+    params: TrainParams,
+    seed: int,
+    step: int,
+    teacher_prob: Callable[[Batch], Tensor],
+    places: NDArray[np.int64],
+) -> Batch:
+    """The strong view of a step's samples at the positions `places`."""
+    seeds = [seed_of("view", seed, step, place) for place in places.tolist()]
+    return strong_view(_draw(streams, params, seed, step, teacher_prob, places), seeds, flip=params.flip)
+
+
 def _draw(
     streams: Sequence[Stream | OnlineStream],
     params: TrainParams,
     seed: int,
     step: int,
-    ask_teacher: Callable[[Batch], Tensor],
+    teacher_prob: Callable[[Batch], Tensor],
     places: NDArray[np.int64] | None = None,
 ) -> Batch:
     """The step's batch, or its samples at the positions `places`, in ascending order."""
@@ -318,18 +347,22 @@ def _draw(
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
         rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, number), step)
         no_prior = generator("prior dropout", seed, step, number).random(size) < params.prior_dropout
+        swap = generator("prior swap", seed, step, number)
+        of_prior = prior_rows(stream.batches.pairs, rows, stream.prior_swap, swap)
         if places is not None:
             here = places[(places >= first) & (places < first + size)] - first
-            rows, no_prior = rows[here], no_prior[here]
+            rows, no_prior, of_prior = rows[here], no_prior[here], of_prior[here]
         first += size
         if not len(rows):
             continue
         if isinstance(stream, OnlineStream):
             # The teacher sees every prior and the original image. The student's input is augmented afterwards.
-            prob = ask_teacher(stream.batches(rows))
-            parts.append(label_online(stream.batches(rows, None, no_prior), prob, stream.threshold))
+            prob = teacher_prob(stream.batches(rows))
+            parts.append(
+                label_online(stream.batches(rows, None, no_prior, prior_rows=of_prior), prob, stream.threshold)
+            )
         else:
-            parts.append(stream.batches(rows, stream.targets, no_prior))
+            parts.append(stream.batches(rows, stream.targets, no_prior, prior_rows=of_prior))
     return parts[0] if len(parts) == 1 else _concatenate(parts)
 
 

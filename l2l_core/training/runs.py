@@ -62,6 +62,11 @@ def online_stream(params: Params, share: float) -> OnlineStream:
     return OnlineStream(batches_of(params, pairs_of(params, "unlabeled")), ONLINE_THRESHOLD, share)
 
 
+def with_prior_swap(params: Params, streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:
+    """The streams of a round's training, with `retrain.prior_swap`."""
+    return [replace(stream, prior_swap=params.retrain.prior_swap) for stream in streams]
+
+
 def method_of(pseudo_labels: Path) -> str | None:
     """The rule that selected a round's pseudo-labels; None if the table is empty."""
     methods = records.read_table(pseudo_labels, records.PSEUDO_LABELS, ["method"])["method"]
@@ -71,7 +76,7 @@ def method_of(pseudo_labels: Path) -> str | None:
 def part_of(stream: Stream, rows: NDArray[np.int64]) -> Stream:
     """The stream restricted to the pairs at `rows`."""
     pairs: Pairs = stream.batches.pairs.take(rows)
-    return Stream(replace(stream.batches, pairs=pairs), stream.targets.take(rows), stream.share)
+    return replace(stream, batches=replace(stream.batches, pairs=pairs), targets=stream.targets.take(rows))
 
 
 def without_images(stream: Stream, image_row: NDArray[np.int64]) -> Stream | None:
@@ -105,7 +110,7 @@ def run_training(
     """Train and write the teacher (and its curve). Resumes a killed run with the same inputs."""
     device, proposals = choose_device(params.train.engine.device), records.read_rendering()
     print_device(device, resolve_precision(params.train.precision, device))
-    settings = f"{training_settings(params)} {steps} {[stream.share for stream in streams]}"
+    settings = f"{training_settings(params)} {steps} {[(stream.share, stream.prior_swap) for stream in streams]}"
     seed = derive_seed(params.seed, run_name)
     with scratch_folder(run_name, fingerprint(run_name, settings, inputs)) as scratch:
         checkpoint = scratch / "checkpoint.pt"

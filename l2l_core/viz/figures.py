@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from l2l_core.artifacts.records import EVAL_SPLITS
-from l2l_core.evaluation.evaluate import GOOD_IOU, SUPERVISED
+from l2l_core.core.metrics import POSITIVE_IOU
+from l2l_core.evaluation.evaluate import SUPERVISED
 
 INK = "#010203"
 """Placeholder for the page's text color while matplotlib draws; no curve uses it."""
@@ -94,7 +95,7 @@ def _draw_rounds(axes: Axes, split: str, rows: pd.DataFrame) -> None:
 def _draw_coverage(axes: Axes, title: str, rounds: Curves) -> None:
     for name, rows in rounds.items():
         axes.plot(rows["coverage"], rows["precision"], marker=".", label=name.replace("_", " "))
-    xlabel, ylabel = "pseudo-labels taken, most trusted first (%)", f"with IoU > {GOOD_IOU} (%)"
+    xlabel, ylabel = "pseudo-labels taken, most trusted first (%)", f"with IoU > {POSITIVE_IOU} (%)"
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0, 102), ylim=(0, 102))
 
 
@@ -102,7 +103,7 @@ def _draw_reliability(axes: Axes, title: str, rounds: Curves) -> None:
     axes.plot([0, 100], [0, 100], linestyle=":", color=COLOURS[5], label="as good as its word")
     for name, rows in rounds.items():
         axes.plot(rows["prob"], rows["share"], marker="o", label=name.replace("_", " "))
-    xlabel, ylabel = "probability of acceptance (%)", f"with IoU > {GOOD_IOU} (%)"
+    xlabel, ylabel = "probability of acceptance (%)", f"with IoU > {POSITIVE_IOU} (%)"
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0, 102), ylim=(0, 102))
 
 

@@ -133,19 +133,26 @@ def test_learning_stages_never_depend_on_hidden_ground_truth(name):
 
 WITHOUT_EFFECT: dict[str, set[str]] = {
     "query": {"priors.engine"},
+    "proposals": {"priors.engine"},
     # How training runs, and keys that only other rounds read.
     "crossfit-0": {
-        *("retrain.labeled_share", "retrain.num_passes", "select.fold_update", "select.fold_update_steps"),
+        *("retrain.labeled_share", "retrain.prior_swap", "retrain.num_passes"),
+        *("select.fold_update", "select.fold_update_steps"),
         "train.engine",
     },
-    "crossfit": {"select.method", "train.engine"},
+    "crossfit": {"select.trains_policy", "train.engine"},
+    "select": {"train.engine"},
     # Part of the checkpoint names, but of no stage output.
     **{name: {"select.folds", "train.engine"} for name in ("warmup", "retrain")},
 }
 """Parameters that a stage's functions read without an effect on its outputs."""
 
 
-DERIVED = {"select.candidate_names": {"select.method", "select.candidates"}}
+DERIVED = {
+    "select.candidate_names": {"select.method", "select.candidates"},
+    "select.trains_policy": {"select.method"},
+    "select.uses_sam": {"select.method", "select.candidates"},
+}
 """Properties of a section, and the parameters they derive from."""
 
 

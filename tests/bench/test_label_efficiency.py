@@ -344,7 +344,7 @@ def test_page_with_only_round_0_has_no_pseudo_labels() -> None:
         ["method", "round", "split", "labeled_fraction", "prior", "seed", "miou", "no_prior_miou", "commit"]
     ]
     rows = rows[rows["round"] == 0]
-    assert "| labels with priors (warm-up) | 45.0 (44.0 to 46.0) |" in page.summary_table(rows)
+    assert "| labels with priors (warmup) | 0 | 45.0 (44.0 to 46.0) |" in page.summary_table(rows)
     assert "pseudo_labels" not in page.page(rows)
 
 
@@ -354,14 +354,14 @@ def test_summary_compares_settings_by_their_first_round() -> None:
     rows += [row("reinforce", 1, 0, 99, split="test")]
     rows += [row("fully_supervised", 0, 0, 70, rate=1.0)]
     lines = page.summary_table(pd.DataFrame(rows)).split("\n")
-    assert lines[0] == f"| val mIoU | 5 %, {LLAVA} | 1 %, {LLAVA} |"
+    assert lines[0] == f"| val mIoU | round | 5 %, {LLAVA} | 1 %, {LLAVA} |"
     assert lines[2:] == [
-        "| prior alone |  |  |",
-        "| labels alone, no priors |  |  |",
-        "| labels with priors (warm-up) |  | 26.0 (26.0 to 26.0) |",
-        "| fixed rule (agreement, overlap) |  |  |",
-        "| **L2L** (reinforce) | 50.5 (50.0 to 51.0) | 51.0 (51.0 to 51.0) |",
-        "| all labels with priors | 70.0 (70.0 to 70.0) | 70.0 (70.0 to 70.0) |",
+        "| proposal, thresholded (prior) | 0 |  |  |",
+        "| supervised, no priors (supervised) | 0 |  |  |",
+        "| labels with priors (warmup) | 0 |  | 26.0 (26.0 to 26.0) |",
+        "| fixed rule (agreement overlap) | 1 |  |  |",
+        "| **L2L** (reinforce) | 1 | 50.5 (50.0 to 51.0) | 51.0 (51.0 to 51.0) |",
+        "| fully supervised, with priors (fully supervised) | 0 | 70.0 (70.0 to 70.0) | 70.0 (70.0 to 70.0) |",
     ]
 
 

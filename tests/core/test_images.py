@@ -122,7 +122,7 @@ def test_every_entry_point_reads_the_same_pixels_or_refuses_the_file(tmp_path, k
             assert pixels.shape == (found.height, found.width, 3) == (40, 50, 3)
             np.testing.assert_array_equal(ImageStore([str(path)], 50)[0].shape, (50, 50, 3))
             np.testing.assert_array_equal(seen_by_mllm(path), pixels)
-            assert pairs_of_paths([path], "cup").image == [found]
+            assert pairs_of_paths([path], "cup").images == [found]
         else:
             assert mode in ("LAB", "I", "F")
             assert "expected grey, palette, RGB or CMYK of 8 bits, or grey or RGB of 16 bits" in found

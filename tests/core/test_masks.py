@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from l2l_core.core.masks import (
+    cut_proposal,
     decode_rle,
     encode_rle,
     intersection_union_px,
@@ -307,3 +308,14 @@ def test_resizing_probabilities_preserves_their_range_and_mean():
     assert larger.max() <= prob.max()
     assert larger.mean() == pytest.approx(prob.mean(), abs=0.05)
     assert resize_prob(np.full((3, 5), 0.25, np.float32), 7, 2) == pytest.approx(0.25)
+
+
+def test_a_cut_proposal_covers_the_same_part_of_a_larger_image() -> None:
+    soft = np.zeros((4, 8), np.uint8)
+    soft[:2, 2:6] = 255  # upper half, middle half
+    mask = decode_rle(cut_proposal(soft, 40, 160), 40, 160)
+    expected = np.zeros((40, 160), bool)
+    expected[:20, 40:120] = True
+    assert (mask[:15] == expected[:15]).all()
+    assert (mask[:, 60:100] == expected[:, 60:100]).all()
+    assert not (mask & ~expected).any()  # bilinear interpolation rounds the two lower corners off

@@ -13,7 +13,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import EvaluateParams
 from l2l_core.core.masks import decode_rle, encode_rle
 from l2l_core.errors import ArtifactError, ConfigError
-from l2l_core.evaluation.evaluate import History, cut_proposal, evaluate, evaluated_sentences, read_history
+from l2l_core.evaluation.evaluate import History, evaluate, evaluated_sentences, read_history
 from stages.evaluate import dataset_version, main
 
 HEIGHT, WIDTH = 4, 10
@@ -225,17 +225,6 @@ def test_reports_only_coverage_for_pseudo_labels_without_truth() -> None:
     assert {name for name in result.metrics if name.startswith("pseudo")} == {"pseudo_round_1_coverage"}
     assert result.curves["coverage/round_1"].empty
     assert result.curves["reliability/round_1"].empty
-
-
-def test_a_cut_proposal_covers_the_same_part_of_a_larger_image() -> None:
-    soft = np.zeros((4, 8), np.uint8)
-    soft[:2, 2:6] = 255  # upper half, middle half
-    mask = decode_rle(cut_proposal(soft, 40, 160), 40, 160)
-    expected = np.zeros((40, 160), bool)
-    expected[:20, 40:120] = True
-    assert (mask[:15] == expected[:15]).all()
-    assert (mask[:, 60:100] == expected[:, 60:100]).all()
-    assert not (mask & ~expected).any()  # bilinear interpolation rounds the two lower corners off
 
 
 def test_stage_metrics_match_decoded_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

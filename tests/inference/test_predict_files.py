@@ -12,6 +12,7 @@ import yaml
 from called import call
 from PIL import Image
 from synthetic_run import write_run
+from tiny_detectors import save_tiny_owlv2
 from torch import nn
 from toy_pairs import MODEL, toy_params
 
@@ -120,8 +121,8 @@ def test_single_and_batched_pairs_give_the_evaluated_mask(run, with_prior):
     def masks(keys):
         files = inspect_images([run / image for image, _ in keys], 1)
         requested = predict_files.PairList(files, [sentence for _, sentence in keys])
-        prior_tables = predict_files.find_priors(requested, PARAMS) if with_prior else None
-        return predict_files.answer(predictor, requested, prior_tables, 32)
+        prior_tables = predict_files.get_priors(requested, PARAMS) if with_prior else None
+        return predict_files.predict_masks(predictor, requested, prior_tables, 32)
 
     together = masks(list(expected))
     assert all(map(alike, together.rle, expected.values()))
@@ -141,7 +142,7 @@ def test_finds_a_prior_by_image_bytes_and_sentence(run):
     requested = predict_files.PairList(files, [sentence, sentence, sentence + " there"])
     prior_tables = predict_files.recorded_priors(requested)
     assert np.isin(prior_tables.sent_id, prior_tables.proposals["sent_id"].to_numpy()).tolist() == [True, False, False]
-    predicted = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
+    predicted = predict_files.predict_masks(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
     assert alike(predicted.rle[0], rle)
     assert predicted.with_prior.tolist() == [True, False, False]
 
@@ -392,7 +393,7 @@ def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch
     requested = predict_files.pairs_of_file(run / "own/pairs.jsonl")
     backend = make_backend(params.priors, records.INDEX)
     prior_tables = predict_files.live_priors(requested, params, lambda questions: query_table(backend, questions))
-    predicted = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
+    predicted = predict_files.predict_masks(Predictor.from_pretrained(MODEL_FOLDER), requested, prior_tables)
     assert all(alike(*both, *size) for *both, size in zip(predicted.rle, masks, sizes, strict=True))
     assert predicted.pairs.sentence == pairs.sentence
     assert predicted.pairs.prior_text == pairs.prior_text
@@ -401,7 +402,7 @@ def test_live_priors_give_the_same_result_as_the_pipeline(live, run, monkeypatch
         np.testing.assert_array_equal(getattr(predicted.pairs, name), getattr(pairs, name), err_msg=name)
     assert np.isin(predicted.pairs.proposal_score > 0, [True, False]).all()
 
-    without = predict_files.answer(Predictor.from_pretrained(MODEL_FOLDER), requested, None)
+    without = predict_files.predict_masks(Predictor.from_pretrained(MODEL_FOLDER), requested, None)
     assert [alike(*both, *size) for *both, size in zip(masks, without.rle, sizes, strict=True)] == [
         False,
         False,
@@ -428,6 +429,21 @@ def test_queries_each_pair_once_and_independently_of_other_pairs(live, run):
     live.bodies.clear()
     prior_tables((1, "dot"))
     assert {json.dumps(body, sort_keys=True) for body in live.bodies} < together
+
+
+def test_a_detector_finds_the_priors_of_new_images(live, run, monkeypatch):
+    """The same priors as its backend gives to a dataset of these images, for every sample."""
+    model = save_tiny_owlv2(run / "tiny-owl")
+    params = live_params(run, backend="detector", model=str(model), precision="fp32")
+    pairs, masks = through_the_pipeline(params, run / "ingested")
+    assert pairs.has_box.all()
+    assert call(monkeypatch, "predict", "--pairs", "own/pairs.jsonl", "--with-priors") == 0
+    lines = lines_of(run / "predictions")
+    assert all(line["with_prior"] for line in lines)
+    for line, mask in zip(lines, masks, strict=True):
+        size = line["height"], line["width"]
+        assert alike(segmentation_to_rle(line["segmentation"], *size), mask, *size)
+    assert not live.bodies
 
 
 def test_recorded_backends_send_no_queries(live, run, monkeypatch):

@@ -69,10 +69,10 @@ def session(run: Path) -> serve.DemoSession:
 def expected_mask(image: str, sentence: str, *, with_priors: bool) -> np.ndarray:
     """The mask that `predict` writes."""
     requested = predict_files.pairs_of_paths([Path(image)], sentence)
-    prior_tables = predict_files.find_priors(requested, PARAMS) if with_priors else None
+    prior_tables = predict_files.get_priors(requested, PARAMS) if with_priors else None
     predictor = Predictor.from_pretrained(records.round_folder(0) / "model")
-    (rle,) = predict_files.answer(predictor, requested, prior_tables).rle
-    mask = decode_rle(rle, requested.image[0].height, requested.image[0].width)
+    (rle,) = predict_files.predict_masks(predictor, requested, prior_tables).rle
+    mask = decode_rle(rle, requested.images[0].height, requested.images[0].width)
     assert 0 < mask.mean() < 1
     return mask
 
@@ -132,7 +132,7 @@ def test_renders_the_mask_of_a_live_backend(session: serve.DemoSession) -> None:
 
     requested = predict_files.pairs_of_paths([Path("own.png")], "the dot")
     found = predict_files.live_priors(requested, PARAMS, partial(query_table, Segmenting()))
-    predicted = predict_files.answer(session.predictor, requested, found)
+    predicted = predict_files.predict_masks(session.predictor, requested, found)
     assert predicted.pairs.has_box.all()
     assert predicted.pairs.box.tolist() == [[0, 0, 0.5, 1]]
     assert predicted.with_prior.all()

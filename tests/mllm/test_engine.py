@@ -17,7 +17,7 @@ from prior_tables import BOX_2, prior_params
 from transformers import CLIPImageProcessorPil
 
 from l2l_core.errors import InputError
-from l2l_core.mllm import engine
+from l2l_core.mllm import image_backend
 from l2l_core.mllm.backend import Question
 from l2l_core.mllm.coords import CoordSpace, sent_hw
 from l2l_core.mllm.engine import Completion, MllmBackend, Request, request_seed
@@ -258,7 +258,7 @@ def test_prefetching_does_not_change_the_responses(tmp_path: Path) -> None:
 def test_prefetching_stays_within_its_memory_budget(
     tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "AHEAD_BYTES", 2 * 3 * 48 * 64)
+    monkeypatch.setattr(image_backend, "AHEAD_BYTES", 2 * 3 * 48 * 64)
     mllm = backend(Scripted())
     mllm.query(about_images(tmp_path, 0), about_images(tmp_path, 1, 2, 3, 4))
     mllm._images._threads.shutdown(wait=True)

@@ -191,7 +191,7 @@ def test_refuses_a_model_of_unknown_family_before_loading_it(tmp_path: Path, bac
         make_backend(params, records.IndexPaths())
 
 
-@pytest.mark.parametrize("backend", ["transformers", "openai", "vllm"])
+@pytest.mark.parametrize("backend", ["transformers", "openai", "vllm", "detector"])
 def test_real_backends_require_a_model_name(backend: str) -> None:
     with pytest.raises(ValueError, match=rf"model: got None, .* because backend is {backend}"):
         prior_params(backend=backend)
@@ -291,6 +291,7 @@ def test_multiple_processes_give_the_same_bytes(tmp_path: Path, workers: int) ->
         ("transformers", "cpu", SMALL_BYTES + 1, "4", 1),  # each process would hold a copy of the weights
         ("transformers", "cuda", 1000, "4", 1),
         ("openai", "cpu", 1000, "4", 1),  # the server does the work
+        ("detector", "cpu", 1000, "4", 4),
     ],
 )
 def test_auto_uses_one_process_per_core_only_for_a_small_model_on_a_cpu(
@@ -354,7 +355,7 @@ def test_a_killed_worker_is_reported_in_one_line_and_keeps_stored_chunks(tmp_pat
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+@pytest.mark.parametrize("backend", ["transformers", "vllm", "detector"])
 def test_refuses_more_processes_than_the_gpus_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:

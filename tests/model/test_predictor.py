@@ -41,7 +41,7 @@ class Stub(nn.Module):
         self.asked: list[Batch] = []
         self.encoded: list[Tensor] = []
 
-    ask = Segmenter.ask
+    predict_logits = Segmenter.predict_logits
 
     def tokenize(self, batch: Batch) -> dict[str, Tensor]:
         return {}
@@ -76,7 +76,7 @@ class Echo(nn.Module):
         super().__init__()
         self.passes = passes
 
-    ask = Segmenter.ask
+    predict_logits = Segmenter.predict_logits
 
     def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:
         seen = F.interpolate(batch.proposal, batch.image.shape[-2:], mode="nearest")
@@ -89,7 +89,7 @@ def test_each_pass_uses_the_previous_mask_as_its_proposal(pairs, passes):
     batch = toy_batches(pairs)(np.arange(5))
     batch = replace(batch, proposal=batch.proposal.clamp(0.02, 0.9))
     given = batch.proposal.clone()
-    found = Echo(passes).ask(Pyramid([], batch.image, batch.image), batch, {})
+    found = Echo(passes).predict_logits(Pyramid([], batch.image, batch.image), batch, {})
     expected = F.interpolate(torch.logit(given) + passes, batch.image.shape[-2:], mode="nearest")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(batch.proposal, given)
@@ -340,6 +340,7 @@ def test_warning_about_emulated_precision_names_the_model_config(pairs, tmp_path
 
 
 CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
+BY_SAM = {"renderer": "sam", "model": "a"}
 
 
 @pytest.mark.parametrize(
@@ -351,6 +352,9 @@ CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
         (CUT, CUT | {"core": 0.0}, "core: got 0.0, but the model was trained with 0.35"),
         (CUT, CUT | {"renderer": "box"}, "renderer: got box, but the model was trained with grabcut"),
         ({"ring": 0.5}, {"ring": 0.1}, None),  # boxes are not cut
+        (CUT, CUT | {"model": "a"}, None),  # GrabCut needs no model
+        (BY_SAM, BY_SAM | {"ring": 0.9}, None),
+        (BY_SAM, BY_SAM | {"model": "b"}, "model: got b, but the model was trained with a"),
     ],
 )
 def test_recorded_proposals_must_match_the_rendering_of_the_model(pairs, tmp_path, monkeypatch, mine, recorded, named):

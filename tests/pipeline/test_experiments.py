@@ -48,7 +48,8 @@ def test_second_run_executes_nothing(project):
 
 def test_git_tracks_metrics_but_no_artifacts(project):
     tracked = project.out("git", "ls-files", "data", "metrics", "plots", "report").split()
-    assert sorted(tracked) == ["data/dvc.lock", "data/dvc.yaml", "metrics/evaluate.json", "metrics/priors.json"]
+    metrics = [f"metrics/{stage}.json" for stage in ("evaluate", "priors", "proposals")]
+    assert sorted(tracked) == ["data/dvc.lock", "data/dvc.yaml", *metrics]
 
 
 def test_adding_a_round_runs_only_that_round_and_removing_it_uses_the_cache(project):
@@ -101,9 +102,20 @@ def test_fixed_rules_train_no_fold_teachers(first_run, tmp_path):
         assert project.read(f"data/rounds/1/{weights}") == project.read(f"data/rounds/0/{weights}")
 
 
-def test_changing_the_label_budget_keeps_data_and_priors(project):
+def test_changing_the_label_budget_keeps_data_and_responses(project):
+    """`priors` runs again, to score the stored responses on the new labels."""
+    before = json.loads(project.read("metrics/priors.json"))
     ran = project.stages_run("dvc", "exp", "run", "-S", "split.labeled_fraction=0.4", "-S", "round=0")
-    assert sorted(ran) == sorted(["check", "split", "proposals", "warmup", "predict", *LAST])
+    assert sorted(ran) == sorted(["check", "split", "priors", "proposals", "warmup", "predict", *LAST])
+    difference = json.loads(project.out("dvc", "metrics", "diff", "--json", "HEAD"))
+    scores = difference["metrics/priors.json"]
+    assert scores["labeled"]["old"] == before["labeled"] < scores["labeled"]["new"]
+    assert scores["box_miou"]["old"] == before["box_miou"]
+    assert "miou" in difference["metrics/proposals.json"]
+
+
+def test_allowing_any_coordinates_does_not_query_again(project):
+    assert project.stages_run("dvc", "exp", "run", "-S", "priors.check_coords=false") == ["priors"]
 
 
 def test_parser_change_reparses_cached_responses_without_new_queries(project):

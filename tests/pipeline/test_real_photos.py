@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("photos")]
 FEW_STEPS = {
     "train": {"batch_size": 4, "log_every": 2, "engine": {"device": "cpu"}},
     "warmup": {"steps": 4},
-    "select": {"fold_steps": 2, "policy": "all"},  # in so few steps `reinforce` learns to reject every label
+    "select": {"fold_steps": 2, "method": "all"},  # in so few steps `reinforce` learns to reject every label
     "retrain": {"steps": 4},
 }
 

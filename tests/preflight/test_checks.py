@@ -17,6 +17,8 @@ import pytest
 import torch
 import yaml
 from called import call
+from tiny_detectors import save_tiny_owlv2
+from tiny_sam import save_tiny_sam
 
 from bench.params import merged
 from l2l_core.config import load_params
@@ -236,7 +238,27 @@ WRONG = {
         lambda: change({"priors": {"backend": "vllm", "model": "Qwen/Qwen3-VL-8B"}}),
         ["params.yaml: priors.backend: got 'vllm', which needs vllm: set priors.engine.python to the Python of"],
     ),
+    "no detector": (
+        lambda: spoiled_detector("config.json", '{"model_type": "llava"}'),
+        ["params.yaml: priors.model: got 'my-owl', a model of type 'llava', expected a detector of type grounding-"],
+    ),
+    "no weights": (
+        lambda: spoiled_detector("model.safetensors"),
+        ["params.yaml: priors.model: got 'my-owl', a folder without *.safetensors or *.bin"],
+    ),
+    "no processor": (
+        lambda: spoiled_detector("processor_config.json"),
+        ["params.yaml: priors.model: got 'my-owl', expected a hub id (needs a network or a local copy) or a folder w"],
+    ),
 }
+
+
+def spoiled_detector(name: str, content: str | None = None) -> None:
+    """Name a detector of which one file is missing, or holds something else."""
+    change({"priors": {"backend": "detector", "model": str(save_tiny_owlv2(Path("my-owl")))}})
+    Path("my-owl", name).unlink()
+    if content is not None:
+        Path("my-owl", name).write_text(content)
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -245,6 +267,7 @@ def test_refuses_invalid_projects(project, monkeypatch, capsys, case):
     if case == "no vLLM":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     make()
+    capsys.readouterr()  # saving a model shows progress
     (found,) = problems(monkeypatch, capsys)
     for word in words:
         assert word in found
@@ -339,6 +362,17 @@ def test_accepts_a_folder_or_a_hub_id_as_prior_model(project, monkeypatch, capsy
     Path("qwen3-vl").mkdir()
     change({"priors": {"model": "qwen3-vl"}})
     assert "transformers: qwen3-vl; cpu (" in checked(monkeypatch, capsys, "--no-timing")
+
+
+def test_accepts_a_detector_and_ignores_the_settings_of_prompts(project, monkeypatch, capsys):
+    model = save_tiny_owlv2(Path("my-owl"))
+    monkeypatch.setattr(socket.socket, "connect", None)
+    no_prompt = {"prompt": "point-1", "structured_output": True, "coord_space": "norm1000", "retries": 5}
+    change({"priors": {"backend": "detector", "model": "google/owlv2-base-patch16-ensemble", **no_prompt}})
+    said = checked(monkeypatch, capsys, "--no-timing")
+    assert "detector: google/owlv2-base-patch16-ensemble (hub id, not on this machine" in said
+    change({"priors": {"model": str(model)}})
+    assert "detector: my-owl; cpu (" in checked(monkeypatch, capsys, "--no-timing")
 
 
 # --- a server
@@ -468,3 +502,52 @@ def test_make_demo_reports_a_missing_repository_before_installing(tmp_path):
     (tmp_path / ".dvc" / "config.local").unlink()
     (tmp_path / "below").mkdir()
     subprocess.run(["make", "-f", "../Makefile", "repository"], cwd=tmp_path / "below", check=True)
+
+
+# --- SAM
+
+
+def use_sam(model: str) -> None:
+    change({"proposals": {"renderer": "sam", "model": model}})
+
+
+def test_names_the_sam_model_and_estimates_its_stages(project, monkeypatch, capsys):
+    save_tiny_sam(Path("models/sam"), "sam")
+    use_sam("models/sam")
+    said = checked(monkeypatch, capsys)
+    line, row = (line for line in said.splitlines() if line.startswith("proposals "))
+    assert line.startswith("proposals   sam; SAM: models/sam, SamModel; cpu")
+    assert row.split()[1] != "-"
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("models/empty", "config.json"), ("models/no-weights", "safetensors"), ("models/bert", "model_type is bert")],
+)
+def test_a_sam_model_that_cannot_be_used_is_reported(project, monkeypatch, capsys, model, reason):
+    Path("models/empty").mkdir(parents=True)
+    (save_tiny_sam(Path("models/no-weights"), "sam") / "model.safetensors").unlink()
+    Path("models/bert").mkdir()
+    Path("models/bert/config.json").write_text('{"model_type": "bert"}')
+    use_sam(model)
+    capsys.readouterr()  # the progress bar of saving
+    (problem,) = problems(monkeypatch, capsys)
+    assert problem.startswith(f"params.yaml: proposals.model: got '{model}', expected a hub id")
+    assert reason in problem
+
+
+def test_a_sam_model_on_the_hub_is_not_fetched(project, monkeypatch, capsys):
+    """Its times are unknown; the other stages' are not."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    use_sam("facebook/sam-vit-base")
+    said = checked(monkeypatch, capsys, "--no-timing")
+    assert "sam; SAM: facebook/sam-vit-base (hub id, not on this machine: fetched when it is first needed)" in said
+
+
+def test_sam_needs_a_model(project, monkeypatch, capsys):
+    change({"proposals": {"renderer": "sam"}})
+    (problem,) = problems(monkeypatch, capsys)
+    assert problem.startswith(
+        "params.yaml: proposals.model: got None, expected a hub id or folder of a model of the SAM"
+    )
+    assert problem.endswith("because renderer is sam")

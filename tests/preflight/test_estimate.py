@@ -1,6 +1,8 @@
 """Planned stages, and time, memory and size estimates against hand-computed values."""
 
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def test_lists_the_stages_that_dvc_would_run(tmp_path, monkeypatch, number, data
 def seconds(number: int = 2, **sections: dict[str, object]) -> dict[str, float | None]:
     settings = {
         "warmup": {"steps": 400},
-        "retrain": {"steps": 800, "passes": 2, "labeled_share": 0.25},
+        "retrain": {"steps": 800, "num_passes": 2, "labeled_share": 0.25},
         "evaluate": {"batch_size": 64},
         "train": {"batch_size": 32},
     }
@@ -107,6 +109,43 @@ def test_fit_renders_the_labeled_sentences_for_every_tried_value():
     fixed = {"renderer": "grabcut", "ring": "fit", "core": "fit"}
     labeled = min(200, COUNTS.labeled)
     assert seconds(proposals=fixed)["proposals"] == pytest.approx(1 + (1000 + labeled * 10) * 0.01 + 460 * 0.5)
+
+
+SAM_COSTS = replace(COSTS, sam_image_s=2.0, sam_prompt_s=0.3)
+
+
+def test_sam_renders_every_sample_and_encodes_every_image_once(monkeypatch):
+    """1,000 sentences with two samples about 460 images; a stage with PyTorch starts in 5 s."""
+    by_sam = {"proposals": {"renderer": "sam", "model": "m"}, "priors": {"samples": 2}}
+    assert seconds(**by_sam)["proposals"] is None  # not measured
+    monkeypatch.setattr(sys.modules[__name__], "COSTS", SAM_COSTS)
+    assert seconds(**by_sam)["proposals"] == pytest.approx(5 + 460 * 2.0 + 2000 * 0.3)
+
+
+def test_select_estimate_includes_sam_if_it_is_used(monkeypatch):
+    """A prompt for each of 850 sentences; semires prompts each of 400 unlabeled images with 32 x 32 points."""
+    plain = seconds(select=SELECT)["select@1"]
+    with_sam = SELECT | {"candidates": ["teacher", "sam"]}
+    assert seconds(select=with_sam, proposals={"model": "m"})["select@1"] is None
+    monkeypatch.setattr(sys.modules[__name__], "COSTS", SAM_COSTS)
+    assert seconds(select=SELECT, proposals={"model": "m"})["select@1"] == plain
+    found = seconds(select=with_sam, proposals={"model": "m"})["select@1"]
+    assert found == pytest.approx(plain + 420 * 2.0 + 850 * 0.3)
+    semires = SELECT | {"method": "semires"}
+    plain = seconds(select=semires)["select@1"]
+    found = seconds(select=semires, proposals={"model": "m"})["select@1"]
+    assert found == pytest.approx(plain + 400 * 2.0 + 400 * 1024 * 0.3)
+
+
+def test_memory_estimates_include_sam():
+    needs = replace(NEEDS, sam=7_000, sam_gpu=80_000)
+    without, by_sam = (
+        memory(needs=needs, proposals={"size_px": 10, **changes}, select=SELECT | {"candidates": ["teacher", "sam"]})
+        for changes in ({}, {"renderer": "sam", "model": "m"})
+    )
+    assert by_sam["proposals"] == (without["proposals"][0] - 100 + 500 + 7_000, 80_000)
+    plain = memory(needs=needs)["select@1"]
+    assert by_sam["select@1"] == (plain[0] + 7_000, plain[1] + 80_000)
 
 
 NEEDS = Needs(

@@ -5,12 +5,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from tiny_sam import save_tiny_sam
 from toy_pairs import toy_network, toy_pairs, toy_params
 
 from l2l_core.data import pairs
 from l2l_core.errors import ConfigError
 from l2l_core.preflight import measure as measuring
 from l2l_core.preflight.measure import TRAINING_STEPS, Sample, measure
+from l2l_core.priors.sam import Sam
 
 PAIRS = 4
 MIB = 1 << 20
@@ -108,6 +110,26 @@ def test_measures_the_policy_and_grabcut_if_they_are_used(sample):
     costs, _ = measure(params, toy_network(sample.pairs), sample, 0, 0)
     assert 0 < costs.policy_step_s < 2
     assert 0 < costs.proposal_s < 2
+
+
+def test_measures_sam_on_one_image(sample, tmp_path, monkeypatch):
+    """An encoder that takes 0.3 s for an image, and eight prompts that take 0.4 s together."""
+    encode, segment = Sam.encode, Sam.segment
+    monkeypatch.setattr(Sam, "encode", lambda *args: (time.sleep(0.3), encode(*args))[1])
+    monkeypatch.setattr(Sam, "segment", lambda *args: (time.sleep(0.4), segment(*args))[1])
+    folder = str(save_tiny_sam(tmp_path / "sam", "sam"))
+    params = toy_params(
+        proposals={"size_px": 16, "renderer": "sam", "model": folder},
+        select={"method": "reinforce", "candidates": ["teacher", "sam"]},
+    )
+    costs, needs = measure(params, toy_network(sample.pairs), sample, 0, 0, folder)
+    assert 0.3 <= costs.sam_image_s < 3
+    assert 0.05 <= costs.sam_prompt_s < 0.5
+    assert costs.proposal_s == 0
+    assert needs.sam > 0
+    assert needs.sam_gpu is None
+    costs, needs = measure(toy_params(proposals={"size_px": 16}), toy_network(sample.pairs), sample, 0, 0)
+    assert costs.sam_image_s is costs.sam_prompt_s is None
 
 
 def test_stops_early_on_a_slow_network(sample, monkeypatch):

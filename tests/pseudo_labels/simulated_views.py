@@ -90,6 +90,7 @@ def simulated_views(count: int, seed: int, side: int = 32, first_id: int = 0) ->
         prob_no_prior=view(0.0),
         proposal=proposal,
         proposal_score=np.where(has_prior, 1.0, 0.0).astype(np.float32),
+        predicted_iou=np.zeros(count, dtype=np.float32),
         words=rng.integers(1, 10, count),
     )
     return views, truth

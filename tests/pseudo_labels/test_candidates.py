@@ -33,7 +33,9 @@ def iou(first, second):
 
 def views_of(image, prob, flipped, no_prior, proposal):
     maps = [np.asarray(values, dtype=np.float32)[None] for values in (prob, flipped, no_prior, proposal)]
-    return Views(np.array([1]), image[None], *maps, np.ones(1, dtype=np.float32), np.array([3]))
+    return Views(
+        np.array([1]), image[None], *maps, np.ones(1, dtype=np.float32), np.zeros(1, dtype=np.float32), np.array([3])
+    )
 
 
 def test_sharpen_fits_a_rough_mask_to_its_object(scene):
@@ -73,23 +75,32 @@ def test_candidates_match_hand_computed_masks(scene):
     image, red, _ = scene
     rough_red, rough_blue = disc(42, 31, 12), disc(61, 69, 11)
     views = views_of(image, 0.9 * rough_red, 0.2 * rough_red, 0.9 * (rough_red | rough_blue), 0.8 * rough_blue)
-    made = dict(zip(CANDIDATES, build_candidates(views, CANDIDATES)[0], strict=True))
+    by_sam = disc(20, 20, 5)
+    made = dict(zip(CANDIDATES, build_candidates(views, CANDIDATES, by_sam[None])[0], strict=True))
     np.testing.assert_array_equal(made["teacher"], rough_red)
     np.testing.assert_array_equal(made["ensemble"], rough_red)  # (0.9 + 0.2 + 0.9) / 3 on red, 0.3 on blue
     assert iou(made["sharpened"], red) > 0.95
     np.testing.assert_array_equal(made["prior"], rough_blue)
     assert not made["overlap"].any()
     np.testing.assert_array_equal(made["union"], made["sharpened"] | made["prior"])
+    np.testing.assert_array_equal(made["sam"], by_sam)
 
 
-@pytest.mark.parametrize("names", [("teacher",), ("union", "prior"), ("overlap",)])
+@pytest.mark.parametrize("names", [("teacher",), ("union", "prior"), ("overlap",), ("prior", "sam")])
 def test_candidates_follow_the_requested_order(names):
     views, _ = simulated_views(6, seed=0)
-    everything = build_candidates(views, CANDIDATES)
+    by_sam = np.random.default_rng(0).random((6, 32, 32)) > 0.5
+    everything = build_candidates(views, CANDIDATES, by_sam)
     expected = everything[:, [CANDIDATES.index(name) for name in names]]
-    np.testing.assert_array_equal(build_candidates(views, names), expected)
+    np.testing.assert_array_equal(build_candidates(views, names, by_sam), expected)
     assert everything.shape == (6, len(CANDIDATES), 32, 32)
     assert everything.dtype == bool
+
+
+def test_the_candidate_sam_needs_its_masks():
+    views, _ = simulated_views(2, seed=0)
+    with pytest.raises(ValueError, match="needs SAM's masks"):
+        build_candidates(views, ("teacher", "sam"))
 
 
 def test_candidates_do_not_depend_on_the_thread_count():

@@ -14,12 +14,12 @@ from l2l_core.pseudo_labels.features import (
     CANDIDATES,
     CELL_FEATURES,
     SENTENCE_FEATURES,
-    agreement,
     compute_features,
     concatenate,
     confident_pixels,
+    confusion_against_votes,
     expand_cells,
-    label_and_surroundings,
+    mask_and_surroundings,
     score_candidates,
     soft_iou,
     to_cells,
@@ -38,6 +38,7 @@ def one_view(prob, flipped, no_prior, proposal, score=0.7, words=3):
         prob_no_prior=as_map(no_prior),
         proposal=as_map(proposal),
         proposal_score=np.array([score], dtype=np.float32),
+        predicted_iou=np.array([0.6], dtype=np.float32),
         words=np.array([words]),
     )
 
@@ -105,6 +106,8 @@ def test_sentence_features_match_hand_computed_values(described):
         "size": 0.5,
         "compactness": 1.0,  # a square: 4 * 2 / 8 pixels
         "proposal_score": 0.7,
+        "predicted_iou": 0.6,
+        "sam_iou": 0.0,  # SAM built no candidate
         "has_prior": 1.0,
         "words": np.log(4),
         # the only candidate is the teacher's label, which agrees with itself
@@ -211,17 +214,17 @@ def test_the_iou_of_two_empty_masks_is_zero():
 def test_agreement_treats_the_votes_as_the_truth(described):
     """Top left: labeled, and all three vote for it. Top right: not labeled, but two of three vote for it."""
     expected = [[[1, 0, 0, 0], [0, 0, 1 / 3, 2 / 3]], [[0, 0, 1, 0], [0, 0, 1, 0]]]
-    np.testing.assert_allclose(agreement(described.cells)[0, 0], expected, atol=1e-3)
+    np.testing.assert_allclose(confusion_against_votes(described.cells)[0, 0], expected, atol=1e-3)
 
 
 def test_agreement_with_unanimous_true_masks_equals_the_scores():
-    """If all three other views equal the true mask, the agreement must equal the scores against the truth."""
+    """If all three other views equal the true mask, the fractions must equal those against the truth."""
     views, truth = simulated_views(12, seed=6)
     unanimous = replace(
         views, **{name: truth.astype(np.float32) for name in ("prob_flipped", "prob_no_prior", "proposal")}
     )
     truth = judged(views, truth, 12)
-    np.testing.assert_allclose(agreement(described_views(unanimous, 12).cells), truth.cells, atol=2e-3)
+    np.testing.assert_allclose(confusion_against_votes(described_views(unanimous, 12).cells), truth.cells, atol=2e-3)
 
 
 def test_features_identify_and_compare_candidates():
@@ -263,7 +266,7 @@ def test_surroundings_equal_a_dilation():
     label = (views.prob > 0.5).astype(np.float32)
     square = np.ones((5, 5), dtype=np.uint8)  # 32 / 16 = 2 pixels to each side
     expected = [cv2.dilate(mask, square, borderType=cv2.BORDER_CONSTANT, borderValue=0) for mask in label]
-    np.testing.assert_array_equal(label_and_surroundings(label), expected)
+    np.testing.assert_array_equal(mask_and_surroundings(label), expected)
 
 
 def test_soft_iou_of_binary_maps_equals_the_iou():

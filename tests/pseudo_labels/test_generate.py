@@ -10,19 +10,21 @@ from toy_pairs import toy_params
 from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.masks import decode_rle, encode_rle, resize_mask
-from l2l_core.data.load import sentences_of
+from l2l_core.data.load import batches_of, labeled_targets, pairs_of, sentences_of
 from l2l_core.data.pairs import BatchMaker
 from l2l_core.data.views import Views
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.pseudo_labels import generate
-from l2l_core.pseudo_labels.features import Candidates
+from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates
 from l2l_core.pseudo_labels.generate import (
     Labels,
     label_unlabeled,
     pseudo_label_table,
+    score_labeled,
     score_out_of_fold,
     score_unlabeled,
 )
+from l2l_core.pseudo_labels.sam_masks import Match, Refined
 from l2l_core.pseudo_labels.select import Selection, select_labels
 
 HEIGHT, WIDTH, GRID = 48, 64, 4
@@ -76,7 +78,7 @@ class Oracle:
             prob = np.where(np.stack(truth), 0.95, 0.2).astype(np.float32)
             score = np.ones(len(some), np.float32)
             image = np.zeros((*prob.shape, 3), np.uint8)
-            yield rows, Views(some, image, prob, prob, prob, prob, score, np.full(len(some), 4))
+            yield rows, Views(some, image, prob, prob, prob, prob, score, 0 * score, np.full(len(some), 4))
 
 
 class Doubtful(Oracle):
@@ -184,6 +186,67 @@ def test_semires_stores_a_weight_for_each_pixel(run):
         assert weight.shape == (24 * 24,)
         assert weight.max() == 215
         assert np.median(weight) == 126
+
+
+class MatchingSam:
+    """Matches every second label, with the upper half of the image; refines each to the left half."""
+
+    def match(self, rows, label):
+        upper = np.zeros(label.shape[1:], dtype=bool)
+        upper[: len(upper) // 2] = True
+        full = encode_rle(np.arange(HEIGHT)[:, None].repeat(WIDTH, 1) < HEIGHT // 2)
+        return [Match(upper, full) if row % 2 else None for row in rows.tolist()]
+
+    def refine(self, rows, prob):
+        left = np.zeros(prob.shape, dtype=bool)
+        left[..., : prob.shape[-1] // 2] = True
+        return Refined(left, np.full(len(rows), 0.75, np.float32))
+
+
+def test_semires_takes_matching_masks_of_sam_and_weighs_only_the_others(run, monkeypatch):
+    params = params_of("semires")
+    plain, _ = labels_and_candidates(params)
+    monkeypatch.setattr(generate, "sam_masks_of", lambda params, pairs: MatchingSam())
+    labels, seen = labels_and_candidates(params)
+    count = len(labels.pairs)
+    rows = pseudo_label_table(params, 1, labels, seen, selection(count, list(range(count)))).to_pylist()
+    for number, row in enumerate(rows):
+        mask, weight = decode_rle(row["rle_counts"], HEIGHT, WIDTH), np.frombuffer(row["weight"], np.uint8)
+        if number % 2:
+            assert row["candidate"] == "sam"
+            assert mask[: HEIGHT // 2].all()
+            assert not mask[HEIGHT // 2 :].any()
+            assert (weight == 255).all()
+        else:
+            assert row["candidate"] == "teacher"
+            assert row["rle_counts"] == plain.candidates[number][0]
+            assert row["weight"] == plain.weight[number]
+    size = seen.sentence[:, 0, SENTENCE_FEATURES.index("size")]
+    np.testing.assert_allclose(size[1::2], 0.5**0.5, atol=1e-3)  # features describe the label that is taken
+
+
+def test_sams_mask_is_a_candidate_with_its_own_estimate(run, monkeypatch):
+    """In labels, and in the scores of labeled sentences."""
+    monkeypatch.setattr(generate, "sam_masks_of", lambda params, pairs: MatchingSam())
+    params = params_of(candidates=["teacher", "sam"])
+    labels, seen = labels_and_candidates(params)
+    for made in labels.candidates:
+        mask = decode_rle(made[1], HEIGHT, WIDTH)
+        assert mask[:, : WIDTH // 2].all()
+        assert not mask[:, WIDTH // 2 :].any()
+    column = {name: seen.sentence[..., SENTENCE_FEATURES.index(name)] for name in ("is_sam", "sam_iou", "is_teacher")}
+    assert (column["is_sam"] == [0, 1]).all()
+    assert (column["is_teacher"] == [1, 0]).all()
+    np.testing.assert_allclose(column["sam_iou"], 0.75)  # of the sentence: both candidates know it
+    count = len(labels.pairs)
+    made = replace(selection(count, list(range(count))), choice=np.ones(count, np.int64))
+    rows = pseudo_label_table(params, 1, labels, seen, made).to_pylist()
+    assert {row["candidate"] for row in rows} == {"sam"}
+    labeled = pairs_of(params, "labeled")
+    scored, truth = score_labeled(params, Oracle(), batches_of(params, labeled), labeled_targets(labeled), "test")
+    assert truth.iou.shape == (4, 2)
+    assert (truth.iou[:, 0] > truth.iou[:, 1]).all()  # the teacher is right, the left half is not
+    assert (scored.sentence[..., SENTENCE_FEATURES.index("sam_iou")] == 0.75).all()
 
 
 @pytest.mark.parametrize("policy", ["reinforce", "threshold", "all"])

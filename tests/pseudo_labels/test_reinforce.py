@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from l2l_core.config import load_params
 from l2l_core.pseudo_labels import reinforce
-from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, CandidateTruth, agreement
+from l2l_core.pseudo_labels.features import CELL_FEATURES, SENTENCE_FEATURES, CandidateTruth, confusion_against_votes
 from l2l_core.pseudo_labels.policy import Actor
 from l2l_core.pseudo_labels.reinforce import (
     CURVE_COLUMNS,
@@ -25,7 +25,7 @@ from l2l_core.pseudo_labels.select import select_labels
 
 GRID = 8
 PARAMS = load_params().select.model_copy(
-    update={"policy": "reinforce", "policy_steps": 200, "group_size": 64, "wrong_cost": 1.0}
+    update={"method": "reinforce", "policy_steps": 200, "group_size": 64, "wrong_cost": 1.0}
 )
 
 
@@ -69,14 +69,14 @@ def test_gradient_estimator_is_unbiased():
     choice_logits = torch.tensor([[0.3, -0.7]], dtype=torch.float64, requires_grad=True)
     keep_logits = torch.tensor([1.1, -0.2, 0.4, 0.9], dtype=torch.float64).reshape(1, 2, 1, 2).requires_grad_()
     right = [[[0.5, 0.1, 0.3, 0.1], [0.1, 0.3, 0.2, 0.4]], [[0.3, 0.0, 0.1, 0.2], [0.4, 0.1, 0.6, 0.0]]]
-    shares = torch.tensor(right, dtype=torch.float64)[:, None]  # [K, 1, 2, 4]
+    confusion = torch.tensor(right, dtype=torch.float64)[:, None]  # [K, 1, 2, 4]
     none = 2
     cells = [torch.tensor([[bits]], dtype=torch.float64) for bits in itertools.product((0.0, 1.0), repeat=2)]
     actions = [(none, torch.zeros(1, 1, 2, dtype=torch.float64))]
     actions += [(kind, kept) for kind in (0, 1) for kept in cells]
 
     def reward(kind, kept):
-        return torch.zeros((), dtype=torch.float64) if kind == none else utility(shares[kind], kept[0], 1.0)
+        return torch.zeros((), dtype=torch.float64) if kind == none else utility(confusion[kind], kept[0], 1.0)
 
     def probability(kind, kept):
         weights = torch.cat([choice_logits[0].exp(), torch.ones(1, dtype=torch.float64)])  # no candidate: exp(0)
@@ -92,10 +92,10 @@ def test_gradient_estimator_is_unbiased():
 
     estimate = [torch.zeros_like(gradient) for gradient in exact]
     for group in itertools.product(actions, repeat=2):
-        take = torch.tensor([[kind] for kind, _ in group])
+        choice = torch.tensor([[kind] for kind, _ in group])
         keep = torch.stack([kept for _, kept in group])
         rewards = torch.stack([reward(*action) for action in group])[:, None]
-        loss = policy_gradient_loss(choice_logits, keep_logits, take, keep, group_advantage(rewards))
+        loss = policy_gradient_loss(choice_logits, keep_logits, choice, keep, group_advantage(rewards))
         both = (probability(*group[0]) * probability(*group[1])).detach()
         for total, gradient in zip(estimate, torch.autograd.grad(loss, [choice_logits, keep_logits]), strict=True):
             total -= both * gradient
@@ -113,9 +113,9 @@ def test_advantage_compares_with_the_rest_of_the_group():
 def test_cells_of_rejected_candidates_get_no_gradient():
     """The first sentence takes no candidate, the other its second one."""
     keep_logits = torch.zeros(2, 2, 2, 2, requires_grad=True)
-    take = torch.tensor([[2, 1], [2, 1]])
+    choice = torch.tensor([[2, 1], [2, 1]])
     advantage = torch.tensor([[1.0, 1.0], [-3.0, -3.0]])
-    policy_gradient_loss(torch.zeros(2, 2), keep_logits, take, torch.ones(2, 2, 2, 2), advantage).backward()
+    policy_gradient_loss(torch.zeros(2, 2), keep_logits, choice, torch.ones(2, 2, 2, 2), advantage).backward()
     assert (keep_logits.grad[0] == 0).all()
     assert (keep_logits.grad[1, 0] == 0).all()
     assert (keep_logits.grad[1, 1] != 0).all()
@@ -143,7 +143,7 @@ def test_beats_fixed_rules_on_unseen_sentences(trained, held_out):
     right = truth.iou[:, 0] > 0.5
 
     def apply(rule):
-        return select_labels(PARAMS.model_copy(update={"policy": rule}), seen, trained.policy, truth)
+        return select_labels(PARAMS.model_copy(update={"method": rule}), seen, trained.policy, truth)
 
     rules = {rule: apply(rule) for rule in ("all", "none", "topk", "agreement", "ranksum", "reinforce")}
     worth = {rule: selection.reward.mean() for rule, selection in rules.items()}
@@ -323,8 +323,8 @@ def test_agreement_reliability_covers_all_candidates(labeled):
     """If agreement separates correct from wrong labels, its reliability is 1. A second candidate with equal
     agreement and inverted IoUs reduces it to 0."""
     seen, truth = labeled
-    shares = torch.from_numpy(agreement(seen.cells[:, 0]))
-    order = utility(shares, torch.ones(shares.shape[:-1]), PARAMS.wrong_cost).numpy().argsort().argsort()
+    confusion = torch.from_numpy(confusion_against_votes(seen.cells[:, 0]))
+    order = utility(confusion, torch.ones(confusion.shape[:-1]), PARAMS.wrong_cost).numpy().argsort().argsort()
     iou = (order / len(order)).astype(np.float32)[:, None]
     both = replace(seen, cells=np.concatenate([seen.cells] * 2, axis=1))
     cells = np.concatenate([truth.cells] * 2, axis=1)
@@ -361,7 +361,7 @@ def test_constant_features_get_no_noise(labeled, unlabeled, monkeypatch):
 
 def test_chooses_a_correct_candidate_and_rejects_sentences_without_one(labeled):
     """Each sentence has two candidates, each correct or wrong as a whole at random. `words` reveals which; all else
-    is equal. The policy must take a correct candidate if there is one, and none if both are wrong."""
+    is equal. The policy must choice a correct candidate if there is one, and none if both are wrong."""
     seen, _ = labeled
     right = np.random.default_rng(0).random((len(seen.sent_id), 2)) > 0.5
     share = seen.cells[..., CELL_FEATURES.index("label")].astype(np.float32)
@@ -426,11 +426,11 @@ def test_selects_the_noise_with_the_highest_out_of_fold_reward(labeled, unlabele
     seen, truth = labeled
     used, earned = [], {0.5: 1.0, 0.0: 2.0}
 
-    def improve(actor, candidates, *rest):
+    def train_actor(actor, candidates, *rest):
         used.append(rest[-2])
         return []
 
-    monkeypatch.setattr(reinforce, "_improve", improve)
+    monkeypatch.setattr(reinforce, "_train_actor", train_actor)
     monkeypatch.setattr(reinforce, "_expected_reward", lambda *_: earned[used[-1]])
     train_policy(seen, truth, unlabeled, PARAMS, seed=0)
     assert used == [0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0]

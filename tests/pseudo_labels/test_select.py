@@ -16,12 +16,12 @@ from l2l_core.pseudo_labels.policy import Actor, Policy
 from l2l_core.pseudo_labels.rules import best_fraction, mean_rank
 from l2l_core.pseudo_labels.select import select_labels
 
-RULES = get_args(SelectParams.model_fields["policy"].annotation)
+RULES = get_args(SelectParams.model_fields["method"].annotation)
 
 
 def params_of(rule, **changes):
     return load_params().select.model_copy(
-        update={"policy": rule, "keep_fraction": 0.4, "wrong_cost": 1.0, "unlabeled_weight": 0.2, **changes}
+        update={"method": rule, "keep_fraction": 0.4, "wrong_cost": 1.0, "unlabeled_weight": 0.2, **changes}
     )
 
 

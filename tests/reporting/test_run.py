@@ -79,7 +79,7 @@ def test_plans_the_stages_that_check_lists(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(ROOT)
     params = load_params()
     found = planned_stages([])
-    assert sorted(found) == sorted(stage_names(params, draws_refshapes=params.is_embedded))
+    assert sorted(found) == sorted(stage_names(params, draws_refshapes=params.uses_builtin_dataset))
     order = ["ingest", "split", "warmup", "select@1", "evaluate", "report"]
     assert [name for name in found if name in order] == order
     assert planned_stages(["split"]) == [name for name in found if name in ("refshapes", "ingest", "split")]
@@ -94,7 +94,7 @@ def test_every_stage_except_refshapes_has_an_estimate(tmp_path: Path, monkeypatc
     assert reference_seconds() == {}
     write_run(tmp_path, rounds=2)
     params = load_params()
-    names = set(stage_names(params, draws_refshapes=params.is_embedded)) - {"refshapes"}
+    names = set(stage_names(params, draws_refshapes=params.uses_builtin_dataset)) - {"refshapes"}
     assert {name for name, seconds in reference_seconds().items() if seconds} == names
 
 

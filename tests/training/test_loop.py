@@ -90,7 +90,7 @@ def test_refuses_a_batch_smaller_than_the_number_of_streams(toy):
 def test_refuses_a_single_sample_with_batch_norm(toy):
     """The last feature map of the tiny encoder has one pixel for these images."""
     with pytest.raises(
-        ConfigError, match=r"train\.batch_size, .*: a process computes one sample at once, but the image"
+        ConfigError, match=r"train\.batch_size, .*: a process computes one sample at a time, but the image"
     ):
         train(toy_network(toy[0]), streams_of(toy), 1, with_(batch_size=1), 0, "test")
 
@@ -103,9 +103,17 @@ class Recorder:
         self.batches = toy_batches(pairs)
         self.rows: list[np.ndarray] = []
         self.hidden: list[np.ndarray] = []
+        self.prior_rows: list[np.ndarray] = []
 
-    def __call__(self, rows: np.ndarray, targets: Targets | None = None, no_prior: np.ndarray | None = None) -> Batch:
+    def __call__(
+        self,
+        rows: np.ndarray,
+        targets: Targets | None = None,
+        no_prior: np.ndarray | None = None,
+        prior_rows: np.ndarray | None = None,
+    ) -> Batch:
         self.rows.append(rows)
+        self.prior_rows.append(rows if prior_rows is None else prior_rows)
         self.hidden.append(np.zeros(len(rows), dtype=bool) if no_prior is None else no_prior)
         return self.batches(rows, targets, no_prior)
 
@@ -139,6 +147,24 @@ def test_prior_dropout_of_zero_or_one_hides_no_prior_or_every_prior(toy, share):
     recorder = Recorder(toy[0])
     loop._draw([Stream(recorder, toy[1], 1.0)], with_(prior_dropout=share), 0, 0, find_bright)
     assert recorder.hidden[0].mean() == share
+
+
+def test_prior_swap_gives_only_the_student_other_priors(toy):
+    stored, online, none = Recorder(toy[0]), Recorder(toy[0]), Recorder(toy[0])
+    streams = [Stream(none, toy[1], 0.25), Stream(stored, toy[1], 0.25, 0.5), OnlineStream(online, 0.7, 0.5, 0.5)]
+    for step in range(50):
+        loop._draw(streams, with_(batch_size=16), 1, step, find_bright)
+    own = {
+        "no swap": np.equal(none.rows, none.prior_rows),
+        "stored": np.equal(stored.rows, stored.prior_rows),
+        "teacher": np.equal(online.rows[::2], online.prior_rows[::2]),
+        "student": np.equal(online.rows[1::2], online.prior_rows[1::2]),
+    }
+    assert own["no swap"].all()
+    assert own["teacher"].all()
+    # Each toy image has one sentence, so a swap draws one of the four pairs, and a quarter of the swaps change nothing.
+    assert own["stored"].mean() == pytest.approx(1 - 0.5 * 0.75, abs=0.11)  # 3 standard deviations of 200 draws
+    assert own["student"].mean() == pytest.approx(1 - 0.5 * 0.75, abs=0.08)
 
 
 def test_drawn_rows_do_not_depend_on_the_label_source(toy):
@@ -290,7 +316,7 @@ def test_dropped_pixels_do_not_change_the_weights(toy):
 def test_refuses_an_empty_stream(toy):
     none = np.zeros(0, dtype=np.int64)
     streams = [*streams_of(toy), Stream(toy_batches(toy[0].take(none)), Targets([]), 0.5)]
-    with pytest.raises(InputError, match="warmup: nothing to learn from"):
+    with pytest.raises(InputError, match="warmup: a stream has no pairs"):
         train(toy_network(toy[0]), streams, 1, TRAIN, 0, "warmup")
 
 
