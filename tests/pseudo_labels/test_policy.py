@@ -67,7 +67,7 @@ def test_never_accepts_a_candidate_without_kept_foreground(actor, candidates):
     column = SENTENCE_FEATURES.index("words")
     with torch.no_grad():
         actor.accept_direct[0, column] = 100.0
-        actor.keep_bias.fill_(50.0)
+        actor.keep_bias.fill_(500.0)
     empty = candidates.cells.copy()
     empty[..., CELL_FEATURES.index("label")] = 0
     wanted = candidates.sentence.copy()
@@ -85,7 +85,7 @@ def test_never_accepts_a_candidate_without_kept_foreground(actor, candidates):
     assert not action.accepted[~labeled].any()
     assert action.accepted[labeled].any()
     with torch.no_grad():
-        actor.keep_bias.fill_(-50.0)
+        actor.keep_bias.fill_(-500.0)
     assert not act([actor], candidates).accepted.any()  # no cell of any label is kept
 
 
