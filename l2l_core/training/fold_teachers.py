@@ -9,6 +9,7 @@ from l2l_core.config import Params
 from l2l_core.core.files import fingerprint
 from l2l_core.data.folds import fold_of_images
 from l2l_core.model.segmenter import Segmenter
+from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
@@ -51,7 +52,7 @@ def train_teacher(params: Params, number: int, left_out: int, into: Path) -> Non
     pairs = labeled.batches.pairs
     fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
     run_name, steps = f"crossfit-{number}-{left_out}", params.select.fold_steps
-    streams = [part_of(labeled, (fold != left_out).nonzero()[0])]
+    streams: list[Stream | OnlineStream] = [part_of(labeled, (fold != left_out).nonzero()[0])]
     if _continues(params, number):
         network = Segmenter.load(records.round_folder(number - 1) / "folds" / str(left_out))
         steps = params.select.fold_update_steps

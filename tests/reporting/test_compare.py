@@ -36,7 +36,7 @@ def runs(evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     change_metrics(tmp_path / "one", evaluated_round=1)
     params = tmp_path / "two/params.yaml"
     params.write_text(
-        params.read_text().replace("policy: reinforce ", f"policy: '{TRAP}' ").replace("seed: 7", "sead: 7")
+        params.read_text().replace("method: reinforce ", f"method: '{TRAP}' ").replace("seed: 7", "sead: 7")
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
