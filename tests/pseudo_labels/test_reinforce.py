@@ -59,7 +59,8 @@ def held_out():
 
 @pytest.fixture(scope="module")
 def trained(labeled, unlabeled):
-    return train_policy(*labeled, unlabeled, PARAMS, seed=0)
+    """Long enough that what it learns does not depend on the seed."""
+    return train_policy(*labeled, unlabeled, PARAMS.model_copy(update={"policy_steps": 600}), seed=0)
 
 
 def test_gradient_estimator_is_unbiased():
@@ -218,7 +219,7 @@ def test_training_is_deterministic_for_any_thread_count(labeled, unlabeled):
 
 
 def test_reward_curve_rises(trained):
-    assert [row["step"] for row in trained.curve] == list(range(10, 201, 10))
+    assert [row["step"] for row in trained.curve] == list(range(10, 601, 10))
     assert tuple(trained.curve[0]) == CURVE_COLUMNS
     assert trained.curve[-1]["reward"] > trained.curve[0]["reward"] + 0.05
     assert trained.curve[-1]["entropy"] < trained.curve[0]["entropy"]
