@@ -44,7 +44,7 @@ class Run:
     pseudo_labels: pd.DataFrame
     per_sentence: pd.DataFrame
     metrics: Mapping[str, float | int | str]
-    prior_scores: Mapping[str, Any]  # as `priors.scores.score_priors`
+    prior_scores: Mapping[str, Any]  # metrics/priors.json
     proposal_scores: Mapping[str, float | int | None]  # as `priors.scores.score_proposals`
     curves: Mapping[str, pd.DataFrame]  # as `evaluate.Evaluation.curves`
     last_round: int

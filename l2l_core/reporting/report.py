@@ -5,9 +5,9 @@ One small script filters the pictures; the page uses no network. Sentences are u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import matplotlib as mpl
 import numpy as np
@@ -92,16 +92,20 @@ def _method_name(method: str) -> str:
     return name + (", no prior" if method.endswith("no_prior") else "")
 
 
-def _rendering_name(rendering: ProposalsParams) -> str:
+def _rendering_name(rendering: ProposalsParams, priors: Mapping[str, Any]) -> str:
+    """What the proposals are; priors: metrics/priors.json, which counts what the priors locate the object by."""
     match rendering.renderer:
         case "box":
-            return "box"
+            drawn = "box"
         case "grabcut":
-            return f"grabcut, ring {rendering.ring}, core {rendering.core}"
+            drawn = f"grabcut, ring {rendering.ring}, core {rendering.core}"
         case "sam":
-            return f"sam, {rendering.model}"
+            drawn = f"sam, {rendering.model}"
         case _:
             assert_never(rendering.renderer)
+    if not priors.get("mask"):
+        return drawn
+    return f"the priors' masks; {drawn} where there is none" if priors["box"] + priors["point"] else "the priors' masks"
 
 
 def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
@@ -124,7 +128,7 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
         "labels": f"{budget}: {labeled[0]:,} images, {labeled[1]:,} sentences",
         "without labels": f"{unlabeled[0]:,} images, {unlabeled[1]:,} sentences",
         "priors": f"{prior}, usable for {100 * usable:.1f} % of the sentences",
-        "proposals": _rendering_name(run.rendering),
+        "proposals": _rendering_name(run.rendering, run.prior_scores),
         "selection": params.select.method,
         "rounds": str(run.last_round),
         "seed": str(params.seed),

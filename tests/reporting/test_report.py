@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import io
 import json
 import re
@@ -257,6 +258,24 @@ def test_draws_a_mask_prior_and_not_its_box(tmp_path: Path, monkeypatch: pytest.
         yellow = (panel[..., 0] > 200) & (panel[..., 1] > 160) & (panel[..., 2] < 110)
         inside = yellow[10:-10, 10:-10].any(axis=0).nonzero()[0] + 10  # the outline also follows the picture's border
         assert np.abs(inside - PANEL_PX / 2).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ({"mask": 0, "box": 4, "point": 0}, "box"),
+        ({"mask": 4, "box": 0, "point": 0}, "the priors' masks"),
+        ({"mask": 3, "box": 0, "point": 1}, "the priors' masks; box where there is none"),
+    ],
+)
+def test_names_what_the_proposals_are(
+    counts: dict[str, int], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, rounds=0)
+    path = tmp_path / records.PRIORS_METRICS_PATH
+    records.write_metrics(json.loads(path.read_text()) | counts, path)
+    page = html.unescape(make_report(tmp_path, monkeypatch, rounds=0))
+    assert f"<dt>proposals</dt><dd>{shown}</dd>" in page
 
 
 def test_spreads_cases_over_the_value_range_and_over_images() -> None:
