@@ -22,7 +22,7 @@ from bench.training import random_batch
 from l2l_core.config import load_params
 from l2l_core.model.losses import segmentation_loss
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training.beside import Places, run_beside
+from l2l_core.training.side_by_side import Places, run_side_by_side
 
 RESULTS = Path(__file__).resolve().parent / "results" / "side_by_side.jsonl"
 TRAININGS, TURNS, STEPS = 2, 3, 40
@@ -52,7 +52,7 @@ def measure(places: Places) -> tuple[float, float]:
         notes = [Path(folder) / str(number) for number in range(TRAININGS)]
         command = ["-m", "bench.side_by_side", "--steps", str(STEPS), "--note"]
         started = time.monotonic()
-        run_beside({note.name: [*command, str(note)] for note in notes}, places)
+        run_side_by_side({note.name: [*command, str(note)] for note in notes}, places)
         whole = time.monotonic() - started
         spans = [json.loads(note.read_text()) for note in notes]
     if places.at_once == 1:

@@ -142,7 +142,10 @@ def predict(
     with predict_files.predictions_folder(out) as building:
         predict_files.check_file_names(requested, building)
         predictor = Predictor.from_pretrained(folder, device=device)
-        prior_tables = predict_files.get_priors(requested, predictor.fitted(load_params())) if with_priors else None
+        prior_tables = None
+        if with_priors:
+            params = predict_files.with_trained_proposals(load_params(), predictor.network.known_proposals())
+            prior_tables = predict_files.get_priors(requested, params)
         predicted = predict_files.predict_masks(predictor, requested, prior_tables, batch_size)
         trouble = predict_files.write_predictions(requested, predicted, building, polygons=polygons)
     empty = (rle_area_px_all(predicted.rle, predicted.pairs.hw) == 0).sum()

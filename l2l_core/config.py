@@ -240,7 +240,7 @@ class ProposalsParams(Section):
         return self.renderer == "grabcut" and "fit" in (self.ring, self.core)
 
     @property
-    def unread(self) -> frozenset[str]:
+    def unused(self) -> frozenset[str]:
         """Keys that the renderer does not read."""
         read = {"box": set(), "grabcut": {"ring", "core"}, "sam": {"model"}}[self.renderer]
         return frozenset({"ring", "core", "model"} - read)

@@ -10,8 +10,8 @@ from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
 from l2l_core.core.files import copy_whole, scratch_folder
 from l2l_core.errors import exit_code
-from l2l_core.training.beside import Training, end_with_parent, train_all
 from l2l_core.training.fold_teachers import folds_key, train_teacher, trains_none
+from l2l_core.training.side_by_side import Training, end_with_parent, train_all
 
 
 def main() -> None:

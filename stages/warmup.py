@@ -11,7 +11,6 @@ from l2l_core.config import Params, load_params
 from l2l_core.core.files import copy_whole, fingerprint, scratch_folder
 from l2l_core.data.load import sentences_of
 from l2l_core.errors import exit_code
-from l2l_core.training.beside import Training, end_with_parent, train_all
 from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
@@ -20,6 +19,7 @@ from l2l_core.training.runs import (
     run_training,
     training_settings,
 )
+from l2l_core.training.side_by_side import Training, end_with_parent, train_all
 
 WARMUP, SUPERVISED = "warmup", "supervised"
 FOLDERS = {SUPERVISED: records.SUPERVISED_FOLDER, WARMUP: records.round_folder(0)}

@@ -76,7 +76,7 @@ RESPONSES = pa.schema(  # one row per sentence and sample: the unparsed response
         ("prompt_sha256", pa.string()),
         ("raw_text", pa.string()),
         ("mask", pa.binary()),  # run lengths of a response that is a mask; null: only text
-        ("unread", pa.string()),  # empty or error if there is no text; else null
+        ("failure", pa.string()),  # empty or error if there is no text; else null
         ("reason", pa.string()),  # of an error
         ("attempts", pa.int16()),
         ("coord_space", pa.string()),

@@ -30,7 +30,7 @@ PRIOR_COLUMNS = ("sent_id", "sample_index", "target", "attributes", "relation", 
 """Columns of a prior that the network reads, with its keys."""
 IMAGE_CACHE_BYTES = 2 << 30
 """Size limit of the cache of decoded images: a small dataset fits completely, a large one does not fill the memory."""
-BESIDE_VARIABLE = "L2L_TRAININGS_BESIDE"
+SIDE_BY_SIDE_VARIABLE = "L2L_TRAININGS_SIDE_BY_SIDE"
 """Number of concurrent training runs on this machine, including this one, that share IMAGE_CACHE_BYTES; default 1."""
 
 

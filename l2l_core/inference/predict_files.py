@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from l2l_core.artifacts import records
-from l2l_core.config import LIVE_BACKENDS, Params
+from l2l_core.config import LIVE_BACKENDS, Params, ProposalsParams
 from l2l_core.core.files import added_to, scratch_folder
 from l2l_core.core.images import ImageFile, inspect_images, is_turned, read_image, visible
 from l2l_core.core.masks import BoolMask, decode_rle, rle_area_px
@@ -27,7 +27,7 @@ from l2l_core.core.progress import progress
 from l2l_core.data.pairs import BatchMaker, Pairs, with_priors
 from l2l_core.datasets.index import is_utf8
 from l2l_core.datasets.jsonl import read_jsonl
-from l2l_core.errors import InputError, raise_all
+from l2l_core.errors import ConfigError, InputError, raise_all
 from l2l_core.export.outlines import to_segmentation
 from l2l_core.mllm.backend import Question
 from l2l_core.mllm.query import make_backend, query_all, query_key
@@ -142,6 +142,23 @@ def get_priors(requested: PairList, params: Params) -> PriorTables:
             return query_all(make, questions, folder, params.priors)
 
     return live_priors(requested, params, query)
+
+
+def with_trained_proposals(params: Params, trained: ProposalsParams) -> Params:
+    """A project's parameters, with the proposal parameters that the network was trained with.
+
+    Raises ConfigError if the project's priors are recorded and its proposals were rendered with other parameters.
+    """
+    if params.priors.backend not in LIVE_BACKENDS:
+        recorded = records.read_rendering()
+        for name, expected in trained:
+            got = getattr(recorded, name)
+            if got != expected and name not in trained.unused:
+                raise ConfigError(
+                    f"{records.RENDERING_PATH}: proposals.{name}: got {got}, but the model was trained with "
+                    f"{expected}; recorded priors only fit a model of the same proposals"
+                )
+    return params.model_copy(update={"proposals": trained})
 
 
 def recorded_priors(requested: PairList) -> PriorTables:

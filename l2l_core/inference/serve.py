@@ -38,6 +38,7 @@ from l2l_core.inference.predict_files import (
     predict_masks,
     recorded_priors,
     save_mask,
+    with_trained_proposals,
 )
 from l2l_core.mllm.backend import PriorBackend
 from l2l_core.mllm.query import make_backend, query_table
@@ -81,7 +82,7 @@ class DemoSession:
         is_live = params.priors.backend in LIVE_BACKENDS
         backend = make_backend(params.priors, records.INDEX) if is_live else None
         predictor = Predictor.from_pretrained(folder, device=params.train.engine.device)
-        return cls(predictor, predictor.fitted(params), backend, max_mb)
+        return cls(predictor, with_trained_proposals(params, predictor.network.known_proposals()), backend, max_mb)
 
     def look(self, image: Path | None, sentence: str) -> DemoResult:
         """Predict one pair. Raises InputError for an unusable image or sentence, and whatever the backend raises."""

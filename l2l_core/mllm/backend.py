@@ -34,7 +34,7 @@ class RawResponse:
     coord_space: CoordSpace  # coordinate space of `raw_text`
     input_hw: tuple[int, int]  # height, width of the image as the model saw it
     prompt_sha256: str = ""  # "": unknown
-    unread: Literal["empty", "error"] | None = None  # the status if there is no text to parse
+    failure: Literal["empty", "error"] | None = None  # the status if there is no text to parse
     reason: str = ""  # for errors: the exception type or the server's status
     attempts: int = 1  # number of queries; more than one if a response did not follow the prompt
     is_valid: bool = True  # the last response follows the prompt

@@ -96,12 +96,12 @@ class DetectorBackend(ImageBackend):
         return [*self._detector.detect(requests)]
 
     def _response(self, question: Question, result: list[Detection] | str) -> RawResponse:
-        unread: Literal["empty", "error"] | None = None
+        failure: Literal["empty", "error"] | None = None
         raw_text, reason, mask = "", "", None
         if isinstance(result, str):
-            unread, reason = "error", result
+            failure, reason = "error", result
         elif question.sample_index >= len(result):
-            unread = "empty"
+            failure = "empty"
         else:
             best = result[question.sample_index]
             raw_text, mask = json.dumps({"bbox": best.box, "confidence": best.score}), best.mask
@@ -110,9 +110,9 @@ class DetectorBackend(ImageBackend):
             model=self._model,
             coord_space="pixel",
             input_hw=question.image_hw,
-            unread=unread,
+            failure=failure,
             reason=reason,
-            is_valid=unread != "error",
+            is_valid=failure != "error",
             precision=self._precision,
             mask=mask,
         )

@@ -82,7 +82,7 @@ class MllmBackend(ImageBackend):
         waiting = []
         for row, image in enumerate(images):
             if isinstance(image, str):
-                responses[row] = replace(responses[row], unread="error", reason=image)
+                responses[row] = replace(responses[row], failure="error", reason=image)
             else:
                 waiting.append((row, image))
         for attempt in range(1 + self._params.retries):
@@ -93,7 +93,7 @@ class MllmBackend(ImageBackend):
             waiting = [
                 (row, image) for row, image in waiting if not responses[row].is_valid and not responses[row].reason
             ]
-        return [replace(response, unread="error") if response.reason else response for response in responses]
+        return [replace(response, failure="error") if response.reason else response for response in responses]
 
     def _load(self, path: str, image_hw: tuple[int, int]) -> Image.Image | str:
         """The image at the size sent to the model, or an error message."""

@@ -301,7 +301,7 @@ def _query_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Quest
         responses = backend.query(chunk.questions, following)
     else:
         responses = backend.query(chunk.questions)
-    failed = [response.reason for response in responses if response.unread == "error"]
+    failed = [response.reason for response in responses if response.failure == "error"]
     if len(failed) == len(responses) >= FEWEST_FAILED:
         reason, _ = Counter(failed).most_common(1)[0]
         raise InputError(
@@ -355,7 +355,7 @@ def _to_table(backend: str, questions: Sequence[Question], responses: Sequence[R
         "prompt_sha256": [response.prompt_sha256 for response in responses],
         "raw_text": [clean_text(response.raw_text) for response in responses],
         "mask": [response.mask for response in responses],
-        "unread": [response.unread for response in responses],
+        "failure": [response.failure for response in responses],
         "reason": [response.reason for response in responses],
         "attempts": [response.attempts for response in responses],
         "coord_space": [response.coord_space for response in responses],

@@ -46,7 +46,7 @@ class ReplayBackend:
         """The recorded response of each question."""
         return [
             self._responses.get((question.sent_id, question.sample_index))
-            or RawResponse("", model="", coord_space="pixel", input_hw=question.image_hw, unread="empty")
+            or RawResponse("", model="", coord_space="pixel", input_hw=question.image_hw, failure="empty")
             for question in questions
         ]
 
@@ -164,7 +164,7 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
             )
     mask = _mask(row.get("mask"), folder, height, width)
     found: dict[str, object] = {} if mask is None else {"found": True}
-    unread: Literal["empty"] | None = None
+    failure: Literal["empty"] | None = None
     if "raw_text" in row:
         raw_text = row["raw_text"]
         if not isinstance(raw_text, str):
@@ -177,7 +177,7 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
         default = "pixel" if configured == "auto" else configured
     elif "mask" in row:
         raw_text = _written(found, _score(row))
-        unread = "empty" if mask is None else None
+        failure = "empty" if mask is None else None
         default = "pixel"
     else:
         raise ValueError(
@@ -196,7 +196,7 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
     if needs_size and not {"input_height", "input_width"} <= row.keys():
         raise ValueError(f"input_height, input_width: missing; {space} needs the size of the image as the model saw it")
     input_hw = (_integer(row, "input_height", 1, default=height), _integer(row, "input_width", 1, default=width))
-    return RawResponse(raw_text, model=model, coord_space=space, input_hw=input_hw, unread=unread, mask=mask)
+    return RawResponse(raw_text, model=model, coord_space=space, input_hw=input_hw, failure=failure, mask=mask)
 
 
 def _mask(mask: object, folder: Path, height: int, width: int) -> bytes | None:

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2l_core.artifacts.records import RENDERING_PATH, read_rendering
-from l2l_core.config import LIVE_BACKENDS, Params, TrainParams
+from l2l_core.config import TrainParams
 from l2l_core.core.device import Precision, autocast, choose_device, resolve_precision, to_device
 from l2l_core.core.images import to_rgb
 from l2l_core.core.masks import BoolMask, encode_rle
@@ -23,7 +22,7 @@ from l2l_core.core.progress import progress
 from l2l_core.data.augment import mirror
 from l2l_core.data.pairs import Batch, BatchMaker, Pairs, resize_image
 from l2l_core.data.views import Views
-from l2l_core.errors import ArtifactError, ConfigError, InputError
+from l2l_core.errors import ArtifactError, InputError
 from l2l_core.model.segmenter import Pyramid, Segmenter
 
 IMAGES_AT_ONCE = 16
@@ -124,23 +123,6 @@ class Predictor:
                 full = at_size(logits, height, width)
                 found.append(Prediction(full > 0, np.asarray(torch.from_numpy(full).sigmoid().numpy())))
         return found[0] if isinstance(sentence, str) else found
-
-    def fitted(self, params: Params) -> Params:
-        """A project's parameters, with the proposal parameters that the network was trained with.
-
-        Raises ConfigError if the project's priors are recorded and its proposals were rendered with other parameters.
-        """
-        mine = self.network.known_proposals()
-        if params.priors.backend not in LIVE_BACKENDS:
-            recorded = read_rendering()
-            for name, expected in mine:
-                got = getattr(recorded, name)
-                if got != expected and name not in mine.unread:
-                    raise ConfigError(
-                        f"{RENDERING_PATH}: proposals.{name}: got {got}, but the model was trained with {expected}; "
-                        f"recorded priors are of use to a model of the same proposals only"
-                    )
-        return params.model_copy(update={"proposals": mine})
 
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Pyramid:

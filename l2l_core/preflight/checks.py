@@ -22,7 +22,7 @@ from l2l_core.preflight import backends, inputs
 from l2l_core.preflight.estimate import Costs, Sizes, Stage, checkpoint_bytes, plan
 from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
 from l2l_core.preflight.memory import free_gpu_bytes
-from l2l_core.training.beside import find_places
+from l2l_core.training.side_by_side import find_places
 
 Say = Callable[[str], None]
 PIPELINE_FILE = "dvc.yaml"

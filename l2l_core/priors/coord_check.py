@@ -103,11 +103,11 @@ def fit_coords(responses: pa.Table, labels: Labels) -> list[Fit]:
     responses: records.RESPONSES. Masks are left out, since they have no coordinates, and so are models with fewer than
     FEWEST_OBJECTS labeled objects.
     """
-    columns = ["sent_id", "sample_index", "backend", "model", "raw_text", "mask", "unread", "coord_space"]
+    columns = ["sent_id", "sample_index", "backend", "model", "raw_text", "mask", "failure", "coord_space"]
     columns += ["input_height", "input_width"]
     frame = records.to_frame(responses.select(columns))
     frame = frame[(frame["sample_index"] == 0) & frame["sent_id"].isin(labels.sent_id)]
-    frame = frame[frame["unread"].isna() & frame["mask"].isna()]
+    frame = frame[frame["failure"].isna() & frame["mask"].isna()]
     found = []
     for (model, space, backend), rows in frame.groupby(["model", "coord_space", "backend"]):
         rows = rows.sort_values("sent_id").iloc[evenly_picked(len(rows), MOST)]

@@ -23,20 +23,20 @@ def interpret(responses: pa.Table) -> pa.Table:
     A response with a mask is usable whatever its text says; the text adds words, a confidence and a box. Without a box
     in the text, the box is the mask's.
     """
-    columns = ("unread", "raw_text", "mask", "coord_space", "height", "width", "input_height", "input_width")
+    columns = ("failure", "raw_text", "mask", "coord_space", "height", "width", "input_height", "input_width")
     parsed = [
         ParsedPrior("invalid")
-        if unread
+        if failure
         else _with_mask(
             parse_response(text, space, (height, width), (input_height, input_width)), mask, (height, width)
         )
-        for unread, text, mask, space, height, width, input_height, input_width in zip(
+        for failure, text, mask, space, height, width, input_height, input_width in zip(
             *(responses[name].to_pylist() for name in columns), strict=True
         )
     ]
     said = {
         "status": [
-            unread or prior.status for unread, prior in zip(responses["unread"].to_pylist(), parsed, strict=True)
+            failure or prior.status for failure, prior in zip(responses["failure"].to_pylist(), parsed, strict=True)
         ],
         "target": [prior.target for prior in parsed],
         "attributes": [prior.attributes for prior in parsed],

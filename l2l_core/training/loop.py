@@ -24,7 +24,7 @@ from l2l_core.core.progress import progress
 from l2l_core.core.seeding import generator, seed_of
 from l2l_core.core.threads import share_of_launched
 from l2l_core.data.augment import strong_view
-from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, BatchMaker, Targets
+from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE, Batch, BatchMaker, Targets
 from l2l_core.data.prior_swap import prior_rows
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import samples_that_teach, segmentation_loss
@@ -295,7 +295,7 @@ def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream |
 
     Launched processes and parallel training runs both count.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(BESIDE_VARIABLE, "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(SIDE_BY_SIDE_VARIABLE, "1"))
     room = IMAGE_CACHE_BYTES // (len(streams) * processes)
     return [replace(stream, batches=replace(stream.batches, cache_bytes=room)) for stream in streams]
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from l2l_core.core.images import EXIF_ORIENTATION, inspect_images
 from l2l_core.core.masks import decode_rle, encode_rle, segmentation_to_rle
 from l2l_core.data.pairs import BatchMaker, load_pairs
 from l2l_core.datasets.jsonl import read_jsonl
-from l2l_core.errors import InputError
+from l2l_core.errors import ConfigError, InputError
 from l2l_core.evaluation.history import extend_history
 from l2l_core.inference import predict_files
 from l2l_core.mllm.query import make_backend, make_questions, query_table
@@ -473,3 +474,40 @@ def test_unresponsive_server_gives_one_line_and_no_file(live, run, monkeypatch, 
     )
     shutil.rmtree(run / ".scratch")  # keeps responses until a call succeeds
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+PROPOSALS = toy_params().proposals
+CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
+BY_SAM = {"renderer": "sam", "model": "a"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "recorded", "named"),
+    [
+        ({}, {}, None),
+        ({"falloff": 0.3}, {}, "falloff: got 0.15, but the model was trained with 0.3"),
+        (CUT, CUT, None),
+        (CUT, CUT | {"core": 0.0}, "core: got 0.0, but the model was trained with 0.35"),
+        (CUT, CUT | {"renderer": "box"}, "renderer: got box, but the model was trained with grabcut"),
+        ({"ring": 0.5}, {"ring": 0.1}, None),  # boxes are not cut
+        (CUT, CUT | {"model": "a"}, None),  # GrabCut needs no model
+        (BY_SAM, BY_SAM | {"ring": 0.9}, None),
+        (BY_SAM, BY_SAM | {"model": "b"}, "model: got b, but the model was trained with a"),
+    ],
+)
+def test_recorded_proposals_must_match_the_rendering_of_the_model(tmp_path, monkeypatch, trained, recorded, named):
+    monkeypatch.chdir(tmp_path)
+    of_model = PROPOSALS.model_copy(update=trained)
+    records.RENDERING_PATH.parent.mkdir(parents=True)
+    rendered = PROPOSALS.model_copy(update=recorded)
+    records.RENDERING_PATH.write_text(json.dumps({"proposals": rendered.model_dump()}))
+    match = rf"rendering\.json: proposals\.{named}"
+    with nullcontext() if named is None else pytest.raises(ConfigError, match=match):
+        found = predict_files.with_trained_proposals(toy_params(proposals={"ring": "fit", "core": "fit"}), of_model)
+        assert found.proposals == of_model
+
+
+def test_live_priors_use_the_rendering_of_the_model():
+    live = toy_params(priors={"backend": "openai"}, proposals={"renderer": "box"})
+    of_model = PROPOSALS.model_copy(update=CUT)
+    assert predict_files.with_trained_proposals(live, of_model).proposals == of_model

@@ -115,13 +115,13 @@ def test_the_best_box_is_the_response_and_its_score_the_confidence(tmp_path: Pat
     prior = parse_response(response.raw_text, response.coord_space, (48, 64), response.input_hw)
     assert (prior.status, prior.bbox, prior.score) == ("ok", BOXES[0].box, 0.75)
     assert (response.model, response.coord_space, response.input_hw) == ("org/finder", "pixel", (48, 64))
-    assert (response.unread, response.reason, response.prompt_sha256) == (None, "", "")
+    assert (response.failure, response.reason, response.prompt_sha256) == (None, "", "")
     assert (response.mask, response.precision, response.attempts) == (b"mask", "bf16", 1)
 
 
 def test_samples_are_the_next_best_boxes_and_further_ones_are_empty(tmp_path: Path) -> None:
     responses = backend(Scripted()).query(ask(tmp_path, (0, "dot dot"), (0, "nothing"), samples=3))
-    assert [response.unread for response in responses] == [None, None, "empty", "empty", "empty", "empty"]
+    assert [response.failure for response in responses] == [None, None, "empty", "empty", "empty", "empty"]
     assert [json.loads(response.raw_text)["confidence"] for response in responses[:2]] == [0.75, 0.5]
     assert [response.mask for response in responses] == [b"mask", *[None] * 5]
 
@@ -147,7 +147,7 @@ def test_batches_hold_images_of_one_size(tmp_path: Path) -> None:
         [(64, 48)] * 2,
         [(48, 64)] * 2,
     ]
-    assert [response.unread for response in responses] == [*[None] * 6, "empty"]
+    assert [response.failure for response in responses] == [*[None] * 6, "empty"]
     assert [response.input_hw for response in responses] == [question.image_hw for question in mixed]
 
 
@@ -165,7 +165,7 @@ def test_a_failing_sentence_is_isolated_and_marked(tmp_path: Path) -> None:
     rows = [(0, "dot"), (0, "bad"), (1, "dot dot"), (1, "red dot"), (1, "dot.")]
     responses = backend(Fussy()).query(ask(tmp_path, *rows))
     assert [response.reason for response in responses] == ["", "RuntimeError", "", "", ""]
-    assert [response.unread for response in responses] == [None, "error", None, None, None]
+    assert [response.failure for response in responses] == [None, "error", None, None, None]
     assert [response.is_valid for response in responses] == [True, False, True, True, True]
 
 
@@ -182,5 +182,5 @@ def test_an_unreadable_image_is_an_error_of_its_sentences_alone(tmp_path: Path) 
     questions = ask(tmp_path, (0, "dot"), (1, "dot"), samples=2)
     (tmp_path / "0.png").write_bytes(b"no image")
     responses = backend(Scripted()).query(questions)
-    assert [response.unread for response in responses] == ["error", "error", None, "empty"]
+    assert [response.failure for response in responses] == ["error", "error", None, "empty"]
     assert "0.png" in responses[0].reason

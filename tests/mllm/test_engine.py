@@ -66,7 +66,7 @@ def test_request_holds_the_image_and_the_prompt(image: str) -> None:
     assert (request.temperature, request.max_tokens) == (0.0, 256)
     assert (response.raw_text, response.model, response.coord_space) == (GOOD, "Qwen3-VL-8B", "norm1000")
     assert response.prompt_sha256 == prompt_sha256("box-2", "norm1000")
-    assert (response.prompt_tokens, response.completion_tokens, response.attempts, response.unread) == (10, 3, 1, None)
+    assert (response.prompt_tokens, response.completion_tokens, response.attempts, response.failure) == (10, 3, 1, None)
 
 
 def test_request_has_no_schema_without_structured_output(image: str) -> None:
@@ -115,7 +115,7 @@ def test_resamples_a_response_that_violates_the_prompt(image: str) -> None:
 def test_keeps_the_raw_text_when_every_attempt_violates_the_prompt(image: str) -> None:
     engine = Scripted(lambda request: f"what? {request.max_tokens}")
     (response,) = backend(engine, retries=2).query(questions_about(image, "cup"))
-    assert (response.raw_text, response.attempts, response.is_valid, response.unread) == ("what? 768", 3, False, None)
+    assert (response.raw_text, response.attempts, response.is_valid, response.failure) == ("what? 768", 3, False, None)
 
 
 def test_request_seed_is_unique_for_every_draw() -> None:
@@ -152,7 +152,7 @@ def test_bisects_a_failing_batch_and_keeps_the_other_responses(image: str) -> No
     sentences = [f"thing {number}" for number in range(33)]
     sentences[5] = sentences[20] = "poison"
     responses = backend(engine).query(questions_about(image, *sentences))
-    assert [row for row, response in enumerate(responses) if response.unread == "error"] == [5, 20]
+    assert [row for row, response in enumerate(responses) if response.failure == "error"] == [5, 20]
     assert {responses[row].reason for row in (5, 20)} == {
         "RuntimeError"
     }  # not the message, which differs from run to run
@@ -186,7 +186,7 @@ def test_a_broken_image_fails_only_its_own_sentences(image: str, tmp_path: Path)
         "image of another size than the index says",
     ]
     assert [response.reason for response in responses] == reasons
-    assert [response.unread for response in responses] == [None, "error", "error", "error"]
+    assert [response.failure for response in responses] == [None, "error", "error", "error"]
 
 
 def test_an_image_is_opened_once_for_all_its_sentences(image: str) -> None:
@@ -329,4 +329,4 @@ def test_a_failed_retry_keeps_the_first_response(image: str) -> None:
             return super().generate(requests)
 
     (response,) = backend(Once(lambda _: "it is at [1, 2, 3, 4]")).query(questions_about(image, "cup"))
-    assert (response.raw_text, response.unread) == ("it is at [1, 2, 3, 4]", None)
+    assert (response.raw_text, response.failure) == ("it is at [1, 2, 3, 4]", None)

@@ -119,7 +119,7 @@ def test_failed_requests_are_stored_as_errors() -> None:
     class Broken(Echo):
         def query(self, questions: Sequence[Question]) -> list[RawResponse]:
             responses = super().query(questions)
-            return [replace(response, raw_text="", unread="error", reason="HTTP 500") for response in responses]
+            return [replace(response, raw_text="", failure="error", reason="HTTP 500") for response in responses]
 
     made = [Question(1, 0, "x.png", (10, 20), "cup")]
     assert query_table(Broken(), made)["reason"].to_pylist() == ["HTTP 500"]
@@ -258,13 +258,13 @@ def test_stores_nothing_when_every_request_fails(tmp_path: Path) -> None:
 
     class Down(Echo):
         def query(self, questions: Sequence[Question]) -> list[RawResponse]:
-            return [replace(response, unread="error", reason="HTTP 503") for response in super().query(questions)]
+            return [replace(response, failure="error", reason="HTTP 503") for response in super().query(questions)]
 
     with pytest.raises(InputError, match=rf"{FEWEST_FAILED} requests on end failed, .*'HTTP 503' .*run again to go on"):
         query_all(Down, questions(FEWEST_FAILED), tmp_path, PARAMS)
     assert list(tmp_path.iterdir()) == []
     few = query_all(Down, questions(FEWEST_FAILED - 1), tmp_path, PARAMS)
-    assert few["unread"].to_pylist() == ["error"] * (FEWEST_FAILED - 1)
+    assert few["failure"].to_pylist() == ["error"] * (FEWEST_FAILED - 1)
 
 
 @pytest.mark.parametrize("workers", [2])

@@ -330,4 +330,4 @@ def test_replay_reproduces_the_published_accuracy_of_real_responses(
 def test_an_unrecorded_sentence_gives_an_empty_prior(tmp_path: Path) -> None:
     backend = load(recorded(tmp_path, {"ref_id": 200, "pred_box_xyxy": [1, 2, 30, 40]}))
     response = backend.query([Question(77, 0, "x.png", (5, 6), "what")])[0]
-    assert (response.unread, response.raw_text) == ("empty", "")
+    assert (response.failure, response.raw_text) == ("empty", "")

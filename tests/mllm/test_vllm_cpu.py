@@ -154,7 +154,7 @@ def test_vllm_server_and_transformers_give_the_same_text(
     by_transformers = backend(TransformersEngine(params(model))).query(questions)
     assert said(by_vllm) == by_server == said(by_transformers)  # texts, sizes and tokens
     assert {response.precision for response in [*by_vllm, *by_transformers]} == {"fp32"}
-    assert all(response.unread is None and is_valid(response.raw_text) for response in by_vllm)
+    assert all(response.failure is None and is_valid(response.raw_text) for response in by_vllm)
     assert all(keeps_to("box-2", response.raw_text) == response.is_valid for response in by_vllm)
     assert len({response.raw_text for response in by_vllm}) > len(questions) * 0.9  # image and sentence matter
 
@@ -175,7 +175,7 @@ def test_samples_are_valid_and_depend_only_on_their_seed(
 def test_output_is_unconstrained_without_a_schema(offline: VllmEngine, questions: list[Question]) -> None:
     responses = backend(offline, structured_output=False, max_tokens=20).query(questions[:4])
     assert not any(response.is_valid for response in responses)
-    assert all(response.raw_text and response.unread is None for response in responses)
+    assert all(response.raw_text and response.failure is None for response in responses)
 
 
 @pytest.mark.parametrize("way", ["offline", "served"])
@@ -189,10 +189,10 @@ def test_marks_impossible_requests_and_completes_the_others(
     bad = [replace(good[0], sentence="very " * 5000), replace(good[0], image_path=str(thin), image_hw=(10, 30000))]
     mllm = backend(request.getfixturevalue(way))
     responses = mllm.query([good[0], bad[0], *good[1:4], bad[1], good[4]])
-    assert [response.unread for response in responses] == [None, "error", None, None, None, "error", None]
-    reasons = {response.reason for response in responses if response.unread}
+    assert [response.failure for response in responses] == [None, "error", None, None, None, "error", None]
+    reasons = {response.reason for response in responses if response.failure}
     assert reasons == ({"HTTP 400"} if way == "served" else {"VLLMValidationError", "ValueError"})
-    assert [response for response in responses if not response.unread] == mllm.query(good)
+    assert [response for response in responses if not response.failure] == mllm.query(good)
 
 
 def test_missing_model_error_names_the_model(tmp_path: Path) -> None:

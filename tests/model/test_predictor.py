@@ -1,8 +1,6 @@
-import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_pairs import MODEL, SIZE_PX, TRAIN, rows_of, toy_batches, toy_network, toy_pairs, toy_params
 
-from l2l_core.artifacts import records
 from l2l_core.core.masks import decode_rle
 from l2l_core.data.augment import mirror_sentence
 from l2l_core.data.pairs import Batch, BatchMaker, Pairs
@@ -337,44 +334,6 @@ def test_warning_about_emulated_precision_names_the_model_config(pairs, tmp_path
     Predictor.from_pretrained(tmp_path / "model", device="cpu")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {tmp_path / 'model/config.json'}: precision_setting: got 'bf16', which this cpu")
-
-
-CUT = {"renderer": "grabcut", "ring": 0.5, "core": 0.35}
-BY_SAM = {"renderer": "sam", "model": "a"}
-
-
-@pytest.mark.parametrize(
-    ("mine", "recorded", "named"),
-    [
-        ({}, {}, None),
-        ({"falloff": 0.3}, {}, "falloff: got 0.15, but the model was trained with 0.3"),
-        (CUT, CUT, None),
-        (CUT, CUT | {"core": 0.0}, "core: got 0.0, but the model was trained with 0.35"),
-        (CUT, CUT | {"renderer": "box"}, "renderer: got box, but the model was trained with grabcut"),
-        ({"ring": 0.5}, {"ring": 0.1}, None),  # boxes are not cut
-        (CUT, CUT | {"model": "a"}, None),  # GrabCut needs no model
-        (BY_SAM, BY_SAM | {"ring": 0.9}, None),
-        (BY_SAM, BY_SAM | {"model": "b"}, "model: got b, but the model was trained with a"),
-    ],
-)
-def test_recorded_proposals_must_match_the_rendering_of_the_model(pairs, tmp_path, monkeypatch, mine, recorded, named):
-    monkeypatch.chdir(tmp_path)
-    network = toy_network(pairs)
-    network.proposals = PROPOSALS.model_copy(update=mine)
-    records.RENDERING_PATH.parent.mkdir(parents=True)
-    rendered = PROPOSALS.model_copy(update=recorded)
-    records.RENDERING_PATH.write_text(json.dumps({"proposals": rendered.model_dump()}))
-    match = rf"rendering\.json: proposals\.{named}"
-    with nullcontext() if named is None else pytest.raises(ConfigError, match=match):
-        found = Predictor.of(network, FP32).fitted(toy_params(proposals={"ring": "fit", "core": "fit"}))
-        assert found.proposals == network.proposals
-
-
-def test_live_priors_use_the_rendering_of_the_model(pairs):
-    network = toy_network(pairs)
-    network.proposals = PROPOSALS.model_copy(update=CUT)
-    live = toy_params(priors={"backend": "openai"}, proposals={"renderer": "box"})
-    assert Predictor.of(network, FP32).fitted(live).proposals == network.proposals
 
 
 # --- views

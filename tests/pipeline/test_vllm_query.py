@@ -70,7 +70,7 @@ def test_pipeline_queries_vllm_in_the_configured_environment(queried: Project) -
     """The pipeline's environment has no vLLM."""
     assert subprocess.run([OWN, "-c", "import vllm"], capture_output=True, check=False).returncode == 1
     table = pq.read_table(queried.folder / RESPONSES).to_pydict()
-    assert (set(table["backend"]), len(table["sent_id"]), set(table["unread"])) == ({"vllm"}, SENTENCES, {None})
+    assert (set(table["backend"]), len(table["sent_id"]), set(table["failure"])) == ({"vllm"}, SENTENCES, {None})
     assert len(set(table["raw_text"])) > SENTENCES / 2
     assert "up to date" in finish(start(queried, "dvc", "status", "query"))[0]
 

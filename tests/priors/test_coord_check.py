@@ -291,7 +291,7 @@ def test_few_objects_prove_nothing() -> None:
 def test_unread_responses_further_samples_and_masks_do_not_count() -> None:
     true, _, image_hw = scenes(0)
     recorded = synthetic("norm1000", true, true, image_hw)
-    for changes in ({"unread": "error"}, {"sample_index": 1}, {"mask": b"mask"}):
+    for changes in ({"failure": "error"}, {"sample_index": 1}, {"mask": b"mask"}):
         assert fit_coords(responses_of(recorded, "pixel", **changes), labels_of(recorded)) == []
 
 

@@ -25,7 +25,7 @@ def responses(*changes: dict[str, object]) -> pa.Table:
         "model": "m",
         "prompt_sha256": "p",
         "raw_text": '{"found": true, "boxes": [[10, 20, 30, 40]]}',
-        "unread": None,
+        "failure": None,
         "reason": "",
         "attempts": 1,
         "coord_space": "pixel",
@@ -122,8 +122,8 @@ MIXED = responses(
     {"prompt_tokens": 900, "completion_tokens": 100},
     {"raw_text": '{"found": false}', "prompt_tokens": 1000},
     {"raw_text": "no idea", "prompt_tokens": 1100, "completion_tokens": 60},
-    {"raw_text": "", "unread": "error", "reason": "HTTP 400"},
-    {"raw_text": "", "unread": "empty"},
+    {"raw_text": "", "failure": "error", "reason": "HTTP 400"},
+    {"raw_text": "", "failure": "empty"},
 )
 
 
@@ -154,8 +154,8 @@ def test_counts_priors_by_what_their_proposals_are_rendered_from() -> None:
         {"sent_id": 2, "sample_index": 1, "mask": mask, "raw_text": "no idea"},
         {"sent_id": 3, "raw_text": point},
         {"sent_id": 3, "sample_index": 1, "raw_text": "no idea"},
-        {"sent_id": 4, "raw_text": "", "unread": "empty"},
-        {"sent_id": 4, "sample_index": 1, "raw_text": "", "unread": "error"},
+        {"sent_id": 4, "raw_text": "", "failure": "empty"},
+        {"sent_id": 4, "sample_index": 1, "raw_text": "", "failure": "error"},
     ]
     priors = interpret(responses(*rows))
     assert kinds(priors).tolist() == ["mask", "mask", "box", "mask", "point", "none", "none", "none"]

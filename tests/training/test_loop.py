@@ -13,7 +13,7 @@ from toy_pairs import TRAIN, toy_batches, toy_network, toy_pairs
 from l2l_core.config import TrainParams
 from l2l_core.core.masks import encode_rle
 from l2l_core.core.seeding import derive_seed, seed_of
-from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES, Batch, Pairs, Targets
+from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE, Batch, Pairs, Targets
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.predictor import Predictor
 from l2l_core.training import loop
@@ -392,7 +392,7 @@ def test_curve_follows_log_every_and_includes_the_last_step(toy):
     ("launched", "beside", "parts"), [(None, None, 2), ("3", None, 6), (None, "2", 4), ("3", "2", 12)]
 )
 def test_streams_processes_and_trainings_of_a_machine_share_one_image_cache(toy, monkeypatch, launched, beside, parts):
-    for name, value in (("LOCAL_WORLD_SIZE", launched), (BESIDE_VARIABLE, beside)):
+    for name, value in (("LOCAL_WORLD_SIZE", launched), (SIDE_BY_SIDE_VARIABLE, beside)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
@@ -404,7 +404,7 @@ def test_weights_do_not_depend_on_the_share_of_the_image_cache(toy, monkeypatch)
     """Compares the whole cache with a share that is too small for any image."""
     found = []
     for beside in ("1", str(IMAGE_CACHE_BYTES)):
-        monkeypatch.setenv(BESIDE_VARIABLE, beside)
+        monkeypatch.setenv(SIDE_BY_SIDE_VARIABLE, beside)
         trained = train(toy_network(toy[0]), streams_of(toy), 3, TRAIN, 5, "test")
         found.append(trained.teacher.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -108,6 +108,6 @@ def test_responds_to_unseen_images_and_words(
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 333, 3), dtype=np.uint8)).save(path)
     strange = Question(0, 0, str(path), (120, 333), "der Mann mit dem größten Hut, 3. von links")
     response, known = backend.query([strange, queried[0][0]])
-    assert response.unread is None
+    assert response.failure is None
     assert response.raw_text
     assert known.raw_text == responses[0].raw_text

@@ -17,13 +17,13 @@ from toy_pairs import PARAMS_FILE, TRAIN, toy_pairs, toy_params
 
 from l2l_core.artifacts import records
 from l2l_core.core.files import CODE_ROOT
-from l2l_core.data.pairs import BESIDE_VARIABLE, BatchMaker
+from l2l_core.data.pairs import SIDE_BY_SIDE_VARIABLE, BatchMaker
 from l2l_core.errors import L2LError, exit_code
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.memory import peak_of
-from l2l_core.training import beside, loop
-from l2l_core.training.beside import Places, find_places, run_beside
+from l2l_core.training import loop, side_by_side
 from l2l_core.training.loop import Stream, train
+from l2l_core.training.side_by_side import Places, find_places, run_side_by_side
 
 PATIENCE_S = 60
 GIB = 1 << 30
@@ -41,7 +41,7 @@ def machine(monkeypatch):
 
     def make(threads: int, free: int = 64 * GIB, gpus: int = 0) -> None:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        monkeypatch.setattr(beside, "available_bytes", lambda: free)
+        monkeypatch.setattr(side_by_side, "available_bytes", lambda: free)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -122,15 +122,15 @@ def test_memory_estimate_covers_the_actual_use(tmp_path):
     network = Segmenter.create(wide, pairs.sentence, 0)
     with peak_of() as peak:
         train(network, [Stream(BatchMaker(pairs, size, 0.1), targets, 1.0)], 2, settings.train, 0, "test")
-    assert 0 < peak.ram_bytes < beside.training_bytes(settings, batch, 2) - beside.PROCESS_BYTES
+    assert 0 < peak.ram_bytes < side_by_side.training_bytes(settings, batch, 2) - side_by_side.PROCESS_BYTES
 
 
 def test_memory_estimate_includes_a_shared_image_cache():
     small, image = params(), 3 * params().model.image_size_px ** 2
-    without = beside.training_bytes(small, 0, 1)
-    assert beside.training_bytes(small, 100, 1) - without == 100 * image
-    assert beside.training_bytes(small, 10**9, 1) - without == 2 * GIB
-    assert beside.training_bytes(small, 10**9, 4) - without == GIB / 2
+    without = side_by_side.training_bytes(small, 0, 1)
+    assert side_by_side.training_bytes(small, 100, 1) - without == 100 * image
+    assert side_by_side.training_bytes(small, 10**9, 1) - without == 2 * GIB
+    assert side_by_side.training_bytes(small, 10**9, 4) - without == GIB / 2
 
 
 def test_trains_in_parallel_only_if_memory_holds_the_decoded_images(machine):
@@ -151,13 +151,13 @@ def test_commands_get_their_threads_and_gpus(tmp_path):
         import os, pathlib, sys
         pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'] + os.environ['CUDA_VISIBLE_DEVICES'])
     """
-    run_beside({name: [*code(text), str(tmp_path / name)] for name in "ab"}, Places(2, 3, ("5", "7")))
+    run_side_by_side({name: [*code(text), str(tmp_path / name)] for name in "ab"}, Places(2, 3, ("5", "7")))
     assert {(tmp_path / name).read_text() for name in "ab"} == {"35", "37"}
 
 
 def test_commands_know_how_many_run_at_once(tmp_path):
-    text = f"import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['{BESIDE_VARIABLE}'])"
-    run_beside({name: [*code(text), str(tmp_path / name)] for name in "abc"}, Places(2, 1))
+    text = f"import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['{SIDE_BY_SIDE_VARIABLE}'])"
+    run_side_by_side({name: [*code(text), str(tmp_path / name)] for name in "abc"}, Places(2, 1))
     assert {(tmp_path / name).read_text() for name in "abc"} == {"2"}
 
 
@@ -169,13 +169,13 @@ def test_more_commands_than_places_run_one_after_another(tmp_path):
         time.sleep(0.2)
         now.rmdir()
     """
-    run_beside({str(number): [*code(text), str(tmp_path)] for number in range(3)}, Places(1, 1))
+    run_side_by_side({str(number): [*code(text), str(tmp_path)] for number in range(3)}, Places(1, 1))
 
 
 def test_forwards_progress_and_raises_an_error_once(capsys):
     failing = r"import sys; sys.stderr.write('a: 1 of 2\nerror: 2 problems:\n  x\n  y\n'); sys.exit(2)"
     with pytest.raises(L2LError) as caught:
-        run_beside({"a": code(failing), "b": code(failing)}, Places(2, 1))
+        run_side_by_side({"a": code(failing), "b": code(failing)}, Places(2, 1))
     assert str(caught.value) == "2 problems:\n  x\n  y"
     shown = capsys.readouterr().err
     assert "a: 1 of 2\n" in shown
@@ -186,7 +186,7 @@ def test_an_error_line_of_a_successful_command_is_no_failure(capsys):
     """All its text is shown, whether more lines follow later or never."""
     writes = "import sys, time\nfor text in {}:\n    sys.stderr.write(text); sys.stderr.flush(); time.sleep(0.3)"
     parts = ["error: no plugin\n", "a: 1 of 2\n", "a: 2 of 2\nerror: no cache\n  of fonts"]
-    run_beside({"a": code(writes.format(parts))}, Places(1, 1))
+    run_side_by_side({"a": code(writes.format(parts))}, Places(1, 1))
     assert capsys.readouterr().err == "".join(parts)
 
 
@@ -204,21 +204,21 @@ def test_shows_text_after_an_error_line_while_the_command_runs(tmp_path):
             time.sleep(0.01)
     """
     with shown.open("w") as file, redirect_stderr(file):
-        run_beside({"a": code(waits)}, Places(1, 1))
+        run_side_by_side({"a": code(waits)}, Places(1, 1))
 
 
 @pytest.mark.parametrize("before", ["", "a: 1 of 2\n", "Loading: 50%\r", "error: no plugin\n"])
 def test_raises_the_message_of_exit_code_2_and_shows_earlier_text(capsys, before):
     failing = f"import sys; sys.stderr.write({before + 'error: real'!r}); sys.exit(2)"
     with pytest.raises(L2LError, match=r"\Areal\Z"):
-        run_beside({"a": code(failing)}, Places(1, 1))
+        run_side_by_side({"a": code(failing)}, Places(1, 1))
     assert capsys.readouterr().err == before
 
 
 def test_shows_all_text_of_other_failures(capsys):
     failing = "import sys; sys.stderr.write('error: no plugin\\n' + 'x' * 3_000_000 + '\\nTraceback'); sys.exit(1)"
     with pytest.raises(L2LError, match="a: ended with exit code 1, see above"):
-        run_beside({"a": code(failing)}, Places(1, 1))
+        run_side_by_side({"a": code(failing)}, Places(1, 1))
     assert capsys.readouterr().err == "error: no plugin\n" + "x" * 3_000_000 + "\nTraceback"
 
 
@@ -226,14 +226,14 @@ def test_error_code_equals_the_exit_code_of_the_command_line():
     def fail() -> None:
         raise L2LError("x")
 
-    assert exit_code(fail) == beside.ERROR_CODE
+    assert exit_code(fail) == side_by_side.ERROR_CODE
 
 
 def test_names_a_killed_command():
     with pytest.raises(
         L2LError, match=r"b: ended by signal 9; if memory was short, set train.engine.side_by_side to false"
     ):
-        run_beside({"b": code("import os; os.kill(os.getpid(), 9)")}, Places(1, 1))
+        run_side_by_side({"b": code("import os; os.kill(os.getpid(), 9)")}, Places(1, 1))
 
 
 def test_a_failure_terminates_the_other_commands(tmp_path):
@@ -241,20 +241,20 @@ def test_a_failure_terminates_the_other_commands(tmp_path):
     slow = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
     fails = f"import pathlib\nwhile not (p := pathlib.Path({str(pid)!r})).exists() or not p.read_text(): pass\nexit(3)"
     with pytest.raises(L2LError, match="fails: ended with exit code 3"):
-        run_beside({"slow": code(slow), "fails": code(fails)}, Places(2, 1))
+        run_side_by_side({"slow": code(slow), "fails": code(fails)}, Places(2, 1))
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
 PARENT = '''
-from l2l_core.training.beside import Places, run_beside
+from l2l_core.training.side_by_side import Places, run_side_by_side
 child = """if True:
     import os, time
-    from l2l_core.training.beside import end_with_parent
+    from l2l_core.training.side_by_side import end_with_parent
     end_with_parent()
     print(os.getpid(), flush=True)
     time.sleep(600)
 """
-run_beside({"a": ["-c", child], "b": ["-c", child]}, Places(2, 1))
+run_side_by_side({"a": ["-c", child], "b": ["-c", child]}, Places(2, 1))
 '''
 
 

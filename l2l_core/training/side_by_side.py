@@ -19,7 +19,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.device import choose_device
 from l2l_core.core.memory import available_bytes
-from l2l_core.data.pairs import BESIDE_VARIABLE, IMAGE_CACHE_BYTES
+from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE
 from l2l_core.errors import L2LError
 from l2l_core.model.encoders import TINY
 
@@ -68,7 +68,7 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id"]).num_rows
     places = find_places(params, len(trainings), images)
     if places.at_once > 1:
-        run_beside({name: training.command for name, training in missing.items()}, places)
+        run_side_by_side({name: training.command for name, training in missing.items()}, places)
         return
     torch.set_num_threads(places.threads)
     for training in missing.values():
@@ -124,7 +124,7 @@ def training_bytes(params: Params, images: int, at_once: int) -> int:
     return PROCESS_BYTES + NETWORK_BYTES[tiny] + step + decoded
 
 
-def run_beside(commands: Mapping[str, Sequence[str]], places: Places) -> None:
+def run_side_by_side(commands: Mapping[str, Sequence[str]], places: Places) -> None:
     """Run named commands of this Python (`-m stages.crossfit ...`), `places.at_once` at a time.
 
     They end with this process (see `end_with_parent`). Their stderr is forwarded as it arrives. If one fails, the
@@ -149,7 +149,7 @@ def run_beside(commands: Mapping[str, Sequence[str]], places: Places) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process as soon as the process that started it with `run_beside` ends for any reason."""
+    """End this process as soon as the process that started it with `run_side_by_side` ends for any reason."""
 
     def watch() -> None:
         os.read(0, 1)  # returns when the other end of the pipe closes, since nothing is ever written
@@ -161,7 +161,7 @@ def end_with_parent() -> None:
 def _environment(places: Places, slot: int) -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": str(places.threads), "MKL_NUM_THREADS": str(places.threads)}
     gpu = {"CUDA_VISIBLE_DEVICES": places.gpus[slot]} if places.gpus else {}
-    return {**os.environ, BESIDE_VARIABLE: str(places.at_once), **threads, **gpu}
+    return {**os.environ, SIDE_BY_SIDE_VARIABLE: str(places.at_once), **threads, **gpu}
 
 
 class _Child:
