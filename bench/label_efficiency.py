@@ -90,10 +90,11 @@ SELECTION: dict[str, dict[str, Any]] = {
     # At about the share of labels that `reinforce` accepts.
     "ranksum_overlap": {"select": {"method": "ranksum", "candidates": ["overlap"], "keep_fraction": 0.75}},
     "agreement_overlap": {"select": {"method": "agreement", "candidates": ["overlap"], "keep_fraction": 0.75}},
-    # A second look at every pair, and weights that start from the warm-up's.
+    # Two passes over every pair, random weights at the start of a round, and every sample with its own prior.
     "reinforce_two_passes": {"retrain": {"num_passes": 2}},
     "all_two_passes": {"select": {"method": "all"}, "retrain": {"num_passes": 2}},
-    "reinforce_warm_start": {"retrain": {"start": "teacher"}},
+    "reinforce_from_scratch": {"retrain": {"start": "scratch"}},
+    "reinforce_no_swap": {"retrain": {"prior_swap": 0.0}},
     # Bounds that read the truth: of the teacher's masks those above an IoU of 0.5; the best of all candidates.
     "oracle": {"select": {"method": "oracle", "candidates": ["teacher"]}},
     "oracle_constructed": {"select": {"method": "oracle"}},
@@ -147,7 +148,9 @@ class Run:
     def params(self, defaults: dict[str, Any]) -> dict[str, Any]:
         """The content of params.yaml, made from the revision's own."""
         defaults = merged(defaults, BENCHMARK)
-        steps = defaults["warmup" if self.method in (WARMUP, *SELECTION) else "retrain"]["steps"]
+        steps = defaults["warmup"]["steps"]
+        if self.method not in (WARMUP, *SELECTION):  # as many as the warm-up and a round together
+            steps += defaults["retrain"]["steps"]
         common = {
             "seed": self.seed,
             "round": self.rounds,

@@ -31,7 +31,7 @@ ROUND_0 = {
     FULLY_SUPERVISED: {"supervised": "fully_supervised_no_priors", "round_0": "fully_supervised"},
 }
 """Runs without a round, and the rows that the methods of their evaluation give. The warm-up is what all rounds start
-from; the others train for as many steps as a round does, the last on all labels."""
+from. The others train for as many steps as the warm-up and a round together, the last on all labels."""
 ROUND_0_METHODS = {row for results in ROUND_0.values() for row in results.values()}
 
 MAIN = (0.05, "llava-1.5-7b")
