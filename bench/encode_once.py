@@ -12,7 +12,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ def measure(name: str, encoder: str, size_px: int, images: int, batch_size: int,
     noise = np.random.default_rng(0).integers(0, 256, (images, size_px, size_px, 3), dtype=np.uint8)
     predictor_module.IMAGES_AT_ONCE = images  # no filler: so few would otherwise be filled up
     batches.images._cache.update(enumerate(noise))  # instead of files
-    ways = {
+    ways: dict[str, Callable[[], object]] = {
         "once_a_view": lambda: list(once_a_view(predictor, batches, batch_size)),
         "once": lambda: list(predictor.views(batches, batch_size, name)),
     }

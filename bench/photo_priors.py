@@ -29,11 +29,17 @@ import pandas as pd
 from bench import docs
 from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams, ProposalsParams, load_params
-from l2l_core.core.masks import decode_rle, encode_rle, intersection_union_px, segmentation_to_rle, square_px
+from l2l_core.core.masks import (
+    cut_proposal,
+    decode_rle,
+    encode_rle,
+    intersection_union_px,
+    segmentation_to_rle,
+    square_px,
+)
 from l2l_core.core.metrics import iou_from_px
 from l2l_core.datasets.index import Index
 from l2l_core.datasets.read import load_dataset
-from l2l_core.evaluation.evaluate import cut_proposal
 from l2l_core.mllm.query import make_backend, make_questions, query_table
 from l2l_core.priors.fit import unfitted
 from l2l_core.priors.proposals import make_proposals

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,8 @@ def main() -> None:
     with contextlib.chdir(CLONE):
         rows = list(chosen())
     figure = Figure(figsize=(10, 2.35 * len(rows)), layout="constrained")
-    for row, (part, (title, panels)) in enumerate(zip(figure.subfigures(len(rows), 1), rows, strict=True)):
+    parts: Any = figure.subfigures(len(rows), 1)
+    for row, (part, (title, panels)) in enumerate(zip(parts, rows, strict=True)):
         part.suptitle(title, fontsize=10, x=0.01, ha="left")
         for axes, (name, picture) in zip(part.subplots(1, len(panels)), panels, strict=True):
             axes.imshow(picture)

@@ -54,7 +54,7 @@ RECORDED = {"qwen2.5-vl-7b": "qwen25vl", "internvl2.5-8b": "internvl"}  # preset
 REFSHAPES_OBJECTS = 300  # enough for a standard error of one point
 MOVED_SIDES = 0.08  # normal spread of the edges of moved boxes, in sides
 GRABCUT = PARAMS.proposals.model_copy(update={"renderer": "grabcut", "ring": 0.1, "core": 0.0})
-GRABCUT_VARIANTS: list[dict[str, float]] = [  # one constant or parameter changed at a time
+GRABCUT_VARIANTS: list[dict[str, Any]] = [  # one constant or parameter changed at a time
     *({"GRABCUT_SIDE_PX": side_px} for side_px in (128, 192, 320)),
     *({"GRABCUT_ITERATIONS": count} for count in (3, 5)),
     *({"GRABCUT_MARGIN": share} for share in (0.25, 1.0, 100.0)),
@@ -220,7 +220,7 @@ def referred(index: Index) -> pd.DataFrame:
     return with_image.merge(records.to_frame(index.masks)[["ann_id", "rle_counts"]], on="ann_id")
 
 
-def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, float]]) -> list[Row]:
+def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, Any]]) -> list[Row]:
     """Mean IoU, with the true masks, of maps cut at 0.5: by box and by GrabCut, from true and from moved boxes."""
     true = boxes(known["bbox"])
     noise = np.random.default_rng(0).normal(0, MOVED_SIDES, true.shape)
@@ -269,7 +269,7 @@ def measure() -> list[Row]:
 
 def responses_table(rows: list[Row]) -> str:
     """Markdown: real responses, the rates that each preset should have, and those that it has."""
-    lines = []
+    lines: list[list[object]] = []
     for preset, model in ERROR_MODELS.items():
         shares = model.iou_share
         low, right = sum(shares[:LOW_BINS]), sum(shares[LOW_BINS:])
@@ -286,7 +286,7 @@ def responses_table(rows: list[Row]) -> str:
 
 def proposals_table(rows: list[Row]) -> str:
     """Markdown: mean IoU of the renderers, and of GrabCut with other constants."""
-    lines = []
+    lines: list[list[object]] = []
     for row in rows:
         if row["measure"] == "proposal":
             changed = [f"{key} = {row[key]}" for key in row if key.startswith(("GRABCUT", "ring", "core"))]

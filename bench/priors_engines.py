@@ -75,7 +75,9 @@ def measure() -> list[Row]:
             engines[f"transformers, {count} at a time"] = TransformersEngine(
                 params.model_copy(update={"engine": engine})
             )
-        requests, cpu_s, wall_s = make_requests(), {name: [] for name in engines}, {name: [] for name in engines}
+        requests = make_requests()
+        cpu_s: dict[str, list[float]] = {name: [] for name in engines}
+        wall_s: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(1 + TURNS):
             texts = []
             for name, each in engines.items():

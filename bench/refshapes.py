@@ -121,16 +121,16 @@ def measures(seconds: float) -> list[dict[str, object]]:
 def table(rows: pd.DataFrame) -> str:
     """Markdown of the stored results."""
     by_measure = dict(list(rows.groupby("measure")))
-    shares: list[list[object]] = [
-        ["sentence of val or test occurs in train", by_measure["held_out_seen_in_train"]["share"].item()]
+    shares: list[tuple[str, float]] = [
+        ("sentence of val or test occurs in train", by_measure["held_out_seen_in_train"]["share"].item())
     ]
-    shares += [[f"style {row.style}", row.share] for row in by_measure["style"].itertuples()]
+    shares += [(f"style {row.style}", row.share) for row in by_measure["style"].itertuples()]
     for row in by_measure["shortcut"].itertuples():
         if row.matches == "any object":
-            shares.append(["target found: any object", row.first_named])
+            shares.append(("target found: any object", row.first_named))
         else:
-            shares.append([f"target found: first {row.matches} that is named", row.first_named])
-            shares.append([f"target found: its own {row.matches}, where named", row.own])
+            shares.append((f"target found: first {row.matches} that is named", row.first_named))
+            shares.append((f"target found: its own {row.matches}, where named", row.own))
     facts: list[list[object]] = [
         ["CPU seconds to draw it", f"{by_measure['draw']['seconds'].item():.0f}"],
         ["different words", f"{by_measure['vocabulary']['words'].item():.0f}"],

@@ -41,7 +41,13 @@ DOCUMENT, MARK = ROOT / "docs" / "results.md", "sam"
 SENTENCES_PER_IMAGE = 7  # RefCOCO has 7.1
 HW = (480, 640)
 SMALL_PX = 512
-SMALL = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "mlp_dim": 768, "image_size": SMALL_PX}
+SMALL: dict[str, Any] = {
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+    "mlp_dim": 768,
+    "image_size": SMALL_PX,
+}
 SMALL |= {"global_attn_indexes": [2, 5], "window_size": 14}
 
 

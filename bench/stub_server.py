@@ -28,7 +28,13 @@ def sentence_of(body: dict[str, Any]) -> str:
 
 def completion(text: str, prompt_tokens: int = 100, completion_tokens: int = 10) -> Reply:
     """A body as `vllm serve` writes it."""
-    message = {"role": "assistant", "content": text, "refusal": None, "tool_calls": [], "reasoning": None}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+        "tool_calls": [],
+        "reasoning": None,
+    }
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     usage = {
         "prompt_tokens": prompt_tokens,

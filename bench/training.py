@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from l2l_core.config import load_params
 from l2l_core.data.pairs import Batch
 from l2l_core.model.losses import segmentation_loss
-from l2l_core.model.segmenter import Segmenter
+from l2l_core.model.segmenter import Output, Segmenter
 
 RESULTS = Path(__file__).resolve().parent / "results" / "training.jsonl"
 TURNS, STEPS = 7, 4  # each turn times STEPS steps of every setting; the first turn warms up
@@ -42,6 +43,13 @@ def random_batch(count: int, side_px: int, proposal_px: int) -> Batch:
     )
 
 
+def loss_of(output: Output, batch: Batch) -> Tensor:
+    """The training loss of a batch with targets."""
+    assert batch.label is not None
+    assert batch.keep is not None
+    return segmentation_loss(output, batch.label, batch.keep).total
+
+
 def main() -> None:
     params = load_params()
     torch.manual_seed(0)
@@ -51,7 +59,7 @@ def main() -> None:
     for bf16, channels_last in settings:
         network = Segmenter.create(params.model, [SENTENCE], seed=0)
         network.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        network = network.to(memory_format=network.memory_format)
+        network = network.to(memory_format=network.memory_format)  # type: ignore[call-overload]
         networks[bf16, channels_last] = network, torch.optim.AdamW(network.parameters(), params.train.lr)
     seconds: dict[tuple[bool, bool], list[float]] = {setting: [] for setting in settings}
     for _ in range(TURNS):
@@ -62,7 +70,7 @@ def main() -> None:
                 with torch.autocast("cpu", torch.bfloat16, enabled=setting[0]):
                     output = network(batch, tokens)
                 optimizer.zero_grad()
-                segmentation_loss(output, batch.label, batch.keep).total.backward()
+                loss_of(output, batch).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             seconds[setting].append(time.perf_counter() - started)
     plain = statistics.median(seconds[False, False][1:])

@@ -22,10 +22,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import docs
 from l2l_core.core.threads import SPIN_COUNT
+
+if TYPE_CHECKING:  # imports torch
+    from l2l_core.core.device import Precision
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "waiting.jsonl"
@@ -49,7 +52,7 @@ class Setting:
     work: str  # training, query
     wait: str  # one of WAITS
     neighbor: str  # none, busy
-    precision: str
+    precision: Precision
 
 
 KINDS = ("training", "query")
@@ -59,20 +62,20 @@ SETTINGS = [
 ]
 
 
-def training(precision: str) -> tuple[Callable[[], None], int]:
+def training(precision: Precision) -> tuple[Callable[[], object], int]:
     """One step of the default network, and its images."""
     import torch
 
-    from bench.training import SENTENCE, random_batch
+    from bench.training import SENTENCE, loss_of, random_batch
     from l2l_core.config import load_params
     from l2l_core.core.device import autocast
-    from l2l_core.model.losses import segmentation_loss
     from l2l_core.model.segmenter import Segmenter
 
     params = load_params()
     torch.manual_seed(0)
     batch = random_batch(params.train.batch_size, params.model.image_size_px, params.proposals.size_px)
-    network = Segmenter.create(params.model, [SENTENCE], seed=0).to(memory_format=torch.channels_last)
+    network = Segmenter.create(params.model, [SENTENCE], seed=0)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), params.train.lr)
     tokens = network.tokenize(batch)
 
@@ -80,13 +83,13 @@ def training(precision: str) -> tuple[Callable[[], None], int]:
         with autocast(torch.device("cpu"), precision):
             output = network(batch, tokens)
         optimizer.zero_grad()
-        segmentation_loss(output, batch.label, batch.keep).total.backward()
+        loss_of(output, batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step, params.train.batch_size
 
 
-def query(precision: str) -> tuple[Callable[[], None], int]:
+def query(precision: Precision) -> tuple[Callable[[], object], int]:
     """One batch of requests to RefShapes-VLM, and their number."""
     import numpy as np
     from PIL import Image
@@ -102,7 +105,7 @@ def query(precision: str) -> tuple[Callable[[], None], int]:
     pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     text = prompt_text(priors.prompt, "the small red circle on the left", "percent")
     requests = [Request(Image.fromarray(pixels), text, None, 0.0, 0, RESPONSE_TOKENS)] * engine.batch_size
-    return lambda: model.generate(requests) and None, len(requests)
+    return lambda: model.generate(requests), len(requests)
 
 
 WORKS = {"training": training, "query": query}

@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import typer
@@ -38,12 +39,12 @@ def _written_by() -> str:
     return "Written by `python -m tools.reference`.\n\n"
 
 
-def _commands(command: click.Command, name: str, parent: click.Context | None) -> Iterator[str]:
+def _commands(command: Any, name: str, parent: click.Context | None) -> Iterator[str]:
     """A heading and the help of each command, its subcommands after it; hidden ones are left out."""
     context = click.Context(command, parent=parent, info_name=name.split()[-1], max_content_width=WIDTH)
     context.terminal_width = WIDTH
     yield f"## `{name}`\n\n```text\n{command.get_help(context)}\n```\n"
-    commands: dict[str, click.Command] = getattr(command, "commands", {})  # of a group, which typer brings itself
+    commands = getattr(command, "commands", {})  # of a group, which typer brings itself
     for sub, inner in sorted(commands.items()):
         if not inner.hidden:
             yield from _commands(inner, f"{name} {sub}", context)

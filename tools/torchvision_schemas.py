@@ -33,9 +33,9 @@ class BeforeTorchvision(MetaPathFinder):
         sys.meta_path.remove(self)
         import torch
 
-        self.library = torch.library.Library("torchvision", "DEF")  # definitions last as long as this object
+        self.library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]  # definitions last as long as this object
         for schema in SCHEMAS:
-            self.library.define(schema)
+            self.library.define(schema)  # type: ignore[no-untyped-call]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Final
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -24,7 +25,8 @@ from l2l_core.mllm.simulated import describe_sentence
 from l2l_core.refshapes import language, solver
 from vlm.scenes import GRID, IMAGE_SIZE_PX, PATCH_PX
 
-PROMPT, COORD_SPACE = "box-2", "percent"
+PROMPT: Final = "box-2"
+COORD_SPACE: Final = "percent"
 """The one prompt that the model was taught."""
 
 WIDTH, LAYERS, HEAD_WIDTH = 192, 6, 32

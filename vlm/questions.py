@@ -107,10 +107,11 @@ class Questions:
             made.append((ids, labels, position, group))
         length = max(len(ids) for ids, *_ in made)
         columns = zip(zip(*made, strict=True), (PAD, IGNORED, 0, -1), strict=True)
-        padded = [torch.tensor([v + [fill] * (length - len(v)) for v in column]).to(device) for column, fill in columns]
+        padded: Any = (torch.tensor([v + [fill] * (length - len(v)) for v in part]) for part, fill in columns)
         joint = torch.tensor(joints)
         object_of = torch.from_numpy(patches.astype(np.int64))[joint[:, 0]]
-        return Lessons(*padded, joint.to(device), object_of.to(device), torch.tensor(targets).to(device))
+        parts: Any = [*padded, joint, object_of, torch.tensor(targets)]
+        return Lessons(*(part.to(device) for part in parts))
 
     def _tokens(self, entry: int, is_mirrored: bool) -> tuple[list[int], list[int]]:
         """Question and response."""

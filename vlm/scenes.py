@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -94,7 +95,7 @@ def _store(shard: int, path: Path) -> None:
     part.replace(path)
 
 
-def _make(number: int) -> tuple[NDArray, NDArray, NDArray, NDArray, list[tuple[int, str]]]:
+def _make(number: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], list[tuple[int, str]]]:
     rng = np.random.default_rng([SEED, number])
     scene = draw_scene(rng, IMAGE_SIZE_PX)
     count = len(scene.objects)

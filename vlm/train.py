@@ -92,7 +92,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = settings.rate_at(step)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         done, is_late = step + 1, time.monotonic() > until
@@ -128,7 +128,8 @@ def response_losses(
     modules: nn.ModuleDict, tokenizer: Any, sources: list[Scenes], per_scene: int, device: torch.device
 ) -> Losses:
     """The same, and the responses to questions about the scenes of `sources`."""
-    model, heads, pointer = modules["model"], modules["heads"], modules["pointer"]
+    model: Any = modules["model"]  # of transformers: its parts have no types
+    heads, pointer = modules["heads"], modules["pointer"]
     responses = Responses(tokenizer, model.config.text_config.vocab_size).to(device)
     questions = {id(scenes): Questions(scenes, tokenizer) for scenes in sources}
 
@@ -174,7 +175,7 @@ def save(model: LlavaForConditionalGeneration, tokenizer: Any, folder: Path) -> 
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def starting_positions(tower: nn.Module) -> None:
+def starting_positions(tower: Any) -> None:
     """The tower's positions start as sines of row and column, so that nearness need not be found out first."""
     quarter = WIDTH // 4
     frequency = 10 ** (-2 * torch.arange(quarter) / quarter) * math.pi / 2
@@ -186,7 +187,7 @@ def starting_positions(tower: nn.Module) -> None:
         table[1:] = 0.5 * torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
 
 
-def _patch_tokens(tower: nn.Module, pixels: Tensor) -> Tensor:
+def _patch_tokens(tower: Any, pixels: Tensor) -> Tensor:
     """[B, 3, S, S] -> [B, P, WIDTH], as the language model gets them: without the class token and the last norm."""
     return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
