@@ -245,6 +245,11 @@ class ProposalsParams(Section):
         read = {"box": set(), "grabcut": {"ring", "core"}, "sam": {"model"}}[self.renderer]
         return frozenset({"ring", "core", "model"} - read)
 
+    @property
+    def rendering(self) -> ProposalsParams:
+        """The parameters without `model`, unless the renderer reads it: a SAM for the selection changes no proposal."""
+        return self if self.renderer == "sam" else self.model_copy(update={"model": None})
+
     @model_validator(mode="after")
     def _sam_has_a_model(self) -> ProposalsParams:
         if self.renderer == "sam" and not self.model:

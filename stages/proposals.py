@@ -34,16 +34,16 @@ def main() -> None:
         print(f"proposals: {found} fits best: {compared}")
     elif params.proposals.needs_fit:
         print(f"proposals: too few labeled boxes to fit; {found}")
-    key = render_key(fit.params, [records.PRIORS_PATH, records.INDEX.refs, records.INDEX.images])
+    device = params.priors.engine.device
+    key = render_key(fit.params, [records.PRIORS_PATH, records.INDEX.refs, records.INDEX.images], device)
     with scratch_folder("proposals", key) as folder:
-        device = params.priors.engine.device
         proposals = make_proposals(priors, records.to_frame(refs), images, fit.params, folder, device)
         records.write_table(proposals, records.PROPOSALS_PATH, records.PROPOSALS)
     scores = score_proposals(proposals, labels)
     records.write_metrics(scores, records.PROPOSALS_METRICS_PATH)
     print(f"proposals: {describe(scores)}")
     summary = {"sentences": fit.sentences, "box_miou": round(fit.box_miou, 2), "miou": round(fit.miou, 2)}
-    text = json.dumps({"proposals": fit.params.model_dump(), "fit": summary}, indent=2)
+    text = json.dumps({"proposals": fit.params.rendering.model_dump(), "fit": summary}, indent=2)
     records.RENDERING_PATH.write_text(text + "\n", encoding="utf-8")
 
 

@@ -147,7 +147,8 @@ def get_priors(requested: PairList, params: Params) -> PriorTables:
 def with_trained_proposals(params: Params, trained: ProposalsParams) -> Params:
     """A project's parameters, with the proposal parameters that the network was trained with.
 
-    Raises ConfigError if the project's priors are recorded and its proposals were rendered with other parameters.
+    A SAM model that the project names takes the place of the trained one, which may have moved. Raises ConfigError if
+    the project's priors are recorded and its proposals were rendered with other parameters.
     """
     if params.priors.backend not in LIVE_BACKENDS:
         recorded = records.read_rendering()
@@ -158,7 +159,9 @@ def with_trained_proposals(params: Params, trained: ProposalsParams) -> Params:
                     f"{records.RENDERING_PATH}: proposals.{name}: got {got}, but the model was trained with "
                     f"{expected}; recorded priors only fit a model of the same proposals"
                 )
-    return params.model_copy(update={"proposals": trained})
+        return params.model_copy(update={"proposals": trained})
+    proposals = trained.model_copy(update={"model": params.proposals.model or trained.model}).rendering
+    return params.model_copy(update={"proposals": proposals})
 
 
 def recorded_priors(requested: PairList) -> PriorTables:

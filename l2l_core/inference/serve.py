@@ -43,6 +43,7 @@ from l2l_core.inference.predict_files import (
 from l2l_core.mllm.backend import PriorBackend
 from l2l_core.mllm.query import make_backend, query_table
 from l2l_core.model.predictor import Predictor
+from l2l_core.priors.sam import load_sam
 from l2l_core.viz import overlays
 
 MAX_PIXELS = 40_000_000
@@ -82,7 +83,10 @@ class DemoSession:
         is_live = params.priors.backend in LIVE_BACKENDS
         backend = make_backend(params.priors, records.INDEX) if is_live else None
         predictor = Predictor.from_pretrained(folder, device=params.train.engine.device)
-        return cls(predictor, with_trained_proposals(params, predictor.network.known_proposals()), backend, max_mb)
+        params = with_trained_proposals(params, predictor.network.known_proposals())
+        if backend is not None and params.proposals.renderer == "sam":
+            load_sam(str(params.proposals.model), params.priors.engine.device, "priors.engine.device")  # fail early
+        return cls(predictor, params, backend, max_mb)
 
     def look(self, image: Path | None, sentence: str) -> DemoResult:
         """Predict one pair. Raises InputError for an unusable image or sentence, and whatever the backend raises."""

@@ -18,11 +18,11 @@ from transformers.utils import is_scipy_available, is_torchvision_available
 from l2l_core.config import PriorsParams
 from l2l_core.core.device import autocast, choose_device, print_device, resolve_precision
 from l2l_core.core.masks import encode_rle
+from l2l_core.core.pretrained import Loading, not_loaded
 from l2l_core.errors import ConfigError
 from l2l_core.mllm.detector import Detection, DetectionRequest, best_boxes
 
-is_scipy_available.cache_clear()  # `core.optional.hidden` may have hidden it, but OWLv2's image processor needs it
-
+EXPECTED = "a hub id (needs a network or a local copy) or a folder with the weights and the processor of a detector"
 KEEP_ALL = -1.0
 """A threshold below every score."""
 Outputs = SimpleNamespace  # tensors of a model by name, one row per sentence, as its post-processing reads them
@@ -47,15 +47,9 @@ class TransformersDetector:
         self.precision = resolve_precision(params.precision, self._device, "priors.precision")
         print_device(self._device, self.precision)
         self._family, self._processor = load_processor(name)
-        try:
+        with _loading(name):
             # Weights stay in fp32, and autocast computes in bf16: boxes in bf16 would be off by pixels.
             self._model = self._family.model.from_pretrained(name, dtype=torch.float32).to(self._device).eval()
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise _not_loaded(name, error) from None
-        except torch.OutOfMemoryError:
-            raise ConfigError(
-                f"params.yaml: priors.model: {name!r} does not fit into the GPU's memory; take a smaller one"
-            ) from None
 
     @torch.inference_mode()
     def detect(self, requests: Sequence[DetectionRequest]) -> list[list[Detection]]:
@@ -104,10 +98,8 @@ class TransformersDetector:
 
 def find_family(name: str) -> _Family:
     """Hub id or folder -> the family of the model. Raises ConfigError if it is not a detector that this file knows."""
-    try:
+    with _loading(name):
         kind: str = AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(name, error) from None
     if kind not in _FAMILIES:
         raise ConfigError(
             f"params.yaml: priors.model: got {name!r}, a model of type {kind!r}, expected a detector of type "
@@ -126,10 +118,9 @@ def load_processor(name: str) -> tuple[_Family, Any]:
         raise ConfigError(
             f"params.yaml: priors.model: got {name!r}, a SAM 3, which needs torchvision: pip install '.[detector]'"
         )
-    try:
+    is_scipy_available.cache_clear()  # `core.optional.hidden` may have hidden it, but OWLv2's image processor needs it
+    with _loading(name):
         processor = family.processor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loaded(name, error) from None
     if not hasattr(processor, "image_processor"):  # without a processor's files, AutoProcessor may give a tokenizer
         raise _not_loaded(name, "it has no image processor (preprocessor_config.json)")
     tokenizer = processor.tokenizer
@@ -139,11 +130,12 @@ def load_processor(name: str) -> tuple[_Family, Any]:
     return family, processor
 
 
-def _not_loaded(name: str, reason: object) -> ConfigError:
-    return ConfigError(
-        f"params.yaml: priors.model: got {name!r}, expected a hub id (needs a network or a local copy) or a folder "
-        f"with the weights and the processor of a detector: {' '.join(str(reason).split())[:300]}"
-    )
+def _loading(name: str) -> Loading:
+    return Loading("priors.model", name, EXPECTED)
+
+
+def _not_loaded(name: str, reason: str) -> ConfigError:
+    return not_loaded("priors.model", name, EXPECTED, reason)
 
 
 def _run_grounding_dino(

@@ -12,6 +12,7 @@ from torch import Tensor
 from l2l_core.config import PriorsParams
 from l2l_core.core.device import choose_device, print_device, resolve_precision
 from l2l_core.core.optional import hidden
+from l2l_core.core.pretrained import Loading
 from l2l_core.errors import ConfigError
 from l2l_core.mllm.coords import resolve_coord_space, scale_of
 from l2l_core.mllm.engine import Completion, Request
@@ -34,21 +35,16 @@ class TransformersEngine:
         self.precision = resolve_precision(params.precision, self._device, "priors.precision")
         print_device(self._device, self.precision)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        try:
+        expected = (
+            "a hub id (needs a network or a local copy) or a folder of an image-text model that transformers loads"
+        )
+        smaller = (
+            "take a smaller one, priors.precision bf16 (half the memory of fp32), or priors.backend vllm with "
+            "priors.engine.tensor_parallel GPUs for each model"
+        )
+        with Loading("priors.model", str(name), expected, smaller):
             self._processor = AutoProcessor.from_pretrained(name)
             self._model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(self._device).eval()
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(
-                f"params.yaml: priors.model: got {name!r}, expected a hub id (needs a network or a local copy) or a "
-                f"folder of an image-text model that transformers loads: {reason}"
-            ) from None
-        except torch.OutOfMemoryError:
-            raise ConfigError(
-                f"params.yaml: priors.model: {name!r} does not fit into the GPU's memory in {self.precision}; take a "
-                "smaller one, priors.precision bf16 (half the memory of fp32), or priors.backend vllm with "
-                "priors.engine.tensor_parallel GPUs for each model"
-            ) from None
         crops = getattr(getattr(self._processor, "image_processor", None), "do_center_crop", False)
         if crops and scale_of(resolve_coord_space(str(name), params.coord_space)) != "unit_square":
             raise ConfigError(

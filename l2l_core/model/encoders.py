@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from l2l_core.core.optional import hidden
-from l2l_core.errors import ConfigError
+from l2l_core.core.pretrained import Loading
 
 # Needed only for unused features: multi-device models, detector losses, and drafts by a second model.
 with hidden("accelerate", "scipy", "sklearn"):
@@ -63,14 +63,12 @@ def make_image_encoder(name: str) -> PreTrainedModel:
     """
     if name == TINY:
         return AutoBackbone.from_config(tiny_image_config())
-    try:
+    with _loading("image_encoder", name, "an image backbone"):
         config = AutoConfig.from_pretrained(name)
         config.out_features = [stage for stage in config.stage_names if stage != "stem"]
         # Not AutoBackbone.from_pretrained: it queries the hub for the name, even for a folder and offline.
         kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
         return kind.from_pretrained(name, config=config, dtype=torch.float32)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise ConfigError(_cannot_load("image_encoder", name, "an image backbone", error)) from None
 
 
 def make_text_encoder(name: str, vocabulary: int, max_tokens: int) -> PreTrainedModel:
@@ -80,10 +78,8 @@ def make_text_encoder(name: str, vocabulary: int, max_tokens: int) -> PreTrained
     """
     if name == TINY:
         return AutoModel.from_config(tiny_text_config(vocabulary, max_tokens))
-    try:
+    with _loading("text_encoder", name, "a text encoder"):
         return AutoModel.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ConfigError(_cannot_load("text_encoder", name, "a text encoder", error)) from None
 
 
 def blank_encoders(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -105,10 +101,8 @@ def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
     Raises ConfigError if transformers cannot load it.
     """
     if name != TINY:
-        try:
+        with _loading("text_encoder", name, "a tokenizer"):
             return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ConfigError(_cannot_load("text_encoder", name, "a tokenizer", error)) from None
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     words = {word for text in corpus for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
@@ -136,7 +130,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _cannot_load(key: str, name: str, what: str, error: Exception) -> str:
+def _loading(key: str, name: str, what: str) -> Loading:
     where = "folder" if Path(name).exists() else "hub id (needs a network or a local copy)"
-    reason = " ".join(str(error).split())[:200]
-    return f"params.yaml: model.{key}: got {name!r}, expected a {where} from which transformers loads {what}: {reason}"
+    return Loading(f"model.{key}", name, f"a {where} from which transformers loads {what}")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import requests as http
+import torch
 from transformers.utils import cached_file
 
 from l2l_core.artifacts import records
@@ -102,9 +103,16 @@ def describe_proposals(params: Params) -> str:
     where = _where("proposals.model", str(proposals.model))
     folder = local_sam(params)
     kind = f", {check_sam(folder)}" if folder is not None else ""
-    device = choose_device(params.priors.engine.device, "priors.engine.device")
+    device = sam_device(params)
     precision = resolve_precision("auto", device)
     return f"{renderer}; SAM: {where}{kind}; {describe(device, precision)}"
+
+
+def sam_device(params: Params) -> torch.device:
+    """Where SAM computes: the renderer on the MLLM's device, the selection on the training's."""
+    if params.proposals.renderer == "sam":
+        return choose_device(params.priors.engine.device, "priors.engine.device")
+    return choose_device(params.train.engine.device, "train.engine.device")
 
 
 def local_sam(params: Params) -> str | None:

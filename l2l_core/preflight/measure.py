@@ -26,6 +26,7 @@ from l2l_core.data.views import Views
 from l2l_core.errors import ConfigError
 from l2l_core.model.predictor import Predictor
 from l2l_core.model.segmenter import Segmenter
+from l2l_core.preflight.backends import sam_device
 from l2l_core.preflight.estimate import VIEWS, Costs, Needs
 from l2l_core.preflight.memory import peak_of
 from l2l_core.priors import proposals
@@ -210,7 +211,7 @@ def _proposal_s(params: Params, sample: Sample) -> float:
 
 def _sam_s(params: Params, sample: Sample, folder: str) -> tuple[float, float]:
     """Seconds per image and per prompt, on one image; the first run also pays for what is set up once."""
-    sam = Sam(folder, choose_device(params.train.engine.device))
+    sam = Sam(folder, sam_device(params))
     path = sample.pairs.image_path[sample.pairs.image_row[0]]
     prompts = Prompts(np.repeat(sample.box_xyxy[:1], PROMPTS, axis=0), np.full((PROMPTS, 2), np.nan))
 

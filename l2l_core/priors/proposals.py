@@ -37,6 +37,9 @@ RefCOCO's val, testA and testB objects is 0.39 of it."""
 MIN_CONFIDENCE = 0.01
 """Keeps a proposal's score above 0, which means `no prior`, if a model reports confidence 0."""
 
+FULL_SHARE = 0.6
+"""A mask whose largest share of a cell is below this may vanish at a threshold of 0.5, so its shares are scaled up."""
+
 _GRABCUT_CHUNK = 64  # sentences that are rendered and stored together
 _SAM_CHUNK = 16  # images whose sentences are rendered and stored together
 CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary array
@@ -109,13 +112,15 @@ def render_point(point_xy: ArrayLike, image_hw: ArrayLike, params: ProposalsPara
 def render_mask(mask: BoolMask, params: ProposalsParams) -> Map:
     """A mask [H, W] -> map [S, S] of the share of each cell's area that the mask covers.
 
-    The value is inside_prob in a covered cell, 1 - inside_prob in a free one, and in between at the mask's border.
+    The value is inside_prob in a covered cell, 1 - inside_prob in a free one, and in between at the mask's border. A
+    mask that fills no cell, such as a thin pole, would vanish at 0.5: its shares are relative to the largest one.
     """
     for axis in (0, 1):  # OpenCV's area shares are exact only if no side grows
         mask = mask.repeat(-(-params.size_px // mask.shape[axis]), axis)
     size_wh = (params.size_px, params.size_px)
     share = np.asarray(cv2.resize(mask.astype(np.float32), size_wh, interpolation=cv2.INTER_AREA), np.float32)
-    return _to_prob(share, params)
+    peak = float(share.max())
+    return _to_prob(share / peak if 0 < peak < FULL_SHARE else share, params)
 
 
 def shrink(image_bgr: Image) -> Image:
@@ -166,15 +171,20 @@ def prior_score(samples: PriorSamples) -> DoubleArray:
     return np.asarray(count / located.shape[1] * agreement * confidence)
 
 
-def render_key(params: ProposalsParams, tables: Sequence[Path]) -> str:
+def render_key(params: ProposalsParams, tables: Sequence[Path], device: str = "auto") -> str:
     """Hex digest of everything that proposals depend on: a run reuses stored chunks only if it would write the same.
 
-    tables: the files of priors, sentences and images.
+    tables: the files of priors, sentences and images. device: where SAM computes, which decides about its precision.
     """
-    model = Path(str(params.model))
-    files = sorted(model.iterdir()) if model.is_dir() else []  # gigabytes: file times show whether it changed
-    state = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    return fingerprint("proposals", f"{params.model_dump_json()}\n{state}", tables)
+    state: list[str] = []
+    if params.renderer == "sam":
+        from l2l_core.priors.sam import precision_on  # it loads PyTorch, which the other renderers do not need
+
+        model = Path(str(params.model))
+        files = sorted(model.iterdir()) if model.is_dir() else []  # gigabytes: file times show whether it changed
+        state = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+        state.append(precision_on(device))
+    return fingerprint("proposals", f"{params.rendering.model_dump_json()}\n{state}", tables)
 
 
 def make_proposals(

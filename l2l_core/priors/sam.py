@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from l2l_core.core.arrays import DoubleArray, FloatArray
 from l2l_core.core.device import Precision, autocast, choose_device, print_device, resolve_precision
 from l2l_core.core.optional import hidden
-from l2l_core.errors import ConfigError
+from l2l_core.core.pretrained import Loading
 
 Image = NDArray[np.uint8]
 
@@ -84,7 +83,7 @@ class Sam:
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
         self.precision: Precision = resolve_precision("auto", device)
-        with _explained(name):
+        with _loading(name):
             kind, _ = _kind_of(name)
             self._processor = _processor_of(name, kind)
             self._model = kind.from_pretrained(name, dtype=torch.float32).to(device).eval()
@@ -101,7 +100,10 @@ class Sam:
         # Where the processor moves the corner of the image is where it moves all its coordinates, in every family.
         corners = [[[0.0, 0.0, float(image.shape[1]), float(image.shape[0])]] for image in images]
         inputs = [
-            self._processor(images=[image], input_boxes=[corner], return_tensors="pt")
+            # A picture one pixel high would pass for one with its channels first.
+            self._processor(
+                images=[image], input_boxes=[corner], input_data_format="channels_last", return_tensors="pt"
+            )
             for image, corner in zip(images, corners, strict=True)
         ]
         pixels = torch.cat([one["pixel_values"] for one in inputs]).to(self.device)
@@ -223,6 +225,11 @@ class Sam:
         return height, width
 
 
+def precision_on(device: str) -> Precision:
+    """The precision in which a model's image encoder computes on a device, as a parameter names it."""
+    return resolve_precision("auto", choose_device(device, "priors.engine.device"))
+
+
 @cache
 def load_sam(name: str, device: str, key: str) -> Sam:
     """The model `name`, loaded once per process; device: as a parameter names it, key: that parameter."""
@@ -231,7 +238,7 @@ def load_sam(name: str, device: str, key: str) -> Sam:
 
 def check_sam(folder: str) -> str:
     """The class of the model in a folder. Raises ConfigError if it or its packages are missing; reads no weights."""
-    with _explained(folder):
+    with _loading(folder):
         kind, config = _kind_of(folder)
         _processor_of(folder, kind)
         with torch.device("meta"):  # a backbone can need a package of its own
@@ -274,22 +281,12 @@ def _processor_of(name: str, kind: Any) -> Any:
     return PROCESSOR_MAPPING[kind.config_class].from_pretrained(name)
 
 
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what goes wrong when a model is loaded into a ConfigError of one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"params.yaml: proposals.model: got {name!r}, expected a hub id (needs a network or a local copy) or a "
-            "folder of a model of the SAM family that transformers loads; SAM 2, EdgeTAM and SAM 3 also need the "
-            f"packages of pip install '.[sam]': {reason}"
-        ) from None
-    except torch.OutOfMemoryError:
-        raise ConfigError(
-            f"params.yaml: proposals.model: {name!r} does not fit into the GPU's memory; take a smaller one"
-        ) from None
+def _loading(name: str) -> Loading:
+    expected = (
+        "a hub id (needs a network or a local copy) or a folder of a model of the SAM family that transformers loads; "
+        "SAM 2, EdgeTAM and SAM 3 also need the packages of pip install '.[sam]'"
+    )
+    return Loading("proposals.model", name, expected)
 
 
 def _predicted_iou(scores: Tensor) -> FloatArray:

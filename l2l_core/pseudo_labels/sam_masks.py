@@ -81,11 +81,15 @@ class SamMasks:
         matches: list[Match | None] = [None] * len(rows)
         image_row = self.pairs.image_row[rows]
         side = label.shape[-1]
+        is_labeled = label.any((1, 2))
         for image, held in self._hold(image_row).items():
+            mine = ((image_row == image) & is_labeled).nonzero()[0]
+            if not len(mine):
+                continue
             encoded = held.encoded
             masks = held.everything = held.everything or self.sam.segment_everything(encoded)
             squares = (self.sam.resize(masks.logits, encoded, side, side) > 0).cpu().numpy()
-            for place in (image_row == image).nonzero()[0].tolist():
+            for place in mine.tolist():
                 best = best_match(label[place], squares)
                 if best is not None:
                     full = self.sam.resize(masks.logits[best : best + 1], encoded, *encoded.hw)

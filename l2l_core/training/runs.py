@@ -90,7 +90,7 @@ def training_settings(params: Params) -> str:
     # `auto` precision depends on the machine. The data of a fold teacher depends on the number of folds.
     precision = resolve_precision(params.train.precision, choose_device(params.train.engine.device))
     train = f"{_tracked(params.train)} {precision}"
-    return f"{params.seed} {params.model!r} {train} {params.proposals!r} {params.select.folds}"
+    return f"{params.seed} {params.model!r} {train} {params.proposals.rendering!r} {params.select.folds}"
 
 
 def _tracked(train: TrainParams) -> dict[str, object]:

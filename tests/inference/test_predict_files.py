@@ -511,3 +511,11 @@ def test_live_priors_use_the_rendering_of_the_model():
     live = toy_params(priors={"backend": "openai"}, proposals={"renderer": "box"})
     of_model = PROPOSALS.model_copy(update=CUT)
     assert predict_files.with_trained_proposals(live, of_model).proposals == of_model
+
+
+def test_a_projects_sam_takes_the_place_of_the_trained_one():
+    by_sam = PROPOSALS.model_copy(update=BY_SAM)
+    moved = toy_params(priors={"backend": "openai"}, proposals={"model": "models/moved"})
+    assert predict_files.with_trained_proposals(moved, by_sam).proposals.model == "models/moved"
+    unnamed = toy_params(priors={"backend": "openai"})
+    assert predict_files.with_trained_proposals(unnamed, by_sam).proposals == by_sam

@@ -220,6 +220,12 @@ def without(*names: str) -> Callable[[Path], None]:
     return remove
 
 
+def cut_off(folder: Path) -> None:
+    """As an interrupted download leaves it."""
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 def retype(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "from-tomorrow"}')
 
@@ -232,8 +238,9 @@ def retype(folder: Path) -> None:
         (without("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
         (without("config.json"), "config.json"),
         (retype, "from-tomorrow"),
+        (cut_off, "incomplete"),
     ],
-    ids=["weights", "processor", "tokenizer", "configuration", "unknown type"],
+    ids=["weights", "processor", "tokenizer", "configuration", "unknown type", "damaged weights"],
 )
 @pytest.mark.parametrize("name", ["grounding-dino", "owlv2"])
 def test_an_incomplete_folder_is_reported_in_one_line(

@@ -1,4 +1,5 @@
 import logging
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -117,6 +118,15 @@ def test_refuses_a_folder_of_another_kind(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"model\.text_encoder: got .*, expected a folder from which"):
         make_text_encoder(str(tmp_path / "empty"), 0, 0)
+
+
+def test_refuses_damaged_weights(tmp_path):
+    """As an interrupted download leaves them."""
+    folder = save_bert(tmp_path)
+    weights = Path(folder) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"model\.text_encoder: got .*, expected a folder from which .*incomplete"):
+        make_text_encoder(folder, 0, 0)
 
 
 # --- tokenizer built from scratch

@@ -245,10 +245,23 @@ def test_a_mask_becomes_the_covered_share_of_each_cell() -> None:
 def test_cells_hold_exact_area_shares_at_any_image_size(height: int, width: int, seed: int) -> None:
     """Against the mask enlarged until every cell is a whole number of pixels; smaller and larger than the grid."""
     mask = np.random.default_rng(seed).random((height, width)) < 0.5
+    mask[: height // 2, : width // 2] = True  # fills at least one cell, unless the image is smaller than the grid
     params = PARAMS.model_copy(update={"size_px": 16, "inside_prob": 1.0})
     large = mask.repeat(16, axis=0).repeat(16, axis=1)
     shares = large.reshape(16, height, 16, width).mean(axis=(1, 3))
     np.testing.assert_allclose(render_mask(mask, params), shares, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(slice(20, 220), slice(103, 106)), (slice(52, 55), slice(203, 207))])
+def test_a_mask_thinner_than_a_cell_still_marks_its_cells(rows: slice, columns: slice) -> None:
+    """A pole and a dot: of 5 x 10 px, each cell has at most a third. All values above 0.5 lie in cells of the mask."""
+    mask = part(rows, columns)
+    (soft,), _ = run(mask_prior(1, mask))
+    touched = mask.reshape(48, 5, 48, 10).any(axis=(1, 3))
+    marked = soft / 255 > 0.5
+    assert marked.any()
+    assert not (marked & ~touched).any()
+    assert marked.any(axis=1).sum() == (rows.stop - rows.start) // 5 or marked.sum() == 1
 
 
 def test_masks_are_used_as_they_are_by_every_renderer() -> None:

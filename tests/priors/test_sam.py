@@ -299,6 +299,8 @@ def test_checkpoints_of_a_video_model_load_as_the_image_model(tmp_path: Path) ->
         ("empty", "config.json"),
         ("weights", "model.safetensors"),
         ("bert", "bert"),
+        ("cut", "incomplete|header|metadata"),
+        ("other", "mismatch"),
     ],
 )
 def test_a_model_that_cannot_be_loaded_gives_one_clear_line(
@@ -308,6 +310,10 @@ def test_a_model_that_cannot_be_loaded_gives_one_clear_line(
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     (save_tiny_sam(Path("weights"), "sam") / "model.safetensors").unlink()
+    cut = save_tiny_sam(Path("cut"), "sam") / "model.safetensors"  # as an interrupted download leaves it
+    cut.write_bytes(cut.read_bytes()[:-100])
+    other = save_tiny_sam(Path("other"), "sam") / "config.json"
+    other.write_text(other.read_text().replace('"mlp_dim": 32', '"mlp_dim": 48'))
     Path("bert").mkdir()
     Path("bert/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match=rf"^params\.yaml: proposals\.model: got '{broken}', .*({reason})") as caught:

@@ -15,15 +15,18 @@ import torch
 import yaml
 from PIL import Image
 from tiny_sam import save_tiny_sam
+from toy_pairs import toy_params
 
 from bench.params import merged
 from l2l_core.artifacts import records
 from l2l_core.config import ProposalsParams
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.priors import proposals
+from l2l_core.priors import sam as sam_module
 from l2l_core.priors.fit import fit_proposals
 from l2l_core.priors.proposals import make_proposals, render_key
 from l2l_core.priors.sam import EncodedImage, Prompts, Sam
+from l2l_core.training.runs import training_settings
 from stages.proposals import main
 
 ROOT = Path(__file__).parents[2]
@@ -204,8 +207,10 @@ def test_a_killed_stage_resumes_to_the_same_bytes(model: Path, tmp_path: Path, m
     assert not list(Path(".scratch").iterdir())
 
 
-def test_stored_chunks_belong_to_one_model_and_one_set_of_priors(tmp_path: Path) -> None:
-    """Other weights in the same folder, other parameters, or other priors never resume."""
+def test_stored_chunks_belong_to_one_model_and_one_set_of_priors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights in the same folder, other parameters, other priors, or another precision never resume."""
     folder, table = tmp_path / "model", tmp_path / "priors.parquet"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"1")
@@ -217,4 +222,18 @@ def test_stored_chunks_belong_to_one_model_and_one_set_of_priors(tmp_path: Path)
     keys.append(render_key(params, [table]))
     table.write_bytes(b"b")
     keys.append(render_key(params, [table]))
-    assert len(set(keys)) == 4
+    monkeypatch.setattr(sam_module, "resolve_precision", lambda setting, device: "bf16")
+    keys.append(render_key(params, [table]))
+    assert len(set(keys)) == 5
+
+
+def test_a_model_for_the_selection_changes_no_rendering(tmp_path: Path) -> None:
+    """Proposals of boxes and GrabCut, and all that is trained on them, stay as they are."""
+    table = tmp_path / "priors.parquet"
+    table.write_bytes(b"a")
+    boxes = params_of(tmp_path).model_copy(update={"renderer": "box", "model": None})
+    named = boxes.model_copy(update={"model": "facebook/sam2.1-hiera-tiny"})
+    assert render_key(named, [table]) == render_key(boxes, [table])
+    assert named.rendering == boxes
+    settings = [training_settings(toy_params(proposals={"renderer": "box", "model": name})) for name in (None, "a/b")]
+    assert settings[0] == settings[1]

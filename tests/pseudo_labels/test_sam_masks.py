@@ -132,6 +132,13 @@ def test_an_image_is_encoded_and_searched_once_across_batches(pairs: Pairs) -> N
     assert (known.encoded, known.searched) == (3, 3)
 
 
+def test_images_whose_labels_are_empty_are_not_searched(pairs: Pairs) -> None:
+    known = Known()
+    nothing = np.zeros((2, 16, 16), dtype=bool)
+    assert SamMasks(known, pairs).match(rows_of(0, 2), nothing) == [None, None]  # type: ignore[arg-type]
+    assert known.searched == 0
+
+
 def test_sam_is_loaded_only_if_the_selection_uses_it(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[tuple[str, str]] = []
     monkeypatch.setattr(sam_masks, "load_sam", lambda name, device, key: loaded.append((name, key)))
