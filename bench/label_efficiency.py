@@ -90,9 +90,11 @@ SELECTION: dict[str, dict[str, Any]] = {
     # At about the share of labels that `reinforce` accepts.
     "ranksum_overlap": {"select": {"method": "ranksum", "candidates": ["overlap"], "keep_fraction": 0.75}},
     "agreement_overlap": {"select": {"method": "agreement", "candidates": ["overlap"], "keep_fraction": 0.75}},
-    # A second look at every pair, and weights that start from the warm-up's.
+    # A second look at every pair; `evolved`: trained on proposals that are fused with the round's pseudo-labels.
     "reinforce_two_passes": {"retrain": {"num_passes": 2}},
     "all_two_passes": {"select": {"method": "all"}, "retrain": {"num_passes": 2}},
+    "reinforce_evolved": {"retrain": {"evolve_proposals": True, "num_passes": 2}},
+    # Weights that start from the warm-up's.
     "reinforce_warm_start": {"retrain": {"start": "teacher"}},
     # Bounds that read the truth: of the teacher's masks those above an IoU of 0.5; the best of all candidates.
     "oracle": {"select": {"method": "oracle", "candidates": ["teacher"]}},
@@ -108,6 +110,8 @@ LABEL_SCORES = {
     "precision": "precision",
     "label_miou_all": "miou_all",
     "label_miou_accepted": "miou_accepted",
+    "label_miou_prior": "miou_prior",
+    "label_miou_fused": "miou_fused",
     "pixel_error_all": "pixel_error_all",
     "pixel_error_kept": "pixel_error_kept",
     "foreground_error_all": "foreground_error_all",
