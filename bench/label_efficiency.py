@@ -90,9 +90,11 @@ SELECTION: dict[str, dict[str, Any]] = {
     # At about the share of labels that `reinforce` accepts.
     "ranksum_overlap": {"select": {"method": "ranksum", "candidates": ["overlap"], "keep_fraction": 0.75}},
     "agreement_overlap": {"select": {"method": "agreement", "candidates": ["overlap"], "keep_fraction": 0.75}},
-    # Two passes over every pair, random weights at the start of a round, and every sample with its own prior.
+    # Two passes over every pair; `evolved`: also trained on proposals that are fused with the round's pseudo-labels.
     "reinforce_two_passes": {"retrain": {"num_passes": 2}},
     "all_two_passes": {"select": {"method": "all"}, "retrain": {"num_passes": 2}},
+    "reinforce_evolved": {"retrain": {"evolve_proposals": True, "num_passes": 2}},
+    # Random weights at the start of a round; every sample with its own prior.
     "reinforce_from_scratch": {"retrain": {"start": "scratch"}},
     "reinforce_no_swap": {"retrain": {"prior_swap": 0.0}},
     # Bounds that read the truth: of the teacher's masks those above an IoU of 0.5; the best of all candidates.
@@ -109,6 +111,8 @@ LABEL_SCORES = {
     "precision": "precision",
     "label_miou_all": "miou_all",
     "label_miou_accepted": "miou_accepted",
+    "label_miou_prior": "miou_prior",
+    "label_miou_fused": "miou_fused",
     "pixel_error_all": "pixel_error_all",
     "pixel_error_kept": "pixel_error_kept",
     "foreground_error_all": "foreground_error_all",

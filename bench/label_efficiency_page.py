@@ -81,6 +81,16 @@ SPLITS = ("val", "test")
 NO_ROWS = "no rows"
 """What a claim says that was not measured at all."""
 
+ROUND_LINES = {
+    "label_miou_all": ("pseudo-label", "#c2415c"),
+    "label_miou_fused": ("fused proposal", "#2f9e63"),
+    "label_miou_prior": ("prior's proposal", "0.45"),
+    "kept_accuracy": ("accuracy of kept pixels", "#3b7dd8"),
+}
+"""Columns of the chart by round: their names and colors."""
+BY_ROUND = ("reinforce", "reinforce_two_passes", "reinforce_evolved")
+"""Methods of the chart by round."""
+
 STYLES: dict[str, dict[str, Any]] = {
     "all": {"color": "#3b7dd8"},
     "threshold_0.7": {"color": "#d9822b", "linestyle": "--"},
@@ -165,6 +175,8 @@ def page(rows: pd.DataFrame) -> str:
         parts += [f"Measured at {commits} (the results file says which run at which).", table(chosen)]
         if chosen["round"].max() > 0:
             parts.append(f"![Precision and reliability of pseudo-labels](images/{_labels_name(setting)})")
+        if len(by_round(chosen)):
+            parts.append(f"![Priors, fused proposals and pseudo-labels by round](images/{_rounds_name(setting)})")
         if setting == MAIN:
             parts += ["### Claims", _claims_table(rows)]
             if lost := limits(chosen):
@@ -476,7 +488,28 @@ def figures(rows: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Figure]:
                 chosen = (curves["prior"] == preset) & (curves["labeled_fraction"] == rate) & (curves["round"] == 1)
                 _draw_coverage(left, here, curves[chosen])
                 _draw_reliability(right, curves[chosen])
+            if len(scores := by_round(here)):
+                methods = [method for method in BY_ROUND if method in scores.index]
+                drawn[_rounds_name(setting)] = figure = Figure(figsize=(3.4 * len(methods), 3.4), layout="constrained")
+                panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+                for axes, method in zip(panels, methods, strict=True):
+                    _draw_rounds(axes, scores.loc[method], _title(method))
+                panels[0].set(ylabel="mIoU, accuracy (%)")
+                panels[-1].legend()
     return drawn
+
+
+def by_round(rows: pd.DataFrame) -> pd.DataFrame:
+    """ROUND_LINES by method of BY_ROUND and round, means over the seeds; no row where none is stored."""
+    if "label_miou_fused" not in rows:
+        return pd.DataFrame()
+    known = rows[(rows["split"] == "val") & rows["method"].isin(BY_ROUND) & rows["label_miou_fused"].notna()]
+    known = known.assign(kept_accuracy=100 - known["pixel_error_kept"])
+    return known.groupby(["method", "round"])[list(ROUND_LINES)].mean()
+
+
+def _rounds_name(setting: Setting) -> str:
+    return f"proposals_{100 * setting[0]:g}_percent_{setting[1]}.png"
 
 
 def _labels_name(setting: Setting) -> str:
@@ -498,6 +531,13 @@ def _draw_summary(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         )
     axes.set_yticks(range(len(COMPARED)), [_title(name) for name in COMPARED])
     axes.set(ylim=(len(COMPARED) - 0.5, -0.7), xlim=(0, 100), xlabel="val mIoU (%)", title=title)
+
+
+def _draw_rounds(axes: Axes, scores: pd.DataFrame, title: str) -> None:
+    """scores: ROUND_LINES by round, in percent."""
+    for column, (name, color) in ROUND_LINES.items():
+        axes.plot(scores.index, scores[column], marker="o", color=color, label=name)
+    axes.set(xlabel="round", xticks=scores.index, title=title)
 
 
 def _face(style: dict[str, Any]) -> str:

@@ -392,6 +392,9 @@ class RetrainParams(Section):
     """Fraction of each batch that comes from the labeled pairs."""
     prior_swap: Fraction
     """Fraction of the samples that get the box and proposal of another sentence (data/prior_swap.py)."""
+    evolve_proposals: bool
+    """Fuse the proposals of pseudo-labeled sentences with their pseudo-labels (data/evolve.py). Labeled sentences and
+    inference keep the prior's proposal."""
     start: Literal["scratch", "teacher"]
     """Start from random weights or from the last round's model."""
     num_passes: Annotated[int, Field(ge=1, le=4)]
@@ -444,6 +447,15 @@ class Params(Section):
             raise ValueError(
                 f"proposals.model: got {self.proposals.model!r}, expected {SAM_EXPECTED} because select.candidates "
                 "names sam"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evolving_needs_probabilities(self) -> Params:
+        if self.retrain.evolve_proposals and self.select.method != "reinforce":
+            raise ValueError(
+                f"retrain.evolve_proposals: got true, expected false because select.method is {self.select.method}: "
+                "only reinforce estimates the probability that a pseudo-label is right"
             )
         return self
 

@@ -194,6 +194,16 @@ def test_fixed_rules_use_only_the_first_candidate():
     assert names("all") == names("semires") == ["teacher"]
 
 
+def test_only_reinforce_can_evolve_proposals():
+    raw = changed("retrain.evolve_proposals", True)
+    assert parse_params(raw).retrain.evolve_proposals
+    raw["select"]["method"] = "topk"
+    with pytest.raises(
+        ConfigError, match=r"^params\.yaml: retrain\.evolve_proposals: got true, .* select\.method is topk: only"
+    ):
+        parse_params(raw)
+
+
 def test_the_candidate_sam_needs_a_model_only_where_it_is_used():
     raw = changed("select.candidates", ["teacher", "sam"])
     with pytest.raises(

@@ -135,6 +135,18 @@ def resize_prob(prob: NDArray[np.float32], height: int, width: int) -> NDArray[n
     return np.asarray(cv2.resize(prob, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
 
 
+def cell_shares(mask: BoolMask, height: int, width: int) -> NDArray[np.float32]:
+    """A mask [H, W] -> map [height, width] of the share of each cell's area that the mask covers, 0..1.
+
+    >>> cell_shares(np.array([[True, False], [True, True]]), 1, 2).tolist()
+    [[1.0, 0.5]]
+    """
+    for axis, side in enumerate((height, width)):  # OpenCV's area shares are exact only if no side grows
+        mask = mask.repeat(-(-side // mask.shape[axis]), axis)
+    shares = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    return np.asarray(shares, dtype=np.float32)
+
+
 def cut_proposal(soft: NDArray[np.uint8], height: int, width: int) -> bytes:
     """A soft map [h, w] uint8 (0..255 is 0..1) -> run lengths of the pixels above 0.5 at the image's size, bilinear."""
     # Resized transposed: run lengths are column-major, so this order avoids a copy.

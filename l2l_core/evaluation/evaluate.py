@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
-from l2l_core.core.masks import cut_proposal, intersection_union_px, rle_area_px_all, wrong_kept_px
+from l2l_core.core.masks import cut_proposal, decode_rle, intersection_union_px, rle_area_px_all, wrong_kept_px
 from l2l_core.core.metrics import (
     POSITIVE_IOU,
     auroc,
@@ -24,6 +24,7 @@ from l2l_core.core.metrics import (
     reliability,
     segmentation_scores,
 )
+from l2l_core.data.evolve import fuse
 from l2l_core.errors import ArtifactError, ConfigError, raise_all
 
 CURVES_FOLDER = Path("plots")
@@ -33,6 +34,8 @@ PRIOR, SUPERVISED = "prior", "supervised"
 LABEL_PX = ["wrong_px", "label_px", "false_px"]
 KEPT_PX = ["kept_px", "kept_wrong_px", "kept_label_px", "kept_false_px"]
 """Columns of `score_pseudo_labels`: counts over the whole label, and over its valid pixels."""
+PROPOSAL_IOU = ["prior_iou", "fused_iou"]
+"""Columns of `score_pseudo_labels`: IoU of the prior's proposal, and of its fusion with the label."""
 
 CURVE_POINTS = 20
 """Points of a precision-coverage curve: one every 5 %."""
@@ -91,13 +94,15 @@ def evaluate(
     """
     truth = evaluated_sentences(refs, masks, split, splits)
     per_sentence = score_predictions(truth, history.predictions, proposals, last_round)
-    labels = score_pseudo_labels(history.pseudo_labels, refs, masks)
+    labels = score_pseudo_labels(history.pseudo_labels, refs, masks, proposals)
     frame = records.to_frame(per_sentence)
     head: dict[str, float | int | str] = {"evaluated_round": last_round}
     if dataset_version is not None:
         head["dataset_version"] = dataset_version
-    metrics = head | summarise(frame, last_round) | label_quality(labels)
+    quality = label_quality(labels)
+    metrics = head | summarise(frame, last_round) | quality
     curves = round_curves(frame, last_round) | label_curves(labels, last_round)
+    curves["labels/rounds"] = quality_curve(quality, last_round)
     for model, rows in history.training.groupby("model", sort=False):
         curves[f"training/{model}"] = rows.drop(columns="model")
     for number in range(last_round + 1):
@@ -148,18 +153,20 @@ def score_predictions(truth: pd.DataFrame, predictions: pa.Table, proposals: pa.
     return pa.concat_tables(_method_rows(method, truth, rles, sizes) for method, rles in masks.items())
 
 
-def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table) -> pd.DataFrame:
+def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table, proposals: pa.Table) -> pd.DataFrame:
     """Score pseudo-labels against the truth, which is hidden from the model; in the order of `pseudo_labels`.
 
     Columns round, sent_id, accepted, accept_prob, iou (NaN if the truth is unknown, like the next ones), size_px,
     wrong_px (wrong pixels of the whole label), label_px (its foreground), false_px (wrong ones among these);
-    kept_px, kept_wrong_px, kept_label_px and kept_false_px count only the valid pixels (0 if rejected).
+    kept_px, kept_wrong_px, kept_label_px and kept_false_px count only the valid pixels (0 if rejected); prior_iou and
+    fused_iou of the proposal and of its fusion with the label (`evolve.fuse`, weighted by accept_prob), both cut at 0.5
+    (NaN without a proposal).
     """
     labels = records.to_frame(pseudo_labels)
     known = records.to_frame(refs.select(["sent_id", "ann_id"])).merge(records.to_frame(masks), on="ann_id")
     true = known.set_index("sent_id").reindex(labels["sent_id"])
     scored = labels[["round", "sent_id", "accepted", "accept_prob"]].assign(
-        **dict.fromkeys(["iou", "size_px", *LABEL_PX, *KEPT_PX], np.nan)
+        **dict.fromkeys(["iou", "size_px", *LABEL_PX, *KEPT_PX, *PROPOSAL_IOU], np.nan)
     )
     rows = np.flatnonzero(true["rle_counts"].notna())
     sizes = labels[["height", "width"]].to_numpy(np.int64)
@@ -177,7 +184,24 @@ def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table
     taught = rows[accepted]
     keep, true_rle = labels["keep_rle"].iloc[taught].tolist(), true["rle_counts"].iloc[taught].tolist()
     scored.loc[taught, KEPT_PX] = _kept_px(labels["rle_counts"].iloc[taught].tolist(), true_rle, keep, sizes[taught])
+    scored.loc[rows, PROPOSAL_IOU] = _proposal_iou(labels.iloc[rows], truth, records.to_frame(proposals))
     return scored
+
+
+def _proposal_iou(labels: pd.DataFrame, truth: Sequence[bytes], proposals: pd.DataFrame) -> NDArray[np.float64]:
+    """PROPOSAL_IOU of N pseudo-labels against their true masks, [N, 2]."""
+    maps = proposals.set_index("sent_id").reindex(labels["sent_id"])
+    rows = np.flatnonzero(maps["soft"].notna())
+    sizes = labels[["height", "width"]].to_numpy(np.int64)
+    cut: list[bytes] = []
+    for label, given in zip(labels.iloc[rows].itertuples(), maps.iloc[rows].itertuples(), strict=True):
+        proposal = np.frombuffer(given.soft, np.uint8).reshape(int(given.height), int(given.width))
+        fused = fuse(proposal, decode_rle(label.rle_counts, label.height, label.width), label.accept_prob)
+        cut += [cut_proposal(soft, label.height, label.width) for soft in (proposal, fused)]
+    pixels = intersection_union_px(cut, np.repeat(np.array(truth, object)[rows], 2).tolist(), sizes[rows].repeat(2, 0))
+    iou = np.full((len(labels), 2), np.nan)
+    iou[rows] = iou_from_px(pixels[:, 0], pixels[:, 1]).reshape(-1, 2)
+    return iou
 
 
 def _kept_px(
@@ -224,7 +248,8 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
     pseudo_round_<k>_ coverage (sentences accepted), precision (accepted labels that are good), miou_all, miou_accepted,
     miou_rejected, pixel_error_all (wrong pixels of all labels), pixel_error_kept (the same among the accepted labels'
     valid pixels), foreground_error_all and foreground_error_kept (the same among the label's foreground pixels, 1 -
-    their precision: most pixels are background, which is easy), auroc (how well accept_prob ranks good labels first).
+    their precision: most pixels are background, which is easy), auroc (how well accept_prob ranks good labels first),
+    miou_prior and miou_fused (of all labels' proposals, and of their fusions with the labels).
     Undefined metrics are omitted: all but coverage if no truth is known, auroc if there is only one class.
     """
     metrics: dict[str, float] = {}
@@ -242,6 +267,8 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
             "foreground_error_all": _percent(known["false_px"], known["label_px"]),
             "foreground_error_kept": _percent(known["kept_false_px"], known["kept_label_px"]),
             "auroc": auroc(known["accept_prob"], known["iou"] > POSITIVE_IOU),
+            "miou_prior": 100 * known["prior_iou"].mean(),
+            "miou_fused": 100 * known["fused_iou"].mean(),
         }
         defined = {name: float(value) for name, value in values.items() if value is not None and not np.isnan(value)}
         metrics |= {f"pseudo_round_{number}_{name}": value for name, value in _rounded(defined).items()}
@@ -264,6 +291,22 @@ def round_curves(per_sentence: pd.DataFrame, last_round: int) -> dict[str, pd.Da
             for number in range(last_round + 1)
         )
     return curves
+
+
+def quality_curve(quality: Mapping[str, float], last_round: int) -> pd.DataFrame:
+    """`labels/rounds`: how the material of training gets better, one row per round with known truth; in percent.
+
+    quality: from `label_quality`. Columns round, prior_miou, fused_miou, label_miou, kept_accuracy (right pixels among
+    the accepted labels' valid pixels); NaN if undefined.
+    """
+    columns = {"prior_miou": "miou_prior", "fused_miou": "miou_fused", "label_miou": "miou_all"}
+    rows = []
+    for number in range(1, last_round + 1):
+        scores = {name: quality.get(f"pseudo_round_{number}_{key}", np.nan) for name, key in columns.items()}
+        error = quality.get(f"pseudo_round_{number}_pixel_error_kept", np.nan)
+        if not np.isnan(scores["label_miou"]):
+            rows.append({"round": number, **scores, "kept_accuracy": round(100 - error, 2)})
+    return pd.DataFrame(rows, columns=["round", *columns, "kept_accuracy"])
 
 
 def label_curves(labels: pd.DataFrame, last_round: int) -> dict[str, pd.DataFrame]:

@@ -22,7 +22,7 @@ from l2l_core.core.arrays import DoubleArray
 from l2l_core.core.boxes import iou_xyxy
 from l2l_core.core.files import fingerprint
 from l2l_core.core.images import read_image
-from l2l_core.core.masks import BoolMask, decode_rle, intersection_union_px
+from l2l_core.core.masks import BoolMask, cell_shares, decode_rle, intersection_union_px
 from l2l_core.core.metrics import iou_from_px
 from l2l_core.core.progress import progress
 from l2l_core.core.threads import thread_count
@@ -115,10 +115,7 @@ def render_mask(mask: BoolMask, params: ProposalsParams) -> Map:
     The value is inside_prob in a covered cell, 1 - inside_prob in a free one, and in between at the mask's border. A
     mask that fills no cell, such as a thin pole, would vanish at 0.5: its shares are relative to the largest one.
     """
-    for axis in (0, 1):  # OpenCV's area shares are exact only if no side grows
-        mask = mask.repeat(-(-params.size_px // mask.shape[axis]), axis)
-    size_wh = (params.size_px, params.size_px)
-    share = np.asarray(cv2.resize(mask.astype(np.float32), size_wh, interpolation=cv2.INTER_AREA), np.float32)
+    share = cell_shares(mask, params.size_px, params.size_px)
     peak = float(share.max())
     return _to_prob(share / peak if 0 < peak < FULL_SHARE else share, params)
 

@@ -33,6 +33,8 @@ LABEL_QUALITY_NAMES = {
     "foreground_error_all": "wrong foreground, all",
     "foreground_error_kept": "wrong foreground, kept",
     "auroc": "AUROC",
+    "miou_prior": "mIoU, prior's proposal",
+    "miou_fused": "mIoU, fused proposal",
 }
 
 PRIOR_SCORE_NAMES = {

@@ -43,6 +43,7 @@ def folds_key(params: Params, number: int) -> str:
     if number:
         settings += f" {params.select.fold_update} {params.select.fold_update_steps}"
         settings += f" {params.retrain.labeled_share} {params.retrain.prior_swap} {params.retrain.num_passes}"
+        settings += f" {params.retrain.evolve_proposals}"
     return fingerprint("crossfit", settings, _inputs(params, number))
 
 

@@ -44,6 +44,7 @@ class Stream:
     targets: Targets
     share: float
     prior_swap: float = 0.0  # fraction of its samples that get another sentence's prior (data/prior_swap.py)
+    evolved: bool = False  # whether its proposals are fused with its labels (data/evolve.py)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from l2l_core.artifacts.curves import live_curve
 from l2l_core.config import Params, TrainParams
 from l2l_core.core.device import choose_device, print_device, resolve_precision
 from l2l_core.core.files import atomic_dir, fingerprint, scratch_folder
+from l2l_core.core.masks import decode_rle
 from l2l_core.core.progress import is_first_process
 from l2l_core.core.seeding import derive_seed
+from l2l_core.data.evolve import fuse
 from l2l_core.data.load import batches_of, corpus, labeled_targets, pairs_of
 from l2l_core.data.pairs import Pairs, Targets
 from l2l_core.model.segmenter import Segmenter
@@ -41,20 +43,32 @@ def labeled_stream(params: Params, share: float, *, with_priors: bool = True) ->
 
 
 def pseudo_stream(params: Params, pseudo_labels: Path, share: float) -> Stream | None:
-    """The accepted pseudo-labels with their valid pixels and pixel weights; None if none is accepted."""
-    wanted = ["sent_id", "rle_counts", "keep_rle", "weight", "accepted"]
+    """The accepted pseudo-labels with their valid pixels and pixel weights; None if none is accepted.
+
+    With `retrain.evolve_proposals`, each proposal is fused with its pseudo-label.
+    """
+    wanted = ["sent_id", "rle_counts", "keep_rle", "weight", "accept_prob", "accepted"]
     table = records.to_frame(records.read_table(pseudo_labels, records.PSEUDO_LABELS, wanted))
     table = table[table["accepted"]]
     if table.empty:
         return None
     pairs = pairs_of(params, "unlabeled").with_sent_ids(table["sent_id"].to_numpy(np.int64))
+    evolved = params.retrain.evolve_proposals
+    if evolved:
+        pairs = _with_fused_proposals(pairs, table["rle_counts"].tolist(), table["accept_prob"].tolist())
     weight = None
     if table["weight"].notna().any():
         side = params.proposals.size_px
         maps = table["weight"].fillna(b"\xff" * side**2)
         weight = np.frombuffer(b"".join(maps), np.uint8).reshape(len(table), side, side)
     targets = Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist(), weight)
-    return Stream(batches_of(params, pairs), targets, share)
+    return Stream(batches_of(params, pairs), targets, share, evolved=evolved)
+
+
+def _with_fused_proposals(pairs: Pairs, labels: Sequence[bytes], label_prob: Sequence[float]) -> Pairs:
+    masks = (decode_rle(label, height, width) for label, (height, width) in zip(labels, pairs.hw.tolist(), strict=True))
+    fused = [fuse(*one) for one in zip(pairs.proposal, masks, label_prob, strict=True)]
+    return replace(pairs, proposal=np.stack(fused))
 
 
 def online_stream(params: Params, share: float) -> OnlineStream:
@@ -111,6 +125,7 @@ def run_training(
     device, proposals = choose_device(params.train.engine.device), records.read_rendering()
     print_device(device, resolve_precision(params.train.precision, device))
     settings = f"{training_settings(params)} {steps} {[(stream.share, stream.prior_swap) for stream in streams]}"
+    settings += f" {[isinstance(stream, Stream) and stream.evolved for stream in streams]}"
     seed = derive_seed(params.seed, run_name)
     with scratch_folder(run_name, fingerprint(run_name, settings, inputs)) as scratch:
         checkpoint = scratch / "checkpoint.pt"

@@ -24,20 +24,29 @@ INK = "#010203"
 COLOURS = ("#3b7dd8", "#d9822b", "#2f9e63", "#a855c7", "#c2415c", "#7d7d7d")
 """Line colors in drawing order, distinguishable on light and dark pages."""
 
+LABEL_LINES = {
+    "label_miou": "pseudo-label",
+    "fused_miou": "fused proposal",
+    "prior_miou": "prior's proposal",
+    "kept_accuracy": "accuracy of kept pixels",
+}
+"""Columns of `evaluate.quality_curve`: names in the legend."""
+
 Curves = Mapping[str, pd.DataFrame]
 
 
 def draw_figures(curves: Curves) -> dict[str, list[Markup]]:
-    """Drawings by topic: rounds, coverage, reliability, training, policy; empty lists for missing data.
+    """Drawings by topic: rounds, labels, coverage, reliability, training, policy; empty lists for missing data.
 
     curves: as `evaluate.Evaluation.curves`. Equal curves give equal bytes.
     """
-    rounds, coverage, reliability, training, policy = (
-        _of_kind(curves, kind) for kind in ("rounds", "coverage", "reliability", "training", "policy")
+    rounds, labels, coverage, reliability, training, policy = (
+        _of_kind(curves, kind) for kind in ("rounds", "labels", "coverage", "reliability", "training", "policy")
     )
     policy_columns = [name for name in next(iter(policy.values())).columns if name != "step"] if policy else []
     drawings: dict[str, tuple[Mapping[str, Any], Callable[[Axes, str, Any], None]]] = {
         "rounds": (rounds, _draw_rounds),
+        "labels": ({"priors and labels by round": labels}, _draw_labels),
         "coverage": ({"precision by coverage": coverage}, _draw_coverage),
         "reliability": ({"reliability": reliability}, _draw_reliability),
         "training": ({"loss": training}, _draw_steps),
@@ -90,6 +99,13 @@ def _draw_rounds(axes: Axes, split: str, rows: pd.DataFrame) -> None:
     axes.axhline(rows["supervised_miou"].iloc[0], linestyle=":", color=COLOURS[2], label="supervised only")
     axes.axhline(rows["prior_miou"].iloc[0], linestyle=":", color=COLOURS[5], label="prior only")
     axes.set(title=split, xlabel="round", ylabel="mIoU (%)", xticks=rows["round"])
+
+
+def _draw_labels(axes: Axes, title: str, curves: Curves) -> None:
+    (rows,) = curves.values()
+    for column, label in LABEL_LINES.items():
+        axes.plot(rows["round"], rows[column], marker="o", label=label)
+    axes.set(title=title, xlabel="round", ylabel="mIoU, accuracy (%)", xticks=rows["round"])
 
 
 def _draw_coverage(axes: Axes, title: str, rounds: Curves) -> None:

@@ -136,7 +136,7 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     "proposals": {"priors.engine"},
     # How training runs, and keys that only other rounds read.
     "crossfit-0": {
-        *("retrain.labeled_share", "retrain.prior_swap", "retrain.num_passes"),
+        *("retrain.labeled_share", "retrain.prior_swap", "retrain.evolve_proposals", "retrain.num_passes"),
         *("select.fold_update", "select.fold_update_steps"),
         "train.engine",
     },

@@ -154,6 +154,7 @@ def test_reads_rows_for_every_round(evaluated: Path) -> None:
         assert (found["method"], found["labeled_fraction"], found["prior"], found["seed"]) == ("topk", 0.05, LLAVA, 4)
         assert found["miou"] == metrics[f"{split}_round_{number}_miou"]
         assert found["label_miou_all"] == metrics[f"pseudo_round_{number}_miou_all"]
+        assert found["label_miou_fused"] == metrics[f"pseudo_round_{number}_miou_fused"]
         assert found["foreground_error_kept"] == metrics[f"pseudo_round_{number}_foreground_error_kept"]
         # By default, a round continues from the last model, so all earlier steps count as well.
         assert found["steps"] == DEFAULTS["warmup"]["steps"] + number * DEFAULTS["retrain"]["steps"]
@@ -400,6 +401,28 @@ def test_draws_exactly_the_figures_that_the_page_shows() -> None:
     drawn = page.figures(rows, curves)
     assert set(drawn) == {"label_efficiency.png"} | {f"pseudo_labels_{rate}_percent_{LLAVA}.png" for rate in (5, 10)}
     assert all(f"](images/{name})" in page.page(rows) for name in drawn)
+
+
+def test_chart_by_round_shows_means_over_the_seeds() -> None:
+    """Two seeds of one method in two rounds; rows of `all` and of test do not count."""
+    scores = {"label_miou_all": 80.0, "label_miou_fused": 70.0, "label_miou_prior": 40.0, "pixel_error_kept": 3.0}
+    rows = [row("reinforce_evolved", number, seed, 60, **scores) for number in (1, 2) for seed in (0, 1)]
+    rows[0]["label_miou_fused"] = 60.0
+    rows += [row("all", 1, 0, 60, **scores), row("reinforce_evolved", 1, 0, 60, split="test", label_miou_fused=5.0)]
+    rows = pd.DataFrame(rows).assign(no_prior_miou=1.0, coverage=1.0, precision=1.0)
+    name = f"proposals_5_percent_{LLAVA}.png"
+    curve = {"coverage": [50.0, 100.0], "precision": [90.0, 60.0], "prob": [20.0], "share": [10.0], "seed": 0}
+    place = {"method": "reinforce", "round": 1, "prior": LLAVA, "labeled_fraction": 0.05}
+    (panel,) = page.figures(rows, pd.DataFrame([place | curve]))[name].axes
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in panel.lines}
+    assert drawn == {
+        "pseudo-label": [80.0, 80.0],
+        "fused proposal": [65.0, 70.0],
+        "prior's proposal": [40.0, 40.0],
+        "accuracy of kept pixels": [97.0, 97.0],
+    }
+    assert name in page.page(rows)
+    assert name not in page.page(full_rows())
 
 
 def test_summary_figure_shows_the_mean_of_each_method_in_each_setting() -> None:

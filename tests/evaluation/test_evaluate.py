@@ -213,6 +213,32 @@ def test_pseudo_label_quality_matches_hand_computed_values() -> None:
     assert result.curves["reliability/round_1"]["share"].tolist() == [0.0, 0.0, 100.0]
 
 
+def test_proposals_of_unlabeled_sentences_match_hand_computed_values() -> None:
+    """The grid of the proposals is the image's, so that a cell is a pixel. Truth: columns 0-3."""
+    unlabeled = [ref(sent_id, 20 + sent_id, "train", "unlabeled") for sent_id in (5, 6, 7)]
+    truth = TRUTH | dict.fromkeys((25, 26, 27), columns(0, 4))
+    proposals = [proposal(5, 2, 6), proposal(6, 2, 4)]  # IoU 2/6, 2/4; none for 7
+    labels = [
+        label(5, columns(0, 4), columns(0, 4), 0.75),  # replaces the proposal: columns 0-3 get at least 0.75, 4-5 0.25
+        label(6, columns(0, 10), columns(0, 0), 0.25),  # does not: columns 2-3 get 1, the others 0.25
+        label(7, columns(0, 4), columns(0, 0), 0.25),
+        label(5, columns(0, 4), columns(0, 4), 0.75, number=2),
+    ]
+    table = pa.concat_tables([PROPOSALS, records.make_table(proposals, records.PROPOSALS)])
+    round_2 = [row | {"model": "round_2"} for row in ROUND_1]
+    found = history(PREDICTIONS + ROUND_1 + round_2, labels)
+    result = evaluate(found, *index(ROWS + unlabeled, truth), table, ["val"], 2)
+    assert result.metrics["pseudo_round_1_miou_prior"] == 41.67  # (2/6 + 2/4) / 2
+    assert result.metrics["pseudo_round_1_miou_fused"] == 75.0  # (1 + 2/4) / 2
+    assert result.curves["labels/rounds"].to_dict("list") == {
+        "round": [1, 2],
+        "prior_miou": [41.67, 33.33],
+        "fused_miou": [75.0, 100.0],
+        "label_miou": [80.0, 100.0],  # (1 + 4/10 + 1) / 3
+        "kept_accuracy": [100.0, 100.0],
+    }
+
+
 def test_reports_only_coverage_for_pseudo_labels_without_truth() -> None:
     rows = [*ROWS, ref(5, -1, "train", "unlabeled")]
     result = evaluate(
@@ -223,6 +249,7 @@ def test_reports_only_coverage_for_pseudo_labels_without_truth() -> None:
         1,
     )
     assert {name for name in result.metrics if name.startswith("pseudo")} == {"pseudo_round_1_coverage"}
+    assert result.curves["labels/rounds"].empty
     assert result.curves["coverage/round_1"].empty
     assert result.curves["reliability/round_1"].empty
 
@@ -253,7 +280,7 @@ def test_stage_metrics_match_decoded_masks(tmp_path: Path, monkeypatch: pytest.M
     )
     curves = sorted(path.relative_to("plots").as_posix() for path in Path("plots").rglob("*.csv"))
     assert curves == sorted(
-        ["rounds/val.csv", "rounds/test.csv", "training/supervised.csv"]
+        ["rounds/val.csv", "rounds/test.csv", "labels/rounds.csv", "training/supervised.csv"]
         + [f"training/round_{k}.csv" for k in range(3)]
         + [f"{kind}/round_{k}.csv" for kind in ("policy", "coverage", "reliability") for k in range(3)]
     )

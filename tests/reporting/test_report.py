@@ -127,7 +127,7 @@ def test_every_picture_decodes_and_has_an_alt_text(text: str) -> None:
         assert image.size == (int(picture["width"]), int(picture["height"]))
         assert max(image.size) == PANEL_PX
     drawings = [drawing["aria-label"] for drawing in page.all("svg")]
-    assert len(drawings) == 2 + 2 + 1 + 5  # one per split; coverage, reliability; loss; one per policy column
+    assert len(drawings) == 2 + 3 + 1 + 5  # one per split; labels, coverage, reliability; loss; one per policy column
     assert len(set(drawings)) == len(drawings)
 
 

@@ -15,6 +15,7 @@ from l2l_core.artifacts import records
 from l2l_core.artifacts.curves import read_curve
 from l2l_core.core.masks import decode_rle, encode_rle
 from l2l_core.data.folds import fold_of_images
+from l2l_core.data.load import pairs_of
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training import fold_teachers, loop, runs
@@ -101,6 +102,39 @@ def test_pseudo_stream_contains_only_accepted_labels_and_kept_pixels(run):
             mask = decode_rle(counts, label["height"], label["width"])
             assert tensor[row].mean().item() == pytest.approx(mask.mean(), abs=0.05)
     assert (batch.keep == 0).any()
+
+
+def test_evolved_proposals_mix_proposal_and_pseudo_label_by_probability(run):
+    """Images are 48 x 64 pixels and proposals 24 x 24 cells, so that a label of the 24 upper rows covers 12 rows."""
+    path = records.round_folder(1) / "history/pseudo_labels.parquet"
+    labels = records.read_table(path, records.PSEUDO_LABELS).to_pylist()
+    upper = np.zeros((48, 64), dtype=bool)
+    upper[:24] = True
+    for row, prob in zip(labels, (0.75, 1.0, 0.5), strict=False):
+        row |= {"accepted": prob < 1, "accept_prob": prob, "rle_counts": encode_rle(upper)}
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    fixed = pseudo_stream(PARAMS, path, 0.75)
+    evolved = pseudo_stream(toy_params(proposals={"size_px": 24}, retrain={"evolve_proposals": True}), path, 0.75)
+    table = {row["sent_id"]: row for row in records.read_table(records.PROPOSALS_PATH, records.PROPOSALS).to_pylist()}
+    stored = [table[sent_id]["soft"] for sent_id in fixed.batches.pairs.sent_id.tolist()]
+    assert [proposal.tobytes() for proposal in fixed.batches.pairs.proposal] == stored
+    for row, prob in enumerate((0.75, 0.5)):
+        before = fixed.batches.pairs.proposal[row].astype(float)
+        after = evolved.batches.pairs.proposal[row].astype(float)
+        np.testing.assert_allclose(after[:12], prob * 255 + (1 - prob) * before[:12], atol=0.5)
+        np.testing.assert_allclose(after[12:], (1 - prob) * before[12:], atol=0.5)
+    for name in ("sent_id", "box", "proposal_score"):
+        np.testing.assert_array_equal(getattr(evolved.batches.pairs, name), getattr(fixed.batches.pairs, name))
+    assert evolved.targets == fixed.targets
+    assert (fixed.evolved, evolved.evolved) == (False, True)
+
+
+def test_labeled_sentences_and_inference_keep_the_proposal_of_the_prior(run):
+    evolving = toy_params(proposals={"size_px": 24}, retrain={"evolve_proposals": True})
+    for role in ("labeled", "eval", "unlabeled"):
+        np.testing.assert_array_equal(pairs_of(evolving, role).proposal, pairs_of(PARAMS, role).proposal)
+    stream = labeled_stream(evolving, 0.25)
+    np.testing.assert_array_equal(stream.batches.pairs.proposal, pairs_of(PARAMS, "labeled").proposal)
 
 
 def test_pseudo_stream_reads_pixel_weights_and_defaults_to_full_weight(run):
@@ -337,6 +371,35 @@ def test_a_killed_training_leaves_no_model_and_resumes_to_the_same_files(toy, tm
     rows = read_curve(tmp_path / "killed/curves", ("loss", "bce", "dice", "lr"))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in seen[0]]
+
+
+def retrained(folder, evolve):
+    """Retrain for 5 steps on the labels and all pseudo-labels of the synthetic run."""
+    params = toy_params(proposals={"size_px": 24}, retrain={"evolve_proposals": evolve})
+    path = records.round_folder(1) / "pseudo_labels.parquet"
+    rows = records.read_table(path.parent / "history" / path.name, records.PSEUDO_LABELS).to_pylist()
+    labels = [row | {"accepted": True, "keep_rle": encode_rle(np.ones((48, 64), dtype=bool))} for row in rows]
+    records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    streams = [labeled_stream(params, 0.5), pseudo_stream(params, path, 0.5)]
+    AcceleratorState._reset_state(True)
+    run_training(params, "retrain-1", new_network(params, "retrain-1"), streams, 5, [path], folder, None)
+
+
+def test_a_killed_retraining_with_evolved_proposals_resumes_to_the_same_files(run, tmp_path, kill):
+    retrained(tmp_path / "whole", evolve=True)
+    kill(lambda: retrained(tmp_path / "killed", evolve=True))
+    retrained(tmp_path / "killed", evolve=True)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert list((tmp_path / ".scratch").iterdir()) == []
+
+
+def test_does_not_resume_a_retraining_with_other_proposals(run, tmp_path, kill):
+    kill(lambda: retrained(tmp_path / "killed", evolve=True))
+    retrained(tmp_path / "killed", evolve=False)
+    retrained(tmp_path / "whole", evolve=False)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    retrained(tmp_path / "evolved", evolve=True)
+    assert files_of(tmp_path / "evolved") != files_of(tmp_path / "whole")
 
 
 def begin(folder, toy, params):
