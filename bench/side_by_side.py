@@ -21,7 +21,7 @@ from bench.capabilities import capabilities
 from bench.training import loss_of, random_batch
 from l2l_core.config import load_params
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training.side_by_side import Places, run_side_by_side
+from l2l_core.training.side_by_side import ParallelPlan, run_side_by_side
 
 RESULTS = Path(__file__).resolve().parent / "results" / "side_by_side.jsonl"
 TRAININGS, TURNS, STEPS = 2, 3, 40
@@ -45,7 +45,7 @@ def train(steps: int, note: Path) -> None:
     note.write_text(json.dumps([first, time.time()]))
 
 
-def measure(places: Places) -> tuple[float, float]:
+def measure(places: ParallelPlan) -> tuple[float, float]:
     """Seconds until all are trained, and those in which at least one took its steps."""
     with TemporaryDirectory() as folder:
         notes = [Path(folder) / str(number) for number in range(TRAININGS)]
@@ -69,7 +69,10 @@ def main() -> None:
         return
     found = capabilities()
     threads = int(str(found["cores"]))
-    settings = {"in_turn": Places(1, threads), "side_by_side": Places(TRAININGS, max(1, threads // TRAININGS))}
+    settings = {
+        "in_turn": ParallelPlan(1, threads),
+        "side_by_side": ParallelPlan(TRAININGS, max(1, threads // TRAININGS)),
+    }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
     for turn in range(TURNS):
         for name, places in settings.items():

@@ -8,14 +8,14 @@ from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.core.files import scratch_folder
 from l2l_core.errors import exit_code
-from l2l_core.mllm.interpreter import go_on_in
+from l2l_core.mllm.interpreter import reexec_with_python
 from l2l_core.mllm.query import make_backend, make_questions, query_all, query_key
 
 
 def main() -> None:
     """data/index -> data/priors/responses.parquet: one row per sentence and sample, for all splits."""
     params = load_params()
-    go_on_in(params.priors.engine.python, "stages.query")
+    reexec_with_python(params.priors.engine.python, "stages.query")
     questions = make_questions(records.INDEX, params.priors.samples)
     make = partial(make_backend, params.priors, records.INDEX)
     with scratch_folder("query", query_key(params.priors, records.INDEX)) as folder:

@@ -32,7 +32,7 @@ def main() -> None:
     folder, previous = records.round_folder(number), records.round_folder(number - 1)
     teacher = Predictor.from_run(previous / "model", params.train)
     print_device(teacher.device, teacher.precision)
-    labels, seen = label_unlabeled(params, teacher)
+    labels, candidates = label_unlabeled(params, teacher)
     policy, truth, curve = None, None, []
     match params.select.method:
         case "reinforce":
@@ -40,17 +40,17 @@ def main() -> None:
             seed = derive_seed(params.seed, f"select-{number}")
             started = time.monotonic()
             image = images_of(params, labeled.sent_id)
-            trained = train_policy(labeled, scores, seen, params.select, seed, image)
+            trained = train_policy(labeled, scores, candidates, params.select, seed, image)
             policy, curve = trained.policy, trained.curve
             print(f"round {number}: policy trained in {time.monotonic() - started:.1f} s")
         case "oracle":
             truth = score_unlabeled(params, labels, records.INDEX.masks)
-    selection = select_labels(params.select, seen, policy, truth)
-    table = pseudo_label_table(params, number, labels, seen, selection)
+    selection = select_labels(params.select, candidates, policy, truth)
+    table = pseudo_label_table(params, number, labels, candidates, selection)
     records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
     write_rows(folder / "policy.csv", CURVE_COLUMNS, curve)
     kept = int(selection.accepted.sum())
-    print(f"round {number}: {params.select.method} accepts {kept} of {len(seen.sent_id)} pseudo-labels")
+    print(f"round {number}: {params.select.method} accepts {kept} of {len(candidates.sent_id)} pseudo-labels")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def latest_round(part: str) -> int:
     own = [number for number in numbers if number <= last]
     if not own:
         raise ArtifactError(
-            f"{rounds}: no round up to {last} ({records.ROUND_PATH}: the last run) has {part}; what later rounds have "
-            "is of a run before: run the pipeline with more rounds, or name the round"
+            f"{rounds}: no round up to {last} ({records.ROUND_PATH}: the last run) has {part}; later rounds come from "
+            "an earlier run: run the pipeline with more rounds, or name the round"
         )
     return max(own)
 

@@ -167,8 +167,8 @@ class BatchMaker:
     ) -> Batch:
         """Rows [B] -> batch. `targets` has one entry per row of `pairs`; `no_prior` [B] hides the priors of pairs.
 
-        image: the rows' `pixels`, if already loaded. prior_rows: [B] rows whose box and proposal the pairs get (their
-        own: None).
+        image: the rows' `pixels`, if already loaded. prior_rows: [B] rows that supply box and proposal (None: the
+        pair's own row).
         """
         pairs = self.pairs.take(rows)
         if prior_rows is not None:
@@ -180,7 +180,7 @@ class BatchMaker:
         batch = Batch(
             image=self.pixels(pairs.image_row) if image is None else image,
             sentence=pairs.sentence,
-            prior_text=["" if gone else text for text, gone in zip(pairs.prior_text, hidden, strict=True)],
+            prior_text=["" if is_hidden else text for text, is_hidden in zip(pairs.prior_text, hidden, strict=True)],
             box=torch.from_numpy(np.where(hidden[:, None], np.float32(0), pairs.box)),
             has_box=torch.from_numpy(pairs.has_box & ~hidden),
             proposal=torch.from_numpy(proposal)[:, None],

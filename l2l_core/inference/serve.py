@@ -88,13 +88,13 @@ class DemoSession:
             load_sam(str(params.proposals.model), params.priors.engine.device, "priors.engine.device")  # fail early
         return cls(predictor, params, backend, max_mb)
 
-    def look(self, image: Path | None, sentence: str) -> DemoResult:
+    def predict(self, image: Path | None, sentence: str) -> DemoResult:
         """Predict one pair. Raises InputError for an unusable image or sentence, and whatever the backend raises."""
         if image is None:
             raise InputError("image: none, expected an upload")
         _check_size(image, self.max_mb)
         requested = pairs_of_paths([image], sentence)
-        prior_tables = self._told(requested)
+        prior_tables = self._get_priors(requested)
         predicted = predict_masks(self.predictor, requested, prior_tables)
         picture = overlays.fit(read_image(image), PICTURE_PX)
         responses = [] if prior_tables is None else _responses(prior_tables)
@@ -108,7 +108,7 @@ class DemoSession:
             mask=mask,
         )
 
-    def _told(self, requested: PairList) -> PriorTables | None:
+    def _get_priors(self, requested: PairList) -> PriorTables | None:
         if self.backend is not None:
             return live_priors(requested, self.params, partial(query_table, self.backend))
         # A model folder works without its training data.
@@ -191,7 +191,7 @@ def _make_app(session: DemoSession, folder: Path) -> Any:
 
     def respond(image: str | None, sentence: str) -> tuple[object, ...]:
         try:
-            seen = session.look(None if image is None else Path(image), sentence)
+            seen = session.predict(None if image is None else Path(image), sentence)
         except L2LError as error:
             message = str(error) if image is None else str(error).replace(f"{Path(image).parent}/", "")
             # Rendered as HTML, and it may contain user input.

@@ -16,7 +16,7 @@ EXPECTED = (
 )
 
 
-def go_on_in(python: str | None, module: str) -> None:
+def reexec_with_python(python: str | None, module: str) -> None:
     """Replace this process by `python -m module`, with the same arguments and process id. Return if `python` is None or
     the Python of this environment.
 

@@ -146,10 +146,10 @@ class Border(nn.Module):
         prob = logits.sigmoid()
         likeness = self.likeness(prob, detail.float())
         context = resized(self.project(features), detail)
-        seen = torch.cat([logits / 4, prob, given / 4, likeness, context, detail], dim=1)
-        return logits + self.change(seen.to(detail.dtype)).float()
+        inputs = torch.cat([logits / 4, prob, given / 4, likeness, context, detail], dim=1)
+        return logits + self.change(inputs.to(detail.dtype)).float()
 
-    def seen(self, image: Tensor, like: Tensor) -> Tensor:
+    def image_detail(self, image: Tensor, like: Tensor) -> Tensor:
         """Scaled images [B, 3, S, S] and the finest features [B, C', h, w] -> image detail [B, C, 2 h, 2 w]."""
         size = [2 * side for side in like.shape[-2:]]
         return cast(Tensor, self.look(F.interpolate(image, size, mode="area")))
@@ -199,8 +199,8 @@ class Decoder(nn.Module):
         """(mask_logits [B, 1, 2 * h0, 2 * w0] float32, refined_logits [B, 1, hf, wf]).
 
         The mask logits are those of the given proposal plus a correction, which is zero before training.
-        pyramid: output of `join`; detail: output of `border.seen`; conditioning: [B, D] pooled sentence and guidance;
-        memory: [B, M, D] their tokens; padding_mask: [B, M] bool, padding; proposal: [B, 1, P, P] and its score [B],
+        pyramid: output of `join`; detail: output of `border.image_detail`; conditioning: [B, D] pooled sentence and
+        guidance; memory: [B, M, D] their tokens; padding_mask: [B, M] bool, padding; proposal: [B, 1, P, P] and its score [B],
         both in 0..1.
         Self-attention over pixels compares objects (ordinals, relations). It runs on the finest level that is small
         enough, or on a reduced coarsest level. The proposal is refined there, and the refined proposal gates the finer

@@ -46,7 +46,7 @@ def masked_dice(logits: Tensor, label: Tensor, keep: Tensor) -> Tensor:
     return 1 - (2 * (kept * truth).sum(1) + 1) / (kept.sum(1) + (truth * weight).sum(1) + 1)
 
 
-def samples_that_teach(keep: Tensor) -> Tensor:
+def has_valid_pixels(keep: Tensor) -> Tensor:
     """1 for every sample with a pixel of nonzero weight, else 0; [B, 1, H, W] -> [B] float."""
     return (keep.flatten(1).sum(1) > 0).float()
 
@@ -55,16 +55,16 @@ def segmentation_loss(output: Output, label: Tensor, keep: Tensor, count: Tensor
     """BCE + Dice of the mask, plus BCE of the refined proposal against the label's share in each coarse cell.
 
     label: [B, 1, S, S] float, 0 or 1; keep: the same shape, pixel weights in [0, 1]. A sample without kept pixels adds
-    nothing. The mean is over the other samples, which count equally however much of them is kept. count: their number
+    nothing. All other samples have equal weight. count: their number
     in the whole batch, if this is a part of one; the losses of all parts then add up to the loss of the batch.
     """
-    teaches = samples_that_teach(keep)
-    count = (teaches.sum() if count is None else count).clamp(min=1.0)
+    counts = has_valid_pixels(keep)
+    count = (counts.sum() if count is None else count).clamp(min=1.0)
     size = (output.refined_logits.shape[-2], output.refined_logits.shape[-1])
     cell_keep = F.adaptive_avg_pool2d(keep, size)
     cell_label = F.adaptive_avg_pool2d(label * keep, size) / cell_keep.clamp(min=SMALLEST_SUM)
     cells = F.binary_cross_entropy_with_logits(output.refined_logits, cell_label, reduction="none") * cell_keep
     refined = cells.flatten(1).sum(1) / cell_keep.flatten(1).sum(1).clamp(min=SMALLEST_SUM)
-    bce = (masked_bce(output.mask_logits, label, keep) * teaches).sum() / count
-    dice = (masked_dice(output.mask_logits, label, keep) * teaches).sum() / count
-    return Loss(bce + dice + REFINED_WEIGHT * (refined * teaches).sum() / count, bce.detach(), dice.detach())
+    bce = (masked_bce(output.mask_logits, label, keep) * counts).sum() / count
+    dice = (masked_dice(output.mask_logits, label, keep) * counts).sum() / count
+    return Loss(bce + dice + REFINED_WEIGHT * (refined * counts).sum() / count, bce.detach(), dice.detach())

@@ -210,7 +210,7 @@ class Segmenter(nn.Module):
             scaled = (image.float() - self.pixel_mean) / self.pixel_std
             scaled = scaled.contiguous(memory_format=self.memory_format)
             features = list(self.image_encoder(scaled).feature_maps)
-            detail = self.decoder.border.seen(scaled, features[0])
+            detail = self.decoder.border.image_detail(scaled, features[0])
             return Pyramid(self.decoder.join(features), self.pool_projection(features[-2]), detail)
 
     def decode(self, pyramid: Pyramid, batch: Batch, tokens: dict[str, Tensor]) -> Output:

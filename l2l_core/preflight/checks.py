@@ -22,7 +22,7 @@ from l2l_core.preflight import backends, inputs
 from l2l_core.preflight.estimate import Costs, Sizes, Stage, checkpoint_bytes, plan
 from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
 from l2l_core.preflight.memory import free_gpu_bytes
-from l2l_core.training.side_by_side import find_places
+from l2l_core.training.side_by_side import plan_parallel
 
 Say = Callable[[str], None]
 PIPELINE_FILE = "dvc.yaml"
@@ -75,7 +75,7 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
                     sizes,
                     draws_refshapes=params.uses_builtin_dataset,
                     needs=needs,
-                    at_once=find_places(params, params.select.folds, data.index.images.num_rows).at_once,
+                    at_once=plan_parallel(params, params.select.folds, data.index.images.num_rows).at_once,
                 )
                 _say_plan(stages, costs, say)
                 if needs is not None:

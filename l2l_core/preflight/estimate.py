@@ -49,7 +49,7 @@ class Costs:
     decode_s: float  # per image, read and resized for the network
     proposal_s: float  # per sentence
     step_s: float  # per training step, on decoded images
-    ask_s: float  # per sentence about a decoded image, one view, one pass
+    predict_s: float  # per sentence about a decoded image, one view, one pass
     label_s: float  # per sentence: its candidates and the policy's features
     mask_s: float  # per mask at its image's size, as run lengths
     policy_step_s: float
@@ -67,17 +67,17 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryCosts:
     """Bytes of memory, measured on a sample."""
 
     start: int  # process without the network, after startup
     network_start: int  # process with the network, after startup
     read: int  # reading the whole dataset
     train: int  # training, without the network's weights
-    ask: int  # labeling a batch, without the network's weights
+    predict: int  # labeling a batch, without the network's weights
     state: float  # the policy's features of a sentence
     train_gpu: int | None  # total on the GPU; None: the network runs on the CPU
-    ask_gpu: int | None
+    predict_gpu: int | None
     sam: int = 0  # SAM with its weights, while it encodes and decodes
     sam_gpu: int | None = None
 
@@ -110,7 +110,7 @@ def plan(
     sizes: Sizes,
     *,
     draws_refshapes: bool,
-    needs: Needs | None = None,
+    needs: MemoryCosts | None = None,
     at_once: int = 1,
 ) -> list[Stage]:
     """Time, size and memory of every stage; costs None: no times; needs None: no memory.
@@ -167,21 +167,21 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True))
         case "select":
             passes = params.retrain.num_passes if number > 1 else 1  # of the teacher, from the previous round
-            each = VIEWS * passes * costs.ask_s + costs.label_s + len(select.candidate_names) * costs.mask_s
-            judged = counts.labeled if learns else 0
+            each = VIEWS * passes * costs.predict_s + costs.label_s + len(select.candidate_names) * costs.mask_s
+            num_scored = counts.labeled if learns else 0
             policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
             images = counts.unlabeled_images + (counts.labeled_images if learns else 0)
             by_sam: float | None = 0.0
             if select.uses_sam(params.proposals.model):
                 points = POINTS_PER_SIDE**2 * images  # of the automatic masks
-                prompts = points if select.method == "semires" else counts.unlabeled + judged
+                prompts = points if select.method == "semires" else counts.unlabeled + num_scored
                 by_sam = _sam_seconds(costs, images, prompts)
             if by_sam is None:
                 return None
-            return start + (counts.unlabeled + judged) * each + images * decode_s + policy_s + by_sam
+            return start + (counts.unlabeled + num_scored) * each + images * decode_s + policy_s + by_sam
         case "retrain":
             if select.method == "mean_teacher":  # the teacher labels its share of every batch
-                step_s += (1 - params.retrain.labeled_share) * params.train.batch_size * costs.ask_s
+                step_s += (1 - params.retrain.labeled_share) * params.train.batch_size * costs.predict_s
             steps = params.retrain.steps
             return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True)
         case "predict":
@@ -189,7 +189,7 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             filled = -(-counts.evaluated // params.evaluate.batch_size) * params.evaluate.batch_size
             models = 1 if number else 2
             read = models * counts.evaluated_images * decode_s
-            return start + ways * (filled * passes * costs.ask_s + counts.evaluated * costs.mask_s) + read
+            return start + ways * (filled * passes * costs.predict_s + counts.evaluated * costs.mask_s) + read
         case _:
             return None  # drawing, evaluating, reporting: not measured
 
@@ -220,7 +220,7 @@ def _streams(params: Params, counts: Counts, *, rounds: bool) -> list[tuple[int,
 
 
 def _memory(
-    name: str, params: Params, counts: Counts, sizes: Sizes, needs: Needs, at_once: int
+    name: str, params: Params, counts: Counts, sizes: Sizes, needs: MemoryCosts, at_once: int
 ) -> tuple[float | None, float | None]:
     """RAM of all processes of a stage, and memory of one GPU."""
     kind, number = _parse(name)
@@ -233,8 +233,8 @@ def _memory(
         kept = sum(min(images, room // beside) for images, _, room in _streams(params, counts, rounds=rounds))
         return beside * (network + needs.train + kept * image_bytes)
 
-    def asking(images: int) -> float:
-        return network + needs.ask + min(images * image_bytes, IMAGE_CACHE_BYTES)
+    def predict_bytes(images: int) -> float:
+        return network + needs.predict + min(images * image_bytes, IMAGE_CACHE_BYTES)
 
     match kind:
         case "query" if params.priors.backend not in ("simulated", "replay", "none"):
@@ -260,11 +260,11 @@ def _memory(
         case "select":  # the batches' states, and all of them in one array
             states = 2 * needs.state * (counts.unlabeled + (counts.labeled if learns else 0))
             if not select.uses_sam(params.proposals.model):
-                return asking(counts.unlabeled_images) + states, needs.ask_gpu
-            on_gpu = None if needs.ask_gpu is None else needs.ask_gpu + (needs.sam_gpu or 0)
-            return asking(counts.unlabeled_images) + states + needs.sam, on_gpu
+                return predict_bytes(counts.unlabeled_images) + states, needs.predict_gpu
+            on_gpu = None if needs.predict_gpu is None else needs.predict_gpu + (needs.sam_gpu or 0)
+            return predict_bytes(counts.unlabeled_images) + states + needs.sam, on_gpu
         case "predict":
-            return asking(counts.evaluated_images), needs.ask_gpu
+            return predict_bytes(counts.evaluated_images), needs.predict_gpu
         case _:
             return None, None  # drawing, evaluating, reporting: not measured
 

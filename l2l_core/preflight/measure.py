@@ -27,7 +27,7 @@ from l2l_core.errors import ConfigError
 from l2l_core.model.predictor import Predictor
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.backends import sam_device
-from l2l_core.preflight.estimate import VIEWS, Costs, Needs
+from l2l_core.preflight.estimate import VIEWS, Costs, MemoryCosts
 from l2l_core.preflight.memory import peak_of
 from l2l_core.priors import proposals
 from l2l_core.priors.fit import unfitted
@@ -84,14 +84,14 @@ def take_sample(params: Params, index: records.IndexPaths, sent_ids: list[int]) 
 
 def measure(
     params: Params, network: Segmenter, sample: Sample, read_s: float, read_bytes: int, sam_folder: str | None = None
-) -> tuple[Costs, Needs]:
-    """Train and label a little.
+) -> tuple[Costs, MemoryCosts]:
+    """Measure costs with a few training steps and predictions.
 
     read_s, read_bytes: cost of reading the dataset. sam_folder: of SAM's model, if the run uses one. Raises ConfigError
     if the loss is not finite, a batch is too small, or the GPU's memory is too small.
     """
     device = choose_device(params.train.engine.device)
-    with peak_of(device) as training, _fitting("train.engine.micro_batch_size"):
+    with peak_of(device) as training, _explain_out_of_memory("train.engine.micro_batch_size"):
         step_s = _training_step_s(params, network, sample)
     network.zero_grad(set_to_none=True)
     # A forward pass takes about a third of a training step, which also runs backward.
@@ -101,10 +101,10 @@ def measure(
     batches = _batches(params, sample.pairs.take(rows))
     images = np.unique(batches.pairs.image_row)
     decode_s = _timed(lambda: batches.pixels(images))[1] / len(images)  # from now on they are in memory
-    with peak_of(device) as asking, _fitting("evaluate.batch_size"):
+    with peak_of(device) as predict_peak, _explain_out_of_memory("evaluate.batch_size"):
         predictor = Predictor.of(network, params.train)
         (_, views), view_s = _timed(lambda: next(predictor.views(batches, count, "check")))
-        ask_s = view_s / VIEWS / count
+        predict_s = view_s / VIEWS / count
         # An untrained network's masks are noise, and GrabCut's time on noise differs from its time on an object.
         seen = replace(views, prob=views.proposal, prob_flipped=views.proposal)
         (masks, candidates), label_s = _timed(lambda: _label(params, seen))
@@ -116,7 +116,7 @@ def measure(
         # A step repeats the same work for unlabeled sentences, unless their reliability is unknown.
         select = params.select.model_copy(update={"policy_steps": POLICY_STEPS, "unlabeled_weight": 0.0})
         _, policy_s = _timed(lambda: train_policy(candidates, scores, candidates, select, params.seed))
-    with peak_of(device) as by_sam, _fitting("proposals.model"):
+    with peak_of(device) as by_sam, _explain_out_of_memory("proposals.model"):
         sam_image_s, sam_prompt_s = (None, None) if sam_folder is None else _sam_s(params, sample, sam_folder)
     (start_s, start), (network_start_s, network_start) = _start(LIGHT_MODULE), _start(NETWORK_MODULE)
     costs = Costs(
@@ -126,23 +126,23 @@ def measure(
         decode_s=decode_s,
         proposal_s=_proposal_s(params, sample),
         step_s=step_s,
-        ask_s=ask_s,
+        predict_s=predict_s,
         label_s=label_s / count,
-        mask_s=max(0.0, masks_s / count - ask_s),
+        mask_s=max(0.0, masks_s / count - predict_s),
         policy_step_s=2 * policy_s / POLICY_STEPS,
         sam_image_s=sam_image_s,
         sam_prompt_s=sam_prompt_s,
     )
     whole = params.evaluate.batch_size / count  # stages pad their batches
-    needs = Needs(
+    needs = MemoryCosts(
         start=start,
         network_start=network_start,
         read=read_bytes,
         train=training.ram_bytes,
-        ask=round(whole * asking.ram_bytes),
+        predict=round(whole * predict_peak.ram_bytes),
         state=sum(getattr(candidates, field.name).nbytes for field in fields(candidates)) / count,
         train_gpu=training.gpu_bytes,
-        ask_gpu=None if asking.gpu_bytes is None else round(whole * asking.gpu_bytes),
+        predict_gpu=None if predict_peak.gpu_bytes is None else round(whole * predict_peak.gpu_bytes),
         sam=by_sam.ram_bytes,
         sam_gpu=by_sam.gpu_bytes,
     )
@@ -150,7 +150,7 @@ def measure(
 
 
 @contextmanager
-def _fitting(key: str) -> Iterator[None]:
+def _explain_out_of_memory(key: str) -> Iterator[None]:
     """Raises ConfigError that names a parameter if the GPU runs out of memory."""
     try:
         yield
@@ -158,7 +158,7 @@ def _fitting(key: str) -> Iterator[None]:
         raise ConfigError(f"params.yaml: {key}: the GPU's memory is not enough for a batch; lower it") from None
 
 
-class _EnoughError(Exception):
+class _TimeBudgetReached(Exception):
     """Ends a training with slow steps."""
 
 
@@ -174,10 +174,10 @@ def _training_step_s(params: Params, network: Segmenter, sample: Sample) -> floa
     def log(_: dict[str, float]) -> None:
         stamps.append(time.monotonic())
         if stamps[-1] - stamps[0] > BUDGET_S:
-            raise _EnoughError
+            raise _TimeBudgetReached
 
     settings = params.train.model_copy(update={"log_every": 1})
-    with suppress(_EnoughError):
+    with suppress(_TimeBudgetReached):
         train(network, streams, 1 + TRAINING_STEPS, settings, params.seed, "check", None, log)
     steps = np.diff(stamps)
     return float(np.median(steps[1:] if len(steps) > 1 else steps))

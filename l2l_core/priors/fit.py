@@ -22,7 +22,7 @@ RINGS = (0.1, 0.0, 0.25, 0.5, 0.75, 1.0)
 CORES = (0.2, 0.0, 0.1, 0.35)
 """Values tried; the first is the start of the search and the fallback if too few labeled sentences have a box.
 Loose boxes need a wide ring and a small core, tight boxes a narrow ring."""
-FEWEST, MOST = 10, 200
+MIN_SENTENCES, MAX_SENTENCES = 10, 200
 """Limits on labeled sentences with a box: fewer give no fit; of more, an even selection is compared."""
 
 
@@ -45,7 +45,7 @@ def unfitted(params: ProposalsParams) -> ProposalsParams:
 def renderings_of_fit(params: ProposalsParams, labeled: int) -> int:
     """Maximum number of proposals that `fit_proposals` renders for `labeled` sentences."""
     values = [tried for name, tried in (("ring", RINGS), ("core", CORES)) if getattr(params, name) == "fit"]
-    return min(MOST, labeled) * (2 + sum(len(tried) - 1 for tried in values)) if values else 0
+    return min(MAX_SENTENCES, labeled) * (2 + sum(len(tried) - 1 for tried in values)) if values else 0
 
 
 def fit_proposals(
@@ -64,9 +64,9 @@ def fit_proposals(
     samples = to_samples(priors, refs, images)
     is_labeled = np.isin(samples.sent_id, np.fromiter(truth, np.int64, len(truth)))
     rows = (samples.has_box[:, 0] & ~samples.has_mask[:, 0] & is_labeled).nonzero()[0]  # a mask is used as it is
-    if len(rows) < FEWEST:
+    if len(rows) < MIN_SENTENCES:
         return Fit(settled, 0, 0.0, 0.0)
-    compared = samples.take(rows[evenly_picked(len(rows), MOST)])
+    compared = samples.take(rows[evenly_picked(len(rows), MAX_SENTENCES)])
     files = images["file_name"].tolist()
     photos = {row: shrink(read_bgr(files[row])) for row in np.unique(compared.image_row).tolist()}
 

@@ -17,9 +17,9 @@ from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates, Candi
 ESTIMATE = SENTENCE_FEATURES.index("estimate")
 FOLDS = 5
 """Folds of the labeled images. Each member of the ensemble leaves out one fold."""
-MOST = 500
+MAX_SENTENCES = 500
 """Maximum labeled sentences per member, evenly picked: training time grows with their number."""
-PENALTY, WIDTH, TOLERANCE = 0.3, 0.5, 0.05
+SVR_C, SVR_GAMMA_SCALE, SVR_EPSILON = 0.3, 0.5, 0.05
 """C, gamma times the number of features, and epsilon of the support vector regression. A small C keeps the estimates
 smooth, since there are few labeled sentences."""
 
@@ -52,18 +52,18 @@ def train_critic(
     folds = min(FOLDS, len(np.unique(image_row)))
     fold = folds_of(image_row, folds, np.random.default_rng(seed))
     features, iou = _features(labeled).reshape(len(fold), kinds, -1), truth.iou
-    honest = np.empty(iou.shape, dtype=np.float64)
+    out_of_fold = np.empty(iou.shape, dtype=np.float64)
     members = []
     for number in range(folds):
         left_out = (fold == number).nonzero()[0]
         known = (fold != number).nonzero()[0] if folds > 1 else left_out
-        known = known[evenly_picked(len(known), MOST)]
-        regression = SVR(C=PENALTY, gamma=WIDTH / features.shape[-1], epsilon=TOLERANCE)
+        known = known[evenly_picked(len(known), MAX_SENTENCES)]
+        regression = SVR(C=SVR_C, gamma=SVR_GAMMA_SCALE / features.shape[-1], epsilon=SVR_EPSILON)
         member = make_pipeline(StandardScaler(), regression)
         member.fit(features[known].reshape(-1, features.shape[-1]), iou[known].ravel())
-        honest[left_out] = member.predict(features[left_out].reshape(-1, features.shape[-1])).reshape(-1, kinds)
+        out_of_fold[left_out] = member.predict(features[left_out].reshape(-1, features.shape[-1])).reshape(-1, kinds)
         members.append(member)
-    return Critic(tuple(members)), _with_estimate(labeled, honest)
+    return Critic(tuple(members)), _with_estimate(labeled, out_of_fold)
 
 
 def _features(candidates: Candidates) -> FloatArray:

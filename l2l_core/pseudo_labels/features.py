@@ -147,7 +147,9 @@ class _Shared:
 def _shared_features(views: Views, grid: int, sam_iou: FloatArray | None) -> _Shared:
     """Compute the shared features once for all candidates."""
     prob, flipped, no_prior, proposal = views.prob, views.prob_flipped, views.prob_no_prior, views.proposal
-    votes = np.stack([opinion > LABEL_THRESHOLD for opinion in (flipped, no_prior, proposal)]).mean(0, dtype=np.float32)
+    votes = np.stack([prediction > LABEL_THRESHOLD for prediction in (flipped, no_prior, proposal)]).mean(
+        0, dtype=np.float32
+    )
     cells = {
         "prob": to_cells(prob, grid),
         "proposal": to_cells(proposal, grid),

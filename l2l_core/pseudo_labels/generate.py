@@ -38,7 +38,7 @@ from l2l_core.pseudo_labels.select import Selection
 
 
 @dataclass(frozen=True)
-class Labels:
+class PseudoLabelCandidates:
     """Candidate pseudo-labels of N pairs. Masks have the size of their images and are run-length encoded."""
 
     pairs: Pairs
@@ -47,15 +47,15 @@ class Labels:
     weight: list[bytes]  # `semires`: pixel weights, as in records.PSEUDO_LABELS; else empty
     matched: list[bool] = field(default_factory=list)  # `semires`: whether a mask of SAM replaces the teacher's
 
-    def in_order(self, rows: NDArray[np.int64]) -> Labels:
+    def in_order(self, rows: NDArray[np.int64]) -> PseudoLabelCandidates:
         """Sort labels into the order of the pairs. The k-th label belongs to pair `rows[k]`."""
         order = np.argsort(rows)
         confident, weight = ([part[row] for row in order] if part else [] for part in (self.confident, self.weight))
         matched = [self.matched[row] for row in order] if self.matched else []
-        return Labels(self.pairs, [self.candidates[row] for row in order], confident, weight, matched)
+        return PseudoLabelCandidates(self.pairs, [self.candidates[row] for row in order], confident, weight, matched)
 
 
-def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candidates]:
+def label_unlabeled(params: Params, teacher: Predictor) -> tuple[PseudoLabelCandidates, Candidates]:
     """Build the candidate masks of every unlabeled sentence and compute their features.
 
     Raises InputError if no sentence is unlabeled.
@@ -68,7 +68,7 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[Labels, Candida
         )
     names = params.select.candidate_names
     sam = sam_masks_of(params, batches.pairs)
-    labels, parts, visited = Labels(batches.pairs, [], [], []), [], []
+    labels, parts, visited = PseudoLabelCandidates(batches.pairs, [], [], []), [], []
     for rows, views in teacher.views(batches, params.evaluate.batch_size, "label"):
         visited.append(rows)
         masks, sam_iou = _build(rows, views, names, sam)
@@ -143,7 +143,7 @@ def score_labeled(
     return concatenate(candidates, visited), concatenate(scores, visited)
 
 
-def score_unlabeled(params: Params, labels: Labels, masks_path: Path) -> CandidateTruth:
+def score_unlabeled(params: Params, labels: PseudoLabelCandidates, masks_path: Path) -> CandidateTruth:
     """Score the candidates of unlabeled sentences against the ground truth. Only the oracle uses this.
 
     Raises ArtifactError if the dataset has no ground truth for an unlabeled sentence.
@@ -160,14 +160,16 @@ def score_unlabeled(params: Params, labels: Labels, masks_path: Path) -> Candida
     return concatenate(scores)
 
 
-def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candidates, selection: Selection) -> pa.Table:
+def pseudo_label_table(
+    params: Params, number: int, labels: PseudoLabelCandidates, candidates: Candidates, selection: Selection
+) -> pa.Table:
     """The round's pseudo-labels (records.PSEUDO_LABELS), one row per unlabeled sentence."""
     keep = [
         _keep_rle(params, labels, selection, row, height, width)
         for row, (height, width) in enumerate(labels.pairs.hw.tolist())
     ]
     count = len(labels.pairs)
-    chosen = seen.sentence[np.arange(count), selection.choice]
+    chosen = candidates.sentence[np.arange(count), selection.choice]
     columns = {
         "round": np.full(count, number, np.int16),
         "sent_id": labels.pairs.sent_id,
@@ -190,7 +192,9 @@ def pseudo_label_table(params: Params, number: int, labels: Labels, seen: Candid
     return pa.table(columns, schema=records.PSEUDO_LABELS)
 
 
-def _keep_rle(params: Params, labels: Labels, selection: Selection, row: int, height: int, width: int) -> bytes:
+def _keep_rle(
+    params: Params, labels: PseudoLabelCandidates, selection: Selection, row: int, height: int, width: int
+) -> bytes:
     """Valid pixels of one pseudo-label, run-length encoded. A rejected one has none."""
     if not selection.accepted[row]:
         return encode_rle(np.zeros((height, width), dtype=bool))

@@ -105,8 +105,8 @@ def act(actors: Sequence[Actor], candidates: Candidates, slope: float = 1.0) -> 
     """Choose a candidate for every sentence by the mean of the actors' logits.
 
     slope: calibrates accept_prob, which exceeds 0.5 exactly if the actors' probability does. A candidate without a kept
-    foreground cell would teach an empty mask, but every sentence refers to something. Such a candidate is never
-    accepted. It is chosen only if the sentence has no other.
+    foreground cell gives an empty mask. It is never accepted, because every sentence refers to an object. It is chosen
+    only if the sentence has no other.
     """
     count, _, grid = candidates.cells.shape[:3]
     choice = np.empty(count, dtype=np.int64)
@@ -117,16 +117,16 @@ def act(actors: Sequence[Actor], candidates: Candidates, slope: float = 1.0) -> 
         for start in range(0, count, ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             cells, sentence = torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
-            said = [actor(*actor.standardize(cells, sentence)) for actor in actors]
-            wanted, keep_logits = (torch.stack(logits).mean(0) for logits in zip(*said, strict=True))
-            teaches = ((keep_logits > 0) & (cells[..., CELL_FEATURES.index("label")] > 0)).any(-1).any(-1)
-            possible = teaches | ~teaches.any(1, keepdim=True)
-            wanted = wanted.masked_fill(~possible, -math.inf)
-            chosen, any_of_them = wanted.argmax(1), wanted.logsumexp(1)
+            outputs = [actor(*actor.standardize(cells, sentence)) for actor in actors]
+            choice_logits, keep_logits = (torch.stack(logits).mean(0) for logits in zip(*outputs, strict=True))
+            has_foreground = ((keep_logits > 0) & (cells[..., CELL_FEATURES.index("label")] > 0)).any(-1).any(-1)
+            possible = has_foreground | ~has_foreground.any(1, keepdim=True)
+            choice_logits = choice_logits.masked_fill(~possible, -math.inf)
+            chosen, any_of_them = choice_logits.argmax(1), choice_logits.logsumexp(1)
             here = torch.arange(len(sentence)), chosen
             choice[rows] = chosen.numpy()
             accept_logit[rows] = any_of_them.numpy()
-            accepted[rows] = ((any_of_them > 0) & teaches[here]).numpy()
+            accepted[rows] = ((any_of_them > 0) & has_foreground[here]).numpy()
             keep_prob[rows] = torch.sigmoid(keep_logits[here]).numpy()
         accept_prob = torch.sigmoid(slope * torch.from_numpy(accept_logit)).numpy()
     return Action(choice, accept_logit, accept_prob, accepted, keep_prob)

@@ -161,15 +161,15 @@ def _choose_noise(
     fold = folds_of(image_row, NOISE_FOLDS, np.random.default_rng(seed))
     rewards = []
     for noise in NOISES:
-        earned = 0.0
+        total_reward = 0.0
         for number in range(NOISE_FOLDS):
             train_rows, val_rows = (fold != number).nonzero()[0], (fold == number).nonzero()[0]
             generator = torch.Generator().manual_seed(seed + number)
             actor = _new_actor(scaling, params, generator)
             train_truth = truth.take(train_rows)
             _train_actor(actor, labeled.take(train_rows), train_truth, unlabeled, params, steps, noise, generator)
-            earned += _expected_reward(actor, labeled.take(val_rows), truth.take(val_rows), params)
-        rewards.append(earned)
+            total_reward += _expected_reward(actor, labeled.take(val_rows), truth.take(val_rows), params)
+        rewards.append(total_reward)
     return NOISES[int(np.argmax(rewards))]
 
 
@@ -179,8 +179,8 @@ def _expected_reward(actor: Actor, candidates: Candidates, truth: CandidateTruth
         choice_logits, keep_logits = actor(
             *actor.standardize(torch.from_numpy(candidates.cells), torch.from_numpy(candidates.sentence))
         )
-        worth = utility(torch.from_numpy(truth.cells), (keep_logits > 0).float(), params.wrong_cost)
-        return float((_with_none(choice_logits).softmax(1)[:, :-1] * worth).sum())
+        utilities = utility(torch.from_numpy(truth.cells), (keep_logits > 0).float(), params.wrong_cost)
+        return float((_with_none(choice_logits).softmax(1)[:, :-1] * utilities).sum())
 
 
 def _new_actor(scaling: Mapping[str, Tensor], params: SelectParams, generator: torch.Generator) -> Actor:

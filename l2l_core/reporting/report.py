@@ -95,7 +95,7 @@ def _method_name(method: str) -> str:
 
 
 def _rendering_name(rendering: ProposalsParams, priors: Mapping[str, Any]) -> str:
-    """What the proposals are; priors: metrics/priors.json, which counts what the priors locate the object by."""
+    """How the proposals are rendered. priors: metrics/priors.json, with the numbers of masks, boxes and points."""
     match rendering.renderer:
         case "box":
             drawn = "box"
@@ -203,14 +203,14 @@ def _miou_tables(run: Run, grouped: pd.DataFrame, what: str) -> list[Table]:
             Table(
                 f"{split}, mIoU by {what}",
                 {f"{group} ({counts[group]:,})": PERCENT for group in miou.columns},
-                [(_method_name(method), miou.loc[method].tolist()) for method in _telling_methods(run)],
+                [(_method_name(method), miou.loc[method].tolist()) for method in _main_methods(run)],
                 marked=_method_name(final),
             )
         )
     return tables
 
 
-def _telling_methods(run: Run) -> list[str]:
+def _main_methods(run: Run) -> list[str]:
     """The final model and its baselines."""
     final = f"round_{run.last_round}"
     return list(dict.fromkeys([PRIOR, SUPERVISED, "round_0", final, f"{final}_no_prior"]))
@@ -226,7 +226,7 @@ def _outcome_tables(run: Run) -> list[Table]:
         share = share.reindex(columns=list(OUTCOMES), fill_value=0.0)
         tables.append(
             Table(
-                f"{split}, what became of the sentences",
+                f"{split}, outcomes of the sentences",
                 dict.fromkeys(OUTCOMES, PERCENT),
                 [(_method_name(method), share.loc[method].tolist()) for method in methods],
                 marked=_method_name(f"round_{run.last_round}"),
@@ -282,7 +282,7 @@ def _filters(galleries: list[Gallery]) -> list[tuple[str, str, list[tuple[str, s
 def _legend() -> list[tuple[str, str]]:
     """CSS background and meaning of every color in the pictures."""
     ramp = mpl.colormaps[overlays.SOFT_MAP](np.linspace(0, 1, 5))
-    stops = ", ".join(mpl.colors.to_hex(colour) for colour in ramp)
+    stops = ", ".join(mpl.colors.to_hex(color) for color in ramp)
     plain = {
         overlays.BOX: "prior: mask, box or point",
         overlays.MASK: "mask",
@@ -290,6 +290,6 @@ def _legend() -> list[tuple[str, str]]:
         overlays.WRONG: "wrong (FP)",
         overlays.MISSED: "missed (FN)",
     }
-    swatches = [(f"rgb{colour}", meaning) for colour, meaning in plain.items()]
+    swatches = [(f"rgb{color}", meaning) for color, meaning in plain.items()]
     swatches.insert(1, (f"linear-gradient(to right, {stops})", "proposal, 0 to 1"))
-    return [*swatches, ("#222", "dropped: teaches nothing")]
+    return [*swatches, ("#222", "dropped: not used in training")]

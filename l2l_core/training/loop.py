@@ -27,7 +27,7 @@ from l2l_core.data.augment import strong_view
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE, Batch, BatchMaker, Targets
 from l2l_core.data.prior_swap import prior_rows
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.model.losses import samples_that_teach, segmentation_loss
+from l2l_core.model.losses import has_valid_pixels, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
 from l2l_core.training.checkpoint import load_checkpoint, save_checkpoint
 from l2l_core.training.ema import MovingAverage
@@ -109,7 +109,7 @@ def train(
     network.precision, network.precision_setting = precision, params.precision
     accelerator = _accelerator(device)
     parts = batch_parts(params.batch_size, params.engine.micro_batch_size, accelerator.num_processes)
-    mine = parts[accelerator.process_index :: accelerator.num_processes]
+    own_parts = parts[accelerator.process_index :: accelerator.num_processes]
     streams = share_image_cache(streams)
     if params.engine.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -147,11 +147,11 @@ def train(
     for step in progress(range(first, steps), what, "step", total=steps, initial=first):
         torch.manual_seed(seed_of("dropout", seed, step, accelerator.process_index))
         batches = []
-        for part in mine:
+        for part in own_parts:
             drawn = _draw(streams, params, seed, step, teacher_prob, part)
             seeds = [seed_of("view", seed, step, place) for place in part.tolist()]
             batches.append(strong_view(drawn, seeds, flip=params.flip))
-        count = sum_of(accelerator, [samples_that_teach(_keep(batch)).sum() for batch in batches])
+        count = sum_of(accelerator, [has_valid_pixels(_keep(batch)).sum() for batch in batches])
         for group, peak in zip(optimizer.param_groups, peak_lrs, strict=True):
             group["lr"] = peak * schedule(step, steps, params.warmup_fraction, params.lr_decay)
         stepper.zero_grad()
@@ -332,21 +332,21 @@ def _draw(
     seed: int,
     step: int,
     teacher_prob: Callable[[Batch], Tensor],
-    places: NDArray[np.int64] | None = None,
+    positions: NDArray[np.int64] | None = None,
 ) -> Batch:
-    """The step's batch, or its samples at the positions `places`, in ascending order."""
+    """The step's batch, or its samples at the positions `positions`, in ascending order."""
     parts, first = [], 0
     for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
         rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, number), step)
         no_prior = generator("prior dropout", seed, step, number).random(size) < params.prior_dropout
-        of_prior = None
+        swapped_rows = None
         if stream.prior_swap:
             swap = generator("prior swap", seed, step, number)
-            of_prior = prior_rows(stream.batches.pairs, rows, stream.prior_swap, swap)
-        if places is not None:
-            here = places[(places >= first) & (places < first + size)] - first
+            swapped_rows = prior_rows(stream.batches.pairs, rows, stream.prior_swap, swap)
+        if positions is not None:
+            here = positions[(positions >= first) & (positions < first + size)] - first
             rows, no_prior = rows[here], no_prior[here]
-            of_prior = None if of_prior is None else of_prior[here]
+            swapped_rows = None if swapped_rows is None else swapped_rows[here]
         first += size
         if not len(rows):
             continue
@@ -354,10 +354,10 @@ def _draw(
             # The teacher sees every prior and the original image. The student's input is augmented afterwards.
             prob = teacher_prob(stream.batches(rows))
             parts.append(
-                label_online(stream.batches(rows, None, no_prior, prior_rows=of_prior), prob, stream.threshold)
+                label_online(stream.batches(rows, None, no_prior, prior_rows=swapped_rows), prob, stream.threshold)
             )
         else:
-            parts.append(stream.batches(rows, stream.targets, no_prior, prior_rows=of_prior))
+            parts.append(stream.batches(rows, stream.targets, no_prior, prior_rows=swapped_rows))
     return parts[0] if len(parts) == 1 else _concatenate(parts)
 
 

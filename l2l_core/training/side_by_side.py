@@ -42,7 +42,7 @@ ERROR_CODE = 2
 
 
 @dataclass(frozen=True)
-class Places:
+class ParallelPlan:
     """How a set of independent trainings runs."""
 
     at_once: int  # 1: sequentially
@@ -66,7 +66,7 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
         if name not in missing:
             print(f"{name}: done before", flush=True)
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id"]).num_rows
-    places = find_places(params, len(trainings), images)
+    places = plan_parallel(params, len(trainings), images)
     if places.at_once > 1:
         run_side_by_side({name: training.command for name, training in missing.items()}, places)
         return
@@ -75,7 +75,7 @@ def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
         training.train()
 
 
-def find_places(params: Params, count: int, images: int) -> Places:
+def plan_parallel(params: Params, count: int, images: int) -> ParallelPlan:
     """How `count` independent trainings on a dataset of `images` images run on this machine.
 
     On a CPU, each training gets the same share of the threads. They run in parallel if there are at least two threads
@@ -85,17 +85,19 @@ def find_places(params: Params, count: int, images: int) -> Places:
     """
     threads = torch.get_num_threads()
     if is_launched():
-        return Places(1, threads)
+        return ParallelPlan(1, threads)
     device, wanted = choose_device(params.train.engine.device), params.train.engine.side_by_side
     if device.type == "cuda":
         gpus = visible_gpus()[:count] if wanted else ()
-        return Places(len(gpus), max(1, threads // len(gpus)), gpus) if len(gpus) > 1 else Places(1, threads)
+        return (
+            ParallelPlan(len(gpus), max(1, threads // len(gpus)), gpus) if len(gpus) > 1 else ParallelPlan(1, threads)
+        )
     if device.type != "cpu":
-        return Places(1, threads)
+        return ParallelPlan(1, threads)
     share = max(1, threads // count)
     most, available = min(count, threads) if wanted else 1, available_bytes()
     fitting = (number for number in range(most, 1, -1) if number * training_bytes(params, images, number) <= available)
-    return Places(next(fitting, 1), share)
+    return ParallelPlan(next(fitting, 1), share)
 
 
 def is_launched() -> bool:
@@ -124,7 +126,7 @@ def training_bytes(params: Params, images: int, at_once: int) -> int:
     return PROCESS_BYTES + NETWORK_BYTES[tiny] + step + decoded
 
 
-def run_side_by_side(commands: Mapping[str, Sequence[str]], places: Places) -> None:
+def run_side_by_side(commands: Mapping[str, Sequence[str]], places: ParallelPlan) -> None:
     """Run named commands of this Python (`-m stages.crossfit ...`), `places.at_once` at a time.
 
     They end with this process (see `end_with_parent`). Their stderr is forwarded as it arrives. If one fails, the
@@ -158,7 +160,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _environment(places: Places, slot: int) -> dict[str, str]:
+def _environment(places: ParallelPlan, slot: int) -> dict[str, str]:
     threads = {"OMP_NUM_THREADS": str(places.threads), "MKL_NUM_THREADS": str(places.threads)}
     gpu = {"CUDA_VISIBLE_DEVICES": places.gpus[slot]} if places.gpus else {}
     return {**os.environ, SIDE_BY_SIDE_VARIABLE: str(places.at_once), **threads, **gpu}

@@ -85,7 +85,7 @@ def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
 
 
 def test_shows_a_dataset_pair_with_its_recorded_prior(session: serve.DemoSession, sentence: str) -> None:
-    seen = session.look(Path(KNOWN), sentence)
+    seen = session.predict(Path(KNOWN), sentence)
     prior = records.read_table(records.PRIORS_PATH, records.PRIORS).to_pylist()[0]
     assert seen.words.splitlines() == ["dot", f"ok: {prior['raw_text']}"]
     assert seen.prior is not None
@@ -116,7 +116,7 @@ def test_shows_a_recorded_mask_in_place_of_its_box(
     rows[0]["mask"] = encode_rle(left_half(48, 64))
     records.write_table(records.make_table(rows, records.PRIORS), tmp_path / "priors.parquet", records.PRIORS)
     monkeypatch.setattr(records, "PRIORS_PATH", tmp_path / "priors.parquet")
-    seen = session.look(Path(KNOWN), sentence)
+    seen = session.predict(Path(KNOWN), sentence)
     assert seen.prior is not None
     np.testing.assert_allclose(edges_of(seen.prior), [0, 0, 320, 479], atol=3)  # shown as 640 x 480
 
@@ -139,13 +139,13 @@ def test_renders_the_mask_of_a_live_backend(session: serve.DemoSession) -> None:
     size, inside = PARAMS.proposals.size_px, PARAMS.proposals.inside_prob
     halves = np.repeat([[inside, 1 - inside]], size // 2, axis=1).repeat(size, axis=0)
     np.testing.assert_allclose(predicted.pairs.proposal[0] / 255, halves, atol=1 / 255)
-    seen = serve.DemoSession(session.predictor, PARAMS, Segmenting(), 1).look(Path("own.png"), "the dot")
+    seen = serve.DemoSession(session.predictor, PARAMS, Segmenting(), 1).predict(Path("own.png"), "the dot")
     assert seen.prior is not None
     np.testing.assert_allclose(edges_of(seen.prior), [0, 0, 320, 399], atol=3)  # shown as 640 x 400
 
 
 def test_shows_another_pair_without_prior_and_explains_why(session: serve.DemoSession) -> None:
-    seen = session.look(Path("own.png"), "the dot")
+    seen = session.predict(Path("own.png"), "the dot")
     assert seen.words == "no prior: the backend simulated has responses only for the dataset"
     assert seen.prior is None
     assert seen.proposal is None
@@ -165,12 +165,12 @@ def test_queries_a_live_backend(session: serve.DemoSession) -> None:
     backend = Scripted()
     live = serve.DemoSession(session.predictor, PARAMS, backend, 1)
     backend.found = True
-    seen = live.look(Path("own.png"), "the dot")
+    seen = live.predict(Path("own.png"), "the dot")
     assert seen.words.splitlines() == ["cup", 'ok: {"target": "cup", "bbox": [8, 10, 40, 30]}']
     assert seen.prior is not None
     assert has_colour(seen.prior, BOX)
     backend.found = False
-    seen = live.look(Path("own.png"), "the dot")
+    seen = live.predict(Path("own.png"), "the dot")
     assert seen.words.splitlines() == ["no prior: no response names a place", 'empty: {"found": false}']
     assert seen.prior is None
 
@@ -188,7 +188,7 @@ REFUSED = {
 def test_refuses_unusable_input_in_one_line(session: serve.DemoSession, name: str) -> None:
     image, words, message = REFUSED[name]
     with pytest.raises(L2LError, match=message) as caught:
-        session.look(None if image is None else Path(image), words)
+        session.predict(None if image is None else Path(image), words)
     assert len(str(caught.value).splitlines()) == 1
 
 

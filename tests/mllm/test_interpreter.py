@@ -14,7 +14,7 @@ from prior_tables import ROOT, random_scenes
 
 from l2l_core.artifacts import records
 from l2l_core.errors import ConfigError
-from l2l_core.mllm.interpreter import go_on_in, has_package
+from l2l_core.mllm.interpreter import has_package, reexec_with_python
 
 RESPONSES = "data/priors/responses.parquet"
 
@@ -85,8 +85,8 @@ def test_unusable_interpreter_error_names_the_interpreter_and_the_remedy(project
 
 def test_does_not_restart_in_the_current_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started anew"))
-    go_on_in(None, "json")
-    go_on_in(sys.executable, "json")
+    reexec_with_python(None, "json")
+    reexec_with_python(sys.executable, "json")
 
 
 def test_has_package_checks_the_configured_interpreter(bare: Path) -> None:

@@ -11,7 +11,7 @@ from dvc.repo import Repo
 from toy_pairs import toy_params
 
 from l2l_core.preflight import estimate
-from l2l_core.preflight.estimate import Costs, Counts, Needs, Sizes, checkpoint_bytes, plan, stage_names
+from l2l_core.preflight.estimate import Costs, Counts, MemoryCosts, Sizes, checkpoint_bytes, plan, stage_names
 
 ROOT = Path(__file__).parents[2]
 COUNTS = Counts(
@@ -19,7 +19,7 @@ COUNTS = Counts(
     labeled_images=20, unlabeled_images=400, evaluated_images=40,
 )  # fmt: skip
 COSTS = Costs(
-    start_s=1, network_start_s=5, read_s=2, decode_s=0.5, proposal_s=0.01, step_s=0.1, ask_s=0.002, label_s=0.02,
+    start_s=1, network_start_s=5, read_s=2, decode_s=0.5, proposal_s=0.01, step_s=0.1, predict_s=0.002, label_s=0.02,
     mask_s=0.001, policy_step_s=0.03,
 )  # fmt: skip
 SIZES = Sizes(index=7000, mask=150.0, model=1_000_000)
@@ -148,12 +148,12 @@ def test_memory_estimates_include_sam():
     assert by_sam["select@1"] == (plain[0] + 7_000, plain[1] + 80_000)
 
 
-NEEDS = Needs(
-    start=100, network_start=500, read=70, train=10_000, ask=4_000, state=6.0, train_gpu=90_000, ask_gpu=40_000
+NEEDS = MemoryCosts(
+    start=100, network_start=500, read=70, train=10_000, predict=4_000, state=6.0, train_gpu=90_000, predict_gpu=40_000
 )  # fmt: skip
 
 
-def memory(at_once: int = 1, needs: Needs = NEEDS, **sections: dict[str, object]) -> dict[str, tuple]:
+def memory(at_once: int = 1, needs: MemoryCosts = NEEDS, **sections: dict[str, object]) -> dict[str, tuple]:
     params = toy_params(**({"proposals": {"size_px": 10}, "select": SELECT} | sections)).model_copy(update={"round": 2})
     stages = plan(params, COUNTS, None, SIZES, draws_refshapes=True, needs=needs, at_once=at_once)
     return {stage.name: (stage.ram_bytes, stage.gpu_bytes) for stage in stages}

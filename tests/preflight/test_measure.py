@@ -53,13 +53,13 @@ def test_measures_each_part_separately(sample, monkeypatch, number):
     assert passes.count(True) == 1 + TRAINING_STEPS
     assert passes.count(False) == 3 + 1  # the three views, and masks
     assert 0.2 <= costs.step_s < 2
-    assert 0.2 / PAIRS <= costs.ask_s < 2 / PAIRS
+    assert 0.2 / PAIRS <= costs.predict_s < 2 / PAIRS
     assert 0.4 / PAIRS <= costs.label_s < 4 / PAIRS
     assert 0 <= costs.mask_s < 2 / PAIRS
     assert (costs.start_s, costs.network_start_s, costs.read_s) == (1.5, 7.0, 3.25)
     assert costs.policy_step_s == costs.proposal_s == 0
     assert (needs.start, needs.network_start, needs.read) == (10, 20, 30)
-    assert needs.train_gpu is needs.ask_gpu is None
+    assert needs.train_gpu is needs.predict_gpu is None
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -89,7 +89,7 @@ def test_measures_memory_of_training_and_inference_separately(sample):
     params = toy_params(proposals={"size_px": 16}, select={"method": "topk"}, evaluate={"batch_size": 2 * PAIRS})
     _, needs = measure(params.model_copy(update={"round": 0}), network, sample, 0, 0)
     assert 190 * MIB <= needs.train < 400 * MIB
-    assert 2 * 90 * MIB <= needs.ask < 2 * 200 * MIB
+    assert 2 * 90 * MIB <= needs.predict < 2 * 200 * MIB
     grid, cell_bytes = params.select.grid, 2  # half precision
     assert needs.state > grid * grid * cell_bytes
 
@@ -140,4 +140,4 @@ def test_stops_early_on_a_slow_network(sample, monkeypatch):
     costs, _ = measure(params.model_copy(update={"round": 0}), network, sample, 0, 0)
     assert passes.count(True) <= 2
     assert costs.step_s >= 0.5
-    assert costs.ask_s >= 0.5 / 2
+    assert costs.predict_s >= 0.5 / 2

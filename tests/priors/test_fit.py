@@ -16,7 +16,7 @@ from l2l_core.config import ProposalsParams
 from l2l_core.core.masks import encode_rle
 from l2l_core.errors import InputError
 from l2l_core.priors import fit as fit_module
-from l2l_core.priors.fit import FEWEST, fit_proposals, renderings_of_fit, unfitted
+from l2l_core.priors.fit import MIN_SENTENCES, fit_proposals, renderings_of_fit, unfitted
 from l2l_core.priors.proposals import make_proposals
 
 PARAMS = ProposalsParams(
@@ -119,11 +119,11 @@ def test_fixed_parameters_are_not_fitted(tmp_path: Path) -> None:
 
 def test_does_not_fit_with_too_few_labeled_boxes(tmp_path: Path) -> None:
     """Sentences without a mask or without a box do not count."""
-    priors, refs, images, truth = disk_images(tmp_path, FEWEST + 2, half_as_large)
-    few = {number: truth[number] for number in range(FEWEST - 1)}
+    priors, refs, images, truth = disk_images(tmp_path, MIN_SENTENCES + 2, half_as_large)
+    few = {number: truth[number] for number in range(MIN_SENTENCES - 1)}
     assert fit_proposals(priors, refs, images, few, PARAMS).sentences == 0
     rows = priors.to_pylist()
-    for row in rows[: FEWEST - 7]:
+    for row in rows[: MIN_SENTENCES - 7]:
         row["bbox"] = None
     without = pa.Table.from_pylist(rows, records.PRIORS)
     fit = fit_proposals(without, refs, images, truth, PARAMS)
@@ -132,14 +132,14 @@ def test_does_not_fit_with_too_few_labeled_boxes(tmp_path: Path) -> None:
 
 def test_masks_do_not_take_part_in_the_fit(tmp_path: Path) -> None:
     """The boxes of the other sentences give the same fit as without the masks, and too few of them give none."""
-    priors, refs, images, truth = disk_images(tmp_path, FEWEST + 2, half_as_large)
+    priors, refs, images, truth = disk_images(tmp_path, MIN_SENTENCES + 2, half_as_large)
     rows = priors.to_pylist()
     for row in rows[:2]:
         row["mask"] = encode_rle(np.ones(HW, bool))
-    few = {number: truth[number] for number in range(2, FEWEST + 2)}
+    few = {number: truth[number] for number in range(2, MIN_SENTENCES + 2)}
     fit = fit_proposals(pa.Table.from_pylist(rows, records.PRIORS), refs, images, truth, PARAMS)
     assert fit == fit_proposals(priors, refs, images, few, PARAMS)
-    assert fit.sentences == FEWEST
+    assert fit.sentences == MIN_SENTENCES
     rows[2]["mask"] = rows[0]["mask"]
     fit = fit_proposals(pa.Table.from_pylist(rows, records.PRIORS), refs, images, truth, PARAMS)
     assert (fit.params, fit.sentences) == (unfitted(PARAMS), 0)
@@ -152,7 +152,7 @@ def test_fits_on_an_evenly_spaced_subset_of_many_labeled_sentences(
     read: list[str] = []
     pixels = fit_module.read_bgr
     monkeypatch.setattr(fit_module, "read_bgr", lambda path: (read.append(Path(path).stem), pixels(path))[1])
-    monkeypatch.setattr(fit_module, "MOST", 10)
+    monkeypatch.setattr(fit_module, "MAX_SENTENCES", 10)
     assert fit_proposals(*tables, truth, PARAMS).sentences == 10
     assert sorted(map(int, read)) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 19]
 

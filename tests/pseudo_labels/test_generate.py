@@ -17,7 +17,7 @@ from l2l_core.errors import ArtifactError, InputError
 from l2l_core.pseudo_labels import generate
 from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates
 from l2l_core.pseudo_labels.generate import (
-    Labels,
+    PseudoLabelCandidates,
     label_unlabeled,
     pseudo_label_table,
     score_labeled,
@@ -96,12 +96,12 @@ def selection(count: int, accepted: list[int], cells: np.ndarray | None = None) 
     return Selection(np.zeros(count, np.int64), taken * 0.7 + 0.1, taken, keep, np.linspace(-1, 1, count))
 
 
-def teachers_own(labels: Labels) -> list[bytes]:
+def teachers_own(labels: PseudoLabelCandidates) -> list[bytes]:
     """Return the first candidate of every sentence."""
     return [made[0] for made in labels.candidates]
 
 
-def labels_and_candidates(params: Params) -> tuple[Labels, Candidates]:
+def labels_and_candidates(params: Params) -> tuple[PseudoLabelCandidates, Candidates]:
     return label_unlabeled(params, Oracle())  # type: ignore[arg-type]
 
 
@@ -315,7 +315,9 @@ def test_oracle_scores_labels_against_the_truth(run):
     truth = true_masks()
     right = [encode_rle(truth[number]) for number in labels.pairs.sent_id.tolist()]
     mixed = [counts if row % 2 else empty for row, counts in enumerate(right)]
-    truth = score_unlabeled(params, Labels(labels.pairs, [[counts] for counts in mixed], [], []), records.INDEX.masks)
+    truth = score_unlabeled(
+        params, PseudoLabelCandidates(labels.pairs, [[counts] for counts in mixed], [], []), records.INDEX.masks
+    )
     np.testing.assert_array_equal(truth.sent_id, labels.pairs.sent_id)
     np.testing.assert_array_equal(truth.iou[:, 0], np.arange(len(mixed)) % 2)
 

@@ -23,7 +23,7 @@ from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.memory import peak_of
 from l2l_core.training import loop, side_by_side
 from l2l_core.training.loop import Stream, train
-from l2l_core.training.side_by_side import Places, find_places, run_side_by_side
+from l2l_core.training.side_by_side import ParallelPlan, plan_parallel, run_side_by_side
 
 PATIENCE_S = 60
 GIB = 1 << 30
@@ -52,43 +52,43 @@ def machine(monkeypatch):
 
 def test_parallel_trainings_share_the_threads(machine):
     machine(2)
-    assert find_places(params(), 2, IMAGES) == Places(2, 1)
+    assert plan_parallel(params(), 2, IMAGES) == ParallelPlan(2, 1)
     machine(9)
-    assert find_places(params(), 2, IMAGES) == Places(2, 4)
+    assert plan_parallel(params(), 2, IMAGES) == ParallelPlan(2, 4)
     machine(2)
-    assert find_places(params(), 5, IMAGES) == Places(2, 1)
+    assert plan_parallel(params(), 5, IMAGES) == ParallelPlan(2, 1)
 
 
 def test_trains_sequentially_with_one_thread(machine):
     machine(1)
-    assert find_places(params(), 2, IMAGES) == Places(1, 1)
+    assert plan_parallel(params(), 2, IMAGES) == ParallelPlan(1, 1)
 
 
 def test_thread_count_does_not_depend_on_running_in_parallel(machine):
     """Otherwise the resulting bytes would depend on the free memory."""
     machine(4)
-    wanted = find_places(params(), 2, IMAGES)
+    wanted = plan_parallel(params(), 2, IMAGES)
     machine(4, free=1)
-    short = find_places(params(), 2, IMAGES)
+    short = plan_parallel(params(), 2, IMAGES)
     machine(4)
-    unwanted = find_places(params(side_by_side=False), 2, IMAGES)
+    unwanted = plan_parallel(params(side_by_side=False), 2, IMAGES)
     assert (wanted.at_once, short.at_once, unwanted.at_once) == (2, 1, 1)
     assert wanted.threads == short.threads == unwanted.threads == 2
 
 
 def test_assigns_one_gpu_to_each_training(machine, monkeypatch):
     machine(8, gpus=4)
-    assert find_places(params(device="auto"), 2, IMAGES) == Places(2, 4, ("0", "1"))
+    assert plan_parallel(params(device="auto"), 2, IMAGES) == ParallelPlan(2, 4, ("0", "1"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert find_places(params(device="auto"), 3, IMAGES) == Places(2, 4, ("5", "7"))
+    assert plan_parallel(params(device="auto"), 3, IMAGES) == ParallelPlan(2, 4, ("5", "7"))
     machine(8, gpus=1)
-    assert find_places(params(device="auto"), 2, IMAGES) == Places(1, 8)
+    assert plan_parallel(params(device="auto"), 2, IMAGES) == ParallelPlan(1, 8)
 
 
 def test_trains_sequentially_in_a_multi_process_launch(machine, monkeypatch):
     machine(8, gpus=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert find_places(params(device="auto"), 2, IMAGES) == Places(1, 8)
+    assert plan_parallel(params(device="auto"), 2, IMAGES) == ParallelPlan(1, 8)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(3, [3]), (None, [])])
@@ -106,10 +106,10 @@ def test_large_networks_train_in_parallel_only_if_memory_holds_both(machine):
     model = large.model.model_copy(update={"image_encoder": "swin", "text_encoder": "bert", "image_size_px": 224})
     large = large.model_copy(update={"model": model})
     machine(2, free=8 * GIB)
-    assert find_places(large, 2, IMAGES).at_once == 1
-    assert find_places(params(), 2, IMAGES).at_once == 2
+    assert plan_parallel(large, 2, IMAGES).at_once == 1
+    assert plan_parallel(params(), 2, IMAGES).at_once == 2
     machine(2, free=16 * GIB)
-    assert find_places(large, 2, IMAGES).at_once == 2
+    assert plan_parallel(large, 2, IMAGES).at_once == 2
 
 
 def test_memory_estimate_covers_the_actual_use(tmp_path):
@@ -136,10 +136,10 @@ def test_memory_estimate_includes_a_shared_image_cache():
 def test_trains_in_parallel_only_if_memory_holds_the_decoded_images(machine):
     """Two processes take 0.8 GB each. One or two trainings together cache 2 GiB of images."""
     machine(2, free=3 * GIB)
-    assert find_places(params(), 2, IMAGES).at_once == 2
-    assert find_places(params(), 2, 10**9).at_once == 1
+    assert plan_parallel(params(), 2, IMAGES).at_once == 2
+    assert plan_parallel(params(), 2, 10**9).at_once == 1
     machine(2, free=4 * GIB)
-    assert find_places(params(), 2, 10**9).at_once == 2
+    assert plan_parallel(params(), 2, 10**9).at_once == 2
 
 
 def code(text: str) -> list[str]:
@@ -151,13 +151,13 @@ def test_commands_get_their_threads_and_gpus(tmp_path):
         import os, pathlib, sys
         pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'] + os.environ['CUDA_VISIBLE_DEVICES'])
     """
-    run_side_by_side({name: [*code(text), str(tmp_path / name)] for name in "ab"}, Places(2, 3, ("5", "7")))
+    run_side_by_side({name: [*code(text), str(tmp_path / name)] for name in "ab"}, ParallelPlan(2, 3, ("5", "7")))
     assert {(tmp_path / name).read_text() for name in "ab"} == {"35", "37"}
 
 
 def test_commands_know_how_many_run_at_once(tmp_path):
     text = f"import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['{SIDE_BY_SIDE_VARIABLE}'])"
-    run_side_by_side({name: [*code(text), str(tmp_path / name)] for name in "abc"}, Places(2, 1))
+    run_side_by_side({name: [*code(text), str(tmp_path / name)] for name in "abc"}, ParallelPlan(2, 1))
     assert {(tmp_path / name).read_text() for name in "abc"} == {"2"}
 
 
@@ -169,13 +169,13 @@ def test_more_commands_than_places_run_one_after_another(tmp_path):
         time.sleep(0.2)
         now.rmdir()
     """
-    run_side_by_side({str(number): [*code(text), str(tmp_path)] for number in range(3)}, Places(1, 1))
+    run_side_by_side({str(number): [*code(text), str(tmp_path)] for number in range(3)}, ParallelPlan(1, 1))
 
 
 def test_forwards_progress_and_raises_an_error_once(capsys):
     failing = r"import sys; sys.stderr.write('a: 1 of 2\nerror: 2 problems:\n  x\n  y\n'); sys.exit(2)"
     with pytest.raises(L2LError) as caught:
-        run_side_by_side({"a": code(failing), "b": code(failing)}, Places(2, 1))
+        run_side_by_side({"a": code(failing), "b": code(failing)}, ParallelPlan(2, 1))
     assert str(caught.value) == "2 problems:\n  x\n  y"
     shown = capsys.readouterr().err
     assert "a: 1 of 2\n" in shown
@@ -186,7 +186,7 @@ def test_an_error_line_of_a_successful_command_is_no_failure(capsys):
     """All its text is shown, whether more lines follow later or never."""
     writes = "import sys, time\nfor text in {}:\n    sys.stderr.write(text); sys.stderr.flush(); time.sleep(0.3)"
     parts = ["error: no plugin\n", "a: 1 of 2\n", "a: 2 of 2\nerror: no cache\n  of fonts"]
-    run_side_by_side({"a": code(writes.format(parts))}, Places(1, 1))
+    run_side_by_side({"a": code(writes.format(parts))}, ParallelPlan(1, 1))
     assert capsys.readouterr().err == "".join(parts)
 
 
@@ -204,21 +204,21 @@ def test_shows_text_after_an_error_line_while_the_command_runs(tmp_path):
             time.sleep(0.01)
     """
     with shown.open("w") as file, redirect_stderr(file):
-        run_side_by_side({"a": code(waits)}, Places(1, 1))
+        run_side_by_side({"a": code(waits)}, ParallelPlan(1, 1))
 
 
 @pytest.mark.parametrize("before", ["", "a: 1 of 2\n", "Loading: 50%\r", "error: no plugin\n"])
 def test_raises_the_message_of_exit_code_2_and_shows_earlier_text(capsys, before):
     failing = f"import sys; sys.stderr.write({before + 'error: real'!r}); sys.exit(2)"
     with pytest.raises(L2LError, match=r"\Areal\Z"):
-        run_side_by_side({"a": code(failing)}, Places(1, 1))
+        run_side_by_side({"a": code(failing)}, ParallelPlan(1, 1))
     assert capsys.readouterr().err == before
 
 
 def test_shows_all_text_of_other_failures(capsys):
     failing = "import sys; sys.stderr.write('error: no plugin\\n' + 'x' * 3_000_000 + '\\nTraceback'); sys.exit(1)"
     with pytest.raises(L2LError, match="a: ended with exit code 1, see above"):
-        run_side_by_side({"a": code(failing)}, Places(1, 1))
+        run_side_by_side({"a": code(failing)}, ParallelPlan(1, 1))
     assert capsys.readouterr().err == "error: no plugin\n" + "x" * 3_000_000 + "\nTraceback"
 
 
@@ -233,7 +233,7 @@ def test_names_a_killed_command():
     with pytest.raises(
         L2LError, match=r"b: ended by signal 9; if memory was short, set train.engine.side_by_side to false"
     ):
-        run_side_by_side({"b": code("import os; os.kill(os.getpid(), 9)")}, Places(1, 1))
+        run_side_by_side({"b": code("import os; os.kill(os.getpid(), 9)")}, ParallelPlan(1, 1))
 
 
 def test_a_failure_terminates_the_other_commands(tmp_path):
@@ -241,12 +241,12 @@ def test_a_failure_terminates_the_other_commands(tmp_path):
     slow = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
     fails = f"import pathlib\nwhile not (p := pathlib.Path({str(pid)!r})).exists() or not p.read_text(): pass\nexit(3)"
     with pytest.raises(L2LError, match="fails: ended with exit code 3"):
-        run_side_by_side({"slow": code(slow), "fails": code(fails)}, Places(2, 1))
+        run_side_by_side({"slow": code(slow), "fails": code(fails)}, ParallelPlan(2, 1))
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
 PARENT = '''
-from l2l_core.training.side_by_side import Places, run_side_by_side
+from l2l_core.training.side_by_side import ParallelPlan, run_side_by_side
 child = """if True:
     import os, time
     from l2l_core.training.side_by_side import end_with_parent
@@ -254,7 +254,7 @@ child = """if True:
     print(os.getpid(), flush=True)
     time.sleep(600)
 """
-run_side_by_side({"a": ["-c", child], "b": ["-c", child]}, Places(2, 1))
+run_side_by_side({"a": ["-c", child], "b": ["-c", child]}, ParallelPlan(2, 1))
 '''
 
 
