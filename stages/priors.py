@@ -5,7 +5,7 @@ from __future__ import annotations
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.priors.coord_check import check_coords, fit_coords
+from l2l_core.priors.coord_check import check_coords, fit_coords, scores_by_space
 from l2l_core.priors.scores import describe, labels_of, score_priors
 from l2l_core.priors.table import interpret, precision_of, summarize
 
@@ -30,9 +30,11 @@ def main() -> None:
     records.write_table(priors, records.PRIORS_PATH, records.PRIORS)
     summary = summarize(priors, params.priors.prices) | precision_of(responses)
     scores = score_priors(priors, labels)
-    records.write_metrics({**summary, **scores}, records.PRIORS_METRICS_PATH)
+    metrics = {**summary, **scores, "coords": scores_by_space(fits)}
+    records.write_metrics(metrics, records.PRIORS_METRICS_PATH)
     print("priors: " + ", ".join(f"{count} {name}" for name, count in summary.items()))
-    print("priors: " + "; ".join([describe(scores), *(fit.describe() for fit in fits)]))
+    for line in (describe(scores), *(fit.describe() for fit in fits)):
+        print(f"priors: {line}")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ WORDS = ("left", "right", "dark", "bright", "big", "small", "upper", "lower")
 TRAP = '<script>alert("pwned")</script> & the "dot"'
 """A sentence that a report must show but not execute."""
 
+PRIOR_SCORE_NAMES = ("box_acc50", "box_miou", "mask_miou", "pointing_acc", "score_auroc")
 PRIOR_SCORES = {
     "labeled": 20,
     "labeled_without_prior": 3,
-    **{"box_acc50": 85.0, "box_miou": 70.5, "pointing_acc": 90.0, "score_auroc": None},
+    **dict(zip(PRIOR_SCORE_NAMES, (85.0, 70.5, 64.0, 90.0, None), strict=True)),
     "by_source": {
-        "replay org/<b>": {"box_acc50": 100.0, "box_miou": 81.0, "pointing_acc": 95.0, "score_auroc": 66.5},
-        "replay org/c": {"box_acc50": None, "box_miou": None, "pointing_acc": 80.0, "score_auroc": None},
+        "replay org/<b>": dict(zip(PRIOR_SCORE_NAMES, (100.0, 81.0, 72.5, 95.0, 66.5), strict=True)),
+        "replay org/c": dict(zip(PRIOR_SCORE_NAMES, (None, None, None, 80.0, None), strict=True)),
     },
 }
 """Scores as the stage `priors` writes them, for recorded responses of two models."""

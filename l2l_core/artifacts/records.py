@@ -103,7 +103,7 @@ PRIORS = pa.schema(
         ("relation", pa.string()),
         ("bbox", _BOX),
         ("point", _POINT),
-        ("mask", pa.binary()),  # a row with a mask also has a bbox, by default the mask's bounding box
+        ("mask", pa.binary()),  # a row with a mask has the mask's bounding box as bbox, and no point
         ("score", pa.float32()),
         ("coord_space", pa.string()),
         ("input_height", pa.int32()),

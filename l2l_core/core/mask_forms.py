@@ -16,6 +16,9 @@ MASK_FORMS = (
 )
 MASK_MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes of one channel, where "not 0" is unambiguous; a color image would need a guess."""
+OVERSHOOT = 0.1
+"""Polygons may reach beyond the border by this share of the image's side. Annotation tools overshoot by a few pixels;
+coordinates of another space, such as 0..1000, reach further in some line of a file."""
 
 
 def read_mask(mask: object, folder: Path, height: int, width: int) -> bytes:
@@ -23,7 +26,8 @@ def read_mask(mask: object, folder: Path, height: int, width: int) -> bytes:
 
     mask: the path of a PNG of one channel (relative to `folder`; not 0 is foreground), polygons (bare or as
     {"polygon": ...}), a COCO run-length object, or a list of paths and objects, which are parts of one mask. PNGs and
-    run lengths may be empty. Raises ValueError with a one-line description of the problem.
+    run lengths may be empty. Polygons must enclose a pixel and stay within OVERSHOOT of the image. Raises ValueError
+    with a one-line description of the problem.
     """
     if isinstance(mask, list) and any(isinstance(part, str | dict) for part in mask):
         return union_rle([_read_part(part, folder, height, width) for part in mask], height, width)
@@ -41,9 +45,21 @@ def _read_part(mask: object, folder: Path, height: int, width: int) -> bytes:
         return encode_rle(_mask_image(folder / mask, height, width))
     segmentation = _segmentation(mask)
     counts = segmentation_to_rle(segmentation, height, width)
-    if isinstance(segmentation, list) and not rle_area_px(counts, height, width):
-        raise ValueError("empty: the polygons enclose no pixel of the image; expected coordinates in pixels")
+    if isinstance(segmentation, list):
+        _check_inside(segmentation, height, width)
+        if not rle_area_px(counts, height, width):
+            raise ValueError("empty: the polygons enclose no pixel of the image; expected coordinates in pixels")
     return counts
+
+
+def _check_inside(polygons: list[list[float]], height: int, width: int) -> None:
+    xy = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
+    low, high, size = xy.min(axis=0), xy.max(axis=0), np.array([width, height])
+    if (low < -OVERSHOOT * size).any() or (high > (1 + OVERSHOOT) * size).any():
+        raise ValueError(
+            f"the polygons reach from x {low[0]:g}, y {low[1]:g} to x {high[0]:g}, y {high[1]:g}, outside the image of "
+            f"{width}x{height} px; expected coordinates in pixels of the stored image"
+        )
 
 
 def _segmentation(mask: object) -> object:

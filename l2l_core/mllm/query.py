@@ -119,7 +119,8 @@ def make_questions(index: records.IndexPaths, samples: int) -> list[Question]:
 def query_key(params: PriorsParams, index: records.IndexPaths) -> str:
     """Hex digest of everything that responses depend on: a run reuses stored chunks only if its queries are the same.
 
-    The code is not part of it, so that an interrupted run can resume after a fix.
+    The code is not part of it, so that an interrupted run can resume after a fix. Raises InputError if a file cannot be
+    read.
     """
     settings = params.model_dump(mode="json", exclude={"engine", "prices", "check_coords"})
     prompts = [prompt_sha256(params.prompt, space) for space in COORD_SPACES]
@@ -128,8 +129,11 @@ def query_key(params: PriorsParams, index: records.IndexPaths) -> str:
     files += [index.objects] if params.backend == "simulated" else []
     files += [Path(str(params.replay_file))] if params.backend == "replay" else []
     for path in filter(Path.is_file, files):  # the backend reports missing files
-        with path.open("rb") as file:  # read in blocks
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:  # read in blocks
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     model = Path(str(params.model))
     large = sorted(model.iterdir()) if params.backend in LIVE_BACKENDS and model.is_dir() else []
     if params.backend == "replay" and Path(str(params.replay_file)).is_file():

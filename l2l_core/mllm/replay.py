@@ -66,13 +66,7 @@ def load_recorded(
     responses: dict[Key, RawResponse] = {}
     line_of: dict[Key, int] = {}
     problems: list[str] = []
-    try:
-        lines = numbered_lines(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}; set priors.replay_file to a JSON-lines file"
-        ) from None
-    for number, line in progress(lines, "recorded responses", "line"):
+    for number, line in progress(_lines(path), "recorded responses", "line"):
         try:
             row = json_object(line)
             sent_id = _find_sentence(row, sentences)
@@ -94,12 +88,24 @@ def load_recorded(
 
 
 def mask_files(path: str | Path) -> list[Path]:
-    """The existing mask files that a file of recorded responses names; lines that cannot be read are skipped."""
+    """The existing mask files that a file of recorded responses names; broken lines are skipped.
+
+    Raises InputError if the file cannot be read.
+    """
     found: list[Path] = []
-    for _, line in numbered_lines(Path(path)):
+    for _, line in _lines(Path(path)):
         with suppress(ValueError):
             found += mask_paths(json_object(line).get("mask"), Path(path).parent)
     return [file for file in dict.fromkeys(found) if os.path.isfile(file)]  # Path.is_file raises for impossible names
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        return numbered_lines(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; set priors.replay_file to a JSON-lines file"
+        ) from None
 
 
 def _index_sentences(refs: pd.DataFrame, images: pd.DataFrame) -> _Sentences:
@@ -200,8 +206,8 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
 
 
 def _mask(mask: object, folder: Path, height: int, width: int) -> bytes | None:
-    """The mask of a line as run lengths; None without a mask, and for one without a pixel: nothing was found."""
-    if mask is None:
+    """The mask of a line as run lengths; None without a mask, and for one without a part or a pixel: nothing found."""
+    if mask in (None, [], {"polygon": []}):
         return None
     if not isinstance(mask, str | list | dict):
         raise ValueError(f"mask: got {_shown(mask)}, expected {MASK_FORMS}")

@@ -77,11 +77,14 @@ def score_priors(priors: pa.Table, labels: Labels) -> dict[str, object]:
     - labeled, labeled_without_prior: numbers of sentences, and of those whose prior has no place
     - box_acc50, box_miou: share of boxes with IoU of at least 0.5 with the true mask's box, and mean IoU; null if no
       prior has a box
+    - mask_miou: mean IoU of the masks with the true masks; null if no prior has a mask
     - pointing_acc: share whose point, or else the box's center, lies in the true mask; null if no prior has a place
-    - score_auroc: how well the model's own score ranks boxes with IoU above 0.5 before others; null if undefined
+    - score_auroc: how well the model's own score ranks masks, or else boxes, with IoU above 0.5 before others; null if
+      undefined
     - by_source: the same for each `backend model`, only if there are several
     """
-    first = records.to_frame(priors.select(["sent_id", "sample_index", "backend", "model", "bbox", "point", "score"]))
+    columns = ["sent_id", "sample_index", "backend", "model", "bbox", "point", "mask", "score"]
+    first = records.to_frame(priors.select(columns))
     rows = first[first["sample_index"] == 0].set_index("sent_id").reindex(labels.sent_id)
     box = _columns(rows["bbox"], 4)
     point = _columns(rows["point"], 2)
@@ -92,7 +95,9 @@ def score_priors(priors: pa.Table, labels: Labels) -> dict[str, object]:
             "has_model": (rows["model"].fillna("") != "").to_numpy(),
             "has_box": ~np.isnan(box[:, 0]),
             "is_located": ~np.isnan(point[:, 0]),
-            "iou": np.nan_to_num(iou_xyxy(np.nan_to_num(box), labels.box_xyxy)),
+            "has_mask": rows["mask"].notna().to_numpy(),
+            "box_iou": np.nan_to_num(iou_xyxy(np.nan_to_num(box), labels.box_xyxy)),
+            "mask_iou": _mask_iou(rows["mask"], labels),
             "hit": hits(point, labels),
             "score": rows["score"].to_numpy(np.float64),
         }
@@ -123,31 +128,42 @@ def score_proposals(proposals: pa.Table, labels: Labels) -> Scores:
     return {
         "labeled": len(iou),
         "labeled_without_prior": int((score == 0).sum()),
-        "miou": _percent(iou),
+        "miou": percent(iou),
         "score_auroc": _auroc(score, iou),
     }
 
 
 def describe(scores: Mapping[str, object]) -> str:
     """Scores in one line: `box_acc50 89.0, box_miou 80.2, ...`; undefined ones are left out."""
-    names = ("box_acc50", "box_miou", "pointing_acc", "miou", "score_auroc")
+    names = ("box_acc50", "box_miou", "mask_miou", "pointing_acc", "miou", "score_auroc")
     shown = [f"{name} {scores[name]:.1f}" for name in names if scores.get(name) is not None]
     return ", ".join([f"{scores['labeled']} labeled, {scores['labeled_without_prior']} without a prior", *shown])
 
 
 def _prior_scores(table: pd.DataFrame) -> Scores:
-    boxes = table[table["has_box"] & table["score"].notna()]
+    iou = table["mask_iou"].where(table["has_mask"], table["box_iou"])
+    is_ranked = table["has_box"] & table["score"].notna()
     return {
         "labeled": len(table),
         "labeled_without_prior": int((~table["is_located"]).sum()),
-        "box_acc50": _percent(table["iou"] >= ACC_IOU) if table["has_box"].any() else None,
-        "box_miou": _percent(table["iou"]) if table["has_box"].any() else None,
-        "pointing_acc": _percent(table["hit"]) if table["is_located"].any() else None,
-        "score_auroc": _auroc(boxes["score"].to_numpy(), boxes["iou"].to_numpy()),
+        "box_acc50": percent(table["box_iou"] >= ACC_IOU) if table["has_box"].any() else None,
+        "box_miou": percent(table["box_iou"]) if table["has_box"].any() else None,
+        "mask_miou": percent(table["mask_iou"]) if table["has_mask"].any() else None,
+        "pointing_acc": percent(table["hit"]) if table["is_located"].any() else None,
+        "score_auroc": _auroc(table.loc[is_ranked, "score"].to_numpy(), iou[is_ranked].to_numpy()),
     }
 
 
-def _percent(values: pd.Series | DoubleArray) -> float | None:
+def _mask_iou(masks: pd.Series, labels: Labels) -> DoubleArray:
+    """[N] IoU of masks (run lengths or null) with the true masks; 0 without a mask."""
+    at = np.flatnonzero(masks.notna())
+    own, iou = labels.take(at), np.zeros(len(masks))
+    iou[at] = iou_from_px(*intersection_union_px(masks.iloc[at].tolist(), own.rle, own.image_hw).T)
+    return iou
+
+
+def percent(values: pd.Series | DoubleArray) -> float | None:
+    """The mean of shares or IoU (0..1) in percent, to two digits; None without values."""
     return round(100 * float(np.mean(values)), 2) if len(values) else None
 
 

@@ -20,8 +20,8 @@ Summary = dict[str, int | float | str]
 def interpret(responses: pa.Table) -> pa.Table:
     """Table records.RESPONSES -> records.PRIORS, row by row in the same order.
 
-    A response with a mask is usable whatever its text says; the text adds words, a confidence and a box. Without a box
-    in the text, the box is the mask's.
+    A response with a mask is usable whatever its text says. The text adds words and a confidence. The box is always the
+    mask's bounding box, and there is no point: a place in the text could be in another coordinate space than the mask.
     """
     columns = ("failure", "raw_text", "mask", "coord_space", "height", "width", "input_height", "input_width")
     parsed = [
@@ -51,7 +51,7 @@ def interpret(responses: pa.Table) -> pa.Table:
 
 
 def _with_mask(prior: ParsedPrior, mask: bytes | None, image_hw: tuple[int, int]) -> ParsedPrior:
-    return prior if mask is None else replace(prior, status="ok", bbox=prior.bbox or rle_box_xyxy(mask, *image_hw))
+    return prior if mask is None else replace(prior, status="ok", bbox=rle_box_xyxy(mask, *image_hw), point=None)
 
 
 def kinds(priors: pa.Table) -> pd.Series[str]:

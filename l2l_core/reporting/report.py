@@ -40,6 +40,7 @@ LABEL_QUALITY_NAMES = {
 PRIOR_SCORE_NAMES = {
     "box_acc50": "box acc@0.5",
     "box_miou": "mIoU, box",
+    "mask_miou": "mIoU, mask",
     "pointing_acc": "pointing accuracy",
     "score_auroc": "AUROC of the score",
 }

@@ -164,7 +164,14 @@ BAD_LINES = {
     "truncated mask": (B | {"mask": "masks/cut.png"}, r"line 2: mask: .*cut\.png is not a readable PNG"),
     "jpeg mask": (B | {"mask": "photos/b.jpg"}, r"line 2: mask: .*b\.jpg is not a readable PNG"),
     "bad polygon": (B | {"mask": [1, 2, 3]}, r"line 2: mask: segmentation: each polygon needs"),
-    "polygon outside": (B | {"mask": [-5, -5, -2, -5, -2, -2]}, r"line 2: mask: empty: the polygons enclose no pixel"),
+    "polygon outside": (
+        B | {"mask": [-5, -5, -2, -5, -2, -2]},
+        r"line 2: mask: the polygons reach from x -5, y -5 to x -2, y -2, outside the image of",
+    ),
+    "polygon without a pixel": (
+        B | {"mask": [0.1, 0.1, 0.4, 0.1, 0.4, 0.2]},
+        r"line 2: mask: empty: the polygons enclose no pixel",
+    ),
     "empty part": (B | {"mask": ["masks/nothing.png"]}, r"line 2: mask: empty, expected at least one foreground pixel"),
     "part of no type": (
         B | {"mask": ["masks/a.png", 5]},

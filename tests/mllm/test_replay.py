@@ -16,7 +16,7 @@ from l2l_core.core.masks import decode_rle
 from l2l_core.errors import InputError
 from l2l_core.mllm.backend import Question
 from l2l_core.mllm.query import make_backend, make_questions, query_all, query_key
-from l2l_core.mllm.replay import ReplayBackend, load_recorded
+from l2l_core.mllm.replay import ReplayBackend, load_recorded, mask_files
 
 INDEX = Index(
     pd.DataFrame([image_row(1, 480, 640), image_row(2, 100, 200)]),
@@ -148,7 +148,7 @@ def test_a_mask_in_every_form_is_a_prior_with_its_bounding_box(tmp_path: Path, f
 
 
 def test_a_line_may_hold_a_mask_with_a_box_words_and_a_score(tmp_path: Path) -> None:
-    """The mask stays beside the box of the text; only without one does the box come from the mask."""
+    """The box is the mask's, whatever space the box of the text is in."""
     said = {"found": True, "target": "red cup", "confidence": 0.5}
     path = recorded(
         tmp_path,
@@ -160,7 +160,7 @@ def test_a_line_may_hold_a_mask_with_a_box_words_and_a_score(tmp_path: Path) -> 
             "sent_id": 12,
             "sample_index": 4,
             "mask": CORNERS,
-            "raw_text": json.dumps({**said, "bbox": [0.5, 0.5, 1, 1]}),
+            "raw_text": json.dumps({**said, "bbox": [500, 500, 1000, 1000], "point": [10, 10]}),
             "coord_space": "unit",
         },
         {"sent_id": 12, "sample_index": 5, "mask": CORNERS, "raw_text": "Sure, [SEG].", "coord_space": "pixel"},
@@ -169,7 +169,8 @@ def test_a_line_may_hold_a_mask_with_a_box_words_and_a_score(tmp_path: Path) -> 
     assert table["status"].tolist() == ["ok"] * 6
     assert table["mask"].notna().all()
     whole = [30, 20, 90, 60]
-    assert table["bbox"].map(list).tolist() == [whole, [1, 2, 30, 40], whole, whole, [100, 50, 200, 100], whole]
+    assert table["bbox"].map(list).tolist() == [whole] * 6
+    assert table["point"].isna().all()
     assert table["score"].fillna(-1).tolist() == [0.75, 1, 0.25, 0.5, 0.5, -1]
     assert table["target"].tolist() == ["", "", "", "red cup", "red cup", ""]
 
@@ -186,11 +187,20 @@ def test_an_empty_mask_means_that_nothing_was_found(tmp_path: Path) -> None:
         {"sent_id": 12, "sample_index": 2, "mask": runs},
         {**empty, "sample_index": 3, "pred_box_xyxy": [1, 2, 30, 40]},
         {**empty, "sample_index": 4, "raw_text": "no idea", "coord_space": "pixel"},
+        {"sent_id": 12, "sample_index": 5, "mask": []},
+        {"sent_id": 12, "sample_index": 6, "mask": {"polygon": []}, "score": 0.9},
     )
-    table = priors(load(path), tmp_path, samples=5).loc[12]
-    assert table["status"].tolist() == ["empty", "empty", "empty", "ok", "invalid"]
+    table = priors(load(path), tmp_path, samples=7).loc[12]
+    assert table["status"].tolist() == ["empty", "empty", "empty", "ok", "invalid", "empty", "empty"]
     assert table["mask"].isna().all()
-    assert table["bbox"].notna().tolist() == [False, False, False, True, False]
+    assert table["bbox"].notna().tolist() == [False, False, False, True, False, False, False]
+
+
+def test_polygons_may_overshoot_the_border_by_a_tenth(tmp_path: Path) -> None:
+    """Of an image of 200 x 100 px: 20 px to the sides, 10 px up and down."""
+    path = recorded(tmp_path, {"sent_id": 12, "mask": [-20, -10, 220, -10, 220, 110, -20, 110]})
+    table = priors(load(path), tmp_path)
+    assert decode_rle(table.loc[(12, 0), "mask"], 100, 200).all()
 
 
 def test_stored_chunks_keep_the_masks(tmp_path: Path) -> None:
@@ -218,6 +228,25 @@ def test_a_resumed_run_sees_that_a_mask_file_changed(tmp_path: Path) -> None:
     draw(tmp_path, "dog", ~MASK)
     os.utime(tmp_path / "masks" / "dog.png", ns=(1, 1))
     assert query_key(params, index) != key
+
+
+def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, who may read every file."""
+    path = recorded(tmp_path, {"sent_id": 12, "mask": None})
+    index = INDEX.save(tmp_path)
+    params = prior_params(backend="replay", replay_file=str(path))
+    whole = Path.open
+
+    def refuse(file: Path, *rest: object, **more: object) -> object:
+        if file == path:
+            raise PermissionError(13, "Permission denied", str(file))
+        return whole(file, *rest, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", lambda file: refuse(file, "rb").read())
+    for read in (lambda: query_key(params, index), lambda: mask_files(path), lambda: load(path)):
+        with pytest.raises(InputError, match=r"responses\.jsonl: cannot be read: Permission denied"):
+            read()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -265,8 +294,15 @@ BAD_LINES: list[tuple[object, str]] = [
     ),
     (
         {"sent_id": 12, "mask": [0.1, 0.1, 0.9, 0.1, 0.9, 0.4]},
-        "mask: empty: the polygons enclose no pixel of the image",
+        "mask: empty: the polygons enclose no pixel of the image; expected coordinates in pixels",
     ),
+    (
+        {"sent_id": 12, "mask": [[30, 20, 90, 20, 90, 60], [100, 50, 221, 50, 221, 70]]},
+        "mask: the polygons reach from x 30, y 20 to x 221, y 70, outside the image of 200x100 px; expected "
+        "coordinates in pixels of the stored image",
+    ),
+    ({"sent_id": 12, "mask": {"polygon": [30, 20, 90, 20, 90, 111]}}, "to x 90, y 111, outside the image of 200x100"),
+    ({"sent_id": 12, "mask": [-21, 20, 90, 20, 90, 60]}, "from x -21, y 20 to x 90, y 60, outside the image"),
     ({"sent_id": 12, "mask": CORNERS, "score": 1.02}, "score: got 1.02, expected a number from 0 to 1"),
     ({"sent_id": 12, "mask": CORNERS, "score": True}, "score: got True, expected a number from 0 to 1"),
     (

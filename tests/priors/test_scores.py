@@ -60,9 +60,31 @@ def test_scores_of_priors_match_hand_counted_values() -> None:
         "labeled_without_prior": 1,
         "box_acc50": 50.0,
         "box_miou": 37.5,
+        "mask_miou": None,
         "pointing_acc": 75.0,
         "score_auroc": 50.0,
     }
+
+
+def test_of_a_mask_its_own_iou_is_scored_and_ranked() -> None:
+    """All boxes are exact. The masks have 20 of 36 and 2 of 16 true pixels: IoU 20 / 36 is right, 0.125 is wrong.
+
+    The third prior has only its box, which is right. Both right ones score below the wrong mask: AUROC 0. By the boxes
+    alone all would be right, and the AUROC undefined. Mean IoU of the masks: (20 / 36 + 2 / 16 + 0) / 3.
+    """
+    corners = rectangle(2, 2, 3, 3) | rectangle(5, 5, 6, 6)
+    full = rectangle(2, 2, 8, 8)
+    ring = full & ~rectangle(3, 3, 7, 7)
+    assert (ring.sum(), corners.sum()) == (20, 2)
+    priors = make_priors(
+        {"bbox": [2, 2, 8, 8], "mask": encode_rle(ring), "score": 0.5},
+        {"bbox": EXACT, "mask": encode_rle(corners), "score": 0.9},
+        {"bbox": EXACT, "score": 0.7},
+    )
+    scores = score_priors(priors, make_labels(full, SQUARE, SQUARE))
+    assert (scores["box_miou"], scores["mask_miou"]) == (100.0, round(100 * (20 / 36 + 0.125) / 3, 2))
+    assert scores["score_auroc"] == 0.0
+    assert "box_miou 100.0, mask_miou 22.7, pointing_acc" in describe(scores)
 
 
 def test_the_center_of_a_box_can_miss_its_object() -> None:
@@ -80,11 +102,15 @@ def test_a_point_on_the_far_edge_counts_as_the_last_pixel() -> None:
 @pytest.mark.parametrize(
     ("rows", "undefined"),
     [
-        ([{"point": [3, 3], "score": 0.5}], ["box_acc50", "box_miou", "score_auroc"]),  # a model that only points
-        ([{}], ["box_acc50", "box_miou", "pointing_acc", "score_auroc"]),
-        ([{"bbox": EXACT, "score": 0.5}, {"bbox": EXACT, "score": 0.9}], ["score_auroc"]),  # nothing is wrong
-        ([{"bbox": EXACT, "score": 1.0}, {"bbox": ELSEWHERE, "score": 1.0}], ["score_auroc"]),  # nothing is ranked
-        ([{"bbox": EXACT}, {"bbox": ELSEWHERE}], ["score_auroc"]),
+        (
+            [{"point": [3, 3], "score": 0.5}],
+            ["box_acc50", "box_miou", "mask_miou", "score_auroc"],
+        ),  # a model that only points
+        ([{}], ["box_acc50", "box_miou", "mask_miou", "pointing_acc", "score_auroc"]),
+        ([{"bbox": EXACT, "mask": encode_rle(SQUARE)}], ["score_auroc"]),
+        ([{"bbox": EXACT, "score": 0.5}, {"bbox": EXACT, "score": 0.9}], ["mask_miou", "score_auroc"]),  # all right
+        ([{"bbox": EXACT, "score": 1.0}, {"bbox": ELSEWHERE, "score": 1.0}], ["mask_miou", "score_auroc"]),  # equal
+        ([{"bbox": EXACT}, {"bbox": ELSEWHERE}], ["mask_miou", "score_auroc"]),
     ],
 )
 def test_undefined_scores_are_null(rows: list[dict[str, object]], undefined: list[str]) -> None:
@@ -194,9 +220,21 @@ def test_the_stage_writes_and_prints_scores(
     metrics = json.loads(records.PRIORS_METRICS_PATH.read_text())
     assert (metrics["ok"], metrics["labeled"], metrics["box_acc50"], metrics["score_auroc"]) == (20, 20, 100.0, None)
     assert metrics["box_miou"] > 97  # whole thousandths
-    (said,) = (line for line in capsys.readouterr().out.splitlines() if "labeled" in line)
-    assert said.startswith("priors: 20 labeled, 0 without a prior, box_acc50 100.0, box_miou 9")
-    assert "; norm1000 fits with mean IoU " in said
+    (coords,) = metrics["coords"]  # a list, which DVC's tables leave out
+    assert (coords["model"], coords["coord_space"], coords["sentences"]) == ("m", "norm1000", 20)
+    assert coords["box_miou"]["norm1000"] == metrics["box_miou"] > 50 > coords["box_miou"]["pixel"]
+    assert coords["box_acc50"]["norm1000"] == 100.0
+    _, scores, fit = capsys.readouterr().out.splitlines()
+    assert scores.startswith("priors: 20 labeled, 0 without a prior, box_acc50 100.0, box_miou 9")
+    assert fit.startswith("priors: norm1000 fits with mean IoU ")
+
+
+def test_the_stage_says_that_too_few_objects_are_labeled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_project(tmp_path, "pixel", sentences=7)
+    run_stage(tmp_path, monkeypatch)
+    assert "priors: coordinates of m not checked: 7 labeled objects, needs 10\n" in capsys.readouterr().out
 
 
 def test_the_stage_stops_at_wrong_coordinates_unless_told_otherwise(
