@@ -200,8 +200,8 @@ class Decoder(nn.Module):
 
         The mask logits are those of the given proposal plus a correction, which is zero before training.
         pyramid: output of `join`; detail: output of `border.image_detail`; conditioning: [B, D] pooled sentence and
-        guidance; memory: [B, M, D] their tokens; padding_mask: [B, M] bool, padding; proposal: [B, 1, P, P] and its score [B],
-        both in 0..1.
+        guidance; memory: [B, M, D] their tokens; padding_mask: [B, M] bool, padding; proposal: [B, 1, P, P] and its
+        score [B], both in 0..1.
         Self-attention over pixels compares objects (ordinals, relations). It runs on the finest level that is small
         enough, or on a reduced coarsest level. The proposal is refined there, and the refined proposal gates the finer
         levels instead of the given one.
