@@ -6,6 +6,7 @@ Proposals look at the centers of boxes only, and are often wrong; the solver dec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -135,11 +136,11 @@ class _Speaker:
         noun, many = self.noun, len(self.mates)
         if many == 1:
             yield 3, noun
-        for side in self.sides() if many > 1 else set(self.sides()) & {"left", "right"}:
+        for side in self.sides():
             if side in ("left", "right"):
                 where = self.pick(f"on the {side}", f"on {side}", f"on the {side} side")
                 yield 3 if many > 1 else 0.3, self.any_of(f"{side} {noun}", f"{noun} {where}")
-            else:
+            elif many > 1:
                 yield 0.8, self.any_of(f"{side} {noun}", f"{noun} at the {side}")
         for side in ("left", "right"):
             rank = self.rank_from(side)
@@ -218,19 +219,21 @@ class _Speaker:
         noun, many = self.noun, len(self.mates)
         the = f"the {noun}"
         number = {2: "two", 3: "three", 4: "four"}.get(many, "")
-        picture = self.any_of(*(f"{word} the {what}" for word in ("of", "in") for what in ("image", "picture", "photo")))
+        picture = self.any_of(
+            *(f"{word} the {what}" for word in ("of", "in") for what in ("image", "picture", "photo"))
+        )
         places: list[str] = []
         for side in self.sides():
             where = f"on the {side} side" if side in ("left", "right") else f"at the {side}"
             places.append(where)
-            yield 1.5 if many > 1 else 0.5, f"{the} {where} {picture.replace('in the', 'of the')}"
+            yield 1.5 if many > 1 else 0.5, f"{the} {where} of the {picture}"
             if number and self.countable and side in ("left", "right"):
                 word = f"{side} one" if many == 2 else f"{side}most"
                 yield 1.5, f"the {word} of the {number} {plural(noun)}"
         for side in ("left", "right"):
             if many > 2 and self.rank_from(side) in (2, 3) and self.countable:
                 word = {2: "second", 3: "third"}[self.rank_from(side)]
-                yield 2, f"the {word} {noun} from the {side} {picture.replace('of the', 'in the')}"
+                yield 2, f"the {word} {noun} from the {side} in the {picture}"
         if many == 3 and self.rank_from("left") == 2 and self.countable:
             yield 3, f"the middle one of the three {plural(noun)}"
         if number and self.countable and self.size_rank() in (1, many):
@@ -252,7 +255,7 @@ class _Speaker:
             for weight, relation in related:
                 if "left" not in relation and "right" not in relation:
                     yield weight / 2, f"{the} {place} {link} {relation}".replace("that is with", "with")
-        for first, second in zip(related, related[1:], strict=False):
+        for first, second in pairwise(related):
             anchors = (relation.rpartition("the ")[2] for _, relation in (first, second))
             if len(set(anchors)) == 2:
                 yield first[0] / 2, f"{the} {first[1]} and {second[1]}"

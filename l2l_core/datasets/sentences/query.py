@@ -1,11 +1,11 @@
 """Parser of generated sentences: the words -> what they ask for.
 
-    sentence = ["the"] {pick} (noun | ["one"] "of the" number nouns) {tail} [picture]
-    pick     = side | "leftmost" | vertical side | "second" | "middle" | "biggest" | "bigger" | "closest"
-    tail     = "on the left" ["side"] | "at the top" | "in the top left corner" | "in the middle" | "from the left"
-             | "closest to the camera" | ["that is"] relation | "and" tail
-    relation = ("to the left of" | "next to" | ...) "the" noun | "between the" noun "and the" noun
-             | "between the two" nouns
+sentence = ["the"] {pick} (noun | ["one"] "of the" number nouns) {tail} [picture]
+pick     = side | "leftmost" | vertical side | "second" | "middle" | "biggest" | "bigger" | "closest"
+tail     = "on the left" ["side"] | "at the top" | "in the top left corner" | "in the middle" | "from the left"
+         | "closest to the camera" | ["that is"] relation | "and" tail
+relation = ("to the left of" | "next to" | ...) "the" noun | "between the" noun "and the" noun
+         | "between the two" nouns
 """
 
 from __future__ import annotations

@@ -86,9 +86,7 @@ class _Solver:
         for pick in query.picks:
             # Readers may choose among all of the kind or among the related ones: both must lead to one object.
             first, second = (self.picked(pick, query.kind, group) for group in (members, related))
-            found = Fit(
-                found.sure & first.sure & second.sure, found.possible & (first.possible | second.possible)
-            )
+            found = Fit(found.sure & first.sure & second.sure, found.possible & (first.possible | second.possible))
         return found
 
     def unclear(self, group: Fit) -> Fit:

@@ -73,7 +73,19 @@ COLLECTIVE = frozenset(("people", "crowd", "group", "herd", "flock", "stuff", "o
 """Names of masks that hold no single object of a kind."""
 
 STANDING = frozenset((*PEOPLE, "bicycle", "car", "motorcycle", "bus", "train", "truck", "van", "bench", "chair", "dog"))
-STANDING |= {"cat", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "suitcase", "couch", "fire hydrant"}
+STANDING |= {
+    "cat",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "suitcase",
+    "couch",
+    "fire hydrant",
+}
 """Kinds that stand on the ground, where a lower place in the image is closer to the camera."""
 
 CARRIED = frozenset(("backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "kite"))
