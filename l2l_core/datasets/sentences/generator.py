@@ -20,6 +20,7 @@ SMALLEST = 0.01  # share of the image; annotators of RefCOCO, too, described few
 SLIVER, FRAGMENT = 0.1, 0.02  # an object cut off by a border is at least that wide (or high) and large
 IN_PIECES = 0.6  # share of the largest part of a mask, below which other objects hide too much of it
 SAME_PLACE = 0.5  # IoU of boxes; two such objects of a kind cannot be told apart by places
+FEWEST_FORMS_FIRST = ("refcoco+", "refcoco", "refcocog")  # each style leaves its sentence out of the later ones
 BORDER = 0.005  # distance from the border of what is cut off
 
 Proposal = tuple[float, str]  # weight, sentence
@@ -29,7 +30,7 @@ def describe(index: int, layout: Layout, vocabulary: Vocabulary, rng: np.random.
     """Style -> a sentence that the solver finds to mean object `index`; at most one a style, no sentence twice."""
     found: dict[str, str] = {}
     speaker = _Speaker(index, layout, vocabulary, rng)
-    for style in STYLES:
+    for style in FEWEST_FORMS_FIRST:
         proposals = list(speaker.proposals(style))
         order = np.argsort([-(rng.random() ** (1 / weight)) for weight, _ in proposals], kind="stable")
         for place in order.tolist():
@@ -39,7 +40,7 @@ def describe(index: int, layout: Layout, vocabulary: Vocabulary, rng: np.random.
             if solve(sentence, layout, vocabulary) == index:
                 found[style] = sentence
                 break
-    return found
+    return {style: found[style] for style in STYLES if style in found}
 
 
 def refusal(index: int, layout: Layout, vocabulary: Vocabulary) -> str:
@@ -219,21 +220,19 @@ class _Speaker:
         noun, many = self.noun, len(self.mates)
         the = f"the {noun}"
         number = {2: "two", 3: "three", 4: "four"}.get(many, "")
-        picture = self.any_of(
-            *(f"{word} the {what}" for word in ("of", "in") for what in ("image", "picture", "photo"))
-        )
+        picture = f"the {self.any_of('image', 'picture', 'photo')}"
         places: list[str] = []
         for side in self.sides():
             where = f"on the {side} side" if side in ("left", "right") else f"at the {side}"
             places.append(where)
-            yield 1.5 if many > 1 else 0.5, f"{the} {where} of the {picture}"
+            yield 1.5 if many > 1 else 0.5, f"{the} {where} of {picture}"
             if number and self.countable and side in ("left", "right"):
                 word = f"{side} one" if many == 2 else f"{side}most"
                 yield 1.5, f"the {word} of the {number} {plural(noun)}"
         for side in ("left", "right"):
             if many > 2 and self.rank_from(side) in (2, 3) and self.countable:
                 word = {2: "second", 3: "third"}[self.rank_from(side)]
-                yield 2, f"the {word} {noun} from the {side} in the {picture}"
+                yield 2, f"the {word} {noun} from the {side} in {picture}"
         if many == 3 and self.rank_from("left") == 2 and self.countable:
             yield 3, f"the middle one of the three {plural(noun)}"
         if number and self.countable and self.size_rank() in (1, many):

@@ -32,7 +32,7 @@ MIDDLE = (0.3, 0.7)  # where the center of the middle one of three is
 ROW_SLOPE = 0.5  # most height of a row, as a share of its width, between the centers of its ends
 ROW_OVERLAP = 0.5  # most overlap of neighbors in a row, as a share of the narrower one
 IN_A_ROW = 3.0  # who counts from the left may leave out what is so many times smaller
-SIZE_RATIO = 1.5  # "biggest": so many times as long, by mask and by box
+SIZE_RATIO, CUT_RATIO = 1.5, 2.5  # "biggest": so many times as long, by mask and by box; as what is cut off
 NEAR_RATIO = 1.25  # "closest": so many times as tall and as long as what is behind it ...
 NEAR_LEAD = 0.04  # ... and standing so much lower
 TOUCHES = 0.005  # from the border: what is cut off looks smaller than it is
@@ -81,7 +81,7 @@ class _Solver:
             return self.unclear(members)
         related = members
         for relation in query.relations:
-            related = related & self.related(relation)
+            related = related & self.related(relation, members)
         found = related
         for pick in query.picks:
             # Readers may choose among all of the kind or among the related ones: both must lead to one object.
@@ -174,7 +174,7 @@ class _Solver:
         return Fit(found.sure & (at >= MIDDLE[0]) & (at <= MIDDLE[1]), found.possible)
 
     def extreme_size(self, size: str, group: Fit) -> Fit:
-        bigger = self.longer(SIZE_RATIO)
+        bigger = self.longer(SIZE_RATIO) & (~self.is_cut() | self.longer(CUT_RATIO))
         if size == "big":
             return self.ranked(group, bigger)
         found = self.ranked(group, bigger.T)
@@ -202,7 +202,8 @@ class _Solver:
 
     # --- relations ---
 
-    def related(self, relation: Relation) -> Fit:
+    def related(self, relation: Relation, group: Fit) -> Fit:
+        """Objects that are so related to the anchors; `closest to` compares those of the group."""
         anchors = self.anchors(relation.anchors)
         everything = np.ones(len(self.length), dtype=bool)
         if not anchors:
@@ -214,7 +215,7 @@ class _Solver:
             case "next":
                 found = self.next_to(anchor)
             case "nearest":
-                found = self.nearest_to(anchor)
+                found = self.nearest_to(anchor, group)
             case "with":
                 found = self.with_carried(anchor)
             case "on":
@@ -263,11 +264,12 @@ class _Solver:
         beside = level & (self.covered(anchor) <= INSIDE) & self.comparable(anchor)
         return Fit((gap <= BESIDE_SURE) & beside, gap <= BESIDE_POSSIBLE)
 
-    def nearest_to(self, anchor: int) -> Fit:
-        """What is near the anchor; possibly, what is at three times that distance."""
+    def nearest_to(self, anchor: int, group: Fit) -> Fit:
+        """What is near the anchor while all others of the group are three times as far."""
         gap = self.layout.gap[anchor]
-        sure = (gap <= NEAREST_SURE) & (self.covered(anchor) <= INSIDE) & self.comparable(anchor)
-        return Fit(sure, gap <= NEAREST_POSSIBLE)
+        near = (gap <= NEAREST_SURE) & (self.covered(anchor) <= INSIDE) & self.comparable(anchor)
+        found = self.ranked(group, near[:, None] & (gap > NEAREST_POSSIBLE)[None, :])
+        return Fit(found.sure & near, found.possible)
 
     def with_carried(self, anchor: int) -> Fit:
         """People who touch what they can carry, which lies between their left and right ends or inside them."""

@@ -138,11 +138,12 @@ class Vocabulary:
 
     @cached_property
     def meanings(self) -> dict[str, str]:
-        """Singular or plural noun -> kind. A word that could mean two kinds means the one with that name, or none."""
-        found = {kind: kind for kind in self.kinds}
-        for words in ([*SPOKEN.get(kind, ())] for kind in self.kinds):
-            for word in words:
-                found.setdefault(word, next(kind for kind in self.kinds if word in SPOKEN.get(kind, ())))
+        """Singular or plural noun -> kind. A word for two kinds means the one with that name."""
+        named = [kind for kind in self.kinds if self.can_name(kind)]
+        found = {kind: kind for kind in named}
+        for kind in named:
+            for word in SPOKEN.get(kind, ()):
+                found.setdefault(word, kind)
         return {plural(noun): kind for noun, kind in found.items() if not is_plural(noun)} | found
 
     @cached_property
@@ -152,7 +153,7 @@ class Vocabulary:
 
     def nouns(self, kind: str) -> tuple[str, ...]:
         """The words for a kind, the usual one first."""
-        return tuple(noun for noun in (kind, *SPOKEN.get(kind, ())) if self.meanings[noun] == kind)
+        return tuple(noun for noun in (kind, *SPOKEN.get(kind, ())) if self.meanings.get(noun) == kind)
 
     def can_name(self, kind: str) -> bool:
         """Whether sentences can name a kind: it has a name, of plain words, which means one object."""
