@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -295,14 +296,29 @@ SkipUnknown = Annotated[bool, typer.Option("--skip-unknown", help="leave out sha
 @importers.command("coco")
 def import_coco(
     instances: Annotated[Path, typer.Argument(metavar="INSTANCES.json", help="images and annotations")],
-    sentences: Annotated[Path, typer.Argument(metavar="SENTENCES.json|.jsonl", help="what is said of them")],
     images: ImageFolder,
     out: PairsFolder,
+    sentences: Annotated[
+        Path | None, typer.Argument(metavar="SENTENCES.json|.jsonl", help="what is said of them")
+    ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate-sentences", help="instead of SENTENCES, up to three an object, in English")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="of --generate-sentences")] = 0,
 ) -> None:
-    """Convert COCO annotations and a file of sentences."""
-    from l2l_core.datasets.importers import coco
+    """Convert COCO annotations and a file of sentences, or generate the sentences.
 
-    _write_pairs(coco.import_coco(instances, sentences, images, out), out)
+    Generated sentences use kinds, places, sizes, order and neighbors, in the styles of RefCOCO, RefCOCO+ and RefCOCOg.
+    Each is checked against all annotated objects of its image.
+    """
+    from l2l_core.datasets.importers import coco, coco_generated
+
+    if generate == (sentences is not None):
+        raise InputError("import coco: expected either a file SENTENCES or --generate-sentences")
+    if sentences is None:
+        _write_pairs(coco_generated.generate_sentences(instances, images, out, seed), out)
+    else:
+        _write_pairs(coco.import_coco(instances, sentences, images, out), out)
 
 
 @importers.command("label-studio")
@@ -347,6 +363,9 @@ def _write_pairs(imported: Imported, out: Path) -> None:
     masks = sum("mask" in row for row in rows)
     photos = f", {len(imported.photos)} photos out of the files themselves" if imported.photos else ""
     print(f"{len(rows)} pairs, {masks} of them with a mask{photos}: {out / FILE_NAME}")
+    styles = Counter(row["style"] for row in rows if "style" in row)
+    if styles:
+        print("styles: " + ", ".join(f"{style} {count}" for style, count in sorted(styles.items())))
     changes = f"-S dataset={out} -S priors.backend=none -S split.labeled_fraction=1.0"
     print(f"next, or with a backend that can be queried about these images: l2l check {changes}")
 

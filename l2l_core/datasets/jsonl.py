@@ -28,7 +28,7 @@ from l2l_core.datasets.index import (
 )
 from l2l_core.errors import InputError, raise_all
 
-KEYS = ("image", "sentence", "mask", "split", "id")
+KEYS = ("image", "sentence", "mask", "split", "style", "id")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class _Pair:
     sentence: str
     mask: object
     split: str
+    style: str
     id: int | None
 
 
@@ -48,8 +49,8 @@ def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> 
 
     Keys of a line: `image` (path, relative to the file's folder, or to `images` if that is a folder), `sentence`, and
     optionally `mask` (in any form of `read_mask`, paths relative to the file's folder; not empty), `split` (default
-    train) and `id` (an integer; on every line or on none). A training pair without a mask is unlabeled; a pair of an
-    evaluation split needs a mask.
+    train), `style` (kind of sentence, by which scores are reported) and `id` (an integer; on every line or on none). A
+    training pair without a mask is unlabeled; a pair of an evaluation split needs a mask.
     Ids: sent_id is `id` or the row number; pairs with the same image and mask share a ref_id. ref_ids and image_ids are
     numbered by first occurrence. Raises InputError that lists every bad line.
     """
@@ -94,7 +95,7 @@ def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> 
                 image_id=image_id,
                 category="",
                 sentence=pair.sentence,
-                style="",
+                style=pair.style,
                 split=pair.split,
                 bbox=objects[ref_id].bbox if ref_id in objects else None,
             )
@@ -135,8 +136,9 @@ def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
     for key in ("image", "sentence"):
         if not isinstance(row.get(key), str) or not row[key] or not is_utf8(row[key]):
             raise ValueError(f"{key}: {f'got {row[key]!r}' if key in row else 'missing'}, expected a text")
-    if not isinstance(row.get("split", records.TRAIN), str):
-        raise ValueError(f"split: got {row['split']!r}, expected a text")
+    for key in ("split", "style"):
+        if not isinstance(row.get(key, ""), str) or not is_utf8(row.get(key, "")):
+            raise ValueError(f"{key}: got {row[key]!r}, expected a text")
     if "id" in row and (type(row["id"]) is not int or not -(2**63) <= row["id"] < 2**63):
         raise ValueError(f"id: got {repr(row['id'])[:60]}, expected a whole number from {-(2**63)} to {2**63 - 1}")
     mask = row.get("mask")
@@ -148,6 +150,7 @@ def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
         sentence=row["sentence"],
         mask=mask,
         split=row.get("split", records.TRAIN),
+        style=row.get("style", ""),
         id=row.get("id"),
     )
 

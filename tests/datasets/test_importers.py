@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,100 @@ def test_reports_all_problems_at_once(folder, monkeypatch, capsys):
     assert error.startswith("error: 2 problems:\n")
     assert "entry 4: image_id: got 9, which no image has" in error
     assert "photos/z.png: not found" in error
+
+
+# --- COCO, generated sentences
+
+GENERATED = ("coco", "instances.json", "--generate-sentences", "--images", "photos")
+
+
+def box_polygon(x1: int, y1: int, x2: int, y2: int) -> list[list[int]]:
+    return [[x1, y1, x2, y1, x2, y2, x1, y2]]
+
+
+def unspoken() -> dict:
+    """Two dogs and a cup in image 1; a dog and a crowd of dogs in image 2; an incomplete kind in image 3."""
+    names = {1: "dog", 2: "Cup_(blue)"}
+    left, right, low = (4, 10, 16, 22), (40, 10, 52, 22), (24, 24, 36, 36)
+    rows = [(1, 1, left), (1, 1, right), (1, 2, low), (2, 1, left), (2, 1, right), (3, 1, left), (3, 2, right)]
+    annotations = [
+        {"id": number, "image_id": image_id, "category_id": kind, "segmentation": box_polygon(*box), "iscrowd": 0}
+        for number, (image_id, kind, box) in enumerate(rows, start=1)
+    ]
+    annotations[4]["iscrowd"] = 1
+    images = [row | {"split": "val" if row["id"] == 3 else "train"} for row in instances()["images"]]
+    images[2]["not_exhaustive_category_ids"] = [1]
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in names.items()],
+    }
+
+
+def generated(monkeypatch, document: dict, out: str = "mine", seed: int = 0) -> list[dict]:
+    write("instances.json", document)
+    assert call(monkeypatch, "import", *GENERATED, "--out", out, "--seed", str(seed)) == 0
+    return [json.loads(line) for line in Path(out, "pairs.jsonl").read_text().splitlines()]
+
+
+def test_coco_annotations_get_sentences_of_three_styles(folder, monkeypatch, capsys):
+    rows = generated(monkeypatch, unspoken())
+    output = capsys.readouterr()
+    assert "3 object(s) left out: its kind is also a crowd 2, crowd 1" in output.err
+    counts = {style: sum(row["style"] == style for row in rows) for style in ("refcoco", "refcoco+", "refcocog")}
+    assert f"styles: {', '.join(f'{style} {count}' for style, count in counts.items())}" in output.out
+    assert min(counts.values()) > 0
+    index = imported()
+    assert index.refs["style"].to_pylist() == [row["style"] for row in rows]
+    assert {row["image"]: row["split"] for row in rows} == {"../photos/a.png": "train", "../photos/c.png": "val"}
+    for row in rows:
+        kind = re.search("dog|cup", row["sentence"]).group()
+        dog = (4, 10, 16, 22) if "left" in row["sentence"] else (40, 10, 52, 22)
+        cup = (24, 24, 36, 36) if row["image"].endswith("a.png") else (40, 10, 52, 22)
+        mask = decode_rle(row["mask"]["counts"].encode(), HEIGHT, WIDTH)
+        np.testing.assert_array_equal(mask, box_mask(dog if kind == "dog" else cup), row["sentence"])
+
+
+def test_generated_sentences_depend_on_content_and_seed_only(folder, monkeypatch):
+    document = unspoken()
+    rows = generated(monkeypatch, document)
+    mixed = {key: list(reversed(value)) for key, value in document.items()}
+    assert generated(monkeypatch, mixed, "mixed") == rows
+    others = [generated(monkeypatch, document, f"seed{seed}", seed) for seed in (1, 2, 3)]
+    assert any(other != rows for other in others)
+    kept = {**document, "annotations": document["annotations"][:3]}
+    assert generated(monkeypatch, kept, "kept") == [row for row in rows if row["image"] == "../photos/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"category_id": 7}, ["annotation 1: category_id: got 7, which is not in the file"]),
+        ({"image_id": 9}, ["annotation 1: image_id: got 9, which is not in the file"]),
+        ({"segmentation": []}, ["annotation 1: segmentation: got an empty list"]),
+        ({"iscrowd": "no"}, ["annotation 1: iscrowd: got 'no', expected 0 or 1"]),
+    ],
+)
+def test_refuses_to_generate_from_unreadable_annotations(folder, monkeypatch, capsys, change, words):
+    document = unspoken()
+    document["annotations"][0] |= change
+    write("instances.json", document)
+    is_refused(monkeypatch, capsys, *GENERATED, words=words)
+
+
+def test_sentences_are_either_read_or_generated(folder, monkeypatch, capsys):
+    write("instances.json", unspoken())
+    write("sentences.json", SENTENCES)
+    words = ["expected either a file SENTENCES or --generate-sentences"]
+    is_refused(monkeypatch, capsys, *COCO, "--generate-sentences", words=words)
+    is_refused(monkeypatch, capsys, "coco", "instances.json", "--images", "photos", words=words)
+
+
+def test_keeps_the_style_of_given_sentences(folder, monkeypatch):
+    write("instances.json", instances())
+    write("sentences.json", [{**SENTENCES[0], "style": "refcoco+"}, SENTENCES[1]])
+    assert call(monkeypatch, "import", *COCO, "--out", "mine") == 0
+    assert imported().refs["style"].to_pylist() == ["refcoco+", ""]
 
 
 # --- Label Studio

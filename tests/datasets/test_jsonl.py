@@ -149,9 +149,10 @@ BAD_LINES = {
     "half a character": (B | {"sentence": "a \ud800"}, r"line 2: sentence: got 'a \\ud800'"),
     "unknown key": (
         B | {"masks": "x"},
-        r"line 2: unknown key 'masks', expected some of image, sentence, mask, split, id",
+        r"line 2: unknown key 'masks', expected some of image, sentence, mask, split, style, id",
     ),
     "unknown split": (B | {"split": "dev"}, r"line 2: split: got 'dev', expected one of train, val"),
+    "style of no type": (B | {"style": 3}, r"line 2: style: got 3, expected a text"),
     "split of no type": (B | {"split": 3}, r"line 2: split: got 3"),
     "evaluation without mask": (B | {"split": "val"}, r"line 2: mask: missing, expected one because split is val"),
     "text as id": (B | {"id": "7"}, r"line 2: id: got '7', expected a whole number"),

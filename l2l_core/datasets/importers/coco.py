@@ -32,13 +32,13 @@ def import_coco(instances: Path, sentences: Path, images: Path, out: Path) -> Im
 
     instances: file with `images` (id, file_name, height, width) and `annotations` (id, image_id, segmentation).
     sentences: JSON lines, a JSON list, or an object with the list `annotations` as in COCO captions. An entry has
-    annotation_id (or ann_id), or only image_id for a pair without a mask; sentence (or caption); and optionally split
-    and sent_id. images: folder of the file_names. Raises InputError that lists every bad entry.
+    annotation_id (or ann_id), or only image_id for a pair without a mask; sentence (or caption); and optionally
+    split, style and sent_id. images: folder of the file_names. Raises InputError that lists every bad entry.
     """
     source = project_path(instances)
     document = read_json(instances)
     try:
-        image_rows, annotations = (_by_id(document, key) for key in ("images", "annotations"))
+        image_rows, annotations = (rows_by_id(document, key) for key in ("images", "annotations"))
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
     entries: list[Entry] = []
@@ -51,7 +51,8 @@ def import_coco(instances: Path, sentences: Path, images: Path, out: Path) -> Im
     return to_json_lines(entries, out, project_path(sentences), problems)
 
 
-def _by_id(document: Any, key: str) -> dict[int, Any]:
+def rows_by_id(document: Any, key: str) -> dict[int, Any]:
+    """The rows of a list in a COCO file, by their id. Raises ValueError if an id is missing or occurs twice."""
     found: dict[int, Any] = {}
     for number, row in enumerate(rows_of(document, key), start=1):
         try:
@@ -118,5 +119,6 @@ def _entry(row: Any, where: str, images: dict[int, Any], annotations: dict[int, 
         size_hw=(height, width),
         rle=rle,
         split=text(row, "split") if "split" in row else TRAIN,
+        style=text(row, "style") if "style" in row else "",
         id=whole_number(row, "sent_id") if "sent_id" in row else None,
     )

@@ -39,6 +39,7 @@ class Entry:
     size_hw: tuple[int, int] | None  # height, width of the image stated in the file; None: not stated
     rle: bytes | None  # COCO compressed run lengths at that size; None: no mask
     split: str = records.TRAIN
+    style: str = ""  # kind of sentence; "": not named
     id: int | None = None
     photo: bytes | None = None  # of an embedded image; `image` is then its output path
 
@@ -69,7 +70,7 @@ def left_out(what: str, counts: Counter[str], source: str) -> list[str]:
 def to_json_lines(
     entries: Sequence[Entry], out: Path, source: str, problems: Sequence[str], warnings: Sequence[str] = ()
 ) -> Imported:
-    """Entries -> JSON lines with image (relative to the folder `out`), sentence, mask, split and optional id.
+    """Entries -> JSON lines: image (relative to the folder `out`), sentence, mask, split, optional style and id.
 
     problems: errors of unreadable entries. warnings: what was left out. Every image is decoded. Raises InputError that
     lists the problems and everything that ingest would refuse.
@@ -109,7 +110,7 @@ def to_json_lines(
             image_id=image_ids[entry.image],
             category="",
             sentence=entry.sentence,
-            style="",
+            style=entry.style,
             split=entry.split,
             bbox=None,
         )
@@ -134,6 +135,8 @@ def to_json_lines(
         if entry.rle is not None and entry.size_hw is not None:
             line["mask"] = {"size": list(entry.size_hw), "counts": entry.rle.decode("ascii")}
         line["split"] = entry.split
+        if entry.style:
+            line["style"] = entry.style
         if entry.id is not None:
             line["id"] = entry.id
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
