@@ -57,7 +57,7 @@ from bench.params import BENCHMARK, EDITION, merged
 from bench.vlm import MODEL
 from l2l_core.artifacts import records
 from l2l_core.config import PriorsParams
-from l2l_core.core.files import only_process
+from l2l_core.core.files import exclusive_lock
 from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.errors import InputError
 from l2l_core.evaluation.evaluate import CURVES_FOLDER, method_scores
@@ -368,7 +368,7 @@ def measure(runs: Sequence[Run], workers: int, threads: int, again: bool, commit
     if not wanted:
         return []
     (WORK / "logs").mkdir(parents=True, exist_ok=True)
-    with only_process(WORK / "lock", InputError(f"another call of this bench works in {WORK.relative_to(ROOT)}")):
+    with exclusive_lock(WORK / "lock", InputError(f"another call of this bench works in {WORK.relative_to(ROOT)}")):
         farm = Workers(workers, commit, threads)
         failed = farm.do(starts)
         rest = [run for run in wanted if run.method != WARMUP]

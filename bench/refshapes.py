@@ -33,7 +33,7 @@ DOCUMENT = ROOT / "docs" / "data.md"
 
 Words = Mapping[str, tuple[str, ...]]
 Guess = Callable[[str, Words, str], str | None]
-ATTRIBUTES: dict[str, Words] = {"colour": COLOUR_WORDS, "shape": SHAPE_WORDS}
+ATTRIBUTES: dict[str, Words] = {"color": COLOUR_WORDS, "shape": SHAPE_WORDS}
 
 
 def draw() -> float:
@@ -44,7 +44,7 @@ def draw() -> float:
 
 
 def load() -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Sentences (image_id, ann_id, split, style, sentence), objects (image_id, ann_id, colour, shape), version."""
+    """Sentences (image_id, ann_id, split, style, sentence), objects (image_id, ann_id, color, shape), version."""
     instances = json.loads((FOLDER / "instances.json").read_text(encoding="utf-8"))
     refs = json.loads((FOLDER / "refs(refshapes).json").read_text(encoding="utf-8"))
     sentences = pd.DataFrame(
@@ -57,7 +57,7 @@ def load() -> tuple[pd.DataFrame, pd.DataFrame, str]:
         {
             "image_id": row["image_id"],
             "ann_id": row["id"],
-            "colour": row["attributes"]["color"],
+            "color": row["attributes"]["color"],
             "shape": shapes[row["category_id"]],
         }
         for row in instances["annotations"]
@@ -66,12 +66,12 @@ def load() -> tuple[pd.DataFrame, pd.DataFrame, str]:
 
 
 def first_word(sentence: str, words: Words, _own: str) -> str | None:
-    """The first colour (or shape) that is named, whatever it is said of."""
+    """The first color (or shape) that is named, whatever it is said of."""
     return next((name for word in sentence.split() for name, forms in words.items() if word in forms), None)
 
 
 def own_word(sentence: str, words: Words, own: str) -> str | None:
-    """The target's own colour (or shape), if it is named: what nobody knows who does not understand the sentence."""
+    """The target's own color (or shape), if it is named: what nobody knows who does not understand the sentence."""
     return own if set(words[own]) & set(sentence.split()) else None
 
 
@@ -98,9 +98,9 @@ def measures(seconds: float) -> list[dict[str, object]]:
     found: list[dict[str, object]] = [{"measure": "draw", "seconds": round(seconds, 1)}]
     for name, attributes in (
         ("any object", ()),
-        ("colour", ("colour",)),
+        ("color", ("color",)),
         ("shape", ("shape",)),
-        ("colour and shape", ("colour", "shape")),
+        ("color and shape", ("color", "shape")),
     ):
         shares = {
             rule: round(shortcut(train, objects, attributes, guess), 3)

@@ -140,7 +140,7 @@ def draw_curve() -> None:
     lines = pd.DataFrame(json.loads(line) for line in CURVE.read_text(encoding="utf-8").splitlines())
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3), layout="constrained")
     tower, responses = (lines[lines["part"] == part] for part in ("tower", "answers"))
-    for name in ("shape", "colour", "texture", "size"):
+    for name in ("shape", "color", "texture", "size"):
         axes[0].plot(tower["step"], tower[name], label=name)
     axes[0].set(title="tower: patches right, held-out scenes", xlabel="step", ylim=(0, 1))
     for name, label in (("words", "words"), ("numbers", "coordinates")):

@@ -41,10 +41,10 @@ TABLES = ((142, 100, 64), (168, 130, 92), (112, 82, 62))
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: kind (cup, book, ball), colour, centre of its foot and height in pixels."""
+    """One object: kind (cup, book, ball), color, center of its foot and height in pixels."""
 
     kind: str
-    colour: str
+    color: str
     x: int
     y: int
     size: int
@@ -218,41 +218,41 @@ def outline(thing: Thing) -> list[float]:
 
 
 def _draw_thing(canvas: Image.Image, thing: Thing) -> None:
-    {"cup": _draw_cup, "book": _draw_book, "ball": _draw_ball}[thing.kind](canvas, thing, COLOURS[thing.colour])
+    {"cup": _draw_cup, "book": _draw_book, "ball": _draw_ball}[thing.kind](canvas, thing, COLOURS[thing.color])
 
 
-def _draw_cup(canvas: Image.Image, cup: Thing, colour: tuple[int, int, int]) -> None:
+def _draw_cup(canvas: Image.Image, cup: Thing, color: tuple[int, int, int]) -> None:
     draw = ImageDraw.Draw(canvas)
     half, top, rim = cup.size * 0.4, cup.y - cup.size, cup.size * 0.12
     handle = _scaled(cup.x + half - 4, top + cup.size * 0.22, cup.x + half + cup.size * 0.3, cup.y - cup.size * 0.2)
-    draw.ellipse(handle, outline=_shade(colour, 0.8), width=int(cup.size * 0.11 * SCALE))
+    draw.ellipse(handle, outline=_shade(color, 0.8), width=int(cup.size * 0.11 * SCALE))
     for column in range(int(2 * half * SCALE)):  # darker towards the right: round, and lit from the left
         share = column / (2 * half * SCALE)
         x = (cup.x - half) * SCALE + column
         bottom = cup.y * SCALE + math.sqrt(max(0.0, 1 - (2 * share - 1) ** 2)) * rim * SCALE * 0.7 - rim * SCALE * 0.5
-        draw.line((x, top * SCALE, x, bottom), fill=_shade(colour, 1.08 - 0.4 * share), width=1)
-    draw.ellipse(_scaled(cup.x - half, top - rim, cup.x + half, top + rim), fill=_shade(colour, 1.15))
+        draw.line((x, top * SCALE, x, bottom), fill=_shade(color, 1.08 - 0.4 * share), width=1)
+    draw.ellipse(_scaled(cup.x - half, top - rim, cup.x + half, top + rim), fill=_shade(color, 1.15))
     draw.ellipse(
-        _scaled(cup.x - half + 1.5, top - rim + 1, cup.x + half - 1.5, top + rim - 1), fill=_shade(colour, 0.45)
+        _scaled(cup.x - half + 1.5, top - rim + 1, cup.x + half - 1.5, top + rim - 1), fill=_shade(color, 0.45)
     )
 
 
-def _draw_book(canvas: Image.Image, book: Thing, colour: tuple[int, int, int]) -> None:
+def _draw_book(canvas: Image.Image, book: Thing, color: tuple[int, int, int]) -> None:
     draw = ImageDraw.Draw(canvas)
     half, thick, depth = book.size * 1.1, book.size * 0.4, book.size * 0.75
     front, back = book.y - thick, book.y - thick - depth
     lean = depth * 0.5
     cover = (book.x - half, front, book.x - half + lean, back, book.x + half + lean, back, book.x + half, front)
-    draw.polygon(_scaled(*cover), fill=colour)
-    draw.rectangle(_scaled(book.x - half, front, book.x + half, book.y), fill=_shade(colour, 0.7))
+    draw.polygon(_scaled(*cover), fill=color)
+    draw.rectangle(_scaled(book.x - half, front, book.x + half, book.y), fill=_shade(color, 0.7))
     draw.rectangle(_scaled(book.x - half + 2, front + 1.5, book.x + half, book.y - 1.5), fill=(236, 230, 212))
     side = (book.x + half, front, book.x + half + lean, back, book.x + half + lean, back + thick, book.x + half, book.y)
     draw.polygon(_scaled(*side), fill=(206, 200, 184))
     title = (book.x - half * 0.5 + lean / 2, (front + back) / 2, book.x + half * 0.5 + lean / 2, (front + back) / 2)
-    draw.line(_scaled(*title), fill=_shade(colour, 1.4), width=SCALE)
+    draw.line(_scaled(*title), fill=_shade(color, 1.4), width=SCALE)
 
 
-def _draw_ball(canvas: Image.Image, ball: Thing, colour: tuple[int, int, int]) -> None:
+def _draw_ball(canvas: Image.Image, ball: Thing, color: tuple[int, int, int]) -> None:
     draw = ImageDraw.Draw(canvas)
     radius, y = ball.size / 2, ball.y - ball.size / 2 + 2
     for step in range(24):  # from the dark rim to the light spot
@@ -261,13 +261,13 @@ def _draw_ball(canvas: Image.Image, ball: Thing, colour: tuple[int, int, int]) -
         size = radius * share
         draw.ellipse(
             _scaled(x - size, y - shift - size, x + size, y - shift + size),
-            fill=_shade(colour, 0.6 + 0.9 * (1 - share)),
+            fill=_shade(color, 0.6 + 0.9 * (1 - share)),
         )
 
 
-def _shade(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
+def _shade(color: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
     """Lighter or darker, never quite black: what is drawn is told from what is not."""
-    red, green, blue = (min(255, max(1, round(value * factor))) for value in colour)
+    red, green, blue = (min(255, max(1, round(value * factor))) for value in color)
     return red, green, blue
 
 

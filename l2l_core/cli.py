@@ -15,7 +15,7 @@ import typer
 
 from l2l_core.artifacts.records import METRICS_PATH, REPORT_PATH
 from l2l_core.artifacts.rounds import latest_round, model_folder
-from l2l_core.core.files import added_to, end_on_sigterm
+from l2l_core.core.files import end_on_sigterm, staged_output
 from l2l_core.errors import ArtifactError, InputError, exit_code
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def score_table(metrics: dict[str, float]) -> pd.DataFrame:
     rows = []
     for split in (key.removeprefix("n_") for key in metrics if key.startswith("n_")):
         rounds = [f"round_{k}" for k in range(MAX_ROUND + 1) if f"{split}_round_{k}_miou" in metrics]
-        beside = ["prior", "supervised", *rounds]
-        for method in beside:
+        methods = ["prior", "supervised", *rounds]
+        for method in methods:
             name = WARMUP if method == "round_0" else method.replace("_", " ")
             row = {"split": split, "method": name, "mIoU": metrics[f"{split}_{method}_miou"]}
-            if method == beside[-1]:
+            if method == methods[-1]:
                 row |= {title: metrics[f"{split}_{key}"] for key, title in SCORES.items()}
             rows.append(row)
         rows.append({"split": split, "method": f"{name}, no prior", "mIoU": metrics[f"{split}_no_prior_miou"]})
@@ -99,7 +99,7 @@ def compare(
     from l2l_core.reporting.compare import read_experiment, render_comparison
 
     page, differences = render_comparison([read_experiment(run) for run in runs])
-    with added_to(out) as folder:
+    with staged_output(out) as folder:
         (folder / "compare.html").write_text(page, encoding="utf-8")
     print("\n".join(differences))
     print(f"comparison: {out / 'compare.html'}")
@@ -190,7 +190,7 @@ def export_coco(
     found = labels.read_labels(number)
     chosen = labels.accepted_labels(found)
     name = f"pseudo_labels_round_{number}"
-    with added_to(out) as folder:
+    with staged_output(out) as folder:
         coco = labels.to_coco(chosen, polygons=polygons)
         (folder / f"{name}.json").write_text(json.dumps(coco, ensure_ascii=False), encoding="utf-8")
         lines = labels.to_json_lines(chosen, out, polygons=polygons)
@@ -203,9 +203,7 @@ def export_label_studio(
     number: Round = None,
     out: Annotated[Path, typer.Option(help="folder")] = Path("export"),
     limit: Annotated[int, typer.Option(min=1, help="sentences at most")] = 200,
-    image_prefix: Annotated[
-        str, typer.Option(help="what comes before an image's path from the project's root, to make it an address")
-    ] = "/data/local-files/?d=",
+    image_prefix: Annotated[str, typer.Option(help="URL prefix of image paths")] = "/data/local-files/?d=",
     polygons: Polygons = False,
 ) -> None:
     """Write the pseudo-labels to review first, for Label Studio.
@@ -217,10 +215,10 @@ def export_label_studio(
     number = latest_round("pseudo_labels.parquet") if number is None else number
     tasks = review.label_studio_tasks(labels.read_labels(number), limit, image_prefix, polygons=polygons)
     name = f"review_round_{number}"
-    with added_to(out) as folder:
+    with staged_output(out) as folder:
         (folder / f"{name}.json").write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
         (folder / f"{name}.xml").write_text(review.labeling_interface(polygons=polygons), encoding="utf-8")
-    print(f"{len(tasks)} tasks, most telling first: {out / name}.json; labeling interface: {out / name}.xml")
+    print(f"{len(tasks)} tasks, most useful first: {out / name}.json; labeling interface: {out / name}.xml")
 
 
 @export_app.command("onnx")
@@ -235,7 +233,7 @@ def export_onnx(
     from l2l_core.model.segmenter import Segmenter
 
     folder = model_folder(run)
-    with added_to(out) as building:
+    with staged_output(out) as building:
         write_onnx(Segmenter.load(folder), building / "model.onnx")
     print(f"{folder}: {out / 'model.onnx'}; tokenizer: {folder / 'tokenizer'}")
 
@@ -243,19 +241,20 @@ def export_onnx(
 @app.command()
 def check(
     override: Annotated[
-        list[str] | None, typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="as of `dvc exp run`")
+        list[str] | None,
+        typer.Option("-S", "--set-param", metavar="KEY=VALUE", help="parameter, as in `dvc exp run -S`"),
     ] = None,
-    timing: Annotated[bool, typer.Option(help="train and label a little, for the times")] = True,
+    timing: Annotated[bool, typer.Option(help="measure times with a few training steps and predictions")] = True,
 ) -> None:
     """Check data and parameters before a run, and estimate time and memory.
 
     Checks parameters, data, label budget, priors, encoders, device, and disk. Then estimates time and output size of
-    each stage. Writes nothing.
+    each stage. Leaves no files.
     """
     from l2l_core.config import load_params
     from l2l_core.preflight.checks import run_checks
 
-    run_checks(load_params(overrides=override or []), timing=timing, say=lambda line: print(line, flush=True))
+    run_checks(load_params(overrides=override or []), timing=timing, print_line=lambda line: print(line, flush=True))
 
 
 @app.command()
@@ -299,7 +298,7 @@ def import_coco(
     images: ImageFolder,
     out: PairsFolder,
     sentences: Annotated[
-        Path | None, typer.Argument(metavar="SENTENCES.json|.jsonl", help="what is said of them")
+        Path | None, typer.Argument(metavar="SENTENCES.json|.jsonl", help="sentences about the annotations")
     ] = None,
     generate: Annotated[
         bool, typer.Option("--generate-sentences", help="instead of SENTENCES, up to three an object, in English")
@@ -353,7 +352,7 @@ def _write_pairs(imported: Imported, out: Path) -> None:
         raise InputError(
             f"--out: {out / FILE_NAME} exists and may hold your own changes; name another folder or remove it"
         )
-    with added_to(out) as folder:
+    with staged_output(out) as folder:
         for name, photo in imported.photos.items():
             (folder / name).write_bytes(photo)
         (folder / FILE_NAME).write_text(imported.lines, encoding="utf-8")
@@ -367,7 +366,7 @@ def _write_pairs(imported: Imported, out: Path) -> None:
     if styles:
         print("styles: " + ", ".join(f"{style} {count}" for style, count in sorted(styles.items())))
     changes = f"-S dataset={out} -S priors.backend=none -S split.labeled_fraction=1.0"
-    print(f"next, or with a backend that can be queried about these images: l2l check {changes}")
+    print(f"next (or with another priors.backend): l2l check {changes}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -8,36 +8,34 @@ from pathlib import Path
 
 from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
-from l2l_core.core.files import copy_whole, scratch_folder
+from l2l_core.core.files import copy_atomically, scratch_folder
 from l2l_core.errors import exit_code
-from l2l_core.training.fold_teachers import folds_key, train_teacher, trains_none
+from l2l_core.training.fold_teachers import folds_key, skips_training, train_teacher
 from l2l_core.training.side_by_side import Training, end_with_parent, train_all
 
 
 def main() -> None:
     """Round 0: train the fold teachers. Round k: also train them on the round's pseudo-labels (fold_update).
 
-    Only the policy `reinforce` uses them. Under a fixed rule, round 0 trains none, and later rounds copy what exists.
+    Only the method `reinforce` uses them. Under a fixed rule, round 0 trains none, and later rounds copy what exists.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
-    parser.add_argument(
-        "--fold", type=int, help="train this teacher alone; the process that waits for all starts it so"
-    )
+    parser.add_argument("--fold", type=int, help="train this teacher alone; used by the parent process")
     parser.add_argument("--into", type=Path, help="folder of the teacher of --fold")
     given = parser.parse_args()
     number, params = given.round, load_params()
     if given.fold is not None:
         end_with_parent()
         train_teacher(params, number, given.fold, given.into)
-    elif trains_none(params, number):
+    elif skips_training(params, number):
         previous = records.round_folder(number - 1) / "folds" if number else None
-        copy_whole(previous, records.round_folder(number) / "folds")
+        copy_atomically(previous, records.round_folder(number) / "folds")
     else:
         # After a kill, finished teachers are kept, and unfinished ones resume from their checkpoints.
         with scratch_folder(f"crossfit-{number}", folds_key(params, number)) as done:
             train_all(params, trainings_of(params, number, done))
-            copy_whole(done, records.round_folder(number) / "folds")
+            copy_atomically(done, records.round_folder(number) / "folds")
 
 
 def trainings_of(params: Params, number: int, into: Path) -> dict[str, Training]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
-from l2l_core.core.files import copy_whole, fingerprint, scratch_folder
+from l2l_core.core.files import copy_atomically, fingerprint, scratch_folder
 from l2l_core.data.load import sentences_of
 from l2l_core.errors import exit_code
 from l2l_core.training.runs import (
@@ -29,9 +29,7 @@ FOLDERS = {SUPERVISED: records.SUPERVISED_FOLDER, WARMUP: records.round_folder(0
 def main() -> None:
     """Train both networks on labels only, and write model/ and curves/ of each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--only", choices=FOLDERS, help="train this network alone; the process that waits for both starts it so"
-    )
+    parser.add_argument("--only", choices=FOLDERS, help="train this network alone; used by the parent process")
     parser.add_argument("--into", type=Path, help="folder of the network of --only")
     given, params = parser.parse_args(), load_params()
     if given.only is not None:
@@ -45,7 +43,7 @@ def main() -> None:
         train_all(params, trainings_of(params, done))
         for name, folder in FOLDERS.items():
             for part in ("model", "curves"):
-                copy_whole(done / name / part, folder / part)
+                copy_atomically(done / name / part, folder / part)
 
 
 def trainings_of(params: Params, into: Path) -> dict[str, Training]:

@@ -31,7 +31,7 @@ TRIES = 16  # draws of a sentence a scene, in turns of the styles; more than hal
 SHARD_SCENES = 1000
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
-    "colour": tuple(COLOURS),
+    "color": tuple(COLOURS),
     "texture": TEXTURES,
     "size": SIZES,
 }

@@ -76,12 +76,12 @@ def train(
     weights = [weight for weight in modules.parameters() if weight.requires_grad]
     groups = [[w for w in weights if w.ndim > 1], [w for w in weights if w.ndim <= 1]]
     decays = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.05, 0.0), strict=True)]
-    optimiser = torch.optim.AdamW(decays, lr=settings.rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(decays, lr=settings.rate, betas=(0.9, 0.98))
     path, start, curve = settings.checkpoint, 0, []
     if path.exists():
         stored = torch.load(path, map_location="cpu")
         modules.load_state_dict(stored["modules"])
-        optimiser.load_state_dict(stored["optimiser"])
+        optimizer.load_state_dict(stored["optimizer"])
         start, curve = stored["step"], stored["curve"]
     held_out_scenes = min(HELD_OUT_SCENES, len(held_out.images))
     began, tested = time.monotonic(), np.arange(held_out_scenes)
@@ -89,12 +89,12 @@ def train(
         rng = np.random.default_rng([settings.seed, step])  # of the step's own, so that a resumed run draws the same
         rows = rng.integers(len(scenes.images), size=settings.batch)
         loss, _ = losses(scenes, rows, rng.random(settings.batch) < 0.5, rng)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = settings.rate_at(step)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(weights, 1.0)
-        optimiser.step()
+        optimizer.step()
         done, is_late = step + 1, time.monotonic() > until
         if done % NOTE_EVERY == 0 or done == settings.steps or is_late:
             with torch.no_grad():
@@ -103,7 +103,7 @@ def train(
             parts = {"loss": float(loss.detach()), "held_out": float(held), **told, "scenes_per_s": speed}
             curve.append({"part": settings.name, "step": done} | {key: round(value, 4) for key, value in parts.items()})
             print(curve[-1], flush=True)
-            state = {"modules": modules.state_dict(), "optimiser": optimiser.state_dict(), "step": done, "curve": curve}
+            state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "curve": curve}
             torch.save(state, path.with_suffix(".part"))
             os.replace(path.with_suffix(".part"), path)
         if is_late and done < settings.steps:

@@ -30,7 +30,7 @@ def end_on_sigterm() -> None:
 
 
 @contextmanager
-def added_to(folder: Path) -> Iterator[Path]:
+def staged_output(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; when the block succeeds, its files move into `folder` in the order of their names.
 
     They replace files of the same name. If the block fails, `folder` is unchanged. Raises InputError if `folder` is a
@@ -81,7 +81,7 @@ def atomic_dir(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def only_process(lock: Path, busy: L2LError) -> Iterator[None]:
+def exclusive_lock(lock: Path, busy: L2LError) -> Iterator[None]:
     """Hold a lock file during the block and remove it afterwards. Raises `busy` if another process holds it."""
     holder = FileLock(lock)
     try:
@@ -95,7 +95,7 @@ def only_process(lock: Path, busy: L2LError) -> Iterator[None]:
         holder.release()
 
 
-def copy_whole(source: Path | None, target: Path) -> None:
+def copy_atomically(source: Path | None, target: Path) -> None:
     """Copy a folder by `atomic_dir`, on rank 0 only; source None: create an empty folder."""
     if is_first_process():
         with atomic_dir(target) as folder:
@@ -139,7 +139,7 @@ def scratch_folder(stage: str, key: str) -> Iterator[Path]:
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{stage}-{key}"
     busy = ArtifactError(f"{folder}: another process is running this stage; wait for it or end it")
-    with only_process(root / f"{stage}-{key}.lock", busy):
+    with exclusive_lock(root / f"{stage}-{key}.lock", busy):
         folder.mkdir(exist_ok=True)
         yield folder
         shutil.rmtree(folder)

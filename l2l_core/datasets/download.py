@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import requests
 
-from l2l_core.core.files import atomic_dir, only_process
+from l2l_core.core.files import atomic_dir, exclusive_lock
 from l2l_core.core.progress import progress
 from l2l_core.datasets.published import Archive
 from l2l_core.errors import InputError
@@ -104,7 +104,7 @@ def _fetch_from(source: str, archive: Archive, target: Path, scratch: Path, sha2
     # Named after the address, so that a download from one mirror is not resumed from another.
     part = scratch / f"{archive.name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}.part"
     busy = InputError(f"{part}: another process is downloading it; wait for it or end it")
-    with only_process(part.with_suffix(".lock"), busy), part.open("ab") as file:
+    with exclusive_lock(part.with_suffix(".lock"), busy), part.open("ab") as file:
         _download(source, part, file)
         try:
             digest = _make(archive, part, target, sha256)

@@ -61,7 +61,7 @@ class Evaluation:
     """Result of an evaluation."""
 
     per_sentence: pa.Table  # records.PER_SENTENCE
-    metrics: dict[str, float | int | str]  # flat; see `summarise`
+    metrics: dict[str, float | int | str]  # flat; see `summarize`
     curves: dict[str, pd.DataFrame]  # by file name without extension: "rounds/val", "training/round_1", ...; the
     # same files for every dataset and policy, with a header and no row if nothing is known: DVC needs the folders
 
@@ -100,7 +100,7 @@ def evaluate(
     if dataset_version is not None:
         head["dataset_version"] = dataset_version
     quality = label_quality(labels)
-    metrics = head | summarise(frame, last_round) | quality
+    metrics = head | summarize(frame, last_round) | quality
     curves = round_curves(frame, last_round) | label_curves(labels, last_round)
     curves["labels/rounds"] = quality_curve(quality, last_round)
     for model, rows in history.training.groupby("model", sort=False):
@@ -119,14 +119,16 @@ def evaluated_sentences(refs: pa.Table, masks: pa.Table, split: pa.Table, splits
     roles = records.to_frame(split)
     chosen = records.to_frame(refs.select(["sent_id", "ann_id", "style", "split"]))
     chosen = chosen[chosen["sent_id"].isin(roles.loc[roles["role"] == "eval", "sent_id"])]
-    there = sorted(chosen["split"].unique())
+    available = sorted(chosen["split"].unique())
     chosen = chosen[chosen["split"].isin(splits)]
     if chosen.empty:
-        if not there:
-            raise ConfigError(f"no pair is held out: give some one of the splits {', '.join(splits)}, and a mask")
+        if not available:
+            raise ConfigError(
+                f"no held-out pair with a mask: assign some pairs to one of the splits {', '.join(splits)}"
+            )
         raise ConfigError(
-            f"evaluate.splits: got {', '.join(splits)}, expected some of {', '.join(there)}: "
-            "sentences to evaluate are there"
+            f"evaluate.splits: got {', '.join(splits)}, expected some of {', '.join(available)}: "
+            "these splits have held-out sentences"
         )
     chosen = chosen.sort_values("split", key=lambda names: names.map(list(splits).index), kind="stable")
     truth = chosen.merge(records.to_frame(masks), on="ann_id", how="left").set_index("sent_id")
@@ -216,7 +218,7 @@ def _kept_px(
     return np.column_stack([kept_wrong, kept_label, false]).astype(np.float64)
 
 
-def summarise(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | int | str]:
+def summarize(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | int | str]:
     """Flat metrics of the per-sentence table, in percent with 2 decimals; counts are whole numbers.
 
     For each split: n_<split>; for the model of `last_round` <split>_{miou, oiou, pr50 .. pr90} and
@@ -229,8 +231,8 @@ def summarise(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | 
         metrics[f"n_{split}"] = int((rows["method"] == final).sum())
         metrics |= {f"{split}_{name}": value for name, value in scores[final].items()}
         metrics |= {f"{split}_no_prior_{name}": scores[f"{final}_no_prior"][name] for name in ("miou", "oiou")}
-        beside = [PRIOR, SUPERVISED, *(f"round_{number}" for number in range(last_round + 1))]
-        metrics |= {f"{split}_{method}_miou": scores[method]["miou"] for method in beside}
+        methods = [PRIOR, SUPERVISED, *(f"round_{number}" for number in range(last_round + 1))]
+        metrics |= {f"{split}_{method}_miou": scores[method]["miou"] for method in methods}
     return metrics
 
 
@@ -294,7 +296,7 @@ def round_curves(per_sentence: pd.DataFrame, last_round: int) -> dict[str, pd.Da
 
 
 def quality_curve(quality: Mapping[str, float], last_round: int) -> pd.DataFrame:
-    """`labels/rounds`: how the material of training gets better, one row per round with known truth; in percent.
+    """`labels/rounds`: quality of the training data by round, one row per round with known truth; in percent.
 
     quality: from `label_quality`. Columns round, prior_miou, fused_miou, label_miou, kept_accuracy (right pixels among
     the accepted labels' valid pixels); NaN if undefined.

@@ -20,7 +20,7 @@ from PIL import Image
 
 from l2l_core.artifacts import records
 from l2l_core.config import LIVE_BACKENDS, Params, ProposalsParams
-from l2l_core.core.files import added_to, scratch_folder
+from l2l_core.core.files import scratch_folder, staged_output
 from l2l_core.core.images import ImageFile, inspect_images, is_turned, read_image, visible
 from l2l_core.core.masks import BoolMask, decode_rle, rle_area_px
 from l2l_core.core.progress import progress
@@ -233,7 +233,7 @@ def predictions_folder(out: Path) -> Iterator[Path]:
     Files that no predictions.jsonl lists stay. Raises InputError if `out` cannot be used.
     """
     earlier = _pictures_of(out / INDEX_NAME)
-    with added_to(out) as folder:
+    with staged_output(out) as folder:
         yield folder
     for name in earlier - _pictures_of(out / INDEX_NAME):
         (out / name).unlink(missing_ok=True)

@@ -70,7 +70,7 @@ class OpenAIEngine:
             if isinstance(reason, NewConnectionError):
                 raise InputError(
                     f"{self._url}: no server listens there; start one or set priors.engine.server_url. "
-                    "Stored responses are kept: run again to go on"
+                    "Stored responses are kept: rerun to resume"
                 ) from None
             return Completion("", failure=type(reason or error).__name__)
         except http.RequestException as error:

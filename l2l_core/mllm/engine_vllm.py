@@ -84,7 +84,7 @@ class VllmEngine:
             if type(error).__name__ == "EngineDeadError":  # its module differs between versions
                 raise InputError(
                     "vLLM's engine has died (see its messages above; often too little memory: priors.engine). "
-                    "Stored responses are kept: run again to go on"
+                    "Stored responses are kept: rerun to resume"
                 ) from None
             raise
         return [

@@ -36,7 +36,7 @@ from l2l_core.mllm.prompt import prompt_sha256
 from l2l_core.mllm.replay import ReplayBackend, load_recorded, mask_files
 from l2l_core.mllm.simulated import SimulatedBackend, make_truth, preset_coord_space
 
-FEWEST_FAILED = 8
+MIN_CHUNK_TO_STOP = 8
 """If all requests of a chunk of at least this size fail, the engine is assumed to be broken, and the stage stops."""
 
 SMALL_BYTES = 1 << 28
@@ -157,14 +157,14 @@ def query_all(make: MakeBackend, questions: Sequence[Question], folder: Path, pa
     stored = len(questions) - queried
     in_log = not sys.stderr.isatty()
     with tqdm(total=len(questions), initial=stored, desc="query", unit="request", disable=in_log, mininterval=1) as bar:
-        rates, received, spoken = _Rates(), stored, time.monotonic()
+        rates, received, last_logged = _Rates(), stored, time.monotonic()
         for done in _query_chunks(make, waiting, params):
             rates.add(done)
             received += done.responses
             bar.update(done.responses)
             bar.set_postfix_str(str(rates), refresh=False)
-            if in_log and time.monotonic() - spoken >= LOG_INTERVAL_S:
-                spoken = time.monotonic()
+            if in_log and time.monotonic() - last_logged >= LOG_INTERVAL_S:
+                last_logged = time.monotonic()
                 print(f"query: {received} of {len(questions)}: {rates}", file=sys.stderr, flush=True)
     print(f"query: {len(questions)} responses, {stored} of them stored before; {queried} queried: {rates}")
     tables = [records.RESPONSES.empty_table(), *(records.read_table(chunk.path, records.RESPONSES) for chunk in chunks)]
@@ -245,7 +245,7 @@ def _query_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsPar
         except BrokenProcessPool:
             raise InputError(
                 "a query process was killed, most often because memory ran out (set priors.engine.data_parallel or "
-                "batch_size to a smaller number); stored responses are kept: run again to go on"
+                "batch_size to a smaller number); stored responses are kept: rerun to resume"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -296,7 +296,7 @@ def _refuse_too_few_gpus(params: PriorsParams) -> None:
     if 0 < here < wanted:
         raise ConfigError(
             f"params.yaml: priors.engine: data_parallel {processes} x tensor_parallel "
-            f"{engine.tensor_parallel} wants {wanted} GPUs, torch sees {here}; lower one of them"
+            f"{engine.tensor_parallel} needs {wanted} GPUs, torch sees {here}; lower one of them"
         )
 
 
@@ -306,11 +306,11 @@ def _query_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Quest
     else:
         responses = backend.query(chunk.questions)
     failed = [response.reason for response in responses if response.failure == "error"]
-    if len(failed) == len(responses) >= FEWEST_FAILED:
+    if len(failed) == len(responses) >= MIN_CHUNK_TO_STOP:
         reason, _ = Counter(failed).most_common(1)[0]
         raise InputError(
-            f"priors.backend {backend.name}: {len(responses)} requests on end failed, the most with {reason!r} "
-            f"(the first is sent_id {chunk.questions[0].sent_id}); stored responses are kept: run again to go on"
+            f"priors.backend {backend.name}: {len(responses)} consecutive requests failed, most with {reason!r} "
+            f"(the first is sent_id {chunk.questions[0].sent_id}); stored responses are kept: rerun to resume"
         )
     records.write_table(_to_table(backend.name, chunk.questions, responses), chunk.path, records.RESPONSES)
     tokens = sum(response.prompt_tokens + response.completion_tokens for response in responses)

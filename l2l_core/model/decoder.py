@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from l2l_core.model.guidance import fourier
 
 POSITION_FREQUENCIES = 3
-TRUST = 1.5
-"""Extra weight of a proposal of score 1 over one of score 0: its logit is multiplied by 1 + TRUST * score. The
+SCORE_WEIGHT = 1.5
+"""Extra weight of a proposal of score 1 over one of score 0: its logit is multiplied by 1 + SCORE_WEIGHT * score. The
 thresholded mask stays the same, but the loss is low where the proposal is right: gradients come from its errors."""
 CERTAIN = 0.02
 """Proposals are clamped to [CERTAIN, 1 - CERTAIN] before the logit, so that the network can correct every pixel."""
-READING_LEVELS = 3
+CROSS_ATTENTION_LEVELS = 3
 """Number of coarsest levels whose pixels attend to the sentence, for any image size; finer levels only sharpen."""
 MAX_COMPARED_PIXELS = 256
 """Most pixels (16 x 16) in self-attention, whose cost grows with their square."""
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         enough, or on a reduced coarsest level. The proposal is refined there, and the refined proposal gates the finer
         levels instead of the given one.
         """
-        trust = 1 + TRUST * score.float()[:, None, None, None]
+        trust = 1 + SCORE_WEIGHT * score.float()[:, None, None, None]
         given = trust * proposal.float().clamp(CERTAIN, 1 - CERTAIN).logit()
         coarse_first = pyramid[::-1]
         sizes = [features.shape[-2] * features.shape[-1] for features in coarse_first]
@@ -214,7 +214,15 @@ class Decoder(nn.Module):
         x: Tensor | None = None
         refined = proposal
         for row, (level, features) in enumerate(zip(self.levels, coarse_first, strict=True)):
-            x = level(features, x, conditioning, memory if row < READING_LEVELS else None, padding_mask, refined, score)
+            x = level(
+                features,
+                x,
+                conditioning,
+                memory if row < CROSS_ATTENTION_LEVELS else None,
+                padding_mask,
+                refined,
+                score,
+            )
             if row == fuse_at:
                 x = self.compare(x, memory, padding_mask)
                 refined_logits = self.refine(x)

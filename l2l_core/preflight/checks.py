@@ -24,7 +24,7 @@ from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
 from l2l_core.preflight.memory import free_gpu_bytes
 from l2l_core.training.side_by_side import plan_parallel
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 PIPELINE_FILE = "dvc.yaml"
 TRAINING_REMEDY = "train.engine.micro_batch_size (or set train.engine.gradient_checkpointing)"
 REMEDIES = dict.fromkeys(("warmup", "crossfit-0", "crossfit", "retrain"), TRAINING_REMEDY) | {
@@ -35,10 +35,10 @@ REMEDIES = dict.fromkeys(("warmup", "crossfit-0", "crossfit", "retrain"), TRAINI
 """Parameters to lower if memory is short."""
 
 
-def run_checks(params: Params, *, timing: bool, say: Say) -> None:
+def run_checks(params: Params, *, timing: bool, print_line: PrintLine) -> None:
     """Check data, label budget, priors, encoders, device and disk, and estimate every stage's time, size and memory.
 
-    timing: train and label a little, to measure times and memory. say: receives each line as soon as it is known.
+    timing: measure times and memory with a few training steps and predictions. print_line: receives each line at once.
     Writes only temporary files and downloads nothing. Raises InputError that lists all problems at once.
     """
     problems: list[str] = []
@@ -46,16 +46,16 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
     with _collected(problems):
         check_repository()
     with tempfile.TemporaryDirectory() as scratch:
-        data, split = _look_at_data(params, Path(scratch), say, problems)
+        data, split = _look_at_data(params, Path(scratch), print_line, problems)
         with _collected(problems):
-            say(f"priors      {backends.describe_priors(params, data)}")
+            print_line(f"priors      {backends.describe_priors(params, data)}")
         with _collected(problems):
-            say(f"proposals   {backends.describe_proposals(params)}")
+            print_line(f"proposals   {backends.describe_proposals(params)}")
         with _collected(problems):
-            say(f"device      {backends.describe_device(params)}")
+            print_line(f"device      {backends.describe_device(params)}")
         network = costs = needs = None
         with _collected(problems):
-            say(f"encoders    {backends.describe_encoders(params.model)}")
+            print_line(f"encoders    {backends.describe_encoders(params.model)}")
             model = backends.local_model(params.model)
             if model is not None and data is not None:
                 network = Segmenter.create(model, data.index.refs["sentence"].to_pylist(), params.seed)
@@ -63,7 +63,7 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
             with _collected(problems):
                 sizes = _sizes(data, network)
                 if timing and network is None:
-                    say("times       not measured: an encoder is not on this machine")
+                    print_line("times       not measured: an encoder is not on this machine")
                 elif timing and network is not None:
                     sample = take_sample(params, data.paths, inputs.sample_sentences(params, data, split))
                     folder = backends.local_sam(params)
@@ -77,10 +77,12 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
                     needs=needs,
                     at_once=plan_parallel(params, params.select.folds, data.index.images.num_rows).at_once,
                 )
-                _say_plan(stages, costs, say)
+                _say_plan(stages, costs, print_line)
                 if needs is not None:
-                    _say_memory(stages, available, free_gpu_bytes(choose_device(params.train.engine.device)), say)
-                say(_disk(stages, sizes))
+                    _say_memory(
+                        stages, available, free_gpu_bytes(choose_device(params.train.engine.device)), print_line
+                    )
+                print_line(_disk(stages, sizes))
     raise_all(problems, InputError)
 
 
@@ -100,18 +102,18 @@ def check_repository() -> None:
 
 
 def _look_at_data(
-    params: Params, scratch: Path, say: Say, problems: list[str]
+    params: Params, scratch: Path, print_line: PrintLine, problems: list[str]
 ) -> tuple[inputs.Data | None, pa.Table | None]:
     data = split = None
     with _collected(problems):
         data = inputs.read_data(params, scratch)
-        say(f"data        {inputs.describe_data(params, data)}")
+        print_line(f"data        {inputs.describe_data(params, data)}")
         for warning in data.index.warnings:
-            say(f"warning     {warning}")
+            print_line(f"warning     {warning}")
         inputs.check_masks(params, data)
-        say(f"images      {inputs.describe_sizes(params, data)}")
+        print_line(f"images      {inputs.describe_sizes(params, data)}")
         split = inputs.draw_split(params, data)
-        say(f"labels      {inputs.describe_split(data, split)}")
+        print_line(f"labels      {inputs.describe_split(data, split)}")
     if data is not None and split is not None:
         with _collected(problems):
             inputs.check_rounds(params, data, split)
@@ -140,14 +142,14 @@ def _sizes(data: inputs.Data, network: Segmenter | None) -> Sizes:
     )
 
 
-def _say_plan(stages: Sequence[Stage], costs: Costs | None, say: Say) -> None:
+def _say_plan(stages: Sequence[Stage], costs: Costs | None, print_line: PrintLine) -> None:
     knows_memory, on_gpu = (any(getattr(stage, name) for stage in stages) for name in ("ram_bytes", "gpu_bytes"))
 
     def say_row(name: str, time: str, size: str, ram: str, gpu: str) -> None:
         shown = [time, size, *([ram] if knows_memory else []), *([gpu] if on_gpu else [])]
-        say((f"{name:12}" + "".join(f"{value:>10}" for value in shown)).rstrip())
+        print_line((f"{name:12}" + "".join(f"{value:>10}" for value in shown)).rstrip())
 
-    say("")
+    print_line("")
     say_row("stage", "time", "disk", "memory", "GPU")
     for stage in stages:
         sizes = map(_size, (stage.size_bytes, stage.ram_bytes, stage.gpu_bytes))
@@ -156,14 +158,14 @@ def _say_plan(stages: Sequence[Stage], costs: Costs | None, say: Say) -> None:
     say_row("together", _duration(known), _size(sum(stage.size_bytes or 0 for stage in stages)), "", "")
     unknown = [stage.name for stage in stages if stage.seconds is None]
     if unknown and known is not None:
-        say(f"The time together leaves out {', '.join(unknown)}.")
+        print_line(f"The time together leaves out {', '.join(unknown)}.")
     if costs is not None:
         steps = f"{TRAINING_STEPS} training steps of {costs.step_s:.2g} s"
-        say(f"Estimated from {steps} and a batch of labels, on this machine as busy as it is now.")
-    say("-: not known. What DVC has in its cache takes no time. Formulas: docs/check.md")
+        print_line(f"Estimated from {steps} and a batch of labels, on this machine as busy as it is now.")
+    print_line("-: not known. Stages in DVC's cache take no time. Formulas: docs/check.md")
 
 
-def _say_memory(stages: Sequence[Stage], available: int, gpu_available: int | None, say: Say) -> None:
+def _say_memory(stages: Sequence[Stage], available: int, gpu_available: int | None, print_line: PrintLine) -> None:
     """Print the stage that needs most memory, and a warning for each kind of stage that does not fit."""
     for word, name, free in (("memory", "ram_bytes", available), ("GPU memory", "gpu_bytes", gpu_available)):
         needed = {stage.name: getattr(stage, name) or 0 for stage in stages}
@@ -171,14 +173,16 @@ def _say_memory(stages: Sequence[Stage], available: int, gpu_available: int | No
         if free is None or not needed[largest]:
             continue
         where = "on the GPU" if name == "gpu_bytes" else "here"
-        say(f"memory      about {_size(needed[largest])} ({largest}), {_size(free)} are available {where}")
+        print_line(f"memory      about {_size(needed[largest])} ({largest}), {_size(free)} are available {where}")
         short: dict[str, list[str]] = {}
         for stage, bytes_ in needed.items():
             if bytes_ > free:
                 short.setdefault(REMEDIES.get(stage.partition("@")[0], "the size of the dataset"), []).append(stage)
         for remedy, names in short.items():
             most = _size(max(needed[stage] for stage in names))
-            say(f"warning     {', '.join(names)}: about {most} of {word}, {_size(free)} are available; lower {remedy}")
+            print_line(
+                f"warning     {', '.join(names)}: about {most} of {word}, {_size(free)} are available; lower {remedy}"
+            )
 
 
 def _disk(stages: Sequence[Stage], sizes: Sizes) -> str:

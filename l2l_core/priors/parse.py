@@ -21,9 +21,9 @@ _POINT_KEYS = ("point", "point_2d", "points")
 _PLACE_KEYS = (*_BOX_KEYS, *_POINT_KEYS, "found")
 _TARGET_KEYS = ("target", "label", "object")
 _SCORE_KEYS = ("confidence", "score")
-_FORM_KEYS = ("found", "target")
+_REQUIRED_PROMPT_KEYS = ("found", "target")
 """Keys of every prompt that other notations lack."""
-_PROMPT_KEYS = {*_FORM_KEYS, "attributes", "relation", "anchor", "confidence", *_PLACE_KEYS}
+_PROMPT_KEYS = {*_REQUIRED_PROMPT_KEYS, "attributes", "relation", "anchor", "confidence", *_PLACE_KEYS}
 """All keys that a response in a prompt's form may hold, and other names of the place."""
 _CORNER_NAMES = (
     ("x1", "y1", "x2", "y2"),
@@ -32,7 +32,7 @@ _CORNER_NAMES = (
     ("left", "top", "right", "bottom"),
 )
 _NO = (False, 0, None, "false", "no", "none", "null")
-_NOTHING = (None, "", "none", "null")
+_EMPTY_VALUES = (None, "", "none", "null")
 
 _MAX_FAILURES = 256
 """Maximum failed attempts to read a JSON object; each reads at most the whole text. More mean runaway output."""
@@ -119,7 +119,7 @@ def parse_response(
 
     The first usable place of a list counts, since the prompt asks for the most likely one first. `and` and `or`
     separate places of one list. If other words separate several lists, the last list counts, since earlier ones are
-    reasoning. An object with keys outside every prompt is a remark: it does not replace a response in a prompt's form.
+    reasoning. Objects with keys that no prompt defines count only if no other object is usable.
     Three or more corners are an outline, and the box is its hull. Boxes are clipped to the image. Inverted and
     non-finite boxes are rejected, and so are boxes narrower than MIN_SIDE_PX after clipping: the parser never guesses
     the order of corners. `coord_space` says whether y comes before x, unless the axes are named.
@@ -210,7 +210,7 @@ def _read_objects(text: str, objects: Iterable[Span], frame: _Frame) -> ParsedPr
     unusable: ParsedPrior | None = None
     lists = [[item for value in values for item in _places(value)] for values in _in_lists(text, objects)]
     responses = [items for items in reversed(lists) if items]
-    if any(key in item for items in responses for item in items for key in _FORM_KEYS):
+    if any(key in item for items in responses for item in items for key in _REQUIRED_PROMPT_KEYS):
         responses.sort(key=_are_remarks)
     for items in responses:
         read = [_read_object(item, frame) for item in items]
@@ -223,7 +223,7 @@ def _read_objects(text: str, objects: Iterable[Span], frame: _Frame) -> ParsedPr
 
 def _are_remarks(items: list[dict[str, object]]) -> bool:
     """Whether no object is in a prompt's form, and each has keys outside every prompt."""
-    return not any(key in item for item in items for key in _FORM_KEYS) and all(
+    return not any(key in item for item in items for key in _REQUIRED_PROMPT_KEYS) and all(
         not item.keys() <= _PROMPT_KEYS for item in items
     )
 
@@ -285,7 +285,7 @@ def _first(item: dict[str, object], keys: tuple[str, ...]) -> object:
 def _is_nothing(value: object) -> bool:
     if isinstance(value, list):
         return not value
-    return (value.strip().lower() if isinstance(value, str) else value) in _NOTHING
+    return (value.strip().lower() if isinstance(value, str) else value) in _EMPTY_VALUES
 
 
 def _boxes(value: object, frame: _Frame, depth: int = _MAX_DEPTH) -> Iterator[Box]:

@@ -39,11 +39,11 @@ class Match:
 
 
 @dataclass
-class _Held:
+class _CachedImage:
     """What is known of an image."""
 
     encoded: EncodedImage
-    everything: Masks | None = None  # its automatic masks, once they are needed
+    auto_masks: Masks | None = None  # its automatic masks, once they are needed
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SamMasks:
 
     sam: Sam
     pairs: Pairs
-    _held: dict[int, _Held] = field(default_factory=dict)  # of the last batch, by image row
+    _held: dict[int, _CachedImage] = field(default_factory=dict)  # of the last batch, by image row
 
     def refine(self, rows: NDArray[np.int64], prob: FloatArray) -> Refined:
         """Prompt SAM with the teacher's masks: box, center, and the probabilities' logits as a rough mask.
@@ -62,7 +62,7 @@ class SamMasks:
         label = prob > LABEL_THRESHOLD
         mask, predicted_iou = np.zeros(label.shape, dtype=bool), np.zeros(len(rows), dtype=np.float32)
         image_row = self.pairs.image_row[rows]
-        for image, held in self._hold(image_row).items():
+        for image, held in self._encode_images(image_row).items():
             encoded = held.encoded
             mine = ((image_row == image) & label.any((1, 2))).nonzero()[0]
             if not len(mine):
@@ -82,12 +82,12 @@ class SamMasks:
         image_row = self.pairs.image_row[rows]
         side = label.shape[-1]
         is_labeled = label.any((1, 2))
-        for image, held in self._hold(image_row).items():
+        for image, held in self._encode_images(image_row).items():
             mine = ((image_row == image) & is_labeled).nonzero()[0]
             if not len(mine):
                 continue
             encoded = held.encoded
-            masks = held.everything = held.everything or self.sam.segment_everything(encoded)
+            masks = held.auto_masks = held.auto_masks or self.sam.segment_everything(encoded)
             squares = (self.sam.resize(masks.logits, encoded, side, side) > 0).cpu().numpy()
             for place in mine.tolist():
                 best = best_match(label[place], squares)
@@ -96,12 +96,12 @@ class SamMasks:
                     matches[place] = Match(squares[best], encode_rle((full[0] > 0).cpu().numpy()))
         return matches
 
-    def _hold(self, image_row: NDArray[np.int64]) -> dict[int, _Held]:
+    def _encode_images(self, image_row: NDArray[np.int64]) -> dict[int, _CachedImage]:
         """The images of a batch; those of the last batch are not encoded again, and all others are forgotten."""
         needed = np.unique(image_row).tolist()
         new = [image for image in needed if image not in self._held]
         encoded = self.sam.encode([read_image(self.pairs.image_path[image]) for image in new])
-        known = self._held | {image: _Held(one) for image, one in zip(new, encoded, strict=True)}
+        known = self._held | {image: _CachedImage(one) for image, one in zip(new, encoded, strict=True)}
         self._held.clear()
         self._held.update({image: known[image] for image in needed})
         return self._held

@@ -174,7 +174,7 @@ def _annotation(scene: Scene, index: int, ann_id: int, image_id: int) -> dict[st
         "id": ann_id,
         "image_id": image_id,
         "category_id": SHAPES.index(item.shape) + 1,
-        "attributes": {"color": item.colour, "size": item.size, "texture": item.texture},
+        "attributes": {"color": item.color, "size": item.size, "texture": item.texture},
         "segmentation": {"size": list(mask.shape), "counts": encode_rle(mask).decode("ascii")},
         "bbox": [left, top, int(xs.max()) + 1 - left, int(ys.max()) + 1 - top],
         "area": int(mask.sum()),

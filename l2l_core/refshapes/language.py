@@ -67,11 +67,11 @@ class _Speaker:
         item = self.objects[index]
         said = {
             "size": self.pick(words.SIZE_WORDS[item.size]),
-            "colour": self.pick(words.COLOUR_WORDS[item.colour]),
+            "color": self.pick(words.COLOUR_WORDS[item.color]),
             "texture": self.pick(words.TEXTURE_WORDS[item.texture]),
         }
         said.pop(skip, None)
-        weights = {"size": 0.3, "colour": 0.5, "texture": 0.2}  # people name colors first
+        weights = {"size": 0.3, "color": 0.5, "texture": 0.2}  # people name colors first
         share = np.array([weights[key] for key in said])
         count = min(int(self.rng.choice(len(counts), p=counts)), len(said))
         generic = skip == "shape" or self.chance(GENERIC_NOUN_SHARE)
@@ -87,7 +87,7 @@ class _Speaker:
 
     def sides(self) -> list[str]:
         """Sides of the image where the target is, clearest first; empty in the middle."""
-        x, y = self.world.centre_xy[self.index]
+        x, y = self.world.center_xy[self.index]
         off = {"left": 0.5 - x, "right": x - 0.5, "top": 0.5 - y, "bottom": y - 0.5}
         ordered = sorted(off, key=lambda side: -off[side])
         return [side for side in ordered if off[side] >= 0.5 - words.HALF_SURE]
@@ -148,7 +148,7 @@ class _Speaker:
         target = self.objects[self.index]
         tables: dict[str, Mapping[str, tuple[str, ...]]] = {
             "shape": words.SHAPE_WORDS,
-            "colour": words.COLOUR_WORDS,
+            "color": words.COLOUR_WORDS,
             "size": words.SIZE_WORDS,
             "texture": words.TEXTURE_WORDS,
         }
@@ -184,7 +184,7 @@ class _Speaker:
 
     def relation(self, anchor: int) -> str:
         """The target's relation to another object, such as `to the left of the big red star`."""
-        dx, dy = self.world.centre_xy[self.index] - self.world.centre_xy[anchor]
+        dx, dy = self.world.center_xy[self.index] - self.world.center_xy[anchor]
         name = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
         if self.chance(0.15):
             name = "next" if self.world.gap[self.index, anchor] <= words.BESIDE_SURE else "closest"

@@ -50,7 +50,7 @@ class SceneObject:
     """Attributes of one object, independent of the others."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     texture: str
 
@@ -66,9 +66,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Placement:
-    """centre_xy and diameter in shares of the image side, tilt in radians."""
+    """center_xy and diameter in shares of the image side, tilt in radians."""
 
-    centre_xy: tuple[float, float]
+    center_xy: tuple[float, float]
     diameter: float
     tilt: float
 
@@ -122,18 +122,18 @@ def has_rivals(objects: tuple[SceneObject, ...], index: int) -> bool:
     """Whether one other object has the same shape, and one (possibly the same) has the same color."""
     others = objects[:index] + objects[index + 1 :]
     target = objects[index]
-    return any(o.shape == target.shape for o in others) and any(o.colour == target.colour for o in others)
+    return any(o.shape == target.shape for o in others) and any(o.color == target.color for o in others)
 
 
 def _draw_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
     """Attributes of a scene's objects, from few shapes and colors; at least two objects have rivals."""
     while True:
         shapes = rng.permutation(SHAPES)[: rng.integers(*DISTINCT_SHAPES_RANGE, endpoint=True)]
-        colours = rng.permutation(list(COLOURS))[: rng.integers(*DISTINCT_COLOURS_RANGE, endpoint=True)]
+        colors = rng.permutation(list(COLOURS))[: rng.integers(*DISTINCT_COLOURS_RANGE, endpoint=True)]
         objects = tuple(
             SceneObject(
                 shape=str(rng.choice(shapes)),
-                colour=str(rng.choice(colours)),
+                color=str(rng.choice(colors)),
                 size=str(rng.choice(SIZES)),
                 texture="plain" if rng.random() < PLAIN_SHARE else str(rng.choice(TEXTURES[1:])),
             )
@@ -152,8 +152,8 @@ def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_
             low = BORDER + REACH * diameter / 2
             x, y = rng.uniform(low, 1 - low, size=2).tolist()
             clear = (
-                math.hypot(x - placed.centre_xy[0], y - placed.centre_xy[1])
-                >= _least_distance(diameter, placed.diameter, same_colour=item.colour == other.colour)
+                math.hypot(x - placed.center_xy[0], y - placed.center_xy[1])
+                >= _least_distance(diameter, placed.diameter, same_colour=item.color == other.color)
                 for other, placed in zip(objects, placements, strict=False)  # those placed so far
             )
             if all(clear):
@@ -177,7 +177,7 @@ def _rasterise(item: SceneObject, place: _Placement, side_px: int) -> NDArray[np
     cos, sin = math.cos(place.tilt), math.sin(place.tilt)
     turn = np.array([[cos, sin], [-sin, cos]])
     contours = [
-        np.rint((c @ turn * place.diameter / 2 + place.centre_xy) * fine).astype(np.int32)
+        np.rint((c @ turn * place.diameter / 2 + place.center_xy) * fine).astype(np.int32)
         for c in _OUTLINES[item.shape]
     ]
     layer = np.zeros((fine, fine), dtype=np.uint8)
@@ -207,12 +207,12 @@ def _paint(
     """Background, objects from back to front, then lighting and noise; [S, S, 3] uint8 RGB."""
     canvas = _background(rng, side_px * SUPERSAMPLING)
     for item, place, layer in zip(objects, placements, layers, strict=True):
-        colour = np.clip(np.array(COLOURS[item.colour]) + rng.integers(-8, 9, size=3), 0, 255)
+        color = np.clip(np.array(COLOURS[item.color]) + rng.integers(-8, 9, size=3), 0, 255)
         window = _window(place, canvas.shape[0])
         part = layer[window]
-        canvas[window][part] = colour
+        canvas[window][part] = color
         dark = part & _dark_part(rng, item.texture, part, canvas.shape[0])
-        canvas[window][dark] = (TEXTURE_SHADE * colour).astype(np.uint8)
+        canvas[window][dark] = (TEXTURE_SHADE * color).astype(np.uint8)
     image = cv2.resize(canvas, (side_px, side_px), interpolation=cv2.INTER_AREA).astype(np.float32)
     ramp = np.linspace(-1, 1, side_px, dtype=np.float32)
     slope_x, slope_y = rng.uniform(-0.1, 0.1, size=2)  # light varies by at most a fifth per axis
@@ -224,7 +224,7 @@ def _paint(
 def _window(place: _Placement, fine: int) -> tuple[slice, slice]:
     """Rows and columns of the supersampled grid that contain the object; BORDER keeps them inside the image."""
     half = math.ceil(REACH * place.diameter / 2 * fine) + 1
-    x, y = (round(share * fine) for share in place.centre_xy)
+    x, y = (round(share * fine) for share in place.center_xy)
     return slice(y - half, y + half), slice(x - half, x + half)
 
 

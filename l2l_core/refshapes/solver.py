@@ -79,12 +79,12 @@ CLOSEST_OFFSET = 0.03  # added to distances, so that touching and nearly touchin
 
 @dataclass(frozen=True)
 class World:
-    """Measurements: attributes [N]; centre_xy [N, 2], extent [N] and free space gap [N, N] in image sides."""
+    """Measurements: attributes [N]; center_xy [N, 2], extent [N] and free space gap [N, N] in image sides."""
 
     shape: NDArray[np.str_]
-    colour: NDArray[np.str_]
+    color: NDArray[np.str_]
     texture: NDArray[np.str_]
-    centre_xy: NDArray[np.float64]
+    center_xy: NDArray[np.float64]
     extent: NDArray[np.float64]
     gap: NDArray[np.float64]
 
@@ -122,9 +122,9 @@ def measure(objects: Sequence[SceneObject], masks: NDArray[np.bool_]) -> World:
         gaps[index] = [away_px[other].min() / side for other in masks]
     return World(
         shape=np.array([o.shape for o in objects]),
-        colour=np.array([o.colour for o in objects]),
+        color=np.array([o.color for o in objects]),
         texture=np.array([o.texture for o in objects]),
-        centre_xy=centres,
+        center_xy=centres,
         extent=extents,
         gap=gaps,
     )
@@ -260,8 +260,8 @@ class _Reader:
         return adjective
 
     def adjective(self) -> Verdict | None:
-        if colour := self.lookup(_COLOUR):
-            return self.exactly(self.world.colour == colour)
+        if color := self.lookup(_COLOUR):
+            return self.exactly(self.world.color == color)
         if texture := self.lookup(_TEXTURE):
             return self.exactly(self.world.texture == texture)
         if size := self.lookup(_SIZE):
@@ -345,7 +345,7 @@ class _Reader:
 
     def direction(self, name: str, anchor: int) -> Verdict:
         sign_x, sign_y = SIDES_XY[{"above": "top", "below": "bottom"}.get(name, name)]
-        offset = self.world.centre_xy - self.world.centre_xy[anchor]
+        offset = self.world.center_xy - self.world.center_xy[anchor]
         ahead = offset @ np.array([sign_x, sign_y])
         aside = np.abs(offset @ np.array([sign_y, sign_x]))
         return Verdict((ahead >= DIRECTION_SURE) & (ahead > aside), ahead >= DIRECTION_POSSIBLE)
@@ -370,7 +370,7 @@ class _Reader:
         return group & Verdict(position <= HALF_SURE, position <= CORNER_POSSIBLE)
 
     def in_middle(self, group: Verdict) -> Verdict:
-        off = np.abs(self.world.centre_xy - 0.5).max(axis=1)
+        off = np.abs(self.world.center_xy - 0.5).max(axis=1)
         return group & Verdict(off <= MIDDLE_SURE, off <= MIDDLE_POSSIBLE)
 
     def ranked_from(self, side: str, rank: int, group: Verdict) -> Verdict:
@@ -387,7 +387,7 @@ class _Reader:
     def toward(self, side: str) -> NDArray[np.float64]:
         """Distance of the centers from that side of the image, 0..1."""
         sign = np.array(SIDES_XY[side])
-        position = self.world.centre_xy @ np.abs(sign)
+        position = self.world.center_xy @ np.abs(sign)
         return np.asarray(position if sign.sum() < 0 else 1 - position)
 
     def ranked(self, group: Verdict, values: NDArray[np.float64], rank: int, margin: float) -> Verdict:

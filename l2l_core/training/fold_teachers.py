@@ -30,7 +30,7 @@ def pseudo_labels_of(number: int) -> Path:
     return records.round_folder(number) / "pseudo_labels.parquet"
 
 
-def trains_none(params: Params, number: int) -> bool:
+def skips_training(params: Params, number: int) -> bool:
     """Whether a round trains no fold teachers: a fixed rule does not use them, and frozen ones stay after round 0."""
     if number == 0:
         return not params.select.trains_policy
@@ -62,7 +62,7 @@ def train_teacher(params: Params, number: int, left_out: int, into: Path) -> Non
     if number:
         network.num_passes = params.retrain.num_passes  # the teachers represent the round's model
         pseudo = pseudo_stream(params, pseudo_labels_of(number), 1 - params.retrain.labeled_share)
-        # A partly labeled image also has pseudo-labels, from a teacher that has seen its labels.
+        # Without pseudo-labels on held-out images: their teacher saw these images' labels.
         others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
         streams += [] if others is None else [others]
         streams = with_prior_swap(params, streams)

@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from l2l_core.core.masks import BoolMask
 
 Picture = NDArray[np.uint8]  # [H, W, 3] RGB
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 JPEG_QUALITY = 75
 """Out of 100: at the size of a report's pictures no difference is visible, and a page is a third smaller than at 88."""
 
-BOX: Colour = (255, 212, 0)
-MASK: Colour = (176, 58, 255)
-RIGHT: Colour = (38, 166, 65)
-WRONG: Colour = (224, 49, 49)
-MISSED: Colour = (25, 113, 240)
-OUTLINE: Colour = (255, 255, 255)
+BOX: Color = (255, 212, 0)
+MASK: Color = (176, 58, 255)
+RIGHT: Color = (38, 166, 65)
+WRONG: Color = (224, 49, 49)
+MISSED: Color = (25, 113, 240)
+OUTLINE: Color = (255, 255, 255)
 SOFT_MAP = "viridis"  # perceptually uniform, in color, in gray and for color-blind readers
 
 TINT = 0.6
@@ -51,9 +51,9 @@ def with_boxes(
         cv2.rectangle(picture, *corners, (0, 0, 0), 4)  # a dark rim: the line must be visible on any image
         cv2.rectangle(picture, *corners, BOX, 2)
     for point in points_xy:
-        centre = tuple(np.round(point * [width, height]).astype(int).tolist())
-        cv2.circle(picture, centre, 5, (0, 0, 0), -1)
-        cv2.circle(picture, centre, 3, BOX, -1)
+        center = tuple(np.round(point * [width, height]).astype(int).tolist())
+        cv2.circle(picture, center, 5, (0, 0, 0), -1)
+        cv2.circle(picture, center, 3, BOX, -1)
     return picture
 
 
@@ -112,8 +112,8 @@ def _grey(image: Picture) -> NDArray[np.float64]:
     return np.asarray(image.mean(axis=2, keepdims=True))
 
 
-def _tinted(image: Picture, mask: BoolMask, colour: Colour) -> Picture:
-    mixed = TINT * np.array(colour) + (1 - TINT) * image
+def _tinted(image: Picture, mask: BoolMask, color: Color) -> Picture:
+    mixed = TINT * np.array(color) + (1 - TINT) * image
     return _bytes(np.where(mask[..., None], mixed, image))
 
 

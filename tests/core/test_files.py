@@ -9,7 +9,7 @@ import pytest
 
 from l2l_core.artifacts.rounds import latest_round, model_folder
 from l2l_core.core import files
-from l2l_core.core.files import added_to, atomic_dir, fingerprint, scratch_folder
+from l2l_core.core.files import atomic_dir, fingerprint, scratch_folder, staged_output
 from l2l_core.errors import ArtifactError, InputError
 
 
@@ -18,7 +18,7 @@ def test_adds_files_to_an_existing_folder(tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     (out / "a.txt").write_text("old")
-    with added_to(out) as folder:
+    with staged_output(out) as folder:
         (folder / "a.txt").write_text("new")
         (folder / "b.txt").write_text("b")
         assert (out / "a.txt").read_text() == "old"
@@ -28,7 +28,7 @@ def test_adds_files_to_an_existing_folder(tmp_path):
 
 def test_leaves_no_files_after_an_error(tmp_path):
     def fail() -> None:
-        with added_to(tmp_path / "deep" / "out") as folder:
+        with staged_output(tmp_path / "deep" / "out") as folder:
             (folder / "half").write_text("half")
             raise ZeroDivisionError
 
@@ -42,9 +42,9 @@ def test_leaves_no_files_after_sigterm(tmp_path):
     script = """if True:
         import time
         from pathlib import Path
-        from l2l_core.core.files import added_to, end_on_sigterm
+        from l2l_core.core.files import staged_output, end_on_sigterm
         end_on_sigterm()
-        with added_to(Path("out")) as folder:
+        with staged_output(Path("out")) as folder:
             (folder / "half").write_text("half")
             print("writing", flush=True)
             time.sleep(60)
@@ -61,9 +61,12 @@ def test_leaves_no_files_after_sigterm(tmp_path):
 
 def test_refuses_an_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(InputError, match=r"--out: .*out is a file"), added_to(tmp_path / "out"):
+    with pytest.raises(InputError, match=r"--out: .*out is a file"), staged_output(tmp_path / "out"):
         pass
-    with pytest.raises(InputError, match=r"--out: .*inside cannot be written: "), added_to(tmp_path / "out" / "inside"):
+    with (
+        pytest.raises(InputError, match=r"--out: .*inside cannot be written: "),
+        staged_output(tmp_path / "out" / "inside"),
+    ):
         pass
     assert (tmp_path / "out").read_text() == "mine"
 

@@ -23,7 +23,7 @@ from l2l_core.config import PriorsParams
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.query import (
-    FEWEST_FAILED,
+    MIN_CHUNK_TO_STOP,
     SMALL_BYTES,
     _start_worker,
     make_backend,
@@ -260,11 +260,13 @@ def test_stores_nothing_when_every_request_fails(tmp_path: Path) -> None:
         def query(self, questions: Sequence[Question]) -> list[RawResponse]:
             return [replace(response, failure="error", reason="HTTP 503") for response in super().query(questions)]
 
-    with pytest.raises(InputError, match=rf"{FEWEST_FAILED} requests on end failed, .*'HTTP 503' .*run again to go on"):
-        query_all(Down, questions(FEWEST_FAILED), tmp_path, PARAMS)
+    with pytest.raises(
+        InputError, match=rf"{MIN_CHUNK_TO_STOP} consecutive requests failed, .*'HTTP 503' .*rerun to resume"
+    ):
+        query_all(Down, questions(MIN_CHUNK_TO_STOP), tmp_path, PARAMS)
     assert list(tmp_path.iterdir()) == []
-    few = query_all(Down, questions(FEWEST_FAILED - 1), tmp_path, PARAMS)
-    assert few["failure"].to_pylist() == ["error"] * (FEWEST_FAILED - 1)
+    few = query_all(Down, questions(MIN_CHUNK_TO_STOP - 1), tmp_path, PARAMS)
+    assert few["failure"].to_pylist() == ["error"] * (MIN_CHUNK_TO_STOP - 1)
 
 
 @pytest.mark.parametrize("workers", [2])
@@ -350,7 +352,7 @@ class Killed(Echo):
 def test_a_killed_worker_is_reported_in_one_line_and_keeps_stored_chunks(tmp_path: Path) -> None:
     params = prior_params(engine={"chunk_size": 2, "data_parallel": 2})
     query_all(Echo, questions(4), tmp_path, params)
-    with pytest.raises(InputError, match=r"^a query process was killed, .* run again to go on$"):
+    with pytest.raises(InputError, match=r"^a query process was killed, .* rerun to resume$"):
         query_all(Killed, questions(8), tmp_path, params)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -362,7 +364,7 @@ def test_refuses_more_processes_than_the_gpus_allow(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     engine = {"data_parallel": 2, "tensor_parallel": 2}
     params = prior_params(backend=backend, model="Qwen2.5-VL-7B", engine=engine)
-    with pytest.raises(ConfigError, match=r"data_parallel 2 x tensor_parallel 2 wants 4 GPUs, torch sees 3"):
+    with pytest.raises(ConfigError, match=r"data_parallel 2 x tensor_parallel 2 needs 4 GPUs, torch sees 3"):
         query_all(Echo, questions(4), tmp_path, params)
 
 

@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 RATES, POLICIES, SEEDS = (
     [f"rate-{n}" for n in (1, 2)],
-    [f"policy-{n}" for n in (1, 2, 3)],
+    [f"method-{n}" for n in (1, 2, 3)],
     [f"seed-{n}" for n in (1, 2, 3)],
 )
-NOT_RUN = ["rate-2", "policy-2", "round"]
+NOT_RUN = ["rate-2", "method-2", "round"]
 """Experiments that the test removes from the queue, in addition to the page, because they train for minutes."""
 
 Outputs = dict[str, str]
@@ -86,9 +86,9 @@ def rounds(project: Project, outputs: Outputs) -> None:
     assert found == {
         "rate-1": ("0.05", "reinforce", "0", "1"),
         "rate-2": ("0.1", "reinforce", "0", "1"),
-        "policy-1": (share, "reinforce", "0", "1"),
-        "policy-2": (share, "ranksum", "0", "1"),
-        "policy-3": (share, "agreement", "0", "1"),
+        "method-1": (share, "reinforce", "0", "1"),
+        "method-2": (share, "ranksum", "0", "1"),
+        "method-3": (share, "agreement", "0", "1"),
         "seed-1": (share, "reinforce", "0", "1"),
         "seed-2": (share, "reinforce", "1", "1"),
         "seed-3": (share, "reinforce", "2", "1"),
@@ -100,10 +100,10 @@ def queue(project: Project, outputs: Outputs) -> None:
     status, _, run = outputs.values()
     assert all(name in status for name in (*RATES, *POLICIES, *SEEDS, "round"))
     assert queued(project) == set()
-    # policy-1 repeats the first run and comes from the cache.
+    # method-1 repeats the first run and comes from the cache.
     assert sorted(executed(run)) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", "evaluate", "report"])
     done = set(project.out("dvc", "exp", "list", "--name-only").split())
-    assert {"policy-1", "policy-3"} <= done
+    assert {"method-1", "method-3"} <= done
     assert not done & {*RATES, *SEEDS, *NOT_RUN}
 
 
@@ -112,8 +112,8 @@ def table(project: Project, outputs: Outputs) -> None:
     rows = [line.split() for line in text.splitlines() if line.strip(" ─")]
     assert rows[0] == ["Experiment", "val_miou", "test_miou", "select.method"]
     policies = {line[-4]: line[-1] for line in rows[2:]}
-    assert policies["[policy-1]"] == "reinforce"
-    assert policies["[policy-3]"] == "agreement"
+    assert policies["[method-1]"] == "reinforce"
+    assert policies["[method-3]"] == "agreement"
     scores = [float(line[-3]) for line in rows[2:]]  # the first row is the baseline
     assert scores == sorted(scores, reverse=True)
 
@@ -129,7 +129,7 @@ def comparison(project: Project, outputs: Outputs) -> None:
     assert re.search(r"^params\.yaml +select\.method +reinforce +agreement$", params, re.MULTILINE)
     assert "dvc_plots/index.html" in plots
     page = project.read("dvc_plots/index.html").decode()
-    assert "policy-3" in page
+    assert "method-3" in page
     assert "HEAD" in page
 
 
@@ -142,14 +142,14 @@ def application(project: Project, outputs: Outputs) -> None:
 
 def sharing(project: Project, outputs: Outputs) -> None:
     _, listed = outputs.values()
-    assert "policy-3" in listed
-    assert "policy-1" not in listed
+    assert "method-3" in listed
+    assert "method-1" not in listed
     project.run("git", "clone", "--quiet", "../shared.git", "../clone")
     clone = Project(project.folder.parent / "clone")
     clone.run("dvc", "remote", "add", "--local", "--default", "storage", "../storage")
-    clone.run("dvc", "exp", "pull", "origin", "policy-3")
-    clone.run("dvc", "exp", "apply", "policy-3", code=None)
-    metrics = json.loads(project.out("dvc", "metrics", "diff", "--all", "--json", "HEAD", "policy-3"))
+    clone.run("dvc", "exp", "pull", "origin", "method-3")
+    clone.run("dvc", "exp", "apply", "method-3", code=None)
+    metrics = json.loads(project.out("dvc", "metrics", "diff", "--all", "--json", "HEAD", "method-3"))
     here = {key: value["new"] for key, value in metrics["metrics/evaluate.json"].items() if "new" in value}
     there = json.loads(clone.read("metrics/evaluate.json"))
     assert there == {key: here[key] for key in there}
@@ -157,8 +157,8 @@ def sharing(project: Project, outputs: Outputs) -> None:
 
 
 def cleaning(project: Project, outputs: Outputs) -> None:
-    assert "policy-3" in project.out("dvc", "exp", "list", "--name-only").split()
-    assert "policy-1" not in project.out("dvc", "exp", "list", "--name-only").split()
+    assert "method-3" in project.out("dvc", "exp", "list", "--name-only").split()
+    assert "method-1" not in project.out("dvc", "exp", "list", "--name-only").split()
     # Unused cache files are removed; files that an experiment needs are kept.
     idle = b"nobody needs this"
     digest = hashlib.md5(idle).hexdigest()
@@ -167,7 +167,7 @@ def cleaning(project: Project, outputs: Outputs) -> None:
     path.write_bytes(idle)
     project.run(*shlex.split(list(outputs)[-1]))
     assert not path.exists()
-    project.run("dvc", "exp", "apply", "policy-3", code=None)
+    project.run("dvc", "exp", "apply", "method-3", code=None)
     assert project.stages_run("dvc", "repro") == []
     project.back()
 
@@ -178,7 +178,7 @@ def nothing_more(project: Project, outputs: Outputs) -> None:
 
 CHECKS: dict[str, Callable[[Project, Outputs], None]] = {
     "Sweep the label rate": rates,
-    "Compare policies": nothing_more,
+    "Compare methods of selection": nothing_more,
     "Several seeds": nothing_more,
     "Another round": rounds,
     "Look at the queue, and run it": queue,

@@ -211,7 +211,7 @@ WRONG = {
     ),
     "nothing evaluated": (
         lambda: change({"evaluate": {"splits": ["test"]}}),
-        ["evaluate.splits: got test, expected some of val: sentences to evaluate are there"],
+        ["evaluate.splits: got test, expected some of val: these splits have held-out sentences"],
     ),
     "no responses": (lambda: Path("responses.jsonl").unlink(), ["responses.jsonl: cannot be read: No such file"]),
     "bad responses": (

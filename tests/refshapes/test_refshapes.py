@@ -168,8 +168,8 @@ def world(*rows):
     """Rows: description without size, center x, center y, side. Every mask is a square, whatever the named shape."""
     objects, masks = [], np.zeros((len(rows), 100, 100), dtype=bool)
     for mask, (description, x, y, side) in zip(masks, rows, strict=True):
-        colour, texture, shape = description.split()
-        objects.append(SceneObject(shape=shape, colour=colour, size="unused", texture=texture))
+        color, texture, shape = description.split()
+        objects.append(SceneObject(shape=shape, color=color, size="unused", texture=texture))
         mask[y - side // 2 : y + side // 2, x - side // 2 : x + side // 2] = True
     return measure(objects, masks)
 
@@ -385,10 +385,10 @@ def test_make_scene_supports_other_image_sizes_and_sentence_counts(side_px, sent
 
 def test_no_single_attribute_identifies_the_target(scenes):
     pairs = [(scene.objects, scene.objects[e.target]) for scene, expressions in scenes for e in expressions]
-    colour = np.mean([sum(o.colour == t.colour for o in objects) == 1 for objects, t in pairs])
+    color = np.mean([sum(o.color == t.color for o in objects) == 1 for objects, t in pairs])
     shape = np.mean([sum(o.shape == t.shape for o in objects) == 1 for objects, t in pairs])
-    both = np.mean([sum((o.shape, o.colour) == (t.shape, t.colour) for o in objects) == 1 for objects, t in pairs])
-    assert colour == 0
+    both = np.mean([sum((o.shape, o.color) == (t.shape, t.color) for o in objects) == 1 for objects, t in pairs])
+    assert color == 0
     assert shape == 0
     assert both < 0.5
 
@@ -420,7 +420,7 @@ def test_colors_are_distinguishable_under_any_lighting(scenes):
         for index, item in enumerate(scene.objects):
             seen = seen_colour(scene, index)
             nearest = list(COLOURS)[int((palette @ (seen / np.linalg.norm(seen))).argmax())]
-            wrong += nearest != item.colour
+            wrong += nearest != item.color
             total += 1
     assert wrong <= 0.01 * total
 
@@ -453,8 +453,8 @@ def test_masks_contain_only_pixels_of_their_object(scenes):
         pixels = scene.image / np.linalg.norm(scene.image, axis=2, keepdims=True).clip(1)
         nearest = (pixels @ palette.T).argmax(axis=2)
         for item, mask in zip(scene.objects, scene.masks, strict=True):
-            if item.texture == "plain" and item.colour != "white":  # white is close to the gray of backgrounds
-                assert (nearest[mask] == list(COLOURS).index(item.colour)).mean() > 0.85
+            if item.texture == "plain" and item.color != "white":  # white is close to the gray of backgrounds
+                assert (nearest[mask] == list(COLOURS).index(item.color)).mean() > 0.85
         touching = measure(scene.objects, scene.masks).gap
         overlaps += bool((touching[np.triu_indices(len(touching), k=1)] < 1.5 / 96).any())
     assert overlaps > 0.2 * len(scenes), "objects that cover each other are part of the task"
