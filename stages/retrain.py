@@ -6,6 +6,7 @@ import argparse
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
+from l2l_core.core.progress import is_first_process
 from l2l_core.errors import exit_code
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training.runs import (
@@ -36,7 +37,7 @@ def main() -> None:
     online, share = method_of(pseudo_path) == "mean_teacher", 1 - params.retrain.labeled_share
     pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
     labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
-    if pseudo is None:
+    if pseudo is None and is_first_process():
         print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
     fresh = params.retrain.start == "scratch" and not online
     network = new_network(params, run_name) if fresh else Segmenter.load(previous)

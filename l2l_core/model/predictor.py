@@ -100,6 +100,9 @@ class Predictor:
     def __call__(self, image: ImageInput, sentence: str | list[str]) -> Prediction | list[Prediction]:
         """Segment the referent of one sentence, or of each of several sentences, in an image; without a prior.
 
+        image: a path, a Pillow image, or a uint8 array [H, W, 3] (RGB) or [H, W] (gray). sentence: one sentence or a
+        list. Returns one Prediction, or a list with one per sentence.
+
         The image is encoded once. Masks equal those of evaluation, except for pixels whose logit rounds to the other
         side of 0. Raises InputError if the image cannot be read or no sentence is given, ArtifactError if the model
         does not store its proposal parameters.

@@ -130,8 +130,9 @@ def train(
         for name, module in checkpointed.items():
             module.load_state_dict(state[name])
         curve, first = state["curve"], state["step"]
-        print(f"{what}: resuming at step {first} of {steps}", flush=True)
     if accelerator.is_main_process:
+        if state is not None:
+            print(f"{what}: resuming at step {first} of {steps}", flush=True)
         for row in curve:
             log(row)
     student, stepper = accelerator.prepare(network, optimizer)
