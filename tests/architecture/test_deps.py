@@ -138,12 +138,12 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     "crossfit-0": {
         *("retrain.labeled_share", "retrain.prior_swap", "retrain.evolve_proposals", "retrain.num_passes"),
         *("select.fold_update", "select.fold_update_steps"),
-        "train.engine",
+        *("proposals.rendering", "train.engine"),
     },
-    "crossfit": {"select.trains_policy", "train.engine"},
+    "crossfit": {"select.trains_policy", "proposals.rendering", "train.engine"},
     "select": {"train.engine"},
     # Part of the checkpoint names, but of no stage output.
-    **{name: {"select.folds", "train.engine"} for name in ("warmup", "retrain")},
+    **{name: {"select.folds", "proposals.rendering", "train.engine"} for name in ("warmup", "retrain")},
 }
 """Parameters that a stage's functions read without an effect on its outputs."""
 
