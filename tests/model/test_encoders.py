@@ -6,10 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toy_pairs import MODEL, rows_of, toy_batches, toy_pairs
-from transformers import BertConfig, BertModel, ConvNextV2Config, ConvNextV2Model, SwinConfig, SwinModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    ConvNextV2Config,
+    ConvNextV2Model,
+    SwinConfig,
+    SwinModel,
+    TimmBackboneConfig,
+)
 from transformers.utils import import_utils
 
-from l2l_core.errors import ConfigError
+from l2l_core.errors import ArtifactError, ConfigError
 from l2l_core.model.encoders import (
     blank_encoders,
     make_image_encoder,
@@ -162,6 +170,14 @@ def test_a_timm_backbone_without_timm_names_the_package(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "pretrained_cfg": {}}')
     with pytest.raises(ConfigError, match=r"model\.image_encoder: got .*, which needs a package .*: .* requires timm"):
         make_image_encoder(str(tmp_path))
+
+
+def test_a_model_folder_of_a_timm_backbone_names_timm_where_it_is_missing(tmp_path, monkeypatch):
+    Segmenter.create(MODEL, CORPUS, seed=0).save(tmp_path)
+    TimmBackboneConfig(backbone="resnet10t").save_pretrained(tmp_path / "image_encoder")
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} requires timm"))
+    with pytest.raises(ArtifactError, match=r"no usable model: TimmBackbone requires timm$"):
+        Segmenter.load(tmp_path)
 
 
 def test_loads_half_precision_weights_in_single_precision(tmp_path):
