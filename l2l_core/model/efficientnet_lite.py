@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a backbone: the EfficientNet of Tan and Le (2019) without squeeze-and-excitation, with ReLU6."""
+"""EfficientNet-Lite0 as a backbone: EfficientNet (Tan and Le, 2019) with ReLU6 and without squeeze-and-excitation."""
 
 from __future__ import annotations
 

@@ -56,6 +56,8 @@ def run_checks(params: Params, *, timing: bool, say: Say) -> None:
         network = costs = needs = None
         with _collected(problems):
             say(f"encoders    {backends.describe_encoders(params.model)}")
+            if advice := backends.advise_encoders(params):
+                say(f"advice      {advice}")
             model = backends.local_model(params.model)
             if model is not None and data is not None:
                 network = Segmenter.create(model, data.index.refs["sentence"].to_pylist(), params.seed)
