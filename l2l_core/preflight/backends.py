@@ -21,6 +21,7 @@ from l2l_core.mllm.interpreter import has_package
 from l2l_core.mllm.query import make_backend, make_questions, query_table
 from l2l_core.mllm.replay import ReplayBackend, load_recorded
 from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
+from l2l_core.model.packaged import PACKAGED, packaged_file
 from l2l_core.preflight.inputs import Data
 from l2l_core.priors.sam import WEIGHTS, check_sam
 from l2l_core.priors.table import interpret, kinds_of_sentences
@@ -43,6 +44,16 @@ def describe_device(params: Params) -> str:
 def describe_encoders(model: ModelParams) -> str:
     """The source of the encoders, in one line. Raises ConfigError for an impossible name."""
     return ", ".join(f"{key}: {_where(f'model.{key}', getattr(model, key))}" for key in ENCODER_FOLDERS)
+
+
+def advise_encoders(params: Params) -> str | None:
+    """One line of advice if the backbone is tiny and the data are the user's; None otherwise."""
+    if params.model.image_encoder != TINY or params.uses_builtin_dataset:
+        return None
+    return (
+        "model.image_encoder: tiny starts from random weights, which suits drawings; for photographs use pretrained "
+        "ones: make small, then -S model.preset=small (docs/full_size.md)"
+    )
 
 
 def local_model(model: ModelParams) -> ModelParams | None:
@@ -195,8 +206,13 @@ def _where(key: str, name: str) -> str:
 
 
 def _local_folder(key: str, name: str) -> Path | None:
-    """Local folder of a model; None for a hub id whose files are not on this machine."""
-    if name == TINY or Path(name).is_dir():
+    """Local folder of a model (of a built-in encoder: its name); None for a hub id whose files are not on this machine.
+
+    Raises ConfigError for an impossible name or a package that is not installed.
+    """
+    if name in PACKAGED:
+        packaged_file(name)
+    if name in (TINY, *PACKAGED) or Path(name).is_dir():
         return Path(name)
     try:
         config = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)

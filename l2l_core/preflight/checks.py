@@ -56,6 +56,8 @@ def run_checks(params: Params, *, timing: bool, print_line: PrintLine) -> None:
         network = costs = needs = None
         with _collected(problems):
             print_line(f"encoders    {backends.describe_encoders(params.model)}")
+            if advice := backends.advise_encoders(params):
+                print_line(f"advice      {advice}")
             model = backends.local_model(params.model)
             if model is not None and data is not None:
                 network = Segmenter.create(model, data.index.refs["sentence"].to_pylist(), params.seed)

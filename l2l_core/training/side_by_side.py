@@ -22,19 +22,20 @@ from l2l_core.core.memory import available_bytes
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE
 from l2l_core.errors import L2LError
 from l2l_core.model.encoders import TINY
+from l2l_core.model.packaged import PACKAGED
 
 POLL_S = 0.1
 PROCESS_BYTES = 3 << 28
 """Memory of a training process without network and images: 0.5 GB with all imports; the rest is for tables."""
-NETWORK_BYTES = {True: 1 << 26, False: 1 << 32}
-"""Memory of weights, gradients, two moments and the teacher's weights, by whether the encoders are tiny. Tiny: five
-times 5 MB. Others: five times 0.8 GB, as for Swin-B with BERT-base."""
-PIXEL_BYTES = {True: 2_000, False: 15_000}
-"""Additional memory of a training step, per pixel of the images computed at once, by whether the encoders are tiny.
+NETWORK_BYTES = {"tiny": 1 << 26, "small": 3 << 28, "other": 1 << 32}
+"""Memory of weights, gradients, two moments and the teacher's weights, by the size of the encoders. Tiny: five times
+5 MB. Small (EfficientNet-Lite0, MiniLM): five times 0.1 GB. Others: five times 0.8 GB, as for Swin-B with BERT-base."""
+PIXEL_BYTES = {"tiny": 2_000, "small": 4_000, "other": 15_000}
+"""Additional memory of a training step, per pixel of the images computed at once, by the size of the encoders.
 
 Measured in fp32 by `preflight.memory.peak_of` around two steps of `train` with random weights, minus NETWORK_BYTES of
 their weights: tiny 1,000 (8 images of 224 px) and 1,200 (32 of 96 px), ResNet-50 3,300, Swin-T 3,500, Swin-B with
-windows of 12 12,000 (4 images of 224 px each)."""
+windows of 12 12,000 (4 images of 224 px each); small 2,400 (16 of 256 px)."""
 ERROR = re.compile(rb"(?:\A|(?<=[\r\n]))error: ")
 """Prefix that `errors.exit_code` writes before the message of an L2LError, at line start or over a progress bar."""
 ERROR_CODE = 2
@@ -120,10 +121,11 @@ def training_bytes(params: Params, images: int, at_once: int) -> int:
     """
     engine, model = params.train.engine, params.model
     computed = min(engine.micro_batch_size or params.train.batch_size, params.train.batch_size)
-    tiny = model.image_encoder == model.text_encoder == TINY
-    step = computed * model.image_size_px**2 * PIXEL_BYTES[tiny]
+    encoders = {model.image_encoder, model.text_encoder}
+    size = "tiny" if encoders == {TINY} else "small" if encoders <= {TINY, *PACKAGED} else "other"
+    step = computed * model.image_size_px**2 * PIXEL_BYTES[size]
     decoded = min(images * 3 * model.image_size_px**2, IMAGE_CACHE_BYTES // at_once)
-    return PROCESS_BYTES + NETWORK_BYTES[tiny] + step + decoded
+    return PROCESS_BYTES + NETWORK_BYTES[size] + step + decoded
 
 
 def run_side_by_side(commands: Mapping[str, Sequence[str]], places: ParallelPlan) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from source_tree import FILES, ROOT, closure, parse
 
-from l2l_core.config import SelectParams, TrainParams
+from l2l_core.config import PRESETS, SelectParams, TrainParams
 
 LEARNERS = ("warmup", "crossfit-0", "crossfit", "select", "retrain")
 """Stages that must not see the ground truth of unlabeled and evaluated sentences. (select's `oracle`, a policy for
@@ -149,11 +149,18 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
 
 
 DERIVED = {
+    # Where a key is `auto`, its value comes from the preset.
+    **{
+        f"{section}.{key}": {f"{section}.{key}", "model.preset"}
+        for section, values in PRESETS["tiny"].items()
+        for key in values
+    },
+    "train": {"train", "model.preset"},
     "select.candidate_names": {"select.method", "select.candidates"},
     "select.trains_policy": {"select.method"},
     "select.uses_sam": {"select.method", "select.candidates"},
 }
-"""Properties of a section, and the parameters they derive from."""
+"""Properties and keys of a section, and the parameters they derive from."""
 
 
 # Parameters: the `params.section.key` reads of all functions that a stage reaches.

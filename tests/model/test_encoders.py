@@ -1,3 +1,4 @@
+import json
 import logging
 from pathlib import Path
 
@@ -6,10 +7,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toy_pairs import MODEL, rows_of, toy_batches, toy_pairs
-from transformers import BertConfig, BertModel, ConvNextV2Config, ConvNextV2Model, SwinConfig, SwinModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    ConvNextV2Config,
+    ConvNextV2Model,
+    SwinConfig,
+    SwinModel,
+    TimmBackboneConfig,
+)
+from transformers.utils import import_utils
 
-from l2l_core.errors import ConfigError
-from l2l_core.model.encoders import make_image_encoder, make_text_encoder, make_tokenizer
+from l2l_core.errors import ArtifactError, ConfigError
+from l2l_core.model.encoders import (
+    blank_encoders,
+    make_image_encoder,
+    make_text_encoder,
+    make_tokenizer,
+    normalization,
+    save_encoder_configs,
+)
 from l2l_core.model.segmenter import Segmenter
 
 CORPUS = ["left cat", "the red dog, not the cat's", "Right DOG"]
@@ -89,6 +106,80 @@ def test_pyramid_levels_go_from_fine_to_coarse(tmp_path):
         sides = [level.shape[-1] for level in maps]
         assert sides == [16, 8, 4, 2]
         assert [level.shape[1] for level in maps] == list(encoder.channels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        (None, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),  # no file: ImageNet's values
+        ({"image_mean": [0.5, 0.5, 0.25], "image_std": [0.5, 0.25, 0.5]}, [127.5, 127.5, 63.75], [127.5, 63.75, 127.5]),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 128}, [64.0] * 3, [64.0] * 3),
+        ({"image_mean": [127] * 3, "image_std": [128] * 3, "do_rescale": False}, [127.0] * 3, [128.0] * 3),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": False}, [0.0] * 3, [255.0] * 3),
+    ],
+)
+def test_normalization_comes_with_the_encoder(tmp_path, settings, mean, std):
+    """(value / 255 - image_mean) / image_std = (value - pixel_mean) / pixel_std, also after saving the network."""
+    folder = save_backbone(tmp_path, "convnextv2")
+    if settings is not None:
+        (tmp_path / "convnextv2" / "preprocessor_config.json").write_text(json.dumps(settings))
+    encoder = make_image_encoder(folder)
+    save_encoder_configs(tmp_path / "run", encoder, make_text_encoder("tiny", 8, 8))
+    for one in (encoder, blank_encoders(tmp_path / "run")[0]):
+        for found, expected in zip(normalization(one), (mean, std), strict=True):
+            torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_network_normalizes_images_by_its_encoder(tmp_path):
+    folder = save_backbone(tmp_path, "convnextv2")
+    settings = {"image_mean": [127] * 3, "image_std": [128] * 3, "do_rescale": False}
+    (tmp_path / "convnextv2" / "preprocessor_config.json").write_text(json.dumps(settings))
+    network = Segmenter.create(MODEL.model_copy(update={"image_encoder": folder}), CORPUS, seed=0).eval()
+    seen = []
+    network.image_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network.encode_image(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))
+    assert seen[0].unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("architecture", ["resnet10t", "convnext_atto"])
+def test_loads_timm_backbones_from_folders(tmp_path, architecture):
+    """The four coarsest levels of timm's own features, with timm's normalization."""
+    pytest.importorskip("torchvision")
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(1)
+    model = timm.create_model(architecture).eval()
+    timm.models.save_for_hf(model, tmp_path / "timm", safe_serialization=True)
+    encoder = make_image_encoder(str(tmp_path / "timm")).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.forward_intermediates(images, intermediates_only=True)[-4:]
+        for found, wanted in zip(encoder(images).feature_maps, expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+    assert [level.shape[-1] for level in expected] == [16, 8, 4, 2]
+    torch.testing.assert_close(normalization(encoder)[0], 255 * torch.tensor(model.pretrained_cfg["mean"]))
+
+    (tmp_path / "timm").rename(tmp_path / "gone")
+    save_encoder_configs(tmp_path / "run", encoder, make_text_encoder("tiny", 8, 8))
+    again, _ = blank_encoders(tmp_path / "run")
+    again.load_state_dict(encoder.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images).feature_maps[-1], encoder(images).feature_maps[-1])
+
+
+def test_a_timm_backbone_without_timm_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} requires timm"))
+    (tmp_path / "config.json").write_text('{"architecture": "resnet10t", "pretrained_cfg": {}}')
+    match = r"model\.image_encoder: got .*, expected .* an image backbone: .*requires timm"
+    with pytest.raises(ConfigError, match=match):
+        make_image_encoder(str(tmp_path))
+
+
+def test_a_model_folder_of_a_timm_backbone_names_timm_where_it_is_missing(tmp_path, monkeypatch):
+    Segmenter.create(MODEL, CORPUS, seed=0).save(tmp_path)
+    TimmBackboneConfig(backbone="resnet10t").save_pretrained(tmp_path / "image_encoder")
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: False, "{0} requires timm"))
+    with pytest.raises(ArtifactError, match=r"no usable model: TimmBackbone requires timm$"):
+        Segmenter.load(tmp_path)
 
 
 def test_loads_half_precision_weights_in_single_precision(tmp_path):

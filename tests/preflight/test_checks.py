@@ -22,6 +22,7 @@ from tiny_sam import save_tiny_sam
 
 from bench.params import merged
 from l2l_core.config import load_params
+from l2l_core.model import packaged
 from l2l_core.preflight import checks
 from l2l_core.preflight.estimate import Stage
 
@@ -341,6 +342,32 @@ def test_suggests_the_right_name_for_a_misspelled_parameter(project, monkeypatch
 
 
 # --- encoders and models outside the project
+
+
+def test_advises_pretrained_encoders_for_photographs(project, monkeypatch, capsys):
+    said = checked(monkeypatch, capsys, "--no-timing")
+    (advice,) = (line for line in said.splitlines() if line.startswith("advice "))
+    assert "model.preset=small" in advice
+    change({"dataset": "data/refshapes", "split": {"labeled_fraction": 0.05}, "priors": {"backend": "none"}})
+    change({"refshapes": {"image_size_px": 64, "train_images": 64, "val_images": 8, "test_images": 8}})
+    assert "advice " not in checked(monkeypatch, capsys, "--no-timing")
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_small_preset_needs_its_packages(project, monkeypatch, capsys, is_installed):
+    if not is_installed:
+        monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    elif any(importlib.util.find_spec(package) is None for _, package, _ in packaged.PACKAGED.values()):
+        pytest.skip("the extra small is not installed: make small")
+    change({"model": {"preset": "small"}})
+    if is_installed:
+        said = checked(monkeypatch, capsys, "--no-timing")
+        assert "image_encoder: efficientnet-lite0, text_encoder: minilm\n" in said
+        assert "advice " not in said
+    else:
+        (problem,) = problems(monkeypatch, capsys)
+        assert problem.startswith("params.yaml: model.image_encoder: got 'efficientnet-lite0', which needs the package")
+        assert problem.endswith("make small, or pip install '.[small]'")
 
 
 def test_does_not_download_a_hub_model(project, monkeypatch, capsys):

@@ -112,6 +112,21 @@ def test_large_networks_train_in_parallel_only_if_memory_holds_both(machine):
     assert plan_parallel(large, 2, IMAGES).at_once == 2
 
 
+def test_memory_estimate_depends_on_the_size_of_the_encoders():
+    """A step of the preset `small` (16 images of 256 px) was measured at 3.0 GB with weights and moments."""
+    large = toy_params(train={"batch_size": 16})
+    sizes = []
+    for image, text in (
+        ("tiny", "tiny"),
+        ("efficientnet-lite0", "minilm"),
+        ("efficientnet-lite0", "bert-base-uncased"),
+    ):
+        encoders = {"image_encoder": image, "text_encoder": text, "image_size_px": 256}
+        settings = large.model_copy(update={"model": large.model.model_copy(update=encoders)})
+        sizes.append(side_by_side.training_bytes(settings, 0, 1) - side_by_side.PROCESS_BYTES)
+    assert 0 < sizes[0] < 3.0e9 < sizes[1] < 6.5e9 < sizes[2]
+
+
 def test_memory_estimate_covers_the_actual_use(tmp_path):
     """The comparison excludes the process itself, which already runs."""
     size, batch = 96, 8
