@@ -16,7 +16,8 @@ docs/results.md.
     stage_cpu_seconds      user and system time of a stage's processes
     peak_rss_mb            of the largest single process
     policy_percent         training of the policies, of the time of the rounds (select, retrain and crossfit)
-    val_miou, val_miou_*   percent, with priors: of the last round, and of the supervised model and each round
+    val_miou, val_miou_*   percent: of the last round; of the priors' proposals, the supervised model, each round, and
+                           the last round without priors
     settings, environment  `-S`, and the variables that decide about threads
     committed              when, by which rows are ordered
 """
@@ -52,6 +53,15 @@ MARK = "default_run"
 REPEATS = 5
 OF_ROUNDS = ("select@", "retrain@", "crossfit@")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+
+SCORES = {
+    "val_miou_proposal": "proposals",
+    "val_miou_supervised": "labels only",
+    "val_miou_warmup": "warm-up",
+    "val_miou": "last round",
+    "val_miou_no_prior": "last round without priors",
+}
+"""Keys of a row that README.md shows, and what it calls them."""
 
 Row = dict[str, Any]
 
@@ -158,8 +168,9 @@ def measure(revision: str, overrides: Sequence[str]) -> list[Row]:
 
 
 def read_scores(metrics: dict[str, float]) -> Row:
-    """The mIoU of val that metrics/evaluate.json holds: final, supervised, warm-up and rounds."""
-    names = {"supervised": "supervised", "round_0": "warmup"} | {f"round_{k}": f"round_{k}" for k in range(1, 9)}
+    """The mIoU of val that metrics/evaluate.json holds: final, proposals, supervised, rounds, and without priors."""
+    names = {"prior": "proposal", "supervised": "supervised", "round_0": "warmup"}
+    names |= {f"round_{k}": f"round_{k}" for k in range(1, 9)} | {"no_prior": "no_prior"}
     found = {f"val_miou_{name}": metrics.get(f"val_{key}_miou") for key, name in names.items()}
     return {"val_miou": metrics["val_miou"]} | {name: value for name, value in found.items() if value is not None}
 
@@ -199,9 +210,11 @@ def line(rows: Sequence[Row]) -> str:
     first, nothing = latest(rows), latest(rows, "nothing_to_do")
     minutes, memory_gib = first["seconds"] / 60, first["peak_rss_mb"] / 1024
     where = f"{first['device']}; commit {first['commit']}"
+    scores = ", ".join(f"{name} {first[key]:.1f}" for key, name in SCORES.items() if key in first)
     return (
         f"The pipeline took {minutes:.1f} minutes and {memory_gib:.1f} GiB ({where}), "
-        f"and {nothing['seconds']:.1f} s when nothing had changed (`python -m bench.default_run`)."
+        f"and {nothing['seconds']:.1f} s when nothing had changed (`python -m bench.default_run`). "
+        f"mIoU on val: {scores}."
     )
 
 

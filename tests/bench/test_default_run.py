@@ -48,7 +48,9 @@ def test_keeps_rows_of_other_commits_settings_and_machines() -> None:
 def test_readme_line_describes_the_latest_commit_with_default_settings() -> None:
     rows = [row("ccc", NEWER, 60), nothing("ccc", NEWER), row("ddd", NEWER, 6, "round=1"), row("aaa", OLD, 600)]
     assert default_run.latest(rows)["commit"] == "ccc"
-    assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc), and 2.0 s" in default_run.line(rows)
+    line = default_run.line(rows)
+    assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc), and 2.0 s" in line
+    assert line.endswith("mIoU on val: warm-up 50.0.")
 
 
 def test_row_without_a_date_counts_as_the_oldest() -> None:
@@ -97,13 +99,17 @@ def test_reads_the_scores_of_every_model() -> None:
         "val_supervised_miou": 1.0,
         "val_round_0_miou": 2.0,
         "val_round_1_miou": 3.0,
+        "val_prior_miou": 4.0,
+        "val_no_prior_miou": 5.0,
         "n_val": 9,
     }
     assert default_run.read_scores(metrics) == {
         "val_miou": 3.0,
+        "val_miou_proposal": 4.0,
         "val_miou_supervised": 1.0,
         "val_miou_warmup": 2.0,
         "val_miou_round_1": 3.0,
+        "val_miou_no_prior": 5.0,
     }
 
 
