@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         },
         "train": {
             "batch_size": 16,
-            "lr": 1e-3,
+            "lr": 2e-3,  # best of 1e-3, 2e-3, 3e-3 in runs of 60 steps without priors on photographs
             "encoder_lr_scale": 0.1,
             "weight_decay": 0.05,
             "warmup_fraction": 0.05,
