@@ -25,7 +25,7 @@ from l2l_core.training.runs import (
 def main() -> None:
     """Write model/ and curves/ of a round.
 
-    Under the policy `mean_teacher`, the EMA teacher labels the unlabeled pairs during training. Training then starts
+    With the method `mean_teacher`, the EMA teacher labels the unlabeled pairs during training. Training then starts
     from the last round's model for any `retrain.start`, since a random teacher gives useless labels.
     """
     parser = argparse.ArgumentParser(description=__doc__)
