@@ -29,7 +29,7 @@ def inputs(sides: tuple[int, ...] = (16, 8, 4), batch: int = 2) -> dict[str, tor
 def answer(network: Decoder, given: dict) -> tuple[torch.Tensor, torch.Tensor]:
     finest = given["pyramid"][0]
     image = given.get("image", random(9, 1, 3, *(4 * side for side in finest.shape[-2:])).repeat(len(finest), 1, 1, 1))
-    detail = network.border.seen(image, finest)
+    detail = network.border.image_detail(image, finest)
     given = {name: value for name, value in given.items() if name != "image"}
     return network(**given | {"pyramid": network.join(given["pyramid"]), "detail": detail})
 
@@ -168,7 +168,7 @@ def test_border_learns_to_follow_image_edges():
 
     def ask(image: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
         features = torch.zeros(len(image), DIM, 16, 16)
-        return border(coarse, coarse, features, border.seen(image, features))
+        return border(coarse, coarse, features, border.image_detail(image, features))
 
     for step in range(60):
         image, mask, coarse = scenes(16, step)
