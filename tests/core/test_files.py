@@ -89,7 +89,7 @@ def test_ignores_later_rounds_left_by_an_earlier_run(tmp_path, monkeypatch):
     (tmp_path / "data/rounds/3/pseudo_labels.parquet").touch()
     (tmp_path / "data/round.txt").write_text("1\n")
     assert latest_round("model") == 1
-    with pytest.raises(ArtifactError, match=r"no round up to 1 .*has pseudo_labels\.parquet; .*of a run before"):
+    with pytest.raises(ArtifactError, match=r"no round up to 1 .*has pseudo_labels\.parquet; .*from an earlier run"):
         latest_round("pseudo_labels.parquet")
 
 
