@@ -108,7 +108,8 @@ def _rendering_name(rendering: ProposalsParams, priors: Mapping[str, Any]) -> st
             assert_never(rendering.renderer)
     if not priors.get("mask"):
         return drawn
-    return f"the priors' masks; {drawn} where there is none" if priors["box"] + priors["point"] else "the priors' masks"
+    has_others = priors["box"] + priors["point"] > 0
+    return f"the priors' masks, and {drawn} for priors without a mask" if has_others else "the priors' masks"
 
 
 def _facts(run: Run, params: Params) -> list[tuple[str, str]]:

@@ -265,7 +265,7 @@ def test_draws_a_mask_prior_and_not_its_box(tmp_path: Path, monkeypatch: pytest.
     [
         ({"mask": 0, "box": 4, "point": 0}, "box"),
         ({"mask": 4, "box": 0, "point": 0}, "the priors' masks"),
-        ({"mask": 3, "box": 0, "point": 1}, "the priors' masks; box where there is none"),
+        ({"mask": 3, "box": 0, "point": 1}, "the priors' masks, and box for priors without a mask"),
     ],
 )
 def test_names_what_the_proposals_are(

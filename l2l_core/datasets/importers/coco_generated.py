@@ -118,7 +118,7 @@ def _described(
     seed: int,
     refused: Counter[str],
 ) -> list[Entry]:
-    """The pairs of an image. Each object has a random stream of its own, so that no object changes another's."""
+    """The pairs of an image. Each object has its own random stream, whose draws do not depend on the other objects."""
     height, width = image["height"], image["width"]
     layout = measure(list(objects.values()), height, width)
     entries: list[Entry] = []
