@@ -98,6 +98,22 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
 }
 """`model.preset` -> section -> key -> value that `auto` stands for in that key."""
 
+CoordScale = Literal["pixel", "resized_pixel", "norm1000", "norm999", "norm1024", "percent", "unit", "unit_square"]
+"""pixel: of the original image; resized_pixel: of the image as the model saw it; norm*, percent and unit span the whole
+image from 0 to their number; unit_square spans the image padded to a square."""
+CoordSpace = Literal[
+    CoordScale,
+    "pixel_yx",
+    "resized_pixel_yx",
+    "norm1000_yx",
+    "norm999_yx",
+    "norm1024_yx",
+    "percent_yx",
+    "unit_yx",
+    "unit_square_yx",
+]
+"""A scale, and whether y comes before x (`_yx`)."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -208,25 +224,7 @@ class PriorsParams(Section):
     """Responses per sentence; of `detector`: its best boxes."""
     replay_file: str | None
     """JSON lines with recorded responses or masks, for the `replay` backend."""
-    coord_space: Literal[
-        "auto",
-        "pixel",
-        "resized_pixel",
-        "norm1000",
-        "norm999",
-        "norm1024",
-        "percent",
-        "unit",
-        "unit_square",
-        "pixel_yx",
-        "resized_pixel_yx",
-        "norm1000_yx",
-        "norm999_yx",
-        "norm1024_yx",
-        "percent_yx",
-        "unit_yx",
-        "unit_square_yx",
-    ]
+    coord_space: Literal["auto", CoordSpace]
     """How the model writes coordinates. `auto` looks up the model family."""
     check_coords: bool
     """Whether the stage `priors` stops if the labels show that coordinates have another meaning."""

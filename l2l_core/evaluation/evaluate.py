@@ -196,10 +196,13 @@ def _proposal_iou(labels: pd.DataFrame, truth: Sequence[bytes], proposals: pd.Da
     rows = np.flatnonzero(maps["soft"].notna())
     sizes = labels[["height", "width"]].to_numpy(np.int64)
     cut: list[bytes] = []
+    cut_priors: dict[int, bytes] = {}  # the same in every round
     for label, given in zip(labels.iloc[rows].itertuples(), maps.iloc[rows].itertuples(), strict=True):
         proposal = np.frombuffer(given.soft, np.uint8).reshape(int(given.height), int(given.width))
+        if label.sent_id not in cut_priors:
+            cut_priors[label.sent_id] = cut_proposal(proposal, label.height, label.width)
         fused = fuse(proposal, decode_rle(label.rle_counts, label.height, label.width), label.accept_prob)
-        cut += [cut_proposal(soft, label.height, label.width) for soft in (proposal, fused)]
+        cut += [cut_priors[label.sent_id], cut_proposal(fused, label.height, label.width)]
     pixels = intersection_union_px(cut, np.repeat(np.array(truth, object)[rows], 2).tolist(), sizes[rows].repeat(2, 0))
     iou = np.full((len(labels), 2), np.nan)
     iou[rows] = iou_from_px(pixels[:, 0], pixels[:, 1]).reshape(-1, 2)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
+from l2l_core.config import CoordSpace
 from l2l_core.errors import L2LError
-from l2l_core.mllm.coords import CoordSpace
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -5,29 +5,15 @@ from __future__ import annotations
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from l2l_core.config import CoordScale, CoordSpace
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.errors import ConfigError
 
-CoordScale = Literal["pixel", "resized_pixel", "norm1000", "norm999", "norm1024", "percent", "unit", "unit_square"]
-"""pixel: of the original image; resized_pixel: of the image as the model saw it; norm*, percent and unit span the whole
-image from 0 to their number; unit_square spans the image padded to a square."""
-CoordSpace = Literal[
-    CoordScale,
-    "pixel_yx",
-    "resized_pixel_yx",
-    "norm1000_yx",
-    "norm999_yx",
-    "norm1024_yx",
-    "percent_yx",
-    "unit_yx",
-    "unit_square_yx",
-]
-"""A scale, and whether y comes before x (`_yx`)."""
 COORD_SPACES: tuple[CoordSpace, ...] = get_args(CoordSpace)
 
 _FAMILIES: tuple[tuple[str, CoordSpace], ...] = (

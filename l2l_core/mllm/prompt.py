@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from l2l_core.config import CoordScale, CoordSpace
 from l2l_core.mllm.backend import final_text
-from l2l_core.mllm.coords import CoordScale, CoordSpace, is_y_first, scale_of
+from l2l_core.mllm.coords import is_y_first, scale_of
 
 PromptName = Literal["box-1", "box-2", "point-1"]
 Schema = dict[str, object]

@@ -14,13 +14,14 @@ from typing import Literal
 
 import pandas as pd
 
+from l2l_core.config import CoordSpace
 from l2l_core.core.json_lines import json_object, numbered_lines
 from l2l_core.core.mask_forms import MASK_FORMS, mask_paths, read_mask
 from l2l_core.core.masks import rle_area_px
 from l2l_core.core.progress import progress
 from l2l_core.errors import ConfigError, InputError, raise_all
 from l2l_core.mllm.backend import Question, RawResponse
-from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space, scale_of
+from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space, scale_of
 
 MAX_SAMPLES = 16  # the maximum of priors.samples
 Key = tuple[int, int]  # sent_id, sample_index

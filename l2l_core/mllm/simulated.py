@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from l2l_core.config import CoordScale, CoordSpace
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.errors import InputError
 from l2l_core.mllm.backend import Question, RawResponse, clean_text
-from l2l_core.mllm.coords import CoordScale, CoordSpace, qwen_input_hw, resolve_coord_space, scale_of, write_boxes
+from l2l_core.mllm.coords import qwen_input_hw, resolve_coord_space, scale_of, write_boxes
 from l2l_core.mllm.error_model import ERROR_MODELS, Scenes, draw_boxes, random_draws
 from l2l_core.mllm.prompt import prompt_sha256
 

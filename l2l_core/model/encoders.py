@@ -75,9 +75,9 @@ def make_image_encoder(name: str) -> PreTrainedModel:
     """
     if name == TINY:
         return AutoBackbone.from_config(tiny_image_config())
-    if name == LITE0:
-        return pretrained_lite0(packaged_file(name))
     with _loading("image_encoder", name, "an image backbone"):
+        if name == LITE0:
+            return pretrained_lite0(packaged_file(name))
         config = AutoConfig.from_pretrained(name)
         if config.model_type == "timm_wrapper":
             return _timm_backbone(name, config.architecture)

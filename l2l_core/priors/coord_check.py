@@ -18,14 +18,16 @@ import pandas as pd
 import pyarrow as pa
 
 from l2l_core.artifacts import records
+from l2l_core.config import CoordSpace
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.core.boxes import iou_xyxy
 from l2l_core.core.masks import rle_box_xyxy
+from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.core.seeding import evenly_picked
 from l2l_core.errors import ConfigError
-from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, is_y_first
+from l2l_core.mllm.coords import COORD_SPACES, is_y_first
 from l2l_core.priors.parse import BoxForm, ParsedPrior, parse_response
-from l2l_core.priors.scores import ACC_IOU, Labels, hits, percent
+from l2l_core.priors.scores import LabeledMasks, hits, percent
 
 CHECKED_BACKENDS = ("transformers", "openai", "vllm", "replay")
 """A model or a file may use other coordinates than configured; those of the other backends are known."""
@@ -120,7 +122,7 @@ class Fit:
         return f" of {self.model}" if self.model else ""
 
 
-def fit_coords(responses: pa.Table, labels: Labels) -> list[Fit]:
+def fit_coords(responses: pa.Table, labels: LabeledMasks) -> list[Fit]:
     """Compare readings of the first responses to the labeled sentences, for each model and configured space.
 
     responses: records.RESPONSES. Of a response with a mask, the mask's bounding box is read, which is in pixels. Only
@@ -163,7 +165,7 @@ def check_coords(fits: list[Fit]) -> None:
 
 
 def _fit(
-    rows: pd.DataFrame, labels: Labels, model: str, space: CoordSpace, *, of_masks: bool, is_replayed: bool
+    rows: pd.DataFrame, labels: LabeledMasks, model: str, space: CoordSpace, *, of_masks: bool, is_replayed: bool
 ) -> Fit:
     texts = _mask_boxes(rows["mask"].tolist(), labels) if of_masks else rows["raw_text"].tolist()
     recorded_hw = list(zip(rows["input_height"].tolist(), rows["input_width"].tolist(), strict=True))
@@ -220,7 +222,7 @@ def _fit(
     )
 
 
-def _mask_boxes(masks: list[bytes], labels: Labels) -> list[str]:
+def _mask_boxes(masks: list[bytes], labels: LabeledMasks) -> list[str]:
     """The masks' bounding boxes as responses in pixels."""
     sizes = labels.image_hw.tolist()
     return [json.dumps({"bbox": rle_box_xyxy(mask, *hw)}) for mask, hw in zip(masks, sizes, strict=True)]
@@ -230,7 +232,7 @@ def _by_space(fits: dict[_Reading, DoubleArray], *, by_points: bool) -> dict[str
     mean = {reading.space: percent(fit) for reading, fit in fits.items()}
     if by_points:
         return {"pointing_acc": mean}
-    acc50 = {reading.space: percent((fit >= ACC_IOU).astype(np.float64)) for reading, fit in fits.items()}
+    acc50 = {reading.space: percent((fit >= POSITIVE_IOU).astype(np.float64)) for reading, fit in fits.items()}
     return {"box_miou": mean, "box_acc50": acc50}
 
 
@@ -253,13 +255,13 @@ def _square(side: int, height: int, width: int) -> Hw:
     return side, side
 
 
-def _boxes_fit(priors: list[ParsedPrior], labels: Labels) -> DoubleArray:
+def _boxes_fit(priors: list[ParsedPrior], labels: LabeledMasks) -> DoubleArray:
     """[N] IoU of each box with the true mask's box; 0 without a box."""
     boxes = np.array([prior.bbox or (0.0, 0.0, 0.0, 0.0) for prior in priors], dtype=np.float64).reshape(-1, 4)
     return iou_xyxy(boxes, labels.box_xyxy)
 
 
-def _points_fit(priors: list[ParsedPrior], labels: Labels) -> DoubleArray:
+def _points_fit(priors: list[ParsedPrior], labels: LabeledMasks) -> DoubleArray:
     """[N] 1 for a point inside the true mask, else 0."""
     points = np.array([prior.point or (np.nan, np.nan) for prior in priors], dtype=np.float64).reshape(-1, 2)
     return hits(points, labels).astype(np.float64)
@@ -271,7 +273,7 @@ def _share_inverted(priors: list[ParsedPrior], as_corners: list[ParsedPrior]) ->
     return float(np.mean([prior.bbox is not None and corners.bbox is None for prior, corners in pairs]))
 
 
-def _is_clearly_better(other: DoubleArray, own: DoubleArray, labels: Labels, floor: float) -> bool:
+def _is_clearly_better(other: DoubleArray, own: DoubleArray, labels: LabeledMasks, floor: float) -> bool:
     high, low = other.mean(), own.mean()
     if high < max(RATIO * low, low + MARGIN, floor):
         return False

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal, TypeVar
 
+from l2l_core.config import CoordSpace
 from l2l_core.mllm.backend import clean_text, final_text
-from l2l_core.mllm.coords import MIN_SIDE_PX, CoordSpace, is_y_first, origin_px, pixels_per_unit
+from l2l_core.mllm.coords import MIN_SIDE_PX, is_y_first, origin_px, pixels_per_unit
 
 _BOX_KEYS = ("bbox", "bbox_2d", "box", "box_2d", "bounding_box", "bboxes", "boxes", "quad", "polygon")
 _POINT_KEYS = ("point", "point_2d", "points")

@@ -14,16 +14,13 @@ from l2l_core.artifacts import records
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.core.boxes import iou_xyxy
 from l2l_core.core.masks import cut_proposal, decode_rle, intersection_union_px, rle_box_xyxy
-from l2l_core.core.metrics import auroc, iou_from_px
+from l2l_core.core.metrics import POSITIVE_IOU, auroc, iou_from_px
 
 Scores = dict[str, int | float | None]
 
-ACC_IOU = 0.5
-"""A box counts as accurate from this IoU on, as is usual for referring expressions."""
-
 
 @dataclass(frozen=True)
-class Labels:
+class LabeledMasks:
     """N labeled sentences and their true masks, by ascending sent_id."""
 
     sent_id: NDArray[np.int64]  # [N]
@@ -32,13 +29,13 @@ class Labels:
     rle: list[bytes]  # true masks at the image's size
     box_xyxy: DoubleArray  # [N, 4] tight boxes of the masks, in pixels
 
-    def take(self, rows: NDArray[np.int64]) -> Labels:
+    def take(self, rows: NDArray[np.int64]) -> LabeledMasks:
         """The sentences of the given rows, in that order."""
         rle = [self.rle[row] for row in rows.tolist()]
-        return Labels(self.sent_id[rows], self.ann_id[rows], self.image_hw[rows], rle, self.box_xyxy[rows])
+        return LabeledMasks(self.sent_id[rows], self.ann_id[rows], self.image_hw[rows], rle, self.box_xyxy[rows])
 
 
-def labels_of(split: pa.Table, refs: pa.Table, labeled_masks: pa.Table) -> Labels:
+def labels_of(split: pa.Table, refs: pa.Table, labeled_masks: pa.Table) -> LabeledMasks:
     """The truth of the sentences with role `labeled`; no other truth is read.
 
     split: records.SPLIT. refs: sent_id, ann_id. labeled_masks: records.MASKS of the labeled objects.
@@ -50,7 +47,7 @@ def labels_of(split: pa.Table, refs: pa.Table, labeled_masks: pa.Table) -> Label
     image_hw = known[["height", "width"]].to_numpy(np.int64).reshape(-1, 2)
     rle = known["rle_counts"].tolist()
     boxes = [rle_box_xyxy(counts, *hw) for counts, hw in zip(rle, image_hw.tolist(), strict=True)]
-    return Labels(
+    return LabeledMasks(
         known["sent_id"].to_numpy(np.int64),
         known["ann_id"].to_numpy(np.int64),
         image_hw,
@@ -59,7 +56,7 @@ def labels_of(split: pa.Table, refs: pa.Table, labeled_masks: pa.Table) -> Label
     )
 
 
-def hits(point_xy: DoubleArray, labels: Labels) -> NDArray[np.bool_]:
+def hits(point_xy: DoubleArray, labels: LabeledMasks) -> NDArray[np.bool_]:
     """Whether points [N, 2] in pixels lie inside the true masks of N labeled sentences -> [N]; NaN is outside."""
     found = np.zeros(len(labels.rle), dtype=bool)
     for row in np.flatnonzero(~np.isnan(point_xy).any(axis=1)).tolist():
@@ -69,7 +66,7 @@ def hits(point_xy: DoubleArray, labels: Labels) -> NDArray[np.bool_]:
     return found
 
 
-def score_priors(priors: pa.Table, labels: Labels) -> dict[str, object]:
+def score_priors(priors: pa.Table, labels: LabeledMasks) -> dict[str, object]:
     """Scores of the first response to each labeled sentence, over all of them and per source.
 
     Keys, in percent of the labeled sentences unless noted; a missing box or place counts as wrong:
@@ -109,7 +106,7 @@ def score_priors(priors: pa.Table, labels: Labels) -> dict[str, object]:
     return scores
 
 
-def score_proposals(proposals: pa.Table, labels: Labels) -> Scores:
+def score_proposals(proposals: pa.Table, labels: LabeledMasks) -> Scores:
     """Scores of the proposals, cut at 0.5 at the image's size, on the labeled sentences.
 
     Keys: labeled, labeled_without_prior (numbers; without a prior nothing is above 0.5, and the IoU is 0), miou (mean
@@ -146,7 +143,7 @@ def _prior_scores(table: pd.DataFrame) -> Scores:
     return {
         "labeled": len(table),
         "labeled_without_prior": int((~table["is_located"]).sum()),
-        "box_acc50": percent(table["box_iou"] >= ACC_IOU) if table["has_box"].any() else None,
+        "box_acc50": percent(table["box_iou"] >= POSITIVE_IOU) if table["has_box"].any() else None,
         "box_miou": percent(table["box_iou"]) if table["has_box"].any() else None,
         "mask_miou": percent(table["mask_iou"]) if table["has_mask"].any() else None,
         "pointing_acc": percent(table["hit"]) if table["is_located"].any() else None,
@@ -154,7 +151,7 @@ def _prior_scores(table: pd.DataFrame) -> Scores:
     }
 
 
-def _mask_iou(masks: pd.Series, labels: Labels) -> DoubleArray:
+def _mask_iou(masks: pd.Series, labels: LabeledMasks) -> DoubleArray:
     """[N] IoU of masks (run lengths or null) with the true masks; 0 without a mask."""
     at = np.flatnonzero(masks.notna())
     own, iou = labels.take(at), np.zeros(len(masks))
@@ -171,7 +168,7 @@ def _auroc(score: DoubleArray, iou: DoubleArray) -> float | None:
     """AUROC of a score for IoU above 0.5, in percent; None if all are right, all are wrong, or all scores are equal."""
     if len(np.unique(score)) < 2:
         return None
-    ranked = auroc(score, iou > ACC_IOU)
+    ranked = auroc(score, iou > POSITIVE_IOU)
     return None if ranked is None else round(ranked, 2)
 
 

@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from l2l_core.core.verdict import Verdict
 from l2l_core.refshapes.scene import SceneObject
 
 SHAPE_WORDS = {
@@ -87,26 +88,6 @@ class World:
     center_xy: NDArray[np.float64]
     extent: NDArray[np.float64]
     gap: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Per object: surely meant, possibly meant; sure implies possible. Both [N] bool."""
-
-    sure: NDArray[np.bool_]
-    possible: NDArray[np.bool_]
-
-    def __and__(self, other: Verdict) -> Verdict:
-        return Verdict(self.sure & other.sure, self.possible & other.possible)
-
-    def __invert__(self) -> Verdict:
-        return Verdict(~self.possible, ~self.sure)
-
-    def only(self) -> int | None:
-        """The one object that surely fits if no other possibly fits, else None."""
-        if self.sure.sum() == 1 and self.possible.sum() == 1:
-            return int(self.sure.argmax())
-        return None
 
 
 def measure(objects: Sequence[SceneObject], masks: NDArray[np.bool_]) -> World:

@@ -16,10 +16,11 @@ from PIL import Image
 from prior_tables import BOX_2, prior_params
 from transformers import CLIPImageProcessorPil
 
+from l2l_core.config import CoordSpace
 from l2l_core.errors import InputError
 from l2l_core.mllm import image_backend
 from l2l_core.mllm.backend import Question
-from l2l_core.mllm.coords import CoordSpace, sent_hw
+from l2l_core.mllm.coords import sent_hw
 from l2l_core.mllm.engine import Completion, MllmBackend, Request, request_seed
 from l2l_core.mllm.prompt import prompt_sha256, response_schema
 from l2l_core.priors.parse import parse_response

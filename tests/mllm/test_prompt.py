@@ -10,7 +10,8 @@ from typing import Any, get_args
 import pytest
 from prior_tables import BOX_2
 
-from l2l_core.mllm.coords import COORD_SPACES, CoordSpace
+from l2l_core.config import CoordSpace
+from l2l_core.mllm.coords import COORD_SPACES
 from l2l_core.mllm.prompt import PromptName, keeps_to, prompt_sha256, prompt_text, response_schema
 
 NAMES: tuple[PromptName, ...] = get_args(PromptName)

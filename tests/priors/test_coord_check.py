@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 from prior_tables import random_scenes, refcoco_testa
 
 from l2l_core.artifacts import records
+from l2l_core.config import CoordSpace
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.core.boxes import iou_xyxy
 from l2l_core.core.masks import encode_rle
 from l2l_core.errors import ConfigError
 from l2l_core.mllm.backend import Question
-from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, qwen_input_hw, write_boxes
+from l2l_core.mllm.coords import COORD_SPACES, qwen_input_hw, write_boxes
 from l2l_core.mllm.simulated import SimulatedBackend, make_truth
 from l2l_core.priors.coord_check import check_coords, fit_coords, scores_by_space
 from l2l_core.priors.parse import parse_response
-from l2l_core.priors.scores import Labels
+from l2l_core.priors.scores import LabeledMasks
 
 REAL = os.environ.get("L2L_REAL_DATA")
 DRAWS, SENTENCES = 20, 20
@@ -78,11 +79,11 @@ def filled(boxes: DoubleArray, image_hw: NDArray[np.int64]) -> list[bytes]:
     return rle
 
 
-def labels_of(recorded: Recorded, sentences_per_object: int = 1) -> Labels:
+def labels_of(recorded: Recorded, sentences_per_object: int = 1) -> LabeledMasks:
     """The true boxes as masks."""
     rle = filled(recorded.true_xyxy, recorded.image_hw)
     sent_id = np.arange(len(rle))
-    return Labels(sent_id, sent_id // sentences_per_object, recorded.image_hw, rle, recorded.true_xyxy)
+    return LabeledMasks(sent_id, sent_id // sentences_per_object, recorded.image_hw, rle, recorded.true_xyxy)
 
 
 def problem(recorded: Recorded, space: str, **changes: object) -> str:

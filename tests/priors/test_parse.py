@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l2l_core.mllm.coords import COORD_SPACES, CoordSpace, resolve_coord_space
+from l2l_core.config import CoordSpace
+from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.priors.parse import BoxForm, ParsedPrior, parse_response
 
 HW = (480, 640)  # height, width
@@ -511,7 +512,7 @@ def test_numbered_tokens_mean_the_same_in_every_space(space: CoordSpace) -> None
     "text",
     [
         "{<10><25><50>}",
-        "<10><25><50><75>",  # thousandths or percent: unknown without what stands in front
+        "<10><25><50><75>",  # ambiguous without the phrase before it: thousandths or percent
         "<|box_start|>None<|box_end|>",
         '{"x_min": 0.1, "y_min": 0.25, "x_max": 0.5}',
         '{"left": "dog", "top": "hat", "right": "cat", "bottom": "paws"}',

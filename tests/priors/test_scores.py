@@ -12,7 +12,7 @@ from prior_tables import ROOT
 from l2l_core.artifacts import records
 from l2l_core.core.masks import encode_rle
 from l2l_core.errors import ConfigError
-from l2l_core.priors.scores import Labels, describe, labels_of, score_priors, score_proposals
+from l2l_core.priors.scores import LabeledMasks, describe, labels_of, score_priors, score_proposals
 from stages import priors as priors_stage
 
 SIDE = 10
@@ -28,12 +28,12 @@ SQUARE = rectangle(2, 2, 6, 6)
 RING = rectangle(2, 2, 8, 8) & ~rectangle(4, 4, 6, 6)
 
 
-def make_labels(*masks: np.ndarray) -> Labels:
+def make_labels(*masks: np.ndarray) -> LabeledMasks:
     ys_xs = [np.nonzero(mask) for mask in masks]
     boxes = [[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] for ys, xs in ys_xs]
     ids = np.arange(len(masks))
     image_hw = np.full((len(masks), 2), SIDE)
-    return Labels(ids, ids, image_hw, [encode_rle(mask) for mask in masks], np.array(boxes, np.float64))
+    return LabeledMasks(ids, ids, image_hw, [encode_rle(mask) for mask in masks], np.array(boxes, np.float64))
 
 
 def make_priors(*rows: dict[str, object]) -> object:
@@ -156,7 +156,7 @@ def test_scores_of_proposals_match_hand_counted_values() -> None:
 
 
 def test_without_labels_nothing_is_scored() -> None:
-    none = Labels(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 2), int), [], np.zeros((0, 4)))
+    none = LabeledMasks(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 2), int), [], np.zeros((0, 4)))
     scores = score_priors(make_priors({"bbox": EXACT}), none)
     assert scores == dict.fromkeys(scores) | {"labeled": 0, "labeled_without_prior": 0}
     proposals = score_proposals(records.PROPOSALS.empty_table(), none)

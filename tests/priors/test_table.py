@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from l2l_core.artifacts import records
-from l2l_core.config import PricesParams
+from l2l_core.config import CoordSpace, PricesParams
 from l2l_core.core.masks import encode_rle
-from l2l_core.mllm.coords import CoordSpace, resolve_coord_space
+from l2l_core.mllm.coords import resolve_coord_space
 from l2l_core.priors.table import interpret, kinds, kinds_of_sentences, summarize
 
 NO_PRICES = PricesParams(prompt=None, completion=None)

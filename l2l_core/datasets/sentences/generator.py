@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from l2l_core.core.boxes import iou_xyxy
 from l2l_core.datasets.sentences.layout import Layout
 from l2l_core.datasets.sentences.solver import solve
 from l2l_core.datasets.sentences.words import CARRIED, PEOPLE, SEATS, SITTERS, STYLES, Vocabulary, is_plural, plural
@@ -63,16 +64,9 @@ def refusal(index: int, layout: Layout, vocabulary: Vocabulary) -> str:
     if layout.in_one_piece[index] < IN_PIECES:
         return "in pieces"
     others = alike & (np.arange(len(alike)) != index)
-    if (_iou(box, layout.box[others]) > SAME_PLACE).any():
+    if (iou_xyxy(box, layout.box[others]) > SAME_PLACE).any():
         return "overlaps another of its kind"
     return ""
-
-
-def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    common = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
-    shared = np.maximum(common, 0).prod(axis=1)
-    areas = [(one[..., 2:] - one[..., :2]).prod(axis=-1) for one in (box, boxes)]
-    return np.asarray(shared / np.maximum(areas[0] + areas[1] - shared, 1e-12))
 
 
 class _Speaker:

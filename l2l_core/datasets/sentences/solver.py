@@ -7,11 +7,10 @@ fit. Where objects of the kind cannot be counted, nothing fits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
+from l2l_core.core.verdict import Verdict
 from l2l_core.datasets.sentences.layout import Layout
 from l2l_core.datasets.sentences.query import Pick, Query, Relation, parse
 from l2l_core.datasets.sentences.words import CARRIED, PEOPLE, SEATS, SITTERS, STANDING, Vocabulary
@@ -45,21 +44,6 @@ INSIDE = 0.5  # what is covered by its neighbor's box that much is not beside it
 TOUCHING_SURE, TOUCHING_POSSIBLE = 0.01, 0.05  # gap of "with" and "on"
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Per object: surely meant, possibly meant; sure implies possible. Both [N]."""
-
-    sure: Bools
-    possible: Bools
-
-    def __and__(self, other: Fit) -> Fit:
-        return Fit(self.sure & other.sure, self.possible & other.possible)
-
-    def only(self) -> int | None:
-        """The one object that surely fits if no other possibly fits."""
-        return int(self.sure.argmax()) if self.sure.sum() == self.possible.sum() == 1 else None
-
-
 def solve(sentence: str, layout: Layout, vocabulary: Vocabulary) -> int | None:
     """Index of the one object that a sentence refers to; None if it is none, several, or unclear.
 
@@ -75,7 +59,7 @@ class _Solver:
         self.length = np.sqrt(layout.area)  # of the mask, in image sides
         self.box_length = np.sqrt(self.size.prod(axis=1))
 
-    def meant(self, query: Query) -> Fit:
+    def meant(self, query: Query) -> Verdict:
         members = self.members(query.kind)
         if query.count is not None and not members.sure.sum() == members.possible.sum() == query.count:
             return self.unclear(members)
@@ -86,23 +70,23 @@ class _Solver:
         for pick in query.picks:
             # Readers may choose among all of the kind or among the related ones: both must lead to one object.
             first, second = (self.picked(pick, query.kind, group) for group in (members, related))
-            found = Fit(found.sure & first.sure & second.sure, found.possible & (first.possible | second.possible))
+            found = Verdict(found.sure & first.sure & second.sure, found.possible & (first.possible | second.possible))
         return found
 
-    def unclear(self, group: Fit) -> Fit:
-        return Fit(np.zeros_like(group.sure), group.possible)
+    def unclear(self, group: Verdict) -> Verdict:
+        return Verdict(np.zeros_like(group.sure), group.possible)
 
-    def members(self, kind: str) -> Fit:
+    def members(self, kind: str) -> Verdict:
         """Objects of a kind."""
         same = self.layout.kind == kind
         alike = same | np.isin(self.layout.kind, self.vocabulary.lookalikes[kind])
         if (alike & self.layout.is_crowd).any() or same.sum() >= MANY:
-            return self.unclear(Fit(same, alike))
-        return Fit(same & (self.layout.area >= VISIBLE), alike)
+            return self.unclear(Verdict(same, alike))
+        return Verdict(same & (self.layout.area >= VISIBLE), alike)
 
     # --- picks ---
 
-    def picked(self, pick: Pick, kind: str, group: Fit) -> Fit:
+    def picked(self, pick: Pick, kind: str, group: Verdict) -> Verdict:
         match pick.name:
             case "side":
                 return self.on_side(pick.side, group)
@@ -117,13 +101,13 @@ class _Solver:
             case _:
                 return self.extreme_depth(pick.side, kind, group)
 
-    def ranked(self, group: Fit, before: Bools, rank: int = 1) -> Fit:
+    def ranked(self, group: Verdict, before: Bools, rank: int = 1) -> Verdict:
         """The rank-th of the group. before [N, N]: i is surely before j; neither way: too close to call."""
         surely = (before & group.sure[:, None]).sum(axis=0)
         maybe = ~before.T & group.possible[:, None]
         np.fill_diagonal(maybe, False)
         possibly = maybe.sum(axis=0)
-        return Fit(
+        return Verdict(
             group.sure & (surely == rank - 1) & (possibly == rank - 1),
             group.possible & (surely <= rank - 1) & (possibly >= rank - 1),
         )
@@ -140,21 +124,21 @@ class _Solver:
         places = self.center[:, axis], self.layout.box[:, axis], self.layout.box[:, axis + 2]
         return (1 - places[0], 1 - places[2], 1 - places[1]) if far else places
 
-    def on_side(self, side: str, group: Fit) -> Fit:
+    def on_side(self, side: str, group: Verdict) -> Verdict:
         at = self.toward(side)[0]
-        return Fit(at <= HALF_SURE[side], at <= HALF_POSSIBLE) & self.ranked(group, self.ahead(side, SIDE_LEAD))
+        return Verdict(at <= HALF_SURE[side], at <= HALF_POSSIBLE) & self.ranked(group, self.ahead(side, SIDE_LEAD))
 
-    def in_corner(self, corner: str, group: Fit) -> Fit:
+    def in_corner(self, corner: str, group: Verdict) -> Verdict:
         vertical, horizontal = corner.split()
         at = np.maximum(self.toward(vertical)[0], self.toward(horizontal)[0])
-        return group & Fit(at <= CORNER_SURE, at <= CORNER_POSSIBLE)
+        return group & Verdict(at <= CORNER_SURE, at <= CORNER_POSSIBLE)
 
-    def ranked_from(self, side: str, rank: int, group: Fit) -> Fit:
+    def ranked_from(self, side: str, rank: int, group: Verdict) -> Verdict:
         if rank > 1 and not self.is_row(group, horizontal=side in ("left", "right")):
             return self.unclear(group)
         return self.ranked(group, self.ahead(side, RANK_LEAD), rank)
 
-    def is_row(self, group: Fit, horizontal: bool) -> bool:
+    def is_row(self, group: Verdict, horizontal: bool) -> bool:
         """At least three objects, all surely of the group, of similar sizes, side by side (or in a column)."""
         if (group.sure != group.possible).any() or group.sure.sum() < 3:
             return False
@@ -165,20 +149,20 @@ class _Solver:
         apart = all((self.shared(i, axis)[group.sure] > ROW_OVERLAP).sum() == 1 for i in np.flatnonzero(group.sure))
         return bool(length.max() <= IN_A_ROW * length.min() and is_level and apart)
 
-    def in_middle(self, group: Fit) -> Fit:
+    def in_middle(self, group: Verdict) -> Verdict:
         """The second of three in a row, near the middle of the image."""
         if group.sure.sum() != 3 or not self.is_row(group, horizontal=True):
             return self.unclear(group)
         at = self.center[:, 0]
         found = self.ranked(group, self.ahead("left", RANK_LEAD), 2)
-        return Fit(found.sure & (at >= MIDDLE[0]) & (at <= MIDDLE[1]), found.possible)
+        return Verdict(found.sure & (at >= MIDDLE[0]) & (at <= MIDDLE[1]), found.possible)
 
-    def extreme_size(self, size: str, group: Fit) -> Fit:
+    def extreme_size(self, size: str, group: Verdict) -> Verdict:
         bigger = self.longer(SIZE_RATIO) & (~self.is_cut() | self.longer(CUT_RATIO))
         if size == "big":
             return self.ranked(group, bigger)
         found = self.ranked(group, bigger.T)
-        return Fit(found.sure & ~self.is_cut(), found.possible)
+        return Verdict(found.sure & ~self.is_cut(), found.possible)
 
     def longer(self, ratio: float) -> Bools:
         """[N, N] i is so many times as long as j, by mask and by box."""
@@ -190,7 +174,7 @@ class _Solver:
         """[N] objects at the border of the image."""
         return np.asarray((self.layout.box[:, :2] < TOUCHES).any(1) | (self.layout.box[:, 2:] > 1 - TOUCHES).any(1))
 
-    def extreme_depth(self, depth: str, kind: str, group: Fit) -> Fit:
+    def extreme_depth(self, depth: str, kind: str, group: Verdict) -> Verdict:
         """Closest to the camera or farthest from it, of what stands on the ground."""
         if kind not in STANDING:
             return self.unclear(group)
@@ -202,12 +186,12 @@ class _Solver:
 
     # --- relations ---
 
-    def related(self, relation: Relation, group: Fit) -> Fit:
+    def related(self, relation: Relation, group: Verdict) -> Verdict:
         """Objects that are so related to the anchors; `closest to` compares those of the group."""
         anchors = self.anchors(relation.anchors)
         everything = np.ones(len(self.length), dtype=bool)
         if not anchors:
-            return Fit(~everything, everything)
+            return Verdict(~everything, everything)
         anchor = anchors[0]
         match relation.name:
             case "between":
@@ -223,7 +207,7 @@ class _Solver:
             case side:
                 found = self.beyond(side, anchor)
         others = ~np.isin(np.arange(len(everything)), anchors)
-        return found & Fit(others, others)
+        return found & Verdict(others, others)
 
     def anchors(self, kinds: tuple[str, ...]) -> list[int]:
         """The only object of each kind, or the only two if both kinds are the same; empty if there are others."""
@@ -235,14 +219,14 @@ class _Solver:
             found += np.flatnonzero(group.sure).tolist()
         return found
 
-    def beyond(self, side: str, anchor: int) -> Fit:
+    def beyond(self, side: str, anchor: int) -> Verdict:
         """To the left of an anchor: not inside it, at its height, not far away."""
         center, _, high = self.toward(side)
         own_center, own_low = center[anchor], self.toward(side)[1][anchor]
         sure = self.ahead(side, SIDE_LEAD)[:, anchor] & (high <= own_center) & (center <= own_low)
         level = self.shared(anchor, 1) >= OVERLAP_LEVEL
         near = self.layout.gap[anchor] <= FAR
-        return Fit(sure & level & near & self.comparable(anchor), center <= own_center + EDGE)
+        return Verdict(sure & level & near & self.comparable(anchor), center <= own_center + EDGE)
 
     def shared(self, anchor: int | np.int64, axis: int) -> Floats:
         """[N] overlap with an anchor along an axis, as a share of the shorter one."""
@@ -258,27 +242,27 @@ class _Solver:
         """[N] overlap of the boxes, as a share of the smaller one."""
         return self.shared(anchor, 0) * self.shared(anchor, 1)
 
-    def next_to(self, anchor: int) -> Fit:
+    def next_to(self, anchor: int) -> Verdict:
         gap, bottom = self.layout.gap[anchor], self.layout.box[:, 3]
         level = (self.shared(anchor, 1) >= INSIDE) & (np.abs(bottom - bottom[anchor]) <= SIDE_LEAD)
         beside = level & (self.covered(anchor) <= INSIDE) & self.comparable(anchor)
-        return Fit((gap <= BESIDE_SURE) & beside, gap <= BESIDE_POSSIBLE)
+        return Verdict((gap <= BESIDE_SURE) & beside, gap <= BESIDE_POSSIBLE)
 
-    def nearest_to(self, anchor: int, group: Fit) -> Fit:
+    def nearest_to(self, anchor: int, group: Verdict) -> Verdict:
         """What is near the anchor while all others of the group are three times as far."""
         gap = self.layout.gap[anchor]
         near = (gap <= NEAREST_SURE) & (self.covered(anchor) <= INSIDE) & self.comparable(anchor)
         found = self.ranked(group, near[:, None] & (gap > NEAREST_POSSIBLE)[None, :])
-        return Fit(found.sure & near, found.possible)
+        return Verdict(found.sure & near, found.possible)
 
-    def with_carried(self, anchor: int) -> Fit:
+    def with_carried(self, anchor: int) -> Verdict:
         """People who touch what they can carry, which lies between their left and right ends or inside them."""
         can = np.isin(self.layout.kind, PEOPLE) & (self.layout.kind[anchor] in CARRIED)
         gap = self.layout.gap[anchor]
         sure = (gap <= TOUCHING_SURE) & (self.shared(anchor, 0) >= INSIDE)
-        return Fit(can & sure, can & (gap <= TOUCHING_POSSIBLE))
+        return Verdict(can & sure, can & (gap <= TOUCHING_POSSIBLE))
 
-    def on_seat(self, anchor: int) -> Fit:
+    def on_seat(self, anchor: int) -> Verdict:
         """What touches a couch, bed or bench and ends inside it."""
         left, top, right, bottom = self.layout.box[anchor]
         gap, low = self.layout.gap[anchor], self.layout.box[:, 3]
@@ -286,9 +270,9 @@ class _Solver:
         ends = (low >= top + 0.2 * (bottom - top)) & (low <= bottom - EDGE)
         smaller = self.box_length <= 0.8 * self.box_length[anchor]
         can = np.isin(self.layout.kind, sorted(SITTERS)) & (self.layout.kind[anchor] in SEATS)
-        return Fit(can & (gap <= TOUCHING_SURE) & inside & ends & smaller, gap <= TOUCHING_POSSIBLE)
+        return Verdict(can & (gap <= TOUCHING_SURE) & inside & ends & smaller, gap <= TOUCHING_POSSIBLE)
 
-    def between(self, first: int, second: int) -> Fit:
+    def between(self, first: int, second: int) -> Verdict:
         """Side by side between two anchors, from left to right."""
         if self.center[first, 0] > self.center[second, 0]:
             first, second = second, first
@@ -298,4 +282,4 @@ class _Solver:
         for anchor in (first, second):
             sure &= (self.shared(anchor, 1) >= INSIDE) & self.comparable(anchor)
             sure &= self.layout.gap[anchor] <= FAR
-        return Fit(sure, (at >= at[first] - EDGE) & (at <= at[second] + EDGE))
+        return Verdict(sure, (at >= at[first] - EDGE) & (at <= at[second] + EDGE))
