@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from l2l_core.artifacts import records
-from l2l_core.config import Params, load_params
+from l2l_core.config import load_params
 from l2l_core.core.files import copy_atomically, scratch_folder
 from l2l_core.errors import exit_code
-from l2l_core.training.fold_teachers import folds_key, skips_training, train_teacher
-from l2l_core.training.side_by_side import Training, end_with_parent, train_all
+from l2l_core.training.fold_teachers import folds_key, skips_training, train_teacher, trainings_of
+from l2l_core.training.side_by_side import end_with_parent, train_all
 
 
 def main() -> None:
@@ -32,23 +31,11 @@ def main() -> None:
         previous = records.round_folder(number - 1) / "folds" if number else None
         copy_atomically(previous, records.round_folder(number) / "folds")
     else:
-        # After a kill, finished teachers are kept, and unfinished ones resume from their checkpoints.
+        # After a kill, finished teachers are kept, and unfinished ones resume from their checkpoints. The stage
+        # `retrain` may have trained those of its round already, beside the round's model.
         with scratch_folder(f"crossfit-{number}", folds_key(params, number)) as done:
             train_all(params, trainings_of(params, number, done))
             copy_atomically(done, records.round_folder(number) / "folds")
-
-
-def trainings_of(params: Params, number: int, into: Path) -> dict[str, Training]:
-    """The trainings of a round's teachers, one per fold, each with a separate folder."""
-    command = ["-m", "stages.crossfit", "--round", str(number)]
-    return {
-        f"crossfit-{number}-{fold}": Training(
-            folder := into / str(fold),
-            partial(train_teacher, params, number, fold, folder),
-            [*command, "--fold", str(fold), "--into", str(folder)],
-        )
-        for fold in range(params.select.folds)
-    }
 
 
 if __name__ == "__main__":

@@ -3,56 +3,56 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.core.progress import is_first_process
+from l2l_core.core.files import copy_atomically, fingerprint, scratch_folder
 from l2l_core.errors import exit_code
-from l2l_core.model.segmenter import Segmenter
-from l2l_core.training.runs import (
-    LABEL_INPUTS,
-    PRIOR_INPUTS,
-    labeled_stream,
-    method_of,
-    new_network,
-    online_stream,
-    pseudo_stream,
-    run_training,
-    with_prior_swap,
-)
+from l2l_core.training import fold_teachers
+from l2l_core.training.round_model import inputs_of, train_model
+from l2l_core.training.runs import method_of, training_settings
+from l2l_core.training.side_by_side import Training, end_with_parent, train_all
 
 
 def main() -> None:
     """Write model/ and curves/ of a round.
 
-    With the method `mean_teacher`, the EMA teacher labels the unlabeled pairs during training. Training then starts
-    from the last round's model for any `retrain.start`, since a random teacher gives useless labels.
+    If another round follows, the fold teachers that it needs are trained beside the model, and the stage `crossfit`
+    finds them done.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
-    number = parser.parse_args().round
-    params = load_params()
-    folder, previous = records.round_folder(number), records.round_folder(number - 1) / "model"
-    run_name, pseudo_path = f"retrain-{number}", folder / "pseudo_labels.parquet"
-    online, share = method_of(pseudo_path) == "mean_teacher", 1 - params.retrain.labeled_share
-    pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
-    labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
-    if pseudo is None and is_first_process():
-        print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
-    fresh = params.retrain.start == "scratch" and not online
-    network = new_network(params, run_name) if fresh else Segmenter.load(previous)
-    network.num_passes = params.retrain.num_passes
-    run_training(
-        params,
-        run_name,
-        network,
-        with_prior_swap(params, [labeled] if pseudo is None else [labeled, pseudo]),
-        params.retrain.steps,
-        # If training starts from the last model, that is an input too, so the two ways never share a checkpoint.
-        [*LABEL_INPUTS, *PRIOR_INPUTS, pseudo_path, *(() if fresh else (previous,))],
-        folder / "model",
-        folder / "curves",
-    )
+    parser.add_argument("--into", type=Path, help="train the model alone, into this folder; used by the parent process")
+    given, params = parser.parse_args(), load_params()
+    number, into = given.round, given.into
+    if into is not None:
+        end_with_parent()
+        train_model(params, number, into)
+        return
+    settings = f"{training_settings(params)} {params.retrain!r}"
+    key = fingerprint(f"retrain-{number}", settings, inputs_of(params, number))
+    with ExitStack() as folders:
+        # After a kill, finished trainings are kept, and unfinished ones resume from their checkpoints.
+        done = folders.enter_context(scratch_folder(f"round-{number}", key))
+        trainings = {
+            f"retrain-{number}": Training(
+                done / "model",
+                partial(train_model, params, number, done),
+                ["-m", "stages.retrain", "--round", str(number), "--into", str(done)],
+            )
+        }
+        if number < params.round and not fold_teachers.skips_training(params, number):
+            key = fold_teachers.folds_key(params, number)
+            folds = folders.enter_context(scratch_folder(f"crossfit-{number}", key, keep=True))
+            trainings |= fold_teachers.trainings_of(params, number, folds)
+        # The share of the threads must not depend on the number of rounds, since the bytes depend on it.
+        learns = method_of(fold_teachers.pseudo_labels_of(number)) == "reinforce"
+        train_all(params, trainings, shares=params.select.folds if learns else 1)
+        for part in ("model", "curves"):
+            copy_atomically(done / part, records.round_folder(number) / part)
 
 
 if __name__ == "__main__":

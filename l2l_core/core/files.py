@@ -125,12 +125,12 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def scratch_folder(stage: str, key: str) -> Iterator[Path]:
+def scratch_folder(stage: str, key: str, *, keep: bool = False) -> Iterator[Path]:
     """Yield a locked folder that survives a kill and is removed when the block succeeds.
 
     DVC deletes the outputs of a stage before it runs, hence a folder outside them: .scratch/<stage>-<key>. Ranks other
-    than 0 read what rank 0 wrote there. Raises ArtifactError if another run works on the same stage with
-    the same inputs.
+    than 0 read what rank 0 wrote there. keep: leave the folder for a later stage, which opens it by the same names.
+    Raises ArtifactError if another run works on the same stage with the same inputs.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")) / ".scratch"
     if not is_first_process():
@@ -142,4 +142,5 @@ def scratch_folder(stage: str, key: str) -> Iterator[Path]:
     with exclusive_lock(root / f"{stage}-{key}.lock", busy):
         folder.mkdir(exist_ok=True)
         yield folder
-        shutil.rmtree(folder)
+        if not keep:
+            shutil.rmtree(folder)

@@ -7,8 +7,12 @@ OPENCV_FOR_THREADS_NUM. OpenMP reads its variables once, when its library is loa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 DEFAULT_VARIABLE = "L2L_DEFAULT_THREADS"
 """Set by this module to the value it gives OMP_NUM_THREADS, so that child processes see that no user set that."""
@@ -40,6 +44,19 @@ def thread_count() -> int:
     """Number of threads for this process: OMP_NUM_THREADS, or `usable_cores` if it is not a positive number."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has one number per nesting level
     return int(first) if first.isdecimal() and int(first) else usable_cores()
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in order, where the next one is computed in a thread while the caller uses the current one.
+
+    Worth it if both sides release Python's global lock, as PyTorch, OpenCV and NumPy do for large arrays.
+    """
+    source, none_left = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, source, none_left)
+        while (item := following.result()) is not none_left:
+            following = pool.submit(next, source, none_left)
+            yield item  # type: ignore[misc]  # not `none_left`
 
 
 def share_of_launched(root: Path = Path("/")) -> int | None:

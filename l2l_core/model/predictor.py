@@ -19,6 +19,7 @@ from l2l_core.core.device import Precision, autocast, choose_device, resolve_pre
 from l2l_core.core.images import to_rgb
 from l2l_core.core.masks import BoolMask, encode_rle
 from l2l_core.core.progress import progress
+from l2l_core.core.threads import ahead
 from l2l_core.data.augment import mirror
 from l2l_core.data.pairs import Batch, BatchMaker, Pairs, resize_image
 from l2l_core.data.views import Views
@@ -156,13 +157,18 @@ class Predictor:
         """
         pairs = batches.pairs
         found = [[b""] * len(pairs) for _ in with_prior]
-        for block in self._blocks(batches, batch_size, what, fill=fill):
-            for masks, shown in zip(found, with_prior, strict=True):
-                hidden = np.full(len(block.rows), not shown)
-                logits = self.logits(batches(block.rows, None, hidden, block.images.pixels), block.images.pyramid)
-                for row, one in zip(block.rows[: block.count], logits, strict=False):
-                    height, width = pairs.hw[row].tolist()
-                    masks[row] = encode_rle(at_size(one, height, width) > 0)
+
+        def computed() -> Iterator[tuple[list[bytes], NDArray[np.int64], Tensor]]:
+            for block in self._blocks(batches, batch_size, what, fill=fill):
+                for masks, shown in zip(found, with_prior, strict=True):
+                    hidden = np.full(len(block.rows), not shown)
+                    batch = batches(block.rows, None, hidden, block.images.pixels)
+                    yield masks, block.rows[: block.count], self.logits(batch, block.images.pyramid)
+
+        for masks, rows, logits in ahead(computed()):
+            for row, one in zip(rows, logits, strict=False):
+                height, width = pairs.hw[row].tolist()
+                masks[row] = encode_rle(at_size(one, height, width) > 0)
         return found
 
     def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:

@@ -256,7 +256,7 @@ def _memory(
         case "crossfit":
             return training(at_once, rounds=True), needs.train_gpu
         case "retrain":
-            return training(1, rounds=True), needs.train_gpu
+            return training(at_once if learns else 1, rounds=True), needs.train_gpu
         case "select":  # the batches' states, and all of them in one array
             states = 2 * needs.state * (counts.unlabeled + (counts.labeled if learns else 0))
             if not select.uses_sam(params.proposals.model):

@@ -42,37 +42,38 @@ def _of_image(image: NDArray[np.uint8], masks: NDArray[np.bool_]) -> NDArray[np.
     colors = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float32) / np.float32(255)
     right, down = cv2.Sobel(colors, cv2.CV_32F, 1, 0), cv2.Sobel(colors, cv2.CV_32F, 0, 1)
     gradient = np.sqrt((right**2 + down**2).sum(-1)).astype(np.float32)
-    strong = gradient > np.quantile(gradient, STRONG_EDGE)
-    return np.stack([_of_label(colors, gradient, strong, mask) for mask in masks])
+    strong = (gradient > np.quantile(gradient, STRONG_EDGE)).astype(np.uint8)
+    return np.stack([_of_label(colors, gradient, strong, mask.astype(np.uint8)) for mask in masks])
 
 
 def _of_label(
-    colors: NDArray[np.float32], gradient: NDArray[np.float32], strong: NDArray[np.bool_], mask: NDArray[np.bool_]
+    colors: NDArray[np.float32], gradient: NDArray[np.float32], strong: NDArray[np.uint8], label: NDArray[np.uint8]
 ) -> NDArray[np.float32]:
-    if not mask.any():
+    """Evidence of one mask of zeros and ones. OpenCV's masked means are several times faster than NumPy's indexing."""
+    area = cv2.countNonZero(label)
+    if not area:
         return np.zeros(len(EVIDENCE), dtype=np.float32)
-    label, area = mask.astype(np.uint8), mask.sum()
-    wide, thin = square_px(RIM * len(mask)), square_px(1)
-    outside = (cv2.dilate(label, wide) > 0) & ~mask
-    rim = mask & ~(cv2.erode(label, wide) > 0)
-    border = (cv2.dilate(label, thin) > 0) & ~(cv2.erode(label, thin, borderValue=0) > 0)
-    around = colors[outside] if outside.any() else colors[mask]  # a mask of the whole image has no surroundings
-    inner = colors[rim] if rim.any() else colors[mask]
+    wide, thin = square_px(RIM * len(label)), square_px(1)
+    outside, rim = cv2.dilate(label, wide) - label, label - cv2.erode(label, wide)
+    core = cv2.erode(label, thin, borderValue=0)
+    border, outermost = cv2.dilate(label, thin) - core, label - core
+    # A mask of the whole image has no surroundings.
+    around, spread_outside = cv2.meanStdDev(colors, mask=outside if outside.any() else label)
+    inner, _ = cv2.meanStdDev(colors, mask=rim if rim.any() else label)
+    _, spread = cv2.meanStdDev(colors, mask=label)
     parts = cv2.connectedComponentsWithStats(label, connectivity=8)[2][1:, cv2.CC_STAT_AREA]
     _, _, width, height = cv2.boundingRect(label)
-    outermost = mask & ~(cv2.erode(label, thin, borderValue=0) > 0)
-    inside_image = np.zeros_like(mask)
-    inside_image[1:-1, 1:-1] = True
+    rest = cv2.countNonZero(outermost[1:-1, 1:-1])  # of the outermost pixels, those off the image's edge
     return np.array(
         [
-            np.linalg.norm(inner.mean(0) - around.mean(0)) / LARGEST_DISTANCE,
-            gradient[border].mean() / LARGEST_GRADIENT,
-            strong[border].mean(),
-            colors[mask].std(0).mean(),
-            around.std(0).mean(),
+            np.linalg.norm(inner - around) / LARGEST_DISTANCE,
+            cv2.mean(gradient, mask=border)[0] / LARGEST_GRADIENT,
+            cv2.mean(strong, mask=border)[0],
+            spread.mean(),
+            spread_outside.mean(),
             parts.max() / area,
             area / (width * height),
-            (outermost & ~inside_image).sum() / outermost.sum(),
+            1 - rest / cv2.countNonZero(outermost),
         ],
         dtype=np.float32,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.core.masks import encode_rle, resize_prob
+from l2l_core.core.threads import ahead
 from l2l_core.data.folds import fold_of_images
 from l2l_core.data.load import batches_of, labeled_targets, pairs_of
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
@@ -69,7 +70,7 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[PseudoLabelCand
     names = params.select.candidate_names
     sam = sam_masks_of(params, batches.pairs)
     labels, parts, visited = PseudoLabelCandidates(batches.pairs, [], [], []), [], []
-    for rows, views in teacher.views(batches, params.evaluate.batch_size, "label"):
+    for rows, views in _views(params, teacher, batches, sam, "label"):
         visited.append(rows)
         masks, sam_iou = _build(rows, views, names, sam)
         matches: list[Match | None] = [None] * len(rows)
@@ -95,6 +96,15 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[PseudoLabelCand
                 labels.weight.append(np.rint(weight * 255).astype(np.uint8).tobytes())
                 labels.matched.append(match is not None)
     return labels.in_order(np.concatenate(visited)), concatenate(parts, visited)
+
+
+def _views(
+    params: Params, teacher: Predictor, batches: BatchMaker, sam: SamMasks | None, what: str
+) -> Iterator[tuple[NDArray[np.int64], Views]]:
+    """The teacher's predictions, computed while the caller describes those of the batch before."""
+    views = teacher.views(batches, params.evaluate.batch_size, what)
+    # PyTorch's choice of attention kernels is global, so that two networks must not run at once.
+    return views if sam else ahead(views)
 
 
 def _build(
@@ -134,7 +144,7 @@ def score_labeled(
     names = params.select.candidate_names
     sam = sam_masks_of(params, batches.pairs)
     candidates, scores, visited = [], [], []
-    for rows, views in teacher.views(batches, params.evaluate.batch_size, what):
+    for rows, views in _views(params, teacher, batches, sam, what):
         visited.append(rows)
         truth = batches.square_masks(targets.take(rows).label, rows)
         masks, sam_iou = _build(rows, views, names, sam)

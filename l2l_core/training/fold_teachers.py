@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from l2l_core.artifacts import records
@@ -23,6 +24,7 @@ from l2l_core.training.runs import (
     with_prior_swap,
     without_images,
 )
+from l2l_core.training.side_by_side import Training
 
 
 def pseudo_labels_of(number: int) -> Path:
@@ -45,6 +47,19 @@ def folds_key(params: Params, number: int) -> str:
         settings += f" {params.retrain.labeled_share} {params.retrain.prior_swap} {params.retrain.num_passes}"
         settings += f" {params.retrain.evolve_proposals}"
     return fingerprint("crossfit", settings, _inputs(params, number))
+
+
+def trainings_of(params: Params, number: int, into: Path) -> dict[str, Training]:
+    """The trainings of a round's teachers, one per fold, each with a separate folder."""
+    command = ["-m", "stages.crossfit", "--round", str(number)]
+    return {
+        f"crossfit-{number}-{fold}": Training(
+            folder := into / str(fold),
+            partial(train_teacher, params, number, fold, folder),
+            [*command, "--fold", str(fold), "--into", str(folder)],
+        )
+        for fold in range(params.select.folds)
+    }
 
 
 def train_teacher(params: Params, number: int, left_out: int, into: Path) -> None:

@@ -60,15 +60,19 @@ class Training:
     command: Sequence[str]  # Python arguments for a separate process (`-m stages.crossfit ...`)
 
 
-def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
-    """Run named independent trainings, in parallel or sequentially. Skip those whose output exists."""
+def train_all(params: Params, trainings: Mapping[str, Training], shares: int | None = None) -> None:
+    """Run named independent trainings, in parallel or sequentially. Skip those whose output exists.
+
+    shares: number of equal shares of the threads, of which each training gets one; by default as many as trainings.
+    With fewer shares than trainings, the last ones wait until a share is free.
+    """
     missing = {name: training for name, training in trainings.items() if not training.output.exists()}
     for name in trainings:
         if name not in missing:
             print(f"{name}: done before", flush=True)
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id"]).num_rows
-    places = plan_parallel(params, len(trainings), images)
-    if places.at_once > 1:
+    places = plan_parallel(params, shares or len(trainings), images)
+    if places.at_once > 1 and len(missing) > 1:
         run_side_by_side({name: training.command for name, training in missing.items()}, places)
         return
     torch.set_num_threads(places.threads)

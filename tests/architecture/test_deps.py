@@ -143,7 +143,12 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     "crossfit": {"select.trains_policy", "proposals.rendering", "train.engine"},
     "select": {"train.engine"},
     # Part of the checkpoint names, but of no stage output.
-    **{name: {"select.folds", "proposals.rendering", "train.engine"} for name in ("warmup", "retrain")},
+    "warmup": {"select.folds", "proposals.rendering", "train.engine"},
+    # Also those of the next round's fold teachers, which the stage crossfit writes.
+    "retrain": {
+        *("select.folds", "proposals.rendering", "train.engine"),
+        *("select.trains_policy", "select.fold_steps", "select.fold_update", "select.fold_update_steps"),
+    },
 }
 """Parameters that a stage's functions read without an effect on its outputs."""
 

@@ -6,11 +6,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from l2l_core.core import threads
-from l2l_core.core.threads import DEFAULT_VARIABLE, set_thread_policy, share_of_launched, thread_count, usable_cores
+from l2l_core.core.threads import (
+    DEFAULT_VARIABLE,
+    ahead,
+    set_thread_policy,
+    share_of_launched,
+    thread_count,
+    usable_cores,
+)
 
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("*.py") if path.stem != "__init__")
@@ -270,6 +278,7 @@ import sys
 from toy_pairs import toy_batches, toy_network, toy_pairs, TRAIN
 from l2l_core.model.predictor import Predictor
 from pathlib import Path
+from threading import Event
 pairs, _ = toy_pairs(Path(sys.argv[1]))
 (masks,) = Predictor.of(toy_network(pairs), TRAIN).masks(toy_batches(pairs), 4, [True], "test")
 print(len(masks), [name for name in ("accelerate", "dvclive", "sklearn", "scipy") if name in sys.modules])
@@ -278,3 +287,31 @@ print(len(masks), [name for name in ("accelerate", "dvclive", "sklearn", "scipy"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
     assert done.stdout.split(maxsplit=1) == ["4", "[]\n"]
+
+
+def test_ahead_computes_the_next_item_while_the_caller_uses_the_current_one():
+    started = [Event() for _ in range(4)]
+
+    def items():
+        for number, event in enumerate(started):
+            event.set()
+            yield number
+
+    found = []
+    for item in ahead(items()):
+        found.append(item)
+        assert all(event.wait(60) for event in started[: item + 2])  # the next one has begun
+        assert not any(event.is_set() for event in started[item + 2 :])  # but not the one after it
+    assert found == [0, 1, 2, 3]
+    assert list(ahead([])) == []
+
+
+def test_ahead_raises_an_error_of_the_source_in_its_place():
+    def items():
+        yield 1
+        raise ValueError("broken")
+
+    found = ahead(items())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(found)

@@ -38,3 +38,19 @@ def test_fold_update_keeps_continues_or_restarts_the_teachers(first_run, tmp_pat
     for old, near, far in zip(before, continued, retrained, strict=True):
         assert 0 < distance(old, near) < 0.1 * distance(old, far)
     assert continued[0] != continued[1]
+
+
+def test_a_round_trains_the_next_rounds_teachers_with_its_model(first_run, tmp_path):
+    """The stage crossfit then finds them done. All bytes are those of separate trainings."""
+    project = first_run.project.copy(tmp_path / "project")
+    found = []
+    for rounds, done_before in ((1, 0), (2, 2)):
+        project.change_params({"round": rounds})
+        project.run("rm", "-rf", "data/rounds/1/model", "data/rounds/1/folds")
+        project.run(sys.executable, "-m", "stages.retrain", "--round", "1")
+        shown = project.run(sys.executable, "-m", "stages.crossfit", "--round", "1")
+        assert shown.count("done before") == done_before
+        found.append([project.read("data/rounds/1/model/model.safetensors"), *teachers(project, 1)])
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 3
+    assert not any((project.folder / ".scratch").iterdir())

@@ -168,7 +168,7 @@ def test_memory_estimates_match_hand_computed_values():
     assert found["proposals"] == (100 + tables + 24 * 1000 * 10**2, None)
     assert found["warmup"] == found["crossfit-0"] == (2 * (network + 10_000 + 20 * image), 90_000)
     assert found["crossfit@1"] == (2 * (network + 10_000 + 420 * image), 90_000)
-    assert found["retrain@1"] == found["retrain@2"] == (network + 10_000 + 420 * image, 90_000)
+    assert found["retrain@1"] == found["retrain@2"] == found["crossfit@1"]
     assert found["select@1"] == found["select@2"] == (network + 4_000 + 400 * image + 2 * 6 * 850, 40_000)
     assert found["predict"] == found["predict@2"] == (network + 4_000 + 40 * image, 40_000)
     assert found["report"] == found["evaluate"] == found["refshapes"] == (None, None)
@@ -193,8 +193,9 @@ def test_decoded_images_take_at_most_the_cache_size(monkeypatch):
 
 
 def test_memory_of_fixed_rules_excludes_fold_teachers_and_labeled_sentences():
-    found = memory(select=SELECT | {"method": "topk"})
+    found = memory(select=SELECT | {"method": "topk"}, at_once=2)
     assert found["crossfit-0"] == found["crossfit@1"] == (100, None)
+    assert found["retrain@1"][0] == 500 + 1000 * 1400 + 1_000_000 + 10_000 + 420 * 3 * 32 * 32
     ruled = 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 800
     assert found["select@1"] == (ruled, 40_000)
 

@@ -18,8 +18,9 @@ from l2l_core.data.folds import fold_of_images
 from l2l_core.data.load import pairs_of
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training import fold_teachers, loop, runs
+from l2l_core.training import fold_teachers, loop, round_model, runs
 from l2l_core.training.loop import OnlineStream, Stream
+from l2l_core.training.round_model import train_model
 from l2l_core.training.runs import (
     labeled_stream,
     method_of,
@@ -30,7 +31,7 @@ from l2l_core.training.runs import (
     run_training,
     without_images,
 )
-from stages import crossfit, retrain
+from stages import crossfit
 
 PARAMS = toy_params(proposals={"size_px": 24})
 
@@ -233,22 +234,20 @@ def test_fold_teachers_never_learn_from_held_out_images(run, monkeypatch):
 
 
 @pytest.mark.parametrize("start", ["scratch", "teacher"])
-def test_retraining_depends_on_the_previous_model_only_if_it_starts_from_it(run, monkeypatch, start):
+def test_retraining_depends_on_the_previous_model_only_if_it_starts_from_it(run, tmp_path, monkeypatch, start):
     """Otherwise a killed training from random weights could resume as one from the previous model."""
     path = records.round_folder(1) / "pseudo_labels.parquet"
     records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
     inputs = []
-    monkeypatch.setattr(retrain, "run_training", lambda *given: inputs.extend(given[5]))
-    monkeypatch.setattr(retrain, "load_params", lambda: toy_params(proposals={"size_px": 24}, retrain={"start": start}))
-    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: SimpleNamespace())
-    monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
-    retrain.main()
+    monkeypatch.setattr(round_model, "run_training", lambda *given: inputs.extend(given[5]))
+    monkeypatch.setattr(round_model.Segmenter, "load", lambda folder: SimpleNamespace())
+    train_model(toy_params(proposals={"size_px": 24}, retrain={"start": start}), 1, tmp_path)
     assert path in inputs
     assert (records.round_folder(0) / "model" in inputs) == (start == "teacher")
 
 
 @pytest.mark.parametrize("start", ["scratch", "teacher"])
-def test_mean_teacher_starts_from_the_previous_model_and_labels_online(run, monkeypatch, start):
+def test_mean_teacher_starts_from_the_previous_model_and_labels_online(run, tmp_path, monkeypatch, start):
     history = records.round_folder(1) / "history/pseudo_labels.parquet"
     rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
     path, previous = records.round_folder(1) / "pseudo_labels.parquet", records.round_folder(0) / "model"
@@ -256,11 +255,9 @@ def test_mean_teacher_starts_from_the_previous_model_and_labels_online(run, monk
     records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
     params = toy_params(proposals={"size_px": 24}, retrain={"start": start, "steps": 9, "num_passes": 2})
     given = []
-    monkeypatch.setattr(retrain, "run_training", lambda *all_given: given.extend(all_given))
-    monkeypatch.setattr(retrain, "load_params", lambda: params)
-    monkeypatch.setattr(retrain.Segmenter, "load", lambda folder: SimpleNamespace(folder=folder))
-    monkeypatch.setattr("sys.argv", ["retrain", "--round", "1"])
-    retrain.main()
+    monkeypatch.setattr(round_model, "run_training", lambda *all_given: given.extend(all_given))
+    monkeypatch.setattr(round_model.Segmenter, "load", lambda folder: SimpleNamespace(folder=folder))
+    train_model(params, 1, tmp_path)
     _, run_name, network, (labeled, pseudo), steps, inputs, _, _ = given
     assert (run_name, network.folder, steps) == ("retrain-1", previous, 9)
     assert network.num_passes == 2

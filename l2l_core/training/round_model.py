@@ -1,0 +1,65 @@
+"""The training of a round's model on the labels and the round's pseudo-labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from l2l_core.artifacts import records
+from l2l_core.config import Params
+from l2l_core.core.progress import is_first_process
+from l2l_core.model.segmenter import Segmenter
+from l2l_core.training.fold_teachers import pseudo_labels_of
+from l2l_core.training.runs import (
+    LABEL_INPUTS,
+    PRIOR_INPUTS,
+    labeled_stream,
+    method_of,
+    new_network,
+    online_stream,
+    pseudo_stream,
+    run_training,
+    with_prior_swap,
+)
+
+
+def train_model(params: Params, number: int, into: Path) -> None:
+    """Train the round's model and write it with its curve.
+
+    With the method `mean_teacher`, the EMA teacher labels the unlabeled pairs during training. Training then starts
+    from the last round's model for any `retrain.start`, since a random teacher gives useless labels.
+    """
+    pseudo_path = pseudo_labels_of(number)
+    run_name, share = f"retrain-{number}", 1 - params.retrain.labeled_share
+    online = method_of(pseudo_path) == "mean_teacher"
+    pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
+    labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
+    if pseudo is None and is_first_process():
+        print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
+    network = new_network(params, run_name) if is_fresh(params, number) else Segmenter.load(model_before(number))
+    network.num_passes = params.retrain.num_passes
+    run_training(
+        params,
+        run_name,
+        network,
+        with_prior_swap(params, [labeled] if pseudo is None else [labeled, pseudo]),
+        params.retrain.steps,
+        inputs_of(params, number),
+        into / "model",
+        into / "curves",
+    )
+
+
+def is_fresh(params: Params, number: int) -> bool:
+    """Whether the round's training starts from random weights."""
+    return params.retrain.start == "scratch" and method_of(pseudo_labels_of(number)) != "mean_teacher"
+
+
+def model_before(number: int) -> Path:
+    """The last round's model."""
+    return records.round_folder(number - 1) / "model"
+
+
+def inputs_of(params: Params, number: int) -> list[Path]:
+    """Input files of the training, including the last model if it starts from that."""
+    start = () if is_fresh(params, number) else (model_before(number),)
+    return [*LABEL_INPUTS, *PRIOR_INPUTS, pseudo_labels_of(number), *start]
