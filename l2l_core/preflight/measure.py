@@ -25,13 +25,13 @@ from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_pairs, load_tar
 from l2l_core.data.views import Views
 from l2l_core.errors import ConfigError
 from l2l_core.model.predictor import Predictor
+from l2l_core.model.sam import Prompts, Sam
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.backends import sam_device
 from l2l_core.preflight.estimate import VIEWS, Costs, MemoryCosts
 from l2l_core.preflight.memory import peak_of
 from l2l_core.priors import proposals
 from l2l_core.priors.fit import unfitted
-from l2l_core.priors.sam import Prompts, Sam
 from l2l_core.pseudo_labels.candidates import build_candidates
 from l2l_core.pseudo_labels.features import LABEL_THRESHOLD, Candidates, compute_features, score_candidates
 from l2l_core.pseudo_labels.reinforce import train_policy

@@ -175,7 +175,7 @@ def render_key(params: ProposalsParams, tables: Sequence[Path], device: str = "a
     """
     state: list[str] = []
     if params.renderer == "sam":
-        from l2l_core.priors.sam import precision_on  # it loads PyTorch, which the other renderers do not need
+        from l2l_core.model.sam import precision_on  # it loads PyTorch, which the other renderers do not need
 
         model = Path(str(params.model))
         files = sorted(model.iterdir()) if model.is_dir() else []  # gigabytes: file times show whether it changed
@@ -279,7 +279,7 @@ def _render_sam(
     samples: PriorSamples, params: ProposalsParams, files: Sequence[str], device: str, maps: Map, predicted: Map
 ) -> None:
     """Write the maps [N, K, S, S] and predicted IoUs [N, K] of all responses with a box or a point and no mask."""
-    from l2l_core.priors import sam as sam_module  # it loads PyTorch, which the other renderers do not need
+    from l2l_core.model import sam as sam_module  # it loads PyTorch, which the other renderers do not need
 
     row, response = np.nonzero((samples.has_box | samples.any_point) & ~samples.has_mask)
     if not len(row):

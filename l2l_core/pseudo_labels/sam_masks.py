@@ -14,7 +14,7 @@ from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.core.images import read_image
 from l2l_core.core.masks import encode_rle
 from l2l_core.data.pairs import Pairs
-from l2l_core.priors.sam import EncodedImage, Masks, Prompts, Sam, load_sam
+from l2l_core.model.sam import EncodedImage, Masks, Prompts, Sam, load_sam
 from l2l_core.pseudo_labels.features import LABEL_THRESHOLD
 from l2l_core.pseudo_labels.rules import best_match
 
