@@ -10,7 +10,8 @@ from pathlib import Path
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.evaluation.evaluate import CURVES_FOLDER, evaluate, read_history
+from l2l_core.evaluation.evaluate import CURVES_FOLDER, evaluate
+from l2l_core.evaluation.history import read_history
 
 
 def dataset_version(dataset: Path) -> str | None:

@@ -10,7 +10,8 @@ from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.core.images import read_image
 from l2l_core.errors import exit_code
-from l2l_core.evaluation.evaluate import CURVES_FOLDER, read_history
+from l2l_core.evaluation.evaluate import CURVES_FOLDER
+from l2l_core.evaluation.history import read_history
 from l2l_core.reporting.gallery import Run
 from l2l_core.reporting.report import render_report
 

@@ -29,6 +29,9 @@ ROLES = ("labeled", "unlabeled", "eval")
 PRIOR_STATUSES = ("ok", "empty", "invalid", "error")
 PRIOR_KINDS = ("mask", "box", "point", "none")  # what a prior is rendered from; a mask comes before a box
 
+SHOWN_SENT_IDS = 5
+"""Maximum number of sentences listed in an error; the rest is only counted."""
+
 _BOX = pa.list_(pa.float32(), 4)
 _POINT = pa.list_(pa.float32(), 2)
 
@@ -271,6 +274,14 @@ def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | Non
 def to_frame(table: pa.Table) -> pd.DataFrame:
     """A table as a DataFrame; integer columns stay integers, lists become numpy arrays, nulls become None."""
     return table.to_pandas()
+
+
+def refuse_sentences(sent_ids: pd.Index[int] | pd.Series[int], problem: str) -> None:
+    """Raise ArtifactError that names the problem and the first of the sentences that have it; none: do nothing."""
+    shown = [str(sent_id) for sent_id in sent_ids[:SHOWN_SENT_IDS]]
+    more = f" and {len(sent_ids) - len(shown)} more" if len(sent_ids) > len(shown) else ""
+    if shown:
+        raise ArtifactError(f"{problem} sent_id {', '.join(shown)}{more}; run dvc repro")
 
 
 SENTENCE_COLUMNS = ("sent_id", "ref_id", "image_id", "sentence", "style", "split")
