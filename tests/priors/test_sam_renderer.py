@@ -131,7 +131,7 @@ def test_an_image_is_encoded_once_for_all_its_sentences(
 
 def test_nothing_is_fitted_to_the_labels(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty labeled sentences would be enough for GrabCut's ring and core."""
-    monkeypatch.setattr("l2l_core.priors.fit.read_bgr", lambda path: pytest.fail("reads an image"))
+    monkeypatch.setattr("l2l_core.priors.fit.read_photo", lambda path, by: pytest.fail("reads an image"))
     index = tables(tmp_path, [prior(number, bbox=BOX) for number in range(20)])
     fit = fit_proposals(*index, dict.fromkeys(range(20), b""), params_of(model))
     assert (fit.params.renderer, fit.params.model, fit.sentences) == ("sam", str(model), 0)
