@@ -34,7 +34,7 @@ def main() -> None:
     else:
         # After a kill, finished teachers are kept, and unfinished ones resume from their checkpoints.
         with scratch_folder(f"crossfit-{number}", folds_key(params, number)) as done:
-            train_all(params, trainings_of(params, number, done))
+            train_all(params, trainings_of(params, number, done), records.INDEX)
             copy_atomically(done, records.round_folder(number) / "folds")
 
 

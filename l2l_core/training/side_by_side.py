@@ -60,13 +60,13 @@ class Training:
     command: Sequence[str]  # Python arguments for a separate process (`-m stages.crossfit ...`)
 
 
-def train_all(params: Params, trainings: Mapping[str, Training]) -> None:
-    """Run named independent trainings, in parallel or sequentially. Skip those whose output exists."""
+def train_all(params: Params, trainings: Mapping[str, Training], index: records.IndexPaths) -> None:
+    """Run named independent trainings on a dataset, in parallel or sequentially. Skip those whose output exists."""
     missing = {name: training for name, training in trainings.items() if not training.output.exists()}
     for name in trainings:
         if name not in missing:
             print(f"{name}: done before", flush=True)
-    images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id"]).num_rows
+    images = records.read_table(index.images, records.IMAGES, ["image_id"]).num_rows
     places = plan_parallel(params, len(trainings), images)
     if places.at_once > 1:
         run_side_by_side({name: training.command for name, training in missing.items()}, places)
