@@ -35,8 +35,9 @@ from l2l_core.priors.renderers import grabcut_input, render_box, render_grabcut
 from l2l_core.pseudo_labels.candidates import build_candidates
 from l2l_core.pseudo_labels.features import LABEL_THRESHOLD, Candidates, compute_features, score_candidates
 from l2l_core.pseudo_labels.reinforce import train_policy
-from l2l_core.training.loop import Stream, stream_sizes, train
+from l2l_core.training.loop import train
 from l2l_core.training.runs import part_of
+from l2l_core.training.streams import Stream, stream_sizes
 
 TRAINING_STEPS = 5
 """Steps measured after a first one, which includes one-time setup; their median counts."""
@@ -178,7 +179,7 @@ def _training_step_s(params: Params, network: Segmenter, sample: Sample) -> floa
 
     settings = params.train.model_copy(update={"log_every": 1})
     with suppress(_TimeBudgetReached):
-        train(network, streams, 1 + TRAINING_STEPS, settings, params.seed, "check", None, log)
+        train(network, streams, 1 + TRAINING_STEPS, settings, seed=params.seed, run_name="check", log=log)
     steps = np.diff(stamps)
     return float(np.median(steps[1:] if len(steps) > 1 else steps))
 

@@ -9,7 +9,6 @@ from l2l_core.config import Params
 from l2l_core.core.files import fingerprint
 from l2l_core.data.folds import fold_of_images
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
@@ -23,6 +22,7 @@ from l2l_core.training.runs import (
     with_prior_swap,
     without_images,
 )
+from l2l_core.training.streams import OnlineStream, Stream
 
 
 def pseudo_labels_of(number: int) -> Path:

@@ -19,7 +19,6 @@ from l2l_core.data.load import pairs_of
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training import fold_teachers, loop, runs
-from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.runs import (
     labeled_stream,
     method_of,
@@ -30,6 +29,7 @@ from l2l_core.training.runs import (
     run_training,
     without_images,
 )
+from l2l_core.training.streams import OnlineStream, Stream
 from stages import crossfit, retrain
 
 PARAMS = toy_params(proposals={"size_px": 24})
@@ -358,8 +358,8 @@ def test_a_killed_training_leaves_no_model_and_resumes_to_the_same_files(toy, tm
     seen = []
     train = runs.train
 
-    def noted(*args):
-        result = train(*args)
+    def noted(*args, **named):
+        result = train(*args, **named)
         seen.append(result.curve)
         return result
 
