@@ -30,15 +30,15 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
-    number = parser.parse_args().round
+    round_number = parser.parse_args().round
     params = load_params()
-    folder, previous = records.round_folder(number), records.round_folder(number - 1) / "model"
-    run_name, pseudo_path = f"retrain-{number}", folder / "pseudo_labels.parquet"
+    folder, previous = records.round_folder(round_number), records.round_folder(round_number - 1) / "model"
+    run_name, pseudo_path = f"retrain-{round_number}", folder / "pseudo_labels.parquet"
     online, share = method_of(pseudo_path) == "mean_teacher", 1 - params.retrain.labeled_share
     pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
     labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
     if pseudo is None and is_first_process():
-        print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
+        print(f"round {round_number}: the selection accepted nothing, training on the labeled pairs alone")
     fresh = params.retrain.start == "scratch" and not online
     network = new_network(params, run_name) if fresh else Segmenter.load(previous)
     network.num_passes = params.retrain.num_passes

@@ -195,9 +195,9 @@ SUPERVISED_FOLDER = Path("data/supervised")
 PER_SENTENCE_PATH = Path("data/evaluation/per_sentence.parquet")
 
 
-def round_folder(number: int) -> Path:
+def round_folder(round_number: int) -> Path:
     """Folder of all outputs of a round: model/, curves/, folds/, pseudo_labels.parquet, history/."""
-    return Path(f"data/rounds/{number}")
+    return Path(f"data/rounds/{round_number}")
 
 
 def read_rendering() -> ProposalsParams:

@@ -65,9 +65,9 @@ def evaluate(
     curves["labels/rounds"] = quality_curve(quality, last_round)
     for model, rows in history.training.groupby("model", sort=False):
         curves[f"training/{model}"] = rows.drop(columns="model")
-    for number in range(last_round + 1):
-        rows = history.policy[history.policy["round"] == number]
-        curves[f"policy/round_{number}"] = rows.drop(columns="round")
+    for round_number in range(last_round + 1):
+        rows = history.policy[history.policy["round"] == round_number]
+        curves[f"policy/round_{round_number}"] = rows.drop(columns="round")
     return Evaluation(per_sentence, metrics, curves)
 
 
@@ -128,7 +128,7 @@ def summarize(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | 
         metrics[f"n_{split}"] = int((rows["method"] == final).sum())
         metrics |= {f"{split}_{name}": value for name, value in scores[final].items()}
         metrics |= {f"{split}_no_prior_{name}": scores[f"{final}_no_prior"][name] for name in ("miou", "oiou")}
-        methods = [PRIOR, SUPERVISED, *(f"round_{number}" for number in range(last_round + 1))]
+        methods = [PRIOR, SUPERVISED, *(f"round_{round_number}" for round_number in range(last_round + 1))]
         metrics |= {f"{split}_{method}_miou": scores[method]["miou"] for method in methods}
     return metrics
 
@@ -149,12 +149,12 @@ def round_curves(per_sentence: pd.DataFrame, last_round: int) -> dict[str, pd.Da
         lines = {f"{method}_miou": scores[method]["miou"] for method in (SUPERVISED, PRIOR)}
         curves[f"rounds/{split}"] = pd.DataFrame(
             {
-                "round": number,
-                **scores[f"round_{number}"],
-                "no_prior_miou": scores[f"round_{number}_no_prior"]["miou"],
+                "round": round_number,
+                **scores[f"round_{round_number}"],
+                "no_prior_miou": scores[f"round_{round_number}_no_prior"]["miou"],
                 **lines,
             }
-            for number in range(last_round + 1)
+            for round_number in range(last_round + 1)
         )
     return curves
 
@@ -162,9 +162,9 @@ def round_curves(per_sentence: pd.DataFrame, last_round: int) -> dict[str, pd.Da
 def _methods(last_round: int) -> dict[str, tuple[str, bool]]:
     """Method -> (model, with_prior) of the predictions required by an evaluation."""
     methods = {SUPERVISED: (SUPERVISED, False)}
-    for number in range(last_round + 1):
-        methods[f"round_{number}"] = (f"round_{number}", True)
-        methods[f"round_{number}_no_prior"] = (f"round_{number}", False)
+    for round_number in range(last_round + 1):
+        methods[f"round_{round_number}"] = (f"round_{round_number}", True)
+        methods[f"round_{round_number}_no_prior"] = (f"round_{round_number}", False)
     return methods
 
 

@@ -72,7 +72,7 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
     Undefined metrics are omitted: all but coverage if no truth is known, auroc if there is only one class.
     """
     metrics: dict[str, float] = {}
-    for number, rows in labels.groupby("round"):
+    for round_number, rows in labels.groupby("round"):
         known = rows[rows["iou"].notna()]
         accepted = known["accepted"].astype(bool)
         values = {
@@ -90,7 +90,7 @@ def label_quality(labels: pd.DataFrame) -> dict[str, float]:
             "miou_fused": 100 * known["fused_iou"].mean(),
         }
         defined = {name: float(value) for name, value in values.items() if value is not None and not np.isnan(value)}
-        metrics |= {f"pseudo_round_{number}_{name}": round(value, 2) for name, value in defined.items()}
+        metrics |= {f"pseudo_round_{round_number}_{name}": round(value, 2) for name, value in defined.items()}
     return metrics
 
 
@@ -102,11 +102,11 @@ def quality_curve(quality: Mapping[str, float], last_round: int) -> pd.DataFrame
     """
     columns = {"prior_miou": "miou_prior", "fused_miou": "miou_fused", "label_miou": "miou_all"}
     rows = []
-    for number in range(1, last_round + 1):
-        scores = {name: quality.get(f"pseudo_round_{number}_{key}", np.nan) for name, key in columns.items()}
-        error = quality.get(f"pseudo_round_{number}_pixel_error_kept", np.nan)
+    for round_number in range(1, last_round + 1):
+        scores = {name: quality.get(f"pseudo_round_{round_number}_{key}", np.nan) for name, key in columns.items()}
+        error = quality.get(f"pseudo_round_{round_number}_pixel_error_kept", np.nan)
         if not np.isnan(scores["label_miou"]):
-            rows.append({"round": number, **scores, "kept_accuracy": round(100 - error, 2)})
+            rows.append({"round": round_number, **scores, "kept_accuracy": round(100 - error, 2)})
     return pd.DataFrame(rows, columns=["round", *columns, "kept_accuracy"])
 
 
@@ -117,11 +117,13 @@ def label_curves(labels: pd.DataFrame, last_round: int) -> dict[str, pd.DataFram
     share taken. reliability: share of correct labels against their accept_prob.
     """
     curves = {}
-    for number in range(last_round + 1):
-        rows = labels[(labels["round"] == number) & labels["iou"].notna()]
+    for round_number in range(last_round + 1):
+        rows = labels[(labels["round"] == round_number) & labels["iou"].notna()]
         correct = rows["iou"] > POSITIVE_IOU
-        curves[f"coverage/round_{number}"] = precision_by_coverage(rows["accept_prob"], correct, CURVE_POINTS).round(2)
-        curves[f"reliability/round_{number}"] = reliability(rows["accept_prob"], correct, RELIABILITY_BINS).round(2)
+        coverage = precision_by_coverage(rows["accept_prob"], correct, CURVE_POINTS)
+        curves[f"coverage/round_{round_number}"] = coverage.round(2)
+        bins = reliability(rows["accept_prob"], correct, RELIABILITY_BINS)
+        curves[f"reliability/round_{round_number}"] = bins.round(2)
     return curves
 
 

@@ -17,19 +17,19 @@ from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS
 from l2l_core.model.predictor import Predictor
 
 
-def extend_history(params: Params, number: int) -> None:
+def extend_history(params: Params, round_number: int) -> None:
     """Write history/ of a round: the previous round's history plus this round's predictions, labels and curves.
 
     predictions.parquet (records.PREDICTIONS), pseudo_labels.parquet (records.PSEUDO_LABELS), training.csv, policy.csv.
     Reads no ground truth. Round 0 also holds the supervised-only model.
     """
-    folder = records.round_folder(number)
-    if number == 0:
+    folder = records.round_folder(round_number)
+    if round_number == 0:
         predictions = predict(params, records.SUPERVISED_FOLDER / "model", "supervised", [False])
         training = training_rows(records.SUPERVISED_FOLDER / "curves", "supervised")
         labels, policy = [records.PSEUDO_LABELS.empty_table()], []
     else:
-        before = records.round_folder(number - 1) / "history"
+        before = records.round_folder(round_number - 1) / "history"
         predictions = [records.read_table(before / "predictions.parquet", records.PREDICTIONS)]
         training = read_rows(before / "training.csv")
         labels = [
@@ -37,8 +37,8 @@ def extend_history(params: Params, number: int) -> None:
             records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS),
         ]
         policy = read_rows(before / "policy.csv")
-        policy += [{"round": str(number), **row} for row in read_rows(folder / "policy.csv")]
-    name = f"round_{number}"
+        policy += [{"round": str(round_number), **row} for row in read_rows(folder / "policy.csv")]
+    name = f"round_{round_number}"
     predictions += predict(params, folder / "model", name, [True, False])
     training += training_rows(folder / "curves", name)
     with atomic_dir(folder / "history") as out:

@@ -97,9 +97,9 @@ def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
     """The stages that `dvc repro` runs from scratch, in a valid order."""
     names = ["check", *(["refshapes"] if draws_refshapes else []), "ingest", "split", "query", "priors", "proposals"]
     names += ["warmup", "predict"]
-    for number in range(1, params.round + 1):
-        names += ["crossfit-0" if number == 1 else f"crossfit@{number - 1}"]
-        names += [f"select@{number}", f"retrain@{number}", f"predict@{number}"]
+    for round_number in range(1, params.round + 1):
+        names += ["crossfit-0" if round_number == 1 else f"crossfit@{round_number - 1}"]
+        names += [f"select@{round_number}", f"retrain@{round_number}", f"predict@{round_number}"]
     return [*names, "evaluate", "report"]
 
 
@@ -131,10 +131,10 @@ def checkpoint_bytes(sizes: Sizes) -> int | None:
 
 
 def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float | None:
-    kind, number = _parse(name)
+    kind, round_number = _parse(name)
     select, learns = params.select, params.select.trains_policy
     start, step_s = costs.network_start_s, costs.step_s
-    passes = params.retrain.num_passes if number else 1
+    passes = params.retrain.num_passes if round_number else 1
     decode_s, folds = costs.decode_s, select.folds
     match kind:
         case "check" | "split" | "priors":
@@ -166,7 +166,7 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             steps = select.fold_update_steps if select.fold_update == "continue" else select.fold_steps
             return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True))
         case "select":
-            passes = params.retrain.num_passes if number > 1 else 1  # of the teacher, from the previous round
+            passes = params.retrain.num_passes if round_number > 1 else 1  # of the teacher, from the previous round
             each = VIEWS * passes * costs.predict_s + costs.label_s + len(select.candidate_names) * costs.mask_s
             num_scored = counts.labeled if learns else 0
             policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
@@ -185,9 +185,9 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             steps = params.retrain.steps
             return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True)
         case "predict":
-            ways = 2 if number else 3  # with and without prior; round 0 also the supervised model
+            ways = 2 if round_number else 3  # with and without prior; round 0 also the supervised model
             filled = -(-counts.evaluated // params.evaluate.batch_size) * params.evaluate.batch_size
-            models = 1 if number else 2
+            models = 1 if round_number else 2
             read = models * counts.evaluated_images * decode_s
             return start + ways * (filled * passes * costs.predict_s + counts.evaluated * costs.mask_s) + read
         case _:
@@ -203,11 +203,11 @@ def _sam_seconds(costs: Costs, images: int, prompts: int) -> float | None:
 
 def _decoded(params: Params, counts: Counts, steps: int, *, rounds: bool) -> float:
     """Number of image decodes in training: each cached image once, and every other image again at each draw."""
-    number, draws = 0.0, steps * params.train.batch_size
+    decodes, draws = 0.0, steps * params.train.batch_size
     for images, share, room in _streams(params, counts, rounds=rounds):
         kept = min(1.0, room / max(1, images))
-        number += (1 - kept) * share * draws + kept * min(images, share * draws)
-    return number
+        decodes += (1 - kept) * share * draws + kept * min(images, share * draws)
+    return decodes
 
 
 def _streams(params: Params, counts: Counts, *, rounds: bool) -> list[tuple[int, float, int]]:
@@ -223,7 +223,7 @@ def _memory(
     name: str, params: Params, counts: Counts, sizes: Sizes, needs: MemoryCosts, at_once: int
 ) -> tuple[float | None, float | None]:
     """RAM of all processes of a stage, and memory of one GPU."""
-    kind, number = _parse(name)
+    kind, round_number = _parse(name)
     select, image_bytes = params.select, 3 * params.model.image_size_px**2
     tables = counts.sentences * (MAP_COPIES * params.proposals.size_px**2 + TEXT_BYTES)
     network = needs.network_start + tables + (sizes.model or 0)
@@ -247,7 +247,7 @@ def _memory(
             if params.proposals.renderer == "sam":
                 return needs.network_start + rendered + needs.sam, needs.sam_gpu
             return needs.start + rendered, None
-        case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "freeze"):
+        case "crossfit-0" | "crossfit" if not learns or (round_number and select.fold_update == "freeze"):
             return needs.start, None
         case "warmup":  # with priors and without
             return training(min(2, at_once), rounds=False), needs.train_gpu
@@ -270,7 +270,7 @@ def _memory(
 
 
 def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | None:
-    kind, number = _parse(name)
+    kind, round_number = _parse(name)
     labels = counts.unlabeled * (2 * sizes.mask + ROW_BYTES)
     match kind:
         case "ingest":
@@ -292,12 +292,12 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
         case "select":
             return labels
         case "predict":  # predictions and selections of this and all earlier rounds
-            return counts.evaluated * (3 + 2 * number) * (sizes.mask + ROW_BYTES) + number * labels
+            return counts.evaluated * (3 + 2 * round_number) * (sizes.mask + ROW_BYTES) + round_number * labels
         case _:
             return None
 
 
 def _parse(name: str) -> tuple[str, int]:
     """select@2 -> select, 2; warmup -> warmup, 0."""
-    kind, _, number = name.partition("@")
-    return kind, int(number or 0)
+    kind, _, round_number = name.partition("@")
+    return kind, int(round_number or 0)

@@ -73,8 +73,8 @@ def make_proposals(
     count = len(samples.sent_id)
     soft = np.empty((count, params.size_px, params.size_px), dtype=np.uint8)
     predicted = np.empty(count, dtype=np.float32)
-    for number, rows in enumerate(progress(_chunks(samples, params), f"proposals ({params.renderer})", "batch")):
-        path = None if folder is None else folder / f"{number}.parquet"
+    for chunk, rows in enumerate(progress(_chunks(samples, params), f"proposals ({params.renderer})", "batch")):
+        path = None if folder is None else folder / f"{chunk}.parquet"
         if path is not None and path.exists():
             table = records.read_table(path, records.PROPOSALS)
         else:
@@ -120,9 +120,9 @@ def mean_maps(
     predicted = np.full(samples.has_box.shape, np.nan, dtype=np.float32)
     row, response = np.nonzero(samples.has_point)
     maps[row, response] = render_point(samples.point_xy[row, response], samples.image_hw[row], params)
-    for place in zip(*np.nonzero(samples.has_mask), strict=True):
-        height, width = samples.image_hw[place[0]].tolist()
-        maps[place] = render_mask(decode_rle(samples.mask[place], height, width), params)
+    for here in zip(*np.nonzero(samples.has_mask), strict=True):
+        height, width = samples.image_hw[here[0]].tolist()
+        maps[here] = render_mask(decode_rle(samples.mask[here], height, width), params)
     row, response = np.nonzero(samples.has_box & ~samples.has_mask)
     match params.renderer:
         case "box":
@@ -133,9 +133,9 @@ def mean_maps(
 
             def cut(image: int) -> None:
                 pixels = grabcut_input(read(image))
-                for place in (image_row == image).nonzero()[0].tolist():
-                    here = row[place], response[place]
-                    height, width = samples.image_hw[row[place]].tolist()
+                for index in (image_row == image).nonzero()[0].tolist():
+                    here = row[index], response[index]
+                    height, width = samples.image_hw[row[index]].tolist()
                     maps[here] = render_grabcut(pixels, samples.box_xyxy[here], (height, width), params)
 
             with ThreadPoolExecutor(thread_count()) as pool:

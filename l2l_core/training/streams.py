@@ -83,12 +83,12 @@ def draw(
     teacher_prob: batch -> foreground probability [B, 1, S, S] in [0, 1], for an OnlineStream.
     """
     parts, first = [], 0
-    for number, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
-        rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, number), step)
-        no_prior = generator("prior dropout", seed, step, number).random(size) < params.prior_dropout
+    for index, (stream, size) in enumerate(zip(streams, stream_sizes(streams, params.batch_size), strict=True)):
+        rows = epoch_rows(len(stream.batches.pairs), size, seed_of("stream", seed, index), step)
+        no_prior = generator("prior dropout", seed, step, index).random(size) < params.prior_dropout
         swapped_rows = None
         if stream.prior_swap:
-            swap = generator("prior swap", seed, step, number)
+            swap = generator("prior swap", seed, step, index)
             swapped_rows = prior_rows(stream.batches.pairs, rows, stream.prior_swap, swap)
         if positions is not None:
             here = positions[(positions >= first) & (positions < first + size)] - first
