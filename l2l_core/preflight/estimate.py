@@ -1,4 +1,7 @@
-"""Stages of a run, with estimates of their time, size and memory; docs/check.md explains the formulas."""
+"""Stages of a run, with estimates of their time in seconds and of their outputs and memory in bytes.
+
+docs/check.md explains the formulas. Nothing here reads a file, measures or raises.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +31,23 @@ CHECKPOINT_MODELS = 4
 
 @dataclass(frozen=True)
 class Counts:
-    """Sentences of the dataset and of each role, and images of each role."""
+    """Numbers of sentences and images, each at least 0."""
 
-    sentences: int
-    labeled: int
+    sentences: int  # of all roles: each is queried and rendered
+    labeled: int  # sentences
     unlabeled: int
     evaluated: int
-    labeled_images: int
+    labeled_images: int  # images of the labeled sentences
     unlabeled_images: int
     evaluated_images: int
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, measured on a sample."""
+    """Seconds, measured on a sample by `measure.py`, each at least 0.
+
+    A pass is one forward pass of the network; a prediction makes `retrain.num_passes` of them.
+    """
 
     start_s: float  # startup of a stage without the network
     network_start_s: float  # startup of a stage with the network
@@ -52,14 +58,14 @@ class Costs:
     predict_s: float  # per sentence about a decoded image, one view, one pass
     label_s: float  # per sentence: its candidates and the policy's features
     mask_s: float  # per mask at its image's size, as run lengths
-    policy_step_s: float
+    policy_step_s: float  # per step of the policy's training
     sam_image_s: float | None = None  # per image, read and encoded by SAM; None: SAM is not measured
     sam_prompt_s: float | None = None  # per prompt about an encoded image
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes, measured on a sample."""
+    """Bytes on disk, measured on a sample by `measure.py`, each at least 0."""
 
     index: int  # all tables of ingest
     mask: float  # run lengths of one mask
@@ -68,23 +74,27 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MemoryCosts:
-    """Bytes of memory, measured on a sample."""
+    """Bytes of memory at the peak, measured on a sample by `measure.py`, each at least 0.
+
+    RAM unless the name ends in `_gpu`. A part is what is added to the parts it starts from: a training needs
+    `network_start`, the weights, `train` and its decoded images.
+    """
 
     start: int  # process without the network, after startup
     network_start: int  # process with the network, after startup
     read: int  # reading the whole dataset
     train: int  # training, without the network's weights
     predict: int  # labeling a batch, without the network's weights
-    state: float  # the policy's features of a sentence
+    state: float  # the policy's features, per sentence
     train_gpu: int | None  # total on the GPU; None: the network runs on the CPU
-    predict_gpu: int | None
+    predict_gpu: int | None  # the same, for labeling a batch
     sam: int = 0  # SAM with its weights, while it encodes and decodes
-    sam_gpu: int | None = None
+    sam_gpu: int | None = None  # the same, for SAM
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run."""
+    """One stage of a run, with its estimates; each is at least 0."""
 
     name: str  # DVC's name
     seconds: float | None  # None: unknown
@@ -94,7 +104,10 @@ class Stage:
 
 
 def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
-    """The stages that `dvc repro` runs from scratch, in a valid order."""
+    """DVC's names of the stages that `dvc repro` runs from scratch, in an order in which they can run.
+
+    params: `round` is the number of rounds after the warm-up. draws_refshapes: whether the built-in dataset is drawn.
+    """
     names = ["check", *(["refshapes"] if draws_refshapes else []), "ingest", "split", "query", "priors", "proposals"]
     names += ["warmup", "predict"]
     for round_number in range(1, params.round + 1):
@@ -113,9 +126,11 @@ def plan(
     needs: MemoryCosts | None = None,
     at_once: int = 1,
 ) -> list[Stage]:
-    """Time, size and memory of every stage; costs None: no times; needs None: no memory.
+    """Estimate every stage of a run, in the order of `stage_names`.
 
-    at_once: number of fold teachers that train in parallel.
+    costs: in seconds; None: all `seconds` are None. sizes: in bytes on disk. needs: in bytes of memory; None: all
+    `ram_bytes` and `gpu_bytes` are None. draws_refshapes: as in `stage_names`. at_once: number of fold teachers that
+    train in parallel, at least 1.
     """
     stages = []
     for name in stage_names(params, draws_refshapes=draws_refshapes):
@@ -126,7 +141,10 @@ def plan(
 
 
 def checkpoint_bytes(sizes: Sizes) -> int | None:
-    """Peak size of .scratch/ during training: a checkpoint, and the next one while it is written."""
+    """Bytes of .scratch/ at the peak of a training: a checkpoint, and the next one while it is written.
+
+    None if the size of the network is unknown.
+    """
     return None if sizes.model is None else 2 * CHECKPOINT_MODELS * sizes.model
 
 
