@@ -113,7 +113,6 @@ PRIORS = pa.schema(
         ("input_width", pa.int32()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
-        ("latency_ms", pa.float32()),  # 0: measured times differ between runs, and the table must not
     ]
 )
 PROPOSALS = pa.schema(
