@@ -64,10 +64,10 @@ small: setup
 	$(BIN)/pip install --quiet --no-deps $$($(BIN)/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["small"])')
 
-# The documentation as a website, in site/; a dead link is an error.
+# The documentation as a website, in site/; a dead link is an error. Not --quiet: it hides warnings from --strict.
 docs: setup
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 # One thread a process: the tests run side by side, and oversubscribed threads are many times slower.
 test: check
