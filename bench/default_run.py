@@ -7,7 +7,7 @@ Runs in a clone of this repository under bench/work/ with an empty cache, at HEA
 with params.yaml as it is there or with changes (`-S`, as of `dvc exp run`). Adds two rows to
 bench/results/default_run.jsonl, or replaces those of the same commit, settings and machine. The latest commit's rows
 without settings make a line of README.md; beside the oldest commit's rows on the same machine they make a table of
-docs/results.md.
+docs/results.md, which also has the scores of other seeds (`-S seed=1`) of the latest commit.
 
     measure                first: from an empty cache; nothing_to_do: again, when nothing changed
     seconds                wall time
@@ -232,15 +232,23 @@ def table(rows: Sequence[Row]) -> str:
         body.append(["all, CPU time", *_compared([run.get("cpu_seconds") for run in runs], len(old))])
     head = ["stage", *(f"{_named(run)}, s" for run in runs), *(f"{_named(run)} / {_named(after)}" for run in old)]
     text = docs.markdown(head, body)
-    scores = list(dict.fromkeys(key for run in runs for key in run if key.startswith("val_miou_")))
+    scored = [*runs, *(row for row in rows if row["measure"] == "first" and _is_other_seed(row, after))]
+    scores = list(dict.fromkeys(key for run in scored for key in run if key.startswith("val_miou_")))
     if scores:
-        head = ["val mIoU", *(key.removeprefix("val_miou_").replace("_", " ") for key in scores)]
+        head = ["val mIoU", *(key.removeprefix("val_miou_").replace("_", " ") for key in scores), "s"]
         values: list[list[object]] = [
-            [_named(run), *("" if key not in run else f"{run[key]:.1f}" for key in scores)] for run in runs
+            [_named(run), *("" if key not in run else f"{run[key]:.1f}" for key in scores), f"{run['seconds']:.1f}"]
+            for run in scored
         ]
         text += f"\n\n{docs.markdown(head, values)}"
     share = f"Training the policies took {after['policy_percent']} % of the rounds (select, retrain, crossfit)"
     return f"{text}\n\n{share}; {after['device']}, commit {after['commit']}."
+
+
+def _is_other_seed(row: Row, after: Row) -> bool:
+    """Whether a row differs from another one in the seed alone."""
+    alike = all(row[key] == after[key] for key in ("commit", "device"))
+    return alike and re.fullmatch(r"seed=\d+", row.get("settings", "")) is not None
 
 
 def _named(run: Row) -> str:

@@ -207,7 +207,16 @@ def run_training(precision: str, steps: int, out: str) -> Row:
 
     Path(out).mkdir(parents=True, exist_ok=True)
     network, streams = new_network(params, "gpu"), [labeled_stream(params, 1.0)]
-    trained = train(network, streams, steps, settings, params.seed, "gpu", Path(out) / "checkpoint.pt", log)
+    trained = train(
+        network,
+        streams,
+        steps,
+        settings,
+        seed=params.seed,
+        run_name="gpu",
+        checkpoint=Path(out) / "checkpoint.pt",
+        log=log,
+    )
     trained.teacher.save(Path(out) / "model")
     (first, started), (last, ended) = stamps[0], stamps[-1]
     return {

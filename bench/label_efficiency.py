@@ -20,7 +20,7 @@ bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, 
     no_prior_miou                   the same model run without priors; none of the prior itself
     lost_objects, lost_borders      points that miou lacks of 100, in sentences below and above an IoU of 0.5
     auroc .. foreground_error_kept  of the round's pseudo-labels, against the truth that no model saw: see
-                                    `label_quality` in l2l_core/evaluation/evaluate.py (there miou_*, here label_miou_*)
+                                    l2l_core/evaluation/label_quality.py (there miou_*, here label_miou_*)
     steps                           that trained the model
     seconds                         wall time of the run's last call, in which the cache supplied what was known
     edition, dataset, device, commit  see EDITION; missing in the first

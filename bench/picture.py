@@ -24,7 +24,7 @@ from l2l_core.artifacts import records
 from l2l_core.core.images import read_image
 from l2l_core.core.masks import decode_rle
 from l2l_core.core.metrics import POSITIVE_IOU
-from l2l_core.evaluation.evaluate import read_history
+from l2l_core.evaluation.history import read_history
 from l2l_core.viz import overlays
 
 PICTURE = ROOT / "docs" / "images" / "example.png"

@@ -41,7 +41,7 @@ from l2l_core.datasets.read import load_dataset
 from l2l_core.mllm.coords import qwen_input_hw
 from l2l_core.mllm.error_model import ERROR_MODELS, IOU_EDGES, LOW_BINS
 from l2l_core.mllm.query import make_backend, make_questions, query_table
-from l2l_core.priors import proposals
+from l2l_core.priors.renderers import grabcut_input, render_box, render_grabcut
 from l2l_core.priors.table import interpret
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,7 +227,7 @@ def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, Any]]) -> 
     limits = known[["width", "height", "width", "height"]].to_numpy(np.float64)
     moved = np.clip(true + noise * np.tile(true[:, 2:] - true[:, :2], 2), 0, limits)
     sizes = known[["height", "width"]].to_numpy(np.int64)
-    images = [np.ascontiguousarray(read_image(path)[..., ::-1]) for path in known["file_name"]]  # BGR
+    images = [read_image(path) for path in known["file_name"]]
     found = []
     for renderer, changes in [("box", {}), ("grabcut", {}), *(("grabcut", change) for change in variants)]:
         row: Row = {"measure": "proposal", "data": data, "objects": len(known), "renderer": renderer} | changes
@@ -239,9 +239,9 @@ def rendered(data: str, known: pd.DataFrame, variants: list[dict[str, Any]]) -> 
                 cuts = []
                 for image, box, size in zip(images, given, sizes.tolist(), strict=True):
                     if renderer == "box":
-                        soft = proposals.render_box(box, size, params)
+                        soft = render_box(box, size, params)
                     else:
-                        soft = proposals.render_grabcut(proposals.shrink(image), box, size, params)
+                        soft = render_grabcut(grabcut_input(image), box, size, params)
                     cuts.append(cut_proposal(np.rint(soft * 255).astype(np.uint8), *size))
                 both = intersection_union_px(cuts, known["rle_counts"].tolist(), sizes)
                 row[f"miou_{name}_boxes"] = round(float((both[:, 0] / both[:, 1]).mean()), 3)

@@ -32,8 +32,8 @@ from bench import docs
 from bench.capabilities import capabilities
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
+from l2l_core.model.sam import load_sam
 from l2l_core.priors.proposals import make_proposals
-from l2l_core.priors.sam import load_sam
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "sam.jsonl"

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from l2l_core.model.predictor import Prediction as Prediction
     from l2l_core.model.predictor import Predictor as Predictor
     from l2l_core.priors.parse import parse_response as parse_response
-    from l2l_core.priors.proposals import render_box as render_box
-    from l2l_core.priors.proposals import render_point as render_point
+    from l2l_core.priors.renderers import render_box as render_box
+    from l2l_core.priors.renderers import render_point as render_point
 
 _HOMES = {
     "L2LError": "l2l_core.errors",
@@ -40,8 +40,8 @@ _HOMES = {
     "load_dataset": "l2l_core.datasets.read",
     "load_params": "l2l_core.config",
     "parse_response": "l2l_core.priors.parse",
-    "render_box": "l2l_core.priors.proposals",
-    "render_point": "l2l_core.priors.proposals",
+    "render_box": "l2l_core.priors.renderers",
+    "render_point": "l2l_core.priors.renderers",
     "segmentation_scores": "l2l_core.core.metrics",
     "to_rgb": "l2l_core.core.images",
 }

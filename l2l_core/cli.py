@@ -178,7 +178,9 @@ def serve(
 
 @export_app.command("coco")
 def export_coco(
-    number: Round = None, out: Annotated[Path, typer.Option(help="folder")] = Path("export"), polygons: Polygons = False
+    round_number: Round = None,
+    out: Annotated[Path, typer.Option(help="folder")] = Path("export"),
+    polygons: Polygons = False,
 ) -> None:
     """Write the accepted pseudo-labels as COCO and JSON lines.
 
@@ -186,21 +188,21 @@ def export_coco(
     """
     from l2l_core.export import labels
 
-    number = latest_round("pseudo_labels.parquet") if number is None else number
-    found = labels.read_labels(number)
+    round_number = latest_round("pseudo_labels.parquet") if round_number is None else round_number
+    found = labels.read_labels(round_number)
     chosen = labels.accepted_labels(found)
-    name = f"pseudo_labels_round_{number}"
+    name = f"pseudo_labels_round_{round_number}"
     with staged_output(out) as folder:
         coco = labels.to_coco(chosen, polygons=polygons)
         (folder / f"{name}.json").write_text(json.dumps(coco, ensure_ascii=False), encoding="utf-8")
         lines = labels.to_json_lines(chosen, out, polygons=polygons)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    print(f"{len(chosen)} of {len(found)} pseudo-labels of round {number}: {out / name}.json, {out / name}.jsonl")
+    print(f"{len(chosen)} of {len(found)} pseudo-labels of round {round_number}: {out / name}.json, {out / name}.jsonl")
 
 
 @export_app.command("label-studio")
 def export_label_studio(
-    number: Round = None,
+    round_number: Round = None,
     out: Annotated[Path, typer.Option(help="folder")] = Path("export"),
     limit: Annotated[int, typer.Option(min=1, help="sentences at most")] = 200,
     image_prefix: Annotated[str, typer.Option(help="URL prefix of image paths")] = "/data/local-files/?d=",
@@ -212,9 +214,9 @@ def export_label_studio(
     """
     from l2l_core.export import labels, review
 
-    number = latest_round("pseudo_labels.parquet") if number is None else number
-    tasks = review.label_studio_tasks(labels.read_labels(number), limit, image_prefix, polygons=polygons)
-    name = f"review_round_{number}"
+    round_number = latest_round("pseudo_labels.parquet") if round_number is None else round_number
+    tasks = review.label_studio_tasks(labels.read_labels(round_number), limit, image_prefix, polygons=polygons)
+    name = f"review_round_{round_number}"
     with staged_output(out) as folder:
         (folder / f"{name}.json").write_text(json.dumps(tasks, ensure_ascii=False), encoding="utf-8")
         (folder / f"{name}.xml").write_text(review.labeling_interface(polygons=polygons), encoding="utf-8")

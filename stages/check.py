@@ -9,9 +9,9 @@ from l2l_core.errors import exit_code
 
 def main() -> None:
     """Validate the parameters and write the number of the round to evaluate."""
-    number = load_params().round
+    round_number = load_params().round
     records.ROUND_PATH.parent.mkdir(parents=True, exist_ok=True)
-    records.ROUND_PATH.write_text(f"{number}\n", encoding="utf-8")
+    records.ROUND_PATH.write_text(f"{round_number}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

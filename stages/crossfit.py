@@ -23,19 +23,19 @@ def main() -> None:
     parser.add_argument("--fold", type=int, help="train this teacher alone; used by the parent process")
     parser.add_argument("--into", type=Path, help="folder of the teacher of --fold")
     given = parser.parse_args()
-    number, params = given.round, load_params()
+    round_number, params = given.round, load_params()
     if given.fold is not None:
         end_with_parent()
-        train_teacher(params, number, given.fold, given.into)
-    elif skips_training(params, number):
-        previous = records.round_folder(number - 1) / "folds" if number else None
-        copy_atomically(previous, records.round_folder(number) / "folds")
+        train_teacher(params, round_number, given.fold, given.into)
+    elif skips_training(params, round_number):
+        previous = records.round_folder(round_number - 1) / "folds" if round_number else None
+        copy_atomically(previous, records.round_folder(round_number) / "folds")
     else:
         # After a kill, finished teachers are kept, and unfinished ones resume from their checkpoints. The stage
         # `retrain` may have trained those of its round already, beside the round's model.
-        with scratch_folder(f"crossfit-{number}", folds_key(params, number)) as done:
-            train_all(params, trainings_of(params, number, done))
-            copy_atomically(done, records.round_folder(number) / "folds")
+        with scratch_folder(f"crossfit-{round_number}", folds_key(params, round_number)) as done:
+            train_all(params, trainings_of(params, round_number, done), records.INDEX)
+            copy_atomically(done, records.round_folder(round_number) / "folds")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.evaluation.evaluate import CURVES_FOLDER, evaluate, read_history
+from l2l_core.evaluation.evaluate import CURVES_FOLDER, evaluate
+from l2l_core.evaluation.history import read_history
 
 
 def dataset_version(dataset: Path) -> str | None:
@@ -33,16 +34,16 @@ def main() -> None:
     """Load the round's history, score it, and save scores, curves and metrics."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True, help="round whose history is scored")
-    number = parser.parse_args().round
+    round_number = parser.parse_args().round
     params = load_params()
     result = evaluate(
-        read_history(records.round_folder(number) / "history"),
+        read_history(records.round_folder(round_number) / "history"),
         records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "ann_id", "style", "split"]),
         records.read_table(records.INDEX.masks, records.MASKS),
         records.read_table(records.SPLIT_PATH, records.SPLIT),
         records.read_table(records.PROPOSALS_PATH, records.PROPOSALS),
         params.evaluate.splits,
-        number,
+        round_number,
         dataset_version(Path(params.dataset)),
     )
     records.write_table(result.per_sentence, records.PER_SENTENCE_PATH, records.PER_SENTENCE)
@@ -51,7 +52,7 @@ def main() -> None:
         path = CURVES_FOLDER / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         curve.to_csv(path, index=False)
-    metrics = result.metrics | trained_precision(records.round_folder(number) / "model")
+    metrics = result.metrics | trained_precision(records.round_folder(round_number) / "model")
     records.write_metrics(metrics, records.METRICS_PATH)
 
 

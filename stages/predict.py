@@ -6,7 +6,7 @@ import argparse
 
 from l2l_core.config import load_params
 from l2l_core.errors import exit_code
-from l2l_core.evaluation.history import extend_history
+from l2l_core.evaluation.predict import extend_history
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.core.images import read_image
 from l2l_core.errors import exit_code
-from l2l_core.evaluation.evaluate import CURVES_FOLDER, read_history
+from l2l_core.evaluation.evaluate import CURVES_FOLDER
+from l2l_core.evaluation.history import read_history
 from l2l_core.reporting.gallery import Run
 from l2l_core.reporting.report import render_report
 
@@ -19,10 +20,10 @@ def main() -> None:
     """Load the outputs of the run, render the page and save it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True, help="round that was evaluated")
-    number = parser.parse_args().round
+    round_number = parser.parse_args().round
     params = load_params()
     metrics = records.read_metrics(records.METRICS_PATH)
-    history = read_history(records.round_folder(number) / "history")
+    history = read_history(records.round_folder(round_number) / "history")
     index, read, frame = records.INDEX, records.read_table, records.to_frame
     run = Run(
         images=frame(read(index.images, records.IMAGES)),
@@ -42,7 +43,7 @@ def main() -> None:
             path.relative_to(CURVES_FOLDER).with_suffix("").as_posix(): pd.read_csv(path)
             for path in sorted(CURVES_FOLDER.rglob("*.csv"))
         },
-        last_round=number,
+        last_round=round_number,
     )
     page = render_report(run, params, read_image)
     records.REPORT_PATH.parent.mkdir(parents=True, exist_ok=True)

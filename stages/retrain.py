@@ -27,32 +27,32 @@ def main() -> None:
     parser.add_argument("--round", type=int, required=True)
     parser.add_argument("--into", type=Path, help="train the model alone, into this folder; used by the parent process")
     given, params = parser.parse_args(), load_params()
-    number, into = given.round, given.into
+    round_number, into = given.round, given.into
     if into is not None:
         end_with_parent()
-        train_model(params, number, into)
+        train_model(params, round_number, into)
         return
     settings = f"{training_settings(params)} {params.retrain!r}"
-    key = fingerprint(f"retrain-{number}", settings, inputs_of(params, number))
+    key = fingerprint(f"retrain-{round_number}", settings, inputs_of(params, round_number))
     with ExitStack() as folders:
         # After a kill, finished trainings are kept, and unfinished ones resume from their checkpoints.
-        done = folders.enter_context(scratch_folder(f"round-{number}", key))
+        done = folders.enter_context(scratch_folder(f"round-{round_number}", key))
         trainings = {
-            f"retrain-{number}": Training(
+            f"retrain-{round_number}": Training(
                 done / "model",
-                partial(train_model, params, number, done),
-                ["-m", "stages.retrain", "--round", str(number), "--into", str(done)],
+                partial(train_model, params, round_number, done),
+                ["-m", "stages.retrain", "--round", str(round_number), "--into", str(done)],
             )
         }
-        if number < params.round and not fold_teachers.skips_training(params, number):
-            key = fold_teachers.folds_key(params, number)
-            folds = folders.enter_context(scratch_folder(f"crossfit-{number}", key, keep=True))
-            trainings |= fold_teachers.trainings_of(params, number, folds)
+        if round_number < params.round and not fold_teachers.skips_training(params, round_number):
+            key = fold_teachers.folds_key(params, round_number)
+            folds = folders.enter_context(scratch_folder(f"crossfit-{round_number}", key, keep=True))
+            trainings |= fold_teachers.trainings_of(params, round_number, folds)
         # The share of the threads must not depend on the number of rounds, since the bytes depend on it.
-        learns = method_of(fold_teachers.pseudo_labels_of(number)) == "reinforce"
-        train_all(params, trainings, shares=params.select.folds if learns else 1)
+        learns = method_of(fold_teachers.pseudo_labels_of(round_number)) == "reinforce"
+        train_all(params, trainings, records.INDEX, shares=params.select.folds if learns else 1)
         for part in ("model", "curves"):
-            copy_atomically(done / part, records.round_folder(number) / part)
+            copy_atomically(done / part, records.round_folder(round_number) / part)
 
 
 if __name__ == "__main__":

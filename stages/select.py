@@ -27,9 +27,9 @@ def main() -> None:
     """Write a round's pseudo_labels.parquet and policy.csv."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)
-    number = parser.parse_args().round
+    round_number = parser.parse_args().round
     params = load_params()
-    folder, previous = records.round_folder(number), records.round_folder(number - 1)
+    folder, previous = records.round_folder(round_number), records.round_folder(round_number - 1)
     teacher = Predictor.from_run(previous / "model", params.train)
     print_device(teacher.device, teacher.precision)
     labels, candidates = label_unlabeled(params, teacher)
@@ -37,20 +37,20 @@ def main() -> None:
     match params.select.method:
         case "reinforce":
             labeled, scores = score_out_of_fold(params, previous / "folds")
-            seed = derive_seed(params.seed, f"select-{number}")
+            seed = derive_seed(params.seed, f"select-{round_number}")
             started = time.monotonic()
             image = images_of(params, labeled.sent_id)
             trained = train_policy(labeled, scores, candidates, params.select, seed, image)
             policy, curve = trained.policy, trained.curve
-            print(f"round {number}: policy trained in {time.monotonic() - started:.1f} s")
+            print(f"round {round_number}: policy trained in {time.monotonic() - started:.1f} s")
         case "oracle":
             truth = score_unlabeled(params, labels, records.INDEX.masks)
     selection = select_labels(params.select, candidates, policy, truth)
-    table = pseudo_label_table(params, number, labels, candidates, selection)
+    table = pseudo_label_table(params, round_number, labels, candidates, selection)
     records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
     write_rows(folder / "policy.csv", CURVE_COLUMNS, curve)
     kept = int(selection.accepted.sum())
-    print(f"round {number}: {params.select.method} accepts {kept} of {len(candidates.sent_id)} pseudo-labels")
+    print(f"round {round_number}: {params.select.method} accepts {kept} of {len(candidates.sent_id)} pseudo-labels")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
     # After a kill, a finished network is kept, and an unfinished one resumes from its checkpoint.
     key = fingerprint("round-0", f"{training_settings(params)} {params.warmup.steps}", [*LABEL_INPUTS, *PRIOR_INPUTS])
     with scratch_folder("round-0", key) as done:
-        train_all(params, trainings_of(params, done))
+        train_all(params, trainings_of(params, done), records.INDEX)
         for name, folder in FOLDERS.items():
             for part in ("model", "curves"):
                 copy_atomically(done / name / part, folder / part)

@@ -29,6 +29,9 @@ ROLES = ("labeled", "unlabeled", "eval")
 PRIOR_STATUSES = ("ok", "empty", "invalid", "error")
 PRIOR_KINDS = ("mask", "box", "point", "none")  # what a prior is rendered from; a mask comes before a box
 
+SHOWN_SENT_IDS = 5
+"""Maximum number of sentences listed in an error; the rest is only counted."""
+
 _BOX = pa.list_(pa.float32(), 4)
 _POINT = pa.list_(pa.float32(), 2)
 
@@ -110,7 +113,6 @@ PRIORS = pa.schema(
         ("input_width", pa.int32()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
-        ("latency_ms", pa.float32()),  # 0: measured times differ between runs, and the table must not
     ]
 )
 PROPOSALS = pa.schema(
@@ -192,9 +194,9 @@ SUPERVISED_FOLDER = Path("data/supervised")
 PER_SENTENCE_PATH = Path("data/evaluation/per_sentence.parquet")
 
 
-def round_folder(number: int) -> Path:
+def round_folder(round_number: int) -> Path:
     """Folder of all outputs of a round: model/, curves/, folds/, pseudo_labels.parquet, history/."""
-    return Path(f"data/rounds/{number}")
+    return Path(f"data/rounds/{round_number}")
 
 
 def read_rendering() -> ProposalsParams:
@@ -271,6 +273,14 @@ def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | Non
 def to_frame(table: pa.Table) -> pd.DataFrame:
     """A table as a DataFrame; integer columns stay integers, lists become numpy arrays, nulls become None."""
     return table.to_pandas()
+
+
+def refuse_sentences(sent_ids: pd.Index[int] | pd.Series[int], problem: str) -> None:
+    """Raise ArtifactError that names the problem and the first of the sentences that have it; none: do nothing."""
+    shown = [str(sent_id) for sent_id in sent_ids[:SHOWN_SENT_IDS]]
+    more = f" and {len(sent_ids) - len(shown)} more" if len(sent_ids) > len(shown) else ""
+    if shown:
+        raise ArtifactError(f"{problem} sent_id {', '.join(shown)}{more}; run dvc repro")
 
 
 SENTENCE_COLUMNS = ("sent_id", "ref_id", "image_id", "sentence", "style", "split")

@@ -24,7 +24,7 @@ def latest_round(part: str) -> int:
     if not numbers:
         raise ArtifactError(f"{rounds}: no round has {part}; run the pipeline first (dvc repro) in the project's root")
     last = int(records.ROUND_PATH.read_text(encoding="utf-8")) if records.ROUND_PATH.is_file() else max(numbers)
-    own = [number for number in numbers if number <= last]
+    own = [round_number for round_number in numbers if round_number <= last]
     if not own:
         raise ArtifactError(
             f"{rounds}: no round up to {last} ({records.ROUND_PATH}: the last run) has {part}; later rounds come from "

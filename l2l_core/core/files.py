@@ -22,9 +22,9 @@ CODE_ROOT = Path(__file__).resolve().parents[2]
 def end_on_sigterm() -> None:
     """On SIGTERM, exit by an exception with the shell's exit code, so that no half-written file remains."""
 
-    def end(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
-        sys.exit(128 + number)
+    def end(signal_number: int, _frame: object) -> None:
+        signal.signal(signal_number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
+        sys.exit(128 + signal_number)
 
     signal.signal(signal.SIGTERM, end)
 

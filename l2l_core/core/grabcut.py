@@ -70,9 +70,9 @@ def _neighborhood(trimap: NDArray[np.uint8]) -> tuple[slice, slice]:
     unsure = trimap != cv2.GC_BGD
     slices = []
     for axis in (1, 0):
-        places = unsure.any(axis=axis).nonzero()[0]
-        if not len(places):
+        occupied = unsure.any(axis=axis).nonzero()[0]
+        if not len(occupied):
             return slice(None), slice(None)
-        margin = max(_MIN_MARGIN_PX, int(GRABCUT_MARGIN * (places[-1] - places[0] + 1)))
-        slices.append(slice(max(0, places[0] - margin), places[-1] + 1 + margin))
+        margin = max(_MIN_MARGIN_PX, int(GRABCUT_MARGIN * (occupied[-1] - occupied[0] + 1)))
+        slices.append(slice(max(0, occupied[0] - margin), occupied[-1] + 1 + margin))
     return slices[0], slices[1]

@@ -28,7 +28,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
             f"{path}: begins like {encoding}, but byte {error.start} does not fit; save it as UTF-8"
         ) from None
     lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
-    return [(number, line.strip(BOM)) for number, line in lines if line.strip(BOM).strip()]
+    return [(line_number, line.strip(BOM)) for line_number, line in lines if line.strip(BOM).strip()]
 
 
 def json_object(line: str) -> dict[str, Any]:

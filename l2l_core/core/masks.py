@@ -217,8 +217,8 @@ def _compressed_runs(counts: str | bytes) -> NDArray[np.int64]:
     length = last - first + 1
     if (length > _MAX_CHUNKS).any():
         raise ValueError("segmentation.counts: a run is longer than any image")
-    place = np.arange(len(chunks)) - np.repeat(first, length)
-    runs = np.add.reduceat((chunks & 0x1F) << (5 * place), first)
+    position = np.arange(len(chunks)) - np.repeat(first, length)
+    runs = np.add.reduceat((chunks & 0x1F) << (5 * position), first)
     runs -= np.where(chunks[last] & 0x10, np.int64(1) << (5 * length), 0)
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])

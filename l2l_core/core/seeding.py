@@ -32,8 +32,8 @@ def folds_of(group: NDArray[np.int64], folds: int, draws: np.random.Generator) -
 
     Rows of one group share a fold. Fold sizes differ by at most one group.
     """
-    groups, place = np.unique(group, return_inverse=True)
-    return np.asarray((draws.permutation(len(groups)) % folds)[place])
+    groups, index = np.unique(group, return_inverse=True)
+    return np.asarray((draws.permutation(len(groups)) % folds)[index])
 
 
 def evenly_picked(count: int, most: int) -> NDArray[np.int64]:

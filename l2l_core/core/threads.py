@@ -92,10 +92,10 @@ def _quotas(root: Path) -> Iterator[float]:
     """Every CPU limit of this process's cgroups and their parents, in CPUs; cgroup versions 1 and 2."""
     mount = root / "sys/fs/cgroup"
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        number, controllers, path = line.split(":", 2)
+        hierarchy, controllers, path = line.split(":", 2)
         inside = PurePosixPath(path.lstrip("/"))
         for folder in (inside, *inside.parents):  # a container may see its own cgroup at the root instead
-            if number == "0" and not controllers:
+            if hierarchy == "0" and not controllers:
                 quota, _, period = (_read(mount / folder / "cpu.max") or "").partition(" ")
             elif "cpu" in controllers.split(","):
                 here = mount / controllers / folder if (mount / controllers).is_dir() else mount / "cpu" / folder

@@ -72,8 +72,8 @@ class Pairs:
     def with_sent_ids(self, sent_ids: NDArray[np.int64]) -> Pairs:
         """The pairs of the given sentences, in that order. Raises ArtifactError if one is unknown."""
         order = np.argsort(self.sent_id)
-        place = np.searchsorted(self.sent_id, sent_ids, sorter=order)
-        rows = order[np.minimum(place, len(order) - 1)] if len(order) else np.zeros(0, dtype=np.int64)
+        found = np.searchsorted(self.sent_id, sent_ids, sorter=order)
+        rows = order[np.minimum(found, len(order) - 1)] if len(order) else np.zeros(0, dtype=np.int64)
         if len(rows) != len(sent_ids) or (self.sent_id[rows] != sent_ids).any():
             raise ArtifactError("a table names a sent_id that the index lacks; run dvc repro")
         return self.take(rows)

@@ -22,11 +22,11 @@ def prior_rows(pairs: Pairs, rows: NDArray[np.int64], fraction: float, draws: np
     is_swapped = draws.random(len(rows)) < fraction
     anyone, position = draws.integers(0, len(pairs), len(rows)), draws.random(len(rows))
     chosen = rows.copy()
-    for place in is_swapped.nonzero()[0]:
-        own = rows[place]
+    for index in is_swapped.nonzero()[0]:
+        own = rows[index]
         of_image = (pairs.image_row == pairs.image_row[own]).nonzero()[0]
         mine, marked = pairs.proposal[own] > 127, pairs.proposal[of_image] > 127
         iou = iou_from_px((marked & mine).sum((1, 2)), (marked | mine).sum((1, 2)))
         others = of_image[iou < MAX_OVERLAP]
-        chosen[place] = others[int(position[place] * len(others))] if len(others) else anyone[place]
+        chosen[index] = others[int(position[index] * len(others))] if len(others) else anyone[index]
     return chosen

@@ -178,11 +178,11 @@ def _unpack(archive: Archive, path: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(path) as bundle:
             members = {
-                place.name: member
+                inner.name: member
                 for member in bundle.infolist()
-                if (place := PurePosixPath(member.filename)).parent.name == archive.inside
+                if (inner := PurePosixPath(member.filename)).parent.name == archive.inside
                 and not member.is_dir()
-                and not place.name.startswith(".")  # left by file managers
+                and not inner.name.startswith(".")  # left by file managers
             }
             _need_space(folder, sum(member.file_size for member in members.values()))
             for name, member in progress(members.items(), f"unpack {archive.name}", "file"):

@@ -70,10 +70,10 @@ def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> 
     masks: dict[int, Mask] = {}
     objects: dict[int, Object] = {}
     ref_ids: dict[tuple[int, str], int] = {}
-    for number, pair in enumerate(progress(pairs, "masks", "pair")):
+    for row, pair in enumerate(progress(pairs, "masks", "pair")):
         image_id = image_ids[pair.image]
         # Each unlabeled pair is a separate ref: two sentences need not mean the same object.
-        key = (image_id, f"row {number}" if pair.mask is None else json.dumps(pair.mask, sort_keys=True))
+        key = (image_id, f"row {row}" if pair.mask is None else json.dumps(pair.mask, sort_keys=True))
         is_new = key not in ref_ids
         ref_id = ref_ids.setdefault(key, len(ref_ids))
         if pair.mask is not None and is_new and image_id in files:
@@ -89,7 +89,7 @@ def read_jsonl(path: Path, images: str = "auto", min_image_side_px: int = 1) -> 
         sentences.append(
             Sentence(
                 where=pair.where,
-                sent_id=number if pair.id is None else pair.id,
+                sent_id=row if pair.id is None else pair.id,
                 ref_id=ref_id,
                 ann_id=NO_MASK if pair.mask is None else ref_id,
                 image_id=image_id,
@@ -115,8 +115,8 @@ def _read_pairs(path: Path, image_folder: Path, problems: list[str]) -> list[_Pa
     except FileNotFoundError:
         raise InputError(f"{source}: not found") from None
     pairs = []
-    for number, line in lines:
-        where = f"{source}: line {number}"
+    for line_number, line in lines:
+        where = f"{source}: line {line_number}"
         try:
             pairs.append(_pair(json_object(line), where, image_folder))
         except ValueError as error:

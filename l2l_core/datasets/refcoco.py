@@ -232,8 +232,8 @@ def _rows_by_id(
 ) -> dict[int, T]:
     """Parsed rows by their `id`; a row that cannot be parsed becomes a line in `problems`."""
     parsed: dict[int, T] = {}
-    for number, row in enumerate(rows):
-        where = f"{what} {number}"
+    for index, row in enumerate(rows):
+        where = f"{what} {index}"
         try:
             if not isinstance(row, dict):
                 raise ValueError(f"got {_short(row)}, expected an object")
@@ -289,8 +289,8 @@ def _sentences(
     without_target = 0
     unions: dict[tuple[int, ...], int] = {}
     seen: set[int] = set()
-    for number, ref in enumerate(refs):
-        where = f"{source}: ref {number}"
+    for index, ref in enumerate(refs):
+        where = f"{source}: ref {index}"
         try:
             if not isinstance(ref, dict):
                 raise ValueError(f"got {_short(ref)}, expected an object")
@@ -315,8 +315,8 @@ def _sentences(
         except ValueError as error:
             problems.append(f"{where}: {error}")
             continue
-        for place, row in enumerate(ref["sentences"]):
-            here = f"{where}, sentence {place}"
+        for sentence_index, row in enumerate(ref["sentences"]):
+            here = f"{where}, sentence {sentence_index}"
             try:
                 if not isinstance(row, dict):
                     raise ValueError(f"got {_short(row)}, expected an object")

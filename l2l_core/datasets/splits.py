@@ -155,8 +155,8 @@ def _label(frame: pd.DataFrame, column: str, ids: list[int], source: str) -> pa.
 def _label_semires(frame: pd.DataFrame, rows: list[Any], source: str) -> pa.Table:
     """SemiRES's list: one row per ref, with its image (iid) and its ref_id (mask_id)."""
     wrong = [
-        number
-        for number, row in enumerate(rows)
+        index
+        for index, row in enumerate(rows)
         if not isinstance(row, dict) or type(row.get("iid")) is not int or type(row.get("mask_id")) is not int
     ]
     if wrong:

@@ -1,76 +1,47 @@
-"""Predictions and learning curves of all rounds so far, accumulated from round to round."""
+"""Results of all rounds so far: predictions, pseudo-labels and learning curves, as `predict` stores them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 
 from l2l_core.artifacts import records
-from l2l_core.artifacts.curves import read_curve, read_rows, write_rows
-from l2l_core.config import Params
-from l2l_core.core.device import print_device
-from l2l_core.core.files import atomic_dir
-from l2l_core.data.load import batches_of, pairs_of
-from l2l_core.model.predictor import Predictor
+from l2l_core.errors import ArtifactError
 
 TRAINING_COLUMNS = ("model", "step", "loss", "bce", "dice", "lr")
 POLICY_COLUMNS = ("round", "step", "reward", "keep_rate", "accept_rate", "entropy", "advantage_std")
 
 
-def extend_history(params: Params, number: int) -> None:
-    """Write history/ of a round: the previous round's history plus this round's predictions, labels and curves.
+@dataclass(frozen=True)
+class History:
+    """Results of the rounds 0..k."""
 
-    predictions.parquet (records.PREDICTIONS), pseudo_labels.parquet (records.PSEUDO_LABELS), training.csv, policy.csv.
-    Reads no ground truth. Round 0 also holds the supervised-only model.
-    """
-    folder = records.round_folder(number)
-    if number == 0:
-        predictions = predict(params, records.SUPERVISED_FOLDER / "model", "supervised", [False])
-        training = training_rows(records.SUPERVISED_FOLDER / "curves", "supervised")
-        labels, policy = [records.PSEUDO_LABELS.empty_table()], []
-    else:
-        before = records.round_folder(number - 1) / "history"
-        predictions = [records.read_table(before / "predictions.parquet", records.PREDICTIONS)]
-        training = read_rows(before / "training.csv")
-        labels = [
-            records.read_table(before / "pseudo_labels.parquet", records.PSEUDO_LABELS),
-            records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS),
-        ]
-        policy = read_rows(before / "policy.csv")
-        policy += [{"round": str(number), **row} for row in read_rows(folder / "policy.csv")]
-    name = f"round_{number}"
-    predictions += predict(params, folder / "model", name, [True, False])
-    training += training_rows(folder / "curves", name)
-    with atomic_dir(folder / "history") as out:
-        records.write_table(pa.concat_tables(predictions), out / "predictions.parquet", records.PREDICTIONS)
-        records.write_table(pa.concat_tables(labels), out / "pseudo_labels.parquet", records.PSEUDO_LABELS)
-        write_rows(out / "training.csv", TRAINING_COLUMNS, training)
-        write_rows(out / "policy.csv", POLICY_COLUMNS, policy)
+    predictions: pa.Table  # records.PREDICTIONS of the supervised model and of every round
+    pseudo_labels: pa.Table  # records.PSEUDO_LABELS of the rounds 1..k
+    training: pd.DataFrame  # model, step, loss and its parts
+    policy: pd.DataFrame  # round, step, reward and more; no row without a trained policy
 
 
-def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) -> list[pa.Table]:
-    """Masks of all evaluated sentences by one model (records.PREDICTIONS), for each entry of `with_prior`."""
-    pairs = pairs_of(params, "eval", with_priors=any(with_prior))
-    predictor = Predictor.from_run(model, params.train)
-    print_device(predictor.device, predictor.precision)
-    masks = predictor.masks(batches_of(params, pairs), params.evaluate.batch_size, with_prior, name)
-    count = len(pairs)
-    columns = {
-        "sent_id": pairs.sent_id,
-        "height": pairs.hw[:, 0].astype("int32"),
-        "width": pairs.hw[:, 1].astype("int32"),
-    }
-    return [
-        pa.table(
-            columns | {"model": [name] * count, "with_prior": [shown] * count, "rle_counts": found},
-            schema=records.PREDICTIONS,
-        )
-        for shown, found in zip(with_prior, masks, strict=True)
-    ]
+def read_history(folder: Path) -> History:
+    """Read the history of a round. Raises ArtifactError if a part is missing."""
+    return History(
+        records.read_table(folder / "predictions.parquet", records.PREDICTIONS),
+        records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS),
+        _read_curve(folder / "training.csv", "model"),
+        _read_curve(folder / "policy.csv", "round"),
+    )
 
 
-def training_rows(curves: Path, model: str) -> list[dict[str, str]]:
-    """A DVCLive folder as rows of TRAINING_COLUMNS."""
-    return [{"model": model, **row} for row in read_curve(curves, TRAINING_COLUMNS[2:])]
+def _read_curve(path: Path, by: str) -> pd.DataFrame:
+    try:
+        curve = pd.read_csv(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: not found, run the stage that writes it: dvc repro") from None
+    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
+        raise ArtifactError(f"{path}: not a CSV file: {error}") from None
+    if by not in curve or "step" not in curve:
+        raise ArtifactError(f"{path}: columns {list(curve)}, expected {by} and step among them")
+    return curve

@@ -26,18 +26,17 @@ LABEL_COLUMNS = (
 )
 
 
-def read_labels(number: int) -> pd.DataFrame:
+def read_labels(round_number: int) -> pd.DataFrame:
     """A round's pseudo-labels, one row per unlabeled sentence, by sent_id.
 
     Columns LABEL_COLUMNS, image_id, sentence, file_name and area_px; reads no ground truth. Raises InputError if only
     other rounds have pseudo-labels, ArtifactError if none has.
     """
-    path = records.round_folder(number) / "pseudo_labels.parquet"
+    path = records.round_folder(round_number) / "pseudo_labels.parquet"
     if not path.is_file() and (rounds := rounds_with(path.name)):
-        more = f"; dvc exp run -S round={number} makes more" if number <= MAX_ROUND else ""
-        raise InputError(
-            f"--round: got {number}, expected one of those with pseudo-labels ({', '.join(map(str, rounds))}){more}"
-        )
+        more = f"; dvc exp run -S round={round_number} makes more" if round_number <= MAX_ROUND else ""
+        known = ", ".join(map(str, rounds))
+        raise InputError(f"--round: got {round_number}, expected one of those with pseudo-labels ({known}){more}")
     labels = records.to_frame(records.read_table(path, records.PSEUDO_LABELS, LABEL_COLUMNS))
     refs = records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
     images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id", "file_name", "height", "width"])
@@ -74,7 +73,7 @@ def to_coco(labels: pd.DataFrame, *, polygons: bool) -> dict[str, Any]:
     label was built) and keep (run lengths of the valid pixels).
     """
     images = labels.drop_duplicates("image_id").sort_values("image_id")
-    annotations = [_annotation(number, row, polygons) for number, row in enumerate(_rows(labels), start=1)]
+    annotations = [_annotation(ann_id, row, polygons) for ann_id, row in enumerate(_rows(labels), start=1)]
     return {
         "info": {"description": "Pseudo-labels by L2L, no ground truth"},
         "licenses": [],
@@ -109,10 +108,10 @@ def _rows(labels: pd.DataFrame) -> Any:
     return labels.astype(object).itertuples(index=False)
 
 
-def _annotation(number: int, row: Any, polygons: bool) -> dict[str, object]:
+def _annotation(ann_id: int, row: Any, polygons: bool) -> dict[str, object]:
     x1, y1, x2, y2 = rle_box_xyxy(row.rle_counts, row.height, row.width)
     return {
-        "id": number,
+        "id": ann_id,
         "image_id": row.image_id,
         "category_id": CATEGORY["id"],
         "segmentation": to_segmentation(row.rle_counts, row.height, row.width, polygons=polygons),

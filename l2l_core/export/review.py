@@ -105,8 +105,8 @@ def _task(row: Any, image_prefix: str, polygons: bool) -> dict[str, Any]:
         "image_rotation": 0,
     }
     regions = [
-        {"id": f"{row.sent_id}-{number}", **frame, "value": {**value, kind: [LABEL]}}
-        for number, value in enumerate(shapes)
+        {"id": f"{row.sent_id}-{index}", **frame, "value": {**value, kind: [LABEL]}}
+        for index, value in enumerate(shapes)
     ]
     return {
         "data": {

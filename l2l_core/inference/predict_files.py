@@ -89,10 +89,10 @@ def pairs_of_images(words: Sequence[str]) -> PairList:
     """
     if len(words) < 2:
         raise InputError(f'predict: got {len(words)} argument(s), expected IMAGE... "SENTENCE", or --pairs FILE.jsonl')
-    *places, sentence = words
+    *paths, sentence = words
     if os.path.exists(sentence):  # Path.exists() raises if a sentence is too long for a path
         raise InputError(f"predict: sentence: got {sentence!r}, which is a file; the last argument is the sentence")
-    return pairs_of_paths([path for place in places for path in _images_at(Path(place))], sentence)
+    return pairs_of_paths([file for path in paths for file in _images_at(Path(path))], sentence)
 
 
 def pairs_of_paths(paths: Sequence[Path], sentence: str) -> PairList:
@@ -315,19 +315,19 @@ def _write_index(lines: Sequence[dict[str, object]], folder: Path) -> None:
 def _picture_names(requested: PairList) -> list[dict[str, str]]:
     """The files of each pair by kind."""
     names = [
-        f"{number:04d}_{_slug(Path(file.file_name).stem)}_{_slug(sentence)}"
-        for number, (file, sentence) in enumerate(zip(requested.images, requested.sentence, strict=True))
+        f"{index:04d}_{_slug(Path(file.file_name).stem)}_{_slug(sentence)}"
+        for index, (file, sentence) in enumerate(zip(requested.images, requested.sentence, strict=True))
     ]
     return [{kind: f"{name}.{kind}.png" for kind in PICTURES} for name in names]
 
 
-def _images_at(place: Path) -> list[Path]:
+def _images_at(path: Path) -> list[Path]:
     """The path itself, or the images in a folder by name. Raises InputError if a folder has none."""
-    if not place.is_dir():
-        return [place]
-    found = [path for path in visible(place.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not path.is_dir():
+        return [path]
+    found = [file for file in visible(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
     if not found:
-        raise InputError(f"{place}: no image in this folder, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(f"{path}: no image in this folder, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 

@@ -43,7 +43,7 @@ from l2l_core.inference.predict_files import (
 from l2l_core.mllm.backend import PriorBackend
 from l2l_core.mllm.query import make_backend, query_table
 from l2l_core.model.predictor import Predictor
-from l2l_core.priors.sam import load_sam
+from l2l_core.model.sam import load_sam
 from l2l_core.viz import overlays
 
 MAX_PIXELS = 40_000_000

@@ -54,8 +54,8 @@ class TransformersDetector:
     @torch.inference_mode()
     def detect(self, requests: Sequence[DetectionRequest]) -> list[list[Detection]]:
         """The detections of each request, computed as one batch; an image is decoded and encoded once if possible."""
-        places: dict[int, int] = {}  # id of an image -> its place among the images
-        rows = [places.setdefault(id(request.image), len(places)) for request in requests]
+        index_of: dict[int, int] = {}  # id of an image -> its index among the images
+        rows = [index_of.setdefault(id(request.image), len(index_of)) for request in requests]
         images = list({id(request.image): request.image for request in requests}.values())
         sentences = [request.sentence for request in requests]
         with autocast(self._device, self.precision):

@@ -96,7 +96,7 @@ class TransformersEngine:
         ]
 
     def _completion(self, tokens: list[int], prompt_tokens: int) -> Completion:
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        end = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         text = self._tokenizer.decode(tokens[:end], skip_special_tokens=True)
         return Completion(text, prompt_tokens, min(end + 1, len(tokens)))
 
@@ -152,9 +152,9 @@ def _entry_at(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """
     ends = weights.cumsum(dim=1)
     whole = ends[:, -1:]
-    places = torch.minimum(shares * whole, torch.nextafter(whole, torch.zeros_like(whole)))
-    entries = torch.searchsorted(ends, places, right=True)  # the first entry that ends after the position
-    return entries, (places - (ends - weights).gather(1, entries)) / weights.gather(1, entries)
+    positions = torch.minimum(shares * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+    entries = torch.searchsorted(ends, positions, right=True)  # the first entry that ends after the position
+    return entries, (positions - (ends - weights).gather(1, entries)) / weights.gather(1, entries)
 
 
 class _Grammars:

@@ -92,13 +92,13 @@ class Scenes:
 
     def take(self, rows: IntArray) -> Scenes:
         """The questions of the given rows (ascending)."""
-        place = np.full(len(self.true_xyxy), -1, dtype=np.int64)
-        place[rows] = np.arange(len(rows))
-        kept = place[self.other_row] >= 0
+        new_row = np.full(len(self.true_xyxy), -1, dtype=np.int64)
+        new_row[rows] = np.arange(len(rows))
+        kept = new_row[self.other_row] >= 0
         return Scenes(
             self.true_xyxy[rows],
             self.image_hw[rows],
-            place[self.other_row[kept]],
+            new_row[self.other_row[kept]],
             self.other_xyxy[kept],
             self.other_same_category[kept],
         )
@@ -190,7 +190,7 @@ def _bins_of_others(scenes: Scenes) -> BoolArray:
     """[P, LOW_BINS] whether another object could be confused with the target at an IoU of that bin."""
     iou = iou_xyxy(scenes.true_xyxy[scenes.other_row], scenes.other_xyxy)
     usable = _sides_are_readable(scenes.other_xyxy)
-    columns = [usable & _is_in_bin(iou, np.full(len(iou), number)) for number in range(LOW_BINS)]
+    columns = [usable & _is_in_bin(iou, np.full(len(iou), low_bin)) for low_bin in range(LOW_BINS)]
     return np.stack(columns, axis=1)
 
 

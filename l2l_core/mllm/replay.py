@@ -67,7 +67,7 @@ def load_recorded(
     responses: dict[Key, RawResponse] = {}
     line_of: dict[Key, int] = {}
     problems: list[str] = []
-    for number, line in progress(_lines(path), "recorded responses", "line"):
+    for line_number, line in progress(_lines(path), "recorded responses", "line"):
         try:
             row = json_object(line)
             sent_id = _find_sentence(row, sentences)
@@ -79,9 +79,9 @@ def load_recorded(
                     f"a second response for sent_id {sent_id}, the first is in line {line_of[key]}; keep one"
                 )
             responses[key] = _to_response(row, sentences.image[sent_id], coord_space, path.parent)
-            line_of[key] = number
+            line_of[key] = line_number
         except (ValueError, ConfigError) as error:
-            problems.append(f"{path}: line {number}: {error}")
+            problems.append(f"{path}: line {line_number}: {error}")
     raise_all(problems)
     if not responses:
         raise InputError(f"{path}: no response belongs to a sentence of the dataset; check sent_id and ref_id")

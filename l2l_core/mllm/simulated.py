@@ -162,7 +162,7 @@ def describe_sentence(sentence: str) -> tuple[str, list[str], str]:
     -> ("car", ["white"], "left of the bus").
     """
     words = re.findall(r"[\w'-]+", clean_text(sentence).lower())
-    cut = next((place for place, word in enumerate(words) if place and _LINK.fullmatch(word)), len(words))
+    cut = next((index for index, word in enumerate(words) if index and _LINK.fullmatch(word)), len(words))
     phrase = [word for word in words[:cut] if not _ARTICLE.fullmatch(word)]
     names = [word for word in phrase if not _PLACE.fullmatch(word)] or phrase[-1:]
     places = [word for word in phrase if word not in names]

@@ -217,19 +217,19 @@ class Predictor:
         order = np.argsort(batches.pairs.image_row, kind="stable")
         image_rows, rank = np.unique(batches.pairs.image_row[order], return_inverse=True)
         held: dict[int, _Images] = {}
-        for places in batched_rows(len(order), batch_size, what):
-            full = _filled(places, batch_size) if fill else places
-            group, place = np.divmod(rank[full], at_once)
+        for positions in batched_rows(len(order), batch_size, what):
+            full = _filled(positions, batch_size) if fill else positions
+            groups, slots = np.divmod(rank[full], at_once)
             encoded, held = held, {}
-            for number in np.unique(group).tolist():
-                if number not in encoded:
-                    some = image_rows[number * at_once : (number + 1) * at_once]
+            for group in np.unique(groups).tolist():
+                if group not in encoded:
+                    some = image_rows[group * at_once : (group + 1) * at_once]
                     pixels = batches.pixels(_filled(some, at_once) if fill else some)
-                    encoded[number] = self._images(pixels, mirrored=mirrored)
-                held[number] = encoded[number]
-            # Groups ascend with the places, so the parts are in the order of the places.
-            parts = [images.take(torch.from_numpy(place[group == number])) for number, images in held.items()]
-            yield _Block(order[full], len(places), _Images.cat(parts))
+                    encoded[group] = self._images(pixels, mirrored=mirrored)
+                held[group] = encoded[group]
+            # Groups ascend with the positions, so the parts are in the order of the positions.
+            parts = [images.take(torch.from_numpy(slots[groups == group])) for group, images in held.items()]
+            yield _Block(order[full], len(positions), _Images.cat(parts))
 
 
 @dataclass(frozen=True)

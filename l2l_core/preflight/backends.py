@@ -22,8 +22,8 @@ from l2l_core.mllm.query import make_backend, make_questions, query_table
 from l2l_core.mllm.replay import ReplayBackend, load_recorded
 from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.model.packaged import PACKAGED, packaged_file
+from l2l_core.model.sam import WEIGHTS, check_sam
 from l2l_core.preflight.inputs import Data
-from l2l_core.priors.sam import WEIGHTS, check_sam
 from l2l_core.priors.table import interpret, kinds_of_sentences
 
 SERVER_TIMEOUT_S = 5.0

@@ -1,4 +1,7 @@
-"""Stages of a run, with estimates of their time, size and memory; docs/check.md explains the formulas."""
+"""Stages of a run, with estimates of their time in seconds and of their outputs and memory in bytes.
+
+docs/check.md explains the formulas. Nothing here reads a file, measures or raises.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ from dataclasses import dataclass
 
 from l2l_core.config import Params
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES
+from l2l_core.model.sam import POINTS_PER_SIDE
 from l2l_core.priors.fit import renderings_of_fit
 from l2l_core.priors.proposals import CHUNK_CELLS
-from l2l_core.priors.sam import POINTS_PER_SIDE
 
 VIEWS = 3
 """Forward passes of a teacher per sentence that it labels: with prior, mirrored, without prior."""
@@ -28,20 +31,23 @@ CHECKPOINT_MODELS = 4
 
 @dataclass(frozen=True)
 class Counts:
-    """Sentences of the dataset and of each role, and images of each role."""
+    """Numbers of sentences and images, each at least 0."""
 
-    sentences: int
-    labeled: int
+    sentences: int  # of all roles: each is queried and rendered
+    labeled: int  # sentences
     unlabeled: int
     evaluated: int
-    labeled_images: int
+    labeled_images: int  # images of the labeled sentences
     unlabeled_images: int
     evaluated_images: int
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, measured on a sample."""
+    """Seconds, measured on a sample by `measure.py`, each at least 0.
+
+    A pass is one forward pass of the network; a prediction makes `retrain.num_passes` of them.
+    """
 
     start_s: float  # startup of a stage without the network
     network_start_s: float  # startup of a stage with the network
@@ -52,14 +58,14 @@ class Costs:
     predict_s: float  # per sentence about a decoded image, one view, one pass
     label_s: float  # per sentence: its candidates and the policy's features
     mask_s: float  # per mask at its image's size, as run lengths
-    policy_step_s: float
+    policy_step_s: float  # per step of the policy's training
     sam_image_s: float | None = None  # per image, read and encoded by SAM; None: SAM is not measured
     sam_prompt_s: float | None = None  # per prompt about an encoded image
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes, measured on a sample."""
+    """Bytes on disk, measured on a sample by `measure.py`, each at least 0."""
 
     index: int  # all tables of ingest
     mask: float  # run lengths of one mask
@@ -68,23 +74,27 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MemoryCosts:
-    """Bytes of memory, measured on a sample."""
+    """Bytes of memory at the peak, measured on a sample by `measure.py`, each at least 0.
+
+    RAM unless the name ends in `_gpu`. A part is what is added to the parts it starts from: a training needs
+    `network_start`, the weights, `train` and its decoded images.
+    """
 
     start: int  # process without the network, after startup
     network_start: int  # process with the network, after startup
     read: int  # reading the whole dataset
     train: int  # training, without the network's weights
     predict: int  # labeling a batch, without the network's weights
-    state: float  # the policy's features of a sentence
+    state: float  # the policy's features, per sentence
     train_gpu: int | None  # total on the GPU; None: the network runs on the CPU
-    predict_gpu: int | None
+    predict_gpu: int | None  # the same, for labeling a batch
     sam: int = 0  # SAM with its weights, while it encodes and decodes
-    sam_gpu: int | None = None
+    sam_gpu: int | None = None  # the same, for SAM
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run."""
+    """One stage of a run, with its estimates; each is at least 0."""
 
     name: str  # DVC's name
     seconds: float | None  # None: unknown
@@ -94,12 +104,15 @@ class Stage:
 
 
 def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
-    """The stages that `dvc repro` runs from scratch, in a valid order."""
+    """DVC's names of the stages that `dvc repro` runs from scratch, in an order in which they can run.
+
+    params: `round` is the number of rounds after the warm-up. draws_refshapes: whether the built-in dataset is drawn.
+    """
     names = ["check", *(["refshapes"] if draws_refshapes else []), "ingest", "split", "query", "priors", "proposals"]
     names += ["warmup", "predict"]
-    for number in range(1, params.round + 1):
-        names += ["crossfit-0" if number == 1 else f"crossfit@{number - 1}"]
-        names += [f"select@{number}", f"retrain@{number}", f"predict@{number}"]
+    for round_number in range(1, params.round + 1):
+        names += ["crossfit-0" if round_number == 1 else f"crossfit@{round_number - 1}"]
+        names += [f"select@{round_number}", f"retrain@{round_number}", f"predict@{round_number}"]
     return [*names, "evaluate", "report"]
 
 
@@ -113,9 +126,11 @@ def plan(
     needs: MemoryCosts | None = None,
     at_once: int = 1,
 ) -> list[Stage]:
-    """Time, size and memory of every stage; costs None: no times; needs None: no memory.
+    """Estimate every stage of a run, in the order of `stage_names`.
 
-    at_once: number of fold teachers that train in parallel.
+    costs: in seconds; None: all `seconds` are None. sizes: in bytes on disk. needs: in bytes of memory; None: all
+    `ram_bytes` and `gpu_bytes` are None. draws_refshapes: as in `stage_names`. at_once: number of fold teachers that
+    train in parallel, at least 1.
     """
     stages = []
     for name in stage_names(params, draws_refshapes=draws_refshapes):
@@ -126,15 +141,18 @@ def plan(
 
 
 def checkpoint_bytes(sizes: Sizes) -> int | None:
-    """Peak size of .scratch/ during training: a checkpoint, and the next one while it is written."""
+    """Bytes of .scratch/ at the peak of a training: a checkpoint, and the next one while it is written.
+
+    None if the size of the network is unknown.
+    """
     return None if sizes.model is None else 2 * CHECKPOINT_MODELS * sizes.model
 
 
 def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float | None:
-    kind, number = _parse(name)
+    kind, round_number = _parse(name)
     select, learns = params.select, params.select.trains_policy
     start, step_s = costs.network_start_s, costs.step_s
-    passes = params.retrain.num_passes if number else 1
+    passes = params.retrain.num_passes if round_number else 1
     decode_s, folds = costs.decode_s, select.folds
     match kind:
         case "check" | "split" | "priors":
@@ -166,7 +184,7 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             steps = select.fold_update_steps if select.fold_update == "continue" else select.fold_steps
             return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True))
         case "select":
-            passes = params.retrain.num_passes if number > 1 else 1  # of the teacher, from the previous round
+            passes = params.retrain.num_passes if round_number > 1 else 1  # of the teacher, from the previous round
             each = VIEWS * passes * costs.predict_s + costs.label_s + len(select.candidate_names) * costs.mask_s
             num_scored = counts.labeled if learns else 0
             policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
@@ -185,9 +203,9 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             steps = params.retrain.steps
             return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True)
         case "predict":
-            ways = 2 if number else 3  # with and without prior; round 0 also the supervised model
+            ways = 2 if round_number else 3  # with and without prior; round 0 also the supervised model
             filled = -(-counts.evaluated // params.evaluate.batch_size) * params.evaluate.batch_size
-            models = 1 if number else 2
+            models = 1 if round_number else 2
             read = models * counts.evaluated_images * decode_s
             return start + ways * (filled * passes * costs.predict_s + counts.evaluated * costs.mask_s) + read
         case _:
@@ -203,11 +221,11 @@ def _sam_seconds(costs: Costs, images: int, prompts: int) -> float | None:
 
 def _decoded(params: Params, counts: Counts, steps: int, *, rounds: bool) -> float:
     """Number of image decodes in training: each cached image once, and every other image again at each draw."""
-    number, draws = 0.0, steps * params.train.batch_size
+    decodes, draws = 0.0, steps * params.train.batch_size
     for images, share, room in _streams(params, counts, rounds=rounds):
         kept = min(1.0, room / max(1, images))
-        number += (1 - kept) * share * draws + kept * min(images, share * draws)
-    return number
+        decodes += (1 - kept) * share * draws + kept * min(images, share * draws)
+    return decodes
 
 
 def _streams(params: Params, counts: Counts, *, rounds: bool) -> list[tuple[int, float, int]]:
@@ -223,7 +241,7 @@ def _memory(
     name: str, params: Params, counts: Counts, sizes: Sizes, needs: MemoryCosts, at_once: int
 ) -> tuple[float | None, float | None]:
     """RAM of all processes of a stage, and memory of one GPU."""
-    kind, number = _parse(name)
+    kind, round_number = _parse(name)
     select, image_bytes = params.select, 3 * params.model.image_size_px**2
     tables = counts.sentences * (MAP_COPIES * params.proposals.size_px**2 + TEXT_BYTES)
     network = needs.network_start + tables + (sizes.model or 0)
@@ -247,7 +265,7 @@ def _memory(
             if params.proposals.renderer == "sam":
                 return needs.network_start + rendered + needs.sam, needs.sam_gpu
             return needs.start + rendered, None
-        case "crossfit-0" | "crossfit" if not learns or (number and select.fold_update == "freeze"):
+        case "crossfit-0" | "crossfit" if not learns or (round_number and select.fold_update == "freeze"):
             return needs.start, None
         case "warmup":  # with priors and without
             return training(min(2, at_once), rounds=False), needs.train_gpu
@@ -270,7 +288,7 @@ def _memory(
 
 
 def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | None:
-    kind, number = _parse(name)
+    kind, round_number = _parse(name)
     labels = counts.unlabeled * (2 * sizes.mask + ROW_BYTES)
     match kind:
         case "ingest":
@@ -292,12 +310,12 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
         case "select":
             return labels
         case "predict":  # predictions and selections of this and all earlier rounds
-            return counts.evaluated * (3 + 2 * number) * (sizes.mask + ROW_BYTES) + number * labels
+            return counts.evaluated * (3 + 2 * round_number) * (sizes.mask + ROW_BYTES) + round_number * labels
         case _:
             return None
 
 
 def _parse(name: str) -> tuple[str, int]:
     """select@2 -> select, 2; warmup -> warmup, 0."""
-    kind, _, number = name.partition("@")
-    return kind, int(number or 0)
+    kind, _, round_number = name.partition("@")
+    return kind, int(round_number or 0)

@@ -25,18 +25,19 @@ from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_pairs, load_tar
 from l2l_core.data.views import Views
 from l2l_core.errors import ConfigError
 from l2l_core.model.predictor import Predictor
+from l2l_core.model.sam import Prompts, Sam
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.backends import sam_device
 from l2l_core.preflight.estimate import VIEWS, Costs, MemoryCosts
 from l2l_core.preflight.memory import peak_of
-from l2l_core.priors import proposals
 from l2l_core.priors.fit import unfitted
-from l2l_core.priors.sam import Prompts, Sam
+from l2l_core.priors.renderers import grabcut_input, render_box, render_grabcut
 from l2l_core.pseudo_labels.candidates import build_candidates
 from l2l_core.pseudo_labels.features import LABEL_THRESHOLD, Candidates, compute_features, score_candidates
 from l2l_core.pseudo_labels.reinforce import train_policy
-from l2l_core.training.loop import Stream, stream_sizes, train
+from l2l_core.training.loop import train
 from l2l_core.training.runs import part_of
+from l2l_core.training.streams import Stream, stream_sizes
 
 TRAINING_STEPS = 5
 """Steps measured after a first one, which includes one-time setup; their median counts."""
@@ -71,7 +72,7 @@ def take_sample(params: Params, index: records.IndexPaths, sent_ids: list[int]) 
     pairs = load_pairs(index, wanted, None, None, settings.size_px, settings.flat_prob)
     refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "bbox"])).set_index("sent_id")
     box = np.stack(refs.loc[wanted, "bbox"].tolist()).astype(np.float64)
-    soft = proposals.render_box(box, pairs.hw, settings)
+    soft = render_box(box, pairs.hw, settings)
     pairs = replace(
         pairs,
         box=(box / np.tile(pairs.hw[:, ::-1], 2)).astype(np.float32),
@@ -178,7 +179,7 @@ def _training_step_s(params: Params, network: Segmenter, sample: Sample) -> floa
 
     settings = params.train.model_copy(update={"log_every": 1})
     with suppress(_TimeBudgetReached):
-        train(network, streams, 1 + TRAINING_STEPS, settings, params.seed, "check", None, log)
+        train(network, streams, 1 + TRAINING_STEPS, settings, seed=params.seed, run_name="check", log=log)
     steps = np.diff(stamps)
     return float(np.median(steps[1:] if len(steps) > 1 else steps))
 
@@ -199,12 +200,12 @@ def _proposal_s(params: Params, sample: Sample) -> float:
         return 0.0
     paths, rows = sample.pairs.image_path, range(min(RENDERED, len(sample.pairs)))
     settings = unfitted(params.proposals)
-    images = [np.ascontiguousarray(read_image(paths[sample.pairs.image_row[row]])[..., ::-1]) for row in rows]
+    images = [read_image(paths[sample.pairs.image_row[row]]) for row in rows]
 
     def render() -> None:
         for row, image in zip(rows, images, strict=True):
-            small, size = proposals.shrink(image), (image.shape[0], image.shape[1])
-            proposals.render_grabcut(small, sample.box_xyxy[row], size, settings)
+            small, size = grabcut_input(image), (image.shape[0], image.shape[1])
+            render_grabcut(small, sample.box_xyxy[row], size, settings)
 
     return _timed(render)[1] / len(rows) * params.priors.samples / thread_count()
 

@@ -16,7 +16,9 @@ from l2l_core.core.masks import encode_rle, intersection_union_px, resize_prob
 from l2l_core.core.metrics import iou_from_px
 from l2l_core.core.seeding import evenly_picked
 from l2l_core.core.threads import thread_count
-from l2l_core.priors.proposals import read_bgr, render_box, render_grabcut, shrink, to_samples
+from l2l_core.priors.proposals import read_photo
+from l2l_core.priors.renderers import grabcut_input, render_box, render_grabcut
+from l2l_core.priors.samples import to_samples
 
 RINGS = (0.1, 0.0, 0.25, 0.5, 0.75, 1.0)
 CORES = (0.2, 0.0, 0.1, 0.35)
@@ -68,7 +70,7 @@ def fit_proposals(
         return Fit(settled, 0, 0.0, 0.0)
     compared = samples.take(rows[evenly_picked(len(rows), MAX_SENTENCES)])
     files = images["file_name"].tolist()
-    photos = {row: shrink(read_bgr(files[row])) for row in np.unique(compared.image_row).tolist()}
+    photos = {row: grabcut_input(read_photo(files[row], "GrabCut")) for row in np.unique(compared.image_row).tolist()}
 
     masks = [truth[sent_id] for sent_id in compared.sent_id.tolist()]
 

@@ -166,13 +166,13 @@ def _json_objects(text: str) -> list[Span]:
     """Every outermost JSON object of a text, with its start and end."""
     decoder = json.JSONDecoder(parse_int=float)  # an integer of any length becomes a float, possibly infinite
     found: list[Span] = []
-    failures, place = 0, 0
-    while failures < _MAX_FAILURES and (match := _OBJECT.search(text, place)):
+    failures, position = 0, 0
+    while failures < _MAX_FAILURES and (match := _OBJECT.search(text, position)):
         try:
-            value, place = decoder.raw_decode(text, match.start())
-            found.append((match.start(), place, value))
+            value, position = decoder.raw_decode(text, match.start())
+            found.append((match.start(), position, value))
         except (ValueError, RecursionError):
-            failures, place = failures + 1, match.start() + 1
+            failures, position = failures + 1, match.start() + 1
     return found
 
 

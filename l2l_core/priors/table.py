@@ -44,7 +44,6 @@ def interpret(responses: pa.Table) -> pa.Table:
         "bbox": [prior.bbox for prior in parsed],
         "point": [prior.point for prior in parsed],
         "score": [prior.score for prior in parsed],
-        "latency_ms": [0.0] * len(parsed),
     }
     values = {name: said[name] if name in said else responses[name].combine_chunks() for name in records.PRIORS.names}
     return pa.Table.from_pydict(values, schema=records.PRIORS)

@@ -54,9 +54,9 @@ def train_critic(
     features, iou = _features(labeled).reshape(len(fold), kinds, -1), truth.iou
     out_of_fold = np.empty(iou.shape, dtype=np.float64)
     members = []
-    for number in range(folds):
-        left_out = (fold == number).nonzero()[0]
-        known = (fold != number).nonzero()[0] if folds > 1 else left_out
+    for held_out in range(folds):
+        left_out = (fold == held_out).nonzero()[0]
+        known = (fold != held_out).nonzero()[0] if folds > 1 else left_out
         known = known[evenly_picked(len(known), MAX_SENTENCES)]
         regression = SVR(C=SVR_C, gamma=SVR_GAMMA_SCALE / features.shape[-1], epsilon=SVR_EPSILON)
         member = make_pipeline(StandardScaler(), regression)

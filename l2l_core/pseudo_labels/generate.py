@@ -171,7 +171,7 @@ def score_unlabeled(params: Params, labels: PseudoLabelCandidates, masks_path: P
 
 
 def pseudo_label_table(
-    params: Params, number: int, labels: PseudoLabelCandidates, candidates: Candidates, selection: Selection
+    params: Params, round_number: int, labels: PseudoLabelCandidates, candidates: Candidates, selection: Selection
 ) -> pa.Table:
     """The round's pseudo-labels (records.PSEUDO_LABELS), one row per unlabeled sentence."""
     keep = [
@@ -181,7 +181,7 @@ def pseudo_label_table(
     count = len(labels.pairs)
     chosen = candidates.sentence[np.arange(count), selection.choice]
     columns = {
-        "round": np.full(count, number, np.int16),
+        "round": np.full(count, round_number, np.int16),
         "sent_id": labels.pairs.sent_id,
         "height": labels.pairs.hw[:, 0].astype(np.int32),
         "width": labels.pairs.hw[:, 1].astype(np.int32),

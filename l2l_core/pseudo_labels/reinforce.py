@@ -107,8 +107,8 @@ def train_policy(
         scaling = _scaling(labeled_with_estimates, unlabeled)
         noise = _choose_noise(scaling, labeled_with_estimates, truth, image_row, unlabeled, params, seed)
         actors, curves = [], []
-        for number in range(ACTORS):
-            generator = torch.Generator().manual_seed(seed + number)
+        for index in range(ACTORS):
+            generator = torch.Generator().manual_seed(seed + index)
             actor = _new_actor(scaling, params, generator)
             curve = _train_actor(
                 actor, labeled_with_estimates, truth, unlabeled, params, params.policy_steps, noise, generator
@@ -162,9 +162,9 @@ def _choose_noise(
     rewards = []
     for noise in NOISES:
         total_reward = 0.0
-        for number in range(NOISE_FOLDS):
-            train_rows, val_rows = (fold != number).nonzero()[0], (fold == number).nonzero()[0]
-            generator = torch.Generator().manual_seed(seed + number)
+        for held_out in range(NOISE_FOLDS):
+            train_rows, val_rows = (fold != held_out).nonzero()[0], (fold == held_out).nonzero()[0]
+            generator = torch.Generator().manual_seed(seed + held_out)
             actor = _new_actor(scaling, params, generator)
             train_truth = truth.take(train_rows)
             _train_actor(actor, labeled.take(train_rows), train_truth, unlabeled, params, steps, noise, generator)

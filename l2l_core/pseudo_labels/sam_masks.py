@@ -14,7 +14,7 @@ from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.core.images import read_image
 from l2l_core.core.masks import encode_rle
 from l2l_core.data.pairs import Pairs
-from l2l_core.priors.sam import EncodedImage, Masks, Prompts, Sam, load_sam
+from l2l_core.model.sam import EncodedImage, Masks, Prompts, Sam, load_sam
 from l2l_core.pseudo_labels.features import LABEL_THRESHOLD
 from l2l_core.pseudo_labels.rules import best_match
 
@@ -89,11 +89,11 @@ class SamMasks:
             encoded = held.encoded
             masks = held.auto_masks = held.auto_masks or self.sam.segment_everything(encoded)
             squares = (self.sam.resize(masks.logits, encoded, side, side) > 0).cpu().numpy()
-            for place in mine.tolist():
-                best = best_match(label[place], squares)
+            for row in mine.tolist():
+                best = best_match(label[row], squares)
                 if best is not None:
                     full = self.sam.resize(masks.logits[best : best + 1], encoded, *encoded.hw)
-                    matches[place] = Match(squares[best], encode_rle((full[0] > 0).cpu().numpy()))
+                    matches[row] = Match(squares[best], encode_rle((full[0] > 0).cpu().numpy()))
         return matches
 
     def _encode_images(self, image_row: NDArray[np.int64]) -> dict[int, _CachedImage]:

@@ -88,8 +88,8 @@ def _reward(
     with one_thread():
         for start in range(0, len(keep), ROWS_AT_ONCE):
             rows = np.arange(start, min(start + ROWS_AT_ONCE, len(keep)))
-            place = rows, choice[rows]
-            confusion = confusion_against_votes(candidates.cells[place]) if truth is None else truth.cells[place]
+            chosen = rows, choice[rows]
+            confusion = confusion_against_votes(candidates.cells[chosen]) if truth is None else truth.cells[chosen]
             kept = torch.from_numpy(keep[rows].astype(np.float32))
             reward[rows] = utility(torch.from_numpy(confusion), kept, params.wrong_cost).numpy()
     return reward

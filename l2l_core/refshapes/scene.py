@@ -171,13 +171,13 @@ def _least_distance(first: float, second: float, same_colour: bool) -> float:
     return CLOSENESS * (first + second) / 2
 
 
-def _rasterise(item: SceneObject, place: _Placement, side_px: int) -> NDArray[np.bool_]:
+def _rasterise(item: SceneObject, placement: _Placement, side_px: int) -> NDArray[np.bool_]:
     """The complete object (ignoring occlusion) on the supersampled grid."""
     fine = side_px * SUPERSAMPLING
-    cos, sin = math.cos(place.tilt), math.sin(place.tilt)
+    cos, sin = math.cos(placement.tilt), math.sin(placement.tilt)
     turn = np.array([[cos, sin], [-sin, cos]])
     contours = [
-        np.rint((c @ turn * place.diameter / 2 + place.center_xy) * fine).astype(np.int32)
+        np.rint((c @ turn * placement.diameter / 2 + placement.center_xy) * fine).astype(np.int32)
         for c in _OUTLINES[item.shape]
     ]
     layer = np.zeros((fine, fine), dtype=np.uint8)
@@ -206,9 +206,9 @@ def _paint(
 ) -> NDArray[np.uint8]:
     """Background, objects from back to front, then lighting and noise; [S, S, 3] uint8 RGB."""
     canvas = _background(rng, side_px * SUPERSAMPLING)
-    for item, place, layer in zip(objects, placements, layers, strict=True):
+    for item, placement, layer in zip(objects, placements, layers, strict=True):
         color = np.clip(np.array(COLOURS[item.color]) + rng.integers(-8, 9, size=3), 0, 255)
-        window = _window(place, canvas.shape[0])
+        window = _window(placement, canvas.shape[0])
         part = layer[window]
         canvas[window][part] = color
         dark = part & _dark_part(rng, item.texture, part, canvas.shape[0])
@@ -221,10 +221,10 @@ def _paint(
     return np.asarray(np.clip(np.rint(noisy), 0, 255), dtype=np.uint8)
 
 
-def _window(place: _Placement, fine: int) -> tuple[slice, slice]:
+def _window(placement: _Placement, fine: int) -> tuple[slice, slice]:
     """Rows and columns of the supersampled grid that contain the object; BORDER keeps them inside the image."""
-    half = math.ceil(REACH * place.diameter / 2 * fine) + 1
-    x, y = (round(share * fine) for share in place.center_xy)
+    half = math.ceil(REACH * placement.diameter / 2 * fine) + 1
+    x, y = (round(share * fine) for share in placement.center_xy)
     return slice(y - half, y + half), slice(x - half, x + half)
 
 

@@ -101,26 +101,27 @@ def make_galleries(run: Run, count: int, read_image: Callable[[str], overlays.Pi
     """
     cases = _Cases(run, read_image)
     image_ids = run.refs[["sent_id", "image_id"]]
-    number, final = run.last_round, f"round_{run.last_round}"
+    round_number, final = run.last_round, f"round_{run.last_round}"
     spread_over = "evenly picked from the lowest to the highest"
     galleries = []
-    if number:
-        labels = run.pseudo_labels[run.pseudo_labels["round"] == number].merge(image_ids, on="sent_id")
+    if round_number:
+        labels = run.pseudo_labels[run.pseudo_labels["round"] == round_number].merge(image_ids, on="sent_id")
         for anchor, teach, accepted in (("accepted", "They teach", True), ("rejected", "They teach nothing", False)):
-            about = f"{teach}. Labels of round {number}, {spread_over} probability of acceptance."
+            about = f"{teach}. Labels of round {round_number}, {spread_over} probability of acceptance."
             chosen = spread(labels[labels["accepted"] == accepted], "accept_prob", count)
             title = f"{anchor.capitalize()} pseudo-labels"
             galleries.append(Gallery(anchor, title, about, list(cases.of_labels(chosen))))
-    share = f"Out of the {100 * CHANGED_SHARE:g} % that differ most from round {number - 1}, {spread_over} agreement."
-    if number > 1:
-        both = _two_rounds(labels, run.pseudo_labels[run.pseudo_labels["round"] == number - 1])
+    most = f"Out of the {100 * CHANGED_SHARE:g} % that differ most"
+    share = f"{most} from round {round_number - 1}, {spread_over} agreement."
+    if round_number > 1:
+        both = _two_rounds(labels, run.pseudo_labels[run.pseudo_labels["round"] == round_number - 1])
         drawn = list(cases.of_changed_labels(_most_changed(both, count)))
         galleries.append(Gallery("changed-labels", "Changed pseudo-labels", share, drawn))
     scored = run.per_sentence[run.per_sentence["method"] == final].merge(image_ids, on="sent_id")
     scored = scored.assign(outcome=outcomes(scored))
-    if number:
+    if round_number:
         with_prior = run.predictions[run.predictions["with_prior"]]
-        now, before = (with_prior[with_prior["model"] == f"round_{k}"] for k in (number, number - 1))
+        now, before = (with_prior[with_prior["model"] == f"round_{k}"] for k in (round_number, round_number - 1))
         both = _two_rounds(now.merge(scored[["sent_id", "image_id"]], on="sent_id"), before)
         drawn = list(cases.of_changed_predictions(_most_changed(both, count)))
         galleries.append(Gallery("changed", "Changed predictions", share, drawn))
@@ -140,8 +141,8 @@ def spread(candidates: pd.DataFrame, by: str, count: int) -> pd.DataFrame:
     shuffled = candidates.sort_values("sent_id").sample(frac=1, random_state=0)  # no sentence of an image is preferred
     one_an_image = shuffled.drop_duplicates("image_id")
     ordered = one_an_image.sort_values([by, "sent_id"])
-    places = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
-    return ordered.iloc[places]
+    rows = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
+    return ordered.iloc[rows]
 
 
 def _two_rounds(now: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
@@ -217,12 +218,12 @@ class _Cases:
         rounds = self._last_round - 1, self._last_round
         masks = [decode_rle(rle, row.height, row.width) for rle in (row.rle_counts_before, row.rle_counts)]
         shown, compared, facts = panels[:2], [], [f"IoU of both rounds {row.agreement:.2f}"]
-        for number, mask, name, more in zip(rounds, masks, names, said, strict=True):
-            shown += [(f"round {number}: {name}" + _if_empty(mask), overlays.with_mask(image, mask))]
+        for round_number, mask, name, more in zip(rounds, masks, names, said, strict=True):
+            shown += [(f"round {round_number}: {name}" + _if_empty(mask), overlays.with_mask(image, mask))]
             known = [] if truth is None else [f"IoU {_iou(mask, truth):.2f}"]
             if truth is not None:
-                compared += [(f"round {number} against truth", overlays.with_errors(image, mask, truth))]
-            facts += [f"round {number}: {', '.join(filter(None, [*known, more]))}"]
+                compared += [(f"round {round_number} against truth", overlays.with_errors(image, mask, truth))]
+            facts += [f"round {round_number}: {', '.join(filter(None, [*known, more]))}"]
         return self._case(row.sent_id, facts, [*shown, *compared])
 
     def _common(self, sent_id: int) -> tuple[overlays.Picture, list[Titled], BoolMask | None]:

@@ -90,8 +90,8 @@ def render_report(run: Run, params: Params, read_image: Callable[[str], overlays
 def _method_name(method: str) -> str:
     if method in (PRIOR, SUPERVISED):
         return {PRIOR: "prior only", SUPERVISED: "supervised only"}[method]
-    number = int(method.split("_")[1])
-    name = f"round {number}" + (" (warm-up)" if number == 0 else "")
+    round_number = int(method.split("_")[1])
+    name = f"round {round_number}" + (" (warm-up)" if round_number == 0 else "")
     return name + (", no prior" if method.endswith("no_prior") else "")
 
 
@@ -221,7 +221,7 @@ def _main_methods(run: Run) -> list[str]:
 def _outcome_tables(run: Run) -> list[Table]:
     """Share of the sentences by outcome, one table per split."""
     named = run.per_sentence.assign(outcome=outcomes(run.per_sentence))
-    methods = [PRIOR, SUPERVISED, *(f"round_{number}" for number in range(run.last_round + 1))]
+    methods = [PRIOR, SUPERVISED, *(f"round_{round_number}" for round_number in range(run.last_round + 1))]
     tables = []
     for split, rows in named.groupby("split", sort=False):
         share = 100 * pd.crosstab(rows["method"], rows["outcome"], normalize="index")
@@ -243,7 +243,7 @@ def _change_tables(run: Run) -> list[Table]:
     tables = []
     for split, rows in run.per_sentence.groupby("split", sort=False):
         by_method = {method: part.sort_values("sent_id") for method, part in rows.groupby("method")}
-        pairs = [(number - 1, number) for number in range(1, run.last_round + 1)]
+        pairs = [(round_number - 1, round_number) for round_number in range(1, run.last_round + 1)]
         if run.last_round > 1:
             pairs.append((0, run.last_round))
         cells: list[tuple[str, list[float | None]]] = []
@@ -259,9 +259,9 @@ def _label_table(run: Run) -> Table:
     rounds = range(1, run.last_round + 1)
     rows: list[tuple[str, list[float | None]]] = []
     for key, name in LABEL_QUALITY_NAMES.items():
-        values = [run.metrics.get(f"pseudo_round_{number}_{key}") for number in rounds]
+        values = [run.metrics.get(f"pseudo_round_{round_number}_{key}") for round_number in rounds]
         rows.append((name, [None if value is None else float(value) for value in values]))
-    return Table("Quality by round", {f"round {number}": PERCENT for number in rounds}, rows)
+    return Table("Quality by round", {f"round {round_number}": PERCENT for round_number in rounds}, rows)
 
 
 # ---- pictures ----

@@ -207,12 +207,12 @@ def reproduce(arguments: Sequence[str]) -> int:
         process_group=0,
     ) as process:
 
-        def forward(number: int, _: object) -> None:
+        def forward(signal_number: int, _: object) -> None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+                os.killpg(process.pid, signal_number)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, forward)
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_number, forward)
         progress = Progress(planned_stages(arguments))  # while DVC itself starts
         assert process.stdout is not None
         for line in process.stdout:

@@ -10,7 +10,6 @@ from l2l_core.config import Params
 from l2l_core.core.files import fingerprint
 from l2l_core.data.folds import fold_of_images
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
@@ -25,71 +24,72 @@ from l2l_core.training.runs import (
     without_images,
 )
 from l2l_core.training.side_by_side import Training
+from l2l_core.training.streams import OnlineStream, Stream
 
 
-def pseudo_labels_of(number: int) -> Path:
+def pseudo_labels_of(round_number: int) -> Path:
     """Path of a round's pseudo-label table."""
-    return records.round_folder(number) / "pseudo_labels.parquet"
+    return records.round_folder(round_number) / "pseudo_labels.parquet"
 
 
-def skips_training(params: Params, number: int) -> bool:
+def skips_training(params: Params, round_number: int) -> bool:
     """Whether a round trains no fold teachers: a fixed rule does not use them, and frozen ones stay after round 0."""
-    if number == 0:
+    if round_number == 0:
         return not params.select.trains_policy
-    return method_of(pseudo_labels_of(number)) != "reinforce" or params.select.fold_update == "freeze"
+    return method_of(pseudo_labels_of(round_number)) != "reinforce" or params.select.fold_update == "freeze"
 
 
-def folds_key(params: Params, number: int) -> str:
+def folds_key(params: Params, round_number: int) -> str:
     """Fingerprint of all fold teachers of a round."""
     settings = f"{training_settings(params)} {params.select.fold_steps}"
-    if number:
+    if round_number:
         settings += f" {params.select.fold_update} {params.select.fold_update_steps}"
         settings += f" {params.retrain.labeled_share} {params.retrain.prior_swap} {params.retrain.num_passes}"
         settings += f" {params.retrain.evolve_proposals}"
-    return fingerprint("crossfit", settings, _inputs(params, number))
+    return fingerprint("crossfit", settings, _inputs(params, round_number))
 
 
-def trainings_of(params: Params, number: int, into: Path) -> dict[str, Training]:
+def trainings_of(params: Params, round_number: int, into: Path) -> dict[str, Training]:
     """The trainings of a round's teachers, one per fold, each with a separate folder."""
-    command = ["-m", "stages.crossfit", "--round", str(number)]
+    command = ["-m", "stages.crossfit", "--round", str(round_number)]
     return {
-        f"crossfit-{number}-{fold}": Training(
+        f"crossfit-{round_number}-{fold}": Training(
             folder := into / str(fold),
-            partial(train_teacher, params, number, fold, folder),
+            partial(train_teacher, params, round_number, fold, folder),
             [*command, "--fold", str(fold), "--into", str(folder)],
         )
         for fold in range(params.select.folds)
     }
 
 
-def train_teacher(params: Params, number: int, left_out: int, into: Path) -> None:
+def train_teacher(params: Params, round_number: int, left_out: int, into: Path) -> None:
     """Train the teacher of a round that leaves out the images of one fold, and save it to `into`."""
-    labeled = labeled_stream(params, 1.0 if number == 0 else params.retrain.labeled_share)
+    labeled = labeled_stream(params, 1.0 if round_number == 0 else params.retrain.labeled_share)
     pairs = labeled.batches.pairs
     fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
-    run_name, steps = f"crossfit-{number}-{left_out}", params.select.fold_steps
+    run_name, steps = f"crossfit-{round_number}-{left_out}", params.select.fold_steps
     streams: list[Stream | OnlineStream] = [part_of(labeled, (fold != left_out).nonzero()[0])]
-    if _continues(params, number):
-        network = Segmenter.load(records.round_folder(number - 1) / "folds" / str(left_out))
+    if _continues(params, round_number):
+        network = Segmenter.load(records.round_folder(round_number - 1) / "folds" / str(left_out))
         steps = params.select.fold_update_steps
     else:
         network = new_network(params, run_name)
-    if number:
+    if round_number:
         network.num_passes = params.retrain.num_passes  # the teachers represent the round's model
-        pseudo = pseudo_stream(params, pseudo_labels_of(number), 1 - params.retrain.labeled_share)
+        pseudo = pseudo_stream(params, pseudo_labels_of(round_number), 1 - params.retrain.labeled_share)
         # Without pseudo-labels on held-out images: their teacher saw these images' labels.
         others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
         streams += [] if others is None else [others]
         streams = with_prior_swap(params, streams)
-    run_training(params, run_name, network, streams, steps, _inputs(params, number), into, None)
+    run_training(params, run_name, network, streams, steps, _inputs(params, round_number), into, None)
 
 
-def _continues(params: Params, number: int) -> bool:
-    return number > 0 and params.select.fold_update == "continue"
+def _continues(params: Params, round_number: int) -> bool:
+    return round_number > 0 and params.select.fold_update == "continue"
 
 
-def _inputs(params: Params, number: int) -> list[Path]:
+def _inputs(params: Params, round_number: int) -> list[Path]:
     """Input files of a round's teachers, including the last round's teachers if training continues from them."""
     inputs = [*LABEL_INPUTS, *PRIOR_INPUTS]
-    inputs += [records.round_folder(number - 1) / "folds"] if _continues(params, number) else []
-    return inputs + ([pseudo_labels_of(number)] if number else [])
+    inputs += [records.round_folder(round_number - 1) / "folds"] if _continues(params, round_number) else []
+    return inputs + ([pseudo_labels_of(round_number)] if round_number else [])

@@ -22,20 +22,22 @@ from l2l_core.training.runs import (
 )
 
 
-def train_model(params: Params, number: int, into: Path) -> None:
+def train_model(params: Params, round_number: int, into: Path) -> None:
     """Train the round's model and write it with its curve.
 
     With the method `mean_teacher`, the EMA teacher labels the unlabeled pairs during training. Training then starts
     from the last round's model for any `retrain.start`, since a random teacher gives useless labels.
     """
-    pseudo_path = pseudo_labels_of(number)
-    run_name, share = f"retrain-{number}", 1 - params.retrain.labeled_share
+    pseudo_path = pseudo_labels_of(round_number)
+    run_name, share = f"retrain-{round_number}", 1 - params.retrain.labeled_share
     online = method_of(pseudo_path) == "mean_teacher"
     pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
     labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
     if pseudo is None and is_first_process():
-        print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
-    network = new_network(params, run_name) if is_fresh(params, number) else Segmenter.load(model_before(number))
+        print(f"round {round_number}: the selection accepted nothing, training on the labeled pairs alone")
+    network = (
+        new_network(params, run_name) if is_fresh(params, round_number) else Segmenter.load(model_before(round_number))
+    )
     network.num_passes = params.retrain.num_passes
     run_training(
         params,
@@ -43,23 +45,23 @@ def train_model(params: Params, number: int, into: Path) -> None:
         network,
         with_prior_swap(params, [labeled] if pseudo is None else [labeled, pseudo]),
         params.retrain.steps,
-        inputs_of(params, number),
+        inputs_of(params, round_number),
         into / "model",
         into / "curves",
     )
 
 
-def is_fresh(params: Params, number: int) -> bool:
+def is_fresh(params: Params, round_number: int) -> bool:
     """Whether the round's training starts from random weights."""
-    return params.retrain.start == "scratch" and method_of(pseudo_labels_of(number)) != "mean_teacher"
+    return params.retrain.start == "scratch" and method_of(pseudo_labels_of(round_number)) != "mean_teacher"
 
 
-def model_before(number: int) -> Path:
+def model_before(round_number: int) -> Path:
     """The last round's model."""
-    return records.round_folder(number - 1) / "model"
+    return records.round_folder(round_number - 1) / "model"
 
 
-def inputs_of(params: Params, number: int) -> list[Path]:
+def inputs_of(params: Params, round_number: int) -> list[Path]:
     """Input files of the training, including the last model if it starts from that."""
-    start = () if is_fresh(params, number) else (model_before(number),)
-    return [*LABEL_INPUTS, *PRIOR_INPUTS, pseudo_labels_of(number), *start]
+    start = () if is_fresh(params, round_number) else (model_before(round_number),)
+    return [*LABEL_INPUTS, *PRIOR_INPUTS, pseudo_labels_of(round_number), *start]

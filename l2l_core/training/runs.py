@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from l2l_core.data.evolve import fuse
 from l2l_core.data.load import batches_of, corpus, labeled_targets, pairs_of
 from l2l_core.data.pairs import Pairs, Targets
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training.loop import OnlineStream, Stream, train
+from l2l_core.training.loop import train
+from l2l_core.training.streams import OnlineStream, Stream
 
 LABEL_INPUTS = (records.SPLIT_PATH, records.LABELED_MASKS_PATH, records.INDEX.refs, records.INDEX.images)
 PRIOR_INPUTS = (records.PRIORS_PATH, records.PROPOSALS_PATH)
@@ -129,11 +131,14 @@ def run_training(
     seed = derive_seed(params.seed, run_name)
     with scratch_folder(run_name, fingerprint(run_name, settings, inputs)) as scratch:
         checkpoint = scratch / "checkpoint.pt"
+        start = partial(
+            train, network, streams, steps, params.train, seed=seed, run_name=run_name, checkpoint=checkpoint
+        )
         if curves_out is None or not is_first_process():
-            trained = train(network, streams, steps, params.train, seed, run_name, checkpoint)
+            trained = start()
         else:
             with live_curve(curves_out) as log:
-                trained = train(network, streams, steps, params.train, seed, run_name, checkpoint, log)
+                trained = start(log=log)
         if is_first_process():
             with atomic_dir(model_out) as folder:
                 trained.teacher.save(folder, proposals)

@@ -60,8 +60,10 @@ class Training:
     command: Sequence[str]  # Python arguments for a separate process (`-m stages.crossfit ...`)
 
 
-def train_all(params: Params, trainings: Mapping[str, Training], shares: int | None = None) -> None:
-    """Run named independent trainings, in parallel or sequentially. Skip those whose output exists.
+def train_all(
+    params: Params, trainings: Mapping[str, Training], index: records.IndexPaths, shares: int | None = None
+) -> None:
+    """Run named independent trainings on a dataset, in parallel or sequentially. Skip those whose output exists.
 
     shares: number of equal shares of the threads, of which each training gets one; by default as many as trainings.
     With fewer shares than trainings, the last ones wait until a share is free.
@@ -70,12 +72,12 @@ def train_all(params: Params, trainings: Mapping[str, Training], shares: int | N
     for name in trainings:
         if name not in missing:
             print(f"{name}: done before", flush=True)
-    images = records.read_table(records.INDEX.images, records.IMAGES, ["image_id"]).num_rows
-    places = plan_parallel(params, shares or len(trainings), images)
-    if places.at_once > 1 and len(missing) > 1:
-        run_side_by_side({name: training.command for name, training in missing.items()}, places)
+    images = records.read_table(index.images, records.IMAGES, ["image_id"]).num_rows
+    plan = plan_parallel(params, shares or len(trainings), images)
+    if plan.at_once > 1 and len(missing) > 1:
+        run_side_by_side({name: training.command for name, training in missing.items()}, plan)
         return
-    torch.set_num_threads(places.threads)
+    torch.set_num_threads(plan.threads)
     for training in missing.values():
         training.train()
 
@@ -101,7 +103,9 @@ def plan_parallel(params: Params, count: int, images: int) -> ParallelPlan:
         return ParallelPlan(1, threads)
     share = max(1, threads // count)
     most, available = min(count, threads) if wanted else 1, available_bytes()
-    fitting = (number for number in range(most, 1, -1) if number * training_bytes(params, images, number) <= available)
+    fitting = (
+        at_once for at_once in range(most, 1, -1) if at_once * training_bytes(params, images, at_once) <= available
+    )
     return ParallelPlan(next(fitting, 1), share)
 
 
@@ -132,19 +136,19 @@ def training_bytes(params: Params, images: int, at_once: int) -> int:
     return PROCESS_BYTES + NETWORK_BYTES[size] + step + decoded
 
 
-def run_side_by_side(commands: Mapping[str, Sequence[str]], places: ParallelPlan) -> None:
-    """Run named commands of this Python (`-m stages.crossfit ...`), `places.at_once` at a time.
+def run_side_by_side(commands: Mapping[str, Sequence[str]], plan: ParallelPlan) -> None:
+    """Run named commands of this Python (`-m stages.crossfit ...`), `plan.at_once` at a time.
 
     They end with this process (see `end_with_parent`). Their stderr is forwarded as it arrives. If one fails, the
     others are killed, and L2LError is raised with its message.
     """
-    waiting, free = list(commands.items()), list(range(places.at_once))
+    waiting, free = list(commands.items()), list(range(plan.at_once))
     running: dict[int, _Child] = {}
     try:
         while waiting or running:
             while waiting and free:
                 slot = free.pop(0)
-                running[slot] = _Child(*waiting.pop(0), _environment(places, slot))
+                running[slot] = _Child(*waiting.pop(0), _environment(plan, slot))
             for slot, child in list(running.items()):
                 if not child.is_running():
                     del running[slot]
@@ -166,10 +170,10 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _environment(places: ParallelPlan, slot: int) -> dict[str, str]:
-    threads = {"OMP_NUM_THREADS": str(places.threads), "MKL_NUM_THREADS": str(places.threads)}
-    gpu = {"CUDA_VISIBLE_DEVICES": places.gpus[slot]} if places.gpus else {}
-    return {**os.environ, SIDE_BY_SIDE_VARIABLE: str(places.at_once), **threads, **gpu}
+def _environment(plan: ParallelPlan, slot: int) -> dict[str, str]:
+    threads = {"OMP_NUM_THREADS": str(plan.threads), "MKL_NUM_THREADS": str(plan.threads)}
+    gpu = {"CUDA_VISIBLE_DEVICES": plan.gpus[slot]} if plan.gpus else {}
+    return {**os.environ, SIDE_BY_SIDE_VARIABLE: str(plan.at_once), **threads, **gpu}
 
 
 class _Child:

@@ -18,7 +18,7 @@ LEVELS = {
     "datasets": 4,
     "refshapes": 5,
     "model": 5,
-    "priors": 5,
+    "priors": 6,
     "training": 6,
     "pseudo_labels": 6,
     "evaluation": 6,

@@ -13,7 +13,8 @@ from l2l_core.core.device import choose_device, computes_bf16, describe_device, 
 from l2l_core.errors import ConfigError
 from l2l_core.model.predictor import Predictor
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training.loop import Stream, train
+from l2l_core.training.loop import train
+from l2l_core.training.streams import Stream
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -105,7 +106,8 @@ def test_trains_in_two_precisions_in_one_process_and_saves_each_with_its_model(t
     weights = {}
     for setting in ("bf16", "fp32", "auto"):
         params = TRAIN.model_copy(update={"precision": setting})
-        trained = train(toy_network(pairs), [Stream(toy_batches(pairs), targets, 1.0)], 2, params, 0, "test").teacher
+        stream = Stream(toy_batches(pairs), targets, 1.0)
+        trained = train(toy_network(pairs), [stream], 2, params, seed=0, run_name="test").teacher
         trained.save(tmp_path / setting)
         config = json.loads((tmp_path / setting / "config.json").read_text())
         assert config["precision_setting"] == setting

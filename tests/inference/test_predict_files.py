@@ -25,7 +25,7 @@ from l2l_core.core.masks import decode_rle, encode_rle, segmentation_to_rle
 from l2l_core.data.pairs import BatchMaker, load_pairs
 from l2l_core.datasets.jsonl import read_jsonl
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.evaluation.history import extend_history
+from l2l_core.evaluation.predict import extend_history
 from l2l_core.inference import predict_files
 from l2l_core.mllm.query import make_backend, make_questions, query_table
 from l2l_core.model.predictor import Predictor
@@ -65,7 +65,7 @@ def whole_run(tmp_path_factory):
         records.RENDERING_PATH.write_text(json.dumps({"proposals": PARAMS.proposals.model_dump()}))
         for number, folder in enumerate((records.SUPERVISED_FOLDER, records.round_folder(0))):
             lively_network(number).save(folder / "model")
-        patch.setattr("l2l_core.evaluation.history.training_rows", lambda curves, model: [])
+        patch.setattr("l2l_core.evaluation.predict.training_rows", lambda curves, model: [])
         extend_history(PARAMS, 0)
     return root
 

@@ -110,7 +110,6 @@ def test_tables_have_their_full_schemas_and_are_sorted(tmp_path: Path) -> None:
         "coord_space": "pixel",
         "input_height": 10,
         "input_width": 20,
-        "latency_ms": 0.0,
     }
     assert {key: read[2][key] for key in wanted} == wanted
 

@@ -10,9 +10,9 @@ from toy_pairs import toy_network, toy_pairs, toy_params
 
 from l2l_core.data import pairs
 from l2l_core.errors import ConfigError
+from l2l_core.model.sam import Sam
 from l2l_core.preflight import measure as measuring
 from l2l_core.preflight.measure import TRAINING_STEPS, Sample, measure
-from l2l_core.priors.sam import Sam
 
 PAIRS = 4
 MIB = 1 << 20

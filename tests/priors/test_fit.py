@@ -150,8 +150,8 @@ def test_fits_on_an_evenly_spaced_subset_of_many_labeled_sentences(
 ) -> None:
     *tables, truth = disk_images(tmp_path, 20, half_as_large)
     read: list[str] = []
-    pixels = fit_module.read_bgr
-    monkeypatch.setattr(fit_module, "read_bgr", lambda path: (read.append(Path(path).stem), pixels(path))[1])
+    pixels = fit_module.read_photo
+    monkeypatch.setattr(fit_module, "read_photo", lambda path, by: (read.append(Path(path).stem), pixels(path, by))[1])
     monkeypatch.setattr(fit_module, "MAX_SENTENCES", 10)
     assert fit_proposals(*tables, truth, PARAMS).sentences == 10
     assert sorted(map(int, read)) == [0, 2, 4, 6, 8, 10, 12, 14, 16, 19]

@@ -21,11 +21,11 @@ from bench.params import merged
 from l2l_core.artifacts import records
 from l2l_core.config import ProposalsParams
 from l2l_core.errors import ConfigError, InputError
+from l2l_core.model import sam as sam_module
+from l2l_core.model.sam import EncodedImage, Prompts, Sam
 from l2l_core.priors import proposals
-from l2l_core.priors import sam as sam_module
 from l2l_core.priors.fit import fit_proposals
 from l2l_core.priors.proposals import make_proposals, render_key
-from l2l_core.priors.sam import EncodedImage, Prompts, Sam
 from l2l_core.training.runs import training_settings
 from stages.proposals import main
 
@@ -131,7 +131,7 @@ def test_an_image_is_encoded_once_for_all_its_sentences(
 
 def test_nothing_is_fitted_to_the_labels(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty labeled sentences would be enough for GrabCut's ring and core."""
-    monkeypatch.setattr("l2l_core.priors.fit.read_bgr", lambda path: pytest.fail("reads an image"))
+    monkeypatch.setattr("l2l_core.priors.fit.read_photo", lambda path, by: pytest.fail("reads an image"))
     index = tables(tmp_path, [prior(number, bbox=BOX) for number in range(20)])
     fit = fit_proposals(*index, dict.fromkeys(range(20), b""), params_of(model))
     assert (fit.params.renderer, fit.params.model, fit.sentences) == ("sam", str(model), 0)
@@ -155,7 +155,7 @@ def test_missing_image_and_missing_model_are_named(model: Path, tmp_path: Path) 
 KILLED = """
 import os, signal
 from stages import proposals
-from l2l_core.priors.sam import Sam
+from l2l_core.model.sam import Sam
 encode, calls = Sam.encode, []
 def dies(self, images):
     calls.append(1)

@@ -15,7 +15,7 @@ from toy_pairs import rows_of, toy_pairs, toy_params
 from l2l_core.core.images import read_image
 from l2l_core.core.masks import decode_rle
 from l2l_core.data.pairs import Pairs
-from l2l_core.priors.sam import EncodedImage, Masks, Prompts, Sam
+from l2l_core.model.sam import EncodedImage, Masks, Prompts, Sam
 from l2l_core.pseudo_labels import sam_masks
 from l2l_core.pseudo_labels.sam_masks import SamMasks, prompts_of, sam_masks_of
 

@@ -21,7 +21,8 @@ from l2l_core.data.pairs import Targets
 from l2l_core.errors import ConfigError
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training.checkpoint import save_checkpoint
-from l2l_core.training.loop import Stream, batch_parts, train
+from l2l_core.training.loop import batch_parts, train
+from l2l_core.training.streams import Stream
 
 STEPS = 4
 ROOT = Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def trained(folder: Path, **changes: object) -> tuple[list[dict[str, float]], di
     streams = [Stream(toy_batches(pairs), targets, 0.25), Stream(toy_batches(pairs), kept, 0.75)]
     checkpoint = folder / f"checkpoint-{os.environ.get('RANK', 'alone')}.pt"
     checkpoint.unlink(missing_ok=True)
-    result = train(network, streams, STEPS, params, 3, "test", checkpoint)
+    result = train(network, streams, STEPS, params, seed=3, run_name="test", checkpoint=checkpoint)
     return result.curve, result.teacher.state_dict(), checkpoint.exists()
 
 

@@ -19,7 +19,6 @@ from l2l_core.data.load import pairs_of
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training import fold_teachers, loop, round_model, runs
-from l2l_core.training.loop import OnlineStream, Stream
 from l2l_core.training.round_model import train_model
 from l2l_core.training.runs import (
     labeled_stream,
@@ -31,6 +30,7 @@ from l2l_core.training.runs import (
     run_training,
     without_images,
 )
+from l2l_core.training.streams import OnlineStream, Stream
 from stages import crossfit
 
 PARAMS = toy_params(proposals={"size_px": 24})
@@ -355,8 +355,8 @@ def test_a_killed_training_leaves_no_model_and_resumes_to_the_same_files(toy, tm
     seen = []
     train = runs.train
 
-    def noted(*args):
-        result = train(*args)
+    def noted(*args, **named):
+        result = train(*args, **named)
         seen.append(result.curve)
         return result
 
@@ -402,7 +402,7 @@ def test_does_not_resume_a_retraining_with_other_proposals(run, tmp_path, kill):
 def begin(folder, toy, params):
     """Start a training and kill it at once; its scratch folder remains."""
 
-    def die(*args: object) -> None:
+    def die(*args: object, **named: object) -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patched:

@@ -22,8 +22,9 @@ from l2l_core.errors import L2LError, exit_code
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.memory import peak_of
 from l2l_core.training import loop, side_by_side
-from l2l_core.training.loop import Stream, train
+from l2l_core.training.loop import train
 from l2l_core.training.side_by_side import ParallelPlan, plan_parallel, run_side_by_side
+from l2l_core.training.streams import Stream
 
 PATIENCE_S = 60
 GIB = 1 << 30
@@ -136,7 +137,7 @@ def test_memory_estimate_covers_the_actual_use(tmp_path):
     settings = settings.model_copy(update={"model": wide})
     network = Segmenter.create(wide, pairs.sentence, 0)
     with peak_of() as peak:
-        train(network, [Stream(BatchMaker(pairs, size, 0.1), targets, 1.0)], 2, settings.train, 0, "test")
+        train(network, [Stream(BatchMaker(pairs, size, 0.1), targets, 1.0)], 2, settings.train, seed=0, run_name="test")
     assert 0 < peak.ram_bytes < side_by_side.training_bytes(settings, batch, 2) - side_by_side.PROCESS_BYTES
 
 

@@ -54,13 +54,13 @@ def import_coco(instances: Path, sentences: Path, images: Path, out: Path) -> Im
 def rows_by_id(document: Any, key: str) -> dict[int, Any]:
     """The rows of a list in a COCO file, by their id. Raises ValueError if an id is missing or occurs twice."""
     found: dict[int, Any] = {}
-    for number, row in enumerate(rows_of(document, key), start=1):
+    for position, row in enumerate(rows_of(document, key), start=1):
         try:
             row_id = whole_number(row, "id")
         except ValueError as error:
-            raise ValueError(f"{key}: entry {number}: {error}") from None
+            raise ValueError(f"{key}: entry {position}: {error}") from None
         if row_id in found:
-            raise ValueError(f"{key}: entry {number}: id {row_id} is taken, expected each id once")
+            raise ValueError(f"{key}: entry {position}: id {row_id} is taken, expected each id once")
         found[row_id] = row
     return found
 
@@ -73,14 +73,14 @@ def _sentence_rows(path: Path) -> list[tuple[str, Any]]:
         rows = document.get("annotations") if isinstance(document, dict) else document
         if not isinstance(rows, list):
             raise InputError(f"{source}: got {shown(document)}, expected a list, or an object with `annotations`")
-        return [(f"{source}: entry {number}", row) for number, row in enumerate(rows, start=1)]
+        return [(f"{source}: entry {position}", row) for position, row in enumerate(rows, start=1)]
     try:
         lines = numbered_lines(path)
     except OSError as error:
         raise InputError(f"{source}: cannot be read: {error.strerror}; expected a file of sentences") from None
     found: list[tuple[str, Any]] = []
-    for number, line in lines:
-        where = f"{source}: line {number}"
+    for line_number, line in lines:
+        where = f"{source}: line {line_number}"
         try:
             found.append((where, json_object(line)))
         except ValueError as error:

@@ -45,7 +45,9 @@ def generate_sentences(instances: Path, images: Path, out: Path, seed: int) -> I
     document = read_json(instances)
     try:
         image_rows, annotations = (rows_by_id(document, key) for key in ("images", "annotations"))
-        categories = {number: kind_of(text(row, "name")) for number, row in rows_by_id(document, "categories").items()}
+        categories = {
+            category_id: kind_of(text(row, "name")) for category_id, row in rows_by_id(document, "categories").items()
+        }
     except ValueError as error:
         raise InputError(f"{source}: {error}") from None
     problems: list[str] = []
@@ -72,13 +74,13 @@ def _by_image(
 ) -> dict[int, list[Any]]:
     """image_id -> its annotations, by ascending id; annotations that cannot be placed become problems."""
     rows: dict[int, list[Any]] = defaultdict(list)
-    for number, row in sorted(annotations.items()):
+    for ann_id, row in sorted(annotations.items()):
         for key, known in (("image_id", images), ("category_id", categories)):
             try:
                 if whole_number(row, key) not in known:
                     raise ValueError(f"{key}: got {row[key]}, which is not in the file")
             except ValueError as error:
-                problems.append(f"{source}: annotation {number}: {error}")
+                problems.append(f"{source}: annotation {ann_id}: {error}")
                 break
         else:
             rows[row["image_id"]].append(row)
@@ -105,8 +107,8 @@ def _objects(
             is_crowd=bool(row.get("iscrowd", 0)),
         )
     partly = rows_of(image, "not_exhaustive_category_ids") if "not_exhaustive_category_ids" in image else []
-    kinds = sorted(categories[number] for number in partly if type(number) is int and number in categories)
-    return found | {-number: Annotated(kind, b"") for number, kind in enumerate(kinds, start=1)}
+    kinds = sorted(categories[key] for key in partly if type(key) is int and key in categories)
+    return found | {-rank: Annotated(kind, b"") for rank, kind in enumerate(kinds, start=1)}
 
 
 def _described(
@@ -122,17 +124,17 @@ def _described(
     height, width = image["height"], image["width"]
     layout = measure(list(objects.values()), height, width)
     entries: list[Entry] = []
-    for index, (number, item) in enumerate(objects.items()):
-        if number < 0:
+    for index, (ann_id, item) in enumerate(objects.items()):
+        if ann_id < 0:
             continue
         sentences: dict[str, str] = {}
         if not (reason := refusal(index, layout, vocabulary)):
-            sentences = describe(index, layout, vocabulary, generator("sentences", seed, image["id"], number))
+            sentences = describe(index, layout, vocabulary, generator("sentences", seed, image["id"], ann_id))
         if not sentences:
             refused[reason or NO_SENTENCE] += 1
         entries += [
             Entry(
-                where=f"{source}: annotation {number}",
+                where=f"{source}: annotation {ann_id}",
                 image=folder / text(image, "file_name"),
                 sentence=sentence,
                 size_hw=(height, width),

@@ -100,13 +100,13 @@ def to_json_lines(
     without_id = [entry.where for entry in entries if entry.id is None]
     if 0 < len(without_id) < len(entries):
         found.append(f"{without_id[0]}: sent_id: missing, but others have one; give it everywhere or nowhere")
-    image_ids = {path: number for number, path in enumerate(paths)}
+    image_ids = {path: image_id for image_id, path in enumerate(paths)}
     sentences = [
         Sentence(
             where=entry.where,
-            sent_id=number if without_id or entry.id is None else entry.id,
-            ref_id=number,
-            ann_id=NO_MASK if entry.rle is None else number,
+            sent_id=index if without_id or entry.id is None else entry.id,
+            ref_id=index,
+            ann_id=NO_MASK if entry.rle is None else index,
             image_id=image_ids[entry.image],
             category="",
             sentence=entry.sentence,
@@ -114,14 +114,14 @@ def to_json_lines(
             split=entry.split,
             bbox=None,
         )
-        for number, entry in enumerate(entries)
+        for index, entry in enumerate(entries)
     ]
     found += sentence_problems(sentences)
-    found += overlap_problems(sentences, {number: project_path(path) for path, number in image_ids.items()}, source)
+    found += overlap_problems(sentences, {image_id: project_path(path) for path, image_id in image_ids.items()}, source)
     raise_all(found)
     masks = {
-        number: Mask(*entry.size_hw, entry.rle)
-        for number, entry in enumerate(entries)
+        index: Mask(*entry.size_hw, entry.rle)
+        for index, entry in enumerate(entries)
         if entry.rle is not None and entry.size_hw is not None
     }
     by_id = {image_ids[path]: file for path, file in files.items() if isinstance(file, ImageFile)}

@@ -66,8 +66,8 @@ def import_label_studio(export: Path, images: Path, out: Path, *, skip_unknown: 
     problems: list[str] = []
     unknown: Counter[str] | None = Counter() if skip_unknown else None
     silent = 0
-    for place, task in enumerate(tasks, start=1):
-        where = f"{source}: task {task.get('id', place) if isinstance(task, dict) else place}"
+    for position, task in enumerate(tasks, start=1):
+        where = f"{source}: task {task.get('id', position) if isinstance(task, dict) else position}"
         try:
             found = _entries(task, where, images, unknown)
             entries += found
@@ -92,14 +92,14 @@ def brush_alpha(rle: object, height: int, width: int) -> NDArray[np.uint8]:
     if not isinstance(rle, list) or not all(type(byte) is int and 0 <= byte <= 255 for byte in rle):
         raise ValueError(f"rle: got {shown(rle)}, expected a list of bytes")
     bits = "".join(f"{byte:08b}" for byte in rle)
-    place = 0
+    position = 0
 
     def read(width: int) -> int:
-        nonlocal place
-        place += width
-        if place > len(bits):
+        nonlocal position
+        position += width
+        if position > len(bits):
             raise ValueError(f"rle: ends after {len(rle)} bytes in the middle of an entry")
-        return int(bits[place - width : place], 2)
+        return int(bits[position - width : position], 2)
 
     count, value_bits, length_bits = read(32), read(5) + 1, [read(4) + 1 for _ in range(4)]
     if count != height * width * CHANNELS or value_bits != 8:

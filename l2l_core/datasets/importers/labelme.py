@@ -148,8 +148,8 @@ def _objects(
     """The objects of an image; shapes that cannot be read become problems."""
     objects: list[_Object] = []
     groups: dict[str, list[_Object]] = {}
-    for number, shape in enumerate(shapes, start=1):
-        where = f"{project_path(file)}: shape {number}"
+    for shape_number, shape in enumerate(shapes, start=1):
+        where = f"{project_path(file)}: shape {shape_number}"
         try:
             label = text(shape, "label")
             if RESERVED.fullmatch(label) or (is_reasonseg and label == "flag"):
@@ -166,7 +166,8 @@ def _objects(
         except ValueError as error:
             report.problems.append(f"{where}: {error}")
             continue
-        group = "" if is_reasonseg else f"shape {number}" if shape.get("group_id") is None else repr(shape["group_id"])
+        own = f"shape {shape_number}" if shape.get("group_id") is None else repr(shape["group_id"])
+        group = "" if is_reasonseg else own
         same = groups.setdefault(group, [])
         known = (one for one in same if is_reasonseg or one.label == label or (said and said in one.descriptions))
         one = next(known, None)

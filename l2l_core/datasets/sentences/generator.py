@@ -34,8 +34,8 @@ def describe(index: int, layout: Layout, vocabulary: Vocabulary, rng: np.random.
     for style in FEWEST_FORMS_FIRST:
         proposals = list(speaker.proposals(style))
         order = np.argsort([-(rng.random() ** (1 / weight)) for weight, _ in proposals], kind="stable")
-        for place in order.tolist():
-            sentence = proposals[place][1]
+        for choice in order.tolist():
+            sentence = proposals[choice][1]
             if sentence.removeprefix("the ") in (said.removeprefix("the ") for said in found.values()):
                 continue
             if solve(sentence, layout, vocabulary) == index:
@@ -213,28 +213,28 @@ class _Speaker:
     def long(self) -> Iterator[Proposal]:
         noun, many = self.noun, len(self.mates)
         the = f"the {noun}"
-        number = {2: "two", 3: "three", 4: "four"}.get(many, "")
+        count_word = {2: "two", 3: "three", 4: "four"}.get(many, "")
         picture = f"the {self.any_of('image', 'picture', 'photo')}"
         places: list[str] = []
         for side in self.sides():
             where = f"on the {side} side" if side in ("left", "right") else f"at the {side}"
             places.append(where)
             yield 1.5 if many > 1 else 0.5, f"{the} {where} of {picture}"
-            if number and self.countable and side in ("left", "right"):
+            if count_word and self.countable and side in ("left", "right"):
                 word = f"{side} one" if many == 2 else f"{side}most"
-                yield 1.5, f"the {word} of the {number} {plural(noun)}"
+                yield 1.5, f"the {word} of the {count_word} {plural(noun)}"
         for side in ("left", "right"):
             if many > 2 and self.rank_from(side) in (2, 3) and self.countable:
                 word = {2: "second", 3: "third"}[self.rank_from(side)]
                 yield 2, f"the {word} {noun} from the {side} in {picture}"
         if many == 3 and self.rank_from("left") == 2 and self.countable:
             yield 3, f"the middle one of the three {plural(noun)}"
-        if number and self.countable and self.size_rank() in (1, many):
+        if count_word and self.countable and self.size_rank() in (1, many):
             small = self.size_rank() == many
             words = ("smaller",) if small else ("larger", "bigger")
             if many > 2:
                 words = ("smallest",) if small else ("largest", "biggest")
-            yield 1.5, f"the {self.any_of(*words)} of the {number} {plural(noun)}"
+            yield 1.5, f"the {self.any_of(*words)} of the {count_word} {plural(noun)}"
         related = list(self.relations(places=True))
         for weight, relation in related:
             link = "that is " if self.countable and not relation.startswith("with ") and self.rng.random() < 0.5 else ""

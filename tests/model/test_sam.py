@@ -12,8 +12,8 @@ import torch
 from tiny_sam import FAMILIES, IMAGE_PX, WITHOUT_TORCHVISION, require, save_tiny_sam
 
 from l2l_core.errors import ConfigError
-from l2l_core.priors import sam as sam_module
-from l2l_core.priors.sam import LOGIT_LIMIT, Masks, Prompts, Sam, stability, without_duplicates
+from l2l_core.model import sam as sam_module
+from l2l_core.model.sam import LOGIT_LIMIT, Masks, Prompts, Sam, stability, without_duplicates
 
 CPU = torch.device("cpu")
 SIZES = ((50, 80), (96, 40), (64, 64))  # wider, higher, and as the models' input

@@ -1,0 +1,74 @@
+"""The evaluated sentences' masks by a round's model, added to the history of the rounds before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from l2l_core.artifacts import records
+from l2l_core.artifacts.curves import read_curve, read_rows, write_rows
+from l2l_core.config import Params
+from l2l_core.core.device import print_device
+from l2l_core.core.files import atomic_dir
+from l2l_core.data.load import batches_of, pairs_of
+from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS
+from l2l_core.model.predictor import Predictor
+
+
+def extend_history(params: Params, round_number: int) -> None:
+    """Write history/ of a round: the previous round's history plus this round's predictions, labels and curves.
+
+    predictions.parquet (records.PREDICTIONS), pseudo_labels.parquet (records.PSEUDO_LABELS), training.csv, policy.csv.
+    Reads no ground truth. Round 0 also holds the supervised-only model.
+    """
+    folder = records.round_folder(round_number)
+    if round_number == 0:
+        predictions = predict(params, records.SUPERVISED_FOLDER / "model", "supervised", [False])
+        training = training_rows(records.SUPERVISED_FOLDER / "curves", "supervised")
+        labels, policy = [records.PSEUDO_LABELS.empty_table()], []
+    else:
+        before = records.round_folder(round_number - 1) / "history"
+        predictions = [records.read_table(before / "predictions.parquet", records.PREDICTIONS)]
+        training = read_rows(before / "training.csv")
+        labels = [
+            records.read_table(before / "pseudo_labels.parquet", records.PSEUDO_LABELS),
+            records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS),
+        ]
+        policy = read_rows(before / "policy.csv")
+        policy += [{"round": str(round_number), **row} for row in read_rows(folder / "policy.csv")]
+    name = f"round_{round_number}"
+    predictions += predict(params, folder / "model", name, [True, False])
+    training += training_rows(folder / "curves", name)
+    with atomic_dir(folder / "history") as out:
+        records.write_table(pa.concat_tables(predictions), out / "predictions.parquet", records.PREDICTIONS)
+        records.write_table(pa.concat_tables(labels), out / "pseudo_labels.parquet", records.PSEUDO_LABELS)
+        write_rows(out / "training.csv", TRAINING_COLUMNS, training)
+        write_rows(out / "policy.csv", POLICY_COLUMNS, policy)
+
+
+def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) -> list[pa.Table]:
+    """Masks of all evaluated sentences by one model (records.PREDICTIONS), for each entry of `with_prior`."""
+    pairs = pairs_of(params, "eval", with_priors=any(with_prior))
+    predictor = Predictor.from_run(model, params.train)
+    print_device(predictor.device, predictor.precision)
+    masks = predictor.masks(batches_of(params, pairs), params.evaluate.batch_size, with_prior, name)
+    count = len(pairs)
+    columns = {
+        "sent_id": pairs.sent_id,
+        "height": pairs.hw[:, 0].astype("int32"),
+        "width": pairs.hw[:, 1].astype("int32"),
+    }
+    return [
+        pa.table(
+            columns | {"model": [name] * count, "with_prior": [shown] * count, "rle_counts": found},
+            schema=records.PREDICTIONS,
+        )
+        for shown, found in zip(with_prior, masks, strict=True)
+    ]
+
+
+def training_rows(curves: Path, model: str) -> list[dict[str, str]]:
+    """A DVCLive folder as rows of TRAINING_COLUMNS."""
+    return [{"model": model, **row} for row in read_curve(curves, TRAINING_COLUMNS[2:])]

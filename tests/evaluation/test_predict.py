@@ -1,0 +1,109 @@
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from synthetic_run import write_run
+from toy_pairs import MODEL, toy_params
+
+from l2l_core.artifacts import records
+from l2l_core.artifacts.curves import live_curve, read_rows, write_rows
+from l2l_core.core.masks import decode_rle
+from l2l_core.data.load import sentences_of
+from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS, read_history
+from l2l_core.evaluation.predict import extend_history
+from l2l_core.model.segmenter import Segmenter
+
+PARAMS = toy_params(proposals={"size_px": 24}, evaluate={"batch_size": 5})
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Outputs of the stages before `predict` for rounds 0 and 1, with untrained networks and without true masks."""
+    write_run(tmp_path, rounds=1, images_per_split=3)
+    monkeypatch.chdir(tmp_path)
+    given = records.round_folder(1) / "history"
+    (given / "pseudo_labels.parquet").rename(records.round_folder(1) / "pseudo_labels.parquet")
+    for left in given.iterdir():
+        left.unlink()
+    records.INDEX.masks.unlink()
+    policy = [{name: str(row) for name in POLICY_COLUMNS[1:]} for row in (10, 20)]
+    write_rows(records.round_folder(1) / "policy.csv", POLICY_COLUMNS[1:], policy)
+    folders = (records.SUPERVISED_FOLDER, records.round_folder(0), records.round_folder(1))
+    for number, folder in enumerate(folders):
+        network = Segmenter.create(MODEL, ["left dark dot"], seed=number)
+        network.save(folder / "model")
+        with live_curve(folder / "curves") as log:
+            for step in (20, 40):
+                log({"step": step, "loss": number + 1 / step, "bce": 0.5, "dice": 0.25, "lr": 1e-3})
+    return tmp_path
+
+
+def predictions_of(number: int) -> list[dict[str, object]]:
+    path = records.round_folder(number) / "history/predictions.parquet"
+    return records.read_table(path, records.PREDICTIONS).to_pylist()
+
+
+def test_history_grows_with_each_round(run):
+    wanted = sentences_of("eval").tolist()
+    extend_history(PARAMS, 0)
+    first = predictions_of(0)
+    asked = [("supervised", False), ("round_0", True), ("round_0", False)]
+    assert [(row["model"], row["with_prior"], row["sent_id"]) for row in first] == [
+        (model, with_prior, sent_id) for model, with_prior in asked for sent_id in wanted
+    ]
+    for row in first:
+        assert (row["height"], row["width"]) == (48, 64)
+        assert decode_rle(row["rle_counts"], 48, 64).shape == (48, 64)
+    assert pq.read_table(records.round_folder(0) / "history/pseudo_labels.parquet").num_rows == 0
+
+    extend_history(PARAMS, 1)
+    second = predictions_of(1)
+    assert second[: len(first)] == first  # predictions of earlier rounds are copied, not computed again
+    assert {(row["model"], row["with_prior"]) for row in second[len(first) :]} == {
+        ("round_1", True),
+        ("round_1", False),
+    }
+    labels = records.read_table(records.round_folder(1) / "history/pseudo_labels.parquet", records.PSEUDO_LABELS)
+    assert labels.equals(records.read_table(records.round_folder(1) / "pseudo_labels.parquet", records.PSEUDO_LABELS))
+
+
+def test_history_contains_the_curves_of_all_models_and_policies(run):
+    extend_history(PARAMS, 0)
+    extend_history(PARAMS, 1)
+    folder = records.round_folder(1) / "history"
+    training = read_rows(folder / "training.csv")
+    assert list(training[0]) == list(TRAINING_COLUMNS)
+    said = [(row["model"], int(row["step"]), round(float(row["loss"]), 6)) for row in training]
+    models = ("supervised", "round_0", "round_1")
+    expected = [(model, step, round(n + 1 / step, 6)) for n, model in enumerate(models) for step in (20, 40)]
+    assert said == expected
+    policy = read_rows(folder / "policy.csv")
+    assert [(row["round"], row["step"], row["reward"]) for row in policy] == [("1", "10", "10"), ("1", "20", "20")]
+    assert read_rows(records.round_folder(0) / "history/policy.csv") == []
+    history = read_history(folder)  # as evaluation reads it
+    assert len(history.training) == 6
+    assert len(history.policy) == 2
+
+
+def test_supervised_model_never_receives_a_prior(run):
+    """Its rows do not change with the priors. The rows of the warm-up model with priors can change."""
+    extend_history(PARAMS, 0)
+    before = predictions_of(0)
+    proposals = records.read_table(records.PROPOSALS_PATH, records.PROPOSALS).to_pylist()
+    for row in proposals:
+        soft = np.frombuffer(row["soft"], np.uint8)
+        row |= {"soft": (255 - soft).tobytes(), "score": 1 - row["score"]}
+    table = records.make_table(proposals, records.PROPOSALS)
+    records.write_table(table, records.PROPOSALS_PATH, records.PROPOSALS)
+    extend_history(PARAMS, 0)
+    for first, second in zip(before, predictions_of(0), strict=True):
+        if not first["with_prior"]:
+            assert first == second
+
+
+def test_history_bytes_are_reproducible(run):
+    extend_history(PARAMS, 0)
+    folder = records.round_folder(0) / "history"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    extend_history(PARAMS, 0)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(before) == ["policy.csv", "predictions.parquet", "pseudo_labels.parquet", "training.csv"]
