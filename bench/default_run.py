@@ -235,10 +235,9 @@ def table(rows: Sequence[Row]) -> str:
     scored = [*runs, *(row for row in rows if row["measure"] == "first" and _is_other_seed(row, after))]
     scores = list(dict.fromkeys(key for run in scored for key in run if key.startswith("val_miou_")))
     if scores:
-        head = ["val mIoU", *(key.removeprefix("val_miou_").replace("_", " ") for key in scores), "s"]
+        head = ["val mIoU", *(key.removeprefix("val_miou_").replace("_", " ") for key in scores)]
         values: list[list[object]] = [
-            [_named(run), *("" if key not in run else f"{run[key]:.1f}" for key in scores), f"{run['seconds']:.1f}"]
-            for run in scored
+            [_named(run), *("" if key not in run else f"{run[key]:.1f}" for key in scores)] for run in scored
         ]
         text += f"\n\n{docs.markdown(head, values)}"
     share = f"Training the policies took {after['policy_percent']} % of the rounds (select, retrain, crossfit)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 
 
 def main() -> None:
@@ -15,4 +15,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.core.files import copy_atomically, scratch_folder
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.training.fold_teachers import folds_key, skips_training, train_teacher, trainings_of
 from l2l_core.training.side_by_side import end_with_parent, train_all
 
@@ -39,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.evaluation.evaluate import CURVES_FOLDER, evaluate
 from l2l_core.evaluation.history import read_history
 
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

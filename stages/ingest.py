@@ -8,7 +8,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.datasets.index import summary
 from l2l_core.datasets.read import load_dataset
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 
 
 def main() -> None:
@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

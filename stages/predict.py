@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from l2l_core.config import load_params
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.evaluation.predict import extend_history
 
 
@@ -17,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.priors.coord_check import check_coords, fit_coords, scores_by_space
 from l2l_core.priors.scores import describe, labels_of, score_priors
 from l2l_core.priors.table import interpret, precision_of, summarize
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

@@ -7,7 +7,7 @@ import json
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.core.files import scratch_folder
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.priors.fit import fit_proposals
 from l2l_core.priors.proposals import make_proposals, render_key
 from l2l_core.priors.scores import describe, labels_of, score_proposals
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from l2l_core.config import BUILTIN_DATASET, load_params
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.refshapes.dataset import write_refshapes
 
 
@@ -13,4 +13,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

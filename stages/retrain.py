@@ -10,7 +10,7 @@ from pathlib import Path
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.core.files import copy_atomically, fingerprint, scratch_folder
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.training import fold_teachers
 from l2l_core.training.round_model import inputs_of, train_model
 from l2l_core.training.runs import method_of, training_settings
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

@@ -10,7 +10,7 @@ from l2l_core.artifacts.curves import write_rows
 from l2l_core.config import load_params
 from l2l_core.core.device import print_device
 from l2l_core.core.seeding import derive_seed
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.model.predictor import Predictor
 from l2l_core.pseudo_labels.generate import (
     images_of,
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

@@ -10,7 +10,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
 from l2l_core.core.files import copy_atomically, fingerprint, scratch_folder
 from l2l_core.data.load import sentences_of
-from l2l_core.errors import exit_code
+from l2l_core.errors import run_stage
 from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
@@ -74,4 +74,4 @@ def train_network(params: Params, name: str, into: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_code(main))
+    run_stage(main)

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from l2l_core.errors import MAX_PROBLEMS_SHOWN, ArtifactError, ConfigError, InputError, L2LError, exit_code, raise_all
@@ -48,3 +51,11 @@ def test_success_exits_with_code_0_and_prints_nothing(capsys):
 def test_program_errors_are_not_reported_as_user_errors():
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: print(1 // 0))
+
+
+@pytest.mark.parametrize(("body", "code"), [("print('done')", 0), ("raise L2LError('no photo')", 2)])
+def test_a_stage_ends_with_its_exit_code_and_all_output(body, code):
+    text = f"if True:\n from l2l_core.errors import L2LError, run_stage\n def main():\n  {body}\n run_stage(main)"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    shown = ("done\n", "") if code == 0 else ("", "error: no photo\n")
+    assert (done.returncode, done.stdout, done.stderr) == (code, *shown)
