@@ -24,7 +24,7 @@ from l2l_core.config import load_params
 from l2l_core.data.augment import mirror
 from l2l_core.data.pairs import BatchMaker
 from l2l_core.model import predictor as predictor_module
-from l2l_core.model.predictor import Predictor, bare_pairs
+from l2l_core.model.predictor import BatchPredictor, bare_pairs
 from l2l_core.model.segmenter import Segmenter
 
 RESULTS = Path(__file__).resolve().parent / "results" / "encode_once.jsonl"
@@ -39,7 +39,7 @@ def save_swin_t(folder: Path) -> str:
     return str(folder)
 
 
-def once_a_view(predictor: Predictor, batches: BatchMaker, batch_size: int) -> Iterator[torch.Tensor]:
+def once_a_view(predictor: BatchPredictor, batches: BatchMaker, batch_size: int) -> Iterator[torch.Tensor]:
     """Every sentence and view goes through the whole network."""
     for rows in np.split(np.arange(len(batches.pairs)), range(batch_size, len(batches.pairs), batch_size)):
         batch = batches(rows)
@@ -52,7 +52,7 @@ def measure(name: str, encoder: str, size_px: int, images: int, batch_size: int,
     """A row of the results."""
     params = load_params()
     model = params.model.model_copy(update={"image_encoder": encoder, "image_size_px": size_px})
-    predictor = Predictor.of(
+    predictor = BatchPredictor.of(
         Segmenter.create(model, [SENTENCE], 0), params.train.model_copy(update={"precision": "fp32"})
     )
     count = images * SENTENCES_PER_IMAGE

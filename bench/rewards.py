@@ -53,7 +53,7 @@ from l2l_core.core.seeding import derive_seed
 from l2l_core.data.folds import fold_of_images
 from l2l_core.data.load import batches_of, pairs_of
 from l2l_core.data.pairs import load_targets
-from l2l_core.model.predictor import Predictor
+from l2l_core.model.predictor import BatchPredictor
 from l2l_core.pseudo_labels.features import Candidates, CandidateTruth
 from l2l_core.pseudo_labels.generate import score_labeled, score_out_of_fold
 from l2l_core.pseudo_labels.reinforce import train_policy
@@ -80,7 +80,7 @@ Judged = tuple[Candidates, CandidateTruth]
 Row = dict[str, Any]
 
 
-def of_val(params: Params, teacher: Predictor) -> Judged:
+def of_val(params: Params, teacher: BatchPredictor) -> Judged:
     """The val sentences, in the place of unlabeled ones."""
     refs = records.to_frame(records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "split"]))
     evaluated = pairs_of(params, "eval")
@@ -113,7 +113,7 @@ def variants(params: Params, repro: Callable[[dict[str, Any]], None]) -> Iterato
     """(round, source, steps of training it costs, what rewards, what is decided about), in a project's folder."""
     select, count = params.select, params.select.folds
     folds = [records.round_folder(number) / "folds" for number in (0, 1)]
-    first, second = (Predictor.from_run(records.round_folder(number) / "model", params.train) for number in (0, 1))
+    first, second = (BatchPredictor.from_run(records.round_folder(number) / "model", params.train) for number in (0, 1))
     labeled, faced = labeled_stream(params, 1.0), of_val(params, first)
     out_of_fold = score_out_of_fold(params, folds[0])
     yield 1, "folds", count * select.fold_steps, out_of_fold, faced
@@ -121,7 +121,7 @@ def variants(params: Params, repro: Callable[[dict[str, Any]], None]) -> Iterato
     held_out = part_of(
         labeled, np.flatnonzero(fold_of_images(labeled.batches.pairs.image_row, count, params.seed) == 0)
     )
-    apart = Predictor.from_run(folds[0] / "0", params.train)
+    apart = BatchPredictor.from_run(folds[0] / "0", params.train)
     of_rest = score_labeled(params, apart, held_out.batches, held_out.targets, "hold-out")
     yield 1, "hold-out", 0, of_rest, of_val(params, apart)
     faced = of_val(params, second)

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from l2l_core.core.metrics import segmentation_scores as segmentation_scores
     from l2l_core.datasets.read import load_dataset as load_dataset
     from l2l_core.errors import L2LError as L2LError
-    from l2l_core.model.predictor import Prediction as Prediction
-    from l2l_core.model.predictor import Predictor as Predictor
+    from l2l_core.inference.predictor import Prediction as Prediction
+    from l2l_core.inference.predictor import Predictor as Predictor
     from l2l_core.priors.parse import parse_response as parse_response
     from l2l_core.priors.renderers import render_box as render_box
     from l2l_core.priors.renderers import render_point as render_point
 
 _HOMES = {
     "L2LError": "l2l_core.errors",
-    "Prediction": "l2l_core.model.predictor",
-    "Predictor": "l2l_core.model.predictor",
+    "Prediction": "l2l_core.inference.predictor",
+    "Predictor": "l2l_core.inference.predictor",
     "decode_rle": "l2l_core.core.masks",
     "encode_rle": "l2l_core.core.masks",
     "load_dataset": "l2l_core.datasets.read",

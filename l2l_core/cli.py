@@ -130,7 +130,7 @@ def predict(
     from l2l_core.core.masks import rle_area_px_all
     from l2l_core.datasets.index import turned_note
     from l2l_core.inference import predict_files
-    from l2l_core.model.predictor import Predictor
+    from l2l_core.inference.predictor import Predictor
 
     if pairs and words:
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')

@@ -11,7 +11,7 @@ from l2l_core.config import load_params
 from l2l_core.core.device import print_device
 from l2l_core.core.seeding import derive_seed
 from l2l_core.errors import run_stage
-from l2l_core.model.predictor import Predictor
+from l2l_core.model.predictor import BatchPredictor
 from l2l_core.pseudo_labels.generate import (
     images_of,
     label_unlabeled,
@@ -30,7 +30,7 @@ def main() -> None:
     round_number = parser.parse_args().round
     params = load_params()
     folder, previous = records.round_folder(round_number), records.round_folder(round_number - 1)
-    teacher = Predictor.from_run(previous / "model", params.train)
+    teacher = BatchPredictor.from_run(previous / "model", params.train)
     print_device(teacher.device, teacher.precision)
     labels, candidates = label_unlabeled(params, teacher)
     policy, truth, curve = None, None, []

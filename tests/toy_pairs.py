@@ -4,7 +4,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from l2l_core.config import ModelParams, Params, TrainEngineParams, TrainParams, load_params
 from l2l_core.core.masks import encode_rle
@@ -89,6 +91,15 @@ def toy_batches(pairs: Pairs) -> BatchMaker:
 
 def toy_network(pairs: Pairs, seed: int = 0) -> Segmenter:
     return Segmenter.create(MODEL, [*pairs.sentence, *pairs.prior_text], seed)
+
+
+def stirred_network(pairs: Pairs) -> Segmenter:
+    """A network with structured masks and with gates that depend on the proposal."""
+    network = toy_network(pairs).eval()
+    torch.manual_seed(0)
+    for parameter in network.decoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return network
 
 
 def toy_params(**sections: dict[str, object]) -> Params:

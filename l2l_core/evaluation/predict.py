@@ -14,7 +14,7 @@ from l2l_core.core.device import print_device
 from l2l_core.core.files import atomic_dir
 from l2l_core.data.load import batches_of, pairs_of
 from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS
-from l2l_core.model.predictor import Predictor
+from l2l_core.model.predictor import BatchPredictor
 
 
 def extend_history(params: Params, round_number: int) -> None:
@@ -51,7 +51,7 @@ def extend_history(params: Params, round_number: int) -> None:
 def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) -> list[pa.Table]:
     """Masks of all evaluated sentences by one model (records.PREDICTIONS), for each entry of `with_prior`."""
     pairs = pairs_of(params, "eval", with_priors=any(with_prior))
-    predictor = Predictor.from_run(model, params.train)
+    predictor = BatchPredictor.from_run(model, params.train)
     print_device(predictor.device, predictor.precision)
     masks = predictor.masks(batches_of(params, pairs), params.evaluate.batch_size, with_prior, name)
     count = len(pairs)

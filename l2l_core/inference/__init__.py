@@ -1,1 +1,1 @@
-"""Masks for a user's own images: files and the demo page."""
+"""Masks for a user's own images: the public Predictor, files and the demo page."""

@@ -40,9 +40,9 @@ from l2l_core.inference.predict_files import (
     save_mask,
     with_trained_proposals,
 )
+from l2l_core.inference.predictor import Predictor
 from l2l_core.mllm.backend import PriorBackend
 from l2l_core.mllm.query import make_backend, query_table
-from l2l_core.model.predictor import Predictor
 from l2l_core.model.sam import load_sam
 from l2l_core.viz import overlays
 

@@ -1,132 +1,51 @@
-"""Inference: the only path from a trained network to masks, for evaluation, teachers and single images."""
+"""The only path from a trained network to masks: batches of pairs, for evaluation, teachers and single images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from l2l_core.config import TrainParams
 from l2l_core.core.device import Precision, autocast, choose_device, resolve_precision, to_device
-from l2l_core.core.images import to_rgb
-from l2l_core.core.masks import BoolMask, encode_rle
+from l2l_core.core.masks import encode_rle
 from l2l_core.core.progress import progress
 from l2l_core.core.threads import ahead
 from l2l_core.data.augment import mirror
-from l2l_core.data.pairs import Batch, BatchMaker, Pairs, resize_image
+from l2l_core.data.pairs import Batch, BatchMaker, Pairs
 from l2l_core.data.views import Views
-from l2l_core.errors import ArtifactError, InputError
 from l2l_core.model.segmenter import Pyramid, Segmenter
 
 IMAGES_AT_ONCE = 16
 """Most images encoded at once, further limited by `batch_size`; enough to keep a GPU busy."""
 
 
-ImageInput = str | Path | Image.Image | NDArray[np.uint8]
-"""A path, a Pillow image, or an array [H, W, 3] (RGB) or [H, W] (gray) of uint8."""
-
-
 @dataclass(frozen=True)
-class Prediction:
-    """The network's prediction for one sentence, at the image's own size.
-
-    mask: [H, W] bool, where the logit exceeds 0. prob: [H, W] float32, the foreground probability in [0, 1].
-    """
-
-    mask: BoolMask
-    prob: NDArray[np.float32]
-
-    @property
-    def score(self) -> float:
-        """Mean probability inside the mask, in [0.5, 1]; 0 if the mask is empty. It is not calibrated."""
-        return float(self.prob[self.mask].mean()) if self.mask.any() else 0.0
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A trained network, ready to segment.
-
-    >>> predictor = Predictor.from_pretrained("data/rounds/2/model")  # doctest: +SKIP
-    >>> predictor("photo.jpg", "the dog on the left").mask.shape  # doctest: +SKIP
-    (480, 640)
-    """
+class BatchPredictor:
+    """A trained network, ready to predict for batches of pairs."""
 
     network: Segmenter
     device: torch.device
     precision: Precision
 
     @classmethod
-    def of(cls, network: Segmenter, params: TrainParams) -> Predictor:
+    def of(cls, network: Segmenter, params: TrainParams) -> Self:
         """Put a network in evaluation mode on the configured device."""
         device = choose_device(params.engine.device)
         network = network.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         return cls(network, device, resolve_precision(params.precision, device))
 
     @classmethod
-    def from_run(cls, folder: str | Path, params: TrainParams) -> Predictor:
+    def from_run(cls, folder: str | Path, params: TrainParams) -> Self:
         """Load a model folder with a project's device and precision. Raises ArtifactError without a usable model."""
         return cls.of(Segmenter.load(folder), params)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
-        """Load a model folder, such as data/rounds/2/model, without a project.
-
-        device: auto, cpu, cuda, or mps; the precision is that of the training. Raises ArtifactError if the folder has
-        no usable model or does not store how it was trained, ConfigError if PyTorch does not find the device.
-        """
-        network = Segmenter.load(folder)
-        try:
-            network.known_proposals()
-        except ArtifactError as error:
-            raise ArtifactError(f"{folder}: {error}") from None
-        chosen = choose_device(device)
-        network = network.to(chosen, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        config = str(Path(folder) / "config.json")
-        return cls(network, chosen, resolve_precision(network.precision_setting, chosen, "precision_setting", config))
-
-    @overload
-    def __call__(self, image: ImageInput, sentence: str) -> Prediction: ...
-
-    @overload
-    def __call__(self, image: ImageInput, sentence: list[str]) -> list[Prediction]: ...
-
-    def __call__(self, image: ImageInput, sentence: str | list[str]) -> Prediction | list[Prediction]:
-        """Segment the referent of one sentence, or of each of several sentences, in an image; without a prior.
-
-        image: a path, a Pillow image, or a uint8 array [H, W, 3] (RGB) or [H, W] (gray). sentence: one sentence or a
-        list. Returns one Prediction, or a list with one per sentence.
-
-        The image is encoded once. Masks equal those of evaluation, except for pixels whose logit rounds to the other
-        side of 0. Raises InputError if the image cannot be read or no sentence is given, ArtifactError if the model
-        does not store its proposal parameters.
-        """
-        sentences = list(sentence) if isinstance(sentence, list | tuple) else [sentence]
-        if not sentences or not all(isinstance(one, str) and one.strip() for one in sentences):
-            raise InputError(f"sentence: got {sentence!r}, expected a sentence, or a list of sentences")
-        proposals, size_px = self.network.known_proposals(), self.network.params.image_size_px
-        pixels = to_rgb(image)
-        height, width = pixels.shape[:2]
-        pairs = bare_pairs([""] * len(sentences), [(height, width)] * len(sentences), sentences, proposals.size_px)
-        batches = BatchMaker(pairs, size_px, proposals.flat_prob)
-        square = torch.from_numpy(resize_image(pixels, size_px)).permute(2, 0, 1)[None]
-        pyramid = self.encode(square)
-        found = []
-        for start in range(0, len(sentences), IMAGES_AT_ONCE):
-            rows = np.arange(start, min(start + IMAGES_AT_ONCE, len(sentences)))
-            same = torch.zeros(len(rows), dtype=torch.int64)
-            batch = batches(rows, None, np.ones(len(rows), dtype=bool), square[same])
-            for logits in self.logits(batch, pyramid.take(same)):
-                full = at_size(logits, height, width)
-                found.append(Prediction(full > 0, np.asarray(torch.from_numpy(full).sigmoid().numpy())))
-        return found[0] if isinstance(sentence, str) else found
 
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Pyramid:

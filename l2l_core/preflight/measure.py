@@ -24,7 +24,7 @@ from l2l_core.core.threads import thread_count
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_pairs, load_targets
 from l2l_core.data.views import Views
 from l2l_core.errors import ConfigError
-from l2l_core.model.predictor import Predictor
+from l2l_core.model.predictor import BatchPredictor
 from l2l_core.model.sam import Prompts, Sam
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.backends import sam_device
@@ -103,7 +103,7 @@ def measure(
     images = np.unique(batches.pairs.image_row)
     decode_s = _timed(lambda: batches.pixels(images))[1] / len(images)  # from now on they are in memory
     with peak_of(device) as predict_peak, _explain_out_of_memory("evaluate.batch_size"):
-        predictor = Predictor.of(network, params.train)
+        predictor = BatchPredictor.of(network, params.train)
         (_, views), view_s = _timed(lambda: next(predictor.views(batches, count, "check")))
         predict_s = view_s / VIEWS / count
         # An untrained network's masks are noise, and GrabCut's time on noise differs from its time on an object.

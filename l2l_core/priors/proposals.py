@@ -78,7 +78,7 @@ def make_proposals(
         if path is not None and path.exists():
             table = records.read_table(path, records.PROPOSALS)
         else:
-            table = _render(samples.take(rows), params, read, device)
+            table = render_table(samples.take(rows), params, read, device)
             if path is not None:
                 records.write_table(table, path, records.PROPOSALS)
         soft[rows] = np.frombuffer(b"".join(table["soft"].to_pylist()), np.uint8).reshape(len(rows), *soft.shape[1:])
@@ -102,19 +102,21 @@ def _chunks(samples: PriorSamples, params: ProposalsParams) -> list[NDArray[np.i
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _render(samples: PriorSamples, params: ProposalsParams, read: ReadImage, device: str) -> pa.Table:
-    """records.PROPOSALS of some sentences."""
-    soft, predicted = mean_maps(samples, params, read, device)
+def render_table(samples: PriorSamples, params: ProposalsParams, read: ReadImage, device: str) -> pa.Table:
+    """records.PROPOSALS of the sentences, rendered together.
+
+    read: row of an image -> its pixels [H, W, 3] RGB; called only for GrabCut and SAM. device: where SAM computes.
+    """
+    soft, predicted = _mean_maps(samples, params, read, device)
     return _to_table(samples.sent_id, soft, prior_score(samples), predicted)
 
 
-def mean_maps(
+def _mean_maps(
     samples: PriorSamples, params: ProposalsParams, read: ReadImage, device: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """Each sentence's maps, averaged over its responses, and the mean of the renderer's own estimates of their IoU.
 
-    Returns [N, S, S] uint8, where 0..255 is probability 0..1, and [N] float32 in [0, 1], NaN for none. read: row of an
-    image -> its pixels [H, W, 3] RGB; called only for GrabCut and SAM. device: where SAM computes.
+    Returns [N, S, S] uint8, where 0..255 is probability 0..1, and [N] float32 in [0, 1], NaN for none.
     """
     maps = np.full((*samples.has_box.shape, params.size_px, params.size_px), params.flat_prob, dtype=np.float32)
     predicted = np.full(samples.has_box.shape, np.nan, dtype=np.float32)

@@ -20,7 +20,7 @@ from l2l_core.data.load import batches_of, labeled_targets, pairs_of
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
 from l2l_core.data.views import Views
 from l2l_core.errors import InputError
-from l2l_core.model.predictor import Predictor, batched_rows
+from l2l_core.model.predictor import BatchPredictor, batched_rows
 from l2l_core.pseudo_labels.candidates import build_candidates
 from l2l_core.pseudo_labels.features import (
     LABEL_THRESHOLD,
@@ -56,7 +56,7 @@ class PseudoLabelCandidates:
         return PseudoLabelCandidates(self.pairs, [self.candidates[row] for row in order], confident, weight, matched)
 
 
-def label_unlabeled(params: Params, teacher: Predictor) -> tuple[PseudoLabelCandidates, Candidates]:
+def label_unlabeled(params: Params, teacher: BatchPredictor) -> tuple[PseudoLabelCandidates, Candidates]:
     """Build the candidate masks of every unlabeled sentence and compute their features.
 
     Raises InputError if no sentence is unlabeled.
@@ -99,7 +99,7 @@ def label_unlabeled(params: Params, teacher: Predictor) -> tuple[PseudoLabelCand
 
 
 def _views(
-    params: Params, teacher: Predictor, batches: BatchMaker, sam: SamMasks | None, what: str
+    params: Params, teacher: BatchPredictor, batches: BatchMaker, sam: SamMasks | None, what: str
 ) -> Iterator[tuple[NDArray[np.int64], Views]]:
     """The teacher's predictions, computed while the caller describes those of the batch before."""
     views = teacher.views(batches, params.evaluate.batch_size, what)
@@ -124,7 +124,7 @@ def score_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, Candidat
     parts = []
     for left_out in range(params.select.folds):
         unseen = labeled.take((fold == left_out).nonzero()[0])
-        teacher = Predictor.from_run(folds / str(left_out), params.train)
+        teacher = BatchPredictor.from_run(folds / str(left_out), params.train)
         parts.append(
             score_labeled(params, teacher, batches_of(params, unseen), labeled_targets(unseen), f"fold {left_out}")
         )
@@ -138,7 +138,7 @@ def images_of(params: Params, sent_ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def score_labeled(
-    params: Params, teacher: Predictor, batches: BatchMaker, targets: Targets, what: str
+    params: Params, teacher: BatchPredictor, batches: BatchMaker, targets: Targets, what: str
 ) -> tuple[Candidates, CandidateTruth]:
     """Features and scores of a teacher's candidates for pairs with ground truth, in the order of the pairs."""
     names = params.select.candidate_names

@@ -11,7 +11,7 @@ from toy_pairs import MODEL, TRAIN, toy_batches, toy_network, toy_pairs
 from l2l_core.core import device as device_module
 from l2l_core.core.device import choose_device, computes_bf16, describe_device, print_device, resolve_precision
 from l2l_core.errors import ConfigError
-from l2l_core.model.predictor import Predictor
+from l2l_core.model.predictor import BatchPredictor
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training.loop import train
 from l2l_core.training.streams import Stream
@@ -115,7 +115,7 @@ def test_trains_in_two_precisions_in_one_process_and_saves_each_with_its_model(t
         loaded = Segmenter.load(tmp_path / setting)
         assert (loaded.precision, loaded.precision_setting) == (config["precision"], setting)
         assert loaded.params == MODEL
-        assert Predictor.of(loaded, params).precision == config["precision"]
+        assert BatchPredictor.of(loaded, params).precision == config["precision"]
         weights[setting] = (tmp_path / setting / "model.safetensors").read_bytes()
     assert weights["auto"] == weights["bf16" if native else "fp32"]
     assert weights["bf16"] != weights["fp32"]

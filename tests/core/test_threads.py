@@ -276,11 +276,11 @@ def test_prediction_loads_neither_accelerate_nor_sklearn(tmp_path):
     code = """
 import sys
 from toy_pairs import toy_batches, toy_network, toy_pairs, TRAIN
-from l2l_core.model.predictor import Predictor
+from l2l_core.model.predictor import BatchPredictor
 from pathlib import Path
 from threading import Event
 pairs, _ = toy_pairs(Path(sys.argv[1]))
-(masks,) = Predictor.of(toy_network(pairs), TRAIN).masks(toy_batches(pairs), 4, [True], "test")
+(masks,) = BatchPredictor.of(toy_network(pairs), TRAIN).masks(toy_batches(pairs), 4, [True], "test")
 print(len(masks), [name for name in ("accelerate", "dvclive", "sklearn", "scipy") if name in sys.modules])
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}

@@ -27,8 +27,8 @@ from l2l_core.datasets.jsonl import read_jsonl
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.evaluation.predict import extend_history
 from l2l_core.inference import predict_files
+from l2l_core.inference.predictor import Predictor
 from l2l_core.mllm.query import make_backend, make_questions, query_table
-from l2l_core.model.predictor import Predictor
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.priors.proposals import make_proposals
 from l2l_core.priors.table import interpret

@@ -28,9 +28,9 @@ from l2l_core.artifacts import records
 from l2l_core.core.masks import decode_rle, encode_rle
 from l2l_core.errors import L2LError
 from l2l_core.inference import predict_files, serve
+from l2l_core.inference.predictor import Predictor
 from l2l_core.mllm.backend import RawResponse
 from l2l_core.mllm.query import query_table
-from l2l_core.model.predictor import Predictor
 from l2l_core.viz.overlays import BOX
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_pairs import MODEL, SIZE_PX, TRAIN, rows_of, toy_batches, toy_network, toy_pairs, toy_params
+from toy_pairs import SIZE_PX, TRAIN, rows_of, stirred_network, toy_batches, toy_network, toy_pairs, toy_params
 
 from l2l_core.core.masks import decode_rle
 from l2l_core.data.augment import mirror_sentence
-from l2l_core.data.pairs import Batch, BatchMaker, Pairs
-from l2l_core.errors import ArtifactError, ConfigError
-from l2l_core.model.predictor import Predictor, at_size, batched_rows
+from l2l_core.data.pairs import Batch, Pairs
+from l2l_core.errors import ArtifactError
+from l2l_core.model.predictor import BatchPredictor, at_size, batched_rows
 from l2l_core.model.segmenter import Output, Pyramid, Segmenter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,11 +51,11 @@ class Stub(nn.Module):
         return Output(logits + told[:, None, None, None], batch.proposal)
 
 
-def predictor(network: nn.Module) -> Predictor:
-    return Predictor(network, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
+def predictor(network: nn.Module) -> BatchPredictor:
+    return BatchPredictor(network, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
 
 
-def masks_of(asked: Predictor, batches, batch_size=2, *, with_prior=True) -> list[bytes]:
+def masks_of(asked: BatchPredictor, batches, batch_size=2, *, with_prior=True) -> list[bytes]:
     (found,) = asked.masks(batches, batch_size, [with_prior], "test")
     return found
 
@@ -94,13 +91,13 @@ def test_each_pass_uses_the_previous_mask_as_its_proposal(pairs, passes):
 
 def test_saves_the_number_of_passes_with_the_network(pairs, tmp_path):
     network, batches = toy_network(pairs).eval(), toy_batches(pairs)
-    once = Predictor.of(network, FP32).logits(batches(np.arange(2)))
+    once = BatchPredictor.of(network, FP32).logits(batches(np.arange(2)))
     network.num_passes = 3
     network.save(tmp_path)
     loaded = Segmenter.load(tmp_path)
     assert loaded.num_passes == 3
-    thrice = Predictor.of(loaded, FP32).logits(batches(np.arange(2)))
-    torch.testing.assert_close(thrice, Predictor.of(network, FP32).logits(batches(np.arange(2))))
+    thrice = BatchPredictor.of(loaded, FP32).logits(batches(np.arange(2)))
+    torch.testing.assert_close(thrice, BatchPredictor.of(network, FP32).logits(batches(np.arange(2))))
     assert not torch.allclose(once, thrice)
 
 
@@ -113,8 +110,8 @@ def test_batched_masks_equal_single_masks_at_the_original_image_size(pairs, batc
     last = next(module for module in network.decoder.head.modules() if isinstance(module, nn.Conv2d))
     torch.manual_seed(0)
     nn.init.normal_(last.weight, std=3.0)  # masks with some structure: strong logits around a mean of zero
-    last.bias.data -= Predictor.of(network, FP32).logits(batches(np.arange(5))).mean()
-    found = masks_of(Predictor.of(network, FP32), batches, batch_size)
+    last.bias.data -= BatchPredictor.of(network, FP32).logits(batches(np.arange(5))).mean()
+    found = masks_of(BatchPredictor.of(network, FP32), batches, batch_size)
     assert len(found) == len(pairs)
     foreground = 0.0
     for row, (height, width) in enumerate(pairs.hw.tolist()):
@@ -149,7 +146,7 @@ def test_hiding_the_prior_equals_a_missing_prior(pairs):
         proposal=np.full((5, 16, 16), 26, np.uint8),  # 0.1 of 255
         proposal_score=np.zeros(5, np.float32),
     )
-    asked = Predictor.of(network, FP32)
+    asked = BatchPredictor.of(network, FP32)
     hidden = [asked.logits(toy_batches(pairs)(np.arange(5), None, np.ones(5, bool)))]
     hidden.append(asked.logits(toy_batches(bare)(np.arange(5))))
     assert torch.equal(*hidden)
@@ -165,7 +162,7 @@ def test_hiding_the_prior_equals_a_missing_prior(pairs):
 def test_prediction_is_deterministic_and_keeps_the_weights(pairs):
     network = toy_network(pairs).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    asked, batches = Predictor.of(network, FP32), toy_batches(pairs)
+    asked, batches = BatchPredictor.of(network, FP32), toy_batches(pairs)
     first = masks_of(asked, batches)
     torch.manual_seed(5)
     assert masks_of(asked, batches) == first
@@ -173,8 +170,8 @@ def test_prediction_is_deterministic_and_keeps_the_weights(pairs):
 
 
 def test_half_precision_gives_nearly_the_same_logits(pairs):
-    network, batch = stirred(pairs), toy_batches(pairs)(np.arange(5))
-    full, half = Predictor.of(network, FP32).logits(batch), Predictor.of(network, BF16).logits(batch)
+    network, batch = stirred_network(pairs), toy_batches(pairs)(np.arange(5))
+    full, half = BatchPredictor.of(network, FP32).logits(batch), BatchPredictor.of(network, BF16).logits(batch)
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
     assert (full - half).abs().mean() < 0.05 * full.abs().mean()
@@ -183,10 +180,10 @@ def test_half_precision_gives_nearly_the_same_logits(pairs):
 def test_a_loaded_run_gives_the_same_logits(pairs, tmp_path):
     network, batch = toy_network(pairs), toy_batches(pairs)(np.arange(5))
     network.save(tmp_path / "model")
-    loaded = Predictor.from_run(tmp_path / "model", FP32)
-    assert torch.equal(loaded.logits(batch), Predictor.of(network, FP32).logits(batch))
+    loaded = BatchPredictor.from_run(tmp_path / "model", FP32)
+    assert torch.equal(loaded.logits(batch), BatchPredictor.of(network, FP32).logits(batch))
     with pytest.raises(ArtifactError, match="nowhere: not found"):
-        Predictor.from_run(tmp_path / "nowhere", FP32)
+        BatchPredictor.from_run(tmp_path / "nowhere", FP32)
 
 
 # --- one encoding per image
@@ -197,15 +194,6 @@ def shared_images(pairs: Pairs) -> Pairs:
     rows = np.random.default_rng(0).permutation(np.repeat(np.arange(5), 8))
     words = [f"{pairs.sentence[row]} {'small ' * (place % 3)}" for place, row in enumerate(rows)]
     return replace(pairs.take(rows), sentence=words, sent_id=np.arange(40) * 3 + 1)
-
-
-def stirred(pairs: Pairs) -> Segmenter:
-    """Return a network with structured masks and with gates that depend on the proposal."""
-    network = toy_network(pairs).eval()
-    torch.manual_seed(0)
-    for parameter in network.decoder.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return network
 
 
 @pytest.mark.parametrize("with_prior", [[True], [True, False]])
@@ -241,9 +229,9 @@ def test_views_encode_each_image_and_its_flip_once(pairs, monkeypatch):
 @pytest.mark.parametrize("passes", [1, 2])
 def test_padded_batch_results_depend_only_on_their_own_pair(pairs, passes):
     """With 39 other pairs of 5 images or alone, the mask and the probabilities of every view are equal."""
-    shared, network = shared_images(pairs), stirred(pairs)
+    shared, network = shared_images(pairs), stirred_network(pairs)
     network.num_passes = passes
-    asked = Predictor.of(network, FP32)
+    asked = BatchPredictor.of(network, FP32)
     together = asked.masks(toy_batches(shared), 16, [True, False], "test")
     views = {
         int(row): (view, place)
@@ -261,79 +249,12 @@ def test_padded_batch_results_depend_only_on_their_own_pair(pairs, passes):
 
 
 def test_an_unpadded_single_pair_matches_the_batch_up_to_rounding(pairs):
-    shared, network = shared_images(pairs), stirred(pairs)
+    shared, network = shared_images(pairs), stirred_network(pairs)
     batch = toy_batches(shared)(np.arange(40))
-    asked = Predictor.of(network, FP32)
+    asked = BatchPredictor.of(network, FP32)
     together = asked.logits(batch)
     alone = torch.cat([asked.logits(toy_batches(shared)(rows_of(row))) for row in range(40)])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5 * together.abs().max().item())
-
-
-def test_a_single_call_computes_one_pair_and_one_image(pairs):
-    stub = Stub()
-    stub.known_proposals = lambda: PROPOSALS
-    stub.params = MODEL
-    mask = predictor(stub)(pairs.image_path[0], pairs.sentence[0]).mask
-    assert mask.shape == tuple(pairs.hw[0])
-    assert [len(image) for image in stub.encoded] == [1]
-    assert [len(batch.sentence) for batch in stub.asked] == [1]
-    assert not stub.asked[0].has_box.any()
-
-
-# --- models loaded from a folder
-
-
-def test_loads_a_model_in_another_process_without_params_file(pairs, tmp_path):
-    """The process runs in a folder without params.yaml, and two proposal settings of the model differ from the
-    defaults."""
-    network = stirred(pairs)
-    network.proposals, network.precision = PROPOSALS.model_copy(update={"flat_prob": 0.48, "size_px": 16}), "fp32"
-    network.save(tmp_path / "model")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    code = (
-        "import sys, numpy as np; from l2l_core.model.predictor import Predictor; "
-        "np.save('mask.npy', Predictor.from_pretrained(sys.argv[1])(sys.argv[2], sys.argv[3]).mask)"
-    )
-    command = [sys.executable, "-c", code, tmp_path / "model", pairs.image_path[1], pairs.sentence[1]]
-    subprocess.run(command, cwd=elsewhere, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-    alone = BatchMaker(pairs.take(rows_of(1)), SIZE_PX, 0.48)
-    (mask,) = masks_of(Predictor.of(network, FP32), alone, 1, with_prior=False)
-    found = np.load(elsewhere / "mask.npy")
-    assert 0.02 < found.mean() < 0.98
-    assert (found != decode_rle(mask, *found.shape)).mean() < 1e-3
-
-
-def test_refuses_a_model_without_training_settings_and_says_what_to_do(pairs, tmp_path):
-    toy_network(pairs).save(tmp_path / "model")
-    with pytest.raises(
-        ArtifactError, match=r"model: config.json of the model lacks `proposals`.*train again"
-    ) as caught:
-        Predictor.from_pretrained(tmp_path / "model")
-    assert "\n" not in str(caught.value)
-    Predictor.from_run(tmp_path / "model", FP32)  # stages pass their own settings
-
-
-def test_loads_a_model_on_the_given_device(pairs, tmp_path, monkeypatch):
-    """Here `auto` would select a GPU."""
-    network = toy_network(pairs)
-    network.proposals = PROPOSALS
-    network.save(tmp_path / "model")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert Predictor.from_pretrained(tmp_path / "model", device="cpu").device.type == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="got 'cuda', but torch sees no CUDA device"):
-        Predictor.from_pretrained(tmp_path / "model", device="cuda")
-
-
-def test_warning_about_emulated_precision_names_the_model_config(pairs, tmp_path, monkeypatch, capsys):
-    network = toy_network(pairs)
-    network.proposals, network.precision_setting = PROPOSALS, "bf16"
-    network.save(tmp_path / "model")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    Predictor.from_pretrained(tmp_path / "model", device="cpu")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {tmp_path / 'model/config.json'}: precision_setting: got 'bf16', which this cpu")
 
 
 # --- views

@@ -13,7 +13,7 @@ from l2l_core.core.masks import encode_rle
 from l2l_core.core.seeding import seed_of
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE, Targets
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.model.predictor import Predictor
+from l2l_core.model.predictor import BatchPredictor
 from l2l_core.training import loop
 from l2l_core.training.loop import choose_device, schedule, train
 from l2l_core.training.streams import OnlineStream, Stream, epoch_rows
@@ -53,7 +53,7 @@ def test_online_labels_come_from_the_current_ema_teacher(toy, tmp_path, monkeypa
     probs = []
     for step, (teacher, batch) in enumerate(zip(teachers, seen, strict=True)):
         rows = epoch_rows(len(toy[0]), params.batch_size, seed_of("stream", 5, 0), step)
-        prob = Predictor.of(teacher, params).logits(batches(rows)).sigmoid().numpy()
+        prob = BatchPredictor.of(teacher, params).logits(batches(rows)).sigmoid().numpy()
         np.testing.assert_array_equal(batch.label.numpy(), prob > 0.5)
         np.testing.assert_array_equal(batch.keep.numpy(), np.maximum(prob, 1 - prob) >= threshold)
         assert 0 < batch.keep.mean() < 1
