@@ -12,11 +12,9 @@ from l2l_core.model.segmenter import Segmenter
 from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
-    labeled_stream,
     method_of,
     new_network,
-    online_stream,
-    pseudo_stream,
+    round_streams,
     run_training,
     with_prior_swap,
 )
@@ -34,19 +32,17 @@ def main() -> None:
     params = load_params()
     folder, previous = records.round_folder(number), records.round_folder(number - 1) / "model"
     run_name, pseudo_path = f"retrain-{number}", folder / "pseudo_labels.parquet"
-    online, share = method_of(pseudo_path) == "mean_teacher", 1 - params.retrain.labeled_share
-    pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
-    labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
-    if pseudo is None and is_first_process():
+    streams = round_streams(params, pseudo_path)
+    if len(streams) == 1 and is_first_process():
         print(f"round {number}: the selection accepted nothing, training on the labeled pairs alone")
-    fresh = params.retrain.start == "scratch" and not online
+    fresh = params.retrain.start == "scratch" and method_of(pseudo_path) != "mean_teacher"
     network = new_network(params, run_name) if fresh else Segmenter.load(previous)
     network.num_passes = params.retrain.num_passes
     run_training(
         params,
         run_name,
         network,
-        with_prior_swap(params, [labeled] if pseudo is None else [labeled, pseudo]),
+        with_prior_swap(params, streams),
         params.retrain.steps,
         # If training starts from the last model, that is an input too, so the two ways never share a checkpoint.
         [*LABEL_INPUTS, *PRIOR_INPUTS, pseudo_path, *(() if fresh else (previous,))],

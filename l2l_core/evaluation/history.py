@@ -1,4 +1,4 @@
-"""Predictions and learning curves of all rounds so far, accumulated from round to round."""
+"""Predictions and learning curves of all rounds so far, accumulated from round to round, and of the distilled model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from l2l_core.model.predictor import Predictor
 TRAINING_COLUMNS = ("model", "step", "loss", "bce", "dice", "lr")
 POLICY_COLUMNS = ("round", "step", "reward", "keep_rate", "accept_rate", "entropy", "advantage_std")
 
+Rows = list[dict[str, str]]
+"""Rows of a CSV file, as text."""
+
 
 def extend_history(params: Params, number: int) -> None:
     """Write history/ of a round: the previous round's history plus this round's predictions, labels and curves.
@@ -29,20 +32,41 @@ def extend_history(params: Params, number: int) -> None:
     if number == 0:
         predictions = predict(params, records.SUPERVISED_FOLDER / "model", "supervised", [False])
         training = training_rows(records.SUPERVISED_FOLDER / "curves", "supervised")
-        labels, policy = [records.PSEUDO_LABELS.empty_table()], []
+        labels = [records.PSEUDO_LABELS.empty_table()]
+        policy: Rows = []
     else:
-        before = records.round_folder(number - 1) / "history"
-        predictions = [records.read_table(before / "predictions.parquet", records.PREDICTIONS)]
-        training = read_rows(before / "training.csv")
-        labels = [
-            records.read_table(before / "pseudo_labels.parquet", records.PSEUDO_LABELS),
-            records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS),
-        ]
-        policy = read_rows(before / "policy.csv")
+        predictions, labels, training, policy = _history_of(number - 1)
+        labels.append(records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS))
         policy += [{"round": str(number), **row} for row in read_rows(folder / "policy.csv")]
     name = f"round_{number}"
     predictions += predict(params, folder / "model", name, [True, False])
     training += training_rows(folder / "curves", name)
+    _write_history(folder, predictions, labels, training, policy)
+
+
+def add_distilled(params: Params, number: int) -> None:
+    """Write history/ of the distilled model: a round's history plus this model's predictions without priors."""
+    folder, name = records.DISTILLED_FOLDER, "distilled"
+    predictions, labels, training, policy = _history_of(number)
+    predictions += predict(params, folder / "model", name, [False])
+    training += training_rows(folder / "curves", name)
+    _write_history(folder, predictions, labels, training, policy)
+
+
+def _history_of(number: int) -> tuple[list[pa.Table], list[pa.Table], Rows, Rows]:
+    """A round's predictions, pseudo-labels, training curves and policy curves."""
+    folder = records.round_folder(number) / "history"
+    return (
+        [records.read_table(folder / "predictions.parquet", records.PREDICTIONS)],
+        [records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)],
+        read_rows(folder / "training.csv"),
+        read_rows(folder / "policy.csv"),
+    )
+
+
+def _write_history(
+    folder: Path, predictions: list[pa.Table], labels: list[pa.Table], training: Rows, policy: Rows
+) -> None:
     with atomic_dir(folder / "history") as out:
         records.write_table(pa.concat_tables(predictions), out / "predictions.parquet", records.PREDICTIONS)
         records.write_table(pa.concat_tables(labels), out / "pseudo_labels.parquet", records.PSEUDO_LABELS)
@@ -71,6 +95,6 @@ def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) 
     ]
 
 
-def training_rows(curves: Path, model: str) -> list[dict[str, str]]:
+def training_rows(curves: Path, model: str) -> Rows:
     """A DVCLive folder as rows of TRAINING_COLUMNS."""
     return [{"model": model, **row} for row in read_curve(curves, TRAINING_COLUMNS[2:])]

@@ -14,7 +14,7 @@ from source_tree import FILES, ROOT, closure, parse
 
 from l2l_core.config import PRESETS, SelectParams, TrainParams
 
-LEARNERS = ("warmup", "crossfit-0", "crossfit", "select", "retrain")
+LEARNERS = ("warmup", "crossfit-0", "crossfit", "select", "retrain", "distill")
 """Stages that must not see the ground truth of unlabeled and evaluated sentences. (select's `oracle`, a policy for
 comparison, opens the masks itself; its result does not depend on when that table was written.)"""
 
@@ -144,6 +144,7 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
     "select": {"train.engine"},
     # Part of the checkpoint names, but of no stage output.
     **{name: {"select.folds", "proposals.rendering", "train.engine"} for name in ("warmup", "retrain")},
+    "distill": {"select.folds", "proposals.rendering", "train.engine", "retrain.evolve_proposals"},  # without proposals
 }
 """Parameters that a stage's functions read without an effect on its outputs."""
 
