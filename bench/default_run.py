@@ -16,8 +16,8 @@ docs/results.md, which also has the scores of other seeds (`-S seed=1`) of the l
     stage_cpu_seconds      user and system time of a stage's processes
     peak_rss_mb            of the largest single process
     policy_percent         training of the policies, of the time of the rounds (select, retrain and crossfit)
-    val_miou, val_miou_*   percent: of the last round; of the priors' proposals, the supervised model, each round, and
-                           the last round without priors
+    val_miou, val_miou_*   percent: of the last round; of the priors' proposals, the supervised model, each round,
+                           the last round without priors, and the distilled model
     settings, environment  `-S`, and the variables that decide about threads
     committed              when, by which rows are ordered
 """
@@ -60,6 +60,7 @@ SCORES = {
     "val_miou_warmup": "warm-up",
     "val_miou": "last round",
     "val_miou_no_prior": "last round without priors",
+    "val_miou_distilled": "distilled, without priors",
 }
 """Keys of a row that README.md shows, and what it calls them."""
 
@@ -168,9 +169,9 @@ def measure(revision: str, overrides: Sequence[str]) -> list[Row]:
 
 
 def read_scores(metrics: dict[str, float]) -> Row:
-    """The mIoU of val that metrics/evaluate.json holds: final, proposals, supervised, rounds, and without priors."""
+    """The mIoU of val that metrics/evaluate.json holds, by the names of a row."""
     names = {"prior": "proposal", "supervised": "supervised", "round_0": "warmup"}
-    names |= {f"round_{k}": f"round_{k}" for k in range(1, 9)} | {"no_prior": "no_prior"}
+    names |= {f"round_{k}": f"round_{k}" for k in range(1, 9)} | {"no_prior": "no_prior", "distilled": "distilled"}
     found = {f"val_miou_{name}": metrics.get(f"val_{key}_miou") for key, name in names.items()}
     return {"val_miou": metrics["val_miou"]} | {name: value for name, value in found.items() if value is not None}
 

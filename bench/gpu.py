@@ -64,6 +64,8 @@ NETWORK_STAGES = (
     "predict --round 0",
     "crossfit --round 0",
     "select --round 1",
+    "distill --round 0",
+    "predict --round 0 --distilled",
     "evaluate --round 0",
 )
 """Commands of stages in the order in which they run."""
@@ -168,6 +170,7 @@ def parameters(sizes: Sizes, encoders: dict[str, str]) -> dict[str, Any]:
             **({"lr": 5e-5, "encoder_lr_scale": 1.0} if pretrained else {}),
         },
         "warmup": {"steps": sizes.stage_steps},
+        "distill": {"steps": sizes.stage_steps},
         # GrabCut, which fits the other candidates to the image, runs on the CPU and would take most of the ten minutes.
         "select": {"fold_steps": sizes.stage_steps, "policy_steps": sizes.stage_steps, "candidates": ["teacher"]},
         "evaluate": {"batch_size": sizes.batch_size},

@@ -18,6 +18,7 @@ bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, 
     labeled_fraction, prior, seed   share of the training images that is labeled (1.0: all), preset, seed
     miou, oiou, pr50                of `split` in percent, run with priors (`supervised`: trained and run without)
     no_prior_miou                   the same model run without priors; none of the prior itself
+    distilled_miou                  of the last round: the model distilled from it, which runs without priors
     lost_objects, lost_borders      points that miou lacks of 100, in sentences below and above an IoU of 0.5
     auroc .. foreground_error_kept  of the round's pseudo-labels, against the truth that no model saw: see
                                     l2l_core/evaluation/label_quality.py (there miou_*, here label_miou_*)
@@ -35,14 +36,15 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -52,6 +54,7 @@ import pandas as pd
 import yaml
 
 from bench import label_efficiency_page
+from bench.capabilities import gpu
 from bench.label_efficiency_page import FULLY_SUPERVISED, ROUND_0, WARMUP
 from bench.params import BENCHMARK, EDITION, merged
 from bench.vlm import MODEL
@@ -60,7 +63,7 @@ from l2l_core.config import PriorsParams
 from l2l_core.core.files import exclusive_lock
 from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.errors import InputError
-from l2l_core.evaluation.evaluate import CURVES_FOLDER, method_scores
+from l2l_core.evaluation.evaluate import CURVES_FOLDER, DISTILLED, method_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bench" / "work" / "label_efficiency"
@@ -124,6 +127,19 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Where a benchmark works, and where it stores its rows."""
+
+    work: Path
+    results: Path
+    curves: Path
+    data: Path | None = None  # its folders are copied into data/ of every clone
+
+
+BENCH = Bench(WORK, RESULTS, CURVES)
+
+
+@dataclass(frozen=True)
 class Run:
     """One configuration of the pipeline."""
 
@@ -140,7 +156,7 @@ class Run:
     @property
     def start(self) -> Run:
         """The run that makes what this one starts from."""
-        return Run(WARMUP, self.rate, self.preset, self.seed, 0)
+        return replace(self, method=WARMUP, rounds=0)
 
     @property
     def results(self) -> dict[str, tuple[str, int]]:
@@ -149,9 +165,24 @@ class Run:
             return {scored: (name, 0) for scored, name in ROUND_0[self.method].items()}
         return {f"round_{number}": (self.method, number) for number in range(1, self.rounds + 1)}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Sections that replace those of params.yaml in every run."""
+        return BENCHMARK
+
+    @property
+    def prior_settings(self) -> dict[str, Any]:
+        """Sections that make the priors of `preset`."""
+        simulated = {"backend": "simulated", "preset": self.preset, "seed": self.seed}
+        return {"priors": MODEL if self.preset == BUILTIN else simulated}
+
+    def rows(self, folder: Path, params: dict[str, Any]) -> list[Row]:
+        """What the evaluation of this run below `folder` gives, without the keys of the measurement itself."""
+        return read_scores(folder, self, params)
+
     def params(self, defaults: dict[str, Any]) -> dict[str, Any]:
         """The content of params.yaml, made from the revision's own."""
-        defaults = merged(defaults, BENCHMARK)
+        defaults = merged(defaults, self.settings)
         steps = defaults["warmup"]["steps"]
         if self.method not in (WARMUP, *SELECTION):  # as many as the warm-up and a round together
             steps += defaults["retrain"]["steps"]
@@ -159,20 +190,24 @@ class Run:
             "seed": self.seed,
             "round": self.rounds,
             "split": {"labeled_fraction": self.rate},
-            "priors": MODEL
-            if self.preset == BUILTIN
-            else {"backend": "simulated", "preset": self.preset, "seed": self.seed},
             "warmup": {"steps": steps},
         }
-        return merged(merged(defaults, common), SELECTION.get(self.method, {}))
+        if not self.rounds:  # the distilled model gives no row
+            common["distill"] = {"steps": 1}
+        return merged(merged(merged(defaults, common), self.prior_settings), SELECTION.get(self.method, {}))
 
 
 def planned(
-    methods: Sequence[str], rates: Sequence[float], presets: Sequence[str], seeds: Sequence[int], rounds: int
+    methods: Sequence[str],
+    rates: Sequence[float],
+    presets: Sequence[str],
+    seeds: Sequence[int],
+    rounds: int,
+    make: Callable[..., Run] = Run,
 ) -> list[Run]:
     """Every run that is asked for, the seeds of a method beside each other. All labels are one rate of their own."""
     runs = (
-        Run(method, 1.0 if method == FULLY_SUPERVISED else rate, preset, seed, 0 if method in ROUND_0 else rounds)
+        make(method, 1.0 if method == FULLY_SUPERVISED else rate, preset, seed, 0 if method in ROUND_0 else rounds)
         for preset in presets
         for rate in rates
         for method in methods
@@ -221,6 +256,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 class Workers:
     """Clones in which runs are done side by side, a thread each."""
 
+    bench: Bench
     count: int
     commit: str  # of this repository, that runs
     threads: int  # of each
@@ -233,12 +269,14 @@ class Workers:
         text = subprocess.check_output(["git", "show", f"{self.commit}:params.yaml"], cwd=ROOT)
         self.defaults = yaml.safe_load(text)
         for number in range(self.count):
-            clone = WORK / f"worker_{number}"
+            clone = self.bench.work / f"worker_{number}"
             if not clone.exists():
                 subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
             subprocess.run(["git", "fetch", "-q"], cwd=clone, check=True)
             subprocess.run(["git", "reset", "-q", "--hard", self.commit], cwd=clone, check=True)
-            self._call(clone, "dvc", "config", "--local", "cache.dir", str(WORK / "cache"))
+            self._call(clone, "dvc", "config", "--local", "cache.dir", str(self.bench.work / "cache"))
+            for folder in self.bench.data.iterdir() if self.bench.data else ():
+                shutil.copytree(folder, clone / "data" / folder.name, dirs_exist_ok=True)
             self.clones.put(clone)
 
     def do(self, runs: Sequence[Run]) -> list[Run]:
@@ -261,7 +299,7 @@ class Workers:
 
     def _do(self, run: Run) -> str:
         """Do a run in a free clone and store it; says how it went."""
-        clone, log = self.clones.get(), WORK / "logs" / f"{run}.log"
+        clone, log = self.clones.get(), self.bench.work / "logs" / f"{run}.log"
         try:
             params = run.params(self.defaults)
             (clone / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
@@ -270,16 +308,16 @@ class Workers:
             self._call(clone, "dvc", "repro", *targets, log=log)
             seconds = round(time.monotonic() - started)
             ran = "Running stage" in log.read_text(encoding="utf-8")
-            if run.method == WARMUP and not ran and not missing([run], stored(RESULTS)):
+            if run.method == WARMUP and not ran and not missing([run], stored(self.bench.results)):
                 return "known"  # the others start from it: only made sure that it is there
             common = {
                 "edition": EDITION,
                 "seconds": seconds,
-                "device": f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {platform.machine()}",
+                "device": gpu() or f"cpu, {self.threads} thread{'s' * (self.threads > 1)}, {platform.machine()}",
                 "commit": self.commit[:7],
             }
-            store(RESULTS, [row | common for row in read_scores(clone, run, params)])
-            store(CURVES, read_curves(clone, run))
+            store(self.bench.results, [row | common for row in run.rows(clone, params)])
+            store(self.bench.curves, read_curves(clone, run))
             return f"{seconds} s"
         except Exception:  # whatever happened to one run, the others go on
             with log.open("a", encoding="utf-8") as file:
@@ -321,6 +359,7 @@ def read_scores(folder: Path, run: Run, params: dict[str, Any]) -> list[Row]:
             row |= lost_points(part.loc[part["method"] == scored, "iou"])
             if number:
                 row |= {key: metrics.get(f"pseudo_round_{number}_{name}") for key, name in LABEL_SCORES.items()}
+                row["distilled_miou"] = scores[DISTILLED]["miou"] if number == run.rounds else None
             row["steps"] = 0 if scored == "prior" else trained_steps(params, number)
             row["dataset"] = f"{Path(params['dataset']).name}-{metrics['dataset_version']}"
             rows.append(row)
@@ -359,17 +398,18 @@ def read_curves(folder: Path, run: Run) -> list[Row]:
     return rows
 
 
-def measure(runs: Sequence[Run], workers: int, threads: int, again: bool, commit: str) -> list[Run]:
+def measure(bench: Bench, runs: Sequence[Run], workers: int, threads: int, again: bool, commit: str) -> list[Run]:
     """Do the runs that are not stored (all of them: `again`), what they start from before them; returns the failed."""
-    wanted = list(runs) if again else missing(runs, stored(RESULTS))
+    wanted = list(runs) if again else missing(runs, stored(bench.results))
     # All warm-ups before all else, so that no two workers train the same one.
     starts = list(dict.fromkeys(run.start for run in wanted if run.method in (WARMUP, *SELECTION)))
     print(f"{len(wanted)} of {len(runs)} runs to do, {len(starts)} starting points", flush=True)
     if not wanted:
         return []
-    (WORK / "logs").mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(WORK / "lock", InputError(f"another call of this bench works in {WORK.relative_to(ROOT)}")):
-        farm = Workers(workers, commit, threads)
+    (bench.work / "logs").mkdir(parents=True, exist_ok=True)
+    busy = InputError(f"another call of this bench works in {bench.work.relative_to(ROOT)}")
+    with exclusive_lock(bench.work / "lock", busy):
+        farm = Workers(bench, workers, commit, threads)
         failed = farm.do(starts)
         rest = [run for run in wanted if run.method != WARMUP]
         blocked = [run for run in rest if run.method in SELECTION and run.start in failed]
@@ -380,33 +420,44 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.05])
-    presets = (*get_args(PriorsParams.model_fields["preset"].annotation), BUILTIN)
-    parser.add_argument("--presets", nargs="+", choices=presets, default=[PRESETS[0]])
+def make_parser(description: str | None, rate: float, methods: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """The arguments that benchmarks share, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", type=float, nargs="+", default=[rate])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=1, help="of selection; each of them gives rows")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=list(methods))
+    parser.add_argument("--rounds", type=int, default=rounds, help="of selection; each of them gives rows")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side; they share the cores")
     parser.add_argument("--threads", type=int, help="of each worker; its share of the cores unless given")
     parser.add_argument("--commit", default="HEAD", help="of this repository, that runs")
-    parser.add_argument("--full", action="store_true", help=f"rates {RATES}, presets {PRESETS}")
     parser.add_argument("--again", action="store_true", help="also runs whose rows are stored")
     parser.add_argument("--table", action="store_true", help="only make tables and plots of the stored results")
-    arguments = parser.parse_args()
+    return parser
+
+
+def carry_out(bench: Bench, runs: Sequence[Run], arguments: argparse.Namespace) -> list[Run]:
+    """Do the runs that are not stored, as the arguments say; returns the failed. Raises SystemExit when stopped."""
     signal.signal(signal.SIGTERM, _stop)
+    threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
+    try:
+        return measure(bench, runs, arguments.workers, threads, arguments.again, arguments.commit)
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same call goes on") from None
+
+
+def main() -> None:
+    parser = make_parser(__doc__, 0.05, METHODS, 1)
+    presets = (*get_args(PriorsParams.model_fields["preset"].annotation), BUILTIN)
+    parser.add_argument("--presets", nargs="+", choices=presets, default=[PRESETS[0]])
+    parser.add_argument("--full", action="store_true", help=f"rates {RATES}, presets {PRESETS}")
+    arguments = parser.parse_args()
     failed: list[Run] = []
     if not arguments.table:
         rates, chosen = (RATES, PRESETS) if arguments.full else (arguments.rates, arguments.presets)
         runs = planned(arguments.methods, rates, chosen, arguments.seeds, arguments.rounds)
-        try:
-            threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.workers)
-            failed = measure(runs, arguments.workers, threads, arguments.again, arguments.commit)
-        except InputError as error:
-            raise SystemExit(str(error)) from None
-        except KeyboardInterrupt:
-            raise SystemExit("stopped; the same call goes on") from None
+        failed = carry_out(BENCH, runs, arguments)
     rows = stored(RESULTS)
     if rows:
         label_efficiency_page.write(pd.DataFrame(rows), pd.DataFrame(stored(CURVES)))

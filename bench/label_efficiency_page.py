@@ -71,6 +71,7 @@ LIMITS = ("warmup", "all", "reinforce", "oracle_constructed", "fully_supervised"
 
 GAIN_POINTS = 2.0
 GAP_PERCENT = 65.0
+DISTILLED_GAP_PERCENT = 70.0
 ORACLE_PERCENT = 90.0
 AUROC_PERCENT = 90.0
 ERROR_SHARE = 0.5
@@ -203,15 +204,17 @@ def _commands(rows: pd.DataFrame, setting: Setting) -> str:
 
 def table(rows: pd.DataFrame) -> str:
     """Markdown: a row for each method and round of one setting, means over the seeds."""
-    head = ["method", "round", "seeds", "val mIoU (min to max)", "val mIoU without prior", "AUROC", "accepted"]
+    head = ["method", "round", "seeds", "val mIoU (min to max)", "val mIoU without prior"]
+    head += ["distilled, without prior", "AUROC", "accepted"]
     head += [f"accepted: IoU > {POSITIVE_IOU}", "wrong pixels kept / all", "wrong foreground kept / all"]
     head += ["test mIoU (min to max)"]
     body: list[list[object]] = []
-    for method, number, group in _by_method(rows):
+    for method, number, group in by_method(rows):
         val, test = (group[group["split"] == split] for split in SPLITS)
-        means = [_mean(val, name) for name in ("no_prior_miou", "auroc", "coverage", "precision")]
+        means = [mean_of(val, name) for name in ("no_prior_miou", "distilled_miou", "auroc", "coverage", "precision")]
         errors = [_errors(val, kind) if number else None for kind in ("pixel", "foreground")]
-        body.append([_title(method), number, val["seed"].nunique(), _range(val), *means, *errors, _range(test)])
+        seeds = val["seed"].nunique()
+        body.append([title_of(method), number, seeds, seed_range(val), *means, *errors, seed_range(test)])
     return markdown(head, body)
 
 
@@ -227,14 +230,14 @@ def limits(rows: pd.DataFrame) -> str:
     if "lost_objects" not in rows:
         return ""
     told_apart = rows[(rows["split"] == "val") & rows["method"].isin(LIMITS) & rows["lost_objects"].notna()]
-    groups = _by_method(told_apart)
+    groups = by_method(told_apart)
     common = set.intersection(*(set(group["seed"]) for _, _, group in groups)) if groups else set()
     if not common:
         return ""
     for method, number, group in groups:
         group = group[group["seed"].isin(common)]
-        values = [_mean(group, name) for name in ("miou", "lost_objects", "lost_borders")]
-        body.append([_title(method), number, group["seed"].nunique(), *values])
+        values = [mean_of(group, name) for name in ("miou", "lost_objects", "lost_borders")]
+        body.append([title_of(method), number, group["seed"].nunique(), *values])
     head = [
         "method",
         "round",
@@ -269,12 +272,19 @@ def summary_table(rows: pd.DataFrame) -> str:
     for name in COMPARED:
         groups = [rows_of(val[val["method"] == name], setting) for setting in columns]
         number = 0 if name in ROUND_0_METHODS else 1
-        scores = [_range(group) if len(group) else "" for group in groups]
-        body.append([f"{COMPARED[name]} ({_title(name)})", number, *scores])
+        scores = [seed_range(group) if len(group) else "" for group in groups]
+        body.append([f"{COMPARED[name]} ({title_of(name)})", number, *scores])
+    if "distilled_miou" in rows:
+        distilled = rows[(rows["split"] == "val") & (rows["method"] == "reinforce") & rows["distilled_miou"].notna()]
+        last = distilled.assign(miou=distilled["distilled_miou"])
+        groups = [rows_of(last, setting) for setting in columns]
+        if len(last):
+            cells = [seed_range(group) if len(group) else "" for group in groups]
+            body.append(["L2L, distilled, without priors (reinforce)", int(last["round"].max()), *cells])
     return markdown(["val mIoU", "round", *(f"{100 * rate:g} %, {preset}" for rate, preset in columns)], body)
 
 
-def _by_method(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
+def by_method(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
     groups = [(str(method), int(number), group) for (method, number), group in rows.groupby(["method", "round"])]
     return sorted(groups, key=lambda group: (*_place(group[0]), group[1]))
 
@@ -285,21 +295,21 @@ def _place(method: str) -> tuple[int, str]:
     return len(FIRST) + (1 + LAST.index(method) if method in LAST else 0), method
 
 
-def _title(method: str) -> str:
+def title_of(method: str) -> str:
     return method.replace("_", " ")
 
 
-def _mean(rows: pd.DataFrame, column: str, digits: int = 1) -> str:
+def mean_of(rows: pd.DataFrame, column: str, digits: int = 1) -> str:
     mean = float(rows[column].mean()) if column in rows else math.nan  # no column before the first round is stored
     return "" if math.isnan(mean) else f"{mean:.{digits}f}"
 
 
 def _errors(rows: pd.DataFrame, kind: str) -> str:
     """Of kept pixels / of all; a dash where nothing is kept."""
-    return " / ".join(_mean(rows, f"{kind}_error_{which}", 2) or "-" for which in ("kept", "all"))
+    return " / ".join(mean_of(rows, f"{kind}_error_{which}", 2) or "-" for which in ("kept", "all"))
 
 
-def _range(rows: pd.DataFrame) -> str:
+def seed_range(rows: pd.DataFrame) -> str:
     miou = rows["miou"]
     return f"{miou.mean():.1f} ({miou.min():.1f} to {miou.max():.1f})"
 
@@ -324,6 +334,7 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
             of_rounds = [(n, compare(chosen, setting, int(n), split)) for n in rounds for split in SPLITS]
             found += [claim for number, claim in of_rounds if number == 1 or not claim.found.startswith(NO_ROWS)]
         if setting == MAIN and rounds:
+            found += [_distilled_claim(chosen, int(rounds[-1]), split) for split in SPLITS]
             first = chosen[(chosen["round"] == 1) & (chosen["split"] == "val")].sort_values("seed")
             of = {name: first[first["method"] == name] for name in ("reinforce", "reinforce_teacher_only", "all")}
             seeds = chosen["seed"].nunique()
@@ -342,7 +353,7 @@ def _lead(rules_text: str, names: Sequence[str]) -> Comparison:
     def compare(rows: pd.DataFrame, setting: Setting, number: int, split: str) -> Claim:
         there = rows.loc[rows["round"] == number, "method"].unique()
         named = [name for name in names if number == 1 or name in there]
-        which = "best fixed rule" if len(named) == len(names) else ", ".join(map(_title, named))
+        which = "best fixed rule" if len(named) == len(names) else ", ".join(map(title_of, named))
         what = f"(a) reinforce against the {which} on {rules_text}, round {number}, {split}"
         target = f">= {GAIN_POINTS:g} points on the mean and, against the best rule there, on each seed"
 
@@ -350,7 +361,7 @@ def _lead(rules_text: str, names: Sequence[str]) -> Comparison:
             rules = scores[named]
             mean = float(scores["reinforce"].mean() - rules.mean().max())
             seeds = scores["reinforce"] - rules.max(axis=1)
-            found = f"{_points([mean])} to {_title(str(rules.mean().idxmax()))}; seeds {_points(seeds)}"
+            found = f"{_points([mean])} to {title_of(str(rules.mean().idxmax()))}; seeds {_points(seeds)}"
             return found, round(min(mean, seeds.min()), 2) >= GAIN_POINTS
 
         return _claim(rows, what, target, number, split, ["reinforce", *(named or names)], decide)
@@ -360,10 +371,19 @@ def _lead(rules_text: str, names: Sequence[str]) -> Comparison:
 
 def _gap_closed(bottom: str) -> Comparison:
     def compare(rows: pd.DataFrame, setting: Setting, number: int, split: str) -> Claim:
-        what = f"(b) gap from {_title(bottom)} to fully supervised that reinforce closes, round {number}, {split}"
+        what = f"(b) gap from {title_of(bottom)} to fully supervised that reinforce closes, round {number}, {split}"
         return _share(rows, what, GAP_PERCENT, number, split, bottom, "fully_supervised")
 
     return compare
+
+
+def _distilled_claim(rows: pd.DataFrame, number: int, split: str) -> Claim:
+    """Of the model distilled from the last round of `reinforce`, which runs without priors."""
+    bottom, top = "supervised", "fully_supervised_no_priors"
+    what = f"(f) gap from {bottom} to {title_of(top)} that the distilled model closes, round {number}, {split}"
+    distilled = rows.get("distilled_miou", math.nan)
+    rows = rows.assign(miou=rows["miou"].mask(rows["method"] == "reinforce", distilled))
+    return _share(rows, what, DISTILLED_GAP_PERCENT, number, split, bottom, top)
 
 
 def _share_of_oracle(oracle: str, labels: str) -> Comparison:
@@ -493,7 +513,7 @@ def figures(rows: pd.DataFrame, curves: pd.DataFrame) -> dict[str, Figure]:
                 drawn[_rounds_name(setting)] = figure = Figure(figsize=(3.4 * len(methods), 3.4), layout="constrained")
                 panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
                 for axes, method in zip(panels, methods, strict=True):
-                    _draw_rounds(axes, scores.loc[method], _title(method))
+                    _draw_rounds(axes, scores.loc[method], title_of(method))
                 panels[0].set(ylabel="mIoU, accuracy (%)")
                 panels[-1].legend()
     return drawn
@@ -529,7 +549,7 @@ def _draw_summary(axes: Axes, rows: pd.DataFrame, title: str) -> None:
         axes.annotate(
             f"{miou.mean():.0f}", (miou.mean(), place), (0, 4), textcoords="offset points", ha="center", fontsize=8
         )
-    axes.set_yticks(range(len(COMPARED)), [_title(name) for name in COMPARED])
+    axes.set_yticks(range(len(COMPARED)), [title_of(name) for name in COMPARED])
     axes.set(ylim=(len(COMPARED) - 0.5, -0.7), xlim=(0, 100), xlabel="val mIoU (%)", title=title)
 
 
@@ -558,7 +578,7 @@ def _draw_coverage(axes: Axes, rows: pd.DataFrame, curves: pd.DataFrame) -> None
             axes.plot(coverage, precision, **{"linewidth": 1.2, **style})
         if ranks or method == "all":  # others that trust all labels alike stand where `all` does
             dot = rows[(rows["method"] == method) & (rows["round"] == 1)][["coverage", "precision"]].mean()
-            axes.plot(*dot, "o", color=style["color"], markerfacecolor=_face(style), zorder=4, label=_title(method))
+            axes.plot(*dot, "o", color=style["color"], markerfacecolor=_face(style), zorder=4, label=title_of(method))
     axes.set(xlabel="pseudo-labels taken, most trusted first (%)", ylabel=f"of these with IoU > {POSITIVE_IOU} (%)")
     axes.set(xlim=(0, 102), ylim=(None, 101), title="precision by coverage, round 1; dots: what is accepted")
     axes.legend()

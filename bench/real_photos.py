@@ -54,6 +54,7 @@ PARAMS: dict[str, Any] = {
     "warmup": {"steps": STEPS},
     "select": {"fold_steps": STEPS // 3},
     "retrain": {"steps": STEPS},
+    "distill": {"steps": STEPS},
     "evaluate": {"batch_size": 8},
 }
 """Changes to params.yaml."""

@@ -2,7 +2,7 @@
 
     import l2l_core as l2l
 
-    predictor = l2l.Predictor.from_pretrained("data/rounds/2/model")
+    predictor = l2l.Predictor.from_pretrained("data/distilled/model")
     result = predictor("photo.jpg", "the dog on the left")  # .mask [H, W] bool, .prob [H, W] float32, .score
 
 Public names are imported when they are first used.

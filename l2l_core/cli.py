@@ -36,12 +36,17 @@ Round = Annotated[
 ]
 Polygons = Annotated[bool, typer.Option("--polygons", help="masks as polygons, not as run lengths")]
 Run = Annotated[
-    Path | None, typer.Option(help="folder of a round or of its model (default: the latest of the last run)")
+    Path | None,
+    typer.Option(help="folder of a round or of a model (default: the distilled model, else the latest round's)"),
+]
+WithPriors = Annotated[
+    bool,
+    typer.Option("--with-priors", help="the latest round's model with priors: queried, or read from stored ones"),
 ]
 
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:
-    """metrics/evaluate.json -> a row a split and method: mIoU of all, the other scores of the final model."""
+    """metrics/evaluate.json -> a row a split and method: mIoU of all, the other scores of the final models."""
     import pandas as pd
 
     from l2l_core.config import MAX_ROUND
@@ -57,6 +62,9 @@ def score_table(metrics: dict[str, float]) -> pd.DataFrame:
                 row |= {title: metrics[f"{split}_{key}"] for key, title in SCORES.items()}
             rows.append(row)
         rows.append({"split": split, "method": f"{name}, no prior", "mIoU": metrics[f"{split}_no_prior_miou"]})
+        distilled = {title: metrics.get(f"{split}_distilled_{key}") for key, title in SCORES.items()}
+        if distilled["mIoU"] is not None:  # evaluations of earlier versions have none
+            rows.append({"split": split, "method": "distilled, no prior", **distilled})
     return pd.DataFrame(rows)
 
 
@@ -113,10 +121,7 @@ def predict(
     pairs: Annotated[Path | None, typer.Option(dir_okay=False, help="JSON lines of image and sentence instead")] = None,
     run: Run = None,
     out: Annotated[Path, typer.Option(help="folder for masks, overlays and predictions.jsonl")] = Path("predictions"),
-    with_priors: Annotated[
-        bool,
-        typer.Option("--with-priors", help="use priors: query priors.backend, or read stored responses"),
-    ] = False,
+    with_priors: WithPriors = False,
     polygons: Polygons = False,
     batch_size: Annotated[
         int, typer.Option(min=1, help="most pairs computed at once; masks differ by rounding at most")
@@ -134,7 +139,7 @@ def predict(
 
     if pairs and words:
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
-    folder = model_folder(run)
+    folder = model_folder(run, with_priors=with_priors)
     device = load_params().train.engine.device if Path("params.yaml").is_file() else "auto"
     requested = predict_files.pairs_of_file(pairs) if pairs else predict_files.pairs_of_images(words or [])
     turned = predict_files.exif_rotated_images(requested)
@@ -158,6 +163,7 @@ def predict(
 @app.command()
 def serve(
     run: Run = None,
+    with_priors: WithPriors = False,
     host: Annotated[str, typer.Option(help="address to listen at; another one than this opens the page to others")] = (
         "127.0.0.1"
     ),
@@ -166,14 +172,15 @@ def serve(
 ) -> None:
     """Open a demo page in the browser.
 
-    Shows the prior, the proposal, and the mask of an uploaded image and a sentence. Needs the extra `serve`.
+    Shows the mask of an uploaded image and a sentence, with priors also the prior and the proposal. Needs the extra
+    `serve`.
     """
     from l2l_core.config import load_params
     from l2l_core.inference.serve import DemoSession, open_page, require_gradio
 
     require_gradio()
-    folder, params = model_folder(run), load_params()
-    open_page(lambda: DemoSession.of(folder, params, max_mb), host, port)
+    folder, params = model_folder(run, with_priors=with_priors), load_params()
+    open_page(lambda: DemoSession.of(folder, params, max_mb, with_priors=with_priors), host, port)
 
 
 @export_app.command("coco")
@@ -225,7 +232,11 @@ def export_label_studio(
 
 @export_app.command("onnx")
 def export_onnx(
-    run: Run = None, out: Annotated[Path, typer.Option(help="folder for model.onnx")] = Path("export")
+    run: Run = None,
+    with_priors: Annotated[
+        bool, typer.Option("--with-priors", help="the latest round's model, which takes priors")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="folder for model.onnx")] = Path("export"),
 ) -> None:
     """Write the network as ONNX.
 
@@ -234,7 +245,7 @@ def export_onnx(
     from l2l_core.export.onnx import write_onnx
     from l2l_core.model.segmenter import Segmenter
 
-    folder = model_folder(run)
+    folder = model_folder(run, with_priors=with_priors)
     with staged_output(out) as building:
         write_onnx(Segmenter.load(folder), building / "model.onnx")
     print(f"{folder}: {out / 'model.onnx'}; tokenizer: {folder / 'tokenizer'}")

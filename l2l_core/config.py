@@ -464,6 +464,12 @@ class RetrainParams(Section):
     """Forward passes per pair at inference. Each pass after the first takes the previous mask as its proposal."""
 
 
+class DistillParams(Section):
+    """Training of the student for use without priors."""
+
+    steps: PositiveInt
+
+
 class EvaluateParams(Section):
     """What to evaluate."""
 
@@ -496,6 +502,7 @@ class Params(Section):
     warmup: WarmupParams
     select: SelectParams
     retrain: RetrainParams
+    distill: DistillParams
     evaluate: EvaluateParams
     report: ReportParams
 

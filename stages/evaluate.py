@@ -1,4 +1,4 @@
-"""Score the supervised model and rounds 0..k on the held-out splits, and pseudo-labels if their truth is known."""
+"""Score all models of a run on the held-out splits, and its pseudo-labels if their truth is known."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def trained_precision(model: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Load the round's history, score it, and save scores, curves and metrics."""
+    """Load the history of the run, score it, and save scores, curves and metrics."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--round", type=int, required=True, help="round whose history is scored")
+    parser.add_argument("--round", type=int, required=True, help="last round of the history")
     round_number = parser.parse_args().round
     params = load_params()
     result = evaluate(
-        read_history(records.round_folder(round_number) / "history"),
+        read_history(records.DISTILLED_FOLDER / "history"),
         records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "ann_id", "style", "split"]),
         records.read_table(records.INDEX.masks, records.MASKS),
         records.read_table(records.SPLIT_PATH, records.SPLIT),

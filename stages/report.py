@@ -23,7 +23,7 @@ def main() -> None:
     round_number = parser.parse_args().round
     params = load_params()
     metrics = records.read_metrics(records.METRICS_PATH)
-    history = read_history(records.round_folder(round_number) / "history")
+    history = read_history(records.DISTILLED_FOLDER / "history")
     index, read, frame = records.INDEX, records.read_table, records.to_frame
     run = Run(
         images=frame(read(index.images, records.IMAGES)),

@@ -32,7 +32,7 @@ PRIOR_SCORES = {
 
 
 def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: int = 48, width: int = 64) -> None:
-    """Write index, split, priors, proposals and the history of round `rounds` below `root`.
+    """Write index, split, priors, proposals and the histories of round `rounds` and the distilled model below `root`.
 
     Splits train (labeled and unlabeled), val and test; each image holds an ellipse and two sentences about it. Models
     predict the true mask moved by a few pixels, less with each round; every fifth prior response is missing.
@@ -103,6 +103,12 @@ def write_run(root: Path, rounds: int = 2, images_per_split: int = 8, height: in
     table = records.make_table(labels, records.PSEUDO_LABELS)
     records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
     _write_curves(folder, rounds)
+    shutil.copytree(folder, root / records.DISTILLED_FOLDER / "history", dirs_exist_ok=True)
+    distilled = pa.concat_tables([predictions, _predictions_of(generator, true, wanted, [("distilled", False, 5)])])
+    path = root / records.DISTILLED_FOLDER / "history" / "predictions.parquet"
+    records.write_table(distilled, path, records.PREDICTIONS)
+    with (path.parent / "training.csv").open("a") as file:
+        file.write("distilled,0,1.5,0.6,0.9,0.001\n")
 
 
 def write_evaluated_run(root: Path) -> None:
@@ -154,10 +160,17 @@ def _prior(sent_id: int, box: list[float] | None) -> dict[str, object]:
 def _predictions(
     generator: np.random.Generator, true: dict[int, np.ndarray], wanted: list[int], rounds: int
 ) -> pa.Table:
-    rows = []
     ways = [("supervised", False, 12)]
     for number in range(rounds + 1):
         ways += [(f"round_{number}", True, 8 - 2 * number), (f"round_{number}", False, 10 - 2 * number)]
+    return _predictions_of(generator, true, wanted, ways)
+
+
+def _predictions_of(
+    generator: np.random.Generator, true: dict[int, np.ndarray], wanted: list[int], ways: list[tuple[str, bool, int]]
+) -> pa.Table:
+    """ways: model, with_prior, and how many pixels its masks are off at most."""
+    rows = []
     for model, with_prior, reach in ways:
         for sent_id in wanted:
             mask = shifted(true[sent_id], *generator.integers(-reach, reach + 1, 2))

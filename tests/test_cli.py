@@ -32,6 +32,16 @@ def test_score_table_has_one_row_per_method_and_full_scores_for_the_final_model(
     assert table.loc[table["method"] != "round 1", ["oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"]].isna().all(axis=None)
 
 
+def test_score_table_ends_with_the_distilled_model():
+    """Metrics of earlier versions have none."""
+    scores = {"miou": 35.5, "oiou": 34.0, "pr50": 30.0, "pr70": 20.0, "pr90": 2.0}
+    table = score_table(METRICS | {f"val_distilled_{name}": value for name, value in scores.items()})
+    assert list(table["method"][:-1]) == list(score_table(METRICS)["method"])
+    row = table.iloc[-1].to_dict()
+    shown = {"mIoU": 35.5, "oIoU": 34.0, "Pr@0.5": 30.0, "Pr@0.7": 20.0, "Pr@0.9": 2.0}
+    assert row == {"split": "val", "method": "distilled, no prior"} | shown
+
+
 def test_score_table_has_rows_for_every_split():
     both = METRICS | {key.replace("val_", "testA_"): value for key, value in METRICS.items()} | {"n_testA": 7}
     both["testA_supervised_miou"] = 1.5

@@ -145,7 +145,7 @@ PSEUDO_LABELS = pa.schema(  # one row per unlabeled sentence and round; masks at
 )
 PREDICTIONS = pa.schema(  # one row per evaluated sentence, model and prior setting
     [
-        ("model", pa.string()),  # "supervised" or "round_<k>"
+        ("model", pa.string()),  # "supervised", "round_<k>" or "distilled"
         ("with_prior", pa.bool_()),
         ("sent_id", pa.int64()),
         ("height", pa.int32()),
@@ -155,7 +155,7 @@ PREDICTIONS = pa.schema(  # one row per evaluated sentence, model and prior sett
 )
 PER_SENTENCE = pa.schema(
     [
-        ("method", pa.string()),  # "prior", "supervised", "round_<k>", "round_<k>_no_prior"
+        ("method", pa.string()),  # "prior", "supervised", "round_<k>", "round_<k>_no_prior", "distilled"
         ("sent_id", pa.int64()),
         ("split", pa.string()),
         ("style", pa.string()),
@@ -191,6 +191,8 @@ PROPOSALS_METRICS_PATH = Path("metrics/proposals.json")
 PROPOSALS_PATH = Path("data/proposals/proposals.parquet")
 RENDERING_PATH = Path("data/proposals/rendering.json")
 SUPERVISED_FOLDER = Path("data/supervised")
+DISTILLED_FOLDER = Path("data/distilled")
+"""Outputs of the student for use without priors: model/, curves/, history/."""
 PER_SENTENCE_PATH = Path("data/evaluation/per_sentence.parquet")
 
 

@@ -1,4 +1,4 @@
-"""The latest round of the last run in the current folder."""
+"""The latest round and the models of the last run in the current folder."""
 
 from __future__ import annotations
 
@@ -33,14 +33,20 @@ def latest_round(part: str) -> int:
     return max(own)
 
 
-def model_folder(run: Path | None) -> Path:
-    """The model folder of the latest round, or of `run`, which may be a round folder or a model folder.
+def model_folder(run: Path | None, *, with_priors: bool = False) -> Path:
+    """The folder of the distilled model, or with priors, or where none was distilled, of the latest round's model.
 
-    Raises InputError if `run` is neither, ArtifactError if there is no round.
+    run: folder of a round or of a model, used instead. Raises InputError if it is neither, or with priors the distilled
+    model; ArtifactError if there is no round.
     """
+    distilled = records.DISTILLED_FOLDER / "model"
     if run is None:
+        if distilled.is_dir() and not with_priors:
+            return distilled
         return records.round_folder(latest_round("model")) / "model"
     for folder in (run / "model", run):
         if (folder / "config.json").is_file():
+            if with_priors and folder.resolve() == distilled.resolve():
+                raise InputError(f"--run: got {run}, whose model takes no priors; leave out --run or --with-priors")
             return folder
     raise InputError(f"--run: got {run}, expected a folder with a model, such as data/rounds/2")

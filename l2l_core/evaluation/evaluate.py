@@ -23,7 +23,7 @@ from l2l_core.evaluation.label_quality import label_curves, label_quality, quali
 
 CURVES_FOLDER = Path("plots")
 
-PRIOR, SUPERVISED = "prior", "supervised"
+PRIOR, SUPERVISED, DISTILLED = "prior", "supervised", "distilled"
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def evaluated_sentences(refs: pa.Table, masks: pa.Table, split: pa.Table, splits
 def score_predictions(truth: pd.DataFrame, predictions: pa.Table, proposals: pa.Table, last_round: int) -> pa.Table:
     """Intersection, union and areas of every method on every sentence of `truth` (from `evaluated_sentences`).
 
-    Methods, in order: prior (the proposal cut at 0.5), supervised, and for each round round_<k> and
-    round_<k>_no_prior. Returns records.PER_SENTENCE.
+    Methods, in order: prior (the proposal cut at 0.5), supervised, for each round round_<k> and round_<k>_no_prior,
+    and distilled (without priors). Returns records.PER_SENTENCE.
     """
     sizes = truth[["height", "width"]].to_numpy(np.int64)
     found = dict(list(records.to_frame(predictions).groupby(["model", "with_prior"], sort=False)))
@@ -119,7 +119,8 @@ def summarize(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | 
     """Flat metrics of the per-sentence table, in percent with 2 decimals; counts are whole numbers.
 
     For each split: n_<split>; for the model of `last_round` <split>_{miou, oiou, pr50 .. pr90} and
-    <split>_no_prior_{miou, oiou}; and for comparison the mIoU <split>_{prior, supervised, round_0, ..}_miou.
+    <split>_no_prior_{miou, oiou}; for the model distilled from it, which runs without priors, <split>_distilled_{miou,
+    oiou, pr50 .. pr90}; and for comparison the mIoU <split>_{prior, supervised, round_0, ..}_miou.
     """
     metrics: dict[str, float | int | str] = {}
     final = f"round_{last_round}"
@@ -128,6 +129,7 @@ def summarize(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | 
         metrics[f"n_{split}"] = int((rows["method"] == final).sum())
         metrics |= {f"{split}_{name}": value for name, value in scores[final].items()}
         metrics |= {f"{split}_no_prior_{name}": scores[f"{final}_no_prior"][name] for name in ("miou", "oiou")}
+        metrics |= {f"{split}_{DISTILLED}_{name}": value for name, value in scores[DISTILLED].items()}
         methods = [PRIOR, SUPERVISED, *(f"round_{round_number}" for round_number in range(last_round + 1))]
         metrics |= {f"{split}_{method}_miou": scores[method]["miou"] for method in methods}
     return metrics
@@ -165,7 +167,7 @@ def _methods(last_round: int) -> dict[str, tuple[str, bool]]:
     for round_number in range(last_round + 1):
         methods[f"round_{round_number}"] = (f"round_{round_number}", True)
         methods[f"round_{round_number}_no_prior"] = (f"round_{round_number}", False)
-    return methods
+    return methods | {DISTILLED: (DISTILLED, False)}
 
 
 def _prior_masks(proposals: pd.DataFrame, truth: pd.DataFrame) -> list[bytes]:

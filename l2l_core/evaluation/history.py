@@ -1,4 +1,4 @@
-"""Results of all rounds so far: predictions, pseudo-labels and learning curves, as `predict` stores them."""
+"""Results of all rounds so far and of the distilled model: predictions, pseudo-labels and learning curves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLICY_COLUMNS = ("round", "step", "reward", "keep_rate", "accept_rate", "entrop
 class History:
     """Results of the rounds 0..k."""
 
-    predictions: pa.Table  # records.PREDICTIONS of the supervised model and of every round
+    predictions: pa.Table  # records.PREDICTIONS of the supervised model, every round and the distilled model
     pseudo_labels: pa.Table  # records.PSEUDO_LABELS of the rounds 1..k
     training: pd.DataFrame  # model, step, loss and its parts
     policy: pd.DataFrame  # round, step, reward and more; no row without a trained policy

@@ -1,4 +1,4 @@
-"""The evaluated sentences' masks by a round's model, added to the history of the rounds before."""
+"""The evaluated sentences' masks by a round's model or the distilled one, added to the history of the rounds before."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from l2l_core.data.load import batches_of, pairs_of
 from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS
 from l2l_core.model.predictor import BatchPredictor
 
+Rows = list[dict[str, str]]
+"""Rows of a CSV file, as text."""
+
 
 def extend_history(params: Params, round_number: int) -> None:
     """Write history/ of a round: the previous round's history plus this round's predictions, labels and curves.
@@ -27,20 +30,41 @@ def extend_history(params: Params, round_number: int) -> None:
     if round_number == 0:
         predictions = predict(params, records.SUPERVISED_FOLDER / "model", "supervised", [False])
         training = training_rows(records.SUPERVISED_FOLDER / "curves", "supervised")
-        labels, policy = [records.PSEUDO_LABELS.empty_table()], []
+        labels = [records.PSEUDO_LABELS.empty_table()]
+        policy: Rows = []
     else:
-        before = records.round_folder(round_number - 1) / "history"
-        predictions = [records.read_table(before / "predictions.parquet", records.PREDICTIONS)]
-        training = read_rows(before / "training.csv")
-        labels = [
-            records.read_table(before / "pseudo_labels.parquet", records.PSEUDO_LABELS),
-            records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS),
-        ]
-        policy = read_rows(before / "policy.csv")
+        predictions, labels, training, policy = _history_of(round_number - 1)
+        labels.append(records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS))
         policy += [{"round": str(round_number), **row} for row in read_rows(folder / "policy.csv")]
     name = f"round_{round_number}"
     predictions += predict(params, folder / "model", name, [True, False])
     training += training_rows(folder / "curves", name)
+    _write_history(folder, predictions, labels, training, policy)
+
+
+def add_distilled(params: Params, round_number: int) -> None:
+    """Write history/ of the distilled model: a round's history plus this model's predictions without priors."""
+    folder, name = records.DISTILLED_FOLDER, "distilled"
+    predictions, labels, training, policy = _history_of(round_number)
+    predictions += predict(params, folder / "model", name, [False])
+    training += training_rows(folder / "curves", name)
+    _write_history(folder, predictions, labels, training, policy)
+
+
+def _history_of(round_number: int) -> tuple[list[pa.Table], list[pa.Table], Rows, Rows]:
+    """A round's predictions, pseudo-labels, training curves and policy curves."""
+    folder = records.round_folder(round_number) / "history"
+    return (
+        [records.read_table(folder / "predictions.parquet", records.PREDICTIONS)],
+        [records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)],
+        read_rows(folder / "training.csv"),
+        read_rows(folder / "policy.csv"),
+    )
+
+
+def _write_history(
+    folder: Path, predictions: list[pa.Table], labels: list[pa.Table], training: Rows, policy: Rows
+) -> None:
     with atomic_dir(folder / "history") as out:
         records.write_table(pa.concat_tables(predictions), out / "predictions.parquet", records.PREDICTIONS)
         records.write_table(pa.concat_tables(labels), out / "pseudo_labels.parquet", records.PSEUDO_LABELS)
@@ -69,6 +93,6 @@ def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) 
     ]
 
 
-def training_rows(curves: Path, model: str) -> list[dict[str, str]]:
+def training_rows(curves: Path, model: str) -> Rows:
     """A DVCLive folder as rows of TRAINING_COLUMNS."""
     return [{"model": model, **row} for row in read_curve(curves, TRAINING_COLUMNS[2:])]

@@ -70,16 +70,20 @@ class DemoResult:
 
 @dataclass(frozen=True)
 class DemoSession:
-    """A loaded network and a source of priors."""
+    """A loaded network and, with priors, their source."""
 
     predictor: Predictor
     params: Params
     backend: PriorBackend | None  # None: the backend only covers the dataset, and its responses are recorded
     max_mb: int
+    with_priors: bool = True
 
     @classmethod
-    def of(cls, folder: Path, params: Params, max_mb: int) -> DemoSession:
-        """Load the model in a folder, and the backend. Raises L2LError if one of them cannot be loaded."""
+    def of(cls, folder: Path, params: Params, max_mb: int, *, with_priors: bool) -> DemoSession:
+        """Load the model in a folder, and with priors the backend. Raises L2LError if one of them cannot be loaded."""
+        if not with_priors:
+            predictor = Predictor.from_pretrained(folder, device=params.train.engine.device)
+            return cls(predictor, params, None, max_mb, with_priors=False)
         is_live = params.priors.backend in LIVE_BACKENDS
         backend = make_backend(params.priors, records.INDEX) if is_live else None
         predictor = Predictor.from_pretrained(folder, device=params.train.engine.device)
@@ -109,12 +113,16 @@ class DemoSession:
         )
 
     def _get_priors(self, requested: PairList) -> PriorTables | None:
+        if not self.with_priors:
+            return None
         if self.backend is not None:
             return live_priors(requested, self.params, partial(query_table, self.backend))
         # A model folder works without its training data.
         return recorded_priors(requested) if records.PROPOSALS_PATH.is_file() else None
 
     def _words(self, responses: list[dict[str, Any]], predicted: PredictedMasks) -> list[str]:
+        if not self.with_priors:
+            return ["no prior: started without --with-priors"]
         if not responses:
             return [f"no prior: the backend {self.params.priors.backend} has responses only for the dataset"]
         read = predicted.pairs.prior_text[0] if predicted.with_prior[0] else "no prior: no response names a place"
@@ -214,10 +222,11 @@ def _make_app(session: DemoSession, folder: Path) -> Any:
             sentence = gr.Textbox(label="Sentence", placeholder="the dog on the left", max_lines=1, scale=4)
             button = gr.Button("Find it", variant="primary")
             download = gr.DownloadButton("Download the mask (PNG)")
-        with gr.Row():
+        with gr.Row(visible=session.with_priors):
             prior = _picture(gr, "Prior: what the multimodal LLM points at")
             proposal = _picture(gr, "Proposal: where the object probably is")
-        words = gr.Textbox(label="What the multimodal LLM said", lines=3, interactive=False)
+        said = "What the multimodal LLM said" if session.with_priors else "Notes"
+        words = gr.Textbox(label=said, lines=3, interactive=False)
         outputs = [words, prior, proposal, overlay, download]
         asking = [button.click, sentence.submit]
         gr.on(asking, respond, [image, sentence], outputs, api_name="segment", concurrency_limit=1)

@@ -27,10 +27,11 @@ from l2l_core.training.side_by_side import plan_parallel
 PrintLine = Callable[[str], None]
 PIPELINE_FILE = "dvc.yaml"
 TRAINING_REMEDY = "train.engine.micro_batch_size (or set train.engine.gradient_checkpointing)"
-REMEDIES = dict.fromkeys(("warmup", "crossfit-0", "crossfit", "retrain"), TRAINING_REMEDY) | {
+REMEDIES = dict.fromkeys(("warmup", "crossfit-0", "crossfit", "retrain", "distill"), TRAINING_REMEDY) | {
     "proposals": "proposals.size_px",
     "select": "evaluate.batch_size or select.grid",
     "predict": "evaluate.batch_size",
+    "predict-distilled": "evaluate.batch_size",
 }
 """Parameters to lower if memory is short."""
 
@@ -149,7 +150,7 @@ def _say_plan(stages: Sequence[Stage], costs: Costs | None, print_line: PrintLin
 
     def say_row(name: str, time: str, size: str, ram: str, gpu: str) -> None:
         shown = [time, size, *([ram] if knows_memory else []), *([gpu] if on_gpu else [])]
-        print_line((f"{name:12}" + "".join(f"{value:>10}" for value in shown)).rstrip())
+        print_line((f"{name:18}" + "".join(f"{value:>10}" for value in shown)).rstrip())
 
     print_line("")
     say_row("stage", "time", "disk", "memory", "GPU")

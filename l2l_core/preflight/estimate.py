@@ -113,7 +113,7 @@ def stage_names(params: Params, *, draws_refshapes: bool) -> list[str]:
     for round_number in range(1, params.round + 1):
         names += ["crossfit-0" if round_number == 1 else f"crossfit@{round_number - 1}"]
         names += [f"select@{round_number}", f"retrain@{round_number}", f"predict@{round_number}"]
-    return [*names, "evaluate", "report"]
+    return [*names, "distill", "predict-distilled", "evaluate", "report"]
 
 
 def plan(
@@ -152,7 +152,7 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
     kind, round_number = _parse(name)
     select, learns = params.select, params.select.trains_policy
     start, step_s = costs.network_start_s, costs.step_s
-    passes = params.retrain.num_passes if round_number else 1
+    passes = params.retrain.num_passes if round_number or (kind == "predict-distilled" and params.round) else 1
     decode_s, folds = costs.decode_s, select.folds
     match kind:
         case "check" | "split" | "priors":
@@ -197,15 +197,17 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             if by_sam is None:
                 return None
             return start + (counts.unlabeled + num_scored) * each + images * decode_s + policy_s + by_sam
-        case "retrain":
-            if select.method == "mean_teacher":  # the teacher labels its share of every batch
+        case "retrain" | "distill":
+            rounds = params.round > 0
+            if rounds and select.method == "mean_teacher":  # the teacher labels its share of every batch
                 step_s += (1 - params.retrain.labeled_share) * params.train.batch_size * costs.predict_s
-            steps = params.retrain.steps
-            return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True)
-        case "predict":
-            ways = 2 if round_number else 3  # with and without prior; round 0 also the supervised model
+            steps = params.retrain.steps if kind == "retrain" else params.distill.steps
+            return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=rounds)
+        case "predict" | "predict-distilled":
+            # With and without prior; round 0 also the supervised model; the distilled model only without prior.
+            ways = 1 if kind == "predict-distilled" else 2 if round_number else 3
             filled = -(-counts.evaluated // params.evaluate.batch_size) * params.evaluate.batch_size
-            models = 1 if round_number else 2
+            models = 2 if name == "predict" else 1
             read = models * counts.evaluated_images * decode_s
             return start + ways * (filled * passes * costs.predict_s + counts.evaluated * costs.mask_s) + read
         case _:
@@ -275,13 +277,15 @@ def _memory(
             return training(at_once, rounds=True), needs.train_gpu
         case "retrain":
             return training(at_once if learns else 1, rounds=True), needs.train_gpu
+        case "distill":
+            return training(1, rounds=params.round > 0), needs.train_gpu
         case "select":  # the batches' states, and all of them in one array
             states = 2 * needs.state * (counts.unlabeled + (counts.labeled if learns else 0))
             if not select.uses_sam(params.proposals.model):
                 return predict_bytes(counts.unlabeled_images) + states, needs.predict_gpu
             on_gpu = None if needs.predict_gpu is None else needs.predict_gpu + (needs.sam_gpu or 0)
             return predict_bytes(counts.unlabeled_images) + states + needs.sam, on_gpu
-        case "predict":
+        case "predict" | "predict-distilled":
             return predict_bytes(counts.evaluated_images), needs.predict_gpu
         case _:
             return None, None  # drawing, evaluating, reporting: not measured
@@ -301,7 +305,7 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
             return counts.sentences * params.proposals.size_px**2
         case "warmup":
             return None if sizes.model is None else 2 * sizes.model
-        case "retrain":
+        case "retrain" | "distill":
             return sizes.model
         case "crossfit-0" | "crossfit" if not params.select.trains_policy:
             return 0
@@ -311,6 +315,8 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
             return labels
         case "predict":  # predictions and selections of this and all earlier rounds
             return counts.evaluated * (3 + 2 * round_number) * (sizes.mask + ROW_BYTES) + round_number * labels
+        case "predict-distilled":  # the last round's, and one more prediction
+            return counts.evaluated * (4 + 2 * params.round) * (sizes.mask + ROW_BYTES) + params.round * labels
         case _:
             return None
 

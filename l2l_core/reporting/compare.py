@@ -18,7 +18,7 @@ from l2l_core.artifacts import records
 from l2l_core.core.metrics import POSITIVE_IOU, iou_from_px, segmentation_scores
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.evaluation.error_analysis import CHANGED_IOU, RESAMPLES, changes, mean_interval
-from l2l_core.evaluation.evaluate import PRIOR, SUPERVISED
+from l2l_core.evaluation.evaluate import DISTILLED, PRIOR, SUPERVISED
 from l2l_core.reporting.html import DIFFERENCE, PERCENT, SCORE_NAMES, Table, render_page
 
 if TYPE_CHECKING:
@@ -232,6 +232,8 @@ def _splits(experiments: Sequence[Experiment]) -> list[str]:
 
 def _score_tables(experiments: Sequence[Experiment]) -> list[Table]:
     tables = []
+    # Runs of earlier versions have no distilled model.
+    all_distilled = all(one.per_sentence["method"].eq(DISTILLED).any() for one in experiments)
     for split in _splits(experiments):
         rows: dict[str, list[float]] = {}
         for one in experiments:
@@ -240,6 +242,7 @@ def _score_tables(experiments: Sequence[Experiment]) -> list[Table]:
                 method: {"miou": f"mIoU, {said}"}
                 for method, said in (
                     (f"{final}_no_prior", "without prior"),
+                    *([(DISTILLED, "distilled, no prior")] if all_distilled else []),
                     (SUPERVISED, "supervised only"),
                     (PRIOR, "prior only"),
                 )

@@ -16,7 +16,7 @@ import pandas as pd
 from l2l_core.config import Params, ProposalsParams
 from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.evaluation.error_analysis import CHANGED_IOU, OUTCOMES, SIZES, changes, outcomes, sizes
-from l2l_core.evaluation.evaluate import PRIOR, SUPERVISED, method_scores
+from l2l_core.evaluation.evaluate import DISTILLED, PRIOR, SUPERVISED, method_scores
 from l2l_core.reporting.gallery import UNKNOWN, Gallery, Run, area_share, evaluated_size_limits, make_galleries
 from l2l_core.reporting.html import COUNT, DIFFERENCE, PERCENT, SCORE_NAMES, Table, render_page
 from l2l_core.viz import overlays
@@ -87,9 +87,13 @@ def render_report(run: Run, params: Params, read_image: Callable[[str], overlays
 # ---- numbers ----
 
 
+METHOD_NAMES = {PRIOR: "prior only", SUPERVISED: "supervised only", DISTILLED: "distilled, no prior"}
+"""Methods other than the rounds: names on the page."""
+
+
 def _method_name(method: str) -> str:
-    if method in (PRIOR, SUPERVISED):
-        return {PRIOR: "prior only", SUPERVISED: "supervised only"}[method]
+    if method in METHOD_NAMES:
+        return METHOD_NAMES[method]
     round_number = int(method.split("_")[1])
     name = f"round {round_number}" + (" (warm-up)" if round_number == 0 else "")
     return name + (", no prior" if method.endswith("no_prior") else "")
@@ -213,15 +217,15 @@ def _miou_tables(run: Run, grouped: pd.DataFrame, what: str) -> list[Table]:
 
 
 def _main_methods(run: Run) -> list[str]:
-    """The final model and its baselines."""
+    """The final models and their baselines."""
     final = f"round_{run.last_round}"
-    return list(dict.fromkeys([PRIOR, SUPERVISED, "round_0", final, f"{final}_no_prior"]))
+    return list(dict.fromkeys([PRIOR, SUPERVISED, "round_0", final, f"{final}_no_prior", DISTILLED]))
 
 
 def _outcome_tables(run: Run) -> list[Table]:
     """Share of the sentences by outcome, one table per split."""
     named = run.per_sentence.assign(outcome=outcomes(run.per_sentence))
-    methods = [PRIOR, SUPERVISED, *(f"round_{round_number}" for round_number in range(run.last_round + 1))]
+    methods = [PRIOR, SUPERVISED, *(f"round_{round_number}" for round_number in range(run.last_round + 1)), DISTILLED]
     tables = []
     for split, rows in named.groupby("split", sort=False):
         share = 100 * pd.crosstab(rows["method"], rows["outcome"], normalize="index")

@@ -49,7 +49,7 @@ set the scale."""
 BUILTIN_QUERY_S, EVALUATE_S, REPORT_S = 0.02, 2.7, 7.2
 """The same for stages that `check` does not estimate; the first is per sentence of the built-in model."""
 
-TRAININGS = ("warmup", "crossfit-0", "crossfit", "retrain")
+TRAININGS = ("warmup", "crossfit-0", "crossfit", "retrain", "distill")
 COMPUTES = ("query", "training", "predict", "select")
 """Kinds of stages whose speed depends on the device."""
 
@@ -58,9 +58,9 @@ ENDS = re.compile(rb"Stage '(?:[^']*:)?([^':]+)' (?:didn't change, skipping|is c
 
 
 def kind_of(stage: str) -> str:
-    """Stages of one kind do the same work: warmup -> training, select@2 -> select."""
+    """Stages of one kind do the same work: warmup -> training, select@2 -> select, predict-distilled -> predict."""
     name = stage.partition("@")[0]
-    return "training" if name in TRAININGS else name
+    return "training" if name in TRAININGS else name.partition("-")[0]
 
 
 def seconds_left(left: Sequence[str], expected: Mapping[str, float | None], took: Mapping[str, float]) -> float | None:

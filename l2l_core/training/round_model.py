@@ -12,11 +12,9 @@ from l2l_core.training.fold_teachers import pseudo_labels_of
 from l2l_core.training.runs import (
     LABEL_INPUTS,
     PRIOR_INPUTS,
-    labeled_stream,
     method_of,
     new_network,
-    online_stream,
-    pseudo_stream,
+    round_streams,
     run_training,
     with_prior_swap,
 )
@@ -28,22 +26,17 @@ def train_model(params: Params, round_number: int, into: Path) -> None:
     With the method `mean_teacher`, the EMA teacher labels the unlabeled pairs during training. Training then starts
     from the last round's model for any `retrain.start`, since a random teacher gives useless labels.
     """
-    pseudo_path = pseudo_labels_of(round_number)
-    run_name, share = f"retrain-{round_number}", 1 - params.retrain.labeled_share
-    online = method_of(pseudo_path) == "mean_teacher"
-    pseudo = online_stream(params, share) if online else pseudo_stream(params, pseudo_path, share)
-    labeled = labeled_stream(params, 1.0 if pseudo is None else params.retrain.labeled_share)
-    if pseudo is None and is_first_process():
+    run_name, streams = f"retrain-{round_number}", round_streams(params, pseudo_labels_of(round_number))
+    if len(streams) == 1 and is_first_process():
         print(f"round {round_number}: the selection accepted nothing, training on the labeled pairs alone")
-    network = (
-        new_network(params, run_name) if is_fresh(params, round_number) else Segmenter.load(model_before(round_number))
-    )
+    fresh = is_fresh(params, round_number)
+    network = new_network(params, run_name) if fresh else Segmenter.load(model_before(round_number))
     network.num_passes = params.retrain.num_passes
     run_training(
         params,
         run_name,
         network,
-        with_prior_swap(params, [labeled] if pseudo is None else [labeled, pseudo]),
+        with_prior_swap(params, streams),
         params.retrain.steps,
         inputs_of(params, round_number),
         into / "model",

@@ -38,24 +38,39 @@ def new_network(params: Params, run_name: str, *, with_priors: bool = True) -> S
     return Segmenter.create(params.model, corpus(pairs), derive_seed(params.seed, run_name))
 
 
+def round_streams(params: Params, pseudo_labels: Path, *, with_priors: bool = True) -> list[Stream | OnlineStream]:
+    """Labeled pairs, and the latest round's accepted pseudo-labels, or with `mean_teacher` all unlabeled pairs.
+
+    The labeled pairs alone if no pseudo-label is accepted.
+    """
+    share = params.retrain.labeled_share
+    pseudo: Stream | OnlineStream | None
+    if method_of(pseudo_labels) == "mean_teacher":
+        pseudo = online_stream(params, 1 - share, with_priors=with_priors)
+    else:
+        pseudo = pseudo_stream(params, pseudo_labels, 1 - share, with_priors=with_priors)
+    labeled = labeled_stream(params, 1.0 if pseudo is None else share, with_priors=with_priors)
+    return [labeled] if pseudo is None else [labeled, pseudo]
+
+
 def labeled_stream(params: Params, share: float, *, with_priors: bool = True) -> Stream:
     """All labeled pairs with their ground-truth masks."""
     pairs = pairs_of(params, "labeled", with_priors=with_priors)
     return Stream(batches_of(params, pairs), labeled_targets(pairs), share)
 
 
-def pseudo_stream(params: Params, pseudo_labels: Path, share: float) -> Stream | None:
-    """The accepted pseudo-labels with their valid pixels and pixel weights; None if none is accepted.
+def pseudo_stream(params: Params, pseudo_labels: Path, share: float, *, with_priors: bool = True) -> Stream | None:
+    """The latest round's accepted pseudo-labels with their valid pixels and pixel weights; None if none is accepted.
 
     With `retrain.evolve_proposals`, each proposal is fused with its pseudo-label.
     """
-    wanted = ["sent_id", "rle_counts", "keep_rle", "weight", "accept_prob", "accepted"]
+    wanted = ["round", "sent_id", "rle_counts", "keep_rle", "weight", "accept_prob", "accepted"]
     table = records.to_frame(records.read_table(pseudo_labels, records.PSEUDO_LABELS, wanted))
-    table = table[table["accepted"]]
+    table = table[table["accepted"] & (table["round"] == table["round"].max())]
     if table.empty:
         return None
-    pairs = pairs_of(params, "unlabeled").with_sent_ids(table["sent_id"].to_numpy(np.int64))
-    evolved = params.retrain.evolve_proposals
+    pairs = pairs_of(params, "unlabeled", with_priors=with_priors).with_sent_ids(table["sent_id"].to_numpy(np.int64))
+    evolved = params.retrain.evolve_proposals and with_priors
     if evolved:
         pairs = _with_fused_proposals(pairs, table["rle_counts"].tolist(), table["accept_prob"].tolist())
     weight = None
@@ -73,9 +88,10 @@ def _with_fused_proposals(pairs: Pairs, labels: Sequence[bytes], label_prob: Seq
     return replace(pairs, proposal=np.stack(fused))
 
 
-def online_stream(params: Params, share: float) -> OnlineStream:
+def online_stream(params: Params, share: float, *, with_priors: bool = True) -> OnlineStream:
     """All unlabeled pairs, for pseudo-labels that are computed during training."""
-    return OnlineStream(batches_of(params, pairs_of(params, "unlabeled")), ONLINE_THRESHOLD, share)
+    pairs = pairs_of(params, "unlabeled", with_priors=with_priors)
+    return OnlineStream(batches_of(params, pairs), ONLINE_THRESHOLD, share)
 
 
 def with_prior_swap(params: Params, streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:

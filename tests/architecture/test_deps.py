@@ -14,7 +14,7 @@ from source_tree import FILES, ROOT, closure, parse
 
 from l2l_core.config import PRESETS, SelectParams, TrainParams
 
-LEARNERS = ("warmup", "crossfit-0", "crossfit", "select", "retrain")
+LEARNERS = ("warmup", "crossfit-0", "crossfit", "select", "retrain", "distill")
 """Stages that must not see the ground truth of unlabeled and evaluated sentences. (select's `oracle`, a policy for
 comparison, opens the masks itself; its result does not depend on when that table was written.)"""
 
@@ -149,6 +149,7 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
         *("select.folds", "proposals.rendering", "train.engine"),
         *("select.trains_policy", "select.fold_steps", "select.fold_update", "select.fold_update_steps"),
     },
+    "distill": {"select.folds", "proposals.rendering", "train.engine", "retrain.evolve_proposals"},  # without proposals
 }
 """Parameters that a stage's functions read without an effect on its outputs."""
 

@@ -113,6 +113,7 @@ def test_reads_the_scores_of_every_model() -> None:
         "val_round_1_miou": 3.0,
         "val_prior_miou": 4.0,
         "val_no_prior_miou": 5.0,
+        "val_distilled_miou": 6.0,
         "n_val": 9,
     }
     assert default_run.read_scores(metrics) == {
@@ -122,6 +123,7 @@ def test_reads_the_scores_of_every_model() -> None:
         "val_miou_warmup": 2.0,
         "val_miou_round_1": 3.0,
         "val_miou_no_prior": 5.0,
+        "val_miou_distilled": 6.0,
     }
 
 

@@ -85,6 +85,7 @@ def test_parameters_of_every_method_are_valid(method: str, tmp_path: Path) -> No
     assert params.round == (0 if no_round else 2)
     as_long_as_one_round = no_round and method != "warmup"
     assert params.warmup.steps == (750 if as_long_as_one_round else 150)
+    assert params.distill.steps == (1 if no_round else 300)
 
 
 def test_benchmark_overrides_the_training_settings_of_params_yaml() -> None:
@@ -160,6 +161,7 @@ def test_reads_rows_for_every_round(evaluated: Path) -> None:
         assert found["steps"] == DEFAULTS["warmup"]["steps"] + number * DEFAULTS["retrain"]["steps"]
         assert found["dataset"] == "refshapes-7"
     assert rows[2, "val"]["no_prior_miou"] == metrics["val_no_prior_miou"]
+    assert [rows[number, "val"]["distilled_miou"] for number in (1, 2)] == [None, metrics["val_distilled_miou"]]
 
 
 def test_run_without_rounds_gives_the_reference_scores(evaluated: Path) -> None:
@@ -295,6 +297,19 @@ def test_compares_lost_points_on_common_seeds() -> None:
     assert page.limits(pd.DataFrame([row("supervised", 0, 0, 30, lost_objects=1, lost_borders=1)])) == ""
 
 
+def test_the_distilled_model_is_compared_without_priors_after_the_last_round() -> None:
+    """It scores 45 and 49 after round 2: 17 of 24 points from 30 to 54."""
+    rows = made_up() + [row("reinforce", 2, seed, 60, distilled_miou=45.0 + 4 * seed) for seed in (0, 1)]
+    rows += [row("fully_supervised_no_priors", 0, seed, 54, rate=1.0) for seed in (0, 1)]
+    (claim,) = (one for one in page.claims(pd.DataFrame(rows)) if one.what.startswith("(f)") and "val" in one.what)
+    assert "round 2" in claim.what
+    assert (claim.found, claim.met) == ("70.8 % (+17.00 of +24.00 points)", True)
+    line = page.summary_table(pd.DataFrame(rows)).splitlines()[-1]
+    assert line == "| L2L, distilled, without priors (reinforce) | 2 | 47.0 (45.0 to 49.0) |  |"
+    (claim,) = (one for one in page.claims(pd.DataFrame(made_up())) if one.what.startswith("(f)") and "val" in one.what)
+    assert claim.met is None
+
+
 def test_lead_below_two_points_on_one_seed_fails_the_claim() -> None:
     rows = made_up()
     for one in rows:
@@ -332,7 +347,7 @@ def test_tables_show_means_and_ranges_of_each_setting() -> None:
     lines = page.table(page.rows_of(rows, (0.05, LLAVA))).splitlines()
     (line,) = (line for line in lines if line.startswith("| reinforce "))
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        *("reinforce", "1", "2", "54.0 (53.0 to 55.0)", "20.0", "90.5", "20.0", "20.0"),
+        *("reinforce", "1", "2", "54.0 (53.0 to 55.0)", "20.0", "", "90.5", "20.0", "20.0"),
         *("1.50 / 4.00", "9.50 / 19.00", "53.0 (52.0 to 54.0)"),
     ]
     methods = [line.split("|")[1].strip() for line in lines[2:]]

@@ -103,6 +103,21 @@ def test_finds_a_model_by_its_folder_or_its_round(tmp_path, monkeypatch):
         model_folder(model.parents[2].relative_to(tmp_path))
 
 
+def test_takes_the_distilled_model_unless_priors_are_wanted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    of_round, distilled = Path("data/rounds/3/model"), Path("data/distilled/model")
+    for model in (of_round, distilled):
+        model.mkdir(parents=True)
+        (model / "config.json").touch()
+    assert model_folder(None) == distilled
+    assert model_folder(None, with_priors=True) == of_round
+    assert model_folder(of_round) == model_folder(of_round, with_priors=True) == of_round
+    for run in (distilled, distilled.parent, distilled.resolve()):
+        assert model_folder(run).resolve() == distilled.resolve()
+        with pytest.raises(InputError, match=r"distilled.* takes no priors; leave out --run or --with-priors"):
+            model_folder(run, with_priors=True)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty current folder outside any DVC project."""

@@ -213,7 +213,7 @@ def test_libraries_use_the_configured_thread_count():
 
 HEAVY = ("torch", "transformers", "accelerate", "dvclive", "sklearn", "scipy", "matplotlib")
 NETWORK = ("torch", "transformers")
-NEEDED = dict.fromkeys(("warmup", "crossfit", "retrain", "select", "predict"), NETWORK) | {
+NEEDED = dict.fromkeys(("warmup", "crossfit", "retrain", "select", "distill", "predict"), NETWORK) | {
     "report": ("torch", "matplotlib"),
     "select": (*NETWORK, "sklearn", "scipy"),  # the critic
 }

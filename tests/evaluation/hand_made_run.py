@@ -72,7 +72,8 @@ GUESSES = {
     ("supervised", False): {1: columns(6, 8), 2: columns(0, 5), 3: columns(0, 0)},  # IoU 0, 1/2, 0 (nothing predicted)
     ("round_0", True): {1: columns(1, 5), 2: columns(0, 9), 3: columns(5, 10)},  # IoU 3/5, 9/10, 1
     ("round_0", False): {1: columns(2, 6), 2: columns(0, 5), 3: columns(4, 10)},  # IoU 2/6, 1/2, 5/6
+    ("distilled", False): {1: columns(0, 5), 2: columns(0, 8), 3: columns(5, 10)},  # IoU 4/5, 8/10, 1
 }
 PREDICTIONS = [prediction(*key, sent_id, rle) for key, rows in GUESSES.items() for sent_id, rle in rows.items()]
-ROUND_1 = [prediction("round_1", *key[1:], i, rle) for key, rows in GUESSES.items() for i, rle in rows.items()][3:]
+ROUND_1 = [prediction("round_1", *key[1:], i, rle) for key, rows in GUESSES.items() for i, rle in rows.items()][3:9]
 PROPOSALS = records.make_table([proposal(1, 0, 2), proposal(2, 0, 10), proposal(3, 0, 5)], records.PROPOSALS)

@@ -32,6 +32,10 @@ def test_scores_match_hand_computed_values() -> None:
         "val_pr90": 50.0,  # 36 / 40 reaches 0.9
         "val_no_prior_miou": 41.67,  # (1/3 + 1/2) / 2
         "val_no_prior_oiou": 43.75,  # (8 + 20) / (24 + 40)
+        "val_distilled_miou": 80.0,
+        "val_distilled_oiou": 80.0,  # (16 + 32) / (20 + 40)
+        **{f"val_distilled_pr{x}": 100.0 for x in (50, 60, 70, 80)},
+        "val_distilled_pr90": 0.0,
         "val_prior_miou": 75.0,  # (8 / 16 + 40 / 40) / 2
         "val_supervised_miou": 25.0,  # (0 + 1/2) / 2
         "val_round_0_miou": 75.0,
@@ -39,6 +43,7 @@ def test_scores_match_hand_computed_values() -> None:
         **dict.fromkeys(["test_miou", "test_oiou", "test_round_0_miou"], 100.0),
         **{f"test_pr{x}": 100.0 for x in (50, 60, 70, 80, 90)},
         **dict.fromkeys(["test_no_prior_miou", "test_no_prior_oiou"], 83.33),
+        **{f"test_distilled_{name}": 100.0 for name in ("miou", "oiou", "pr50", "pr60", "pr70", "pr80", "pr90")},
         "test_prior_miou": 0.0,
         "test_supervised_miou": 0.0,
     }
@@ -52,6 +57,7 @@ def test_scores_match_hand_computed_values() -> None:
         "supervised",
         "round_0",
         "round_0_no_prior",
+        "distilled",
     ]
 
 
@@ -92,9 +98,10 @@ def test_skips_sentences_of_other_roles() -> None:
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
-        (PREDICTIONS[:-1], "round_0_no_prior: none of sent_id 3"),
+        (PREDICTIONS[:-1], "distilled: none of sent_id 3"),
         (PREDICTIONS[1:], "supervised: none of sent_id 1"),
         (PREDICTIONS[:3], "none of model round_0 with priors"),
+        (PREDICTIONS[:9], "none of model distilled without priors"),
         ([*PREDICTIONS, PREDICTIONS[0]], "supervised: more than one row of sent_id 1"),
         (
             [prediction("supervised", False, 1, encode_rle(np.ones((4, 9))), width=9), *PREDICTIONS[1:]],
@@ -138,11 +145,12 @@ def test_stage_metrics_match_decoded_masks(tmp_path: Path, monkeypatch: pytest.M
     assert metrics["test_oiou"] == pytest.approx(100 * inside / outside, abs=0.006)
     table = records.to_frame(records.read_table(records.PER_SENTENCE_PATH, records.PER_SENTENCE))
     assert table.groupby("method").size().to_dict() == dict.fromkeys(
-        ["prior", "supervised", *(f"round_{k}{end}" for k in range(3) for end in ("", "_no_prior"))], 32
+        ["prior", "supervised", *(f"round_{k}{end}" for k in range(3) for end in ("", "_no_prior")), "distilled"], 32
     )
     curves = sorted(path.relative_to("plots").as_posix() for path in Path("plots").rglob("*.csv"))
     assert curves == sorted(
-        ["rounds/val.csv", "rounds/test.csv", "labels/rounds.csv", "training/supervised.csv"]
+        ["rounds/val.csv", "rounds/test.csv", "labels/rounds.csv"]
+        + ["training/supervised.csv", "training/distilled.csv"]
         + [f"training/round_{k}.csv" for k in range(3)]
         + [f"{kind}/round_{k}.csv" for kind in ("policy", "coverage", "reliability") for k in range(3)]
     )

@@ -9,7 +9,7 @@ from l2l_core.artifacts.curves import live_curve, read_rows, write_rows
 from l2l_core.core.masks import decode_rle
 from l2l_core.data.load import sentences_of
 from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS, read_history
-from l2l_core.evaluation.predict import extend_history
+from l2l_core.evaluation.predict import add_distilled, extend_history
 from l2l_core.model.segmenter import Segmenter
 
 PARAMS = toy_params(proposals={"size_px": 24}, evaluate={"batch_size": 5})
@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch):
     records.INDEX.masks.unlink()
     policy = [{name: str(row) for name in POLICY_COLUMNS[1:]} for row in (10, 20)]
     write_rows(records.round_folder(1) / "policy.csv", POLICY_COLUMNS[1:], policy)
-    folders = (records.SUPERVISED_FOLDER, records.round_folder(0), records.round_folder(1))
+    folders = (records.SUPERVISED_FOLDER, records.round_folder(0), records.round_folder(1), records.DISTILLED_FOLDER)
     for number, folder in enumerate(folders):
         network = Segmenter.create(MODEL, ["left dark dot"], seed=number)
         network.save(folder / "model")
@@ -64,6 +64,21 @@ def test_history_grows_with_each_round(run):
     }
     labels = records.read_table(records.round_folder(1) / "history/pseudo_labels.parquet", records.PSEUDO_LABELS)
     assert labels.equals(records.read_table(records.round_folder(1) / "pseudo_labels.parquet", records.PSEUDO_LABELS))
+
+
+def test_distilled_history_is_that_of_the_round_and_its_own_predictions_without_priors(run):
+    extend_history(PARAMS, 0)
+    extend_history(PARAMS, 1)
+    add_distilled(PARAMS, 1)
+    before, after = (read_history(folder / "history") for folder in (records.round_folder(1), records.DISTILLED_FOLDER))
+    count = before.predictions.num_rows
+    assert after.predictions.slice(0, count).equals(before.predictions)
+    own = after.predictions.slice(count)
+    assert own["sent_id"].to_pylist() == sentences_of("eval").tolist()
+    assert {(row["model"], row["with_prior"]) for row in own.to_pylist()} == {("distilled", False)}
+    assert after.pseudo_labels.equals(before.pseudo_labels)
+    assert after.policy.equals(before.policy)
+    assert after.training["model"].tolist() == [*before.training["model"], "distilled", "distilled"]
 
 
 def test_history_contains_the_curves_of_all_models_and_policies(run):

@@ -63,7 +63,7 @@ def sentence(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def session(run: Path) -> serve.DemoSession:
-    return serve.DemoSession.of(records.round_folder(0) / "model", PARAMS, 1)
+    return serve.DemoSession.of(records.round_folder(0) / "model", PARAMS, 1, with_priors=True)
 
 
 def expected_mask(image: str, sentence: str, *, with_priors: bool) -> np.ndarray:
@@ -153,6 +153,18 @@ def test_shows_another_pair_without_prior_and_explains_why(session: serve.DemoSe
     np.testing.assert_array_equal(seen.mask, expected_mask("own.png", "the dot", with_priors=False))
 
 
+def test_uses_no_prior_unless_asked_to(run: Path, sentence: str) -> None:
+    """Also for a dataset pair whose prior is recorded, and without loading the backend."""
+    params = PARAMS.model_copy(update={"priors": PARAMS.priors.model_copy(update={"backend": "openai", "model": "m"})})
+    bare = serve.DemoSession.of(records.round_folder(0) / "model", params, 1, with_priors=False)
+    assert bare.backend is None
+    seen = bare.predict(Path(KNOWN), sentence)
+    assert seen.words == "no prior: started without --with-priors"
+    assert seen.prior is None
+    assert seen.proposal is None
+    np.testing.assert_array_equal(seen.mask, expected_mask(KNOWN, sentence, with_priors=False))
+
+
 def test_queries_a_live_backend(session: serve.DemoSession) -> None:
     class Scripted:
         name = "scripted"
@@ -228,7 +240,7 @@ def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
     pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[serve]'")
     temporary = tmp_path_factory.mktemp("temporary")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-m", "l2l_core", "serve", "--port", "0", "--max-mb", "1"]
+    command = [sys.executable, "-m", "l2l_core", "serve", "--with-priors", "--port", "0", "--max-mb", "1"]
     with subprocess.Popen(command, cwd=run, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().split()[0]

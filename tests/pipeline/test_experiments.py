@@ -15,7 +15,7 @@ BEFORE_ROUNDS = [
     *("check", "refshapes", "ingest", "split", "query", "priors", "proposals"),
     *("warmup", "predict"),
 ]
-LAST = ["evaluate", "report"]
+LAST = ["distill", "predict-distilled", "evaluate", "report"]
 
 
 @pytest.fixture

@@ -101,7 +101,9 @@ def queue(project: Project, outputs: Outputs) -> None:
     assert all(name in status for name in (*RATES, *POLICIES, *SEEDS, "round"))
     assert queued(project) == set()
     # method-1 repeats the first run and comes from the cache.
-    assert sorted(executed(run)) == sorted(["crossfit-0", "select@1", "retrain@1", "predict@1", "evaluate", "report"])
+    assert sorted(executed(run)) == sorted(
+        ["crossfit-0", "select@1", "retrain@1", "predict@1", "distill", "predict-distilled", "evaluate", "report"]
+    )
     done = set(project.out("dvc", "exp", "list", "--name-only").split())
     assert {"method-1", "method-3"} <= done
     assert not done & {*RATES, *SEEDS, *NOT_RUN}

@@ -13,15 +13,22 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 STAGES = (
     *(("priors",), ("proposals",), ("warmup",)),
-    *(("crossfit", "--round", "0"), ("select", "--round", "1"), ("retrain", "--round", "1")),
+    *(
+        ("crossfit", "--round", "0"),
+        ("predict", "--round", "0"),
+        ("select", "--round", "1"),
+        ("retrain", "--round", "1"),
+    ),
+    *(("predict", "--round", "1"), ("distill", "--round", "1")),
 )
-"""All stages between the queries and the evaluation that score, train or select."""
+"""All stages between the queries and the evaluation that score, train or select, and what they need."""
 
 
 def made_by(project: Project) -> dict[str, bytes]:
     """Outputs of these stages, without DVCLive's timestamps."""
     folder = project.folder / "data/rounds"
     kept = [*folder.glob("0/model/**/*"), *folder.glob("0/folds/**/*"), *folder.glob("1/model/**/*")]
+    kept += (project.folder / "data/distilled/model").rglob("*")
     kept += [folder / "1/pseudo_labels.parquet", folder / "1/policy.csv"]
     scored = [records.PRIORS_PATH, records.PROPOSALS_PATH, records.PRIORS_METRICS_PATH, records.PROPOSALS_METRICS_PATH]
     kept += [project.folder / path for path in scored]
@@ -39,7 +46,7 @@ def test_outputs_are_identical_without_the_hidden_masks(first_run, tmp_path):
         if path.is_file():
             path.unlink()
     project.run("rm", "-rf", "metrics", str(records.PRIORS_PATH), "data/proposals")
-    project.run("rm", "-rf", "data/rounds", "data/evaluation", ".dvc/cache", ".scratch")
+    project.run("rm", "-rf", "data/rounds", "data/distilled", "data/evaluation", ".dvc/cache", ".scratch")
     assert not [path for path in project.folder.rglob("*.json*") if b"segmentation" in path.read_bytes()]
     for stage, *arguments in STAGES:
         project.run(sys.executable, "-m", f"stages.{stage}", *arguments)

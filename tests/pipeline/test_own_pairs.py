@@ -31,8 +31,8 @@ def test_example_passes_the_check_and_runs_every_stage(tmp_path):
     (check,), (run,) = commands("l2l check"), commands("dvc exp run")
     said = project.run(*check, "--no-timing")
     assert "12 images, 27 sentences (train 20, val 7), 16 masks" in said
-    planned = {line.split()[0] for line in said.splitlines() if re.match(r"[a-z]+(-0|@1)? .* (-|kB|MB)$", line)}
-    changes = [word for pair in (("-S", "warmup.steps=4"), ("-S", "retrain.steps=4")) for word in pair]
+    planned = {line.split()[0] for line in said.splitlines() if re.match(r"[a-z-]+(0|@1)? .* (-|kB|MB)$", line)}
+    changes = ["-S", "warmup.steps=4", "-S", "retrain.steps=4", "-S", "distill.steps=4"]
     output = project.run(*run, *changes, "-S", "select.fold_steps=2")
     ran = set(executed(output))
     assert ran == planned - {"together"}

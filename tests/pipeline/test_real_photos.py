@@ -21,6 +21,7 @@ FEW_STEPS = {
     "warmup": {"steps": 4},
     "select": {"fold_steps": 2, "method": "all"},  # in so few steps `reinforce` learns to reject every label
     "retrain": {"steps": 4},
+    "distill": {"steps": 4},
 }
 
 
@@ -74,10 +75,10 @@ def test_every_stage_runs_on_real_photos(project):
     assert "accepted nothing" not in output  # training used real pseudo-labels
     assert "refshapes" not in ran
     assert {"ingest", "split", "query", "priors", "proposals", "warmup", "crossfit-0"} <= set(ran)
-    assert {"select@1", "retrain@1", "predict@1", "evaluate", "report"} <= set(ran)
+    assert {"select@1", "retrain@1", "predict@1", "distill", "predict-distilled", "evaluate", "report"} <= set(ran)
     metrics = json.loads(project.read("metrics/evaluate.json"))
     assert metrics["n_testA"] == 9  # three refs with three sentences each
-    for method in ("prior", "supervised", "round_0", "round_1"):
+    for method in ("prior", "supervised", "round_0", "round_1", "distilled"):
         assert 0 <= metrics[f"testA_{method}_miou"] <= 100
     assert "dataset_version" not in metrics
 

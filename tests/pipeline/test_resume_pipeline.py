@@ -58,15 +58,16 @@ def kill_after_first_checkpoint(project: Project, target: str, run_name: str) ->
     [
         ("warmup", "warmup", "warmup", "data/rounds/0"),
         ("retrain@1", "stages/dvc.yaml:retrain@1", "retrain-1", "data/rounds/1"),
+        ("distill", "distill", "distill", "data/distilled"),
     ],
 )
 def test_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage, target, run_name, outputs):
     whole, steps = first_run.project.copy(tmp_path / "whole"), TINY["warmup"]["steps"]
-    if stage == "retrain@1":  # a rule that accepts pseudo-labels gives two streams of pairs
+    if stage != "warmup":  # a rule that accepts pseudo-labels gives two streams of pairs
         whole.change_params({"select": {"method": "threshold"}})
         whole.run("dvc", "repro")
-        assert pq.read_table(whole.folder / outputs / "pseudo_labels.parquet")["accepted"].to_numpy().any()
-        steps = TINY["retrain"]["steps"]
+        assert pq.read_table(whole.folder / "data/rounds/1/pseudo_labels.parquet")["accepted"].to_numpy().any()
+        steps = TINY[stage.partition("@")[0]]["steps"]
     project = whole.copy(tmp_path / "project")
     forget(project, [stage, "evaluate"])
     model, curves = f"{outputs}/model", f"{outputs}/curves"

@@ -41,10 +41,11 @@ TINY: dict[str, Any] = {
     "warmup": {"steps": 40},
     "select": {"fold_steps": 4, "fold_update_steps": 4, "policy_steps": 10, "grid": 8},
     "retrain": {"steps": 40},
+    "distill": {"steps": 40},
     "report": {"cases": 2},
 }
-"""Changes to params.yaml. Warm-up and retraining run some extra steps, so that a kill hits them after their first
-checkpoint."""
+"""Changes to params.yaml. The trainings but the fold teachers run some extra steps, so that a kill hits them after
+their first checkpoint."""
 
 
 def environment() -> dict[str, str]:

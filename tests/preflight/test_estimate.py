@@ -50,6 +50,7 @@ def seconds(number: int = 2, **sections: dict[str, object]) -> dict[str, float |
     settings = {
         "warmup": {"steps": 400},
         "retrain": {"steps": 800, "num_passes": 2, "labeled_share": 0.25},
+        "distill": {"steps": 300},
         "evaluate": {"batch_size": 64},
         "train": {"batch_size": 32},
     }
@@ -79,8 +80,17 @@ def test_time_estimates_match_hand_computed_values():
     assert found["predict"] == pytest.approx(5 + 3 * (128 * 0.002 + 100 * 0.001) + 2 * 40 * 0.5)
     later = pytest.approx(5 + 2 * (128 * 2 * 0.002 + 100 * 0.001) + 40 * 0.5)
     assert found["predict@1"] == found["predict@2"] == later
+    assert found["distill"] == pytest.approx(5 + 30 + 420 * 0.5)
+    assert found["predict-distilled"] == pytest.approx(5 + 128 * 2 * 0.002 + 100 * 0.001 + 40 * 0.5)
     assert found["refshapes"] is found["evaluate"] is found["report"] is None
     assert "crossfit@2" not in found
+
+
+def test_time_of_a_run_without_rounds_matches_hand_computed_values():
+    """The distilled model trains on the labels alone, and makes one pass."""
+    found = seconds(0)
+    assert found["distill"] == pytest.approx(5 + 30 + 20 * 0.5)
+    assert found["predict-distilled"] == pytest.approx(5 + 128 * 0.002 + 100 * 0.001 + 40 * 0.5)
 
 
 def test_decodes_images_beyond_the_cache_at_every_draw(monkeypatch):
@@ -169,8 +179,11 @@ def test_memory_estimates_match_hand_computed_values():
     assert found["warmup"] == found["crossfit-0"] == (2 * (network + 10_000 + 20 * image), 90_000)
     assert found["crossfit@1"] == (2 * (network + 10_000 + 420 * image), 90_000)
     assert found["retrain@1"] == found["retrain@2"] == found["crossfit@1"]
+    assert found["distill"] == (network + 10_000 + 420 * image, 90_000)
     assert found["select@1"] == found["select@2"] == (network + 4_000 + 400 * image + 2 * 6 * 850, 40_000)
-    assert found["predict"] == found["predict@2"] == (network + 4_000 + 40 * image, 40_000)
+    assert (
+        found["predict"] == found["predict@2"] == found["predict-distilled"] == (network + 4_000 + 40 * image, 40_000)
+    )
     assert found["report"] == found["evaluate"] == found["refshapes"] == (None, None)
 
 
@@ -219,6 +232,7 @@ def test_time_of_fold_teachers_follows_fold_update():
 def test_online_teacher_adds_its_labeling_time_to_every_batch():
     found = seconds(select=SELECT | {"method": "mean_teacher"})
     assert found["retrain@1"] == pytest.approx(5 + 800 * (0.1 + 24 * 0.002) + 420 * 0.5)
+    assert found["distill"] == pytest.approx(5 + 300 * (0.1 + 24 * 0.002) + 420 * 0.5)
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("replay", 1), ("none", 1), ("openai", None), ("vllm", None)])
@@ -236,13 +250,14 @@ def test_size_estimates_match_hand_computed_values():
     assert size["split"] == 50 * 200
     assert size["query"] == size["priors"] == 3000 * 500
     assert size["proposals"] == 1000 * 100
-    assert size["retrain@2"] == 1_000_000
+    assert size["retrain@2"] == size["distill"] == 1_000_000
     assert size["warmup"] == size["crossfit-0"] == size["crossfit@1"] == 2_000_000
     assert size["select@1"] == 800 * 350
     # The supervised model once, each round's model with and without prior, the pseudo-labels of the rounds so far.
     assert size["predict"] == 100 * 3 * 200
     assert size["predict@1"] == 100 * 5 * 200 + 800 * 350
     assert size["predict@2"] == 100 * 7 * 200 + 2 * 800 * 350
+    assert size["predict-distilled"] == 100 * 8 * 200 + 2 * 800 * 350
     assert size["report"] is None
     assert checkpoint_bytes(SIZES) == 8_000_000
 

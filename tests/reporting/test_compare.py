@@ -81,7 +81,24 @@ def test_shows_scores_side_by_side_with_differences(
     assert ["select.method", "reinforce", TRAP.replace("<", "&lt;").replace(">", "&gt;")] in rows
     assert ["refshapes.seed", "7", "not there"] in rows
     assert ["refshapes.sead", "not there", "7"] in rows
+    distilled = [row[1] for row in rows if row[0] == "mIoU, distilled, no prior"]
+    assert distilled == [f"{metrics[f'{split}_distilled_miou']:.2f}" for split in ("val", "test")]
     assert TRAP not in page
+
+
+def test_leaves_out_the_distilled_model_where_a_run_of_an_earlier_version_has_none(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_table(
+        runs / "two",
+        records.PER_SENTENCE_PATH,
+        records.PER_SENTENCE,
+        lambda rows: rows[rows["method"] != "distilled"],
+    )
+    assert call(monkeypatch, "compare", "one", "two") == 0
+    page = Path("report/compare.html").read_text(encoding="utf-8")
+    assert "distilled" not in page
+    assert "mIoU, supervised only" in page
 
 
 def test_compares_predictions_for_the_same_sentences_in_pairs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,14 @@ def test_scores_match_the_metrics_file(text: str, run_folder: Path) -> None:
     for split in ("val", "test"):
         gain = metrics[f"{split}_miou"] - metrics[f"{split}_supervised_miou"]
         assert ["round 2", *(f"{metrics[f'{split}_{name}']:.2f}" for name in scores), f"{gain:+.2f}"] in rows
-    for name in ("prior only", "supervised only", "round 0 (warm-up)", "round 1", "round 2, no prior"):
+    for name in (
+        "prior only",
+        "supervised only",
+        "round 0 (warm-up)",
+        "round 1",
+        "round 2, no prior",
+        "distilled, no prior",
+    ):
         assert sum(row[0] == name and len(row) == 9 for row in rows) == 2
     for name, shown in (("coverage", "accepted"), ("miou_accepted", "mIoU, accepted")):
         assert [shown, *(f"{metrics[f'pseudo_round_{number}_{name}']:.2f}" for number in (1, 2))] in rows

@@ -68,6 +68,13 @@ def test_shows_no_time_while_a_stage_without_an_estimate_remains() -> None:
     assert seconds_left(["select@1"], EXPECTED, {"report": 5.0}) is None  # says nothing about the device
 
 
+def test_the_distilled_model_counts_as_a_training_and_a_prediction() -> None:
+    """Trainings take twice their estimate, predictions three times."""
+    expected = {"warmup": 100.0, "predict": 10.0, "distill": 50.0, "predict-distilled": 5.0}
+    took = {"warmup": 200.0, "predict": 30.0}
+    assert seconds_left(["distill", "predict-distilled"], expected, took) == 100.0 + 15.0
+
+
 def test_shows_short_remaining_times_as_less_than_a_minute() -> None:
     lines = [(0, "Running stage 'warmup':"), (10, "Running stage 'report':")]
     assert said(lines, {"warmup": 100.0, "query": 1.0, "retrain@1": 1.0, "select@1": 1.0, "report": 5.0})[1] == (

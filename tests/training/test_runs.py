@@ -31,7 +31,7 @@ from l2l_core.training.runs import (
     without_images,
 )
 from l2l_core.training.streams import OnlineStream, Stream
-from stages import crossfit
+from stages import crossfit, distill
 
 PARAMS = toy_params(proposals={"size_px": 24})
 
@@ -184,6 +184,17 @@ def test_pseudo_stream_is_none_without_accepted_labels(run):
     assert pseudo_stream(PARAMS, path, 0.75) is None
 
 
+def test_pseudo_stream_takes_only_the_latest_round(run):
+    path = records.round_folder(1) / "history/pseudo_labels.parquet"
+    first = [row | {"accepted": True} for row in records.read_table(path, records.PSEUDO_LABELS).to_pylist()]
+    second = [row | {"round": 2} for row in first[::2]]
+    records.write_table(records.make_table(first + second, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    assert pseudo_stream(PARAMS, path, 0.75).batches.pairs.sent_id.tolist() == [row["sent_id"] for row in second]
+    none = [row | {"accepted": False} for row in second]
+    records.write_table(records.make_table(first + none, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+    assert pseudo_stream(PARAMS, path, 0.75) is None
+
+
 def test_part_of_selects_rows_of_a_stream(tmp_path):
     pairs, targets = toy_pairs(tmp_path)
     part = part_of(Stream(toy_batches(pairs), targets, 0.4), rows_of(3, 1))
@@ -291,6 +302,112 @@ def test_new_network_vocabulary_covers_training_words_and_categories(run):
     }
     assert words <= vocabulary
     assert "dot" in vocabulary  # named by priors
+
+
+# --- distillation
+
+HISTORY_LABELS = records.round_folder(1) / "history/pseudo_labels.parquet"
+
+
+def write_labels(**changes):
+    """Accept every pseudo-label of round 1, with all its pixels; return their sentences."""
+    rows = records.read_table(HISTORY_LABELS, records.PSEUDO_LABELS).to_pylist()
+    everywhere = {"accepted": True, "keep_rle": encode_rle(np.ones((48, 64), dtype=bool))}
+    table = records.make_table([row | everywhere | changes for row in rows], records.PSEUDO_LABELS)
+    records.write_table(table, HISTORY_LABELS, records.PSEUDO_LABELS)
+    return [row["sent_id"] for row in rows]
+
+
+def distilled(monkeypatch, params=PARAMS, number=1):
+    """Run the stage; return the files of its model."""
+    AcceleratorState._reset_state(True)
+    steps = params.distill.model_copy(update={"steps": 5})
+    monkeypatch.setattr(distill, "load_params", lambda: params.model_copy(update={"distill": steps}))
+    monkeypatch.setattr("sys.argv", ["distill", "--round", str(number)])
+    distill.main()
+    return files_of(records.DISTILLED_FOLDER / "model")
+
+
+@pytest.fixture
+def teacher(run):
+    """The model of round 1."""
+    network = new_network(PARAMS, "retrain-1")
+    network.save(records.round_folder(1) / "model")
+    return network
+
+
+@pytest.mark.parametrize(
+    ("method", "kinds"), [("reinforce", [Stream, Stream]), ("mean_teacher", [Stream, OnlineStream])]
+)
+def test_distillation_hides_all_priors(run, monkeypatch, method, kinds):
+    """Also with evolved proposals, which contain the prior, and with swapped priors."""
+    sent_ids = write_labels(method=method)
+    params = toy_params(proposals={"size_px": 24}, retrain={"evolve_proposals": True, "prior_swap": 0.5})
+    given = []
+    monkeypatch.setattr(distill, "run_training", lambda *all_given: given.extend(all_given))
+    monkeypatch.setattr(distill, "load_params", lambda: params)
+    monkeypatch.setattr(distill.Segmenter, "load", lambda folder: SimpleNamespace(folder=folder))
+    monkeypatch.setattr("sys.argv", ["distill", "--round", "1"])
+    distill.main()
+    _, run_name, network, streams, steps, inputs, model, _ = given
+    assert (run_name, steps, model) == ("distill", params.distill.steps, records.DISTILLED_FOLDER / "model")
+    assert network.folder == records.round_folder(1) / "model"
+    assert {HISTORY_LABELS, network.folder} <= set(inputs)
+    assert [type(stream) for stream in streams] == kinds
+    assert [stream.share for stream in streams] == [0.25, 0.75]
+    assert streams[1].batches.pairs.sent_id.tolist() == sent_ids
+    for stream in streams:
+        pairs = stream.batches.pairs
+        for column in (pairs.has_box, pairs.box, pairs.proposal_score):
+            assert not column.any()
+        assert set(pairs.prior_text) == {""}
+        assert (pairs.proposal == round(255 * params.proposals.flat_prob)).all()
+        assert stream.prior_swap == 0
+
+
+def test_other_priors_give_the_same_distilled_bytes(teacher, monkeypatch):
+    write_labels()
+    before = distilled(monkeypatch)
+    priors = records.read_table(records.PRIORS_PATH, records.PRIORS).to_pylist()
+    priors = [row | {"bbox": [0.0, 0.0, 9.0, 9.0], "target": "cup", "status": "ok"} for row in priors]
+    records.write_table(records.make_table(priors, records.PRIORS), records.PRIORS_PATH, records.PRIORS)
+    proposals = records.read_table(records.PROPOSALS_PATH, records.PROPOSALS).to_pylist()
+    proposals = [row | {"soft": bytes(24 * 24), "score": 1.0} for row in proposals]
+    records.write_table(records.make_table(proposals, records.PROPOSALS), records.PROPOSALS_PATH, records.PROPOSALS)
+    assert distilled(monkeypatch) == before
+    records.PRIORS_PATH.unlink()
+    records.PROPOSALS_PATH.unlink()
+    assert distilled(monkeypatch) == before
+    rows = records.read_table(HISTORY_LABELS, records.PSEUDO_LABELS).to_pylist()
+    moved = records.make_table([row | {"rle_counts": rows[0]["rle_counts"]} for row in rows], records.PSEUDO_LABELS)
+    records.write_table(moved, HISTORY_LABELS, records.PSEUDO_LABELS)
+    assert distilled(monkeypatch)["model.safetensors"] != before["model.safetensors"]
+
+
+def test_distillation_of_round_0_trains_on_the_labels_alone(teacher, monkeypatch):
+    teacher.save(records.round_folder(0) / "model")
+    path = records.round_folder(0) / "history/pseudo_labels.parquet"
+    records.write_table(records.PSEUDO_LABELS.empty_table(), path, records.PSEUDO_LABELS)
+    trained = []
+    monkeypatch.setattr(
+        runs,
+        "train",
+        lambda network, streams, *rest, **named: (
+            trained.extend(streams) or loop.train(network, streams, *rest, **named)
+        ),
+    )
+    assert "model.safetensors" in distilled(monkeypatch, number=0)
+    (stream,) = trained
+    assert (stream.share, stream.batches.pairs.sent_id.tolist()) == (1.0, [0, 1])
+
+
+def test_a_killed_distillation_resumes_to_the_same_files(teacher, monkeypatch, kill):
+    write_labels()
+    whole = distilled(monkeypatch)
+    (records.DISTILLED_FOLDER / "model").rename("whole")
+    kill(lambda: distilled(monkeypatch))
+    assert not (records.DISTILLED_FOLDER / "model").exists()
+    assert distilled(monkeypatch) == whole
 
 
 # --- killed and resumed trainings
