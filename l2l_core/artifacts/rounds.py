@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from l2l_core.artifacts import records
@@ -41,6 +42,6 @@ def model_folder(run: Path | None) -> Path:
     if run is None:
         return records.round_folder(latest_round("model")) / "model"
     for folder in (run / "model", run):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):  # Path.is_file raises for a name that is too long
             return folder
     raise InputError(f"--run: got {run}, expected a folder with a model, such as data/rounds/2")
