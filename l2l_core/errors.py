@@ -31,11 +31,8 @@ SAFE = "finished stages, stored responses and the last checkpoint are kept"
 _SECRET_NAME = re.compile(r"(?:API_?KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
 _SECRET_LENGTH = 8  # shorter values could be ordinary words
 _URL_USER = re.compile(r"(?<=://)[^/\s?#]+@")
-_DISK_FULL = re.compile(
-    r"No space left on device|Disk quota exceeded|StorageFull|os error 28\b|inline_container\.cc.*unexpected pos",
-    re.DOTALL,
-)
-"""How libraries report a full disk without its number; the last is PyTorch's checkpoint writer."""
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded")
+"""How libraries report a full disk if they drop its error number."""
 _NO_MEMORY = re.compile(
     r"out of memory|can(?:no|')t allocate memory|Insufficient memory|bad_alloc|failed to map segment|start new thread",
     re.IGNORECASE,

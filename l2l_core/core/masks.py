@@ -105,8 +105,6 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
     The result is the union of all polygons. All input is checked here, because pycocotools' C code trusts its input.
     Raises ValueError with a description of the problem.
     """
-    if not 1 <= height * width <= MAX_MASK_PX:
-        raise ValueError(f"segmentation: got an image of {width}x{height} px, expected at most {MAX_MASK_PX} pixels")
     if isinstance(segmentation, dict):
         if not {"size", "counts"} & set(segmentation):
             keys = ", ".join(map(repr, segmentation)) or "none"
@@ -124,6 +122,7 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
     if isinstance(segmentation, list) and segmentation:
         if all(isinstance(part, list) and len(part) == 2 for part in segmentation):
             raise ValueError(f"segmentation: got points as [x, y]; {_POLYGONS}")
+        _check_size(height, width)
         for polygon in segmentation:
             _check_polygon(polygon, height, width)
         if (length := sum(map(_edges_px, segmentation))) > MAX_EDGES_PX:
@@ -181,6 +180,11 @@ def _common(first: Sequence[bytes], second: Sequence[bytes], sizes_hw: NDArray[n
         coco_mask.merge([{"size": size, "counts": a}, {"size": size, "counts": b}], intersect=True)["counts"]
         for a, b, size in zip(first, second, sizes_hw.tolist(), strict=True)
     ]
+
+
+def _check_size(height: int, width: int) -> None:
+    if not 1 <= height * width <= MAX_MASK_PX:
+        raise ValueError(f"segmentation: got an image of {width}x{height} px, expected 1 to {MAX_MASK_PX} pixels")
 
 
 def _check_polygon(polygon: object, height: int, width: int) -> None:
@@ -249,6 +253,7 @@ def _runs_to_rle(runs: NDArray[np.int64], height: int, width: int) -> bytes:
     """Alternating background and foreground runs -> compressed counts, with empty runs merged away."""
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"segmentation.counts: runs must be >= 0 and add up to {height * width} pixels")
+    _check_size(height, width)
     # If two masks both have an empty run at one place, pycocotools' merge stops there. So drop empty runs, then add up
     # neighboring runs of the same kind.
     kind = np.arange(len(runs)) % 2

@@ -21,7 +21,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     temporary, digests = path.with_suffix(".tmp"), digests_path(path)
     with writing(path):
-        torch.save(state, temporary)
+        with temporary.open("wb") as file:  # given a path, PyTorch does not say why a write failed
+            torch.save(state, file)
         previous = digests.read_text(encoding="ascii").split()[:1] if digests.exists() else []
         building = digests.with_suffix(".tmp")
         building.write_text("\n".join([file_sha256(temporary), *previous]) + "\n", encoding="ascii")

@@ -229,6 +229,8 @@ def drawn(
     is_inside: of offsets x [1, w] and y [h, 1] from the center. The work grows with the shape, not with the image.
     """
     mask: BoolMask = np.zeros((height, width), dtype=bool)
+    if not all(map(math.isfinite, (*center_xy, reach))):
+        return mask
     left, right = (int(np.clip(center_xy[0] + side, 0, width)) for side in (-reach - 1, reach + 1))
     top, bottom = (int(np.clip(center_xy[1] + side, 0, height)) for side in (-reach - 1, reach + 1))
     rows, columns = np.ogrid[top:bottom, left:right]
@@ -244,8 +246,8 @@ def mask_rle(mask: BoolMask) -> bytes:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a finite number, excluding bools and integers that float cannot hold."""
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
+    """Whether a value is a number, excluding bools and integers that float cannot hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _value(row: Any, key: str) -> Any:

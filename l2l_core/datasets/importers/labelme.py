@@ -211,6 +211,8 @@ def _rle(shape: Any, height: int, width: int) -> bytes:
 def _pasted(shape: dict[str, Any], corners: list[tuple[float, float]], height: int, width: int) -> BoolMask:
     """Paste a mask that is stored as an image of its bounding box. corners: the first and the last pixel of the box."""
     (x1, y1), (x2, y2) = corners
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise ValueError("points: expected finite numbers")
     left, top = round(min(x1, x2)), round(min(y1, y2))
     right, bottom = round(max(x1, x2)) + 1, round(max(y1, y2)) + 1
     if left < 0 or top < 0 or right > width or bottom > height:
