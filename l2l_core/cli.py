@@ -271,6 +271,19 @@ def check(
 
 
 @app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="move torn files aside, so that dvc repro goes on")] = False,
+) -> None:
+    """Find files that a kill or a failing disk left torn, and say what to do.
+
+    Checks DVC's own files, every artifact and its copy in DVC's cache against dvc.lock, and .scratch.
+    """
+    from l2l_core.preflight.doctor import run_doctor
+
+    print("\n".join(run_doctor(fix=fix)))
+
+
+@app.command()
 def fetch(
     names: Annotated[
         list[str],

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
-from l2l_core.errors import ConfigError, raise_all
+from l2l_core.errors import ConfigError, raise_all, shown
 
 BUILTIN_DATASET = "data/refshapes"
 """Written by the stage `refshapes`. Any other folder holds the user's data."""
@@ -539,7 +541,7 @@ class Params(Section):
         ):
             if got not in taught:
                 raise ValueError(
-                    f"priors.{key}: got {got!r}, expected {taught[-1]!r}, the one that {BUILTIN_MODEL} was taught"
+                    f"priors.{key}: got {shown(got)}, expected {taught[-1]!r}, the one that {BUILTIN_MODEL} was taught"
                 )
         if not self.uses_builtin_dataset:
             raise ValueError(
@@ -551,7 +553,26 @@ class Params(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads floats as in YAML 1.2: `1e-05`, which `dvc exp run -S` writes, is a number; in YAML 1.1 it is a string."""
+    """Reads floats as in YAML 1.2: `1e-05`, which `dvc exp run -S` writes, is a number; in YAML 1.1 it is a string.
+
+    Refuses aliases (`*name`): a few of them can stand for a document that is endless or larger than memory.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As in PyYAML. Raises ComposerError for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise ComposerError(None, None, "got an alias (*name), expected the value itself", self.get_mark())
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As in PyYAML, which passes on whatever a value such as `2020-13-45` or `!!int x` raises: name its place."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"got {shown(node.value)}, which is no {kind}"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
 
 
 _TYPE_OF_SEVERAL = re.compile(r"constrained-\w+|literal\[.*\]")
@@ -581,7 +602,7 @@ def _resolved(raw: dict[str, Any]) -> dict[str, Any]:
     model = raw.get("model")
     name = model.get("preset") if isinstance(model, dict) else None
     found = dict(raw)
-    for section, values in PRESETS.get(str(name), PRESETS["tiny"]).items():
+    for section, values in PRESETS.get(name if isinstance(name, str) else "", PRESETS["tiny"]).items():
         if isinstance(keys := raw.get(section), dict):
             found[section] = {key: values.get(key, value) if value == "auto" else value for key, value in keys.items()}
     return found
@@ -599,13 +620,21 @@ def load_params(path: str | Path = "params.yaml", overrides: Sequence[str] = ())
     path = Path(path)
     if overrides:
         return _overridden(path, [overrides] if isinstance(overrides, str) else overrides)
+    return parse_params(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> object:
+    """A YAML document with floats as in YAML 1.2. Raises ConfigError if the file is missing or not valid YAML."""
+    if path.exists() and not path.is_file():  # reading a pipe may never end
+        raise ConfigError(f"{path}: {'a folder' if path.is_dir() else 'not a regular file'}, expected a YAML file")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: not found, run from the project's root") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not YAML that can be read: nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return parse_params(raw, str(path))
 
 
 def _overridden(path: Path, overrides: Sequence[str]) -> Params:
@@ -670,14 +699,14 @@ def _explain(detail: Any) -> str:
         case "extra_forbidden":
             return f"{key}: unknown parameter, expected one of those in params.yaml; check the spelling"
         case "literal_error" if isinstance(got, str) and got in RENAMED_VALUES.get(key, {}):
-            return f"{key}: {got!r} was renamed, use {RENAMED_VALUES[key][got]!r}"
+            return f"{key}: {shown(got)} was renamed, use {RENAMED_VALUES[key][got]!r}"
         case "literal_error":
             expected = context["expected"].replace(" or ", ", ")
-            return f"{key}: got {got!r}, expected {'one of ' * (', ' in expected)}{expected}"
+            return f"{key}: got {shown(got)}, expected {'one of ' * (', ' in expected)}{expected}"
         case "model_type":
-            return f"{key}: got {got!r}, expected a section with its own keys"
+            return f"{key}: got {shown(got)}, expected a section with its own keys"
         case "value_error":
             return f"{key}.{context['error']}" if key else str(context["error"])
         case _:
             message = detail["msg"].removeprefix("Input should be ").removeprefix("String should have ")
-            return f"{key}: got {got!r}, expected {message}"
+            return f"{key}: got {shown(got)}, expected {message}"

@@ -1,6 +1,7 @@
 """params.yaml: the shipped file is valid, and every error names the key, the value and what is allowed."""
 
 import copy
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -280,3 +281,49 @@ def test_the_candidate_sam_needs_a_model_only_where_it_is_used():
     assert parse_params(raw).select.candidate_names == ["teacher"]
     raw["select"]["method"], raw["proposals"]["model"] = "reinforce", "facebook/sam-vit-base"
     assert parse_params(raw).select.candidate_names == ["teacher", "sam"]
+
+
+# --- odd YAML
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("2020-13-45", "got '2020-13-45', which is no timestamp"),
+        ("0x_", "got '0x_', which is no int"),
+        ("0b_", "got '0b_', which is no int"),
+        ("9" * 5000, r"got '9{59}\.\.\., which is no int"),
+        ("!!bool x", "got 'x', which is no bool"),
+        ("!!float x", "got 'x', which is no float"),
+        ("!!timestamp x", "got 'x', which is no timestamp"),
+        ("!!python/object/apply:os.system [true]", "could not determine a constructor"),
+        ("[" * 5000, "not YAML that can be read: nested too deeply"),
+        ("&a [*a]", r"got an alias \(\*name\), expected the value itself"),
+        ("{<<: &a {b: 1}}", None),
+        ("2020-01-01", None),
+        ("{? [1] : 2}", "found unhashable key"),
+        ("\x07", "special characters are not allowed"),
+        ("!!binary x", "failed to decode base64 data"),
+        ("!!omap [a: 1]", None),
+    ],
+)
+def test_names_the_place_of_odd_yaml_in_one_line(tmp_path, written, reason):
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS.read_text().replace("seed: 0", f"seed: {written}", 1))
+    expected = r"seed: got .*, expected a valid integer" if reason is None else reason
+    with pytest.raises(ConfigError, match=rf"^{path}: .*{expected}[^\n]*$"):
+        load_params(path)
+
+
+def test_aliases_that_stand_for_a_huge_document_are_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))]
+    (tmp_path / "params.yaml").write_text("\n".join(lines) + "\nseed: *a59\n")
+    with pytest.raises(ConfigError, match=r"got an alias .* line 2"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_refuses_a_pipe_and_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, kind in ((tmp_path / "pipe.yaml", "not a regular file"), (tmp_path, "a folder")):
+        with pytest.raises(ConfigError, match=rf"{path}: {kind}, expected a YAML file$"):
+            load_params(path)

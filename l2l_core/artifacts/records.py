@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from l2l_core.errors import ArtifactError
+from l2l_core.errors import DOCTOR, ArtifactError, writing
 
 if TYPE_CHECKING:  # some stages, and `--help`, do not need it
     import pandas as pd
@@ -210,13 +210,14 @@ def read_rendering() -> ProposalsParams:
     except FileNotFoundError:
         raise ArtifactError(f"{RENDERING_PATH}: not found, run the stage that writes it: dvc repro") from None
     except (ValueError, TypeError, KeyError):
-        raise ArtifactError(f"{RENDERING_PATH}: not a file of this project; run dvc repro") from None
+        raise ArtifactError(f"{RENDERING_PATH}: not a file of this project; {DOCTOR}") from None
 
 
 def write_metrics(metrics: Mapping[str, object], path: Path) -> None:
     """Write metrics where DVC reads them, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ArtifactError(f"{path}: not a file of this project; run dvc repro")
+        raise ArtifactError(f"{path}: not a file of this project; {DOCTOR}")
     return found
 
 
@@ -238,7 +239,7 @@ def make_table(rows: Iterable[dict[str, object]], schema: pa.Schema) -> pa.Table
 
 
 def write_table(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
-    """Write a table atomically with zstd compression; identical rows give identical bytes.
+    """Write a table atomically with zstd compression and checksums; identical rows give identical bytes.
 
     Raises ArtifactError if the columns are not the schema's.
     """
@@ -248,7 +249,8 @@ def write_table(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(table, temporary, compression="zstd")
+        with writing(path):
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -257,16 +259,19 @@ def write_table(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
 def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a table, or some of its columns.
 
-    Raises ArtifactError if the file is missing, is not Parquet, or lacks a column of the schema.
+    Raises ArtifactError if the file is missing, torn, not Parquet, or lacks a column of the schema.
     """
     path = Path(path)
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     try:
-        table = pq.read_table(path, columns=list(wanted.names), partitioning=None)
+        table = pq.read_table(path, columns=list(wanted.names), partitioning=None, page_checksum_verification=True)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: not found, run the stage that writes it: dvc repro") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ArtifactError(f"{path}: not a Parquet file of this project: {str(error).splitlines()[0]}") from None
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{path}: not a Parquet file of this project: {reason}; {DOCTOR}") from None
     if not table.schema.remove_metadata().equals(wanted):
         raise ArtifactError(f"{path}: columns {table.schema.names}, expected {wanted.names} with their types")
     return table.replace_schema_metadata(None)

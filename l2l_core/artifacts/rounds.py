@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from l2l_core.artifacts import records
@@ -45,7 +46,7 @@ def model_folder(run: Path | None, *, with_priors: bool = False) -> Path:
             return distilled
         return records.round_folder(latest_round("model")) / "model"
     for folder in (run / "model", run):
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):  # Path.is_file raises for a name that is too long
             if with_priors and folder.resolve() == distilled.resolve():
                 raise InputError(f"--run: got {run}, whose model takes no priors; leave out --run or --with-priors")
             return folder

@@ -7,14 +7,14 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from l2l_core.core.progress import is_first_process
-from l2l_core.errors import ArtifactError, InputError, L2LError
+from l2l_core.errors import ArtifactError, InputError, L2LError, writing
 
 CODE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,25 +30,28 @@ def end_on_sigterm() -> None:
 
 
 @contextmanager
-def staged_output(folder: Path) -> Iterator[Path]:
+def staged_output(folder: Path, finish: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a temporary folder; when the block succeeds, its files move into `folder` in the order of their names.
 
-    They replace files of the same name. If the block fails, `folder` is unchanged. Raises InputError if `folder` is a
-    file or cannot be written.
+    They replace files of the same name, and `finish` runs. If the block fails, `folder` is unchanged. Raises InputError
+    if `folder` is a file or cannot be written, or if another process writes into it.
     """
     folder = folder.resolve()
     building = folder.with_name(f".{folder.name}.{os.getpid()}.building")
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():  # Path.exists raises for a name that is too long
         raise InputError(f"--out: {folder} is a file, expected a folder")
     try:
         building.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"--out: {folder} cannot be written: {error.strerror}; name another folder") from None
+    busy = InputError(f"--out: another process writes into {folder}; wait for it, or name another folder")
     try:
-        yield building
-        folder.mkdir(exist_ok=True)
-        for file in sorted(building.iterdir()):
-            os.replace(file, folder / file.name)
+        with exclusive_lock(folder.with_name(f".{folder.name}.lock"), busy), writing(folder):
+            yield building
+            folder.mkdir(exist_ok=True)
+            for file in sorted(building.iterdir()):
+                os.replace(file, folder / file.name)
+            finish()
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -72,7 +75,8 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     clean_up()  # after a killed process
     building.mkdir(parents=True)
     try:
-        yield building
+        with writing(target):
+            yield building
         if target.exists():
             os.replace(target, retired)
         os.replace(building, target)
@@ -116,6 +120,29 @@ def fingerprint(stage: str, settings: str, inputs: Iterable[Path]) -> str:
     ):
         digest.update(f"{name}\n{file_sha256(file)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file. Of a pipe or a device, reading may never end.
+
+    Raises FileNotFoundError, and InputError if it is not a regular file or cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not a regular file'}, expected a file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a torn file to NAME.torn (NAME.torn2, ... if that exists) and return its new path."""
+    numbers = ("", *range(2, 1000))
+    target = next(place for number in numbers if not (place := path.with_name(f"{path.name}.torn{number}")).exists())
+    os.replace(path, target)
+    return target
 
 
 def file_sha256(path: Path) -> str:

@@ -95,6 +95,17 @@ def to_rgb(image: str | Path | Image.Image | NDArray[np.uint8], name: str = "ima
     raise InputError(f"{name}: got {got}, expected a path, a Pillow image, or an array [H, W, 3] or [H, W] of uint8")
 
 
+def header_hw(file: Path | BinaryIO) -> tuple[int, int] | None:
+    """Height and width that an image's header states; None if it has no readable header. Nothing is decoded."""
+    try:
+        if isinstance(file, Path) and not file.is_file():
+            return None
+        with Image.open(file, formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception:  # decoders raise many exception types; the error is reported when the image is read
+        return None
+
+
 def inspect_images(paths: Sequence[Path], min_side_px: int) -> list[ImageFile | str]:
     """Read and decode every image; per image the result or a one-line error, in the order of `paths`."""
     with ThreadPoolExecutor(thread_count()) as pool:  # decoding and hashing release the interpreter lock
@@ -140,7 +151,7 @@ def _inspect(path: Path, min_side_px: int) -> ImageFile | str:
         content = path.read_bytes()
     except FileNotFoundError:
         return f"image {project_path(path)}: not found"
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         return f"image {project_path(path)}: {_reason(error)}"
     return inspect_content(content, path, min_side_px)
 

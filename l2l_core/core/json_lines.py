@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from l2l_core.core.files import read_file
 from l2l_core.errors import InputError
 
 BOM = "\ufeff"
@@ -16,10 +17,10 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """The non-blank lines of a file with their line numbers, counted from 1.
 
     Reads UTF-8, UTF-16 and UTF-32, with or without a byte order mark, and line ends of Unix, Windows and old Macs.
-    Invalid UTF-8 bytes stay in their line, which `json_object` then refuses. Raises OSError if the file cannot be
-    read, and InputError if it is broken UTF-16 or UTF-32.
+    Invalid UTF-8 bytes stay in their line, which `json_object` then refuses. Raises FileNotFoundError, and
+    InputError if the file cannot be read or is broken UTF-16 or UTF-32.
     """
-    content = path.read_bytes()
+    content = read_file(path)
     encoding = json.detect_encoding(content)
     try:
         text = content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")

@@ -78,6 +78,8 @@ def _segmentation(mask: object) -> object:
 def _mask_image(path: Path, height: int, width: int) -> BoolMask:
     name = project_path(path)
     try:
+        if path.exists() and not path.is_file():  # opening a pipe may never end
+            raise ValueError("not a regular file")
         with Image.open(path, formats=("PNG",)) as image:
             mode, size = image.mode, image.size
             # Decoded only if it has the image's size, which is within MAX_PIXELS.

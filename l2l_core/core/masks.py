@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from l2l_core.errors import shown
+
 BoolMask = NDArray[np.bool_]
+
+MAX_MASK_PX = 2**27
+"""Pixels of the largest mask, more than an image may have (core/images.py). pycocotools counts them in 32 bits."""
+MAX_EDGES_PX = 2**21
+"""Length of all edges of a mask's polygons. pycocotools takes memory for it, about 100 bytes per pixel, unchecked."""
 
 _MAX_RUN = 2**32 - 1  # pycocotools stores runs as 32-bit unsigned integers
 _MAX_CHUNKS = 7  # most 5-bit characters that a 32-bit run needs
@@ -104,7 +111,9 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
             raise ValueError(f"segmentation: got an object with the keys {keys}, expected polygons or size and counts")
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [height, width]:
-            raise ValueError(f"segmentation.size: got {size}, expected [{height}, {width}] (the image's height, width)")
+            raise ValueError(
+                f"segmentation.size: got {shown(size)}, expected [{height}, {width}] (the image's height, width)"
+            )
         if isinstance(counts, list):
             return _runs_to_rle(_listed_runs(counts), height, width)
         if isinstance(counts, str | bytes):
@@ -113,8 +122,13 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
     if isinstance(segmentation, list) and segmentation:
         if all(isinstance(part, list) and len(part) == 2 for part in segmentation):
             raise ValueError(f"segmentation: got points as [x, y]; {_POLYGONS}")
+        _check_size(height, width)
         for polygon in segmentation:
             _check_polygon(polygon, height, width)
+        if (length := sum(map(_edges_px, segmentation))) > MAX_EDGES_PX:
+            raise ValueError(
+                f"segmentation: the edges of the polygons are {length:.0f} px long, expected at most {MAX_EDGES_PX}"
+            )
         return bytes(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))["counts"])
     got = "an empty list" if segmentation == [] else type(segmentation).__name__
     raise ValueError(f"segmentation: got {got}, expected polygons or run lengths")
@@ -168,6 +182,11 @@ def _common(first: Sequence[bytes], second: Sequence[bytes], sizes_hw: NDArray[n
     ]
 
 
+def _check_size(height: int, width: int) -> None:
+    if not 1 <= height * width <= MAX_MASK_PX:
+        raise ValueError(f"segmentation: got an image of {width}x{height} px, expected 1 to {MAX_MASK_PX} pixels")
+
+
 def _check_polygon(polygon: object, height: int, width: int) -> None:
     if not isinstance(polygon, list):
         raise ValueError(f"segmentation: got {type(polygon).__name__} for a polygon; {_POLYGONS}")
@@ -178,8 +197,7 @@ def _check_polygon(polygon: object, height: int, width: int) -> None:
     # Exact types: a bool is not a coordinate, and numpy would accept a string.
     if not set(map(type, polygon)) <= {int, float}:
         raise ValueError("segmentation: polygon coordinates must be numbers")
-    # Memory in the C code grows with the length of the edges, so distant points are refused. Annotation tools overshoot
-    # the border by a few pixels, never by a whole image.
+    # Annotation tools overshoot the border by a few pixels, never by a whole image.
     low, high = min(polygon), max(polygon)
     side = max(height, width)
     if not (-side <= low and high <= 2 * side and all(map(math.isfinite, polygon))):
@@ -193,6 +211,12 @@ def _short(value: float) -> str:
     """A number for an error message, cut because an integer may have hundreds of digits."""
     text = str(value)
     return text if len(text) <= 20 else f"{text[:20]}... ({len(text)} characters)"
+
+
+def _edges_px(polygon: list[float]) -> float:
+    """Length of the closed outline as pycocotools walks it: the longer of width and height of each edge, rounded up."""
+    corners = np.reshape(np.asarray(polygon, dtype=np.float64), (-1, 2))
+    return float(np.ceil(np.abs(np.roll(corners, -1, axis=0) - corners).max(axis=1) + 1).sum())
 
 
 def _listed_runs(counts: list[object]) -> NDArray[np.int64]:
@@ -229,6 +253,7 @@ def _runs_to_rle(runs: NDArray[np.int64], height: int, width: int) -> bytes:
     """Alternating background and foreground runs -> compressed counts, with empty runs merged away."""
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"segmentation.counts: runs must be >= 0 and add up to {height * width} pixels")
+    _check_size(height, width)
     # If two masks both have an empty run at one place, pycocotools' merge stops there. So drop empty runs, then add up
     # neighboring runs of the same kind.
     kind = np.arange(len(runs)) % 2

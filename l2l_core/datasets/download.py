@@ -15,7 +15,7 @@ import requests
 from l2l_core.core.files import atomic_dir, exclusive_lock
 from l2l_core.core.progress import progress
 from l2l_core.datasets.published import Archive
-from l2l_core.errors import InputError
+from l2l_core.errors import InputError, redacted
 
 RECORD = "archive.json"
 """File next to the unpacked ones that records their source archive."""
@@ -49,9 +49,11 @@ def fetch(archive: Archive, target: Path, scratch: Path, mirror: str | None, sha
         except _UnusableError as error:
             reasons.append(f"  {source}: {error}")
         except OSError as error:
-            raise InputError(f"{error.filename or target}: cannot be read or written: {error.strerror}") from None
+            raise InputError(
+                f"{error.filename or target}: cannot be read or written: {error.strerror or error}"
+            ) from None
         else:
-            return f"{target}: from {source}, sha256 {digest}"
+            return f"{target}: from {redacted(source)}, sha256 {digest}"
     raise InputError(
         f"{target}: no source gives {archive.name}.zip; get it by other means and name its folder by fetch.mirror\n"
         + "\n".join(reasons)
@@ -136,7 +138,7 @@ def _receive(url: str, part: Path, file: BinaryIO) -> None:
     have = part.stat().st_size
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-        if response.status_code == requests.codes.requested_range_not_satisfiable:
+        if have and response.status_code == requests.codes.requested_range_not_satisfiable:
             if response.headers.get("Content-Range") not in (None, f"bytes */{have}"):
                 file.truncate(0)  # longer than the current file at the address
                 _receive(url, part, file)
@@ -145,7 +147,8 @@ def _receive(url: str, part: Path, file: BinaryIO) -> None:
         if response.status_code != requests.codes.partial_content:
             file.truncate(0)  # the server cannot resume: it sends everything again
             have = 0
-        missing = int(response.headers.get("Content-Length", 0))
+        stated = response.headers.get("Content-Length", "")
+        missing = int(stated) if stated.isdecimal() and len(stated) < 19 else 0
         _need_space(part.parent, missing)
         total = (have + missing) // CHUNK_BYTES if missing else None
         chunks = response.iter_content(CHUNK_BYTES)

@@ -14,12 +14,16 @@ import pyarrow as pa
 from l2l_core.artifacts import records
 from l2l_core.core.images import ImageFile
 from l2l_core.core.masks import rle_area_px
+from l2l_core.errors import shown
 
 Box = tuple[float, float, float, float]
 """x1 y1 x2 y2 in pixels, end-exclusive."""
 
 NO_MASK = -1
 """ann_id of a pair without a mask."""
+
+MAX_SENTENCE = 2000
+"""Most characters of a sentence; the longest in published datasets have some hundred."""
 
 IDS_SHOWN = 5  # of a long list in one message; enough to find the cause
 
@@ -81,14 +85,22 @@ def is_utf8(text: str) -> bool:
     return True
 
 
+def too_long(sentence: str) -> str:
+    """The problem of a sentence that is too long, in one line; "" if it is not."""
+    # A tokenizer reads all of it, in each of many batches.
+    return f"sentence: {len(sentence)} characters, expected at most {MAX_SENTENCE}" * (len(sentence) > MAX_SENTENCE)
+
+
 def sentence_problems(sentences: Sequence[Sentence]) -> list[str]:
     """All problems of sentences beyond their types, one line each."""
     problems: list[str] = []
     splits = (records.TRAIN, *records.EVAL_SPLITS)
     seen: dict[int, str] = {}
     for row in sentences:
+        if problem := too_long(row.sentence):
+            problems.append(f"{row.where}: {problem}")
         if not any(character.isalnum() for character in row.sentence):
-            problems.append(f"{row.where}: sentence {row.sentence!r} has no words")
+            problems.append(f"{row.where}: sentence {shown(row.sentence)} has no words")
         if row.split not in splits:
             problems.append(f"{row.where}: split: got {row.split!r}, expected one of {', '.join(splits)}")
         if row.sent_id in seen:

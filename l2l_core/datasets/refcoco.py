@@ -6,15 +6,17 @@ with no annotation is left out.
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
+from l2l_core.core.files import read_file
 from l2l_core.core.images import ImageFile, inspect_images, project_path, visible
 from l2l_core.core.masks import decode_rle, encode_rle, rle_area_px, segmentation_to_rle
 from l2l_core.core.progress import progress
@@ -30,7 +32,7 @@ from l2l_core.datasets.index import (
     overlap_problems,
     sentence_problems,
 )
-from l2l_core.errors import InputError, raise_all
+from l2l_core.errors import InputError, raise_all, shown
 
 IMAGE_SUBFOLDERS = ("", "train2014", "mscoco/images/train2014")
 """Subfolders of the image folder that hold the photos in the published layouts."""
@@ -151,8 +153,41 @@ def _union(drawn: list[bytes], height: int, width: int) -> bytes:
     return encode_rle(np.logical_or.reduce([decode_rle(counts, height, width) for counts in drawn]))
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; refuses anything that would import or call code."""
+class _DataUnpickler(pickle._Unpickler):
+    """Reads lists, dicts, strings and numbers; refuses anything that would import or call code.
+
+    Python's own reader in Python: the one in C takes as much memory as a number in the file says. Tuples become lists
+    and sets are refused, because a deeply nested key of a dict overflows the C stack.
+    """
+
+    stack: list[Any]
+
+    def load_tuple1(self) -> None:
+        self._list_of(1)
+
+    def load_tuple2(self) -> None:
+        self._list_of(2)
+
+    def load_tuple3(self) -> None:
+        self._list_of(3)
+
+    def _list_of(self, count: int) -> None:
+        self.stack[-count:] = [self.stack[-count:]]
+
+    def refuse(self) -> NoReturn:
+        raise pickle.UnpicklingError("it holds a set or a byte array, expected lists, dicts, strings, numbers")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.EMPTY_TUPLE[0]: pickle._Unpickler.dispatch[pickle.EMPTY_LIST[0]],
+        pickle.TUPLE[0]: pickle._Unpickler.dispatch[pickle.LIST[0]],
+        pickle.TUPLE1[0]: load_tuple1,
+        pickle.TUPLE2[0]: load_tuple2,
+        pickle.TUPLE3[0]: load_tuple3,
+        pickle.EMPTY_SET[0]: refuse,
+        pickle.FROZENSET[0]: refuse,
+        pickle.BYTEARRAY8[0]: refuse,
+    }
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(
@@ -186,10 +221,11 @@ def load_refs(path: Path) -> list[Any]:
         refs = _load_json(path)
     else:
         try:
-            with path.open("rb") as file:
-                refs = _DataUnpickler(file, encoding="utf-8").load()  # utf-8: Python 2 wrote the published files
+            # utf-8: Python 2 wrote the published files
+            refs = _DataUnpickler(io.BytesIO(read_file(path)), encoding="utf-8").load()
         except Exception as error:  # a damaged pickle raises many exception types
-            raise InputError(f"{project_path(path)}: not a pickle of plain data: {error}") from None
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"{project_path(path)}: not a pickle of plain data: {reason}") from None
     if not isinstance(refs, list) or not refs:
         raise InputError(f"{project_path(path)}: expected a list of refs that is not empty")
     return refs
@@ -205,7 +241,7 @@ def _load_instances(path: Path) -> dict[str, list[Any]]:
 
 def _load_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except FileNotFoundError:
         raise InputError(f"{project_path(path)}: not found, the layout needs it") from None
     except (ValueError, RecursionError) as error:
@@ -216,15 +252,10 @@ def _get(row: dict[str, Any], key: str, kind: type[T]) -> T:
     """row[key], which must have exactly that type (True is not a number) and fit into a table."""
     value = row.get(key)
     if type(value) is not kind or (isinstance(value, int) and not -(2**63) <= value < 2**63):
-        raise ValueError(f"{key}: got {_short(value)}, expected {'a whole number' if kind is int else kind.__name__}")
+        raise ValueError(f"{key}: got {shown(value)}, expected {'a whole number' if kind is int else kind.__name__}")
     if isinstance(value, str) and not is_utf8(value):
-        raise ValueError(f"{key}: got {_short(value)}, expected text that UTF-8 can write")
+        raise ValueError(f"{key}: got {shown(value)}, expected text that UTF-8 can write")
     return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _rows_by_id(
@@ -236,7 +267,7 @@ def _rows_by_id(
         where = f"{what} {index}"
         try:
             if not isinstance(row, dict):
-                raise ValueError(f"got {_short(row)}, expected an object")
+                raise ValueError(f"got {shown(row)}, expected an object")
             row_id = _get(row, "id", int)
             where += f" (id {row_id})"
             if row_id in parsed:
@@ -271,10 +302,10 @@ def _annotation(
 def _box(bbox: object) -> Box:
     """COCO x, y, width, height -> x1 y1 x2 y2. COCO contains boxes of zero area, so these pass."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not set(map(type, bbox)) <= {int, float}:
-        raise ValueError(f"bbox: got {_short(bbox)}, expected 4 numbers: x, y, width, height")
+        raise ValueError(f"bbox: got {shown(bbox)}, expected 4 numbers: x, y, width, height")
     x, y, width, height = bbox
     if not all(abs(value) <= MAX_COORDINATE_PX for value in bbox) or min(width, height) < 0:
-        raise ValueError(f"bbox: got {_short(bbox)}, expected finite numbers, width and height >= 0")
+        raise ValueError(f"bbox: got {shown(bbox)}, expected finite numbers, width and height >= 0")
     return float(x), float(y), float(x) + float(width), float(y) + float(height)
 
 
@@ -293,7 +324,7 @@ def _sentences(
         where = f"{source}: ref {index}"
         try:
             if not isinstance(ref, dict):
-                raise ValueError(f"got {_short(ref)}, expected an object")
+                raise ValueError(f"got {shown(ref)}, expected an object")
             ref_id = _get(ref, "ref_id", int)
             where += f" (ref_id {ref_id})"
             if ref_id in seen:
@@ -319,7 +350,7 @@ def _sentences(
             here = f"{where}, sentence {sentence_index}"
             try:
                 if not isinstance(row, dict):
-                    raise ValueError(f"got {_short(row)}, expected an object")
+                    raise ValueError(f"got {shown(row)}, expected an object")
                 style = _get(row, "style", str) if "style" in row else ""
                 found = Sentence(
                     where=here,
@@ -343,13 +374,13 @@ def _united(ann_ids: list[Any], annotations: dict[int, _Annotation], unions: dic
     """The ann_id of a single annotation, or of the union of several, which is created if new."""
     parts = tuple(dict.fromkeys(ann_ids)) if all(type(ann_id) is int for ann_id in ann_ids) else ()
     if not parts or not set(parts) <= annotations.keys():
-        raise ValueError(f"ann_id: got {_short(ann_ids)}, expected ids of usable annotations of instances.json")
+        raise ValueError(f"ann_id: got {shown(ann_ids)}, expected ids of usable annotations of instances.json")
     if len(parts) == 1:
         return parts[0]
     rows = [annotations[part] for part in parts]
     images = {row.image_id for row in rows}
     if len(images) > 1:
-        raise ValueError(f"ann_id: got {_short(ann_ids)}, which are of several images")
+        raise ValueError(f"ann_id: got {shown(ann_ids)}, which are of several images")
     key = tuple(sorted(parts))
     if key not in unions:
         unions[key] = max(annotations) + 1

@@ -19,8 +19,9 @@ import pandas as pd
 import pyarrow as pa
 
 from l2l_core.artifacts import records
+from l2l_core.core.files import read_file
 from l2l_core.datasets.index import NO_MASK, shorten
-from l2l_core.errors import ConfigError, InputError, raise_all
+from l2l_core.errors import ConfigError, InputError, raise_all, shown
 
 LABELED, UNLABELED, EVAL = records.ROLES
 
@@ -119,10 +120,10 @@ def _frame(refs: pa.Table) -> pd.DataFrame:
 
 def _load(path: Path, source: str) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_file(path))
     except FileNotFoundError:
         raise ConfigError(f"{source}: not found, expected a JSON file or null") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not readable as JSON: {error}") from None
 
 
@@ -130,7 +131,7 @@ def _ids(values: list[Any], source: str) -> list[int]:
     """Checked ids: unique integers."""
     wrong = [value for value in values if type(value) is not int or abs(value) >= 2**63]
     if wrong:
-        raise InputError(f"{source}: got {wrong[0]!r}, expected whole numbers (ids)")
+        raise InputError(f"{source}: got {shown(wrong[0])}, expected whole numbers (ids)")
     repeated = [value for value, count in pd.Series(values, dtype="int64").value_counts().items() if count > 1]
     if repeated:
         raise InputError(f"{source}: listed more than once: {shorten(sorted(repeated))}")

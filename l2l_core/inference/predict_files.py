@@ -25,7 +25,7 @@ from l2l_core.core.images import ImageFile, inspect_images, is_turned, read_imag
 from l2l_core.core.masks import BoolMask, decode_rle, rle_area_px
 from l2l_core.core.progress import progress
 from l2l_core.data.pairs import BatchMaker, Pairs, with_priors
-from l2l_core.datasets.index import is_utf8
+from l2l_core.datasets.index import is_utf8, too_long
 from l2l_core.datasets.jsonl import read_jsonl
 from l2l_core.errors import ConfigError, InputError, raise_all
 from l2l_core.export.outlines import to_segmentation
@@ -43,6 +43,8 @@ OVERLAY_PX = 800
 NAME_BYTES = 40
 """Limit for image and sentence each in a file name, UTF-8; file systems allow 255 bytes in all, encrypted ones 143."""
 PICTURES = ("mask", "overlay")
+PICTURE_NAME = re.compile(r"\d{4,}_[^/\0]*\.(mask|overlay)\.png")
+"""Names that `_picture_names` makes; the index may have been edited."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def pairs_of_images(words: Sequence[str]) -> PairList:
 
 def pairs_of_paths(paths: Sequence[Path], sentence: str) -> PairList:
     """Pair each image with the same sentence. Raises InputError that names every unusable image."""
+    if problem := too_long(sentence):
+        raise InputError(problem)
     if not is_utf8(sentence) or not any(character.isalnum() for character in sentence):
         raise InputError(f"sentence: got {sentence!r}, expected at least one word")
     found = inspect_images(paths, 1)
@@ -232,11 +236,15 @@ def predictions_folder(out: Path) -> Iterator[Path]:
 
     Files that no predictions.jsonl lists stay. Raises InputError if `out` cannot be used.
     """
-    earlier = _pictures_of(out / INDEX_NAME)
-    with staged_output(out) as folder:
+    earlier: set[str] = set()
+
+    def remove_earlier() -> None:
+        for name in earlier - _pictures_of(out / INDEX_NAME):
+            (out / name).unlink(missing_ok=True)
+
+    with staged_output(out, remove_earlier) as folder:
+        earlier |= _pictures_of(out / INDEX_NAME)
         yield folder
-    for name in earlier - _pictures_of(out / INDEX_NAME):
-        (out / name).unlink(missing_ok=True)
 
 
 def check_file_names(requested: PairList, folder: Path) -> None:
@@ -343,10 +351,9 @@ def _pictures_of(index: Path) -> set[str]:
         return set()
     try:
         rows: Iterable[dict[str, str]] = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
-        return {
-            Path(row[kind]).name for row in rows if row["segmentation"] is not None for kind in PICTURES if kind in row
-        }
-    except (ValueError, KeyError, TypeError):
+        names = (row[kind] for row in rows if row["segmentation"] is not None for kind in PICTURES if kind in row)
+        return {name for name in names if PICTURE_NAME.fullmatch(name)}
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{index}: not written by this command; name another folder with --out") from None
 
 

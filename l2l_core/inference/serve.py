@@ -6,11 +6,14 @@ The only file that uses gradio (the extra `serve`). It runs on one machine, for 
 from __future__ import annotations
 
 import html
+import ipaddress
 import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -26,7 +30,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import LIVE_BACKENDS, Params
 from l2l_core.core.images import FORMATS, read_image
 from l2l_core.core.masks import BoolMask, decode_rle
-from l2l_core.datasets.index import turned_note
+from l2l_core.datasets.index import MAX_SENTENCE, turned_note
 from l2l_core.errors import ConfigError, InputError, L2LError
 from l2l_core.inference.predict_files import (
     PairList,
@@ -55,6 +59,12 @@ KEEP_S = 600
 GOODBYE_S = 2
 """Seconds for browsers to close their connections when the server ends; a page keeps one open."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+UPLOADS = 20
+"""Largest uploads that fit into the folder of uploads and pictures at one time."""
+QUEUE = 20
+"""Requests that may wait; one is computed at a time."""
+REQUEST_OVERHEAD = 1 << 16
+"""Bytes of a request around an upload."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,71 @@ class DemoSession:
         return [read, *(f"{response['status']}: {response['raw_text']}" for response in responses)]
 
 
+@dataclass(frozen=True)
+class Guard:
+    """An ASGI application that refuses requests before another one reads them.
+
+    Refused are the names of other hosts, which a page of another site can point at this machine (DNS rebinding); bodies
+    above `max_bytes` or of unstated length; and new requests while `folder` holds UPLOADS * max_bytes.
+    """
+
+    app: Any
+    host: str  # that the server listens at
+    folder: Path
+    max_bytes: int
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one connection, as ASGI defines it."""
+        if scope["type"] not in ("http", "websocket") or not (refused := self._refuses(scope)):
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        status, reason = refused
+        headers = [(b"content-type", b"text/plain; charset=utf-8")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": reason.encode()})
+
+    def _refuses(self, scope: Any) -> tuple[int, str] | None:
+        """Status and reason if the request is refused."""
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if not self.knows(headers.get(b"host", "")):
+            return 403, "unknown host: open the page by the address that l2l serve printed"
+        if scope.get("method", "GET") in ("GET", "HEAD", "OPTIONS"):
+            return None
+        length = headers.get(b"content-length", "")
+        if not length.isdecimal():
+            return 411, "a request without Content-Length"
+        if int(length) > self.max_bytes + REQUEST_OVERHEAD:
+            return 413, f"more than {self.max_bytes // 2**20} MB (--max-mb)"
+        if self._stored_bytes() > UPLOADS * self.max_bytes:
+            return 503, f"too many uploads; they are deleted after {2 * KEEP_S // 60} minutes"
+        return None
+
+    def _stored_bytes(self) -> int:
+        """Size of the folder, without what gradio has left there too long."""
+        stored, oldest = 0, time.time() - 2 * KEEP_S
+        for path in self.folder.rglob("*"):
+            with suppress(FileNotFoundError):  # deleted by gradio at the same time
+                found = path.stat()
+                if stat.S_ISREG(found.st_mode) and found.st_mtime < oldest:
+                    path.unlink()
+                elif stat.S_ISREG(found.st_mode):
+                    stored += found.st_size
+        return stored
+
+    def knows(self, host: str) -> bool:
+        """Whether a Host header names this machine: by an IP address, its own name, or that of --host."""
+        with suppress(ValueError):  # neither a host with a port, nor an IP address
+            name = urlsplit(f"//{host}").hostname or ""
+            if name in ("localhost", self.host.lower(), socket.gethostname().lower()):
+                return True
+            ipaddress.ip_address(name)
+            return True
+        return False
+
+
 def require_gradio() -> None:
     """Raise ConfigError if gradio is not installed."""
     if not find_spec("gradio"):
@@ -147,7 +222,8 @@ def open_page(open_session: Callable[[], DemoSession], host: str, port: int) -> 
         raise InputError(f"serve: cannot listen at {host}:{port}: {error.strerror}; try another --port") from None
     with listener, tempfile.TemporaryDirectory(prefix="l2l-serve-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # gradio reads it on import
-        app = _make_app(open_session(), Path(folder))
+        session = open_session()
+        app = Guard(_make_app(session, Path(folder)), host, Path(folder), session.max_mb * 2**20)
         if host not in LOCAL_HOSTS:
             print(f"warning: --host {host}: whoever reaches this machine can use the page", file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
@@ -219,7 +295,9 @@ def _make_app(session: DemoSession, folder: Path) -> Any:
             )
             overlay = _picture(gr, "Mask")
         with gr.Row(equal_height=True):
-            sentence = gr.Textbox(label="Sentence", placeholder="the dog on the left", max_lines=1, scale=4)
+            sentence = gr.Textbox(
+                label="Sentence", placeholder="the dog on the left", max_lines=1, max_length=MAX_SENTENCE, scale=4
+            )
             button = gr.Button("Find it", variant="primary")
             download = gr.DownloadButton("Download the mask (PNG)")
         with gr.Row(visible=session.with_priors):
@@ -230,6 +308,7 @@ def _make_app(session: DemoSession, folder: Path) -> Any:
         outputs = [words, prior, proposal, overlay, download]
         asking = [button.click, sentence.submit]
         gr.on(asking, respond, [image, sentence], outputs, api_name="segment", concurrency_limit=1)
+    page.queue(max_size=QUEUE)
     # gradio's own handler would open the file and raise its own error if it is no image.
     image.preprocess = lambda upload: upload and upload.path
     app = gr.mount_gradio_app(

@@ -99,7 +99,7 @@ class TransformersDetector:
 def find_family(name: str) -> _Family:
     """Hub id or folder -> the family of the model. Raises ConfigError if it is not a detector that this file knows."""
     with _loading(name):
-        kind: str = AutoConfig.from_pretrained(name).model_type
+        kind: str = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if kind not in _FAMILIES:
         raise ConfigError(
             f"params.yaml: priors.model: got {name!r}, a model of type {kind!r}, expected a detector of type "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,11 +15,11 @@ from typing import Any
 import requests as http
 from PIL import Image
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import NewConnectionError
+from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import Retry
 
 from l2l_core.config import PriorsParams
-from l2l_core.errors import ConfigError, InputError
+from l2l_core.errors import ConfigError, InputError, redacted
 from l2l_core.mllm.engine import Completion, Request
 
 BACKOFF_S = 1.0
@@ -25,6 +27,10 @@ BACKOFF_S = 1.0
 PASSING = (408, 429, 500, 502, 503, 504)
 """Statuses that a retry may resolve: timeout, too many requests, server errors."""
 KEY_VARIABLE = "OPENAI_API_KEY"
+RESPONSE_BYTES = 1 << 24
+"""Largest response: far more than a model writes, and little memory."""
+MAX_TOKENS = 10**8
+"""More than any request has; the sum over all attempts fits into the table."""
 
 
 class OpenAIEngine:
@@ -50,8 +56,8 @@ class OpenAIEngine:
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=engine.concurrency, max_retries=retry)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, adapter)
-        if KEY_VARIABLE in os.environ:
-            self._session.headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
+        if key := api_key():
+            self._session.headers["Authorization"] = f"Bearer {key}"
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Send `priors.engine.concurrency` requests at a time; mark those that the server rejects or never completes.
@@ -64,7 +70,9 @@ class OpenAIEngine:
 
     def _query(self, request: Request, image_url: str) -> Completion:
         try:
-            response = self._session.post(self._url, json=self._body(request, image_url), timeout=self._timeout_s)
+            query = self._body(request, image_url)
+            with self._session.post(self._url, json=query, timeout=self._timeout_s, stream=True) as response:
+                body = _receive(response, time.monotonic() + self._timeout_s)
         except http.ConnectionError as error:
             reason = getattr(error.args[0], "reason", None) if error.args else None
             if isinstance(reason, NewConnectionError):
@@ -73,16 +81,16 @@ class OpenAIEngine:
                     "Stored responses are kept: rerun to resume"
                 ) from None
             return Completion("", failure=type(reason or error).__name__)
-        except http.RequestException as error:
+        except (http.RequestException, HTTPError) as error:
             return Completion("", failure=type(error).__name__)
         if response.status_code in (401, 403, 404):
             raise ConfigError(
                 f"{self._url}: HTTP {response.status_code} for priors.model {self._model!r}: "
-                f"{' '.join(response.text.split())[:200]}; check model, server_url and {KEY_VARIABLE}"
+                f"{' '.join(body.decode(errors='replace').split())[:200]}; check model, server_url and {KEY_VARIABLE}"
             )
         if response.status_code != 200:
             return Completion("", failure=f"HTTP {response.status_code}")
-        return _read(response)
+        return _read(body)
 
     def _body(self, request: Request, image_url: str) -> dict[str, Any]:
         content = [
@@ -102,18 +110,43 @@ class OpenAIEngine:
         return body
 
 
-def _read(response: http.Response) -> Completion:
+def api_key() -> str:
+    """The key in OPENAI_API_KEY; empty if there is none. Raises ConfigError if no HTTP header can hold it."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{KEY_VARIABLE}: it holds characters that no key has; copy it again")
+    return key
+
+
+def _receive(response: http.Response, deadline: float) -> bytes:
+    """The whole body. A server may send it byte by byte or without end: raises Timeout and ContentDecodingError."""
+    body = bytearray()
+    while piece := response.raw.read1(RESPONSE_BYTES, decode_content=True):
+        body += piece
+        if len(body) > RESPONSE_BYTES:
+            raise http.exceptions.ContentDecodingError
+        if time.monotonic() > deadline:
+            raise http.Timeout
+    return bytes(body)
+
+
+def _read(body: bytes) -> Completion:
     """Text and token counts of a chat completion; a body of another form is a failure."""
     try:
-        body = response.json()
-        usage = body.get("usage") or {}
+        response = json.loads(body)
+        usage = response.get("usage") or {}
         return Completion(
-            text=str(body["choices"][0]["message"]["content"] or ""),
-            prompt_tokens=int(usage.get("prompt_tokens", 0)),
-            completion_tokens=int(usage.get("completion_tokens", 0)),
+            text=redacted(str(response["choices"][0]["message"]["content"] or "")),
+            prompt_tokens=_count(usage.get("prompt_tokens")),
+            completion_tokens=_count(usage.get("completion_tokens")),
         )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return Completion("", failure="not a chat completion")
+
+
+def _count(tokens: object) -> int:
+    """A number of tokens as a server states it; 0 if it cannot be one."""
+    return tokens if type(tokens) is int and 0 <= tokens <= MAX_TOKENS else 0
 
 
 class _DataUrls:

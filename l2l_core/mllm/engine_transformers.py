@@ -43,8 +43,9 @@ class TransformersEngine:
             "priors.engine.tensor_parallel GPUs for each model"
         )
         with Loading("priors.model", str(name), expected, smaller):
-            self._processor = AutoProcessor.from_pretrained(name)
-            self._model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(self._device).eval()
+            self._processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+            self._model = model.to(self._device).eval()
         crops = getattr(getattr(self._processor, "image_processor", None), "do_center_crop", False)
         if crops and scale_of(resolve_coord_space(str(name), params.coord_space)) != "unit_square":
             raise ConfigError(

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from l2l_core.artifacts import records
 from l2l_core.config import LIVE_BACKENDS, PriorsParams
+from l2l_core.core.files import move_aside
 from l2l_core.core.memory import available_bytes
 from l2l_core.core.progress import LOG_INTERVAL_S
 from l2l_core.core.threads import thread_count
-from l2l_core.errors import ConfigError, InputError
+from l2l_core.errors import ArtifactError, ConfigError, InputError
 from l2l_core.mllm.backend import PriorBackend, Question, RawResponse, clean_text
 from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.mllm.detector import Detector, DetectorBackend
@@ -152,7 +153,7 @@ def query_all(make: MakeBackend, questions: Sequence[Question], folder: Path, pa
     """
     size = params.engine.chunk_size
     chunks = [_Chunk(questions[start : start + size], folder) for start in range(0, len(questions), size)]
-    waiting = [chunk for chunk in chunks if not chunk.path.exists()]
+    waiting = [chunk for chunk in chunks if not chunk.is_stored()]
     queried = sum(len(chunk.questions) for chunk in waiting)
     stored = len(questions) - queried
     in_log = not sys.stderr.isatty()
@@ -189,6 +190,22 @@ class _Chunk:
     def path(self) -> Path:
         """Named after the questions: other chunk sizes or sentences give another file."""
         return self.folder / f"{hashlib.sha256(repr(list(self.questions)).encode()).hexdigest()[:24]}.parquet"
+
+    def is_stored(self) -> bool:
+        """Whether all its responses are stored. A torn file, or one with other rows, is moved aside with a note."""
+        if not self.path.exists():
+            return False
+        expected = sorted((question.sent_id, question.sample_index) for question in self.questions)
+        try:
+            stored = records.read_table(self.path, records.RESPONSES)
+            rows = zip(stored["sent_id"].to_pylist(), stored["sample_index"].to_pylist(), strict=True)
+            reason = "" if sorted(rows) == expected else "not the expected rows"
+        except ArtifactError:
+            reason = "torn"
+        if reason:
+            moved = move_aside(self.path)
+            print(f"note: {self.path}: {reason}, moved to {moved.name}; querying again", file=sys.stderr)
+        return not reason
 
 
 @dataclass(frozen=True)

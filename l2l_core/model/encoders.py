@@ -78,7 +78,7 @@ def make_image_encoder(name: str) -> PreTrainedModel:
     with _loading("image_encoder", name, "an image backbone"):
         if name == LITE0:
             return pretrained_lite0(packaged_file(name))
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config.model_type == "timm_wrapper":
             return _timm_backbone(name, config.architecture)
         config.out_features = [stage for stage in config.stage_names if stage != "stem"]
@@ -133,12 +133,12 @@ def make_text_encoder(name: str, vocabulary: int, max_tokens: int) -> PreTrained
     if name == TINY:
         return AutoModel.from_config(tiny_text_config(vocabulary, max_tokens))
     with _loading("text_encoder", name, "a text encoder"), source_of(name) as source:
-        return AutoModel.from_pretrained(source, dtype=torch.float32)
+        return AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
 
 
 def blank_encoders(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Image and text encoder with random weights, from the configurations written by `save_encoder_configs`."""
-    image, text = (AutoConfig.from_pretrained(folder / name) for name in ENCODER_FOLDERS)
+    image, text = (AutoConfig.from_pretrained(folder / name, trust_remote_code=False) for name in ENCODER_FOLDERS)
     image_encoder = AutoBackbone.from_config(image, dtype=torch.float32)
     return image_encoder, AutoModel.from_config(text, dtype=torch.float32)
 
@@ -156,7 +156,7 @@ def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
     """
     if name != TINY:
         with _loading("text_encoder", name, "a tokenizer"), source_of(name) as source:
-            return AutoTokenizer.from_pretrained(source)
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     words = {word for text in corpus for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
@@ -181,7 +181,7 @@ def make_tokenizer(name: str, corpus: Iterable[str]) -> PreTrainedTokenizerBase:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer written by `save_pretrained`."""
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _loading(key: str, name: str, what: str) -> Loading:

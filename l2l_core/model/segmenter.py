@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from l2l_core.config import ModelParams, ProposalsParams
+from l2l_core.core.files import file_sha256
 from l2l_core.data.pairs import Batch
-from l2l_core.errors import ArtifactError, ConfigError
+from l2l_core.errors import DOCTOR, ArtifactError, ConfigError
 from l2l_core.model.decoder import Decoder
 from l2l_core.model.encoders import (
     TINY,
@@ -74,6 +74,18 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
     Use it for the backward pass too: recomputed activations must come from the same kernels.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def has_intact_weights(folder: Path) -> bool:
+    """Whether a model folder has the weights whose digest its config.json states; True if it states none."""
+    try:
+        stated = json.loads((folder / "config.json").read_bytes()).get("sha256")
+    except FileNotFoundError:
+        return True  # not a folder that `Segmenter.save` wrote
+    except (OSError, ValueError, AttributeError):
+        return False
+    weights = folder / "model.safetensors"
+    return stated is None or (weights.is_file() and file_sha256(weights) == stated)
 
 
 class Segmenter(nn.Module):
@@ -133,6 +145,7 @@ class Segmenter(nn.Module):
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             found, passes = config.pop("format", None), int(config.pop("passes", cls.num_passes))
             proposals, precision = config.pop("proposals", None), config.pop("precision", None)
+            config.pop("sha256", None)
             precision_setting = config.pop("precision_setting", cls.precision_setting)
             if found != FORMAT:
                 raise ValueError(f"config.json: format: got {found!r}, expected {FORMAT}; train it again")
@@ -141,8 +154,13 @@ class Segmenter(nn.Module):
             network.num_passes, network.precision, network.precision_setting = passes, precision, precision_setting
             network.proposals = None if proposals is None else ProposalsParams.model_validate(proposals)
             network.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise ArtifactError(f"{folder}: no usable model: {' '.join(str(error).split())[:300]}") from None
+            if not has_intact_weights(folder):
+                raise ValueError(f"model.safetensors differs from its digest in config.json; {DOCTOR}")
+        except MemoryError:
+            raise
+        except Exception as error:  # of a damaged configuration or tokenizer, the libraries raise many types
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ArtifactError(f"{folder}: no usable model: {reason}") from None
         return network
 
     def save(self, folder: str | Path, proposals: ProposalsParams | None = None) -> None:
@@ -153,9 +171,11 @@ class Segmenter(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
+        weights = folder / "model.safetensors"
+        save_file(state, weights)
         config = {"format": FORMAT} | self.params.model_dump() | {"passes": self.num_passes}
         config |= {"precision": self.precision, "precision_setting": self.precision_setting}
+        config |= {"sha256": file_sha256(weights)}
         if (known := proposals or self.proposals) is not None:
             config["proposals"] = known.model_dump()
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

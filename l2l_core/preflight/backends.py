@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import requests as http
@@ -14,9 +13,9 @@ from l2l_core.config import ModelParams, Params, PriorsParams
 from l2l_core.core.device import choose_device, resolve_precision
 from l2l_core.core.device import describe_device as describe
 from l2l_core.datasets.index import shorten
-from l2l_core.errors import ConfigError, InputError
+from l2l_core.errors import ConfigError, InputError, redacted
 from l2l_core.mllm.coords import resolve_coord_space
-from l2l_core.mllm.engine_openai import KEY_VARIABLE
+from l2l_core.mllm.engine_openai import KEY_VARIABLE, api_key
 from l2l_core.mllm.interpreter import has_package
 from l2l_core.mllm.query import make_backend, make_questions, query_table
 from l2l_core.mllm.replay import ReplayBackend, load_recorded
@@ -141,7 +140,7 @@ def _uses_sam(params: Params) -> bool:
 def _query_server(priors: PriorsParams) -> str:
     """Raises InputError if no server responds, ConfigError if it is not compatible or lacks the model."""
     url = f"{priors.engine.server_url.rstrip('/')}/models"
-    key = os.environ.get(KEY_VARIABLE)
+    key = api_key()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         response = http.get(url, headers=headers, timeout=SERVER_TIMEOUT_S)
@@ -160,7 +159,7 @@ def _query_server(priors: PriorsParams) -> str:
     if priors.model not in names:
         there = shorten(names) or "none"
         raise ConfigError(f"params.yaml: priors.model: got {priors.model!r}, but the models at {url} are: {there}")
-    return f"{url} has {priors.model}"
+    return f"{redacted(url)} has {priors.model}"
 
 
 def _check_packages(priors: PriorsParams) -> None:

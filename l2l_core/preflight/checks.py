@@ -19,6 +19,7 @@ from l2l_core.core.memory import available_bytes
 from l2l_core.errors import InputError, L2LError, raise_all
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight import backends, inputs
+from l2l_core.preflight.doctor import refuse_torn_dvc_files
 from l2l_core.preflight.estimate import Costs, Sizes, Stage, checkpoint_bytes, plan
 from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
 from l2l_core.preflight.memory import free_gpu_bytes
@@ -96,6 +97,7 @@ def check_repository() -> None:
     try:
         with Repo() as repo:
             repo.scm  # noqa: B018  looks for the Git repository
+            refuse_torn_dvc_files(repo)
     except (DvcException, SCMError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

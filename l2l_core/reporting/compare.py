@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import yaml
 
 from l2l_core.artifacts import records
+from l2l_core.config import read_yaml
 from l2l_core.core.metrics import POSITIVE_IOU, iou_from_px, segmentation_scores
-from l2l_core.errors import ArtifactError, InputError
+from l2l_core.errors import ArtifactError, ConfigError, InputError, redacted
 from l2l_core.evaluation.error_analysis import CHANGED_IOU, RESAMPLES, changes, mean_interval
 from l2l_core.evaluation.evaluate import DISTILLED, PRIOR, SUPERVISED
 from l2l_core.reporting.html import DIFFERENCE, PERCENT, SCORE_NAMES, Table, render_page
@@ -81,10 +81,9 @@ def read_experiment(name: str) -> Experiment:
         try:
             table = records.read_table(folder / records.PER_SENTENCE_PATH, records.PER_SENTENCE)
             refs = records.read_table(folder / records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
-        except ArtifactError as error:
+            metrics, params = records.read_metrics(folder / records.METRICS_PATH), read_yaml(folder / PARAMS_PATH)
+        except (ArtifactError, ConfigError) as error:
             raise InputError(f"compare: {name}: {str(error).replace(f'{folder}/', '')}") from None
-        metrics = json.loads((folder / records.METRICS_PATH).read_text(encoding="utf-8"))
-        params = yaml.safe_load((folder / PARAMS_PATH).read_text(encoding="utf-8"))
     per_sentence = records.to_frame(table).merge(records.to_frame(refs), on="sent_id")
     last_round, version = int(metrics["evaluated_round"]), metrics.get("dataset_version")
     if f"round_{last_round}" not in set(per_sentence["method"]):
@@ -170,11 +169,14 @@ def _below_git_root(files: DVCFileSystem) -> Path:
     return Path.cwd().resolve().relative_to(Path(files.repo.scm.root_dir).resolve())
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+def _flat(section: object, prefix: str = "") -> dict[str, object]:
     """Nested sections as "section.key" -> value."""
     flat: dict[str, object] = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for key, value in section.items() if isinstance(section, dict) else ():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = redacted(value) if isinstance(value, str) else value
     return flat
 
 

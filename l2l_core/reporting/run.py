@@ -30,6 +30,7 @@ from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 from l2l_core.artifacts import records
 from l2l_core.config import Params, load_params
 from l2l_core.errors import InputError, L2LError
+from l2l_core.preflight.doctor import refuse_torn_dvc_files
 from l2l_core.preflight.estimate import Costs, Counts, Sizes, plan
 
 REFERENCE = Costs(
@@ -169,13 +170,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace | None:
 def planned_stages(arguments: Sequence[str]) -> list[str]:
     """Names of the stages that `dvc repro` with these arguments checks, in its order; none if it rejects them.
 
-    Data files that DVC tracks (`.dvc`) have no command to run and are left out.
+    Data files that DVC tracks (`.dvc`) have no command to run and are left out. Raises InputError if a file of DVC is
+    torn.
     """
     parsed = _parse(arguments)
     if parsed is None:
         return []
     try:
         with Repo() as repo:
+            refuse_torn_dvc_files(repo)
             graph = get_active_graph(repo.index.graph)
             targets = parsed.targets or ["dvc.yaml"]
             stages = None if parsed.all_pipelines else collect_stages(repo, targets, parsed.recursive, parsed.glob)

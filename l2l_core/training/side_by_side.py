@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE
 from l2l_core.errors import L2LError
 from l2l_core.model.encoders import TINY
 from l2l_core.model.packaged import PACKAGED
+from l2l_core.model.segmenter import has_intact_weights
 
 POLL_S = 0.1
 PROCESS_BYTES = 3 << 28
@@ -63,11 +65,15 @@ class Training:
 def train_all(
     params: Params, trainings: Mapping[str, Training], index: records.IndexPaths, shares: int | None = None
 ) -> None:
-    """Run named independent trainings on a dataset, in parallel or sequentially. Skip those whose output exists.
+    """Run named independent trainings on a dataset, in parallel or sequentially. Skip those with intact output.
 
     shares: number of equal shares of the threads, of which each training gets one; by default as many as trainings.
     With fewer shares than trainings, the last ones wait until a share is free.
     """
+    for training in trainings.values():
+        if not has_intact_weights(training.output):
+            print(f"note: {training.output}: torn or changed, removed; training anew", file=sys.stderr)
+            shutil.rmtree(training.output)
     missing = {name: training for name, training in trainings.items() if not training.output.exists()}
     for name in trainings:
         if name not in missing:

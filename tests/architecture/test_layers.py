@@ -38,9 +38,13 @@ HEAVY = ("vllm", "gradio")
 
 POLICY = {
     "l2l_core": ["from l2l_core.core.threads import set_thread_policy", "set_thread_policy()"],
-    "stages": ["import l2l_core as l2l_core"],
+    "stages": [
+        "import l2l_core as l2l_core",
+        "from l2l_core.errors import explain_early_errors",
+        "explain_early_errors()",
+    ],
 }
-"""Code that two packages run before any library starts threads."""
+"""Code that two packages run before any library starts threads or fails."""
 
 PACKAGES = {name for name, path in FILES.items() if path.name == "__init__.py"}
 LIBRARY = sorted(name for name in FILES if name.startswith("l2l_core."))

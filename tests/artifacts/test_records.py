@@ -125,3 +125,20 @@ def test_names_an_unreadable_rendering_file(tmp_path, monkeypatch, content):
         records.RENDERING_PATH.write_text(content)
     with pytest.raises(ArtifactError, match=r"data/proposals/rendering\.json: not .*dvc repro"):
         records.read_rendering()
+
+
+def test_no_flipped_bit_is_read_as_another_value(tmp_path):
+    """Every bit of a file, one at a time: the table is refused, or read as it was written."""
+    rows = [{"sent_id": number, "role": ("labeled", "eval")[number % 2]} for number in range(40)]
+    table, path = records.make_table(rows, records.SPLIT), tmp_path / "split.parquet"
+    records.write_table(table, path, records.SPLIT)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, 8 * len(whole), 7):  # every eighth bit of each place in a byte
+        torn = bytearray(whole)
+        torn[place // 8] ^= 1 << (place % 8)
+        path.write_bytes(torn)
+        try:
+            assert records.read_table(path, records.SPLIT).equals(table), place
+        except ArtifactError:
+            refused += 1
+    assert refused > len(whole) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from PIL import Image
 from l2l_core.config import load_params
 from l2l_core.core import images
 from l2l_core.core.images import ImageFile, inspect_images, is_turned, read_image, visible
+from l2l_core.core.mask_forms import read_mask
 from l2l_core.data.pairs import ImageStore
 from l2l_core.errors import InputError
 from l2l_core.inference.predict_files import pairs_of_paths
@@ -209,3 +211,23 @@ def test_skips_hidden_files(tmp_path):
     for name in ("b.jpg", "a.jpg", "._a.jpg", ".DS_Store"):
         (tmp_path / name).touch()
     assert [path.name for path in visible(tmp_path.iterdir())] == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a\0b.png", "", "."])
+def test_every_entry_refuses_impossible_names(name: str) -> None:
+    (found,) = inspect_images([Path(name)], 1)
+    assert isinstance(found, str)
+    with pytest.raises(InputError):
+        read_image(Path(name))
+
+
+def test_every_entry_refuses_pipes_and_devices(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        (found,) = inspect_images([path], 1)
+        assert str(found).endswith("not a regular file")
+        with pytest.raises(InputError, match="not a regular file"):
+            read_image(path)
+        assert images.header_hw(path) is None
+        with pytest.raises(ValueError, match="not a readable PNG: not a regular file"):
+            read_mask(str(path), Path(), 40, 50)

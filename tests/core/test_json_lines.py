@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,19 @@ def test_reports_broken_utf_16_in_one_line(tmp_path: Path) -> None:
 def test_refuses_a_line_that_is_not_a_json_object(line: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         json_object(line)
+
+
+def test_refuses_a_pipe_a_device_and_a_folder(tmp_path: Path) -> None:
+    """Reading the first would wait for ever, reading the second would never end."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path, kind in ((tmp_path / "pipe.jsonl", "not a regular file"), (Path("/dev/zero"), "not a regular file")):
+        with pytest.raises(InputError, match=rf"{path}: {kind}, expected a file$"):
+            numbered_lines(path)
+    with pytest.raises(InputError, match=r": a folder, expected a file$"):
+        numbered_lines(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_reports_impossible_names_in_one_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"cannot be read: [^\n]*$"):
+        numbered_lines(tmp_path / name)

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from l2l_core.core.masks import (
+    MAX_EDGES_PX,
     cut_proposal,
     decode_rle,
     encode_rle,
@@ -206,11 +207,35 @@ NAN, INF = float("nan"), float("inf")
         ({"size": [5, 6], "counts": "O"}, "add up to 30"),  # -1
         ({"size": [5, 6], "counts": "6"}, "add up to 30"),  # 6
         ({"size": [5, 6], "counts": "oooooooo0"}, "longer than any image"),
+        ([[-6, 0, 12, 4] * 100_000], "the edges of the polygons are 3800000 px long, expected at most 2097152"),
+        ([[-6, 0, 12, 4] * 100] * 1000, "the edges of the polygons are 3800000 px long, expected at most 2097152"),
     ],
 )
 def test_refuses_malformed_segmentations(segmentation, message):
     with pytest.raises(ValueError, match=message):
         segmentation_to_rle(segmentation, 5, 6)
+
+
+@pytest.mark.parametrize("hw", [(10**6, 10**6), (2**16, 2**16), (2**31, 2), (0, 5), (3, 0)])
+@pytest.mark.parametrize("form", ["polygon", "runs"])
+def test_refuses_sizes_that_native_code_cannot_count(hw, form):
+    """pycocotools multiplies height and width as 32-bit integers and writes where the result points."""
+    height, width = hw
+    runs = {"size": [height, width], "counts": [2**31] * (height * width // 2**31)}
+    with pytest.raises(ValueError, match="expected 1 to 134217728 pixels"):
+        segmentation_to_rle([[0, 0, 1, 0, 1, 1]] if form == "polygon" else runs, height, width)
+
+
+def test_draws_an_outline_of_the_longest_permitted_length():
+    """A zigzag over the whole image, as long as native code is trusted with: it still ends, and in the same mask."""
+    height, width = 64, 1000
+    there_and_back = [0, 10, width, 10, width, 20, 0, 20]
+    once = segmentation_to_rle([there_and_back], height, width)
+    edges = sum((width + 1, 11, width + 1, 11))
+    times = MAX_EDGES_PX // edges
+    assert segmentation_to_rle([there_and_back] * times, height, width) == once
+    with pytest.raises(ValueError, match="edges of the polygons"):
+        segmentation_to_rle([there_and_back] * (times + 1), height, width)
 
 
 def characters(number: int) -> str:

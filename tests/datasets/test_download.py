@@ -8,10 +8,12 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import threading
 import zipfile
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -388,3 +390,54 @@ def test_fetch_command_writes_below_data(server, tmp_path, monkeypatch, capsys):
     assert said.out.startswith(f"fetch: data/refcoco+: from {server.address}/refcoco+.zip, sha256 ")
     assert "error: data/refcoco+: is there, but DVC cannot track it: " in said.err
     assert contents(tmp_path / "data" / "refcoco+").keys() == {*FILES, "archive.json"}
+
+
+def odd_server(response: bytes) -> socket.socket:
+    """A server that answers every connection with these bytes."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(response)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return listener
+
+
+RANGE_ERROR = b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Range: bytes */7\r\nContent-Length: 0\r\n\r\n"
+ODD = {
+    "416 for everything": RANGE_ERROR,
+    "416 without a range": b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\n\r\n",
+    "a length that is no number": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nx",
+    "a negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nx",
+    "a length of thousands of digits": b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\nx",
+    "no HTTP": b"SSH-2.0\r\n",
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("stored", [b"", b"partial"])
+def test_gives_up_on_odd_replies_in_one_message(tmp_path, monkeypatch, case, stored):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    listener = odd_server(ODD[case])
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/good.zip"
+    target, scratch = tmp_path / "refcoco", tmp_path / "scratch"
+    scratch.mkdir()
+    name = f"refcoco-{hashlib.sha256(address.encode()).hexdigest()[:8]}.part"
+    (scratch / name).write_bytes(stored)
+    with listener, pytest.raises(InputError, match=r"no source gives refcoco\.zip|GB are needed"):
+        fetch(Archive("refcoco", (address,), "refcoco", "", SPLITS), target, scratch, None, None)
+    assert not target.exists()
+
+
+def test_messages_hide_the_password_of_a_mirror(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    listener = odd_server(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+    mirror = f"http://me:hunter22@127.0.0.1:{listener.getsockname()[1]}"
+    with listener, pytest.raises(InputError, match=r"http://\*\*\*@127") as caught:
+        fetch(Archive("refcoco", (), "refcoco", "", SPLITS), tmp_path / "refcoco", tmp_path / "scratch", mirror, None)
+    assert "hunter22" not in str(caught.value)

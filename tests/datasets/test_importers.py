@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -877,3 +879,48 @@ def test_warns_about_a_photo_with_an_exif_rotation_and_no_mask(folder, monkeypat
     write("export.json", [task("photos/d.jpg", "the cup", [])])
     assert call(monkeypatch, "import", *LABEL_STUDIO, "--out", "mine") == 0
     assert "1 image(s): an EXIF tag turns photos/d.jpg; pixels are used as stored" in capsys.readouterr().err
+
+
+# --- stated sizes and impossible names
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_stated_size_takes_no_memory(folder, monkeypatch, capsys, count):
+    """A file of a kilobyte states 89 megapixels; its image, as usual, has a few thousand."""
+    side = 9000
+    shapes = [TRIANGLE, {**CIRCLE, "points": [[20, 20], [5000, 20]]}, RECTANGLE] * count
+    write("photos/a.json", labelme(shapes, imageHeight=side, imageWidth=side))
+    tracemalloc.start()
+    is_refused(monkeypatch, capsys, *LABELME, words=["size: got 9000x9000, but photos/a.png has 60x40 px"])
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_a_stated_size_takes_no_memory_in_label_studio(folder, monkeypatch, capsys):
+    ellipse = {"x": 50, "y": 50, "radiusX": 50, "radiusY": 50}
+    region = {"type": "ellipse", "original_height": 9000, "original_width": 9000, "value": ellipse}
+    export = write("export.json", [task("a.png", "cup", [region])])
+    tracemalloc.start()
+    words = ["task 1: size: got 9000x9000, but photos/a.png has 60x40 px"]
+    is_refused(monkeypatch, capsys, "label-studio", export, "--images", "photos", words=words)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a\0b.png", "photos", ""])
+def test_refuses_impossible_image_names_in_one_line(folder, monkeypatch, capsys, name):
+    write("photos/a.json", labelme([TRIANGLE], imagePath=name))
+    is_refused(monkeypatch, capsys, *LABELME, words=["a.json"])
+    document = instances()
+    document["images"][0]["file_name"] = name
+    command = ("coco", write("instances.json", document), write("s.json", SENTENCES), "--images", "photos")
+    is_refused(monkeypatch, capsys, *command, words=["entry 1"])
+    export = write("export.json", [task(name, "cup")])
+    is_refused(monkeypatch, capsys, "label-studio", export, "--images", "photos", words=["task 1"])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_refuses_special_files_in_one_line(folder, monkeypatch, capsys, kind):
+    os.mkfifo("x.json") if kind == "pipe" else Path("x.json").mkdir()
+    for command in (("coco", "x.json", "--generate-sentences"), ("label-studio", "x.json")):
+        is_refused(monkeypatch, capsys, *command, "--images", "photos", words=["x.json", "expected a file"])

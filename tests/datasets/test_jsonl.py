@@ -145,6 +145,11 @@ BAD_LINES = {
     "a folder": (B | {"image": "photos"}, r"line 2: image .*photos: not a regular file"),
     "no image": ({"sentence": "dog"}, r"line 2: image: missing, expected a text"),
     "no sentence": ({"image": "photos/b.jpg"}, r"line 2: sentence: missing, expected a text"),
+    "long sentence": (B | {"sentence": "a" * 2001}, r"line 2: sentence: 2001 characters, expected at most 2000"),
+    "null byte in a name": (B | {"image": "a\0b.png"}, r"line 2: image .*: cannot be read: embedded null byte"),
+    "name of 300 characters": (B | {"image": "x" * 300}, r"line 2: image .*: cannot be read: .*File name too long"),
+    "null byte in a mask's name": (B | {"mask": "a\0b.png"}, r"line 2: mask: .* is not a readable PNG"),
+    "deep mask": (B | {"mask": json.loads("[" * 900 + "]" * 900)}, r"line 2: mask: "),
     "no words": (B | {"sentence": "..."}, r"line 2: sentence '\.\.\.' has no words"),
     "half a character": (B | {"sentence": "a \ud800"}, r"line 2: sentence: got 'a \\ud800'"),
     "unknown key": (

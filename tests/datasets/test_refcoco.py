@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -504,3 +505,44 @@ def test_bad_input_exits_with_code_2_and_leaves_no_files(tiny_refcoco, tmp_path,
     assert exit_code(ingest.main) == 2
     assert "photo_3.jpg" in capsys.readouterr().err
     assert [path.name for path in project.iterdir()] == ["params.yaml"]
+
+
+def refused_reason(folder, content: bytes) -> str:
+    (folder / "refs(unc).p").write_bytes(content)
+    with pytest.raises(InputError, match=r"refs\(unc\)\.p: ") as caught:
+        read_refcoco(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_reads_tuples_as_lists(tiny_refcoco):
+    as_lists = read_refcoco(tiny_refcoco.folder).refs
+    for protocol in range(5):
+        refs = tuple({**ref, "sentences": tuple(ref["sentences"])} for ref in tiny_refcoco.refs)
+        (tiny_refcoco.folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol))
+        assert read_refcoco(tiny_refcoco.folder).refs.equals(as_lists)
+
+
+def test_small_pickles_take_little_memory(tiny_refcoco):
+    """Python's reader in C takes 16 GiB for the first and the stated size for the second, before it reads on."""
+    remembers = b"]" + pickle.LONG_BINPUT + (2**31 - 1).to_bytes(4, "little") + b"."
+    states = b"\x80\x05" + pickle.BYTEARRAY8 + (2**34).to_bytes(8, "little") + b"x."
+    for content in (remembers, states):
+        tracemalloc.start()
+        refused_reason(tiny_refcoco.folder, content)
+        assert tracemalloc.get_traced_memory()[1] < 1e7
+        tracemalloc.stop()
+
+
+def test_deep_and_endless_pickles_are_refused(tiny_refcoco):
+    """A nested tuple as a key overflows the C stack when it is hashed; a set has such keys too."""
+    deep_key = b"}" + b")" + b"\x85" * 200_000 + b"Ns."
+    assert "unhashable" in refused_reason(tiny_refcoco.folder, deep_key)
+    assert "a set or a byte array" in refused_reason(tiny_refcoco.folder, pickle.dumps([frozenset([1])], 4))
+    bomb = ["x"]
+    for _ in range(60):
+        bomb = [bomb, bomb]
+    endless: list[object] = [1]
+    endless.append(endless)
+    for rows in (bomb, [bomb], [{"ref_id": bomb}], endless, [{"ref_id": endless}]):
+        assert "expected" in refused_reason(tiny_refcoco.folder, pickle.dumps(rows))

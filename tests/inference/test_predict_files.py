@@ -519,3 +519,35 @@ def test_a_projects_sam_takes_the_place_of_the_trained_one():
     assert predict_files.with_trained_proposals(moved, by_sam).proposals.model == "models/moved"
     unnamed = toy_params(priors={"backend": "openai"})
     assert predict_files.with_trained_proposals(unnamed, by_sam).proposals == by_sam
+
+
+# --- two calls at once, and an index that was changed
+
+
+def test_refuses_a_folder_that_another_call_is_writing(run, monkeypatch, capsys):
+    """The pictures of the call that ends first would stay without an entry in the index of the other."""
+    with predict_files.predictions_folder(run / "predictions"):
+        assert call(monkeypatch, "predict", "images/000.png", "the dot") == 2
+    assert re.fullmatch(
+        r"error: --out: another process writes into .*/predictions; wait for it, or name another folder\n",
+        capsys.readouterr().err,
+    )
+    assert call(monkeypatch, "predict", "images/000.png", "the dot") == 0
+    (line,) = lines_of(run / "predictions")
+    names = {"predictions.jsonl", line["mask"], line["overlay"]}
+    assert {path.name for path in (run / "predictions").iterdir()} == names
+    assert not list(run.glob(".predictions*"))
+
+
+@pytest.mark.parametrize("name", ["..", ".", "mine.txt", "sub/0000_a_b.mask.png", "", 7, None, "0000_\0.mask.png"])
+def test_removes_only_pictures_of_an_earlier_call(run, monkeypatch, name):
+    out = run / "predictions"
+    (out / "sub").mkdir(parents=True)
+    for mine in ("mine.txt", "sub/0000_a_b.mask.png", "0007_a_b.mask.png"):
+        (out / mine).write_text("mine")
+    rows = [{"segmentation": {}, "mask": name, "overlay": "0007_a_b.mask.png"}]
+    (out / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    is_text = isinstance(name, str)
+    assert call(monkeypatch, "predict", "images/000.png", "the dot") == (0 if is_text else 2)
+    assert (out / "mine.txt").read_text() == (out / "sub/0000_a_b.mask.png").read_text() == "mine"
+    assert (out / "0007_a_b.mask.png").exists() != is_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,7 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -191,6 +193,7 @@ REFUSED = {
     "no image": (None, "dot", "image: none, expected an upload"),
     "no word": ("own.png", " ?", r"sentence: got ' \?', expected at least one word"),
     "bytes": ("large.png", "dot", r"image: 1\.\d MB, expected at most 1 MB \(--max-mb\)"),
+    "a long sentence": ("own.png", "a" * 2001, "sentence: 2001 characters, expected at most 2000"),
     "pixels": ("wide.png", "dot", "image: more than 40 megapixels; make it smaller"),
     "text": ("text.png", "dot", "text.png: corrupt, or not one of JPEG"),
 }
@@ -223,6 +226,73 @@ def test_refuses_a_port_in_use_in_one_line(
         port = other.getsockname()[1]
         assert call(monkeypatch, "serve", "--port", port) == 2
     assert re.fullmatch(rf"error: serve: cannot listen at 127\.0\.0\.1:{port}: .*--port\n", capsys.readouterr().err)
+
+
+# --- what is refused before the page sees it
+
+
+def status_of(guard: serve.Guard, method: str = "POST", **headers: str) -> int:
+    """The status with which a guard refuses a request; 200 if it passes it on."""
+    sent: list[dict[str, object]] = []
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    named = {"host": "127.0.0.1:7860", "content-length": "10"} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
+    scope = {"type": "http", "method": method, "headers": [(k.encode(), v.encode("latin-1")) for k, v in named.items()]}
+    asyncio.run(guard(scope, None, send))
+    return int(str(sent[0]["status"]))
+
+
+@pytest.fixture
+def guard(tmp_path: Path) -> serve.Guard:
+    async def passed(scope: object, receive: object, send: Callable[[object], Awaitable[None]]) -> None:
+        await send({"status": 200})
+
+    return serve.Guard(passed, "127.0.0.1", tmp_path, 2**20)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:7860", 200),
+        ("[::1]:7860", 200),
+        ("192.0.2.7", 200),
+        ("LOCALHOST", 200),
+        (socket.gethostname(), 200),
+        ("evil.example", 403),
+        ("evil.example:7860", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("127.0.0.1@evil.example", 403),
+        ("[evil", 403),
+        ("", 403),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_answers_only_to_the_names_of_this_machine(guard: serve.Guard, host: str, status: int, method: str) -> None:
+    """A page of another site can point its own name at this machine (DNS rebinding)."""
+    assert status_of(guard, method, host=host) == status
+
+
+@pytest.mark.parametrize(
+    ("length", "status"), [("1048576", 200), ("1200000", 413), ("", 411), ("-1", 411), ("1e3", 411)]
+)
+def test_refuses_large_requests_and_those_of_unstated_size(guard: serve.Guard, length: str, status: int) -> None:
+    assert status_of(guard, content_length=length) == status
+    assert status_of(guard, "GET", content_length=length) == 200
+
+
+def test_refuses_requests_while_the_upload_folder_is_full(guard: serve.Guard) -> None:
+    for number in range(serve.UPLOADS + 1):
+        (guard.folder / f"{number}.png").write_bytes(b"0" * 2**20)
+    assert status_of(guard) == 503
+    assert status_of(guard, "GET") == 200
+    long_ago = time.time() - 3 * serve.KEEP_S
+    os.utime(guard.folder / "0.png", (long_ago, long_ago))
+    assert status_of(guard) == 200
+    assert not (guard.folder / "0.png").exists()
 
 
 # --- the page
@@ -282,6 +352,11 @@ def test_refuses_a_large_upload(server: Server, run: Path) -> None:
     for name, status in (("own.png", 200), ("large.png", 413)):
         with (run / name).open("rb") as file:
             assert requests.post(address, files={"files": file}, timeout=60).status_code == status
+
+
+def test_page_answers_only_to_the_names_of_this_machine(server: Server) -> None:
+    for host, status in (("127.0.0.1", 200), ("evil.example", 403)):
+        assert requests.get(server.url, headers={"Host": host}, timeout=60).status_code == status
 
 
 def test_refuses_to_read_server_files(server: Server, run: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -148,3 +151,71 @@ def test_an_unreachable_server_stops_the_run() -> None:
         port = free.getsockname()[1]
     with pytest.raises(InputError, match=r"no server listens there; .*priors\.engine\.server_url.*rerun to resume"):
         engine(f"http://127.0.0.1:{port}/v1").generate([request("cup")])
+
+
+# --- servers that misbehave
+
+
+def test_a_server_that_repeats_the_key_does_not_get_it_printed(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1234567890")
+    stub.respond = lambda *_: (401, b"bad key Bearer sk-1234567890")
+    with pytest.raises(ConfigError, match=r"bad key Bearer \*\*\*; check model") as caught:
+        engine(stub.url.replace("http://", "http://me:hunter22@")).generate([request("cup")])
+    assert not {"sk-1234567890", "hunter22"} & set(re.findall(r"[\w-]+", str(caught.value)))
+    stub.respond = lambda *_: completion("your key is sk-1234567890")
+    assert [done.text for done in engine(stub.url).generate([request("cup")])] == ["your key is ***"]
+
+
+@pytest.mark.parametrize("key", ["sk-\u00e9", "sk-\u20ac", "sk-1\nX: 2"])
+def test_refuses_a_key_that_no_header_can_hold(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY: it holds characters that no key has") as caught:
+        engine("http://127.0.0.1:1/v1")
+    assert key not in str(caught.value)
+
+
+def test_strips_the_line_end_after_a_key(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    engine(stub.url).generate([request("red cup")])
+    assert stub.keys == ["Bearer secret"]
+
+
+@pytest.mark.parametrize("tokens", ["1e999", "1000000000000", "-1", '"many"', "true", "null", "[1]", "NaN"])
+def test_impossible_token_counts_count_as_none(stub: Stub, tokens: str) -> None:
+    body = completion("here", 7, 8)[1].replace(b'"prompt_tokens": 7', f'"prompt_tokens": {tokens}'.encode())
+    stub.respond = lambda *_: (200, body)
+    assert engine(stub.url).generate([request("cup")]) == [Completion("here", 0, 8)]
+
+
+def test_deeply_nested_json_is_not_a_chat_completion(stub: Stub) -> None:
+    stub.respond = lambda *_: (200, b"[" * 1_000_000)
+    assert engine(stub.url).generate([request("cup")]) == [Completion("", failure="not a chat completion")]
+
+
+def test_gives_up_on_an_endless_body(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_openai, "RESPONSE_BYTES", 1000)
+    stub.respond = lambda *_: (200, b" " * 1001 + completion("here")[1])
+    assert engine(stub.url).generate([request("cup")]) == [Completion("", failure="ContentDecodingError")]
+
+
+def test_gives_up_on_a_body_that_drips_past_the_timeout() -> None:
+    """Each byte comes long before a read times out, so without a deadline the request would take an hour."""
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 20)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while not ended.wait(0.02):
+                    with suppress(OSError):
+                        connection.sendall(b" ")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        done = engine(url, timeout_s=0.3, server_retries=0).generate([request("cup")])
+        ended.set()
+        thread.join()
+    assert done == [Completion("", failure="Timeout")]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -408,3 +408,39 @@ def test_cache_key_ignores_engine_and_price_settings(tmp_path: Path) -> None:
     elsewhere = prior_params(engine={"data_parallel": 8, "server_url": "http://other:1/v1"})
     priced = prior_params(prices={"prompt": 1.0, "completion": 2.0})
     assert {query_key(params, index) for params in (elsewhere, priced)} == {query_key(PARAMS, index)}
+
+
+# Torn stored responses
+
+
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:100] + bytes([content[100] ^ 255]) + content[101:]
+
+
+@pytest.mark.parametrize("spoil", [half, flipped, lambda _: b""])
+def test_a_torn_chunk_is_moved_aside_and_queried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[bytes], bytes]
+) -> None:
+    params = prior_params(engine={"chunk_size": 2})
+    whole = query_all(Echo, questions(6), tmp_path, params)
+    torn, *others = sorted(tmp_path.iterdir())
+    torn.write_bytes(spoil(torn.read_bytes()))
+    capsys.readouterr()
+    assert query_all(Echo, questions(6), tmp_path, params).equals(whole)
+    captured = capsys.readouterr()
+    assert f"note: {torn}: torn, moved to {torn.name}.torn; querying again" in captured.err
+    assert "6 responses, 4 of them stored before; 2 queried" in captured.out
+    assert sorted(tmp_path.iterdir()) == sorted([torn, torn.with_name(f"{torn.name}.torn"), *others])
+
+
+def test_a_chunk_with_other_rows_is_queried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    params = prior_params(engine={"chunk_size": 3})
+    whole = query_all(Echo, questions(6), tmp_path, params)
+    first, second = sorted(tmp_path.iterdir())
+    first.write_bytes(second.read_bytes())
+    assert query_all(Echo, questions(6), tmp_path, params).equals(whole)
+    assert f"note: {first}: not the expected rows, moved to" in capsys.readouterr().err

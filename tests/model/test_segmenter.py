@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from toy_pairs import MODEL, rows_of, toy_batches, toy_network, toy_pairs
 
 from l2l_core.data.pairs import Batch
 from l2l_core.errors import ArtifactError
-from l2l_core.model.segmenter import Output, Segmenter
+from l2l_core.model.segmenter import Output, Segmenter, has_intact_weights
 
 
 @pytest.fixture
@@ -201,3 +202,51 @@ def test_pretrained_encoders_use_a_lower_learning_rate(pairs, slow):
     }
     for name, parameter in network.named_parameters():
         assert rates[id(parameter)] == pytest.approx(0.05 if name.startswith(slow) else 0.5), name
+
+
+def test_refuses_weights_with_a_changed_bit(pairs, tmp_path):
+    """safetensors alone reads other numbers."""
+    toy_network(pairs).save(tmp_path / "run")
+    weights = tmp_path / "run/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    assert has_intact_weights(tmp_path / "run")
+    weights.write_bytes(content)
+    assert not has_intact_weights(tmp_path / "run")
+    with pytest.raises(ArtifactError, match=r"run: no usable model: model\.safetensors differs from its digest.*repro"):
+        Segmenter.load(tmp_path / "run")
+
+
+def test_loads_a_model_of_an_earlier_version_without_a_digest(pairs, tmp_path):
+    toy_network(pairs).save(tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("sha256") == hashlib.sha256((tmp_path / "run/model.safetensors").read_bytes()).hexdigest()
+    path.write_text(json.dumps(config))
+    assert Segmenter.load(tmp_path / "run").params == MODEL
+    assert has_intact_weights(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"[]"),
+        ("config.json", b"null"),
+        ("config.json", b'{"format": 3, "passes": "many"}'),
+        ("config.json", b"[" * 100_000),
+        ("tokenizer/tokenizer.json", b"[]"),
+        ("tokenizer/tokenizer.json", b"{}"),
+        ("tokenizer/tokenizer_config.json", b"[]"),
+        ("tokenizer/tokenizer_config.json", b'{"model_max_length": "x", "tokenizer_class": 7}'),
+        ("image_encoder/config.json", b'{"model_type": []}'),
+        ("image_encoder/config.json", b'{"model_type": "resnet", "depths": "x"}'),
+        ("text_encoder/config.json", b'{"model_type": "bert", "hidden_size": -1}'),
+    ],
+)
+def test_refuses_mutated_configurations_in_one_line(pairs, tmp_path, file, content):
+    """transformers and tokenizers raise a dozen types of exceptions for them."""
+    toy_network(pairs).save(tmp_path / "run")
+    (tmp_path / "run" / file).write_bytes(content)
+    with pytest.raises(ArtifactError, match="run: no usable model") as caught:
+        Segmenter.load(tmp_path / "run")
+    assert "\n" not in str(caught.value)

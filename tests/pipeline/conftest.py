@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from tiny_project import TINY, Project, make_project
+
+from bench.tiny_project import TINY, Project, make_project
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_project import ROOT, environment
 
 from bench.params import merged
+from bench.tiny_project import ROOT, environment
 from l2l_core.errors import exit_code
 
 STAGES = {

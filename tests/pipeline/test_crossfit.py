@@ -6,7 +6,8 @@ import sys
 
 import pytest
 from safetensors.numpy import load
-from tiny_project import Project
+
+from bench.tiny_project import Project
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 

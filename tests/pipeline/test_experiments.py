@@ -7,7 +7,8 @@ import io
 import json
 
 import pytest
-from tiny_project import executed
+
+from bench.tiny_project import executed
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_project import ROOT, Project, executed
+
+from bench.tiny_project import ROOT, Project, executed
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 

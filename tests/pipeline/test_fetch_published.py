@@ -9,8 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from tiny_project import Project, executed, make_project
 
+from bench.tiny_project import Project, executed, make_project
 from l2l_core.datasets.published import SPLITS
 
 FETCH = (sys.executable, "-m", "l2l_core", "fetch", "refcoco")

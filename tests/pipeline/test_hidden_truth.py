@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
-from tiny_project import Project
 
+from bench.tiny_project import Project
 from l2l_core.artifacts import records
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from tiny_project import environment
 
+from bench.tiny_project import environment
 from l2l_core.model.segmenter import Segmenter
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]

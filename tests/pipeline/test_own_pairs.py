@@ -7,7 +7,8 @@ import re
 import shlex
 
 import pytest
-from tiny_project import ROOT, executed, make_project
+
+from bench.tiny_project import ROOT, executed, make_project
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("own_pairs")]
 

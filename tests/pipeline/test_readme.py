@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 
-from tiny_project import ROOT, environment
+from bench.tiny_project import ROOT, environment
 
 FIRST_SCREEN_LINES = 25
 

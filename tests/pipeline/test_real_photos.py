@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_project import executed, make_project
 
 from bench.real_photos import PARAMS, ROLES, add_photos, score_prior, set_params
+from bench.tiny_project import executed, make_project
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("photos")]
 

@@ -10,25 +10,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
-from tiny_project import TINY, Project, environment, executed
+
+from bench.tiny_project import TINY, Project, environment, executed
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 PATIENCE_S = 120
 """Time for a stage to start and write its first checkpoint on a busy machine."""
-
-
-def forget(project: Project, stages: list[str]) -> None:
-    """Remove all traces of these stages: outputs, lock entries and cached runs."""
-    project.run("rm", "-rf", ".dvc/cache/runs")
-    for name in ("dvc.lock", "stages/dvc.lock"):
-        path = project.folder / name
-        lock = yaml.safe_load(path.read_text())
-        for stage in set(stages) & set(lock["stages"]):
-            for out in lock["stages"].pop(stage)["outs"]:
-                project.run("rm", "-rf", out["path"])
-        path.write_text(yaml.safe_dump(lock, sort_keys=False))
 
 
 def kill_after_first_checkpoint(project: Project, target: str, run_name: str) -> Path:
@@ -69,7 +57,8 @@ def test_killed_training_resumes_to_the_same_bytes(first_run, tmp_path, stage, t
         assert pq.read_table(whole.folder / "data/rounds/1/pseudo_labels.parquet")["accepted"].to_numpy().any()
         steps = TINY[stage.partition("@")[0]]["steps"]
     project = whole.copy(tmp_path / "project")
-    forget(project, [stage, "evaluate"])
+    project.forget(stage)
+    project.forget("evaluate")
     model, curves = f"{outputs}/model", f"{outputs}/curves"
     assert not (project.folder / model).exists()
 
@@ -99,7 +88,7 @@ def test_killed_crossfit_keeps_finished_teachers(first_run, tmp_path):
     whole.change_params({"select": {"fold_steps": 40}})
     whole.run("dvc", "repro", target)
     project = whole.copy(tmp_path / "project")
-    forget(project, ["crossfit-0"])
+    project.forget("crossfit-0")
 
     kill_after_first_checkpoint(project, target, "crossfit-0-1")
     assert not (project.folder / "data/rounds/0/folds").exists()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tiny_project import ROOT, TINY, Project, environment, make_project
 
+from bench.tiny_project import ROOT, TINY, Project, environment, make_project
 from bench.tiny_qwen import save_tiny_qwen
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]

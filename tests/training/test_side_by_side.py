@@ -1,5 +1,7 @@
 """Trainings in parallel processes: errors, environment, and termination."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -23,7 +25,7 @@ from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.memory import peak_of
 from l2l_core.training import loop, side_by_side
 from l2l_core.training.loop import train
-from l2l_core.training.side_by_side import ParallelPlan, plan_parallel, run_side_by_side
+from l2l_core.training.side_by_side import ParallelPlan, Training, plan_parallel, run_side_by_side
 from l2l_core.training.streams import Stream
 
 PATIENCE_S = 60
@@ -374,3 +376,26 @@ def test_does_not_retrain_a_finished_baseline_after_a_kill(tmp_path):
     assert resumed.returncode == 0
     assert "supervised: done before" in output
     assert "warmup: resuming at step" in output
+
+
+def test_trains_a_torn_finished_network_anew(tmp_path, monkeypatch, machine, capsys):
+    """A finished model in the scratch folder whose weights are not as they were written must not become an output."""
+    machine(1)
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, rounds=0, images_per_split=1)
+    trained: list[str] = []
+
+    def training(name: str, digest: str) -> Training:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "config.json").write_text(json.dumps({"sha256": digest}))
+        return Training(folder, lambda: trained.append(name), [])
+
+    whole, torn = hashlib.sha256(b"weights").hexdigest(), hashlib.sha256(b"other").hexdigest()
+    side_by_side.train_all(params(), {"one": training("one", whole), "two": training("two", torn)})
+    assert trained == ["two"]
+    assert not (tmp_path / "two").exists()
+    captured = capsys.readouterr()
+    assert captured.err == f"note: {tmp_path / 'two'}: torn or changed, removed; training anew\n"
+    assert captured.out == "one: done before\n"

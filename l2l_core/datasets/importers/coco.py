@@ -16,12 +16,11 @@ from l2l_core.datasets.importers.entries import (
     mask_rle,
     read_json,
     rows_of,
-    shown,
     text,
     to_json_lines,
     whole_number,
 )
-from l2l_core.errors import InputError
+from l2l_core.errors import InputError, shown
 
 ANNOTATION_KEYS = ("annotation_id", "ann_id")
 SENTENCE_KEYS = ("sentence", "caption")
@@ -76,8 +75,8 @@ def _sentence_rows(path: Path) -> list[tuple[str, Any]]:
         return [(f"{source}: entry {position}", row) for position, row in enumerate(rows, start=1)]
     try:
         lines = numbered_lines(path)
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read: {error.strerror}; expected a file of sentences") from None
+    except FileNotFoundError:
+        raise InputError(f"{source}: not found, expected a file of sentences") from None
     found: list[tuple[str, Any]] = []
     for line_number, line in lines:
         where = f"{source}: line {line_number}"

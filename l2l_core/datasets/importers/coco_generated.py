@@ -20,7 +20,6 @@ from l2l_core.datasets.importers.entries import (
     left_out,
     read_json,
     rows_of,
-    shown,
     text,
     to_json_lines,
     whole_number,
@@ -28,7 +27,7 @@ from l2l_core.datasets.importers.entries import (
 from l2l_core.datasets.sentences.generator import describe, refusal
 from l2l_core.datasets.sentences.layout import Annotated, measure
 from l2l_core.datasets.sentences.words import Vocabulary, kind_of
-from l2l_core.errors import InputError
+from l2l_core.errors import InputError, shown
 
 NO_SENTENCE = "no unambiguous sentence"
 

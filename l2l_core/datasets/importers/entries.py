@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from l2l_core.artifacts import records
-from l2l_core.core.images import MAX_PIXELS, ImageFile, inspect_content, inspect_images, project_path
+from l2l_core.core.arrays import BoolArray, DoubleArray
+from l2l_core.core.files import read_file
+from l2l_core.core.images import MAX_PIXELS, ImageFile, header_hw, inspect_content, inspect_images, project_path
 from l2l_core.core.masks import BoolMask, encode_rle
 from l2l_core.datasets.index import (
     NO_MASK,
@@ -23,10 +29,9 @@ from l2l_core.datasets.index import (
     sentence_problems,
     turned_note,
 )
-from l2l_core.errors import InputError, raise_all
+from l2l_core.errors import InputError, raise_all, shown
 
 FILE_NAME = "pairs.jsonl"
-SHOWN_CHARACTERS = 60  # of a wrong value in a message: a polygon would fill the screen
 
 
 @dataclass(frozen=True)
@@ -146,9 +151,9 @@ def to_json_lines(
 def read_json(path: Path) -> Any:
     """A JSON document. Raises InputError if it cannot be read."""
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{project_path(path)}: cannot be read: {error.strerror}; expected a JSON file") from None
+        return json.loads(read_file(path))
+    except FileNotFoundError:
+        raise InputError(f"{project_path(path)}: not found, expected a JSON file") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{project_path(path)}: not JSON: {error}") from None
 
@@ -206,20 +211,38 @@ def number(row: Any, key: str, default: float | None = None) -> float:
     return float(value)
 
 
+def contradicts(image: Path, photo: bytes | None, size_hw: tuple[int, int]) -> bool:
+    """Whether an image's header states another size. `to_json_lines` refuses it, so its mask need not be drawn."""
+    stated = header_hw(image if photo is None else io.BytesIO(photo))
+    return stated is not None and stated != size_hw
+
+
+def drawn(
+    center_xy: tuple[float, float],
+    reach: float,
+    height: int,
+    width: int,
+    is_inside: Callable[[DoubleArray, DoubleArray], BoolArray],
+) -> BoolMask:
+    """The pixels [height, width] whose centers lie in a shape that extends at most `reach` pixels from its center.
+
+    is_inside: of offsets x [1, w] and y [h, 1] from the center. The work grows with the shape, not with the image.
+    """
+    mask: BoolMask = np.zeros((height, width), dtype=bool)
+    if not all(map(math.isfinite, (*center_xy, reach))):
+        return mask
+    left, right = (int(np.clip(center_xy[0] + side, 0, width)) for side in (-reach - 1, reach + 1))
+    top, bottom = (int(np.clip(center_xy[1] + side, 0, height)) for side in (-reach - 1, reach + 1))
+    rows, columns = np.ogrid[top:bottom, left:right]
+    mask[top:bottom, left:right] = is_inside(columns + 0.5 - center_xy[0], rows + 0.5 - center_xy[1])
+    return mask
+
+
 def mask_rle(mask: BoolMask) -> bytes:
     """A mask as run lengths. Raises ValueError if it is empty."""
     if not mask.any():
         raise ValueError("mask: empty, expected at least one pixel inside the image")
     return encode_rle(mask)
-
-
-def shown(value: object) -> str:
-    """A value as shown in messages."""
-    try:
-        whole = repr(value)
-    except ValueError:  # Python refuses to print integers of more than some thousand digits
-        whole = "a number of thousands of digits"
-    return whole if len(whole) <= SHOWN_CHARACTERS else f"{whole[:SHOWN_CHARACTERS]}..."
 
 
 def _is_number(value: object) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2l_core.artifacts.records import TRAIN
+from l2l_core.core.arrays import BoolArray, DoubleArray
 from l2l_core.core.images import project_path
 from l2l_core.core.masks import BoolMask, decode_rle, segmentation_to_rle
 from l2l_core.datasets.importers.entries import (
     Entry,
     Imported,
     UnknownShapeError,
+    contradicts,
+    drawn,
     image_size,
     left_out,
     mask_rle,
@@ -26,12 +31,11 @@ from l2l_core.datasets.importers.entries import (
     points_of,
     read_json,
     rows_of,
-    shown,
     text,
     to_json_lines,
     whole_number,
 )
-from l2l_core.errors import InputError
+from l2l_core.errors import InputError, shown
 
 KINDS = "polygon, rectangle, ellipse or brush"
 TEXT = "textarea"
@@ -130,7 +134,7 @@ def _entries(task: Any, where: str, images: Path, unknown: Counter[str] | None) 
     meant = {text(data, "sentence"): regions} if has_own else _written(results, regions)
     found = []
     for sentence, of_it in meant.items():
-        size_hw, rle = _mask(of_it) if of_it else (None, None)
+        size_hw, rle = _mask(of_it, image) if of_it else (None, None)
         found.append(
             Entry(
                 where=where,
@@ -171,8 +175,8 @@ def _kind(kind: str) -> str:
 
 def _written(results: list[Any], regions: list[Any]) -> dict[str, list[Any]]:
     """Written texts, used if the task has no sentence -> the regions that they mean."""
-    by_id = {row.get("id"): row for row in regions if row.get("id") is not None}
-    said = [(row.get("id"), one) for row in results if row.get("type") == TEXT for one in _texts(row)]
+    by_id = {_id(row): row for row in regions if row.get("id") is not None}
+    said = [(_id(row), one) for row in results if row.get("type") == TEXT for one in _texts(row)]
     meant: dict[str, list[Any]] = {}
     for region_id, one in said:
         if region_id in by_id:
@@ -188,6 +192,11 @@ def _written(results: list[Any], regions: list[Any]) -> dict[str, list[Any]]:
             "what each region is"
         )
     return meant
+
+
+def _id(row: dict[str, Any]) -> str:
+    """A region's id in a form that can be a key, whatever it is."""
+    return json.dumps(row.get("id"))
 
 
 def _texts(row: dict[str, Any]) -> list[str]:
@@ -211,8 +220,10 @@ def _results(annotations: list[Any]) -> list[Any]:
     return rows_of(finished[0], "result") if finished else []
 
 
-def _mask(regions: list[Any]) -> tuple[tuple[int, int], bytes]:
+def _mask(regions: list[Any], image: Path) -> tuple[tuple[int, int], bytes]:
     height, width = image_size(regions[0], "original_height", "original_width")
+    if contradicts(image, None, (height, width)):
+        return (height, width), b""
     mask: BoolMask = np.zeros((height, width), dtype=bool)
     for region in regions:
         stated = image_size(region, "original_height", "original_width")
@@ -239,13 +250,15 @@ def _drawn(value: Any, kind: str, height: int, width: int) -> BoolMask:
             across = np.array([-math.sin(angle), math.cos(angle)])
             start = np.array([number(value, "x") / 100 * width, number(value, "y") / 100 * height])
             if kind == "ellipse":
-                rows, columns = np.ogrid[:height, :width]  # pixels with their centers inside
-                x, y = columns + 0.5 - start[0], rows + 0.5 - start[1]
                 radii = number(value, "radiusX") / 100 * width, number(value, "radiusY") / 100 * height
                 if min(radii) <= 0:
                     raise ValueError(f"radiusX, radiusY: got {shown(value)}, expected numbers above 0")
-                u, v = (x * along[0] + y * along[1]) / radii[0], (x * across[0] + y * across[1]) / radii[1]
-                return np.asarray(u**2 + v**2 <= 1)
+
+                def is_inside(x: DoubleArray, y: DoubleArray) -> BoolArray:
+                    u, v = (x * along[0] + y * along[1]) / radii[0], (x * across[0] + y * across[1]) / radii[1]
+                    return np.asarray(u**2 + v**2 <= 1)
+
+                return drawn((start[0], start[1]), max(radii), height, width, is_inside)
             along = along * (number(value, "width") / 100 * width)
             across = across * (number(value, "height") / 100 * height)
             corners = np.array([start, start + along, start + along + across, start + across])
@@ -259,6 +272,6 @@ def _find_image(address: str, folder: Path) -> Path:
     names = ["/".join(parts[start:]) for start in range(len(parts))]
     names += [parts[-1][9:]] if parts and UPLOAD_PREFIX.match(parts[-1]) else []
     for name in names:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):  # Path.is_file raises for impossible names
             return folder / name
     raise ValueError(f"image: got {shown(address)}, expected the address of a file below {project_path(folder)}")

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,22 +18,23 @@ from PIL import Image
 
 from l2l_core.artifacts.records import TRAIN
 from l2l_core.core.images import project_path, read_image, visible
-from l2l_core.core.masks import BoolMask, decode_rle, segmentation_to_rle
+from l2l_core.core.masks import BoolMask, decode_rle, encode_rle, segmentation_to_rle, union_rle
 from l2l_core.datasets.importers.entries import (
     Entry,
     Imported,
     UnknownShapeError,
+    contradicts,
+    drawn,
     image_size,
     left_out,
     mask_rle,
     points_of,
     read_json,
     rows_of,
-    shown,
     text,
     to_json_lines,
 )
-from l2l_core.errors import InputError
+from l2l_core.errors import InputError, shown
 
 RESERVED = re.compile(r"_+\w+_+|ignore|background|void|unlabeled", re.IGNORECASE)
 """Labels that name no object: LabelMe's `__ignore__` and `_background_`, and their usual synonyms."""
@@ -47,7 +49,7 @@ class _Object:
 
     where: str  # of the first
     label: str
-    mask: BoolMask
+    rle: bytes  # b"": not drawn
     descriptions: list[str] = field(default_factory=list)  # each once
 
 
@@ -99,11 +101,12 @@ def _entries(document: Any, file: Path, out: Path, report: _Report) -> list[Entr
         height, width = image_size(document, "imageHeight", "imageWidth")
     flags = document.get("flags")
     split = text(flags, "split") if isinstance(flags, dict) and "split" in flags else TRAIN
-    objects = _objects(shapes, file, (height, width), sentences is not None, report)
+    is_drawn = not contradicts(image, photo, (height, width))
+    objects = _objects(shapes, file, (height, width), sentences is not None, report, is_drawn=is_drawn)
     found = []
     for one in objects:
         try:
-            rle = mask_rle(one.mask)
+            rle = mask_rle(decode_rle(one.rle, height, width)) if one.rle else b""
         except ValueError as error:
             report.problems.append(f"{one.where}: {error}")
             continue
@@ -137,13 +140,13 @@ def _image(document: dict[str, Any], file: Path, out: Path) -> tuple[Path, bytes
         return beside[0], None
     image = file.parent / text(document, "imagePath").replace("\\", "/")  # Windows paths
     data = document.get("imageData")
-    if not data or image.is_file():
+    if not data or os.path.isfile(image):  # Path.is_file raises for impossible names
         return image, None
     return out / f"{file.stem}{image.suffix}", _from_base64(data, "imageData")
 
 
 def _objects(
-    shapes: list[Any], file: Path, size_hw: tuple[int, int], is_reasonseg: bool, report: _Report
+    shapes: list[Any], file: Path, size_hw: tuple[int, int], is_reasonseg: bool, report: _Report, *, is_drawn: bool
 ) -> list[_Object]:
     """The objects of an image; shapes that cannot be read become problems."""
     objects: list[_Object] = []
@@ -156,7 +159,7 @@ def _objects(
                 report.reserved[label] += 1
                 continue
             said = text(shape, "description") if shape.get("description") else ""
-            mask = _mask(shape, *size_hw)
+            rle = _rle(shape, *size_hw) if is_drawn else b""
         except UnknownShapeError as error:
             if report.skip_unknown:
                 report.unknown[error.kind] += 1
@@ -172,16 +175,17 @@ def _objects(
         known = (one for one in same if is_reasonseg or one.label == label or (said and said in one.descriptions))
         one = next(known, None)
         if one is None:
-            one = _Object(where, label, mask)
+            one = _Object(where, label, rle)
             same.append(one)
             objects.append(one)
-        one.mask |= mask
+        if is_drawn:
+            one.rle = union_rle([one.rle, rle], *size_hw)
         if said and said not in one.descriptions:
             one.descriptions.append(said)
     return objects
 
 
-def _mask(shape: Any, height: int, width: int) -> BoolMask:
+def _rle(shape: Any, height: int, width: int) -> bytes:
     points, kind = points_of(shape), shape.get("shape_type", "polygon")
     match kind:
         case "polygon":
@@ -194,16 +198,15 @@ def _mask(shape: Any, height: int, width: int) -> BoolMask:
             (x1, y1), (x2, y2) = _corners(points, 2, "two opposite corners, or four corners")
             polygon = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
         case "circle":
-            (x, y), edge = _corners(points, 2, "the center and a point on the edge")
-            rows, columns = np.ogrid[:height, :width]  # pixels with their centers inside
-            inside = (columns + 0.5 - x) ** 2 + (rows + 0.5 - y) ** 2 <= math.dist((x, y), edge) ** 2
-            return np.asarray(inside)
+            center, edge = _corners(points, 2, "the center and a point on the edge")
+            radius = math.dist(center, edge)
+            return encode_rle(drawn(center, radius, height, width, lambda x, y: x**2 + y**2 <= radius**2))
         case "mask":
-            return _pasted(shape, _corners(points, 2, "two opposite corners"), height, width)
+            return encode_rle(_pasted(shape, _corners(points, 2, "two opposite corners"), height, width))
         case _:
             raise UnknownShapeError(kind, KINDS)
     corners = [value for point in polygon for value in point]
-    return decode_rle(segmentation_to_rle([corners], height, width), height, width)
+    return segmentation_to_rle([corners], height, width)
 
 
 def _pasted(shape: dict[str, Any], corners: list[tuple[float, float]], height: int, width: int) -> BoolMask:

@@ -1,12 +1,17 @@
-"""A whole project in a temporary folder, small enough that every stage takes seconds."""
+"""A whole project in a temporary folder, small enough that every stage takes seconds; tests and campaigns run it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +20,7 @@ import yaml
 
 from bench.params import merged
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 NEEDED = (
     "l2l_core",
@@ -77,6 +82,25 @@ class Project:
         assert code is None or done.returncode == code, f"{' '.join(command)}: {done.returncode}\n{done.stdout}"
         return done.stdout
 
+    def call(self, *words: str) -> tuple[int, str]:
+        """Exit code and output of this Python with some words, such as `-m dvc repro`."""
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=self.folder,
+            env=environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+    def different(self, expected: dict[str, str], ignored: tuple[str, ...] = ()) -> list[str]:
+        """Files, but those below `ignored`, that are not as in the `digests` of another project."""
+        found = self.digests()
+        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        return [name for name in names if not name.startswith(ignored)]
+
     def out(self, *command: str) -> str:
         """The stdout of a command."""
         return subprocess.run(
@@ -103,6 +127,42 @@ class Project:
     def read(self, path: str) -> bytes:
         return (self.folder / path).read_bytes()
 
+    def forget(self, stage: str) -> None:
+        """Remove a stage's outputs and its entry in dvc.lock, and the cached runs of all stages.
+
+        The next `dvc repro` runs it again; the stages after it see the same bytes and do not run.
+        """
+        shutil.rmtree(self.folder / ".dvc/cache/runs", ignore_errors=True)
+        for path in self.lock_files():
+            lock = yaml.safe_load(path.read_text(encoding="utf-8"))
+            outs = [*lock["stages"].pop(stage, {}).get("outs", ())]
+            for out in outs:
+                self.run("rm", "-rf", out["path"])
+            if outs:
+                path.write_text(yaml.safe_dump(lock, sort_keys=False), encoding="utf-8")
+
+    def lock_files(self) -> list[Path]:
+        return sorted([*self.folder.glob("dvc.lock"), *self.folder.glob("*/dvc.lock")])
+
+    def stages(self) -> list[str]:
+        """All stages of the last run."""
+        return [
+            name for path in self.lock_files() for name in yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        ]
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file but those of Git and DVC and what was moved aside; of dvc.lock, that of its content."""
+        found = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            if not path.is_file() or {".git", ".dvc", "__pycache__"} & set(name.parts) or ".torn" in path.name:
+                continue
+            content = path.read_bytes()
+            if path.name == "dvc.lock":
+                content = json.dumps(yaml.safe_load(content), sort_keys=True).encode()
+            found[name.as_posix()] = hashlib.sha256(content).hexdigest()
+        return found
+
     def copy(self, folder: Path) -> Project:
         shutil.copytree(self.folder, folder, symlinks=True)
         return Project(folder)
@@ -128,3 +188,20 @@ def make_project(folder: Path, changes: dict[str, Any]) -> Project:
     project.run("git", "config", "user.email", "test@example.com")
     project.commit()
     return project
+
+
+@contextmanager
+def finished_project() -> Iterator[Project]:
+    """A temporary project after its first run, committed; `folder.parent` is removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="l2l-tiny-") as folder:
+        project = make_project(Path(folder) / "whole", TINY)
+        project.run("dvc", "repro")
+        project.commit()
+        yield project
+
+
+def write_row(path: Path, row: dict[str, Any]) -> None:
+    """Store the row of a campaign, with the commit that it ran at."""
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
+    path.write_text(json.dumps(row | {"commit": commit}) + "\n", encoding="utf-8")
+    print(json.dumps(row))
