@@ -268,7 +268,7 @@ def test_prediction_loads_neither_accelerate_nor_sklearn(tmp_path):
     code = """
 import sys
 from toy_pairs import toy_batches, toy_network, toy_pairs, TRAIN
-from l2l_core.model.predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor
 from pathlib import Path
 pairs, _ = toy_pairs(Path(sys.argv[1]))
 (masks,) = BatchPredictor.of(toy_network(pairs), TRAIN).masks(toy_batches(pairs), 4, [True], "test")

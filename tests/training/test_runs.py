@@ -405,7 +405,7 @@ def test_does_not_resume_a_retraining_with_other_proposals(run, tmp_path, kill):
 def begin(folder, toy, params):
     """Start a training and kill it at once; its scratch folder remains."""
 
-    def die(*args: object) -> None:
+    def die(*args: object, **named: object) -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
