@@ -23,8 +23,8 @@ from bench.capabilities import capabilities
 from l2l_core.config import load_params
 from l2l_core.data.augment import mirror
 from l2l_core.data.pairs import BatchMaker
-from l2l_core.model import predictor as predictor_module
-from l2l_core.model.predictor import BatchPredictor, bare_pairs
+from l2l_core.model import batch_predictor
+from l2l_core.model.batch_predictor import BatchPredictor, bare_pairs
 from l2l_core.model.segmenter import Segmenter
 
 RESULTS = Path(__file__).resolve().parent / "results" / "encode_once.jsonl"
@@ -60,7 +60,7 @@ def measure(name: str, encoder: str, size_px: int, images: int, batch_size: int,
     pairs.image_row[:] = np.arange(count) // SENTENCES_PER_IMAGE
     batches = BatchMaker(pairs, size_px, params.proposals.flat_prob)
     noise = np.random.default_rng(0).integers(0, 256, (images, size_px, size_px, 3), dtype=np.uint8)
-    predictor_module.IMAGES_AT_ONCE = images  # no filler: so few would otherwise be filled up
+    batch_predictor.IMAGES_AT_ONCE = images  # no filler: so few would otherwise be filled up
     batches.images._cache.update(enumerate(noise))  # instead of files
     ways: dict[str, Callable[[], object]] = {
         "once_a_view": lambda: list(once_a_view(predictor, batches, batch_size)),

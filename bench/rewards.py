@@ -53,7 +53,7 @@ from l2l_core.core.seeding import derive_seed
 from l2l_core.data.folds import fold_of_images
 from l2l_core.data.load import batches_of, pairs_of
 from l2l_core.data.pairs import load_targets
-from l2l_core.model.predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor
 from l2l_core.pseudo_labels.features import Candidates, CandidateTruth
 from l2l_core.pseudo_labels.generate import score_labeled, score_out_of_fold
 from l2l_core.pseudo_labels.reinforce import train_policy

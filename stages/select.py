@@ -11,7 +11,7 @@ from l2l_core.config import load_params
 from l2l_core.core.device import print_device
 from l2l_core.core.seeding import derive_seed
 from l2l_core.errors import run_stage
-from l2l_core.model.predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor
 from l2l_core.pseudo_labels.generate import (
     images_of,
     label_unlabeled,

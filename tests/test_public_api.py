@@ -17,7 +17,7 @@ from toy_pairs import toy_network, toy_pairs
 import l2l_core as l2l
 from l2l_core.core.masks import decode_rle
 from l2l_core.data.pairs import BatchMaker
-from l2l_core.model.predictor import bare_pairs
+from l2l_core.model.batch_predictor import bare_pairs
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = {

@@ -14,7 +14,7 @@ from l2l_core.core.device import print_device
 from l2l_core.core.files import atomic_dir
 from l2l_core.data.load import batches_of, pairs_of
 from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS
-from l2l_core.model.predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor
 
 Rows = list[dict[str, str]]
 """Rows of a CSV file, as text."""

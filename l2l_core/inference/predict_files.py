@@ -31,7 +31,7 @@ from l2l_core.errors import ConfigError, InputError, raise_all
 from l2l_core.export.outlines import to_segmentation
 from l2l_core.mllm.backend import Question
 from l2l_core.mllm.query import make_backend, query_all, query_key
-from l2l_core.model.predictor import BatchPredictor, bare_pairs
+from l2l_core.model.batch_predictor import BatchPredictor, bare_pairs
 from l2l_core.priors.proposals import make_proposals
 from l2l_core.priors.table import interpret
 from l2l_core.viz import overlays

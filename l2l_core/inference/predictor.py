@@ -19,7 +19,7 @@ from l2l_core.core.images import to_rgb
 from l2l_core.core.masks import BoolMask, encode_rle, rle_box_xyxy
 from l2l_core.data.pairs import BatchMaker, Pairs, resize_image, with_priors
 from l2l_core.errors import ArtifactError, InputError
-from l2l_core.model.predictor import IMAGES_AT_ONCE, BatchPredictor, at_size, bare_pairs
+from l2l_core.model.batch_predictor import IMAGES_AT_ONCE, BatchPredictor, at_size, bare_pairs
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.priors.proposals import render_table
 from l2l_core.priors.samples import to_samples

@@ -24,7 +24,7 @@ from l2l_core.core.threads import thread_count
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_pairs, load_targets
 from l2l_core.data.views import Views
 from l2l_core.errors import ConfigError
-from l2l_core.model.predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor
 from l2l_core.model.sam import Prompts, Sam
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight.backends import sam_device

@@ -20,7 +20,7 @@ from l2l_core.data.load import batches_of, labeled_targets, pairs_of
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
 from l2l_core.data.views import Views
 from l2l_core.errors import InputError
-from l2l_core.model.predictor import BatchPredictor, batched_rows
+from l2l_core.model.batch_predictor import BatchPredictor, batched_rows
 from l2l_core.pseudo_labels.candidates import build_candidates
 from l2l_core.pseudo_labels.features import (
     LABEL_THRESHOLD,

@@ -11,7 +11,7 @@ from toy_pairs import MODEL, TRAIN, toy_batches, toy_network, toy_pairs
 from l2l_core.core import device as device_module
 from l2l_core.core.device import choose_device, computes_bf16, describe_device, print_device, resolve_precision
 from l2l_core.errors import ConfigError
-from l2l_core.model.predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training.loop import train
 from l2l_core.training.streams import Stream

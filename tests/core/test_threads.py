@@ -276,7 +276,7 @@ def test_prediction_loads_neither_accelerate_nor_sklearn(tmp_path):
     code = """
 import sys
 from toy_pairs import toy_batches, toy_network, toy_pairs, TRAIN
-from l2l_core.model.predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor
 from pathlib import Path
 from threading import Event
 pairs, _ = toy_pairs(Path(sys.argv[1]))

@@ -17,7 +17,7 @@ from l2l_core.core.masks import decode_rle, encode_rle
 from l2l_core.data.pairs import BatchMaker, with_priors
 from l2l_core.errors import ArtifactError, ConfigError, InputError
 from l2l_core.inference.predictor import Predictor
-from l2l_core.model.predictor import BatchPredictor, bare_pairs
+from l2l_core.model.batch_predictor import BatchPredictor, bare_pairs
 from l2l_core.priors.proposals import make_proposals
 
 ROOT = Path(__file__).resolve().parents[2]

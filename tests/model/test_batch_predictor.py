@@ -12,7 +12,7 @@ from l2l_core.core.masks import decode_rle
 from l2l_core.data.augment import mirror_sentence
 from l2l_core.data.pairs import Batch, Pairs
 from l2l_core.errors import ArtifactError
-from l2l_core.model.predictor import BatchPredictor, at_size, batched_rows
+from l2l_core.model.batch_predictor import BatchPredictor, at_size, batched_rows
 from l2l_core.model.segmenter import Output, Pyramid, Segmenter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,7 +198,7 @@ def shared_images(pairs: Pairs) -> Pairs:
 
 @pytest.mark.parametrize("with_prior", [[True], [True, False]])
 def test_encodes_each_image_once_for_all_its_sentences(pairs, with_prior, monkeypatch):
-    monkeypatch.setattr("l2l_core.model.predictor.IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr("l2l_core.model.batch_predictor.IMAGES_AT_ONCE", 2)
     stub, batches = Stub(), toy_batches(shared_images(pairs))
     predictor(stub).masks(batches, 4, with_prior, "test", fill=False)
     encoded = torch.cat(stub.encoded)
@@ -216,7 +216,7 @@ def test_encodes_at_most_batch_size_images_at_once(pairs, batch_size, at_once):
 
 
 def test_views_encode_each_image_and_its_flip_once(pairs, monkeypatch):
-    monkeypatch.setattr("l2l_core.model.predictor.IMAGES_AT_ONCE", 2)
+    monkeypatch.setattr("l2l_core.model.batch_predictor.IMAGES_AT_ONCE", 2)
     stub, batches = Stub(), toy_batches(shared_images(pairs))
     rows = np.concatenate([rows for rows, _ in predictor(stub).views(batches, 4, "test")])
     assert sorted(rows) == list(range(40))

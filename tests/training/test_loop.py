@@ -13,7 +13,7 @@ from l2l_core.core.masks import encode_rle
 from l2l_core.core.seeding import seed_of
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE, Targets
 from l2l_core.errors import ConfigError, InputError
-from l2l_core.model.predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor
 from l2l_core.training import loop
 from l2l_core.training.loop import choose_device, schedule, train
 from l2l_core.training.streams import OnlineStream, Stream, epoch_rows
