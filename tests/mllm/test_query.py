@@ -130,9 +130,9 @@ def test_failed_requests_are_stored_as_errors() -> None:
 @pytest.mark.parametrize(
     ("preset", "samples", "sha256"),
     [
-        ("llava-1.5-7b", 1, "9d5272f7fabbc6d1c322344c4f28521ab5f168c68e191c0f5f45434438c82911"),
-        ("llava-1.5-7b", 2, "b10b7273ee186b4227b2492422018d0ff40655088883048d18759b0842b6351a"),
-        ("qwen2.5-vl-7b", 2, "3762a798c25d8a432dbe4bdf110af5fe9f75eb9fb2514586ece0a047d609e57a"),
+        ("llava-1.5-7b", 1, "0e34161fc53993dbe97c6e0e1e179aad891ef9bc0b8150ab1863dcf713f4914b"),
+        ("llava-1.5-7b", 2, "1ac5de37ae1ab8dff7108811f706351cfa2c000a61c747b8c8daf8d3f48cdc4e"),
+        ("qwen2.5-vl-7b", 2, "c12cff6b3bf73eb0992ba3c94f89f4bc28a07f52a79921564824b16cc8b44895"),
     ],
 )
 def test_simulated_priors_stay_the_same_to_the_byte(tmp_path: Path, preset: str, samples: int, sha256: str) -> None:
