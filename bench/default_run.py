@@ -7,7 +7,7 @@ Runs in a clone of this repository under bench/work/ with an empty cache, at HEA
 with params.yaml as it is there or with changes (`-S`, as of `dvc exp run`). Adds two rows to
 bench/results/default_run.jsonl, or replaces those of the same commit, settings and machine. The latest commit's rows
 without settings make a line of README.md; beside the oldest commit's rows on the same machine they make a table of
-docs/results.md, which also has the scores of other seeds (`-S seed=1`) of the latest commit.
+docs/results.md, which also has the scores of other seeds (`-S seed=1`).
 
     measure                first: from an empty cache; nothing_to_do: again, when nothing changed
     seconds                wall time
@@ -63,6 +63,8 @@ SCORES = {
     "val_miou_distilled": "distilled, without priors",
 }
 """Keys of a row that README.md shows, and what it calls them."""
+
+SEED = re.compile(r"seed=\d+")
 
 Row = dict[str, Any]
 
@@ -233,7 +235,7 @@ def table(rows: Sequence[Row]) -> str:
         body.append(["all, CPU time", *_compared([run.get("cpu_seconds") for run in runs], len(old))])
     head = ["stage", *(f"{_named(run)}, s" for run in runs), *(f"{_named(run)} / {_named(after)}" for run in old)]
     text = docs.markdown(head, body)
-    scored = [*runs, *(row for row in rows if row["measure"] == "first" and _is_other_seed(row, after))]
+    scored = [*runs, *other_seeds(rows)]
     scores = list(dict.fromkeys(key for run in scored for key in run if key.startswith("val_miou_")))
     if scores:
         head = ["val mIoU", *(key.removeprefix("val_miou_").replace("_", " ") for key in scores)]
@@ -245,10 +247,13 @@ def table(rows: Sequence[Row]) -> str:
     return f"{text}\n\n{share}; {after['device']}, commit {after['commit']}."
 
 
-def _is_other_seed(row: Row, after: Row) -> bool:
-    """Whether a row differs from another one in the seed alone."""
-    alike = all(row[key] == after[key] for key in ("commit", "device"))
-    return alike and re.fullmatch(r"seed=\d+", row.get("settings", "")) is not None
+def other_seeds(rows: Sequence[Row]) -> list[Row]:
+    """First runs that differ from the default in the seed alone, on the latest row's machine: the youngest of each."""
+    device, found = latest(rows)["device"], {}
+    for row in sorted(rows, key=lambda row: row.get("committed", "")):
+        if row["measure"] == "first" and row["device"] == device and SEED.fullmatch(row.get("settings", "")):
+            found[row["settings"]] = row
+    return [row for _, row in sorted(found.items())]
 
 
 def _named(run: Row) -> str:

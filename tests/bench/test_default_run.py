@@ -77,16 +77,18 @@ def test_table_shows_before_and_after_with_their_ratio() -> None:
     assert found["aaa train.precision=fp32"] == ["50.0"]
 
 
-def test_table_lists_other_seeds_of_the_latest_commit() -> None:
+def test_table_lists_the_youngest_run_of_other_seeds() -> None:
     rows = [
-        row("aaa", OLD, 9, "seed=1"),
-        row("bbb", NEW, 8),
-        row("bbb", NEW, 7, "seed=1"),
-        row("bbb", NEW, 6, "round=1"),
+        row("000", OLD, 10),
+        row("aaa", NEW, 9, "seed=1"),
+        row("bbb", NEWER, 8, "seed=1"),
+        row("bbb", NEWER, 7, "seed=2", device="another"),
+        row("bbb", NEWER, 6, "round=1"),
+        row("ccc", NEWER, 5),
     ]
     found = cells(default_run.table(rows))
-    assert (found["bbb"], found["bbb seed=1"]) == (["50.0"], ["50.0"])
-    assert "bbb round=1" not in found
+    assert found["bbb seed=1"] == found["ccc"] == ["50.0"]
+    assert not {"aaa seed=1", "bbb seed=2", "bbb round=1"} & found.keys()
 
 
 def test_table_leaves_cells_empty_for_stages_missing_in_a_revision() -> None:
