@@ -13,7 +13,7 @@ from l2l_core.core.files import copy_atomically, fingerprint, scratch_folder
 from l2l_core.errors import run_stage
 from l2l_core.training import fold_teachers
 from l2l_core.training.round_model import inputs_of, train_model
-from l2l_core.training.runs import method_of, training_settings
+from l2l_core.training.runs import training_settings
 from l2l_core.training.side_by_side import Training, end_with_parent, train_all
 
 
@@ -44,13 +44,14 @@ def main() -> None:
                 ["-m", "stages.retrain", "--round", str(round_number), "--into", str(done)],
             )
         }
-        if round_number < params.round and not fold_teachers.skips_training(params, round_number):
+        has_folds = not fold_teachers.skips_training(params, round_number)
+        # If DVC has kept the teachers of an earlier run, they may still be valid.
+        if has_folds and round_number < params.round and not (records.round_folder(round_number) / "folds").exists():
             key = fold_teachers.folds_key(params, round_number)
             folds = folders.enter_context(scratch_folder(f"crossfit-{round_number}", key, keep=True))
             trainings |= fold_teachers.trainings_of(params, round_number, folds)
         # The share of the threads must not depend on the number of rounds, since the bytes depend on it.
-        learns = method_of(fold_teachers.pseudo_labels_of(round_number)) == "reinforce"
-        train_all(params, trainings, records.INDEX, shares=params.select.folds if learns else 1)
+        train_all(params, trainings, records.INDEX, shares=params.select.folds if has_folds else 1)
         for part in ("model", "curves"):
             copy_atomically(done / part, records.round_folder(round_number) / part)
 

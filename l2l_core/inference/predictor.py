@@ -110,7 +110,7 @@ class Predictor(BatchPredictor):
         ConfigError if SAM cannot be loaded.
         """
         is_single = isinstance(sentence, str)
-        sentences = [sentence] if isinstance(sentence, str) else list(sentence)
+        sentences = list(sentence) if isinstance(sentence, list | tuple) else [sentence]
         if not sentences or not all(isinstance(one, str) and one.strip() for one in sentences):
             raise InputError(f"sentence: got {sentence!r}, expected a sentence, or a list of sentences")
         proposals, size_px = self.network.known_proposals(), self.network.params.image_size_px
@@ -118,7 +118,8 @@ class Predictor(BatchPredictor):
         height, width = pixels.shape[:2]
         pairs = bare_pairs([""] * len(sentences), [(height, width)] * len(sentences), sentences, proposals.size_px)
         if prior is not None:
-            pairs = self._with_priors(pairs, pixels, [prior] if is_single else list(prior), prior_score)
+            priors = list(prior) if isinstance(prior, list | tuple) and not is_single else [prior]
+            pairs = self._with_priors(pairs, pixels, priors, prior_score)
         batches = BatchMaker(pairs, size_px, proposals.flat_prob)
         square = torch.from_numpy(resize_image(pixels, size_px)).permute(2, 0, 1)[None]
         pyramid = self.encode(square)

@@ -20,6 +20,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.device import choose_device
 from l2l_core.core.memory import available_bytes
+from l2l_core.core.progress import is_first_process
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE
 from l2l_core.errors import L2LError
 from l2l_core.model.encoders import TINY
@@ -70,11 +71,15 @@ def train_all(
     shares: number of equal shares of the threads, of which each training gets one; by default as many as trainings.
     With fewer shares than trainings, the last ones wait until a share is free.
     """
-    for training in trainings.values():
-        if not has_intact_weights(training.output):
-            print(f"note: {training.output}: torn or changed, removed; training anew", file=sys.stderr)
-            shutil.rmtree(training.output)
-    missing = {name: training for name, training in trainings.items() if not training.output.exists()}
+    torn = [training.output for training in trainings.values() if not has_intact_weights(training.output)]
+    missing = {
+        name: training
+        for name, training in trainings.items()
+        if training.output in torn or not training.output.exists()
+    }
+    for output in torn if is_first_process() else ():
+        print(f"note: {output}: torn or changed, removed; training anew", file=sys.stderr)
+        shutil.rmtree(output)
     for name in trainings:
         if name not in missing:
             print(f"{name}: done before", flush=True)
