@@ -8,8 +8,8 @@ process of its own with limited memory, in an empty folder. Failures are
 
     traceback    another exception than the one-line errors that users see
     crash        the interpreter is ended by a signal
-    hang         no end after HANG_S seconds
-    memory       more than MEMORY_BYTES, or an end for lack of memory
+    hang         no end after HANG_S seconds of computing, or WAIT_S seconds in all
+    memory       MEMORY_BYTES more than before, or an end for lack of memory
     partial      an output although the command failed, or a temporary file left behind
     executed     code in an input has run
 
@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
+import psutil
 from PIL import Image
 
 from l2l_core.artifacts import records
@@ -57,7 +57,9 @@ from l2l_core.priors.parse import parse_response
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "fuzz.jsonl"
-HANG_S = 10.0
+HANG_S = 10
+WAIT_S = 90.0
+"""Longer: on a busy machine a process gets a small share of the time."""
 MEMORY_BYTES = 1 << 30
 LIMIT_BYTES = 6 << 30
 """Address space of the process: an allocation by a number in the input fails instead of ending other programs."""
@@ -80,16 +82,17 @@ class _Payload:
         return os.system, (f"touch {EXECUTED}",)
 
 
+DEEP = "@deep@"
+"""Stands for a deeply nested list, which Python itself can hardly copy or write."""
+
+
 def odd_value(rng: Rng) -> Json:
     """A value that some reader may not expect."""
-    deep: Json = 1
-    for _ in range(rng.choice((5, 100, 900, 990))):
-        deep = [deep] if rng.random() < 0.9 else {"points": deep}
     values: list[Json] = [
         None, True, False, 0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**63, 10**18, 10**400, 0.5, -0.0, 1e308, 1e-308,
         float("nan"), float("inf"), "", " ", "x", "x" * 300, "x" * 100_000, "\ud800", "\0", "a\0b", "..", "/",
         "/dev/zero", "/proc/self/mem", "犬" * 100, "1e999", "https://user:pw@host/x.png", "train", "val",
-        [], {}, [[]], [{}], [None], [1, 2], [1, 2, 3, 4], deep, list(range(2000)), {str(n): n for n in range(300)},
+        [], {}, [[]], [{}], [None], [1, 2], [1, 2, 3, 4], DEEP, list(range(2000)), {str(n): n for n in range(300)},
         [[0, 0, 1e6, 1e6, 0, 1e6]], {"polygon": [[0, 0, 59, 0, 59, 39] * 500]},
         {"size": [10**6, 10**6], "counts": [10**12]}, {"size": [HEIGHT, WIDTH], "counts": "x"},
     ]  # fmt: skip
@@ -166,10 +169,9 @@ def written(document: Json, rng: Rng, text: Callable[[Json], str] = json.dumps) 
         document = spoiled(document, rng)
     else:
         return spoiled_bytes(text(document).encode("utf-8", "surrogatepass"), rng)
-    try:
-        return text(document).encode("utf-8", "surrogatepass")
-    except (RecursionError, ValueError, yaml.YAMLError):  # the writer itself cannot write it
-        return spoiled_bytes(b"[" * 1000, rng)
+    depth = rng.choice((5, 100, 480, 900, 980, 100_000))
+    content = text(document).encode("utf-8", "surrogatepass")
+    return content.replace(f'"{DEEP}"'.encode(), b"[" * depth + b"1" + b"]" * depth)
 
 
 # --- valid inputs
@@ -220,7 +222,7 @@ REGIONS = [
 ]
 BRUSH = _region("brush", "r4", {"format": "rle", "rle": [0, 0, 37, 128, 57, 246, 52, 128, 3, 255]})
 TEXT = {"id": "r2", "type": "textarea", "value": {"text": ["a dog"]}}
-UPLOADED = {"image": "/data/upload/1/0123abcd-a.png", "sentence": "the cup", "split": "train", "sent_id": 3}
+UPLOADED = {"image": "/data/upload/1/0123abcd-a.png", "sentence": "the cup", "split": "train"}
 TASKS = [
     {"id": 1, "data": UPLOADED, "annotations": [{"result": REGIONS}]},
     {"id": 2, "data": {"image": "b.png"}, "annotations": [{"result": [REGIONS[1], TEXT]}]},
@@ -487,14 +489,17 @@ class Outcome:
     output: str
 
 
-def run_one(entrance: Callable[[Rng], None], rng: Rng, folder: Path, hang_s: float = HANG_S) -> Outcome:
+def run_one(
+    entrance: Callable[[Rng], None], rng: Rng, folder: Path, hang_s: int = HANG_S, wait_s: float = WAIT_S
+) -> Outcome:
     """Read one spoiled input in a process of its own, in an empty folder."""
+    before = psutil.Process().memory_info().rss
     lay_out(folder)
     log = folder.with_name(f"{folder.name}.log")
     child = os.fork()
     if child == 0:
-        _in_child(entrance, rng, folder, log)
-    deadline = time.monotonic() + hang_s
+        _in_child(entrance, rng, folder, log, hang_s)
+    deadline = time.monotonic() + wait_s
     while not (ended := os.wait4(child, os.WNOHANG))[0]:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
@@ -507,23 +512,26 @@ def run_one(entrance: Callable[[Rng], None], rng: Rng, folder: Path, hang_s: flo
     left = [path.name for path in folder.iterdir() if path.name.startswith(".") or (path.name == "out" and code)]
     if (folder / EXECUTED).exists():
         return Outcome("executed", output)
+    if code == -signal.SIGXCPU:
+        return Outcome("hang", output)
     if code < 0:
         return Outcome("crash", f"{output}\nsignal {-code}")
-    if code not in (0, 2) or (code == 2 and "rror" not in output):
+    if code not in (0, 2) or (code == 2 and "rror" not in output and "Usage" not in output):
         return Outcome("traceback", output)
-    if usage.ru_maxrss * 1024 > MEMORY_BYTES or "error: out of memory" in output:
+    if usage.ru_maxrss * 1024 > before + MEMORY_BYTES or "error: out of memory" in output:
         return Outcome("memory", f"{output}\n{usage.ru_maxrss // 1024} MiB")
     return Outcome("partial", f"{output}\n{left}") if left else Outcome("", output)
 
 
-def _in_child(entrance: Callable[[Rng], None], rng: Rng, folder: Path, log: Path) -> None:
+def _in_child(entrance: Callable[[Rng], None], rng: Rng, folder: Path, log: Path, hang_s: int) -> None:
     code = 1
     try:
-        with log.open("w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = log.open("w", errors="backslashreplace")
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (hang_s, hang_s + 5))
         os.chdir(folder)
         code = exit_code(lambda: entrance(rng))
     except SystemExit as ended:  # of the command line
@@ -532,7 +540,6 @@ def _in_child(entrance: Callable[[Rng], None], rng: Rng, folder: Path, log: Path
         traceback.print_exc()
     finally:
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 

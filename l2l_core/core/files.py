@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +38,11 @@ def staged_output(folder: Path, finish: Callable[[], None] = lambda: None) -> It
     if `folder` is a file or cannot be written, or if another process writes into it.
     """
     folder = folder.resolve()
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.building")
     if os.path.exists(folder) and not folder.is_dir():  # Path.exists raises for a name that is too long
         raise InputError(f"--out: {folder} is a file, expected a folder")
     try:
-        building.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(".building", f".{folder.name}.", folder.parent))
     except OSError as error:
         raise InputError(f"--out: {folder} cannot be written: {error.strerror}; name another folder") from None
     busy = InputError(f"--out: another process writes into {folder}; wait for it, or name another folder")

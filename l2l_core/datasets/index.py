@@ -114,7 +114,8 @@ def overlap_problems(sentences: Sequence[Sentence], paths: Mapping[int, str], so
 
     One file is one image, even with several ids.
     """
-    files = {image_id: os.path.realpath(path) for image_id, path in paths.items()}
+    # A name with a null byte, which its own line already reports, is no path.
+    files = {image_id: path if "\0" in path else os.path.realpath(path) for image_id, path in paths.items()}
     names = {files[image_id]: path for image_id, path in paths.items()}
     train, evaluated = ({files[image_id] for image_id in side} for side in _sides(sentences))
     shared = sorted(names[file] for file in train & evaluated)

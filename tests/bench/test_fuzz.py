@@ -43,9 +43,10 @@ FAILURES: dict[str, tuple[Callable[[], object], str]] = {
     "an output": (leave_half(0), ""),
     "an exception": (lambda: 1 // 0, "traceback"),
     "another exit code": (lambda: sys.exit(3), "traceback"),
-    "a signal": (lambda: os.kill(os.getpid(), signal.SIGSEGV), "crash"),
-    "an endless loop": (lambda: time.sleep(60), "hang"),
-    "much memory": (lambda: np.ones(fuzz.MEMORY_BYTES, np.uint8), "memory"),
+    "a signal": (lambda: os.kill(os.getpid(), signal.SIGKILL), "crash"),
+    "waiting for ever": (lambda: time.sleep(60), "hang"),
+    "an endless loop": (lambda: [_ for _ in iter(int, 1) if _], "hang"),
+    "much memory": (lambda: np.ones(2 * fuzz.MEMORY_BYTES, np.uint8), "memory"),
     "too much memory": (lambda: np.ones(fuzz.LIMIT_BYTES, np.uint8), "memory"),
     "an output of a failed command": (lambda: (print("error"), leave_half(2)()), "partial"),
     "a temporary file": (lambda: Path(".x.tmp").touch(), "partial"),
@@ -57,9 +58,8 @@ FAILURES: dict[str, tuple[Callable[[], object], str]] = {
 def test_recognizes(tmp_path: Path, name: str) -> None:
     act, kind = FAILURES[name]
     (tmp_path / "work").mkdir()
-    outcome = fuzz.run_one(
-        lambda _: act() and None, random.Random(0), tmp_path / "work", hang_s=2 if kind == "hang" else 30
-    )
+    limits = {"hang_s": 1, "wait_s": 3} if kind == "hang" else {}
+    outcome = fuzz.run_one(lambda _: (act(), None)[1], random.Random(0), tmp_path / "work", **limits)
     assert outcome.kind == kind, outcome.output
 
 

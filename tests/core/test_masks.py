@@ -221,7 +221,7 @@ def test_refuses_malformed_segmentations(segmentation, message):
 def test_refuses_sizes_that_native_code_cannot_count(hw, form):
     """pycocotools multiplies height and width as 32-bit integers and writes where the result points."""
     height, width = hw
-    runs = {"size": [height, width], "counts": [2**31] * (height * width // 2**31)}
+    runs = {"size": [height, width], "counts": [2**31] * (height * width // 2**31) + [height * width % 2**31]}
     with pytest.raises(ValueError, match="expected 1 to 134217728 pixels"):
         segmentation_to_rle([[0, 0, 1, 0, 1, 1]] if form == "polygon" else runs, height, width)
 

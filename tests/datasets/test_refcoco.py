@@ -511,7 +511,7 @@ def refused_reason(folder, content: bytes) -> str:
     (folder / "refs(unc).p").write_bytes(content)
     with pytest.raises(InputError, match=r"refs\(unc\)\.p: ") as caught:
         read_refcoco(folder)
-    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
     return str(caught.value)
 
 

@@ -315,7 +315,7 @@ def test_auto_uses_one_process_per_core_only_for_a_small_model_on_a_cpu(
 def test_a_worker_error_is_reported_in_one_line(tmp_path: Path) -> None:
     index = random_scenes(images=2).save(tmp_path)
     params = prior_params(backend="replay", replay_file="nowhere.jsonl", engine={"chunk_size": 1, "data_parallel": 2})
-    with pytest.raises(InputError, match=r"^nowhere\.jsonl: cannot be read"):
+    with pytest.raises(InputError, match=r"^nowhere\.jsonl: not found"):
         query_all(partial(make_backend, params, index), make_questions(index, 1), tmp_path, params)
 
 
@@ -418,7 +418,9 @@ def half(content: bytes) -> bytes:
 
 
 def flipped(content: bytes) -> bytes:
-    return content[:100] + bytes([content[100] ^ 255]) + content[101:]
+    """With one other byte among the values."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
 
 
 @pytest.mark.parametrize("spoil", [half, flipped, lambda _: b""])

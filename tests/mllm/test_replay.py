@@ -336,7 +336,7 @@ def test_refuses_responses_for_another_dataset(tmp_path: Path) -> None:
 
 
 def test_refuses_missing_and_undecodable_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no\.jsonl: cannot be read: No such file .*set priors\.replay_file"):
+    with pytest.raises(InputError, match=r"no\.jsonl: not found; set priors\.replay_file"):
         load(tmp_path / "no.jsonl")
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"sent_id": 10, "raw_text": "é", "model": "llava"}'.encode("latin-1"))

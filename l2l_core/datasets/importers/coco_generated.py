@@ -57,10 +57,9 @@ def generate_sentences(instances: Path, images: Path, out: Path, seed: int) -> I
     for image_id in progress(sorted(rows), "sentences", "image"):
         try:
             objects = _objects(image_rows[image_id], rows[image_id], categories, source, problems)
+            entries += _described(image_rows[image_id], objects, vocabulary, images, source, seed, refused)
         except ValueError as error:
             problems.append(f"{source}: image {image_id}: {error}")
-            continue
-        entries += _described(image_rows[image_id], objects, vocabulary, images, source, seed, refused)
     return to_json_lines(entries, out, source, problems, left_out("object(s)", refused, source))
 
 
