@@ -99,6 +99,8 @@ def kill(project: Project, way: str, needle: str, delay_s: float) -> str:
     finally:
         _end_group(process.pid, signal.SIGKILL)
         listener.join()
+        assert process.stdout is not None
+        process.stdout.close()
     return "".join(lines)
 
 
