@@ -132,7 +132,7 @@ def test_warns_once_per_remedy_about_stages_that_exceed_memory(project, monkeypa
     assert "250.0 MB are available here" in memory
     warnings = [line.removeprefix("warning").strip() for line in said.splitlines() if line.startswith("warning")]
     training, *others = (line for line in warnings if "train.engine.micro_batch_size" in line)
-    assert training.startswith("warmup, retrain@1: about ")
+    assert training.startswith("warmup, retrain@1, distill: about ")
     assert not others
     assert any(line.startswith("select@1: about ") and "evaluate.batch_size" in line for line in warnings)
     assert any(line.startswith("predict, predict@1: about ") for line in warnings)
