@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tiny_project import executed, make_project
 
+from bench.tiny_project import executed, make_project
 from l2l_core.model.packaged import PACKAGED
 
 pytestmark = [

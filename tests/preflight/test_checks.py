@@ -135,7 +135,7 @@ def test_warns_once_per_remedy_about_stages_that_exceed_memory(project, monkeypa
     assert training.startswith("warmup, retrain@1, distill: about ")
     assert not others
     assert any(line.startswith("select@1: about ") and "evaluate.batch_size" in line for line in warnings)
-    assert any(line.startswith("predict, predict@1: about ") for line in warnings)
+    assert any(line.startswith("predict, predict@1, predict-distilled: about ") for line in warnings)
 
 
 def test_compares_gpu_memory_needs_with_free_gpu_memory(capsys):
@@ -214,7 +214,7 @@ WRONG = {
         lambda: change({"evaluate": {"splits": ["test"]}}),
         ["evaluate.splits: got test, expected some of val: these splits have held-out sentences"],
     ),
-    "no responses": (lambda: Path("responses.jsonl").unlink(), ["responses.jsonl: cannot be read: No such file"]),
+    "no responses": (lambda: Path("responses.jsonl").unlink(), ["responses.jsonl: not found; set priors.replay_file"]),
     "bad responses": (
         lambda: Path("responses.jsonl").write_text('{"sent_id": 0, "raw_text": 3}\n'),
         ["responses.jsonl: line 1: raw_text: got 3, expected a string"],

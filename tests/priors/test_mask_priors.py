@@ -99,7 +99,7 @@ def scored_priors(index: Index, masks: Masks, folder: Path) -> pd.DataFrame:
     nothing = [
         {"model": model, "with_prior": with_prior, "sent_id": row.Index, "height": row.height, "width": row.width}
         | {"rle_counts": coco_mask.encode(np.zeros((row.height, row.width), np.uint8, order="F"))["counts"]}
-        for model, with_prior in (("supervised", False), ("round_0", True), ("round_0", False))
+        for model, with_prior in NETWORKS
         for row in truth.itertuples()
     ]
     predictions = records.make_table(nothing, records.PREDICTIONS)
@@ -115,6 +115,9 @@ def scored_priors(index: Index, masks: Masks, folder: Path) -> pd.DataFrame:
         cut = cv2.resize(grid, mask.shape[::-1], interpolation=cv2.INTER_LINEAR) > 127.5
         scored.loc[sent_id, ["own", "kept"]] = iou(mask, true[sent_id]), iou(cut, mask)
     return scored
+
+
+NETWORKS = (("supervised", False), ("round_0", True), ("round_0", False), ("distilled", False))
 
 
 def iou(one: np.ndarray, other: np.ndarray) -> float:

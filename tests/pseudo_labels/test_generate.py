@@ -298,7 +298,7 @@ def test_fold_teachers_score_labeled_sentences_of_held_out_images(run, monkeypat
         def from_run(folder, params):
             return teachers.setdefault(str(folder), Oracle())
 
-    monkeypatch.setattr(generate, "Predictor", Runs)
+    monkeypatch.setattr(generate, "BatchPredictor", Runs)
     params = params_of(folds=2)
     seen, truth = score_out_of_fold(params, run / "folds")
     assert sorted(teachers) == [str(run / "folds/0"), str(run / "folds/1")]

@@ -393,7 +393,7 @@ def test_trains_a_torn_finished_network_anew(tmp_path, monkeypatch, machine, cap
         return Training(folder, lambda: trained.append(name), [])
 
     whole, torn = hashlib.sha256(b"weights").hexdigest(), hashlib.sha256(b"other").hexdigest()
-    side_by_side.train_all(params(), {"one": training("one", whole), "two": training("two", torn)})
+    side_by_side.train_all(params(), {"one": training("one", whole), "two": training("two", torn)}, records.INDEX)
     assert trained == ["two"]
     assert not (tmp_path / "two").exists()
     captured = capsys.readouterr()
