@@ -5,9 +5,9 @@
 
 Runs in a clone of this repository under bench/work/ with an empty cache, at HEAD or at another revision (`--commit`),
 with params.yaml as it is there or with changes (`-S`, as of `dvc exp run`). Adds two rows to
-bench/results/default_run.jsonl, or replaces those of the same commit, settings and machine. The latest commit's rows
-without settings make a line of README.md; beside the oldest commit's rows on the same machine they make a table of
-docs/results.md, which also has the scores of other seeds (`-S seed=1`).
+bench/results/default_run.jsonl, or replaces those of the same commit, settings and machine. On each machine, the latest
+commit's rows without settings are part of a line of README.md; beside the oldest commit's rows on the same machine they
+make a table of docs/results.md, which also has the scores of other seeds (`-S seed=1`).
 
     measure                first: from an empty cache; nothing_to_do: again, when nothing changed
     seconds                wall time
@@ -18,7 +18,7 @@ docs/results.md, which also has the scores of other seeds (`-S seed=1`).
     policy_percent         training of the policies, of the time of the rounds (select, retrain and crossfit)
     val_miou, val_miou_*   percent: of the last round; of the priors' proposals, the supervised model, each round,
                            the last round without priors, and the distilled model
-    settings, environment  `-S`, and the variables that decide about threads
+    settings, environment  `-S`, and the variables that decide about threads and instructions
     committed              when, by which rows are ordered
 """
 
@@ -32,6 +32,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ DOCUMENT = ROOT / "docs" / "results.md"
 MARK = "default_run"
 REPEATS = 5
 OF_ROUNDS = ("select@", "retrain@", "crossfit@")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+SPEED_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 SCORES = {
     "val_miou_proposal": "proposals",
@@ -139,7 +140,7 @@ def measure(revision: str, overrides: Sequence[str]) -> list[Row]:
         "commit": commit,
         "committed": committed,
         "settings": " ".join(overrides),
-        "environment": " ".join(f"{name}={os.environ[name]}" for name in THREAD_VARIABLES if name in os.environ),
+        "environment": " ".join(f"{name}={os.environ[name]}" for name in SPEED_VARIABLES if name in os.environ),
         **capabilities(),
     }
     first = repro(CLONE)
@@ -193,15 +194,21 @@ def _key(row: Row) -> tuple[str, ...]:
     return tuple(row.get(name, "") for name in ("commit", "settings", "environment", "device", "measure"))
 
 
-def latest(rows: Sequence[Row], measure: str = "first") -> Row:
-    """Of the rows without settings, that of the youngest commit; of several, the one measured last."""
-    plain = [row for row in rows if row["measure"] == measure and not row.get("settings")]
+def machines(rows: Sequence[Row]) -> list[str]:
+    """Devices with rows without settings, that of the youngest commit first; without early rows, which have no date."""
+    plain = [row for row in rows if row["measure"] == "first" and not row.get("settings") and "committed" in row]
+    ordered = sorted(plain, key=lambda row: row["committed"], reverse=True)
+    return list(dict.fromkeys(row["device"] for row in ordered))
+
+
+def latest(rows: Sequence[Row], device: str, measure: str = "first") -> Row:
+    """Of a machine's rows without settings, that of the youngest commit; of several, the one measured last."""
+    plain = [row for row in rows if row["measure"] == measure and row["device"] == device and not row.get("settings")]
     return max(enumerate(plain), key=lambda pair: (pair[1].get("committed", ""), pair[0]))[1]
 
 
-def before(rows: Sequence[Row]) -> list[Row]:
-    """First runs of the oldest commit that was measured on the latest row's machine, with all settings; may be none."""
-    after = latest(rows)
+def before(rows: Sequence[Row], after: Row) -> list[Row]:
+    """First runs of the oldest commit that was measured on the machine of `after`, with all settings; may be none."""
     alike = [row for row in rows if row["measure"] == "first" and row["device"] == after["device"]]
     older = [row for row in alike if row.get("committed", "") < after.get("committed", "")]
     oldest = min((row.get("committed", "") for row in older), default="")
@@ -209,21 +216,33 @@ def before(rows: Sequence[Row]) -> list[Row]:
 
 
 def line(rows: Sequence[Row]) -> str:
-    """What README.md says of it."""
-    first, nothing = latest(rows), latest(rows, "nothing_to_do")
-    minutes, memory_gib = first["seconds"] / 60, first["peak_rss_mb"] / 1024
-    where = f"{first['device']}; commit {first['commit']}"
-    scores = ", ".join(f"{name} {first[key]:.1f}" for key, name in SCORES.items() if key in first)
-    return (
-        f"The pipeline took {minutes:.1f} minutes and {memory_gib:.1f} GiB ({where}), "
-        f"and {nothing['seconds']:.1f} s when nothing had changed (`python -m bench.default_run`). "
-        f"mIoU on val: {scores}."
+    """What README.md says of it: time on each machine, and the scores of the youngest commit."""
+    runs = [latest(rows, device) for device in machines(rows)]
+    took = " or ".join(
+        f"{run['seconds'] / 60:.1f} minutes and {run['peak_rss_mb'] / 1024:.1f} GiB ({run['device']}; "
+        f"commit {run['commit']})"
+        for run in runs
     )
+    first = runs[0]
+    nothing = latest(rows, first["device"], "nothing_to_do")
+    scores = ", ".join(f"{name} {first[key]:.1f}" for key, name in SCORES.items() if key in first)
+    text = (
+        f"The first run took {took}. A rerun without changes took {nothing['seconds']:.1f} s "
+        f"(`python -m bench.default_run`). mIoU on val: {scores}."
+    )
+    whole = text.replace("python -m ", "python\0-m\0")  # a command stays on one line
+    return textwrap.fill(whole, 120, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
 
 def table(rows: Sequence[Row]) -> str:
+    """The tables of each machine, that of the youngest commit first."""
+    return "\n\n".join(machine_table(rows, device) for device in machines(rows))
+
+
+def machine_table(rows: Sequence[Row], device: str) -> str:
     """Seconds of the stages, before and after with their ratio; then totals, scores and the policies' share."""
-    after, old = latest(rows), before(rows)
+    after = latest(rows, device)
+    old = before(rows, after)
     runs = [*old, after]
     stages = [{docs.current_name(name): one for name, one in run["stage_seconds"].items()} for run in runs]
     names = list(dict.fromkeys(name for seconds in (stages[-1], *stages) for name in seconds))
@@ -234,8 +253,8 @@ def table(rows: Sequence[Row]) -> str:
     if any("cpu_seconds" in run for run in runs):
         body.append(["all, CPU time", *_compared([run.get("cpu_seconds") for run in runs], len(old))])
     head = ["stage", *(f"{_named(run)}, s" for run in runs), *(f"{_named(run)} / {_named(after)}" for run in old)]
-    text = docs.markdown(head, body)
-    scored = [*runs, *other_seeds(rows)]
+    text = f"**{device}**\n\n{docs.markdown(head, body)}"
+    scored = [*runs, *other_seeds(rows, device)]
     scores = list(dict.fromkeys(key for run in scored for key in run if key.startswith("val_miou_")))
     if scores:
         head = ["val mIoU", *(key.removeprefix("val_miou_").replace("_", " ") for key in scores)]
@@ -244,12 +263,12 @@ def table(rows: Sequence[Row]) -> str:
         ]
         text += f"\n\n{docs.markdown(head, values)}"
     share = f"Training the policies took {after['policy_percent']} % of the rounds (select, retrain, crossfit)"
-    return f"{text}\n\n{share}; {after['device']}, commit {after['commit']}."
+    return f"{text}\n\n{share}; commit {after['commit']}."
 
 
-def other_seeds(rows: Sequence[Row]) -> list[Row]:
-    """First runs that differ from the default in the seed alone, on the latest row's machine: the youngest of each."""
-    device, found = latest(rows)["device"], {}
+def other_seeds(rows: Sequence[Row], device: str) -> list[Row]:
+    """A machine's first runs that differ from the default in the seed alone: the youngest of each."""
+    found: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row.get("committed", "")):
         if row["measure"] == "first" and row["device"] == device and SEED.fullmatch(row.get("settings", "")):
             found[row["settings"]] = row
@@ -261,7 +280,7 @@ def _named(run: Row) -> str:
 
 
 def _compared(seconds: list[float | None], count: int) -> list[object]:
-    """Cells of a row: seconds of all runs, and of the first `count` runs how many times those of the last they are."""
+    """Cells of a row: seconds of every run, then the ratios of the first `count` runs to the last."""
     last = seconds[-1]
     ratios = [f"{one / last:.2f}" if one is not None and last else None for one in seconds[:count]]
     return [*(None if one is None else f"{one:.1f}" for one in seconds), *ratios]

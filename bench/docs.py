@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-RENAMED = {"ask": "query", "stages.ask": "stages.query"}
+RENAMED = {
+    "ask": "query",
+    "stages.ask": "stages.query",
+    "colour": "color",
+    "colour and shape": "color and shape",
+}
 """Names in stored rows, and the names of today. Rows are kept as they were measured."""
 
 

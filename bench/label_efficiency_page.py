@@ -40,7 +40,7 @@ MAIN = (0.05, "llava-1.5-7b")
 FIXED_RULES = ("all", "threshold_0.7", "threshold_0.95", "topk", "agreement", "ranksum", "semires")
 """What `reinforce` has to beat: rules without training that take the teacher's own masks and do not read the truth."""
 CONSTRUCTED_RULES = ("ranksum_sharpened", "ranksum_overlap", "agreement_overlap")
-"""The same kind of rule on constructed labels: what is left of the lead over them is what learning to choose wins."""
+"""The same kind of rule on built candidates. The lead of `reinforce` over them is the gain from learned selection."""
 
 FIRST = (
     "prior",
@@ -181,7 +181,7 @@ def page(rows: pd.DataFrame) -> str:
         if setting == MAIN:
             parts += ["### Claims", _claims_table(rows)]
             if lost := limits(chosen):
-                parts += ["### What is missing to 100", lost]
+                parts += ["### Error breakdown", lost]
     return "\n\n".join(parts)
 
 

@@ -129,8 +129,8 @@ def table(rows: pd.DataFrame) -> str:
         if row.matches == "any object":
             shares.append(("target found: any object", row.first_named))
         else:
-            shares.append((f"target found: first {row.matches} that is named", row.first_named))
-            shares.append((f"target found: its own {row.matches}, where named", row.own))
+            shares.append((f"target found: first {docs.current_name(row.matches)} that is named", row.first_named))
+            shares.append((f"target found: its own {docs.current_name(row.matches)}, where named", row.own))
     facts: list[list[object]] = [
         ["CPU seconds to draw it", f"{by_measure['draw']['seconds'].item():.0f}"],
         ["different words", f"{by_measure['vocabulary']['words'].item():.0f}"],

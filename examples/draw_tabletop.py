@@ -26,7 +26,7 @@ TABLE_Y = 62  # where wall and table meet
 BOX_NOISE_PX = 4  # of the responses' corners
 QUALITY = 88  # of the JPEGs: some 5 kB each
 
-COLOURS = {
+COLORS = {
     "red": (196, 52, 44),
     "blue": (48, 88, 176),
     "green": (62, 138, 74),
@@ -218,7 +218,7 @@ def outline(thing: Thing) -> list[float]:
 
 
 def _draw_thing(canvas: Image.Image, thing: Thing) -> None:
-    {"cup": _draw_cup, "book": _draw_book, "ball": _draw_ball}[thing.kind](canvas, thing, COLOURS[thing.color])
+    {"cup": _draw_cup, "book": _draw_book, "ball": _draw_ball}[thing.kind](canvas, thing, COLORS[thing.color])
 
 
 def _draw_cup(canvas: Image.Image, cup: Thing, color: tuple[int, int, int]) -> None:

@@ -18,12 +18,17 @@ __version__ = "0.1.0"
 set_thread_policy()  # here, since Python runs this file before any other of the package
 
 if TYPE_CHECKING:
+    from l2l_core.config import Params as Params
     from l2l_core.config import load_params as load_params
     from l2l_core.core.images import to_rgb as to_rgb
     from l2l_core.core.masks import decode_rle as decode_rle
     from l2l_core.core.masks import encode_rle as encode_rle
     from l2l_core.core.metrics import segmentation_scores as segmentation_scores
+    from l2l_core.datasets.index import Index as Index
     from l2l_core.datasets.read import load_dataset as load_dataset
+    from l2l_core.errors import ArtifactError as ArtifactError
+    from l2l_core.errors import ConfigError as ConfigError
+    from l2l_core.errors import InputError as InputError
     from l2l_core.errors import L2LError as L2LError
     from l2l_core.inference.predictor import Prediction as Prediction
     from l2l_core.inference.predictor import Predictor as Predictor
@@ -32,7 +37,12 @@ if TYPE_CHECKING:
     from l2l_core.priors.renderers import render_point as render_point
 
 _HOMES = {
+    "ArtifactError": "l2l_core.errors",
+    "ConfigError": "l2l_core.errors",
+    "Index": "l2l_core.datasets.index",
+    "InputError": "l2l_core.errors",
     "L2LError": "l2l_core.errors",
+    "Params": "l2l_core.config",
     "Prediction": "l2l_core.inference.predictor",
     "Predictor": "l2l_core.inference.predictor",
     "decode_rle": "l2l_core.core.masks",

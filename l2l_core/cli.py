@@ -11,12 +11,15 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
+from typer.core import TyperGroup
 
-from l2l_core.artifacts.records import METRICS_PATH, REPORT_PATH
+import l2l_core
+from l2l_core.artifacts.records import METRICS_PATH, REPORT_PATH, read_json
 from l2l_core.artifacts.rounds import latest_round, model_folder
 from l2l_core.core.files import end_on_sigterm, staged_output
-from l2l_core.errors import ArtifactError, InputError, exit_code
+from l2l_core.errors import InputError, exit_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +29,19 @@ if TYPE_CHECKING:
 WARMUP = "round 0 (warm-up)"
 SCORES = {"miou": "mIoU", "oiou": "oIoU", "pr50": "Pr@0.5", "pr70": "Pr@0.7", "pr90": "Pr@0.9"}
 
+WORKFLOW = ("fetch", "import", "check", "run", "scores", "compare", "predict", "serve", "export", "doctor", "stage")
+"""The order of the commands in the help."""
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(super().list_commands(ctx), key=[*WORKFLOW, *self.commands].index)
+
+
 # Commands import what they need when they run: `--help` needs none of it, and torch alone takes seconds.
-app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=_InOrder, help=__doc__, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(export_app, name="export", help="Write pseudo-labels or the network for other tools.")
 
@@ -41,8 +55,25 @@ Run = Annotated[
 ]
 WithPriors = Annotated[
     bool,
-    typer.Option("--with-priors", help="the latest round's model with priors: queried, or read from stored ones"),
+    typer.Option(
+        "--with-priors", help="use the latest round's model, with priors from the backend or from stored tables"
+    ),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"l2l {l2l_core.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def score_table(metrics: dict[str, float]) -> pd.DataFrame:
@@ -71,11 +102,7 @@ def score_table(metrics: dict[str, float]) -> pd.DataFrame:
 @app.command()
 def scores() -> None:
     """Print the scores of the last evaluation."""
-    try:
-        metrics = json.loads(METRICS_PATH.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{METRICS_PATH}: not found, run the pipeline first: dvc repro") from None
-    print(score_table(metrics).to_string(index=False, na_rep=""))
+    print(score_table(read_json(METRICS_PATH)).to_string(index=False, na_rep=""))
     print("percent; ground truth at original resolution, every sentence counted, probability > 0.5")
     print(f"report: {REPORT_PATH}")
 
@@ -123,9 +150,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="folder for masks, overlays and predictions.jsonl")] = Path("predictions"),
     with_priors: WithPriors = False,
     polygons: Polygons = False,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="most pairs computed at once; masks differ by rounding at most")
-    ] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="maximum batch size; it changes masks only by rounding")] = 32,
 ) -> None:
     """Segment your own images.
 
@@ -133,7 +158,7 @@ def predict(
     """
     from l2l_core.config import load_params
     from l2l_core.core.masks import rle_area_px_all
-    from l2l_core.datasets.index import turned_note
+    from l2l_core.datasets.index import exif_rotation_note
     from l2l_core.inference import predict_files
     from l2l_core.inference.predictor import Predictor
 
@@ -144,7 +169,7 @@ def predict(
     requested = predict_files.pairs_of_file(pairs) if pairs else predict_files.pairs_of_images(words or [])
     turned = predict_files.exif_rotated_images(requested)
     if turned:
-        print(f"note: {turned_note(turned)}")
+        print(f"note: {exif_rotation_note(turned)}")
     with predict_files.predictions_folder(out) as building:
         predict_files.check_file_names(requested, building)
         predictor = Predictor.from_pretrained(folder, device=device)
@@ -164,9 +189,9 @@ def predict(
 def serve(
     run: Run = None,
     with_priors: WithPriors = False,
-    host: Annotated[str, typer.Option(help="address to listen at; another one than this opens the page to others")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="address to listen at; any other address exposes the page to other machines")
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 7860,
     max_mb: Annotated[int, typer.Option(min=1, help="largest upload")] = 10,
 ) -> None:
@@ -217,7 +242,7 @@ def export_label_studio(
 ) -> None:
     """Write the pseudo-labels to review first, for Label Studio.
 
-    Tasks are ordered by how much a review of the pseudo-label helps. Each has the label as a prediction.
+    Orders tasks by the expected benefit of a review. Each task contains its pseudo-label as a prediction.
     """
     from l2l_core.export import labels, review
 
@@ -259,10 +284,10 @@ def check(
     ] = None,
     timing: Annotated[bool, typer.Option(help="measure times with a few training steps and predictions")] = True,
 ) -> None:
-    """Check data and parameters before a run, and estimate time and memory.
+    """Check data and parameters before a run.
 
-    Checks parameters, data, label budget, priors, encoders, device, and disk. Then estimates time and output size of
-    each stage. Leaves no files.
+    Checks parameters, data, label budget, priors, encoders, device, and disk. Then estimates time, memory and output
+    size of each stage. Leaves no files.
     """
     from l2l_core.config import load_params
     from l2l_core.preflight.checks import run_checks
@@ -274,9 +299,10 @@ def check(
 def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="move torn files aside, so that dvc repro goes on")] = False,
 ) -> None:
-    """Find files that a kill or a failing disk left torn, and say what to do.
+    """Find torn files and, with --fix, move them aside.
 
-    Checks DVC's own files, every artifact and its copy in DVC's cache against dvc.lock, and .scratch.
+    A kill or a failing disk leaves such files. Checks DVC's own files, every artifact and its copy in DVC's cache
+    against dvc.lock, and .scratch.
     """
     from l2l_core.preflight.doctor import run_doctor
 
@@ -365,7 +391,7 @@ def import_labelme(
     out: PairsFolder,
     skip_unknown: SkipUnknown = False,
 ) -> None:
-    """JSON files of LabelMe, X-AnyLabeling or ReasonSeg beside their images."""
+    """Convert JSON files of LabelMe, X-AnyLabeling or ReasonSeg beside their images."""
     from l2l_core.datasets.importers import labelme
 
     _write_pairs(labelme.import_labelme(folder, out, skip_unknown=skip_unknown), out)

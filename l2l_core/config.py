@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from l2l_core.errors import ConfigError, raise_all, shown
+from l2l_core.errors import ConfigError, raise_all, short_repr
 
 BUILTIN_DATASET = "data/refshapes"
 """Written by the stage `refshapes`. Any other folder holds the user's data."""
@@ -541,7 +541,8 @@ class Params(Section):
         ):
             if got not in taught:
                 raise ValueError(
-                    f"priors.{key}: got {shown(got)}, expected {taught[-1]!r}, the one that {BUILTIN_MODEL} was taught"
+                    f"priors.{key}: got {short_repr(got)}, expected {taught[-1]!r}, "
+                    f"the one that {BUILTIN_MODEL} was taught"
                 )
         if not self.uses_builtin_dataset:
             raise ValueError(
@@ -571,7 +572,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError) as error:
             kind = node.tag.rpartition(":")[2]
-            problem = f"got {shown(node.value)}, which is no {kind}"
+            problem = f"got {short_repr(node.value)}, which is no {kind}"
             raise ConstructorError(None, None, problem, node.start_mark) from error
 
 
@@ -699,14 +700,14 @@ def _explain(detail: Any) -> str:
         case "extra_forbidden":
             return f"{key}: unknown parameter, expected one of those in params.yaml; check the spelling"
         case "literal_error" if isinstance(got, str) and got in RENAMED_VALUES.get(key, {}):
-            return f"{key}: {shown(got)} was renamed, use {RENAMED_VALUES[key][got]!r}"
+            return f"{key}: {short_repr(got)} was renamed, use {RENAMED_VALUES[key][got]!r}"
         case "literal_error":
             expected = context["expected"].replace(" or ", ", ")
-            return f"{key}: got {shown(got)}, expected {'one of ' * (', ' in expected)}{expected}"
+            return f"{key}: got {short_repr(got)}, expected {'one of ' * (', ' in expected)}{expected}"
         case "model_type":
-            return f"{key}: got {shown(got)}, expected a section with its own keys"
+            return f"{key}: got {short_repr(got)}, expected a section with its own keys"
         case "value_error":
             return f"{key}.{context['error']}" if key else str(context["error"])
         case _:
             message = detail["msg"].removeprefix("Input should be ").removeprefix("String should have ")
-            return f"{key}: got {shown(got)}, expected {message}"
+            return f"{key}: got {short_repr(got)}, expected {message}"

@@ -82,10 +82,10 @@ def redacted(text: str) -> str:
     return _URL_USER.sub("***@", text)
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """`repr` of plain data for a message: at most SHOWN_CHARACTERS and in bounded time, however it is nested.
 
-    >>> shown({"size": [480, 640]})
+    >>> short_repr({"size": [480, 640]})
     "{'size': [480, 640]}"
     """
     text = ""
@@ -124,7 +124,7 @@ def _pieces(value: object) -> Iterator[str]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file if the disk is full: a failed write does not, and each library reports it in its own words."""
+    """Add the file's path to a disk-full error: libraries omit it, and each has its own words."""
     try:
         yield
     except Exception as error:
@@ -153,16 +153,20 @@ def exit_code(main: Callable[[], None]) -> int:
 def run_stage(main: Callable[[], None]) -> NoReturn:
     """Run a stage as this process's only task and end with its exit code.
 
-    Python would first take all modules apart, which takes up to two seconds with PyTorch.
+    This skips the interpreter's shutdown, which takes up to two seconds with PyTorch.
     """
-    code = exit_code(main)
-    sys.stdout.flush()
+
+    def main_and_flush() -> None:
+        main()
+        sys.stdout.flush()  # it may be a file on a full disk
+
+    code = exit_code(main_and_flush)
     sys.stderr.flush()
     os._exit(code)
 
 
 def explain_early_errors() -> None:
-    """Say in one line why a program ends before its `exit_code`, while it still imports its libraries."""
+    """Print one line if the program fails while it imports its libraries, before its `exit_code`."""
 
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = _explain(error)

@@ -6,9 +6,10 @@ import argparse
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
+from l2l_core.core.files import file_sha256
 from l2l_core.errors import run_stage
 from l2l_core.model.segmenter import Segmenter
-from l2l_core.training.runs import LABEL_INPUTS, round_streams, run_training
+from l2l_core.training.runs import LABEL_INPUTS, PRIOR_INPUTS, round_streams, run_training
 
 
 def main() -> None:
@@ -22,13 +23,15 @@ def main() -> None:
     params = load_params()
     folder = records.round_folder(round_number)
     teacher, labels = folder / "model", folder / "history" / "pseudo_labels.parquet"
+    student = Segmenter.load(teacher)
+    student.takes_priors, student.distilled_from = False, file_sha256(teacher / "model.safetensors")
     run_training(
         params,
         "distill",
-        Segmenter.load(teacher),
+        student,
         round_streams(params, labels, with_priors=False),
         params.distill.steps,
-        [*LABEL_INPUTS, labels, teacher],
+        [*LABEL_INPUTS, *PRIOR_INPUTS, labels, teacher],
         records.DISTILLED_FOLDER / "model",
         records.DISTILLED_FOLDER / "curves",
     )

@@ -26,7 +26,7 @@ def dataset_version(dataset: Path) -> str | None:
 def trained_precision(model: Path) -> dict[str, str]:
     """`precision` in which a model was trained: bf16 or fp32. No key if its folder does not record it."""
     config = model / "config.json"
-    precision = json.loads(config.read_text(encoding="utf-8")).get("precision") if config.is_file() else None
+    precision = records.read_json(config).get("precision") if config.is_file() else None
     return {} if precision is None else {"precision": precision}
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 from l2l_core.artifacts import records
 from l2l_core.config import load_params
 from l2l_core.core.files import scratch_folder
-from l2l_core.errors import run_stage
+from l2l_core.errors import exit_code
 from l2l_core.mllm.interpreter import reexec_with_python
 from l2l_core.mllm.query import make_backend, make_questions, query_all, query_key
 
@@ -24,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    sys.exit(exit_code(main))  # not `run_stage`: vLLM ends its processes as Python exits

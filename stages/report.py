@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--round", type=int, required=True, help="round that was evaluated")
     round_number = parser.parse_args().round
     params = load_params()
-    metrics = records.read_metrics(records.METRICS_PATH)
+    metrics = records.read_json(records.METRICS_PATH)
     history = read_history(records.DISTILLED_FOLDER / "history")
     index, read, frame = records.INDEX, records.read_table, records.to_frame
     run = Run(
@@ -37,8 +37,8 @@ def main() -> None:
         pseudo_labels=frame(history.pseudo_labels),
         per_sentence=frame(read(records.PER_SENTENCE_PATH, records.PER_SENTENCE)),
         metrics=metrics,
-        prior_scores=records.read_metrics(records.PRIORS_METRICS_PATH),
-        proposal_scores=records.read_metrics(records.PROPOSALS_METRICS_PATH),
+        prior_scores=records.read_json(records.PRIORS_METRICS_PATH),
+        proposal_scores=records.read_json(records.PROPOSALS_METRICS_PATH),
         curves={
             path.relative_to(CURVES_FOLDER).with_suffix("").as_posix(): pd.read_csv(path)
             for path in sorted(CURVES_FOLDER.rglob("*.csv"))

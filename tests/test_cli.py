@@ -3,7 +3,9 @@ import re
 
 from called import call
 
-from l2l_core.cli import score_table
+from l2l_core import __version__
+from l2l_core.cli import WORKFLOW, score_table
+from l2l_core.errors import DOCTOR
 
 METRICS = {
     "n_val": 500,
@@ -64,6 +66,26 @@ def test_scores_before_any_evaluation_names_the_command_to_run(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "scores") == 2
     assert re.fullmatch(r"error: metrics/evaluate\.json: not found, .*dvc repro\n", capsys.readouterr().err)
+
+
+def test_torn_scores_are_named_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/evaluate.json").write_text('{"val_miou": 5')
+    assert call(monkeypatch, "scores") == 2
+    assert capsys.readouterr().err == f"error: metrics/evaluate.json: not a file of this project; {DOCTOR}\n"
+
+
+def test_prints_the_version(monkeypatch, capsys):
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"l2l {__version__}\n"
+
+
+def test_the_help_lists_every_command_in_the_order_of_the_workflow(monkeypatch, capsys):
+    assert call(monkeypatch, "--help") == 0
+    _, _, listed = capsys.readouterr().out.partition("Commands:\n")
+    assert tuple(line.split()[0] for line in listed.splitlines()) == WORKFLOW
+    assert "..." not in listed
 
 
 def test_requires_a_command(monkeypatch, capsys):

@@ -18,7 +18,7 @@ from l2l_core.errors import (
     exit_code,
     raise_all,
     redacted,
-    shown,
+    short_repr,
     writing,
 )
 
@@ -85,13 +85,13 @@ def test_a_stage_ends_with_its_exit_code_and_all_output(body, code):
     "value", [None, True, 3, -0.5, "a 'b'", b"x", [], {}, [1, [2, "c"]], {"a": [1.5, None]}, {"k": {}}, (1, 2)]
 )
 def test_shows_a_short_value_as_python_does(value):
-    assert shown(value) == repr(value)
+    assert short_repr(value) == repr(value)
 
 
 def test_cuts_a_long_value():
     for value in ("x" * 1000, list(range(1000)), {str(number): number for number in range(1000)}):
-        assert shown(value) == repr(value)[:60] + "..."
-    assert shown(10**5000) == "a number of thousands of digits"
+        assert short_repr(value) == repr(value)[:60] + "..."
+    assert short_repr(10**5000) == "a number of thousands of digits"
 
 
 def test_shows_a_value_of_any_nesting_in_bounded_time():
@@ -102,8 +102,8 @@ def test_shows_a_value_of_any_nesting_in_bounded_time():
     for _ in range(100_000):
         deep = [deep]
     endless.append(endless)
-    assert shown(bomb) == shown(deep) == "[" * 60 + "..."
-    assert shown(endless).startswith("['x', ['x', [")
+    assert short_repr(bomb) == short_repr(deep) == "[" * 60 + "..."
+    assert short_repr(endless).startswith("['x', ['x', [")
 
 
 # --- secrets

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from l2l_core.core.progress import progress
 from l2l_core.refshapes.language import STYLES, say
-from l2l_core.refshapes.scene import COLOURS, OBJECTS_RANGE, SHAPES, SIZES, TEXTURES, draw_scene
+from l2l_core.refshapes.scene import COLORS, OBJECTS_RANGE, SHAPES, SIZES, TEXTURES, draw_scene
 from l2l_core.refshapes.solver import measure, solve
 
 SEED = 2_000_003
@@ -31,7 +31,7 @@ TRIES = 16  # draws of a sentence a scene, in turns of the styles; more than hal
 SHARD_SCENES = 1000
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
-    "color": tuple(COLOURS),
+    "color": tuple(COLORS),
     "texture": TEXTURES,
     "size": SIZES,
 }

@@ -220,8 +220,8 @@ def write_metrics(metrics: Mapping[str, object], path: Path) -> None:
         path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """Read metrics. Raises ArtifactError if the file is missing or not JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an artifact that holds a JSON object, such as metrics. Raises ArtifactError if it is missing or torn."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 
 from l2l_core.artifacts import records
-from l2l_core.errors import ArtifactError, InputError
+from l2l_core.errors import DOCTOR, ArtifactError, InputError
 
 
 def rounds_with(part: str) -> list[int]:
@@ -19,12 +21,12 @@ def latest_round(part: str) -> int:
     """The highest round of the last run that has `part` ("model", "pseudo_labels.parquet").
 
     Later rounds on disk come from an earlier run, perhaps of another dataset: DVC does not remove outputs that it no
-    longer needs. Raises ArtifactError if no round has `part`.
+    longer needs. Raises ArtifactError if no round has `part` or the record of the last run is torn.
     """
     rounds, numbers = records.round_folder(0).parent, rounds_with(part)
     if not numbers:
         raise ArtifactError(f"{rounds}: no round has {part}; run the pipeline first (dvc repro) in the project's root")
-    last = int(records.ROUND_PATH.read_text(encoding="utf-8")) if records.ROUND_PATH.is_file() else max(numbers)
+    last = _round_of_last_run(default=max(numbers))
     own = [round_number for round_number in numbers if round_number <= last]
     if not own:
         raise ArtifactError(
@@ -34,20 +36,43 @@ def latest_round(part: str) -> int:
     return max(own)
 
 
-def model_folder(run: Path | None, *, with_priors: bool = False) -> Path:
-    """The folder of the distilled model, or with priors, or where none was distilled, of the latest round's model.
+def _round_of_last_run(default: int) -> int:
+    if not records.ROUND_PATH.is_file():
+        return default
+    try:
+        return int(records.ROUND_PATH.read_bytes())
+    except ValueError:
+        raise ArtifactError(f"{records.ROUND_PATH}: not a number; {DOCTOR}") from None
 
-    run: folder of a round or of a model, used instead. Raises InputError if it is neither, or with priors the distilled
-    model; ArtifactError if there is no round.
+
+def model_folder(run: Path | None, *, with_priors: bool = False) -> Path:
+    """The folder of the latest round's model, or without priors of the model distilled from it.
+
+    Without a model that was distilled from the latest round's, the folder of the latter is returned, with a note if the
+    distilled model comes from an earlier run. run: folder of a round or of a model, used instead. Raises InputError if
+    it is neither, or with priors one whose model takes none; ArtifactError if there is no round.
     """
-    distilled = records.DISTILLED_FOLDER / "model"
     if run is None:
-        if distilled.is_dir() and not with_priors:
+        distilled = records.DISTILLED_FOLDER / "model"
+        of_round = records.round_folder(latest_round("model")) / "model"
+        if with_priors or not distilled.is_dir():
+            return of_round
+        if _stated(distilled, "distilled_from") == _stated(of_round, "sha256"):
             return distilled
-        return records.round_folder(latest_round("model")) / "model"
+        note = f"note: {distilled} was not distilled from {of_round}, which is used instead; dvc repro updates it"
+        print(note, file=sys.stderr)
+        return of_round
     for folder in (run / "model", run):
         if os.path.isfile(folder / "config.json"):  # Path.is_file raises for a name that is too long
-            if with_priors and folder.resolve() == distilled.resolve():
+            if with_priors and _stated(folder, "takes_priors") is False:
                 raise InputError(f"--run: got {run}, whose model takes no priors; leave out --run or --with-priors")
             return folder
     raise InputError(f"--run: got {run}, expected a folder with a model, such as data/rounds/2")
+
+
+def _stated(model: Path, key: str) -> object:
+    """A value of a model folder's config.json; None if the file or the key is missing or unusable."""
+    try:
+        return json.loads((model / "config.json").read_bytes()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None

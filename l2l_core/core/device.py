@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -19,19 +20,23 @@ CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """PyTorch's names of the CPU instructions that multiply bf16 numbers: two of x86, two of ARM."""
 
 
-def choose_device(name: str, key: str = "train.engine.device") -> torch.device:
-    """The device that a parameter names; `auto` is CUDA if available, else the CPU.
+def choose_device(name: str, source: str = "params.yaml: train.engine.device") -> torch.device:
+    """The device of a name: auto, cpu, cuda, cuda:N, or mps; `auto` is CUDA if available, else the CPU.
 
-    Apple GPUs (`mps`) must be named explicitly, because PyTorch lacks some operations there. Raises ConfigError if
-    PyTorch does not find the named device.
+    Apple GPUs (`mps`) must be named explicitly, because PyTorch lacks some operations there. source: where the name
+    comes from, for messages. Raises ConfigError if the name is another one or PyTorch does not find the device.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"params.yaml: {key}: got 'cuda', but torch sees no CUDA device; use auto or cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"params.yaml: {key}: got 'mps', but torch sees no Apple GPU; use auto or cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ConfigError(f"{source}: got {name!r}, expected auto, cpu, cuda, cuda:N, or mps")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise ConfigError(f"{source}: got {name!r}, but torch sees {found}; use auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"{source}: got 'mps', but torch sees no Apple GPU; use auto or cpu")
+    return device
 
 
 def computes_bf16(device: torch.device) -> bool:

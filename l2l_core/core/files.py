@@ -100,6 +100,15 @@ def exclusive_lock(lock: Path, busy: L2LError) -> Iterator[None]:
         holder.release()
 
 
+def is_locked(lock: Path) -> bool:
+    """Whether a process holds the lock file. A killed process leaves the file, but does not hold it."""
+    try:
+        with exclusive_lock(lock, ArtifactError()):
+            return False
+    except ArtifactError:
+        return True
+
+
 def copy_atomically(source: Path | None, target: Path) -> None:
     """Copy a folder by `atomic_dir`, on rank 0 only; source None: create an empty folder."""
     if is_first_process():
@@ -124,7 +133,7 @@ def fingerprint(stage: str, settings: str, inputs: Iterable[Path]) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file. Of a pipe or a device, reading may never end.
+    """The bytes of a regular file. Pipes and devices are refused, because reading them may never end.
 
     Raises FileNotFoundError, and InputError if it is not a regular file or cannot be read.
     """

@@ -49,7 +49,7 @@ class ImageFile:
     height: int  # of the pixels that `read_image` returns
     width: int
     sha256: str
-    turned: bool = False  # an EXIF tag rotates or mirrors the image
+    is_exif_rotated: bool = False  # an EXIF tag rotates or mirrors the image
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
@@ -125,10 +125,10 @@ def visible(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
-def is_turned(path: str | Path) -> bool:
+def is_exif_rotated(path: str | Path) -> bool:
     """Whether an EXIF tag rotates or mirrors the image; the pipeline uses the pixels as stored."""
     with Image.open(path, formats=FORMATS) as image:
-        return _is_turned(image)
+        return _is_exif_rotated(image)
 
 
 def inspect_content(content: bytes, path: Path, min_side_px: int) -> ImageFile | str:
@@ -160,7 +160,7 @@ def _decode(file: str | Path | BinaryIO) -> tuple[NDArray[np.uint8], bool]:
     """Pixels [H, W, 3] uint8 RGB, and whether an EXIF tag rotates or mirrors them. Passes on any decoder error."""
     with Image.open(file, formats=FORMATS) as image:
         pixels = _pixels(image)  # first: Pillow applies a TIFF's orientation when decoding
-        return pixels, _is_turned(image)
+        return pixels, _is_exif_rotated(image)
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8]:
@@ -168,17 +168,17 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
     if image.mode in DEEP_MODES:
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
     if image.mode in MODES:
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     raise ValueError(
-        f"its pixels are of Pillow's mode {image.mode}, expected grey, palette, RGB or CMYK of 8 bits, "
-        "or grey or RGB of 16 bits"
+        f"its pixels are of Pillow's mode {image.mode}, expected gray, palette, RGB or CMYK of 8 bits, "
+        "or gray or RGB of 16 bits"
     )
 
 
-def _is_turned(image: Image.Image) -> bool:
+def _is_exif_rotated(image: Image.Image) -> bool:
     if image.format == "TIFF":  # Pillow itself applies the orientation when decoding
         return False
     try:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from l2l_core.errors import shown
+from l2l_core.errors import short_repr
 
 BoolMask = NDArray[np.bool_]
 
@@ -112,7 +112,7 @@ def segmentation_to_rle(segmentation: object, height: int, width: int) -> bytes:
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [height, width]:
             raise ValueError(
-                f"segmentation.size: got {shown(size)}, expected [{height}, {width}] (the image's height, width)"
+                f"segmentation.size: got {short_repr(size)}, expected [{height}, {width}] (the image's height, width)"
             )
         if isinstance(counts, list):
             return _runs_to_rle(_listed_runs(counts), height, width)

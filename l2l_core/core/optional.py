@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def hidden(*packages: str) -> Iterator[None]:
+def hide_packages(*packages: str) -> Iterator[None]:
     """Within the block, the packages that are not loaded yet appear as not installed.
 
     A module imported in the block may remember this permanently, so hide only packages that it never needs.

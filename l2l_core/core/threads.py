@@ -15,7 +15,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 DEFAULT_VARIABLE = "L2L_DEFAULT_THREADS"
-"""Set by this module to the value it gives OMP_NUM_THREADS, so that child processes see that no user set that."""
+"""Marks the value of OMP_NUM_THREADS as set by this module, so that child processes can tell it from a user's value."""
 
 
 SPIN_COUNT = 1000
@@ -46,7 +46,7 @@ def thread_count() -> int:
     return int(first) if first.isdecimal() and int(first) else usable_cores()
 
 
-def ahead(items: Iterable[Item]) -> Iterator[Item]:
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
     """The items in order, where the next one is computed in a thread while the caller uses the current one.
 
     Worth it if both sides release Python's global lock, as PyTorch, OpenCV and NumPy do for large arrays.

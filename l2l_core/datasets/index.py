@@ -14,7 +14,7 @@ import pyarrow as pa
 from l2l_core.artifacts import records
 from l2l_core.core.images import ImageFile
 from l2l_core.core.masks import rle_area_px
-from l2l_core.errors import shown
+from l2l_core.errors import short_repr
 
 Box = tuple[float, float, float, float]
 """x1 y1 x2 y2 in pixels, end-exclusive."""
@@ -100,7 +100,7 @@ def sentence_problems(sentences: Sequence[Sentence]) -> list[str]:
         if problem := too_long(row.sentence):
             problems.append(f"{row.where}: {problem}")
         if not any(character.isalnum() for character in row.sentence):
-            problems.append(f"{row.where}: sentence {shown(row.sentence)} has no words")
+            problems.append(f"{row.where}: sentence {short_repr(row.sentence)} has no words")
         if row.split not in splits:
             problems.append(f"{row.where}: split: got {row.split!r}, expected one of {', '.join(splits)}")
         if row.sent_id in seen:
@@ -138,16 +138,18 @@ def data_warnings(
     return _copies(files, sentences, source) + _contradictions(files, sentences, masks, source) + _turns(files, source)
 
 
-def turned_note(names: Sequence[str]) -> str:
+def exif_rotation_note(names: Sequence[str]) -> str:
     """The warning about photos that an EXIF tag rotates or mirrors."""
     return f"an EXIF tag turns {shorten(names)}; pixels are used as stored, so save the photo upright"
 
 
 def _turns(files: Mapping[int, ImageFile], source: str) -> list[str]:
-    turned = [file.file_name for file in files.values() if file.turned]
+    turned = [file.file_name for file in files.values() if file.is_exif_rotated]
     if not turned:
         return []
-    return [f"{source}: {len(turned)} image(s): {turned_note(turned)}, and draw their masks on the upright photo"]
+    return [
+        f"{source}: {len(turned)} image(s): {exif_rotation_note(turned)}, and draw their masks on the upright photo"
+    ]
 
 
 def _copies(files: Mapping[int, ImageFile], sentences: Sequence[Sentence], source: str) -> list[str]:

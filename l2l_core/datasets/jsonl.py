@@ -26,7 +26,7 @@ from l2l_core.datasets.index import (
     overlap_problems,
     sentence_problems,
 )
-from l2l_core.errors import InputError, raise_all, shown
+from l2l_core.errors import InputError, raise_all, short_repr
 
 KEYS = ("image", "sentence", "mask", "split", "style", "id")
 
@@ -132,18 +132,18 @@ def _read_pairs(path: Path, image_folder: Path, problems: list[str]) -> list[_Pa
 def _pair(row: dict[str, Any], where: str, image_folder: Path) -> _Pair:
     unknown = [key for key in row if key not in KEYS]
     if unknown:
-        raise ValueError(f"unknown key {shown(unknown[0])}, expected some of {', '.join(KEYS)}")
+        raise ValueError(f"unknown key {short_repr(unknown[0])}, expected some of {', '.join(KEYS)}")
     for key in ("image", "sentence"):
         if not isinstance(row.get(key), str) or not row[key] or not is_utf8(row[key]):
-            raise ValueError(f"{key}: {f'got {shown(row[key])}' if key in row else 'missing'}, expected a text")
+            raise ValueError(f"{key}: {f'got {short_repr(row[key])}' if key in row else 'missing'}, expected a text")
     for key in ("split", "style"):
         if not isinstance(row.get(key, ""), str) or not is_utf8(row.get(key, "")):
-            raise ValueError(f"{key}: got {shown(row[key])}, expected a text")
+            raise ValueError(f"{key}: got {short_repr(row[key])}, expected a text")
     if "id" in row and (type(row["id"]) is not int or not -(2**63) <= row["id"] < 2**63):
-        raise ValueError(f"id: got {shown(row['id'])}, expected a whole number from {-(2**63)} to {2**63 - 1}")
+        raise ValueError(f"id: got {short_repr(row['id'])}, expected a whole number from {-(2**63)} to {2**63 - 1}")
     mask = row.get("mask")
     if not isinstance(mask, str | list | dict | None):
-        raise ValueError(f"mask: got {shown(mask)}, expected a path, polygons or run lengths")
+        raise ValueError(f"mask: got {short_repr(mask)}, expected a path, polygons or run lengths")
     return _Pair(
         where=where,
         image=Path(os.path.abspath(image_folder / row["image"])),  # two spellings of a path are one image

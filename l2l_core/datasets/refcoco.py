@@ -32,7 +32,7 @@ from l2l_core.datasets.index import (
     overlap_problems,
     sentence_problems,
 )
-from l2l_core.errors import InputError, raise_all, shown
+from l2l_core.errors import InputError, raise_all, short_repr
 
 IMAGE_SUBFOLDERS = ("", "train2014", "mscoco/images/train2014")
 """Subfolders of the image folder that hold the photos in the published layouts."""
@@ -252,9 +252,11 @@ def _get(row: dict[str, Any], key: str, kind: type[T]) -> T:
     """row[key], which must have exactly that type (True is not a number) and fit into a table."""
     value = row.get(key)
     if type(value) is not kind or (isinstance(value, int) and not -(2**63) <= value < 2**63):
-        raise ValueError(f"{key}: got {shown(value)}, expected {'a whole number' if kind is int else kind.__name__}")
+        raise ValueError(
+            f"{key}: got {short_repr(value)}, expected {'a whole number' if kind is int else kind.__name__}"
+        )
     if isinstance(value, str) and not is_utf8(value):
-        raise ValueError(f"{key}: got {shown(value)}, expected text that UTF-8 can write")
+        raise ValueError(f"{key}: got {short_repr(value)}, expected text that UTF-8 can write")
     return value
 
 
@@ -267,7 +269,7 @@ def _rows_by_id(
         where = f"{what} {index}"
         try:
             if not isinstance(row, dict):
-                raise ValueError(f"got {shown(row)}, expected an object")
+                raise ValueError(f"got {short_repr(row)}, expected an object")
             row_id = _get(row, "id", int)
             where += f" (id {row_id})"
             if row_id in parsed:
@@ -302,10 +304,10 @@ def _annotation(
 def _box(bbox: object) -> Box:
     """COCO x, y, width, height -> x1 y1 x2 y2. COCO contains boxes of zero area, so these pass."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not set(map(type, bbox)) <= {int, float}:
-        raise ValueError(f"bbox: got {shown(bbox)}, expected 4 numbers: x, y, width, height")
+        raise ValueError(f"bbox: got {short_repr(bbox)}, expected 4 numbers: x, y, width, height")
     x, y, width, height = bbox
     if not all(abs(value) <= MAX_COORDINATE_PX for value in bbox) or min(width, height) < 0:
-        raise ValueError(f"bbox: got {shown(bbox)}, expected finite numbers, width and height >= 0")
+        raise ValueError(f"bbox: got {short_repr(bbox)}, expected finite numbers, width and height >= 0")
     return float(x), float(y), float(x) + float(width), float(y) + float(height)
 
 
@@ -324,7 +326,7 @@ def _sentences(
         where = f"{source}: ref {index}"
         try:
             if not isinstance(ref, dict):
-                raise ValueError(f"got {shown(ref)}, expected an object")
+                raise ValueError(f"got {short_repr(ref)}, expected an object")
             ref_id = _get(ref, "ref_id", int)
             where += f" (ref_id {ref_id})"
             if ref_id in seen:
@@ -350,7 +352,7 @@ def _sentences(
             here = f"{where}, sentence {sentence_index}"
             try:
                 if not isinstance(row, dict):
-                    raise ValueError(f"got {shown(row)}, expected an object")
+                    raise ValueError(f"got {short_repr(row)}, expected an object")
                 style = _get(row, "style", str) if "style" in row else ""
                 found = Sentence(
                     where=here,
@@ -374,13 +376,13 @@ def _united(ann_ids: list[Any], annotations: dict[int, _Annotation], unions: dic
     """The ann_id of a single annotation, or of the union of several, which is created if new."""
     parts = tuple(dict.fromkeys(ann_ids)) if all(type(ann_id) is int for ann_id in ann_ids) else ()
     if not parts or not set(parts) <= annotations.keys():
-        raise ValueError(f"ann_id: got {shown(ann_ids)}, expected ids of usable annotations of instances.json")
+        raise ValueError(f"ann_id: got {short_repr(ann_ids)}, expected ids of usable annotations of instances.json")
     if len(parts) == 1:
         return parts[0]
     rows = [annotations[part] for part in parts]
     images = {row.image_id for row in rows}
     if len(images) > 1:
-        raise ValueError(f"ann_id: got {shown(ann_ids)}, which are of several images")
+        raise ValueError(f"ann_id: got {short_repr(ann_ids)}, which are of several images")
     key = tuple(sorted(parts))
     if key not in unions:
         unions[key] = max(annotations) + 1

@@ -21,7 +21,7 @@ import pyarrow as pa
 from l2l_core.artifacts import records
 from l2l_core.core.files import read_file
 from l2l_core.datasets.index import NO_MASK, shorten
-from l2l_core.errors import ConfigError, InputError, raise_all, shown
+from l2l_core.errors import ConfigError, InputError, raise_all, short_repr
 
 LABELED, UNLABELED, EVAL = records.ROLES
 
@@ -131,7 +131,7 @@ def _ids(values: list[Any], source: str) -> list[int]:
     """Checked ids: unique integers."""
     wrong = [value for value in values if type(value) is not int or abs(value) >= 2**63]
     if wrong:
-        raise InputError(f"{source}: got {shown(wrong[0])}, expected whole numbers (ids)")
+        raise InputError(f"{source}: got {short_repr(wrong[0])}, expected whole numbers (ids)")
     repeated = [value for value, count in pd.Series(values, dtype="int64").value_counts().items() if count > 1]
     if repeated:
         raise InputError(f"{source}: listed more than once: {shorten(sorted(repeated))}")

@@ -21,7 +21,7 @@ from PIL import Image
 from l2l_core.artifacts import records
 from l2l_core.config import LIVE_BACKENDS, Params, ProposalsParams
 from l2l_core.core.files import scratch_folder, staged_output
-from l2l_core.core.images import ImageFile, inspect_images, is_turned, read_image, visible
+from l2l_core.core.images import ImageFile, inspect_images, is_exif_rotated, read_image, visible
 from l2l_core.core.masks import BoolMask, decode_rle, rle_area_px
 from l2l_core.core.progress import progress
 from l2l_core.data.pairs import BatchMaker, Pairs, with_priors
@@ -120,7 +120,7 @@ def pairs_of_file(path: Path) -> PairList:
 
 def exif_rotated_images(requested: PairList) -> list[str]:
     """Images with an EXIF rotation or mirroring. The pipeline ignores it: masks match the stored pixels."""
-    return [name for name in dict.fromkeys(file.file_name for file in requested.images) if is_turned(name)]
+    return [name for name in dict.fromkeys(file.file_name for file in requested.images) if is_exif_rotated(name)]
 
 
 def get_priors(requested: PairList, params: Params) -> PriorTables:

@@ -68,7 +68,7 @@ class Predictor(BatchPredictor):
             network.known_proposals()
         except ArtifactError as error:
             raise ArtifactError(f"{folder}: {error}") from None
-        chosen = choose_device(device)
+        chosen = choose_device(device, "device")
         network = network.to(chosen, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         config = str(Path(folder) / "config.json")
         return cls(network, chosen, resolve_precision(network.precision_setting, chosen, "precision_setting", config))
@@ -103,11 +103,11 @@ class Predictor(BatchPredictor):
         [H, W] of bool; for a list of sentences, a list with a prior or None for each. prior_score: the confidence in
         the prior, or in each, in [0, 1]. Returns one Prediction, or a list with one per sentence.
 
-        A prior becomes a soft map in the way of the network's training: `box`, `grabcut`, or `sam` with the model
-        named there. The image is encoded once. Masks equal those of evaluation with the same prior, except for pixels
-        whose logit rounds to the other side of 0. Raises InputError if the image cannot be read, no sentence is given
-        or a prior does not fit the image, ArtifactError if the model does not store its proposal parameters,
-        ConfigError if SAM cannot be loaded.
+        The prior is rendered as in training: by `box`, `grabcut`, or `sam` with the model named there. The image is
+        encoded once. Masks equal those of evaluation with the same prior, except for pixels whose logit rounds to the
+        other side of 0. Raises InputError if the image cannot be read, no sentence is given, a prior does not fit the
+        image, or the model takes no priors (data/distilled/model); ArtifactError if the model does not store its
+        proposal parameters; ConfigError if SAM cannot be loaded.
         """
         is_single = isinstance(sentence, str)
         sentences = list(sentence) if isinstance(sentence, list | tuple) else [sentence]
@@ -118,6 +118,8 @@ class Predictor(BatchPredictor):
         height, width = pixels.shape[:2]
         pairs = bare_pairs([""] * len(sentences), [(height, width)] * len(sentences), sentences, proposals.size_px)
         if prior is not None:
+            if not self.network.takes_priors:
+                raise InputError("prior: this model was trained without priors; use a round's, as data/rounds/2/model")
             priors = list(prior) if isinstance(prior, list | tuple) and not is_single else [prior]
             pairs = self._with_priors(pairs, pixels, priors, prior_score)
         batches = BatchMaker(pairs, size_px, proposals.flat_prob)

@@ -30,7 +30,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import LIVE_BACKENDS, Params
 from l2l_core.core.images import FORMATS, read_image
 from l2l_core.core.masks import BoolMask, decode_rle
-from l2l_core.datasets.index import MAX_SENTENCE, turned_note
+from l2l_core.datasets.index import MAX_SENTENCE, exif_rotation_note
 from l2l_core.errors import ConfigError, InputError, L2LError
 from l2l_core.inference.predict_files import (
     PairList,
@@ -255,7 +255,7 @@ def _responses(prior_tables: PriorTables) -> list[dict[str, Any]]:
 
 
 def _notes(requested: PairList) -> list[str]:
-    return [f"note: {turned_note(['this photo'])}"] if exif_rotated_images(requested) else []
+    return [f"note: {exif_rotation_note(['this photo'])}"] if exif_rotated_images(requested) else []
 
 
 def _with_places(picture: overlays.Picture, responses: list[dict[str, Any]], requested: PairList) -> overlays.Picture:
@@ -285,9 +285,7 @@ def _make_app(session: DemoSession, folder: Path) -> Any:
         return seen.words, seen.prior, seen.proposal, seen.overlay, str(file)
 
     with gr.Blocks(title="Learning to Label", analytics_enabled=False, delete_cache=(KEEP_S, KEEP_S)) as page:
-        gr.Markdown(
-            "# Learning to Label\nUpload an image, say what you mean in it, and see what the network makes of it."
-        )
+        gr.Markdown("# Learning to Label\nUpload an image and describe one object. The network segments it.")
         with gr.Row():
             # image_mode None: the file itself, not a copy in another format.
             image = gr.Image(

@@ -43,7 +43,7 @@ class TransformersDetector:
 
     def __init__(self, params: PriorsParams) -> None:
         name = str(params.model)
-        self._device = choose_device(params.engine.device, "priors.engine.device")
+        self._device = choose_device(params.engine.device, "params.yaml: priors.engine.device")
         self.precision = resolve_precision(params.precision, self._device, "priors.precision")
         print_device(self._device, self.precision)
         self._family, self._processor = load_processor(name)

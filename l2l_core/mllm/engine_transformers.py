@@ -11,14 +11,14 @@ from torch import Tensor
 
 from l2l_core.config import PriorsParams
 from l2l_core.core.device import choose_device, print_device, resolve_precision
-from l2l_core.core.optional import hidden
+from l2l_core.core.optional import hide_packages
 from l2l_core.core.pretrained import Loading
 from l2l_core.errors import ConfigError
 from l2l_core.mllm.coords import resolve_coord_space, scale_of
 from l2l_core.mllm.engine import Completion, Request
 from l2l_core.mllm.prompt import Schema
 
-with hidden("scipy", "sklearn"):  # for losses of detectors, and assisted decoding
+with hide_packages("scipy", "sklearn"):  # for losses of detectors, and assisted decoding
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessorList
 
 DRAW_BLOCK = 512
@@ -31,7 +31,7 @@ class TransformersEngine:
 
     def __init__(self, params: PriorsParams) -> None:
         name = params.model
-        self._device = choose_device(params.engine.device, "priors.engine.device")
+        self._device = choose_device(params.engine.device, "params.yaml: priors.engine.device")
         self.precision = resolve_precision(params.precision, self._device, "priors.precision")
         print_device(self._device, self.precision)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32

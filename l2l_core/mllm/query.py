@@ -22,12 +22,12 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from l2l_core.artifacts import records
+from l2l_core.artifacts.chunks import read_chunk
 from l2l_core.config import LIVE_BACKENDS, PriorsParams
-from l2l_core.core.files import move_aside
 from l2l_core.core.memory import available_bytes
 from l2l_core.core.progress import LOG_INTERVAL_S
 from l2l_core.core.threads import thread_count
-from l2l_core.errors import ArtifactError, ConfigError, InputError
+from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.backend import PriorBackend, Question, RawResponse, clean_text
 from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
 from l2l_core.mllm.detector import Detector, DetectorBackend
@@ -193,19 +193,13 @@ class _Chunk:
 
     def is_stored(self) -> bool:
         """Whether all its responses are stored. A torn file, or one with other rows, is moved aside with a note."""
-        if not self.path.exists():
-            return False
         expected = sorted((question.sent_id, question.sample_index) for question in self.questions)
-        try:
-            stored = records.read_table(self.path, records.RESPONSES)
+
+        def is_expected(stored: pa.Table) -> bool:
             rows = zip(stored["sent_id"].to_pylist(), stored["sample_index"].to_pylist(), strict=True)
-            reason = "" if sorted(rows) == expected else "not the expected rows"
-        except ArtifactError:
-            reason = "torn"
-        if reason:
-            moved = move_aside(self.path)
-            print(f"note: {self.path}: {reason}, moved to {moved.name}; querying again", file=sys.stderr)
-        return not reason
+            return sorted(rows) == expected
+
+        return read_chunk(self.path, records.RESPONSES, "querying again", is_expected) is not None
 
 
 @dataclass(frozen=True)

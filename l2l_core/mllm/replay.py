@@ -19,7 +19,7 @@ from l2l_core.core.json_lines import json_object, numbered_lines
 from l2l_core.core.mask_forms import MASK_FORMS, mask_paths, read_mask
 from l2l_core.core.masks import rle_area_px
 from l2l_core.core.progress import progress
-from l2l_core.errors import ConfigError, InputError, raise_all, shown
+from l2l_core.errors import ConfigError, InputError, raise_all, short_repr
 from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space, scale_of
 
@@ -130,7 +130,7 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
         own = sentences.words[sent_id]
         if "expression" in row and _words(_expression(row)) != own:
             raise ValueError(
-                f"expression: got {shown(row['expression'])}, but sentence {sent_id} of the dataset is {own!r}; "
+                f"expression: got {short_repr(row['expression'])}, but sentence {sent_id} of the dataset is {own!r}; "
                 "the responses seem to belong to another dataset"
             )
         return sent_id
@@ -144,8 +144,8 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
     image_id = sentences.image[sent_id][0]
     if "image_id" in row and _integer(row, "image_id") != image_id:
         raise ValueError(
-            f"image_id: got {shown(row['image_id'])}, but ref {row['ref_id']} of the dataset is in image {image_id}; "
-            "the responses seem to belong to another dataset"
+            f"image_id: got {short_repr(row['image_id'])}, but ref {row['ref_id']} of the dataset is in image "
+            f"{image_id}; the responses seem to belong to another dataset"
         )
     return sent_id
 
@@ -153,7 +153,7 @@ def _find_sentence(row: dict[str, object], sentences: _Sentences) -> int | None:
 def _expression(row: dict[str, object]) -> str:
     expression = row.get("expression", "")
     if not isinstance(expression, str):
-        raise ValueError(f"expression: got {shown(expression)}, expected a string")
+        raise ValueError(f"expression: got {short_repr(expression)}, expected a string")
     return expression
 
 
@@ -161,11 +161,11 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
     _, height, width = image
     model = row.get("model", "")
     if not isinstance(model, str):
-        raise ValueError(f"model: got {shown(model)}, expected a string")
+        raise ValueError(f"model: got {short_repr(model)}, expected a string")
     for key, own in (("height", height), ("width", width)):
         if key in row and _integer(row, key, 1) != own:
             raise ValueError(
-                f"{key}: got {shown(row[key])}, but the image of the dataset has {own}; the picture is another one"
+                f"{key}: got {short_repr(row[key])}, but the image of the dataset has {own}; the picture is another one"
             )
     mask = _mask(row.get("mask"), folder, height, width)
     found: dict[str, object] = {} if mask is None else {"found": True}
@@ -173,7 +173,7 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
     if "raw_text" in row:
         raw_text = row["raw_text"]
         if not isinstance(raw_text, str):
-            raise ValueError(f"raw_text: got {shown(raw_text)}, expected a string")
+            raise ValueError(f"raw_text: got {short_repr(raw_text)}, expected a string")
         if "score" in row:
             raise ValueError("score: got one beside raw_text; give it in raw_text, under the key confidence")
         default = configured
@@ -191,7 +191,7 @@ def _to_response(row: dict[str, object], image: tuple[int, int, int], configured
         )
     said = row.get("coord_space", default)
     if said not in (*COORD_SPACES, "auto"):
-        raise ValueError(f"coord_space: got {shown(said)}, expected one of {'|'.join(COORD_SPACES)}")
+        raise ValueError(f"coord_space: got {short_repr(said)}, expected one of {'|'.join(COORD_SPACES)}")
     if not model and said == "auto":
         raise ValueError(
             f"coord_space: missing, and no model tells it; give it, or priors.coord_space: {'|'.join(COORD_SPACES)}"
@@ -209,7 +209,7 @@ def _mask(mask: object, folder: Path, height: int, width: int) -> bytes | None:
     if mask in (None, [], {"polygon": []}):
         return None
     if not isinstance(mask, str | list | dict):
-        raise ValueError(f"mask: got {shown(mask)}, expected {MASK_FORMS}")
+        raise ValueError(f"mask: got {short_repr(mask)}, expected {MASK_FORMS}")
     try:
         counts = read_mask(mask, folder, height, width)
     except ValueError as error:
@@ -227,7 +227,7 @@ def _box(box: object) -> dict[str, object]:
     if box is None:
         return {}
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        raise ValueError(f"pred_box_xyxy: got {shown(box)}, expected four finite numbers or null")
+        raise ValueError(f"pred_box_xyxy: got {short_repr(box)}, expected four finite numbers or null")
     return {"bbox": box}
 
 
@@ -237,7 +237,7 @@ def _score(row: dict[str, object]) -> dict[str, object]:
     if score is None:
         return {}
     if not isinstance(score, int | float) or isinstance(score, bool) or not 0 <= score <= 1:
-        raise ValueError(f"score: got {shown(score)}, expected a number from 0 to 1")
+        raise ValueError(f"score: got {short_repr(score)}, expected a number from 0 to 1")
     return {"confidence": score}
 
 
@@ -258,7 +258,7 @@ def _integer(
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         is_whole = isinstance(value, int) and not isinstance(value, bool)
         limits = f" from {low} to {high}" if is_whole or low > -(2**63) else ""
-        raise ValueError(f"{key}: got {shown(value)}, expected an integer{limits}")
+        raise ValueError(f"{key}: got {short_repr(value)}, expected an integer{limits}")
     return value
 
 

@@ -17,7 +17,7 @@ from l2l_core.config import TrainParams
 from l2l_core.core.device import Precision, autocast, choose_device, resolve_precision, to_device
 from l2l_core.core.masks import encode_rle
 from l2l_core.core.progress import progress
-from l2l_core.core.threads import ahead
+from l2l_core.core.threads import prefetch
 from l2l_core.data.augment import mirror
 from l2l_core.data.pairs import Batch, BatchMaker, Pairs
 from l2l_core.data.views import Views
@@ -84,7 +84,7 @@ class BatchPredictor:
                     batch = batches(block.rows, None, hidden, block.images.pixels)
                     yield masks, block.rows[: block.count], self.logits(batch, block.images.pyramid)
 
-        for masks, rows, logits in ahead(computed()):
+        for masks, rows, logits in prefetch(computed()):
             for row, one in zip(rows, logits, strict=False):
                 height, width = pairs.hw[row].tolist()
                 masks[row] = encode_rle(at_size(one, height, width) > 0)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from l2l_core.core.optional import hidden
+from l2l_core.core.optional import hide_packages
 
-with hidden("accelerate", "scipy", "sklearn"):  # as in encoders.py
+with hide_packages("accelerate", "scipy", "sklearn"):  # as in encoders.py
     from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BackboneOutput
 

@@ -11,13 +11,13 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from l2l_core.core.optional import hidden
+from l2l_core.core.optional import hide_packages
 from l2l_core.core.pretrained import Loading
 from l2l_core.model.efficientnet_lite import pretrained_lite0
 from l2l_core.model.packaged import LITE0, packaged_file, source_of
 
 # Needed only for unused features: multi-device models, detector losses, and drafts by a second model.
-with hidden("accelerate", "scipy", "sklearn"):
+with hide_packages("accelerate", "scipy", "sklearn"):
     from transformers import (
         MODEL_FOR_BACKBONE_MAPPING,
         AutoBackbone,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from l2l_core.core.arrays import DoubleArray, FloatArray
 from l2l_core.core.device import Precision, autocast, choose_device, print_device, resolve_precision
-from l2l_core.core.optional import hidden
+from l2l_core.core.optional import hide_packages
 from l2l_core.core.pretrained import Loading
 
 Image = NDArray[np.uint8]
@@ -227,13 +227,13 @@ class Sam:
 
 def precision_on(device: str) -> Precision:
     """The precision in which a model's image encoder computes on a device, as a parameter names it."""
-    return resolve_precision("auto", choose_device(device, "priors.engine.device"))
+    return resolve_precision("auto", choose_device(device, "params.yaml: priors.engine.device"))
 
 
 @cache
 def load_sam(name: str, device: str, key: str) -> Sam:
     """The model `name`, loaded once per process; device: as a parameter names it, key: that parameter."""
-    return Sam(name, choose_device(device, key))
+    return Sam(name, choose_device(device, f"params.yaml: {key}"))
 
 
 def check_sam(folder: str) -> str:
@@ -264,7 +264,7 @@ def without_duplicates(masks: Tensor, scores: Tensor) -> Tensor:
 
 def _kind_of(name: str) -> tuple[Any, Any]:
     """The model class of transformers for a hub id or folder, and its configuration."""
-    with hidden("scipy", "sklearn"):  # for losses of detectors, and assisted decoding
+    with hide_packages("scipy", "sklearn"):  # for losses of detectors, and assisted decoding
         from transformers import AutoConfig  # here, since the estimates of a run read this module's constants
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING
 

@@ -93,8 +93,9 @@ class Segmenter(nn.Module):
 
     num_passes: number of decoder passes per pair at inference; see `predict_logits`. Training uses one.
     proposals: parameters of the proposals used in training. precision: precision used in training. Both are None before
-    training. precision_setting: `train.precision` (auto before training). `save` stores all three, so that a model
-    folder is self-contained.
+    training. precision_setting: `train.precision` (auto before training). takes_priors: whether training showed it
+    priors. distilled_from: SHA-256 of the weights of the model that it was distilled from, None for others. `save`
+    stores all five, so that a model folder is self-contained.
     """
 
     memory_format = torch.channels_last  # faster on CPUs and GPUs; see bench/training.py
@@ -102,6 +103,8 @@ class Segmenter(nn.Module):
     proposals: ProposalsParams | None = None
     precision: str | None = None
     precision_setting = "auto"
+    takes_priors = True
+    distilled_from: str | None = None
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -147,11 +150,13 @@ class Segmenter(nn.Module):
             proposals, precision = config.pop("proposals", None), config.pop("precision", None)
             config.pop("sha256", None)
             precision_setting = config.pop("precision_setting", cls.precision_setting)
+            takes_priors, distilled_from = config.pop("takes_priors", True), config.pop("distilled_from", None)
             if found != FORMAT:
                 raise ValueError(f"config.json: format: got {found!r}, expected {FORMAT}; train it again")
             params = ModelParams.model_validate(config)
             network = cls(params, load_tokenizer(folder / "tokenizer"), *blank_encoders(folder))
             network.num_passes, network.precision, network.precision_setting = passes, precision, precision_setting
+            network.takes_priors, network.distilled_from = takes_priors, distilled_from
             network.proposals = None if proposals is None else ProposalsParams.model_validate(proposals)
             network.load_state_dict(load_file(folder / "model.safetensors"))
             if not has_intact_weights(folder):
@@ -175,6 +180,7 @@ class Segmenter(nn.Module):
         save_file(state, weights)
         config = {"format": FORMAT} | self.params.model_dump() | {"passes": self.num_passes}
         config |= {"precision": self.precision, "precision_setting": self.precision_setting}
+        config |= {"takes_priors": self.takes_priors, "distilled_from": self.distilled_from}
         config |= {"sha256": file_sha256(weights)}
         if (known := proposals or self.proposals) is not None:
             config["proposals"] = known.model_dump()

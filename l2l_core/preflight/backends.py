@@ -121,8 +121,8 @@ def describe_proposals(params: Params) -> str:
 def sam_device(params: Params) -> torch.device:
     """Where SAM computes: the renderer on the MLLM's device, the selection on the training's."""
     if params.proposals.renderer == "sam":
-        return choose_device(params.priors.engine.device, "priors.engine.device")
-    return choose_device(params.train.engine.device, "train.engine.device")
+        return choose_device(params.priors.engine.device, "params.yaml: priors.engine.device")
+    return choose_device(params.train.engine.device, "params.yaml: train.engine.device")
 
 
 def local_sam(params: Params) -> str | None:
@@ -192,7 +192,7 @@ def _priors_device(priors: PriorsParams) -> str:
     if priors.engine.python is not None:  # the other environment has its own torch
         return f"precision {priors.precision}, decided by {priors.engine.python}"
     name = "auto" if priors.backend == "vllm" else priors.engine.device  # vLLM chooses by itself
-    device = choose_device(name, "priors.engine.device")
+    device = choose_device(name, "params.yaml: priors.engine.device")
     precision = resolve_precision(priors.precision, device, "priors.precision")
     return f"{describe(device, precision)} (priors.precision: {priors.precision})"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from dvc.dvcfile import Lockfile, SingleStageFile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
@@ -21,7 +22,7 @@ from dvc.scm import SCMError
 from voluptuous import Invalid
 
 from l2l_core.artifacts import records
-from l2l_core.core.files import move_aside
+from l2l_core.core.files import is_locked, move_aside
 from l2l_core.core.progress import progress
 from l2l_core.errors import ArtifactError, InputError
 
@@ -43,12 +44,14 @@ def run_doctor(*, fix: bool) -> list[str]:
     """Check the project in the current folder; return a line per torn file, or one line if there is none.
 
     fix: move torn files aside; the lines then say where and what to do next. Without it, InputError lists them. Also
-    raises InputError if DVC cannot run here.
+    raises InputError if DVC cannot run here or a run is in progress: its unfinished files would look torn.
     """
     try:
         with Repo() as repo:
             torn = torn_dvc_files(repo)
             checked = 0
+            if not torn:
+                _refuse_during_a_run(repo)
             if not torn:  # else DVC cannot say what the artifacts are
                 outs = list(_outputs(repo))
                 checked = len(outs)
@@ -86,6 +89,18 @@ def torn_dvc_files(repo: Repo) -> list[Torn]:
         for path, load, remedy in sorted(readers, key=lambda reader: reader[0])
         if path.is_file() and not _is_readable(load)
     ]
+
+
+def _refuse_during_a_run(repo: Repo) -> None:
+    """Raise InputError if a DVC command works on a stage, or a stage was started by hand."""
+    lock = Path(repo.tmp_dir or Path(repo.root_dir) / ".dvc" / "tmp") / "rwlock"
+    holders = json.loads(lock.read_bytes()) if lock.is_file() else {}
+    writers = {writer["pid"]: writer["cmd"] for writer in holders.get("write", {}).values()}
+    running = [f"{command} (process {pid})" for pid, command in writers.items() if psutil.pid_exists(pid)]
+    scratch = sorted((Path(repo.root_dir) / ".scratch").glob("*.lock"))
+    running += [f"a stage that holds {_shown(path)}" for path in scratch if is_locked(path)]
+    if running:
+        raise InputError(f"in progress: {', '.join(running)}; its files are not complete: wait for its end, or end it")
 
 
 def _is_readable(load: Callable[[], object]) -> bool:
@@ -131,22 +146,25 @@ def _torn_outputs(repo: Repo, files: Iterable[_File]) -> Iterator[Torn]:
         if copy.is_file() and _md5(copy) != file.md5:
             yield Torn(_shown(copy), f"torn copy of {_shown(file.path)} in the cache", "dvc repro computes it again")
         if file.path.is_file() and _md5(file.path) != file.md5:
-            yield Torn(_shown(file.path), "torn, or changed since the run", "dvc repro restores it")
+            problem = "not as in dvc.lock: torn, changed since the run, or of a run that did not end"
+            yield Torn(_shown(file.path), problem, "dvc repro restores it")
 
 
 def _torn_scratch(root: Path) -> Iterator[Torn]:
     """Files of interrupted stages that are not as they were written. The stage itself does them again."""
-    from l2l_core.training.checkpoint import is_intact  # not at the top: `l2l run` needs no torch
+    from l2l_core.training.checkpoint import digests_path, is_intact  # not at the top: `l2l run` needs no torch
 
     remedy = "the next run does it again"
     for path in sorted(root.glob(".scratch/**/*.pt")):
-        if not is_intact(path):
+        if digests_path(path).exists() and not is_intact(path):  # earlier versions wrote no digests
             yield Torn(_shown(path), "torn checkpoint", remedy)
-    for path in sorted(root.glob(".scratch/query-*/*.parquet")):
-        try:
-            records.read_table(path, records.RESPONSES)
-        except ArtifactError:
-            yield Torn(_shown(path), "torn responses", remedy)
+    schemas = {"query": records.RESPONSES, "predict": records.RESPONSES, "proposals": records.PROPOSALS}
+    for stage, schema in schemas.items():
+        for path in sorted(root.glob(f".scratch/{stage}-*/*.parquet")):
+            try:
+                records.read_table(path, schema)
+            except ArtifactError:
+                yield Torn(_shown(path), f"torn chunk of {stage}", remedy)
 
 
 def _in_cache(repo: Repo, md5: str) -> Path:

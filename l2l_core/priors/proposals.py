@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
+from l2l_core.artifacts.chunks import read_chunk
 from l2l_core.config import ProposalsParams
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.core.files import fingerprint
@@ -75,15 +76,21 @@ def make_proposals(
     predicted = np.empty(count, dtype=np.float32)
     for chunk, rows in enumerate(progress(_chunks(samples, params), f"proposals ({params.renderer})", "batch")):
         path = None if folder is None else folder / f"{chunk}.parquet"
-        if path is not None and path.exists():
-            table = records.read_table(path, records.PROPOSALS)
-        else:
+        table = None if path is None else _stored(path, samples.sent_id[rows])
+        if table is None:
             table = render_table(samples.take(rows), params, read, device)
             if path is not None:
                 records.write_table(table, path, records.PROPOSALS)
         soft[rows] = np.frombuffer(b"".join(table["soft"].to_pylist()), np.uint8).reshape(len(rows), *soft.shape[1:])
         predicted[rows] = table["predicted_iou"].fill_null(np.nan).to_numpy()
     return _to_table(samples.sent_id, soft, prior_score(samples), predicted)
+
+
+def _stored(path: Path, sent_id: NDArray[np.int64]) -> pa.Table | None:
+    """The chunk with the proposals of these sentences, if an interrupted run has stored it."""
+    return read_chunk(
+        path, records.PROPOSALS, "rendering again", lambda table: table["sent_id"].to_pylist() == sent_id.tolist()
+    )
 
 
 def _chunks(samples: PriorSamples, params: ProposalsParams) -> list[NDArray[np.int64]]:

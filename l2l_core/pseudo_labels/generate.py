@@ -14,7 +14,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.core.masks import encode_rle, resize_prob
-from l2l_core.core.threads import ahead
+from l2l_core.core.threads import prefetch
 from l2l_core.data.folds import fold_of_images
 from l2l_core.data.load import batches_of, labeled_targets, pairs_of
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
@@ -101,10 +101,10 @@ def label_unlabeled(params: Params, teacher: BatchPredictor) -> tuple[PseudoLabe
 def _views(
     params: Params, teacher: BatchPredictor, batches: BatchMaker, sam: SamMasks | None, what: str
 ) -> Iterator[tuple[NDArray[np.int64], Views]]:
-    """The teacher's predictions, computed while the caller describes those of the batch before."""
+    """Yield the teacher's predictions. The next batch is computed while the caller processes the current one."""
     views = teacher.views(batches, params.evaluate.batch_size, what)
     # PyTorch's choice of attention kernels is global, so that two networks must not run at once.
-    return views if sam else ahead(views)
+    return views if sam else prefetch(views)
 
 
 def _build(

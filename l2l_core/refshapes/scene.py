@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 SIZES = ("small", "big")
 TEXTURES = ("plain", "striped", "dotted", "outlined")
-COLOURS: dict[str, tuple[int, int, int]] = {  # RGB; hue or lightness distinct enough under any lighting
+COLORS: dict[str, tuple[int, int, int]] = {  # RGB; hue or lightness distinct enough under any lighting
     "red": (212, 36, 36),
     "yellow": (248, 228, 50),
     "green": (40, 158, 60),
@@ -129,7 +129,7 @@ def _draw_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
     """Attributes of a scene's objects, from few shapes and colors; at least two objects have rivals."""
     while True:
         shapes = rng.permutation(SHAPES)[: rng.integers(*DISTINCT_SHAPES_RANGE, endpoint=True)]
-        colors = rng.permutation(list(COLOURS))[: rng.integers(*DISTINCT_COLOURS_RANGE, endpoint=True)]
+        colors = rng.permutation(list(COLORS))[: rng.integers(*DISTINCT_COLOURS_RANGE, endpoint=True)]
         objects = tuple(
             SceneObject(
                 shape=str(rng.choice(shapes)),
@@ -153,7 +153,7 @@ def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_
             x, y = rng.uniform(low, 1 - low, size=2).tolist()
             clear = (
                 math.hypot(x - placed.center_xy[0], y - placed.center_xy[1])
-                >= _least_distance(diameter, placed.diameter, same_colour=item.color == other.color)
+                >= _least_distance(diameter, placed.diameter, same_color=item.color == other.color)
                 for other, placed in zip(objects, placements, strict=False)  # those placed so far
             )
             if all(clear):
@@ -164,9 +164,9 @@ def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_
     return placements
 
 
-def _least_distance(first: float, second: float, same_colour: bool) -> float:
+def _least_distance(first: float, second: float, same_color: bool) -> float:
     """Least distance between the centers of objects of these diameters, in image sides."""
-    if same_colour:
+    if same_color:
         return REACH * (first + second) / 2 + SAME_COLOUR_GAP
     return CLOSENESS * (first + second) / 2
 
@@ -207,7 +207,7 @@ def _paint(
     """Background, objects from back to front, then lighting and noise; [S, S, 3] uint8 RGB."""
     canvas = _background(rng, side_px * SUPERSAMPLING)
     for item, placement, layer in zip(objects, placements, layers, strict=True):
-        color = np.clip(np.array(COLOURS[item.color]) + rng.integers(-8, 9, size=3), 0, 255)
+        color = np.clip(np.array(COLORS[item.color]) + rng.integers(-8, 9, size=3), 0, 255)
         window = _window(placement, canvas.shape[0])
         part = layer[window]
         canvas[window][part] = color

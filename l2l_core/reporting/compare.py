@@ -81,7 +81,7 @@ def read_experiment(name: str) -> Experiment:
         try:
             table = records.read_table(folder / records.PER_SENTENCE_PATH, records.PER_SENTENCE)
             refs = records.read_table(folder / records.INDEX.refs, records.REFS, ["sent_id", "image_id", "sentence"])
-            metrics, params = records.read_metrics(folder / records.METRICS_PATH), read_yaml(folder / PARAMS_PATH)
+            metrics, params = records.read_json(folder / records.METRICS_PATH), read_yaml(folder / PARAMS_PATH)
         except (ArtifactError, ConfigError) as error:
             raise InputError(f"compare: {name}: {str(error).replace(f'{folder}/', '')}") from None
     per_sentence = records.to_frame(table).merge(records.to_frame(refs), on="sent_id")

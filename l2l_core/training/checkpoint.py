@@ -13,17 +13,21 @@ from l2l_core.core.files import file_sha256, move_aside
 from l2l_core.core.progress import is_first_process
 from l2l_core.errors import writing
 
+KEPT_DIGESTS = 8
+"""Digests that are kept beside a checkpoint, the latest first."""
+
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write atomically: a kill leaves either the old checkpoint or the complete new one.
 
-    A file NAME.sha256 beside it holds the digests of both, so that a kill between the two replacements does no harm.
+    A file NAME.sha256 beside it holds the latest digests, so that a kill between the two replacements does no harm.
     """
     temporary, digests = path.with_suffix(".tmp"), digests_path(path)
     with writing(path):
         with temporary.open("wb") as file:  # given a path, PyTorch does not say why a write failed
             torch.save(state, file)
-        previous = digests.read_text(encoding="ascii").split()[:1] if digests.exists() else []
+        # Several, since kills between the replacements may follow each other.
+        previous = digests.read_text(encoding="ascii").split()[: KEPT_DIGESTS - 1] if digests.exists() else []
         building = digests.with_suffix(".tmp")
         building.write_text("\n".join([file_sha256(temporary), *previous]) + "\n", encoding="ascii")
     os.replace(building, digests)

@@ -1,4 +1,4 @@
-"""The training loop. Warm-up, fold teachers and retraining run it over one or two streams of pairs."""
+"""The training loop. Warm-up, fold teachers, retraining and distillation run it over one or two streams of pairs."""
 
 from __future__ import annotations
 

@@ -35,18 +35,20 @@ ONLINE_THRESHOLD = 0.7
 def new_network(params: Params, run_name: str, *, with_priors: bool = True) -> Segmenter:
     """A network with random (or pretrained) weights and a tokenizer that knows the training sentences."""
     pairs = [pairs_of(params, role, with_priors=with_priors) for role in ("labeled", "unlabeled")]
-    return Segmenter.create(params.model, corpus(pairs), derive_seed(params.seed, run_name))
+    network = Segmenter.create(params.model, corpus(pairs), derive_seed(params.seed, run_name))
+    network.takes_priors = with_priors
+    return network
 
 
 def round_streams(params: Params, pseudo_labels: Path, *, with_priors: bool = True) -> list[Stream | OnlineStream]:
     """Labeled pairs, and the latest round's accepted pseudo-labels, or with `mean_teacher` all unlabeled pairs.
 
-    The labeled pairs alone if no pseudo-label is accepted.
+    The labeled pairs alone if no pseudo-label is accepted. with_priors: whether the student sees priors.
     """
     share = params.retrain.labeled_share
     pseudo: Stream | OnlineStream | None
     if method_of(pseudo_labels) == "mean_teacher":
-        pseudo = online_stream(params, 1 - share, with_priors=with_priors)
+        pseudo = online_stream(params, 1 - share, hides_priors=not with_priors)
     else:
         pseudo = pseudo_stream(params, pseudo_labels, 1 - share, with_priors=with_priors)
     labeled = labeled_stream(params, 1.0 if pseudo is None else share, with_priors=with_priors)
@@ -88,10 +90,10 @@ def _with_fused_proposals(pairs: Pairs, labels: Sequence[bytes], label_prob: Seq
     return replace(pairs, proposal=np.stack(fused))
 
 
-def online_stream(params: Params, share: float, *, with_priors: bool = True) -> OnlineStream:
-    """All unlabeled pairs, for pseudo-labels that are computed during training."""
-    pairs = pairs_of(params, "unlabeled", with_priors=with_priors)
-    return OnlineStream(batches_of(params, pairs), ONLINE_THRESHOLD, share)
+def online_stream(params: Params, share: float, *, hides_priors: bool = False) -> OnlineStream:
+    """All unlabeled pairs, for pseudo-labels that the teacher computes from their priors during training."""
+    pairs = pairs_of(params, "unlabeled")
+    return OnlineStream(batches_of(params, pairs), ONLINE_THRESHOLD, share, hides_priors=hides_priors)
 
 
 def with_prior_swap(params: Params, streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:

@@ -40,6 +40,7 @@ class OnlineStream:
     threshold: float  # a pixel is valid if the teacher's confidence max(p, 1 - p) reaches this
     share: float
     prior_swap: float = 0.0  # as in Stream, for the student; the teacher sees each pair's own prior
+    hides_priors: bool = False  # from the student; the teacher sees them
 
 
 def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:
@@ -98,6 +99,7 @@ def draw(
         if not len(rows):
             continue
         if isinstance(stream, OnlineStream):
+            no_prior = no_prior | stream.hides_priors
             # The teacher sees every prior and the original image. The student's input is augmented afterwards.
             prob = teacher_prob(stream.batches(rows))
             parts.append(

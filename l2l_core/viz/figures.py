@@ -21,7 +21,7 @@ from l2l_core.evaluation.evaluate import SUPERVISED
 INK = "#010203"
 """Placeholder for the page's text color while matplotlib draws; no curve uses it."""
 
-COLOURS = ("#3b7dd8", "#d9822b", "#2f9e63", "#a855c7", "#c2415c", "#7d7d7d")
+COLORS = ("#3b7dd8", "#d9822b", "#2f9e63", "#a855c7", "#c2415c", "#7d7d7d")
 """Line colors in drawing order, distinguishable on light and dark pages."""
 
 LABEL_LINES = {
@@ -71,7 +71,7 @@ def _svg(label: str, title: str, data: Any, draw: Callable[[Axes, str, Any], Non
         "svg.hashsalt": label,  # ids inside the SVG: the same in every run, unique within a page
         "svg.fonttype": "none",
         "font.family": "sans-serif",
-        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.prop_cycle": cycler(color=COLORS),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlesize": 10,
@@ -96,8 +96,8 @@ def _svg(label: str, title: str, data: Any, draw: Callable[[Axes, str, Any], Non
 def _draw_rounds(axes: Axes, split: str, rows: pd.DataFrame) -> None:
     axes.plot(rows["round"], rows["miou"], marker="o", label="with prior")
     axes.plot(rows["round"], rows["no_prior_miou"], marker="o", linestyle="--", label="without prior")
-    axes.axhline(rows["supervised_miou"].iloc[0], linestyle=":", color=COLOURS[2], label="supervised only")
-    axes.axhline(rows["prior_miou"].iloc[0], linestyle=":", color=COLOURS[5], label="prior only")
+    axes.axhline(rows["supervised_miou"].iloc[0], linestyle=":", color=COLORS[2], label="supervised only")
+    axes.axhline(rows["prior_miou"].iloc[0], linestyle=":", color=COLORS[5], label="prior only")
     axes.set(title=split, xlabel="round", ylabel="mIoU (%)", xticks=rows["round"])
 
 
@@ -116,7 +116,7 @@ def _draw_coverage(axes: Axes, title: str, rounds: Curves) -> None:
 
 
 def _draw_reliability(axes: Axes, title: str, rounds: Curves) -> None:
-    axes.plot([0, 100], [0, 100], linestyle=":", color=COLOURS[5], label="perfectly calibrated")
+    axes.plot([0, 100], [0, 100], linestyle=":", color=COLORS[5], label="perfectly calibrated")
     for name, rows in rounds.items():
         axes.plot(rows["prob"], rows["share"], marker="o", label=name.replace("_", " "))
     xlabel, ylabel = "probability of acceptance (%)", f"with IoU > {POSITIVE_IOU} (%)"

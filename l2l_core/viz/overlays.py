@@ -72,7 +72,7 @@ def with_soft_map(image: Picture, soft: NDArray[np.uint8]) -> Picture:
     height, width = image.shape[:2]
     large = cv2.resize(soft, (width, height), interpolation=cv2.INTER_LINEAR)
     heat = 255 * colormaps[SOFT_MAP](large)[..., :3]
-    return _bytes(TINT * heat + (1 - TINT) * _grey(image))
+    return _bytes(TINT * heat + (1 - TINT) * _gray(image))
 
 
 def with_mask(image: Picture, mask: BoolMask) -> Picture:
@@ -85,13 +85,13 @@ def with_kept(image: Picture, mask: BoolMask, keep: BoolMask) -> Picture:
     """The valid pixels of a label: its foreground tinted, its background unchanged, invalid pixels dark."""
     mask, keep = _like(mask, image), _like(keep, image)
     picture = _tinted(image, mask & keep, MASK)
-    return _bytes(np.where(keep[..., None], picture, DIMMED * _grey(image)))
+    return _bytes(np.where(keep[..., None], picture, DIMMED * _gray(image)))
 
 
 def with_errors(image: Picture, mask: BoolMask, truth: BoolMask) -> Picture:
     """A mask against the truth: right, wrong and missed foreground in three colors, the truth outlined."""
     mask, truth = _like(mask, image), _like(truth, image)
-    picture = _tinted(_bytes(np.repeat(_grey(image), 3, axis=2)), mask & truth, RIGHT)  # gray: the colors stand out
+    picture = _tinted(_bytes(np.repeat(_gray(image), 3, axis=2)), mask & truth, RIGHT)  # gray: the colors stand out
     picture = _tinted(picture, mask & ~truth, WRONG)
     return _outlined(_tinted(picture, truth & ~mask, MISSED), truth)
 
@@ -108,7 +108,7 @@ def _like(mask: BoolMask, image: Picture) -> BoolMask:
     return np.asarray(cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST), bool)
 
 
-def _grey(image: Picture) -> NDArray[np.float64]:
+def _gray(image: Picture) -> NDArray[np.float64]:
     return np.asarray(image.mean(axis=2, keepdims=True))
 
 

@@ -47,16 +47,31 @@ def test_keeps_rows_of_other_commits_settings_and_machines() -> None:
 
 def test_readme_line_describes_the_latest_commit_with_default_settings() -> None:
     rows = [row("ccc", NEWER, 60), nothing("ccc", NEWER), row("ddd", NEWER, 6, "round=1"), row("aaa", OLD, 600)]
-    assert default_run.latest(rows)["commit"] == "ccc"
-    line = default_run.line(rows)
-    assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc), and 2.0 s" in line
+    assert default_run.latest(rows, "cpu, 2 cores")["commit"] == "ccc"
+    line = " ".join(default_run.line(rows).split())
+    assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc). A rerun without changes took 2.0 s" in line
     assert line.endswith("mIoU on val: warm-up 50.0.")
+
+
+def test_readme_line_and_tables_name_each_machine() -> None:
+    slow = row("bbb", NEW, 600, device="slow") | {"val_miou_warmup": 40.0}
+    rows = [slow, row("aaa", OLD, 900, device="slow"), row("ccc", NEWER, 60), nothing("ccc", NEWER)]
+    rows += [row("ddd", NEWER, 6, "round=1", device="only with settings")]
+    line = " ".join(default_run.line(rows).split())
+    assert "1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc) or 10.0 minutes and 1.0 GiB (slow; commit bbb)." in line
+    assert line.endswith("mIoU on val: warm-up 50.0.")
+    fast, other = default_run.table(rows).split("**slow**")
+    assert fast.startswith("**cpu, 2 cores**")
+    assert cells(fast)["query"] == ["60.0"]
+    assert cells(other)["query"] == ["900.0", "600.0", "1.50"]
 
 
 def test_row_without_a_date_counts_as_the_oldest() -> None:
     undated = {key: value for key, value in row("aaa", OLD, 9).items() if key not in ("committed", "settings")}
-    assert default_run.latest([row("bbb", NEW, 1), undated])["commit"] == "bbb"
-    assert default_run.before([row("bbb", NEW, 1), undated]) == [undated]
+    dated = row("bbb", NEW, 1)
+    assert default_run.latest([dated, undated], "cpu, 2 cores") == dated
+    assert default_run.before([dated, undated], dated) == [undated]
+    assert default_run.machines([undated | {"device": "another"}, dated]) == ["cpu, 2 cores"]
 
 
 def test_table_shows_before_and_after_with_their_ratio() -> None:
@@ -67,7 +82,7 @@ def test_table_shows_before_and_after_with_their_ratio() -> None:
         row("ccc", NEWER, 30),
         row("aaa", OLD, 1, device="another"),
     ]
-    found = cells(default_run.table(rows))
+    found = cells(default_run.machine_table(rows, "cpu, 2 cores"))
     assert found["stage"] == [
         "aaa, s", "aaa train.precision=fp32, s", "ccc, s", "aaa / ccc", "aaa train.precision=fp32 / ccc"
     ]  # fmt: skip

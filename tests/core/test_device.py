@@ -88,7 +88,27 @@ def test_refuses_a_device_that_torch_does_not_see(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=rf"priors\.engine\.device: got '{name}'"):
-        choose_device(name, "priors.engine.device")
+        choose_device(name, "params.yaml: priors.engine.device")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cpu:0", "", "xpu"])
+def test_refuses_an_unknown_device(name):
+    with pytest.raises(ConfigError, match=rf"^device: got '{name}', expected auto, cpu, cuda, cuda:N, or mps$"):
+        choose_device(name, "device")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "is_there"), [("cuda:1", 2, True), ("cuda:2", 2, False), ("cuda:0", 0, False)]
+)
+def test_a_numbered_gpu_must_exist(monkeypatch, name, count, is_there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if is_there:
+        assert choose_device(name) == torch.device(name)
+    else:
+        seen = "2 CUDA devices" if count else "no CUDA device"
+        with pytest.raises(ConfigError, match=f"got '{name}', but torch sees {seen}"):
+            choose_device(name)
 
 
 def test_prints_the_device_once(capsys):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from l2l_core.config import load_params
 from l2l_core.core import images
-from l2l_core.core.images import ImageFile, inspect_images, is_turned, read_image, visible
+from l2l_core.core.images import ImageFile, inspect_images, is_exif_rotated, read_image, visible
 from l2l_core.core.mask_forms import read_mask
 from l2l_core.data.pairs import ImageStore
 from l2l_core.errors import InputError
@@ -127,7 +127,7 @@ def test_every_entry_point_reads_the_same_pixels_or_refuses_the_file(tmp_path, k
             assert pairs_of_paths([path], "cup").images == [found]
         else:
             assert mode in ("LAB", "I", "F")
-            assert "expected grey, palette, RGB or CMYK of 8 bits, or grey or RGB of 16 bits" in found
+            assert "expected gray, palette, RGB or CMYK of 8 bits, or gray or RGB of 16 bits" in found
             for use in (
                 read_image,
                 lambda path: ImageStore([str(path)], 50)[0],
@@ -195,7 +195,7 @@ def test_keeps_stored_pixels_and_detects_exif_rotation(tmp_path, orientation, su
     path = saved(Image.fromarray(RGB), tmp_path / f"photo.{suffix}", exif=note)
     (found,) = inspect_images([path], 1)
     assert isinstance(found, ImageFile)
-    assert found.turned == is_turned(path) == (orientation != 1)
+    assert found.is_exif_rotated == is_exif_rotated(path) == (orientation != 1)
     assert read_image(path).shape == (found.height, found.width, 3) == (40, 50, 3)
 
 
@@ -203,7 +203,7 @@ def test_reads_an_image_with_a_broken_exif_block(tmp_path):
     path = saved(Image.fromarray(RGB), tmp_path / "photo.png", exif=b"Exif\0\0garbage that is no TIFF header")
     (found,) = inspect_images([path], 1)
     assert isinstance(found, ImageFile)
-    assert not found.turned
+    assert not found.is_exif_rotated
     assert np.array_equal(read_image(path), RGB)
 
 

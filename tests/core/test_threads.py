@@ -13,7 +13,7 @@ import pytest
 from l2l_core.core import threads
 from l2l_core.core.threads import (
     DEFAULT_VARIABLE,
-    ahead,
+    prefetch,
     set_thread_policy,
     share_of_launched,
     thread_count,
@@ -289,7 +289,7 @@ print(len(masks), [name for name in ("accelerate", "dvclive", "sklearn", "scipy"
     assert done.stdout.split(maxsplit=1) == ["4", "[]\n"]
 
 
-def test_ahead_computes_the_next_item_while_the_caller_uses_the_current_one():
+def test_prefetch_computes_the_next_item_while_the_caller_uses_the_current_one():
     started = [Event() for _ in range(4)]
 
     def items():
@@ -298,20 +298,20 @@ def test_ahead_computes_the_next_item_while_the_caller_uses_the_current_one():
             yield number
 
     found = []
-    for item in ahead(items()):
+    for item in prefetch(items()):
         found.append(item)
         assert all(event.wait(60) for event in started[: item + 2])  # the next one has begun
         assert not any(event.is_set() for event in started[item + 2 :])  # but not the one after it
     assert found == [0, 1, 2, 3]
-    assert list(ahead([])) == []
+    assert list(prefetch([])) == []
 
 
-def test_ahead_raises_an_error_of_the_source_in_its_place():
+def test_prefetch_raises_an_error_of_the_source_in_its_place():
     def items():
         yield 1
         raise ValueError("broken")
 
-    found = ahead(items())
+    found = prefetch(items())
     assert next(found) == 1
     with pytest.raises(ValueError, match="broken"):
         next(found)

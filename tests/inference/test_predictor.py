@@ -104,6 +104,16 @@ def test_an_unusable_prior_is_named(pairs, tmp_path, prior, message):
         predictor(pairs.image_path[0], "the square", prior=prior)
 
 
+def test_a_model_trained_without_priors_refuses_one(pairs, tmp_path):
+    network = stirred_network(pairs)
+    network.proposals, network.takes_priors = PROPOSALS, False
+    network.save(tmp_path / "model")
+    predictor = Predictor.from_pretrained(tmp_path / "model", device="cpu")
+    assert predictor(pairs.image_path[0], "it").mask.shape == (40, 60)
+    with pytest.raises(InputError, match="prior: this model was trained without priors"):
+        predictor(pairs.image_path[0], "it", prior=[4, 8, 22, 28])
+
+
 def test_refuses_another_number_of_priors_or_scores(pairs, tmp_path):
     predictor, box = loaded(pairs, tmp_path), [4, 8, 22, 28]
     with pytest.raises(InputError, match="prior: got 2, expected one for each of 3 sentences"):

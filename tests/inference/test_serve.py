@@ -79,8 +79,8 @@ def expected_mask(image: str, sentence: str, *, with_priors: bool) -> np.ndarray
     return mask
 
 
-def has_colour(picture: np.ndarray, colour: tuple[int, int, int]) -> bool:
-    return bool((picture == colour).all(axis=2).any())
+def has_color(picture: np.ndarray, color: tuple[int, int, int]) -> bool:
+    return bool((picture == color).all(axis=2).any())
 
 
 # --- displayed results
@@ -92,7 +92,7 @@ def test_shows_a_dataset_pair_with_its_recorded_prior(session: serve.DemoSession
     assert seen.words.splitlines() == ["dot", f"ok: {prior['raw_text']}"]
     assert seen.prior is not None
     assert seen.proposal is not None
-    assert has_colour(seen.prior, BOX)
+    assert has_color(seen.prior, BOX)
     x1, y1, x2, y2 = (round(edge * 10) for edge in prior["bbox"])  # 64 x 48 px are shown as 640 x 480
     edges = np.argwhere((seen.prior == BOX).all(axis=2))
     np.testing.assert_allclose([*edges.min(axis=0)[::-1], *edges.max(axis=0)[::-1]], [x1, y1, x2, y2], atol=3)
@@ -182,7 +182,7 @@ def test_queries_a_live_backend(session: serve.DemoSession) -> None:
     seen = live.predict(Path("own.png"), "the dot")
     assert seen.words.splitlines() == ["cup", 'ok: {"target": "cup", "bbox": [8, 10, 40, 30]}']
     assert seen.prior is not None
-    assert has_colour(seen.prior, BOX)
+    assert has_color(seen.prior, BOX)
     backend.found = False
     seen = live.predict(Path("own.png"), "the dot")
     assert seen.words.splitlines() == ["no prior: no response names a place", 'empty: {"found": false}']

@@ -22,7 +22,7 @@ def test_a_killed_run_continues_to_the_same_bytes(first_run, tmp_path):
         assert not trial.has_traceback, trial
 
 
-def test_a_kill_that_leaves_nothing_different_is_no_failure_and_any_difference_is(first_run, tmp_path):
+def test_a_kill_fails_only_if_the_output_bytes_differ(first_run, tmp_path):
     expected = first_run.project.digests()
     project = first_run.project.copy(tmp_path / "project")
     assert project.different(expected) == []
@@ -35,7 +35,7 @@ def test_a_kill_that_leaves_nothing_different_is_no_failure_and_any_difference_i
 @pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="only root of a Linux system mounts a file system"
 )
-def test_a_full_disk_is_one_line_and_costs_nothing(first_run):
+def test_a_full_disk_prints_one_line_and_keeps_the_outputs(first_run):
     try:
         row = disk_full.campaign(first_run.project, ["split", "priors"], 1, seed=0)
     except subprocess.CalledProcessError:

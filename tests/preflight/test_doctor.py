@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 from called import call
 
 from l2l_core.artifacts import records
+from l2l_core.core.files import scratch_folder
 from l2l_core.errors import InputError
 from l2l_core.preflight import doctor
 from l2l_core.preflight.checks import check_repository
@@ -124,20 +127,47 @@ def test_torn_scratch_files_are_named(project: Path) -> None:
     folder = Path(".scratch/warmup-1")
     folder.mkdir(parents=True)
     save_checkpoint(folder / "checkpoint.pt", {"step": 1})
-    stored = Path(".scratch/query-1/a.parquet")
-    records.write_table(records.RESPONSES.empty_table(), stored, records.RESPONSES)
+    stored = {Path(".scratch/query-1/a.parquet"): records.RESPONSES}
+    stored |= {Path(".scratch/proposals-1/0.parquet"): records.PROPOSALS}
+    for path, schema in stored.items():
+        records.write_table(schema.empty_table(), path, schema)
+    (folder / "early.pt").write_bytes(b"a checkpoint of a version that wrote no digest")
     assert "all whole" in run_doctor(fix=False)[0]
     (folder / "checkpoint.pt").write_bytes(b"x")
-    stored.write_bytes(stored.read_bytes()[:-1])
+    for path in stored:
+        path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(InputError) as caught:
         run_doctor(fix=False)
     assert str(caught.value).splitlines()[1:] == [
         f"  {folder}/checkpoint.pt: torn checkpoint",
-        f"  {stored}: torn responses",
+        "  .scratch/query-1/a.parquet: torn chunk of query",
+        "  .scratch/proposals-1/0.parquet: torn chunk of proposals",
     ]
     run_doctor(fix=True)
     assert "all whole" in run_doctor(fix=False)[0]
     assert digests_path(folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("fix", [False, True])
+def test_waits_for_a_run_in_progress(project: Path, fix: bool) -> None:
+    """The outputs of a stage that still writes them are not as in dvc.lock."""
+    half = Path("out/x")
+    half.write_text("half")
+    writer = {str(project / "out"): {"pid": os.getpid(), "cmd": "dvc repro"}}
+    lock = Path(".dvc/tmp/rwlock")
+    lock.write_text(json.dumps({"write": writer, "read": {}}))
+    with pytest.raises(InputError, match=rf"^in progress: dvc repro \(process {os.getpid()}\); its files are not comp"):
+        run_doctor(fix=fix)
+    writer[str(project / "out")]["pid"] = 2**22 + 1  # above the largest process number of Linux
+    lock.write_text(json.dumps({"write": writer, "read": {}}))
+    with (
+        scratch_folder("warmup", "1"),
+        pytest.raises(InputError, match=r"^in progress: a stage that holds \.scratch/warm"),
+    ):
+        run_doctor(fix=fix)
+    assert half.read_text() == "half"
+    with pytest.raises(InputError, match=r"out/x: not as in dvc\.lock"):
+        run_doctor(fix=False)
 
 
 def test_says_that_the_folder_is_no_project(

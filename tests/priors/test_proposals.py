@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,21 @@ def test_chunk_size_does_not_change_the_proposals(monkeypatch: pytest.MonkeyPatc
     again, scores_again = run(*rows)
     np.testing.assert_array_equal(maps, again)
     np.testing.assert_array_equal(scores, scores_again)
+
+
+@pytest.mark.parametrize("spoil", [lambda table: table[:-9], lambda table: b""], ids=["truncated", "empty"])
+def test_a_torn_chunk_is_moved_aside_and_rendered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spoil: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(proposals, "CHUNK_CELLS", 2 * 48 * 48)
+    table = pa.Table.from_pylist([prior(k, bbox=[k, k, 200 + k, 100 + k]) for k in range(7)], records.PRIORS)
+    refs = pd.DataFrame({"sent_id": range(7), "image_id": 1})
+    images = pd.DataFrame([{"image_id": 1, "file_name": "x", "height": HW[0], "width": HW[1]}])
+    whole = make_proposals(table, refs, images, PARAMS, tmp_path)
+    torn = tmp_path / "1.parquet"
+    torn.write_bytes(spoil(torn.read_bytes()))
+    assert make_proposals(table, refs, images, PARAMS, tmp_path).equals(whole)
+    assert f"note: {torn}: torn, moved to 1.parquet.torn; rendering again" in capsys.readouterr().err
 
 
 def test_refuses_priors_that_do_not_match_the_index() -> None:

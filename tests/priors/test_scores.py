@@ -237,7 +237,7 @@ def test_the_stage_says_that_too_few_objects_are_labeled(
     assert "priors: coordinates of m not checked: 7 labeled objects, needs 10\n" in capsys.readouterr().out
 
 
-def test_the_stage_stops_at_wrong_coordinates_unless_told_otherwise(
+def test_the_stage_stops_at_wrong_coordinates_if_the_check_is_enabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_project(tmp_path, "pixel")

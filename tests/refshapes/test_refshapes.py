@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from l2l_core.config import RefShapesParams
 from l2l_core.refshapes import dataset
 from l2l_core.refshapes.dataset import make_scene, write_refshapes
-from l2l_core.refshapes.scene import COLOURS, SceneObject
+from l2l_core.refshapes.scene import COLORS, SceneObject
 from l2l_core.refshapes.solver import COLOUR_WORDS, measure, solve
 from stages import refshapes as stage
 
@@ -393,7 +393,7 @@ def test_no_single_attribute_identifies_the_target(scenes):
     assert both < 0.5
 
 
-def seen_colour(scene, index):
+def seen_color(scene, index):
     """Mean color of the object's pixels without dark texture: those at least as bright as its median."""
     pixels = scene.image[scene.masks[index]].astype(float)
     brightness = pixels.sum(axis=1)
@@ -404,22 +404,22 @@ def test_a_color_only_solver_is_mostly_wrong(scenes):
     names = {word: name for name, words in COLOUR_WORDS.items() for word in words}
     right = []
     for scene, expressions in scenes:
-        seen = np.array([seen_colour(scene, k) for k in range(len(scene.objects))])
+        seen = np.array([seen_color(scene, k) for k in range(len(scene.objects))])
         for expression in expressions:
             named = [names[word] for word in expression.sentence.split() if word in names]
-            wanted = np.array(COLOURS[named[0]]) if named else seen.mean(axis=0)
+            wanted = np.array(COLORS[named[0]]) if named else seen.mean(axis=0)
             right.append(int(np.linalg.norm(seen - wanted, axis=1).argmin()) == expression.target)
     assert np.mean(right) < 0.4
 
 
 def test_colors_are_distinguishable_under_any_lighting(scenes):
-    palette = np.array(list(COLOURS.values()), dtype=float)
+    palette = np.array(list(COLORS.values()), dtype=float)
     palette /= np.linalg.norm(palette, axis=1, keepdims=True)
     wrong, total = 0, 0
     for scene, _ in scenes:
         for index, item in enumerate(scene.objects):
-            seen = seen_colour(scene, index)
-            nearest = list(COLOURS)[int((palette @ (seen / np.linalg.norm(seen))).argmax())]
+            seen = seen_color(scene, index)
+            nearest = list(COLORS)[int((palette @ (seen / np.linalg.norm(seen))).argmax())]
             wrong += nearest != item.color
             total += 1
     assert wrong <= 0.01 * total
@@ -446,7 +446,7 @@ def test_big_and_small_areas_do_not_overlap(scenes):
 
 def test_masks_contain_only_pixels_of_their_object(scenes):
     """Nearly every pixel in the visible mask of a plain object has its color, even where objects overlap."""
-    palette = np.array(list(COLOURS.values()), dtype=float)
+    palette = np.array(list(COLORS.values()), dtype=float)
     palette /= np.linalg.norm(palette, axis=1, keepdims=True)
     overlaps = 0
     for scene, _ in scenes:
@@ -454,7 +454,7 @@ def test_masks_contain_only_pixels_of_their_object(scenes):
         nearest = (pixels @ palette.T).argmax(axis=2)
         for item, mask in zip(scene.objects, scene.masks, strict=True):
             if item.texture == "plain" and item.color != "white":  # white is close to the gray of backgrounds
-                assert (nearest[mask] == list(COLOURS).index(item.color)).mean() > 0.85
+                assert (nearest[mask] == list(COLORS).index(item.color)).mean() > 0.85
         touching = measure(scene.objects, scene.masks).gap
         overlaps += bool((touching[np.triu_indices(len(touching), k=1)] < 1.5 / 96).any())
     assert overlaps > 0.2 * len(scenes), "objects that cover each other are part of the task"
@@ -465,7 +465,7 @@ def test_textures_are_visible(scenes):
     dark_share: dict[str, list[float]] = {"plain": [], "striped": [], "dotted": [], "outlined": []}
     for scene, _ in scenes:
         for index, item in enumerate(scene.objects):
-            dark_below = 0.65 * seen_colour(scene, index).sum()
+            dark_below = 0.65 * seen_color(scene, index).sum()
             dark_share[item.texture].append(float((scene.image[scene.masks[index]].sum(axis=1) < dark_below).mean()))
     assert np.quantile(dark_share.pop("plain"), 0.95) < 0.05
     for texture, shares in dark_share.items():

@@ -77,12 +77,13 @@ def test_a_checkpoint_without_a_digest_is_not_trusted(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.pt") is None
 
 
+@pytest.mark.parametrize("kills", [1, 2, 5])
 @pytest.mark.parametrize("completed", [0, 1])
-def test_a_kill_while_saving_leaves_a_usable_checkpoint(tmp_path, monkeypatch, completed):
+def test_kills_while_saving_leave_a_usable_checkpoint(tmp_path, monkeypatch, completed, kills):
     """Killed before the first or before the second of the two files is replaced: the old checkpoint is resumed."""
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"step": 1})
-    replace, left = os.replace, completed
+    replace, left = os.replace, 0
 
     def killed_after(source: Path, target: Path) -> None:
         nonlocal left
@@ -91,11 +92,13 @@ def test_a_kill_while_saving_leaves_a_usable_checkpoint(tmp_path, monkeypatch, c
         left -= 1
         replace(source, target)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", killed_after)
-        with pytest.raises(Killed):
-            save_checkpoint(path, {"step": 2})
-    assert load_checkpoint(path) == {"step": 1}
+    for kill in range(kills):
+        left = completed
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", killed_after)
+            with pytest.raises(Killed):
+                save_checkpoint(path, {"step": 2, "kill": kill})
+        assert load_checkpoint(path) == {"step": 1}
     save_checkpoint(path, {"step": 3})
     assert load_checkpoint(path) == {"step": 3}
 

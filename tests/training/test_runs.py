@@ -1,3 +1,4 @@
+import hashlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -343,6 +344,9 @@ def test_distillation_hides_all_priors(run, monkeypatch, method, kinds):
     """Also with evolved proposals, which contain the prior, and with swapped priors."""
     sent_ids = write_labels(method=method)
     params = toy_params(proposals={"size_px": 24}, retrain={"evolve_proposals": True, "prior_swap": 0.5})
+    weights = records.round_folder(1) / "model/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
     given = []
     monkeypatch.setattr(distill, "run_training", lambda *all_given: given.extend(all_given))
     monkeypatch.setattr(distill, "load_params", lambda: params)
@@ -352,12 +356,18 @@ def test_distillation_hides_all_priors(run, monkeypatch, method, kinds):
     _, run_name, network, streams, steps, inputs, model, _ = given
     assert (run_name, steps, model) == ("distill", params.distill.steps, records.DISTILLED_FOLDER / "model")
     assert network.folder == records.round_folder(1) / "model"
+    assert not network.takes_priors
+    assert network.distilled_from == hashlib.sha256(b"weights").hexdigest()
     assert {HISTORY_LABELS, network.folder} <= set(inputs)
     assert [type(stream) for stream in streams] == kinds
     assert [stream.share for stream in streams] == [0.25, 0.75]
     assert streams[1].batches.pairs.sent_id.tolist() == sent_ids
     for stream in streams:
         pairs = stream.batches.pairs
+        if isinstance(stream, OnlineStream):  # its teacher sees the priors, its student does not
+            assert stream.hides_priors
+            assert pairs.has_box.any()
+            continue
         for column in (pairs.has_box, pairs.box, pairs.proposal_score):
             assert not column.any()
         assert set(pairs.prior_text) == {""}

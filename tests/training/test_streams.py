@@ -141,6 +141,14 @@ def test_drawn_rows_do_not_depend_on_the_label_source(toy):
     assert not np.any(online.hidden[teacher])
 
 
+def test_a_student_without_priors_learns_from_a_teacher_that_sees_them(toy):
+    online = Recorder(toy[0])
+    draw([OnlineStream(online, 0.7, 1.0, hides_priors=True)], with_(), seed=1, step=0, teacher_prob=find_bright)
+    teacher, student = online.hidden
+    assert not np.any(teacher)
+    assert np.all(student)
+
+
 def test_online_labels_match_hand_computed_values(toy):
     batch = toy_batches(toy[0])(np.array([0]))
     prob = torch.tensor([0.1, 0.25, 0.26, 0.5, 0.51, 0.74, 0.75, 1.0]).view(1, 1, 2, 4)

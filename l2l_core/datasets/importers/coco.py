@@ -20,7 +20,7 @@ from l2l_core.datasets.importers.entries import (
     to_json_lines,
     whole_number,
 )
-from l2l_core.errors import InputError, shown
+from l2l_core.errors import InputError, short_repr
 
 ANNOTATION_KEYS = ("annotation_id", "ann_id")
 SENTENCE_KEYS = ("sentence", "caption")
@@ -71,7 +71,7 @@ def _sentence_rows(path: Path) -> list[tuple[str, Any]]:
         document = read_json(path)
         rows = document.get("annotations") if isinstance(document, dict) else document
         if not isinstance(rows, list):
-            raise InputError(f"{source}: got {shown(document)}, expected a list, or an object with `annotations`")
+            raise InputError(f"{source}: got {short_repr(document)}, expected a list, or an object with `annotations`")
         return [(f"{source}: entry {position}", row) for position, row in enumerate(rows, start=1)]
     try:
         lines = numbered_lines(path)
@@ -99,7 +99,9 @@ def _entry(row: Any, where: str, images: dict[int, Any], annotations: dict[int, 
         annotation = annotations[ann_id]
         image_id = whole_number(annotation, "image_id")
         if row.get("image_id", image_id) != image_id:
-            raise ValueError(f"image_id: got {shown(row['image_id'])}, but annotation {ann_id} is of image {image_id}")
+            raise ValueError(
+                f"image_id: got {short_repr(row['image_id'])}, but annotation {ann_id} is of image {image_id}"
+            )
     if image_id not in images:
         raise ValueError(f"image_id: got {image_id}, which no image has")
     image = images[image_id]

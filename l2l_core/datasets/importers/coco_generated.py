@@ -27,7 +27,7 @@ from l2l_core.datasets.importers.entries import (
 from l2l_core.datasets.sentences.generator import describe, refusal
 from l2l_core.datasets.sentences.layout import Annotated, measure
 from l2l_core.datasets.sentences.words import Vocabulary, kind_of
-from l2l_core.errors import InputError, shown
+from l2l_core.errors import InputError, short_repr
 
 NO_SENTENCE = "no unambiguous sentence"
 
@@ -95,7 +95,7 @@ def _objects(
         try:
             rle = segmentation_to_rle(row.get("segmentation"), height, width)
             if row.get("iscrowd", 0) not in (0, 1):
-                raise ValueError(f"iscrowd: got {shown(row['iscrowd'])}, expected 0 or 1")
+                raise ValueError(f"iscrowd: got {short_repr(row['iscrowd'])}, expected 0 or 1")
         except ValueError as error:
             problems.append(f"{source}: annotation {row['id']}: {error}")
             continue

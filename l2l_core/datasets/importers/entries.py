@@ -24,12 +24,12 @@ from l2l_core.datasets.index import (
     Mask,
     Sentence,
     data_warnings,
+    exif_rotation_note,
     is_utf8,
     overlap_problems,
     sentence_problems,
-    turned_note,
 )
-from l2l_core.errors import InputError, raise_all, shown
+from l2l_core.errors import InputError, raise_all, short_repr
 
 FILE_NAME = "pairs.jsonl"
 
@@ -62,8 +62,8 @@ class UnknownShapeError(ValueError):
     """A shape of a kind without a mask; --skip-unknown leaves such shapes out."""
 
     def __init__(self, kind: object, expected: str) -> None:
-        super().__init__(f"got {shown(kind)}, expected {expected}; --skip-unknown leaves such shapes out")
-        self.kind = kind if isinstance(kind, str) else shown(kind)
+        super().__init__(f"got {short_repr(kind)}, expected {expected}; --skip-unknown leaves such shapes out")
+        self.kind = kind if isinstance(kind, str) else short_repr(kind)
 
 
 def left_out(what: str, counts: Counter[str], source: str) -> list[str]:
@@ -98,8 +98,8 @@ def to_json_lines(
             found.append(
                 f"{entry.where}: size: got {width}x{height}, but {file.file_name} has {file.width}x{file.height} px"
             )
-        if not isinstance(file, str) and entry.rle is not None and file.turned:
-            found.append(f"{entry.where}: {turned_note([file.file_name])}, and draw its mask again")
+        if not isinstance(file, str) and entry.rle is not None and file.is_exif_rotated:
+            found.append(f"{entry.where}: {exif_rotation_note([file.file_name])}, and draw its mask again")
         if entry.rle is None and entry.split in records.EVAL_SPLITS:
             found.append(f"{entry.where}: mask: missing, expected one because split is {entry.split}")
     without_id = [entry.where for entry in entries if entry.id is None]
@@ -163,7 +163,7 @@ def whole_number(row: Any, key: str, low: int = 0) -> int:
     value = _value(row, key)
     if type(value) is not int or not low <= value < 2**63:
         limits = f">= {low}" if type(value) is not int or value < low else f"< {2**63}"
-        raise ValueError(f"{key}: got {shown(value)}, expected a whole number {limits}")
+        raise ValueError(f"{key}: got {short_repr(value)}, expected a whole number {limits}")
     return value
 
 
@@ -171,7 +171,7 @@ def text(row: Any, key: str) -> str:
     """row[key]. Raises ValueError if it is not a non-empty string."""
     value = _value(row, key)
     if not isinstance(value, str) or not value or not is_utf8(value):
-        raise ValueError(f"{key}: got {shown(value)}, expected a text")
+        raise ValueError(f"{key}: got {short_repr(value)}, expected a text")
     return value
 
 
@@ -179,7 +179,7 @@ def rows_of(row: Any, key: str) -> list[Any]:
     """row[key]. Raises ValueError if it is not a list."""
     value = _value(row, key)
     if not isinstance(value, list):
-        raise ValueError(f"{key}: got {shown(value)}, expected a list")
+        raise ValueError(f"{key}: got {short_repr(value)}, expected a list")
     return value
 
 
@@ -197,7 +197,7 @@ def points_of(row: Any, key: str = "points") -> list[tuple[float, float]]:
     for point in points:
         # Exact types: a bool is not a coordinate.
         if not isinstance(point, list) or len(point) != 2 or not all(map(_is_number, point)):
-            raise ValueError(f"{key}: got {shown(point)}, expected pairs of numbers x, y")
+            raise ValueError(f"{key}: got {short_repr(point)}, expected pairs of numbers x, y")
     return [(float(x), float(y)) for x, y in points]
 
 
@@ -207,7 +207,7 @@ def number(row: Any, key: str, default: float | None = None) -> float:
     if value is None and default is not None:
         return default
     if not _is_number(value):
-        raise ValueError(f"{key}: got {shown(value)}, expected a number")
+        raise ValueError(f"{key}: got {short_repr(value)}, expected a number")
     return float(value)
 
 
@@ -252,5 +252,5 @@ def _is_number(value: object) -> bool:
 
 def _value(row: Any, key: str) -> Any:
     if not isinstance(row, dict):
-        raise ValueError(f"got {shown(row)}, expected an object")
+        raise ValueError(f"got {short_repr(row)}, expected an object")
     return row.get(key)

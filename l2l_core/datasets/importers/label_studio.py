@@ -35,7 +35,7 @@ from l2l_core.datasets.importers.entries import (
     to_json_lines,
     whole_number,
 )
-from l2l_core.errors import InputError, shown
+from l2l_core.errors import InputError, short_repr
 
 KINDS = "polygon, rectangle, ellipse or brush"
 TEXT = "textarea"
@@ -65,7 +65,7 @@ def import_label_studio(export: Path, images: Path, out: Path, *, skip_unknown: 
     source = project_path(export)
     tasks = read_json(export)
     if not isinstance(tasks, list):
-        raise InputError(f"{source}: got {shown(tasks)}, expected a list of tasks (export as JSON)")
+        raise InputError(f"{source}: got {short_repr(tasks)}, expected a list of tasks (export as JSON)")
     entries: list[Entry] = []
     problems: list[str] = []
     unknown: Counter[str] | None = Counter() if skip_unknown else None
@@ -94,7 +94,7 @@ def brush_alpha(rle: object, height: int, width: int) -> NDArray[np.uint8]:
     (2 bits), length - 1, value or values. Raises ValueError if the format or the size is different.
     """
     if not isinstance(rle, list) or not all(type(byte) is int and 0 <= byte <= 255 for byte in rle):
-        raise ValueError(f"rle: got {shown(rle)}, expected a list of bytes")
+        raise ValueError(f"rle: got {short_repr(rle)}, expected a list of bytes")
     bits = "".join(f"{byte:08b}" for byte in rle)
     position = 0
 
@@ -153,7 +153,7 @@ def _is_region(row: Any, unknown: Counter[str] | None) -> bool:
     """Whether a result is a shape. Raises UnknownShapeError for a shape of another kind, unless these are counted."""
     kind = row.get("type") if isinstance(row, dict) else None
     if not isinstance(kind, str):
-        raise ValueError(f"result: got {shown(row)}, expected an object with a type")
+        raise ValueError(f"result: got {short_repr(row)}, expected an object with a type")
     if _kind(kind) in ("polygon", "rectangle", "ellipse", "brush"):
         return True
     value = row.get("value")
@@ -204,7 +204,7 @@ def _texts(row: dict[str, Any]) -> list[str]:
     said = value.get("text") if isinstance(value, dict) else None
     said = [said] if isinstance(said, str) else said
     if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
-        raise ValueError(f"text: got {shown(said)}, expected texts")
+        raise ValueError(f"text: got {short_repr(said)}, expected texts")
     return [one.strip() for one in said if one.strip()]
 
 
@@ -231,7 +231,7 @@ def _mask(regions: list[Any], image: Path) -> tuple[tuple[int, int], bytes]:
             raise ValueError(f"original_height, original_width: got {stated}, and {(height, width)} in another region")
         if region.get("image_rotation"):
             raise ValueError(
-                f"image_rotation: got {shown(region['image_rotation'])}, expected 0: save the image turned"
+                f"image_rotation: got {short_repr(region['image_rotation'])}, expected 0: save the image turned"
             )
         mask |= _drawn(region.get("value"), _kind(region["type"]), height, width)
     return (height, width), mask_rle(mask)
@@ -252,7 +252,7 @@ def _drawn(value: Any, kind: str, height: int, width: int) -> BoolMask:
             if kind == "ellipse":
                 radii = number(value, "radiusX") / 100 * width, number(value, "radiusY") / 100 * height
                 if min(radii) <= 0:
-                    raise ValueError(f"radiusX, radiusY: got {shown(value)}, expected numbers above 0")
+                    raise ValueError(f"radiusX, radiusY: got {short_repr(value)}, expected numbers above 0")
 
                 def is_inside(x: DoubleArray, y: DoubleArray) -> BoolArray:
                     u, v = (x * along[0] + y * along[1]) / radii[0], (x * across[0] + y * across[1]) / radii[1]
@@ -274,4 +274,4 @@ def _find_image(address: str, folder: Path) -> Path:
     for name in names:
         if os.path.isfile(folder / name):  # Path.is_file raises for impossible names
             return folder / name
-    raise ValueError(f"image: got {shown(address)}, expected the address of a file below {project_path(folder)}")
+    raise ValueError(f"image: got {short_repr(address)}, expected the address of a file below {project_path(folder)}")

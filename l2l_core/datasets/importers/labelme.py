@@ -34,7 +34,7 @@ from l2l_core.datasets.importers.entries import (
     text,
     to_json_lines,
 )
-from l2l_core.errors import InputError, shown
+from l2l_core.errors import InputError, short_repr
 
 RESERVED = re.compile(r"_+\w+_+|ignore|background|void|unlabeled", re.IGNORECASE)
 """Labels that name no object: LabelMe's `__ignore__` and `_background_`, and their usual synonyms."""
@@ -125,7 +125,7 @@ def _reasonseg_sentences(document: dict[str, Any], shapes: list[Any]) -> list[st
     said = [said] if isinstance(said, str) else said
     if not isinstance(said, list) or not said or not all(isinstance(one, str) and one for one in said):
         raise ValueError(
-            f"text: got {shown(said)}, expected ReasonSeg's sentences, as its shapes are named target; "
+            f"text: got {short_repr(said)}, expected ReasonSeg's sentences, as its shapes are named target; "
             "in a file of your own, write what is meant as description"
         )
     return said
@@ -217,7 +217,7 @@ def _pasted(shape: dict[str, Any], corners: list[tuple[float, float]], height: i
     left, top = round(min(x1, x2)), round(min(y1, y2))
     right, bottom = round(max(x1, x2)) + 1, round(max(y1, y2)) + 1
     if left < 0 or top < 0 or right > width or bottom > height:
-        raise ValueError(f"points: got {shown(shape['points'])}, expected a box inside {width}x{height} px")
+        raise ValueError(f"points: got {short_repr(shape['points'])}, expected a box inside {width}x{height} px")
     content = _from_base64(shape.get("mask"), "mask")
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as picture:
@@ -234,11 +234,11 @@ def _pasted(shape: dict[str, Any], corners: list[tuple[float, float]], height: i
 
 def _from_base64(data: object, key: str) -> bytes:
     if not isinstance(data, str) or not data:
-        raise ValueError(f"{key}: got {shown(data)}, expected a file in base64")
+        raise ValueError(f"{key}: got {short_repr(data)}, expected a file in base64")
     try:
         return base64.b64decode(data)
     except (binascii.Error, ValueError):
-        raise ValueError(f"{key}: got {shown(data)}, expected a file in base64") from None
+        raise ValueError(f"{key}: got {short_repr(data)}, expected a file in base64") from None
 
 
 def _corners(points: list[tuple[float, float]], count: int, what: str) -> list[tuple[float, float]]:
