@@ -9,7 +9,7 @@ Every call writes tables and pictures into README.md, docs/results.md and docs/i
 
 A run is `dvc repro evaluate` of params.yaml with the settings of bench/benchmark.yaml and the changes of SELECTION or
 ROUND_0, in a clone of this repository's HEAD under bench/work/. The clones share one cache: data, priors, warm-up and
-out-of-fold teachers are made once for each rate, preset and seed. What is stored is not run again; after a kill the
+fold teachers are made once for each rate, preset and seed. What is stored is not run again; after a kill the
 same call goes on.
 
 bench/results/label_efficiency.jsonl holds a JSON object for each method, rate, preset, seed, round and split:

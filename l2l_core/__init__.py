@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from l2l_core.core.threads import set_thread_policy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 set_thread_policy()  # here, since Python runs this file before any other of the package
 

@@ -396,7 +396,7 @@ class SelectParams(Section):
     candidates: Annotated[list[Candidate], Field(min_length=1)]
     """Candidate masks of a sentence. `reinforce` and `oracle` choose one; other rules take the first."""
     folds: Annotated[int, Field(ge=2, le=10)]
-    """Number of out-of-fold teachers. Their candidates are scored on labeled images that they never saw."""
+    """Number of fold teachers. Their candidates are scored on labeled images that they never saw."""
     fold_steps: PositiveInt
     fold_update: Literal["continue", "retrain", "freeze"]
     """After a round, fold teachers continue on its pseudo-labels, are retrained with them, or stay frozen."""

@@ -1,4 +1,4 @@
-"""Train the out-of-fold teachers of a round, in parallel if the machine allows it."""
+"""Train the fold teachers of a round, in parallel if the machine allows it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 
 from l2l_core.artifacts.records import read_table
 from l2l_core.core.files import move_aside
+from l2l_core.core.progress import logger
 from l2l_core.errors import ArtifactError
 
 
@@ -28,5 +28,5 @@ def read_chunk(path: Path, schema: pa.Schema, again: str, is_expected: Callable[
         reason = "torn"
     if not reason:
         return table
-    print(f"note: {path}: {reason}, moved to {move_aside(path).name}; {again}", file=sys.stderr)
+    logger.warning(f"note: {path}: {reason}, moved to {move_aside(path).name}; {again}")
     return None

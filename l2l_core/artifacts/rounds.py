@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from l2l_core.artifacts import records
+from l2l_core.core.progress import logger
 from l2l_core.errors import DOCTOR, ArtifactError, InputError
 
 
@@ -60,7 +60,7 @@ def model_folder(run: Path | None, *, with_priors: bool = False) -> Path:
         if _stated(distilled, "distilled_from") == _stated(of_round, "sha256"):
             return distilled
         note = f"note: {distilled} was not distilled from {of_round}, which is used instead; dvc repro updates it"
-        print(note, file=sys.stderr)
+        logger.warning(note)
         return of_round
     for folder in (run / "model", run):
         if os.path.isfile(folder / "config.json"):  # Path.is_file raises for a name that is too long

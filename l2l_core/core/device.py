@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Literal
@@ -11,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from l2l_core.core.progress import is_first_process
+from l2l_core.core.progress import is_first_process, logger
 from l2l_core.errors import ConfigError
 
 Precision = Literal["bf16", "fp32"]
@@ -90,15 +89,13 @@ def describe_device(device: torch.device, precision: Precision) -> str:
 def print_device(device: torch.device, precision: Precision) -> None:
     """Print `device: cpu (2 threads), fp32`, once per process, however many networks it loads."""
     if is_first_process():
-        print(f"device: {describe_device(device, precision)}", flush=True)
+        logger.info(f"device: {describe_device(device, precision)}")
 
 
 @cache
 def _warn_of_emulation(file: str, key: str, kind: str) -> None:
     if is_first_process():
-        print(
+        logger.warning(
             f"warning: {file}: {key}: got 'bf16', which this {kind} emulates, many times slower than fp32; "
-            "use auto or fp32",
-            file=sys.stderr,
-            flush=True,
+            "use auto or fp32"
         )

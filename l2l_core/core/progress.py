@@ -1,7 +1,11 @@
-"""Progress bars with throughput and time left, or one line per minute in a log. Only rank 0 prints."""
+"""Messages of a run, and progress bars with throughput and time left, or one line per minute in a log.
+
+Messages go through the logger `l2l_core`, so that a program can silence or redirect them. Only rank 0 writes.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -11,6 +15,22 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+
+logger = logging.getLogger("l2l_core")
+
+
+class _Console(logging.Handler):
+    """Writes messages as plain lines: information to stdout, warnings to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        print(self.format(record), file=stream, flush=True)
+
+
+if not logger.handlers:
+    logger.addHandler(_Console())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 LOG_INTERVAL_S = 60.0
 """Short enough to show that a long training run is alive, long enough to keep a log readable."""

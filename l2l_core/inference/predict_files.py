@@ -23,7 +23,7 @@ from l2l_core.config import LIVE_BACKENDS, Params, ProposalsParams
 from l2l_core.core.files import scratch_folder, staged_output
 from l2l_core.core.images import ImageFile, inspect_images, is_exif_rotated, read_image, visible
 from l2l_core.core.masks import BoolMask, decode_rle, rle_area_px
-from l2l_core.core.progress import progress
+from l2l_core.core.progress import logger, progress
 from l2l_core.data.pairs import BatchMaker, Pairs, with_priors
 from l2l_core.datasets.index import is_utf8, too_long
 from l2l_core.datasets.jsonl import read_jsonl
@@ -133,7 +133,7 @@ def get_priors(requested: PairList, params: Params) -> PriorTables:
     if params.priors.backend not in LIVE_BACKENDS:
         return recorded_priors(requested)
     if params.priors.uses_builtin_mllm:
-        print(
+        logger.info(
             f"note: {params.priors.model} is trained only on the synthetic scenes of RefShapes; "
             "its responses for photographs are meaningless"
         )

@@ -13,6 +13,7 @@ import torch
 
 from l2l_core.config import PriorsParams
 from l2l_core.core.device import computes_bf16, precision_where
+from l2l_core.core.progress import logger
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.engine import Completion, Request
 
@@ -51,7 +52,7 @@ class VllmEngine:
         kind = "cpu" if current_platform.is_cpu() else "gpu"
         native = computes_bf16(torch.device("cpu")) if kind == "cpu" else current_platform.has_device_capability(80)
         self.precision = precision_where(native, params.precision, kind, "priors.precision")
-        print(f"device: {kind} (vLLM), {self.precision}", flush=True)
+        logger.info(f"device: {kind} (vLLM), {self.precision}")
         self._sampling: Any = vllm.SamplingParams
         self._structured: Any = StructuredOutputsParams
         engine = params.engine

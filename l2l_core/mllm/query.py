@@ -25,7 +25,7 @@ from l2l_core.artifacts import records
 from l2l_core.artifacts.chunks import read_chunk
 from l2l_core.config import LIVE_BACKENDS, PriorsParams
 from l2l_core.core.memory import available_bytes
-from l2l_core.core.progress import LOG_INTERVAL_S
+from l2l_core.core.progress import LOG_INTERVAL_S, logger
 from l2l_core.core.threads import thread_count
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.backend import PriorBackend, Question, RawResponse, clean_text
@@ -167,7 +167,7 @@ def query_all(make: MakeBackend, questions: Sequence[Question], folder: Path, pa
             if in_log and time.monotonic() - last_logged >= LOG_INTERVAL_S:
                 last_logged = time.monotonic()
                 print(f"query: {received} of {len(questions)}: {rates}", file=sys.stderr, flush=True)
-    print(f"query: {len(questions)} responses, {stored} of them stored before; {queried} queried: {rates}")
+    logger.info(f"query: {len(questions)} responses, {stored} of them stored before; {queried} queried: {rates}")
     tables = [records.RESPONSES.empty_table(), *(records.read_table(chunk.path, records.RESPONSES) for chunk in chunks)]
     order = [("sent_id", "ascending"), ("sample_index", "ascending")]
     return pa.concat_tables(tables).sort_by(order).combine_chunks()

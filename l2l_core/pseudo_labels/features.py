@@ -21,14 +21,14 @@ LABEL_THRESHOLD = 0.5
 
 CELL_FEATURES = (
     "prob",  # teacher's foreground probability
-    "label",  # fraction of foreground pixels in the candidate
+    "candidate",  # fraction of foreground pixels in the candidate
     "proposal",
     "disagreement",  # |prob - proposal|
     "entropy",  # of the probability, in bits
     "flip_change",  # |prob - prob_flipped|
     "prior_change",  # |prob - prob_no_prior|
     "votes",  # fraction of the three other predictions (flipped, no prior, proposal) that vote foreground
-    "label_votes",  # the same, counted only inside the candidate; with `votes` it gives the cell's confusion fractions
+    "candidate_votes",  # the same inside the candidate alone; with `votes` it gives the cell's confusion fractions
     "distance",  # from the candidate's centroid, in radii of the candidate, scaled to [0, 1] at FAR_RADII
 )
 """Channels of `Candidates.cells`, each in [0, 1]. All but `distance` are area-weighted means over the cell's pixels."""
@@ -41,10 +41,10 @@ SENTENCE_FEATURES = (
     "no_prior_iou",  # soft IoU of prob and prob_no_prior
     "no_prior_proposal_iou",  # soft IoU of prob_no_prior and proposal: do both find the object independently?
     "agreement_iou",  # soft IoU of candidate and the votes of the three other predictions
-    "label_prob",  # mean prob inside the candidate
-    "label_flipped",  # mean prob_flipped inside the candidate
-    "label_no_prior",  # mean prob_no_prior inside the candidate
-    "label_proposal",  # mean proposal inside the candidate
+    "candidate_prob",  # mean prob inside the candidate
+    "candidate_flipped",  # mean prob_flipped inside the candidate
+    "candidate_no_prior",  # mean prob_no_prior inside the candidate
+    "candidate_proposal",  # mean proposal inside the candidate
     "outside",  # fraction of prob's mass outside the candidate
     "outside_no_prior",  # fraction of prob_no_prior's mass outside the candidate
     "size",  # square root of the candidate's fraction of the image area
@@ -187,10 +187,10 @@ def _candidate_features(
         "prior_iou": shared.sentence["has_prior"] * soft_iou(mask, (proposal > LABEL_THRESHOLD).astype(np.float32)),
         "prob_iou": soft_iou(mask, prob),
         "agreement_iou": soft_iou(mask, shared.votes),
-        "label_prob": _mean_inside(prob, mask),
-        "label_flipped": _mean_inside(flipped, mask),
-        "label_no_prior": _mean_inside(no_prior, mask),
-        "label_proposal": _mean_inside(proposal, mask),
+        "candidate_prob": _mean_inside(prob, mask),
+        "candidate_flipped": _mean_inside(flipped, mask),
+        "candidate_no_prior": _mean_inside(no_prior, mask),
+        "candidate_proposal": _mean_inside(proposal, mask),
         "outside": _mean_inside(1 - mask, prob),
         "outside_no_prior": _mean_inside(1 - mask, no_prior),
         "size": np.sqrt(area),
@@ -198,10 +198,10 @@ def _candidate_features(
     }
 
     cells = shared.cells | {
-        "label": to_cells(mask, grid),
-        "label_votes": to_cells(mask * shared.votes, grid),
+        "candidate": to_cells(mask, grid),
+        "candidate_votes": to_cells(mask * shared.votes, grid),
     }
-    cells["distance"] = _distance_in_radii(cells["label"]) / FAR_RADII
+    cells["distance"] = _distance_in_radii(cells["candidate"]) / FAR_RADII
     return np.stack([cells[name] for name in CELL_FEATURES], axis=-1).astype(np.float16), sentence
 
 
@@ -224,7 +224,7 @@ def confusion_against_votes(cells: NDArray[np.float16]) -> FloatArray:
     Cell features [..., C] -> [..., 4] as in `CandidateTruth.cells`.
     """
     mask, votes, mask_votes = (
-        cells[..., CELL_FEATURES.index(name)].astype(np.float32) for name in ("label", "votes", "label_votes")
+        cells[..., CELL_FEATURES.index(name)].astype(np.float32) for name in ("candidate", "votes", "candidate_votes")
     )
     background_votes = votes - mask_votes
     confusion = np.stack([mask_votes, mask - mask_votes, 1 - mask - background_votes, background_votes], axis=-1)

@@ -119,7 +119,7 @@ def act(actors: Sequence[Actor], candidates: Candidates, slope: float = 1.0) -> 
             cells, sentence = torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
             outputs = [actor(*actor.standardize(cells, sentence)) for actor in actors]
             choice_logits, keep_logits = (torch.stack(logits).mean(0) for logits in zip(*outputs, strict=True))
-            has_foreground = ((keep_logits > 0) & (cells[..., CELL_FEATURES.index("label")] > 0)).any(-1).any(-1)
+            has_foreground = ((keep_logits > 0) & (cells[..., CELL_FEATURES.index("candidate")] > 0)).any(-1).any(-1)
             possible = has_foreground | ~has_foreground.any(1, keepdim=True)
             choice_logits = choice_logits.masked_fill(~possible, -math.inf)
             chosen, any_of_them = choice_logits.argmax(1), choice_logits.logsumexp(1)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from l2l_core.core.files import file_sha256, move_aside
-from l2l_core.core.progress import is_first_process
+from l2l_core.core.progress import is_first_process, logger
 from l2l_core.errors import writing
 
 KEPT_DIGESTS = 8
@@ -43,7 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
     if not is_intact(path):
         if is_first_process():
-            print(f"note: {path}: torn or changed, moved to {move_aside(path).name}; training anew", file=sys.stderr)
+            logger.warning(f"note: {path}: torn or changed, moved to {move_aside(path).name}; training anew")
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state

@@ -1,4 +1,4 @@
-"""Out-of-fold teachers: each leaves out one fold of the labeled images, on which its candidates are scored."""
+"""Fold teachers: each leaves out one fold of the labeled images, on which its candidates are scored."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from l2l_core.config import TrainParams
 from l2l_core.core.device import autocast, choose_device, resolve_precision, to_device
-from l2l_core.core.progress import progress
+from l2l_core.core.progress import logger, progress
 from l2l_core.core.seeding import seed_of
 from l2l_core.core.threads import share_of_launched
 from l2l_core.data.augment import strong_view
@@ -89,7 +89,7 @@ def train(
     first = state["step"] if state else 0
     if is_main:
         if state:
-            print(f"{run_name}: resuming at step {first} of {steps}", flush=True)
+            logger.info(f"{run_name}: resuming at step {first} of {steps}")
         for row in curve:
             log(row)
     for step in progress(range(first, steps), run_name, "step", total=steps, initial=first):

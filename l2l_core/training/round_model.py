@@ -6,7 +6,7 @@ from pathlib import Path
 
 from l2l_core.artifacts import records
 from l2l_core.config import Params
-from l2l_core.core.progress import is_first_process
+from l2l_core.core.progress import is_first_process, logger
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training.fold_teachers import pseudo_labels_of
 from l2l_core.training.runs import (
@@ -28,7 +28,7 @@ def train_model(params: Params, round_number: int, into: Path) -> None:
     """
     run_name, streams = f"retrain-{round_number}", round_streams(params, pseudo_labels_of(round_number))
     if len(streams) == 1 and is_first_process():
-        print(f"round {round_number}: the selection accepted nothing, training on the labeled pairs alone")
+        logger.info(f"round {round_number}: the selection accepted nothing, training on the labeled pairs alone")
     fresh = is_fresh(params, round_number)
     network = new_network(params, run_name) if fresh else Segmenter.load(model_before(round_number))
     network.num_passes = params.retrain.num_passes

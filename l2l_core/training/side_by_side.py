@@ -20,7 +20,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.device import choose_device
 from l2l_core.core.memory import available_bytes
-from l2l_core.core.progress import is_first_process
+from l2l_core.core.progress import is_first_process, logger
 from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE
 from l2l_core.errors import L2LError
 from l2l_core.model.encoders import TINY
@@ -78,11 +78,11 @@ def train_all(
         if training.output in torn or not training.output.exists()
     }
     for output in torn if is_first_process() else ():
-        print(f"note: {output}: torn or changed, removed; training anew", file=sys.stderr)
+        logger.warning(f"note: {output}: torn or changed, removed; training anew")
         shutil.rmtree(output)
     for name in trainings:
         if name not in missing:
-            print(f"{name}: done before", flush=True)
+            logger.info(f"{name}: done before")
     images = records.read_table(index.images, records.IMAGES, ["image_id"]).num_rows
     plan = plan_parallel(params, shares or len(trainings), images)
     if plan.at_once > 1 and len(missing) > 1:

@@ -1,9 +1,11 @@
 """Progress lines in a log; in a terminal, tqdm draws the bar."""
 
+import logging
+
 import pytest
 
 from l2l_core.core import progress as module
-from l2l_core.core.progress import progress
+from l2l_core.core.progress import logger, progress
 
 
 @pytest.fixture
@@ -37,3 +39,19 @@ def test_only_rank_0_prints(clock, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     list(progress(range(8), "warmup", "step"))
     assert capsys.readouterr().err == ""
+
+
+# --- messages
+
+
+def test_messages_go_to_stdout_and_warnings_to_stderr(capsys):
+    logger.info("device: cpu")
+    logger.warning("note: torn")
+    assert capsys.readouterr() == ("device: cpu\n", "note: torn\n")
+
+
+def test_a_program_can_silence_messages(capsys):
+    logging.getLogger("l2l_core").setLevel(logging.ERROR)
+    logger.warning("note: torn")
+    logger.setLevel(logging.INFO)
+    assert capsys.readouterr() == ("", "")

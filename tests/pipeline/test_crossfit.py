@@ -1,4 +1,4 @@
-"""The update of out-of-fold teachers after a round."""
+"""The update of fold teachers after a round."""
 
 from __future__ import annotations
 

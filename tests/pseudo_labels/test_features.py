@@ -70,14 +70,14 @@ def test_cells_hold_the_means_of_their_pixels(described):
     """Each cell has 2 x 2 equal pixels, so every mean equals the pixel value."""
     expected = {
         "prob": [[0.8, 0.5], [0.5, 0.5]],
-        "label": [[1, 0], [0, 0]],
+        "candidate": [[1, 0], [0, 0]],
         "proposal": [[0.9, 0.9], [0.1, 0.1]],
         "disagreement": [[0.1, 0.4], [0.4, 0.4]],
         "entropy": [[0.7219, 1], [1, 1]],  # -0.8 log2 0.8 - 0.2 log2 0.2
         "flip_change": [[0.2, 0.5], [0.5, 0.5]],
         "prior_change": [[0.2, 0.5], [0.5, 0.5]],
         "votes": [[1, 2 / 3], [0, 0]],  # flipped, without prior, proposal
-        "label_votes": [[1, 0], [0, 0]],
+        "candidate_votes": [[1, 0], [0, 0]],
         # cells are 0, 1/2, 1/2 and sqrt(1/2) away; a disc of area 1/4 has the radius sqrt(1 / (4 pi)) = 0.2821
         "distance": [[0, 0.5 / 0.2821 / 4], [0.5 / 0.2821 / 4, 0.7071 / 0.2821 / 4]],
     }
@@ -97,10 +97,10 @@ def test_sentence_features_match_hand_computed_values(described):
         "no_prior_iou": (4 * 0.8 + 4 * 0.5) / (4 * 1 + 4 * 1 + 8 * 0.5),
         "no_prior_proposal_iou": 8 * 0.9 / (8 * 1 + 8 * 0.1),
         "agreement_iou": 4 / (4 + 4 * 2 / 3),
-        "label_prob": 0.8,
-        "label_flipped": 1.0,
-        "label_no_prior": 1.0,
-        "label_proposal": 0.9,
+        "candidate_prob": 0.8,
+        "candidate_flipped": 1.0,
+        "candidate_no_prior": 1.0,
+        "candidate_proposal": 0.9,
         "outside": 12 * 0.5 / (12 * 0.5 + 4 * 0.8),
         "outside_no_prior": 0.5,
         "size": 0.5,

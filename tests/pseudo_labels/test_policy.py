@@ -69,7 +69,7 @@ def test_never_accepts_a_candidate_without_kept_foreground(actor, candidates):
         actor.accept_direct[0, column] = 100.0
         actor.keep_bias.fill_(500.0)
     empty = candidates.cells.copy()
-    empty[..., CELL_FEATURES.index("label")] = 0
+    empty[..., CELL_FEATURES.index("candidate")] = 0
     wanted = candidates.sentence.copy()
     wanted[..., column] += 1.0
     first = np.where(np.arange(len(empty))[:, None, None, None, None] == 7, empty, candidates.cells)
@@ -79,7 +79,7 @@ def test_never_accepts_a_candidate_without_kept_foreground(actor, candidates):
         sentence=np.concatenate([candidates.sentence, wanted], axis=1),
     )
     action = act([actor], both)
-    labeled = (candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
+    labeled = (candidates.cells[:, 0, ..., CELL_FEATURES.index("candidate")] > 0).any((1, 2))
     labeled[7] = False
     np.testing.assert_array_equal(action.choice, ~labeled)  # if both are empty: the one with the higher logit
     assert not action.accepted[~labeled].any()
@@ -94,7 +94,7 @@ def test_chooses_the_candidate_with_the_highest_logit(actor, candidates):
     Its acceptance probability follows from the summed odds of all candidates against none."""
     slope = 0.5
     alone = act([actor], candidates, slope)
-    foreground = candidates.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0
+    foreground = candidates.cells[:, 0, ..., CELL_FEATURES.index("candidate")] > 0
     rows = np.flatnonzero(((alone.keep_prob > 0.5) & foreground).any((1, 2)))[:9].reshape(3, 3)
     joined = Candidates(
         candidates.sent_id[:3],

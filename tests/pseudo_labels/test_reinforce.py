@@ -167,7 +167,7 @@ def test_kept_cells_contain_foreground_and_background(trained, held_out):
     """The policy does not collapse to background only or to foreground only."""
     seen, _ = held_out
     selection = select_labels(PARAMS, seen, trained.policy)
-    label = seen.cells[:, 0, ..., CELL_FEATURES.index("label")].astype(np.float32)
+    label = seen.cells[:, 0, ..., CELL_FEATURES.index("candidate")].astype(np.float32)
     kept, accepted = selection.keep_cells, selection.accepted
     assert (label * kept).sum((1, 2))[accepted].min() > 0
     assert (label * kept)[accepted].sum() > 0.5 * label[accepted].sum()
@@ -365,7 +365,7 @@ def test_chooses_a_correct_candidate_and_rejects_sentences_without_one(labeled):
     is equal. The policy must choice a correct candidate if there is one, and none if both are wrong."""
     seen, _ = labeled
     right = np.random.default_rng(0).random((len(seen.sent_id), 2)) > 0.5
-    share = seen.cells[..., CELL_FEATURES.index("label")].astype(np.float32)
+    share = seen.cells[..., CELL_FEATURES.index("candidate")].astype(np.float32)
     nothing = np.zeros_like(share)
     when_right = np.stack([share, nothing, 1 - share, nothing], axis=-1)
     when_wrong = np.stack([nothing, share, 1 - share, nothing], axis=-1)
@@ -388,7 +388,7 @@ def test_chooses_the_better_of_two_correct_candidates(labeled):
     seen, _ = labeled
     better = np.random.default_rng(1).random(len(seen.sent_id)) > 0.5
     better = np.stack([better, ~better], axis=1)
-    share = seen.cells[..., CELL_FEATURES.index("label")].astype(np.float32)
+    share = seen.cells[..., CELL_FEATURES.index("candidate")].astype(np.float32)
     wrong = np.where(better[..., None, None], 0.0, 0.1) * share
     cells = np.stack(np.broadcast_arrays(share - wrong, wrong, 1 - share, np.float32(0)), axis=-1).astype(np.float32)
     sentence = np.concatenate([seen.sentence, seen.sentence], axis=1)
@@ -408,7 +408,7 @@ def test_policy_starts_from_the_estimates_of_the_critic(labeled, unlabeled):
     judged = trained.policy.critic.estimate(unlabeled)
     estimate = judged.sentence[..., SENTENCE_FEATURES.index("estimate")]
     clear = np.abs(estimate[:, 0] - 0.5) > 0.01
-    has_label = (unlabeled.cells[:, 0, ..., CELL_FEATURES.index("label")] > 0).any((1, 2))
+    has_label = (unlabeled.cells[:, 0, ..., CELL_FEATURES.index("candidate")] > 0).any((1, 2))
     accepted = trained.policy.act(unlabeled).accepted
     np.testing.assert_array_equal(accepted[clear & has_label], estimate[clear & has_label, 0] > 0.5)
     assert 0.1 < accepted.mean() < 0.9

@@ -30,8 +30,8 @@ def five():
     """Five labels of one foreground cell each, with the votes 0, 1/4, 1/2, 3/4, and 1."""
     votes = np.linspace(0, 1, 5)
     cells = np.zeros((5, 1, 1, 1, len(CELL_FEATURES)), dtype=np.float16)
-    cells[..., CELL_FEATURES.index("label")] = 1
-    for name in ("votes", "label_votes"):
+    cells[..., CELL_FEATURES.index("candidate")] = 1
+    for name in ("votes", "candidate_votes"):
         cells[:, 0, 0, 0, CELL_FEATURES.index(name)] = votes
     seen = Candidates(
         sent_id=np.array([10, 11, 12, 13, 14]),
@@ -106,7 +106,7 @@ def eager_policy(accept_bias):
 def test_reinforce_never_accepts_a_label_without_kept_foreground(five):
     seen, _ = five
     cells = seen.cells.copy()
-    cells[:2, ..., CELL_FEATURES.index("label")] = 0
+    cells[:2, ..., CELL_FEATURES.index("candidate")] = 0
     seen = replace(seen, cells=cells)
     policy = eager_policy(50.0)
     torch.nn.init.constant_(policy.actors[0].keep_bias, 100.0)
