@@ -8,13 +8,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-import l2l_core
 from l2l_core.artifacts.records import METRICS_PATH, REPORT_PATH, read_json
 from l2l_core.artifacts.rounds import latest_round, model_folder
 from l2l_core.core.files import end_on_sigterm, staged_output
@@ -62,7 +62,7 @@ WithPriors = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"l2l {l2l_core.__version__}")
+        print(f"l2l {import_module(str(__package__)).__version__}")
         raise typer.Exit
 
 
@@ -156,6 +156,7 @@ def predict(
     Writes the mask and an overlay of each pair as PNG, and predictions.jsonl with the masks as run lengths.
     """
     from l2l_core.config import load_params
+    from l2l_core.core.device import choose_device
     from l2l_core.core.masks import rle_area_px_all
     from l2l_core.datasets.index import exif_rotation_note
     from l2l_core.inference import predict_files
@@ -164,7 +165,8 @@ def predict(
     if pairs and words:
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
     folder = model_folder(run, with_priors=with_priors)
-    device = load_params().train.engine.device if Path("params.yaml").is_file() else "auto"
+    has_params = Path("params.yaml").is_file()
+    device = choose_device(load_params().train.engine.device) if has_params else "auto"
     requested = predict_files.pairs_of_file(pairs) if pairs else predict_files.pairs_of_images(words or [])
     turned = predict_files.exif_rotated_images(requested)
     if turned:

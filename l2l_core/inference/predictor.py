@@ -57,18 +57,19 @@ class Predictor(BatchPredictor):
     """
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str = "auto") -> Predictor:
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "auto") -> Predictor:
         """Load a model folder, such as data/rounds/2/model, without a project.
 
-        device: auto, cpu, cuda, or mps; the precision is that of the training. Raises ArtifactError if the folder has
-        no usable model or does not store how it was trained, ConfigError if PyTorch does not find the device.
+        device: auto, cpu, cuda, cuda:N, or mps; the precision is that of the training. Raises ArtifactError if the
+        folder has no usable model or does not store how it was trained, ConfigError if PyTorch does not find the
+        device.
         """
         network = Segmenter.load(folder)
         try:
             network.known_proposals()
         except ArtifactError as error:
             raise ArtifactError(f"{folder}: {error}") from None
-        chosen = choose_device(device, "device")
+        chosen = device if isinstance(device, torch.device) else choose_device(device, "device")
         network = network.to(chosen, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         config = str(Path(folder) / "config.json")
         return cls(network, chosen, resolve_precision(network.precision_setting, chosen, "precision_setting", config))

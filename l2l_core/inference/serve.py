@@ -28,6 +28,7 @@ from PIL import Image
 
 from l2l_core.artifacts import records
 from l2l_core.config import LIVE_BACKENDS, Params
+from l2l_core.core.device import choose_device
 from l2l_core.core.images import FORMATS, read_image
 from l2l_core.core.masks import BoolMask, decode_rle
 from l2l_core.datasets.index import MAX_SENTENCE, exif_rotation_note
@@ -92,11 +93,11 @@ class DemoSession:
     def of(cls, folder: Path, params: Params, max_mb: int, *, with_priors: bool) -> DemoSession:
         """Load the model in a folder, and with priors the backend. Raises L2LError if one of them cannot be loaded."""
         if not with_priors:
-            predictor = Predictor.from_pretrained(folder, device=params.train.engine.device)
+            predictor = Predictor.from_pretrained(folder, device=choose_device(params.train.engine.device))
             return cls(predictor, params, None, max_mb, with_priors=False)
         is_live = params.priors.backend in LIVE_BACKENDS
         backend = make_backend(params.priors, records.INDEX) if is_live else None
-        predictor = Predictor.from_pretrained(folder, device=params.train.engine.device)
+        predictor = Predictor.from_pretrained(folder, device=choose_device(params.train.engine.device))
         params = with_trained_proposals(params, predictor.network.known_proposals())
         if backend is not None and params.proposals.renderer == "sam":
             load_sam(str(params.proposals.model), params.priors.engine.device, "priors.engine.device")  # fail early

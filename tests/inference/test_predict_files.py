@@ -46,6 +46,7 @@ def lively_network(seed: int) -> Segmenter:
     nn.init.normal_(last.weight, std=3.0)
     nn.init.zeros_(last.bias)
     network.proposals, network.precision = PARAMS.proposals, PARAMS.train.precision
+    network.precision_setting = PARAMS.train.precision
     return network
 
 

@@ -339,9 +339,11 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_bf16_is_used_for_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompts' coordinates, and so the masks, keep their precision."""
     folder = save_tiny_sam(tmp_path / "sam", "sam")
-    exact = Sam(str(folder), CPU)
-    monkeypatch.setattr(sam_module, "resolve_precision", lambda setting, device: "bf16")
-    rough = Sam(str(folder), CPU)
+    networks = []
+    for precision in ("fp32", "bf16"):
+        monkeypatch.setattr(sam_module, "resolve_precision", lambda setting, device, precision=precision: precision)
+        networks.append(Sam(str(folder), CPU))
+    exact, rough = networks
     assert (exact.precision, rough.precision) == ("fp32", "bf16")
     image = photo(50, 80)
     (encoded,), (encoded_exactly,) = rough.encode([image]), exact.encode([image])
