@@ -23,7 +23,7 @@ from bench import docs
 from bench.params import BENCHMARK
 from l2l_core.config import RefShapesParams
 from l2l_core.refshapes.dataset import write_refshapes
-from l2l_core.refshapes.solver import COLOUR_WORDS, SHAPE_WORDS
+from l2l_core.refshapes.solver import COLOR_WORDS, SHAPE_WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "bench" / "work" / "refshapes"
@@ -33,7 +33,7 @@ DOCUMENT = ROOT / "docs" / "data.md"
 
 Words = Mapping[str, tuple[str, ...]]
 Guess = Callable[[str, Words, str], str | None]
-ATTRIBUTES: dict[str, Words] = {"color": COLOUR_WORDS, "shape": SHAPE_WORDS}
+ATTRIBUTES: dict[str, Words] = {"color": COLOR_WORDS, "shape": SHAPE_WORDS}
 
 
 def draw() -> float:

@@ -157,8 +157,10 @@ def run_stage(main: Callable[[], None]) -> NoReturn:
     """
 
     def main_and_flush() -> None:
-        main()
-        sys.stdout.flush()  # it may be a file on a full disk
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # it may be a file on a full disk
 
     code = exit_code(main_and_flush)
     sys.stderr.flush()

@@ -9,11 +9,13 @@ from l2l_core.artifacts import records
 from l2l_core.artifacts.curves import write_rows
 from l2l_core.config import load_params
 from l2l_core.core.device import print_device
+from l2l_core.core.files import scratch_folder
 from l2l_core.core.seeding import derive_seed
 from l2l_core.errors import run_stage
 from l2l_core.model.batch_predictor import BatchPredictor
 from l2l_core.pseudo_labels.generate import (
     images_of,
+    label_key,
     label_unlabeled,
     pseudo_label_table,
     score_out_of_fold,
@@ -32,23 +34,24 @@ def main() -> None:
     folder, previous = records.round_folder(round_number), records.round_folder(round_number - 1)
     teacher = BatchPredictor.from_run(previous / "model", params.train)
     print_device(teacher.device, teacher.precision)
-    labels, candidates = label_unlabeled(params, teacher)
-    policy, truth, curve = None, None, []
-    match params.select.method:
-        case "reinforce":
-            labeled, scores = score_out_of_fold(params, previous / "folds")
-            seed = derive_seed(params.seed, f"select-{round_number}")
-            started = time.monotonic()
-            image = images_of(params, labeled.sent_id)
-            trained = train_policy(labeled, scores, candidates, params.select, seed, image)
-            policy, curve = trained.policy, trained.curve
-            print(f"round {round_number}: policy trained in {time.monotonic() - started:.1f} s")
-        case "oracle":
-            truth = score_unlabeled(params, labels, records.INDEX.masks)
-    selection = select_labels(params.select, candidates, policy, truth)
-    table = pseudo_label_table(params, round_number, labels, candidates, selection)
-    records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
-    write_rows(folder / "policy.csv", CURVE_COLUMNS, curve)
+    with scratch_folder(f"select-{round_number}", label_key(params, round_number)) as scratch:
+        labels, candidates = label_unlabeled(params, teacher, scratch)
+        policy, truth, curve = None, None, []
+        match params.select.method:
+            case "reinforce":
+                labeled, scores = score_out_of_fold(params, previous / "folds")
+                seed = derive_seed(params.seed, f"select-{round_number}")
+                started = time.monotonic()
+                image = images_of(params, labeled.sent_id)
+                trained = train_policy(labeled, scores, candidates, params.select, seed, image)
+                policy, curve = trained.policy, trained.curve
+                print(f"round {round_number}: policy trained in {time.monotonic() - started:.1f} s")
+            case "oracle":
+                truth = score_unlabeled(params, labels, records.INDEX.masks)
+        selection = select_labels(params.select, candidates, policy, truth)
+        table = pseudo_label_table(params, round_number, labels, candidates, selection)
+        records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
+        write_rows(folder / "policy.csv", CURVE_COLUMNS, curve)
     kept = int(selection.accepted.sum())
     print(f"round {round_number}: {params.select.method} accepts {kept} of {len(candidates.sent_id)} pseudo-labels")
 

@@ -70,12 +70,13 @@ def test_program_errors_are_not_reported_as_user_errors():
         exit_code(lambda: print(1 // 0))
 
 
-@pytest.mark.parametrize(("body", "code"), [("print('done')", 0), ("raise L2LError('no photo')", 2)])
-def test_a_stage_ends_with_its_exit_code_and_all_output(body, code):
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise L2LError('no photo')", 2)])
+def test_a_stage_ends_with_its_exit_code_and_all_output(end, code):
+    body = f"print('half')\n  {end}"
     text = f"if True:\n from l2l_core.errors import L2LError, run_stage\n def main():\n  {body}\n run_stage(main)"
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
-    output = ("done\n", "") if code == 0 else ("", "error: no photo\n")
-    assert (done.returncode, done.stdout, done.stderr) == (code, *output)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, env=buffered)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "half\n", "error: no photo\n" if code else "")
 
 
 # --- values in messages

@@ -177,7 +177,7 @@ def _words() -> set[str]:
     """Every word that RefShapes says, and those that responses are made of."""
     tables = (
         solver.SHAPE_WORDS,
-        solver.COLOUR_WORDS,
+        solver.COLOR_WORDS,
         solver.SIZE_WORDS,
         solver.TEXTURE_WORDS,
         solver.TEXTURE_NOUNS,

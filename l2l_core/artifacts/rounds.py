@@ -54,6 +54,8 @@ def model_folder(run: Path | None, *, with_priors: bool = False) -> Path:
     """
     if run is None:
         distilled = records.DISTILLED_FOLDER / "model"
+        if distilled.is_dir() and not with_priors and not rounds_with("model"):
+            return distilled
         of_round = records.round_folder(latest_round("model")) / "model"
         if with_priors or not distilled.is_dir():
             return of_round

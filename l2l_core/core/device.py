@@ -27,15 +27,17 @@ def choose_device(name: str, source: str = "params.yaml: train.engine.device") -
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+    kind = re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)
+    if kind is None:
         raise ConfigError(f"{source}: got {name!r}, expected auto, cpu, cuda, cuda:N, or mps")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        raise ConfigError(f"{source}: got {name!r}, but torch sees {found}; use auto or cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # a driver may be too old for torch
+        if int(kind[1] or 0) >= count:
+            found = f"{count} CUDA device(s)" if count else "no CUDA device"
+            raise ConfigError(f"{source}: got {name!r}, but torch sees {found}; use auto or cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"{source}: got 'mps', but torch sees no Apple GPU; use auto or cpu")
-    return device
+    return torch.device(name)
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -102,11 +102,13 @@ def exclusive_lock(lock: Path, busy: L2LError) -> Iterator[None]:
 
 def is_locked(lock: Path) -> bool:
     """Whether a process holds the lock file. A killed process leaves the file, but does not hold it."""
+    holder = FileLock(lock)
     try:
-        with exclusive_lock(lock, ArtifactError()):
-            return False
-    except ArtifactError:
+        holder.acquire(blocking=False)
+    except Timeout:
         return True
+    holder.release()
+    return False
 
 
 def copy_atomically(source: Path | None, target: Path) -> None:
@@ -130,6 +132,16 @@ def fingerprint(stage: str, settings: str, inputs: Iterable[Path]) -> str:
     ):
         digest.update(f"{name}\n{file_sha256(file)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def files_state(files: Iterable[Path]) -> str:
+    """Names, sizes and times of files that are too large to hash: shows whether one of them changed."""
+    return "".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files)
+
+
+def folder_state(folder: str | Path) -> str:
+    """`files_state` of a folder's files, in the order of their names; empty if it is not a folder, such as a hub id."""
+    return files_state(sorted(Path(folder).iterdir())) if Path(folder).is_dir() else ""
 
 
 def read_file(path: Path) -> bytes:

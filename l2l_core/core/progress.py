@@ -1,6 +1,7 @@
 """Messages of a run, and progress bars with throughput and time left, or one line per minute in a log.
 
-Messages go through the logger `l2l_core`, so that a program can silence or redirect them. Only rank 0 writes.
+Messages go through the logger `l2l_core`, so that a program can silence or redirect them. Bars go to stderr. Only rank
+0 writes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ class _Console(logging.Handler):
     """Writes messages as plain lines: information to stdout, warnings to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not is_first_process():
+            return
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         print(self.format(record), file=stream, flush=True)
 
 
-if not logger.handlers:
+if not logger.handlers:  # a program may have set up the logger before
     logger.addHandler(_Console())
-    logger.setLevel(logging.INFO)
     logger.propagate = False
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)
 
 LOG_INTERVAL_S = 60.0
 """Short enough to show that a long training run is alive, long enough to keep a log readable."""

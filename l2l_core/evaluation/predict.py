@@ -11,7 +11,7 @@ from l2l_core.artifacts import records
 from l2l_core.artifacts.curves import read_curve, read_rows, write_rows
 from l2l_core.config import Params
 from l2l_core.core.device import print_device
-from l2l_core.core.files import atomic_dir
+from l2l_core.core.files import atomic_dir, fingerprint, scratch_folder
 from l2l_core.data.load import batches_of, pairs_of
 from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS
 from l2l_core.model.batch_predictor import BatchPredictor
@@ -73,11 +73,20 @@ def _write_history(
 
 
 def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) -> list[pa.Table]:
-    """Masks of all evaluated sentences by one model (records.PREDICTIONS), for each entry of `with_prior`."""
+    """Masks of all evaluated sentences by one model (records.PREDICTIONS), for each entry of `with_prior`.
+
+    A killed call resumes: finished chunks stay in .scratch.
+    """
     pairs = pairs_of(params, "eval", with_priors=any(with_prior))
     predictor = BatchPredictor.from_run(model, params.train)
     print_device(predictor.device, predictor.precision)
-    masks = predictor.masks(batches_of(params, pairs), params.evaluate.batch_size, with_prior, name)
+    tables = [records.SPLIT_PATH, records.INDEX.refs, records.INDEX.images]
+    tables += [records.PRIORS_PATH, records.PROPOSALS_PATH] if any(with_prior) else []
+    settings = f"{params.model.image_size_px} {params.evaluate.batch_size} {predictor.precision} {with_prior}"
+    settings += f" {params.proposals.size_px} {params.proposals.flat_prob}"
+    with scratch_folder("masks", fingerprint(name, settings, [model, *tables])) as folder:
+        batches, size = batches_of(params, pairs), params.evaluate.batch_size
+        masks = predictor.masks(batches, size, with_prior, name, folder=folder)
     count = len(pairs)
     columns = {
         "sent_id": pairs.sent_id,

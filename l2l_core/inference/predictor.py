@@ -119,9 +119,9 @@ class Predictor(BatchPredictor):
         height, width = pixels.shape[:2]
         pairs = bare_pairs([""] * len(sentences), [(height, width)] * len(sentences), sentences, proposals.size_px)
         if prior is not None:
-            if not self.network.takes_priors:
-                raise InputError("prior: this model was trained without priors; use a round's, as data/rounds/2/model")
             priors = list(prior) if isinstance(prior, list | tuple) and not is_single else [prior]
+            if not self.network.takes_priors and any(one is not None for one in priors):
+                raise InputError("prior: this model was trained without priors; use a round's, as data/rounds/2/model")
             pairs = self._with_priors(pairs, pixels, priors, prior_score)
         batches = BatchMaker(pairs, size_px, proposals.flat_prob)
         square = torch.from_numpy(resize_image(pixels, size_px)).permute(2, 0, 1)[None]
@@ -157,7 +157,7 @@ class Predictor(BatchPredictor):
         refs = pd.DataFrame({"sent_id": pairs.sent_id, "image_id": 0})
         images = pd.DataFrame({"image_id": [0], "height": [height], "width": [width]})
         proposals = self.network.known_proposals()
-        rendered = render_table(to_samples(table, refs, images), proposals, lambda _: pixels, self.device.type)
+        rendered = render_table(to_samples(table, refs, images), proposals, lambda _: pixels, str(self.device))
         return with_priors(pairs, table, rendered, proposals.flat_prob)
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from l2l_core.artifacts import records
 from l2l_core.artifacts.chunks import read_chunk
 from l2l_core.config import LIVE_BACKENDS, PriorsParams
+from l2l_core.core.files import files_state, folder_state
 from l2l_core.core.memory import available_bytes
 from l2l_core.core.progress import LOG_INTERVAL_S, logger
 from l2l_core.core.threads import thread_count
@@ -135,12 +136,10 @@ def query_key(params: PriorsParams, index: records.IndexPaths) -> str:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    model = Path(str(params.model))
-    large = sorted(model.iterdir()) if params.backend in LIVE_BACKENDS and model.is_dir() else []
+    if params.backend in LIVE_BACKENDS:
+        digest.update(folder_state(str(params.model)).encode())
     if params.backend == "replay" and Path(str(params.replay_file)).is_file():
-        large += mask_files(str(params.replay_file))
-    for path in large:  # gigabytes: file times show whether it changed
-        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+        digest.update(files_state(mask_files(str(params.replay_file))).encode())
     return digest.hexdigest()[:16]
 
 
@@ -285,7 +284,7 @@ def worker_count(params: PriorsParams) -> int:
         return 1
     from l2l_core.core.device import choose_device  # not at the top: recorded and simulated responses need no torch
 
-    if choose_device(params.engine.device).type != "cpu":
+    if choose_device(params.engine.device, "params.yaml: priors.engine.device").type != "cpu":
         return 1
     return max(1, min(thread_count(), available_bytes() // WORKER_BYTES))
 

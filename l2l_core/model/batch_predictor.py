@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from l2l_core.artifacts.chunks import resume_chunks
 from l2l_core.config import TrainParams
 from l2l_core.core.device import Precision, autocast, choose_device, resolve_precision, to_device
 from l2l_core.core.masks import encode_rle
@@ -23,6 +25,8 @@ from l2l_core.data.pairs import Batch, BatchMaker, Pairs
 from l2l_core.data.views import Views
 from l2l_core.model.segmenter import Pyramid, Segmenter
 
+MASKS = pa.schema([("row", pa.int64()), ("masks", pa.list_(pa.binary()))])
+"""A chunk of `BatchPredictor.masks`: for each pair its row, and a mask as run lengths per way of predicting."""
 IMAGES_AT_ONCE = 16
 """Most images encoded at once, further limited by `batch_size`; enough to keep a GPU busy."""
 
@@ -66,39 +70,59 @@ class BatchPredictor:
         return logits.float().cpu()
 
     def masks(
-        self, batches: BatchMaker, batch_size: int, with_prior: Sequence[bool], what: str, *, fill: bool = True
+        self,
+        batches: BatchMaker,
+        batch_size: int,
+        with_prior: Sequence[bool],
+        what: str,
+        *,
+        fill: bool = True,
+        folder: Path | None = None,
     ) -> list[list[bytes]]:
         """Masks (probability > 0.5) of all pairs at their image's own size as run lengths, in the order of the pairs.
 
         Returns one list per entry of `with_prior`, which says whether the network sees the priors. fill: pad incomplete
         batches, so that the bytes of a mask depend only on its own pair and batch_size. Without it, nothing is padded
-        and logits can differ by rounding.
+        and logits can differ by rounding. folder: where finished chunks are stored and, after a kill, found again.
         """
         pairs = batches.pairs
         found = [[b""] * len(pairs) for _ in with_prior]
 
-        def computed() -> Iterator[tuple[list[bytes], NDArray[np.int64], Tensor]]:
-            for block in self._blocks(batches, batch_size, what, fill=fill):
-                for masks, shown in zip(found, with_prior, strict=True):
+        def computed(first_batch: int) -> Iterator[tuple[NDArray[np.int64], list[Tensor]]]:
+            for block in self._blocks(batches, batch_size, what, fill=fill, first_batch=first_batch):
+                logits = []
+                for shown in with_prior:
                     hidden = np.full(len(block.rows), not shown)
                     batch = batches(block.rows, None, hidden, block.images.pixels)
-                    yield masks, block.rows[: block.count], self.logits(batch, block.images.pyramid)
+                    logits.append(self.logits(batch, block.images.pyramid))
+                yield block.rows[: block.count], logits
 
-        for masks, rows, logits in prefetch(computed()):
-            for row, one in zip(rows, logits, strict=False):
-                height, width = pairs.hw[row].tolist()
-                masks[row] = encode_rle(at_size(one, height, width) > 0)
+        def tables_from(first_batch: int) -> Iterator[pa.Table]:
+            for rows, logits in prefetch(computed(first_batch)):
+                sizes = pairs.hw[rows].tolist()
+                masks = [
+                    [encode_rle(at_size(one[position], *size) > 0) for one in logits]
+                    for position, size in enumerate(sizes)
+                ]
+                yield pa.table({"row": rows, "masks": masks}, schema=MASKS)
+
+        for table in resume_chunks(folder, MASKS, "predicting again", tables_from):
+            for row, masks in zip(table["row"].to_pylist(), table["masks"].to_pylist(), strict=True):
+                for some, mask in zip(found, masks, strict=True):
+                    some[row] = mask
         return found
 
-    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
+    def views(
+        self, batches: BatchMaker, batch_size: int, what: str, *, first_batch: int = 0
+    ) -> Iterator[tuple[NDArray[np.int64], Views]]:
         """This teacher's predictions for all pairs: yields rows [B] of pairs with their views, each row once.
 
         The network runs with the prior, mirrored, and without the prior. Rows of one image are consecutive. The bytes
-        of a view depend only on its own pair and batch_size.
+        of a view depend only on its own pair and batch_size. first_batch: leave out the batches before it.
         """
         pairs = batches.pairs
         words = np.array([len(sentence.split()) for sentence in pairs.sentence], dtype=np.int64)
-        for block in self._blocks(batches, batch_size, what, fill=True, mirrored=True):
+        for block in self._blocks(batches, batch_size, what, fill=True, mirrored=True, first_batch=first_batch):
             images, count, rows = block.images, block.count, block.rows[: block.count]
             batch = batches(block.rows, None, None, images.pixels)
             bare = batches(block.rows, None, np.ones(len(block.rows), dtype=bool), images.pixels)
@@ -124,7 +148,14 @@ class BatchPredictor:
         return _Images(pixels, self.encode(pixels), self.encode(pixels.flip(-1)) if mirrored else None)
 
     def _blocks(
-        self, batches: BatchMaker, batch_size: int, what: str, *, fill: bool, mirrored: bool = False
+        self,
+        batches: BatchMaker,
+        batch_size: int,
+        what: str,
+        *,
+        fill: bool,
+        mirrored: bool = False,
+        first_batch: int = 0,
     ) -> Iterator[_Block]:
         """All pairs by image, `batch_size` at a time; each image is encoded once, and once mirrored if `mirrored`.
 
@@ -136,7 +167,7 @@ class BatchPredictor:
         order = np.argsort(batches.pairs.image_row, kind="stable")
         image_rows, rank = np.unique(batches.pairs.image_row[order], return_inverse=True)
         held: dict[int, _Images] = {}
-        for positions in batched_rows(len(order), batch_size, what):
+        for positions in batched_rows(len(order), batch_size, what, first_batch):
             full = _filled(positions, batch_size) if fill else positions
             groups, slots = np.divmod(rank[full], at_once)
             encoded, held = held, {}
@@ -209,10 +240,10 @@ def bare_pairs(
     )
 
 
-def batched_rows(count: int, batch_size: int, what: str) -> Iterator[NDArray[np.int64]]:
-    """Rows 0..count in order, `batch_size` at a time, with a progress bar."""
+def batched_rows(count: int, batch_size: int, what: str, first_batch: int = 0) -> Iterator[NDArray[np.int64]]:
+    """Rows 0..count in order, `batch_size` at a time from batch `first_batch` on, with a progress bar."""
     starts = range(0, count, batch_size)
-    for start in progress(starts, what, "batch"):
+    for start in progress(starts[first_batch:], what, "batch", len(starts), min(first_batch, len(starts))):
         yield np.arange(start, min(start + batch_size, count))
 
 

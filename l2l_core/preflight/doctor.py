@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -92,15 +93,28 @@ def torn_dvc_files(repo: Repo) -> list[Torn]:
 
 
 def _refuse_during_a_run(repo: Repo) -> None:
-    """Raise InputError if a DVC command works on a stage, or a stage was started by hand."""
+    """Raise InputError if a DVC command works on a stage, or another process on a folder in .scratch."""
     lock = Path(repo.tmp_dir or Path(repo.root_dir) / ".dvc" / "tmp") / "rwlock"
-    holders = json.loads(lock.read_bytes()) if lock.is_file() else {}
-    writers = {writer["pid"]: writer["cmd"] for writer in holders.get("write", {}).values()}
-    running = [f"{command} (process {pid})" for pid, command in writers.items() if psutil.pid_exists(pid)]
+    writers: dict[int, str] = {}
+
+    def read() -> None:
+        holders = json.loads(lock.read_bytes()) if lock.is_file() else {}
+        writers.update({writer["pid"]: writer["cmd"] for writer in holders.get("write", {}).values()})
+
+    _is_readable(read)  # DVC may be just rewriting it
+    running = [f"{command} (process {pid})" for pid, command in writers.items() if _is_dvc(pid)]
     scratch = sorted((Path(repo.root_dir) / ".scratch").glob("*.lock"))
-    running += [f"a stage that holds {_shown(path)}" for path in scratch if is_locked(path)]
+    running += [f"a process that holds {_shown(path)}" for path in scratch if is_locked(path)]
     if running:
         raise InputError(f"in progress: {', '.join(running)}; its files are not complete: wait for its end, or end it")
+
+
+def _is_dvc(pid: int) -> bool:
+    """Whether a process runs DVC. DVC's lock may name a killed process, whose number another one has got."""
+    try:
+        return pid != os.getpid() and any("dvc" in word for word in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def _is_readable(load: Callable[[], object]) -> bool:
@@ -146,19 +160,23 @@ def _torn_outputs(repo: Repo, files: Iterable[_File]) -> Iterator[Torn]:
         if copy.is_file() and _md5(copy) != file.md5:
             yield Torn(_shown(copy), f"torn copy of {_shown(file.path)} in the cache", "dvc repro computes it again")
         if file.path.is_file() and _md5(file.path) != file.md5:
-            problem = "not as in dvc.lock: torn, changed since the run, or of a run that did not end"
+            problem = "not as in dvc.lock (torn, changed, or of a run that did not end)"
             yield Torn(_shown(file.path), problem, "dvc repro restores it")
 
 
 def _torn_scratch(root: Path) -> Iterator[Torn]:
     """Files of interrupted stages that are not as they were written. The stage itself does them again."""
-    from l2l_core.training.checkpoint import digests_path, is_intact  # not at the top: `l2l run` needs no torch
+    # Not at the top: `l2l run` needs no torch.
+    from l2l_core.model.batch_predictor import MASKS
+    from l2l_core.pseudo_labels.generate import LABELED
+    from l2l_core.training.checkpoint import digests_path, is_intact
 
     remedy = "the next run does it again"
     for path in sorted(root.glob(".scratch/**/*.pt")):
         if digests_path(path).exists() and not is_intact(path):  # earlier versions wrote no digests
             yield Torn(_shown(path), "torn checkpoint", remedy)
     schemas = {"query": records.RESPONSES, "predict": records.RESPONSES, "proposals": records.PROPOSALS}
+    schemas |= {"masks": MASKS, "select": LABELED}
     for stage, schema in schemas.items():
         for path in sorted(root.glob(f".scratch/{stage}-*/*.parquet")):
             try:

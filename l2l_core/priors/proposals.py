@@ -16,7 +16,7 @@ from l2l_core.artifacts import records
 from l2l_core.artifacts.chunks import read_chunk
 from l2l_core.config import ProposalsParams
 from l2l_core.core.arrays import DoubleArray
-from l2l_core.core.files import fingerprint
+from l2l_core.core.files import fingerprint, folder_state
 from l2l_core.core.images import read_image
 from l2l_core.core.masks import decode_rle
 from l2l_core.core.progress import progress
@@ -42,10 +42,7 @@ def render_key(params: ProposalsParams, tables: Sequence[Path], device: str = "a
     if params.renderer == "sam":
         from l2l_core.model.sam import precision_on  # it loads PyTorch, which the other renderers do not need
 
-        model = Path(str(params.model))
-        files = sorted(model.iterdir()) if model.is_dir() else []  # gigabytes: file times show whether it changed
-        state = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-        state.append(precision_on(device))
+        state = [folder_state(str(params.model)), precision_on(device)]
     return fingerprint("proposals", f"{params.rendering.model_dump_json()}\n{state}", tables)
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
+from l2l_core.artifacts.chunks import resume_chunks
 from l2l_core.config import Params
 from l2l_core.core.arrays import BoolArray, FloatArray
+from l2l_core.core.device import choose_device, resolve_precision
+from l2l_core.core.files import fingerprint, folder_state
 from l2l_core.core.masks import encode_rle, resize_prob
 from l2l_core.core.threads import prefetch
 from l2l_core.data.folds import fold_of_images
@@ -23,6 +27,7 @@ from l2l_core.errors import InputError
 from l2l_core.model.batch_predictor import BatchPredictor, batched_rows
 from l2l_core.pseudo_labels.candidates import build_candidates
 from l2l_core.pseudo_labels.features import (
+    CELL_FEATURES,
     LABEL_THRESHOLD,
     SENTENCE_FEATURES,
     Candidates,
@@ -48,18 +53,30 @@ class PseudoLabelCandidates:
     weight: list[bytes]  # `semires`: pixel weights, as in records.PSEUDO_LABELS; else empty
     matched: list[bool] = field(default_factory=list)  # `semires`: whether a mask of SAM replaces the teacher's
 
-    def in_order(self, rows: NDArray[np.int64]) -> PseudoLabelCandidates:
-        """Sort labels into the order of the pairs. The k-th label belongs to pair `rows[k]`."""
-        order = np.argsort(rows)
-        confident, weight = ([part[row] for row in order] if part else [] for part in (self.confident, self.weight))
-        matched = [self.matched[row] for row in order] if self.matched else []
-        return PseudoLabelCandidates(self.pairs, [self.candidates[row] for row in order], confident, weight, matched)
+
+LABELED = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("candidates", pa.list_(pa.binary())),
+        ("confident", pa.binary()),
+        ("weight", pa.binary()),
+        ("matched", pa.bool_()),
+        ("cells", pa.binary()),
+        ("sentence", pa.binary()),
+        ("confidence", pa.float32()),
+        ("prior_iou", pa.float32()),
+    ]
+)
+"""A chunk of `label_unlabeled`: PseudoLabelCandidates and Candidates of some pairs, the features as raw arrays."""
 
 
-def label_unlabeled(params: Params, teacher: BatchPredictor) -> tuple[PseudoLabelCandidates, Candidates]:
+def label_unlabeled(
+    params: Params, teacher: BatchPredictor, folder: Path | None = None
+) -> tuple[PseudoLabelCandidates, Candidates]:
     """Build the candidate masks of every unlabeled sentence and compute their features.
 
-    Raises InputError if no sentence is unlabeled.
+    folder: where finished chunks are stored and, after a kill, found again. Raises InputError if no sentence is
+    unlabeled.
     """
     batches = batches_of(params, pairs_of(params, "unlabeled"))
     if not len(batches.pairs):
@@ -67,42 +84,117 @@ def label_unlabeled(params: Params, teacher: BatchPredictor) -> tuple[PseudoLabe
             "select: no sentence is unlabeled, so there is nothing to select; set round to 0 or label less "
             "(split.labeled_fraction, split.list_file)"
         )
-    names = params.select.candidate_names
     sam = sam_masks_of(params, batches.pairs)
-    labels, parts, visited = PseudoLabelCandidates(batches.pairs, [], [], []), [], []
-    for rows, views in _views(params, teacher, batches, sam, "label"):
-        visited.append(rows)
-        masks, sam_iou = _build(rows, views, names, sam)
-        matches: list[Match | None] = [None] * len(rows)
-        if params.select.method == "semires" and sam is not None:
-            matches = sam.match(rows, masks[:, 0])
-            for made, match in zip(masks, matches, strict=True):
-                made[0] = made[0] if match is None else match.square
-        parts.append(compute_features(views, masks, names, params.select.grid, sam_iou))
-        for (height, width), prob, made, match in zip(
-            batches.pairs.hw[rows].tolist(), views.prob, masks, matches, strict=True
-        ):
-            # The teacher's mask is thresholded after resizing, as in evaluation.
-            soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
-            full = [resize_prob(one.astype(np.float32), height, width) for one in soft]
-            labels.candidates.append([encode_rle(one > LABEL_THRESHOLD) for one in full])
-            if params.select.method == "threshold":  # the first candidate is then the teacher's mask
-                labels.confident.append(encode_rle(confident_pixels(full[0], params.select.pixel_threshold)))
-            if params.select.method == "semires":
-                weight = semires_weight(resize_prob(prob, params.proposals.size_px, params.proposals.size_px))
-                if match is not None:
-                    labels.candidates[-1] = [match.rle]
-                    weight = np.ones_like(weight)
-                labels.weight.append(np.rint(weight * 255).astype(np.uint8).tobytes())
-                labels.matched.append(match is not None)
-    return labels.in_order(np.concatenate(visited)), concatenate(parts, visited)
+
+    def tables_from(first_batch: int) -> Iterator[pa.Table]:
+        for rows, views in _views(params, teacher, batches, sam, "label", first_batch):
+            yield _label_batch(params, batches, sam, rows, views)
+
+    tables = list(resume_chunks(folder, LABELED, "labeling again", tables_from))
+    return _from_tables(params, batches.pairs, tables)
+
+
+def label_key(params: Params, round_number: int) -> str:
+    """Hex digest of everything that `label_unlabeled` depends on."""
+    settings = f"{params.select!r} {params.model.image_size_px} {params.evaluate.batch_size}"
+    settings += f" {params.proposals.size_px} {params.proposals.flat_prob}"
+    settings += f" {resolve_precision(params.train.precision, choose_device(params.train.engine.device))}"
+    if params.select.uses_sam(params.proposals.model):
+        settings += f" {folder_state(str(params.proposals.model))}"
+    teacher = records.round_folder(round_number - 1) / "model"
+    tables = (records.SPLIT_PATH, records.INDEX.refs, records.INDEX.images, records.PRIORS_PATH, records.PROPOSALS_PATH)
+    return fingerprint(f"select-{round_number}", settings, [teacher, *tables])
+
+
+def _label_batch(
+    params: Params, batches: BatchMaker, sam: SamMasks | None, rows: NDArray[np.int64], views: Views
+) -> pa.Table:
+    """Candidates of a batch and their features (LABELED)."""
+    names, method, side = params.select.candidate_names, params.select.method, params.proposals.size_px
+    masks, sam_iou = _build(rows, views, names, sam)
+    matches: list[Match | None] = [None] * len(rows)
+    if method == "semires" and sam is not None:
+        matches = sam.match(rows, masks[:, 0])
+        for made, match in zip(masks, matches, strict=True):
+            made[0] = made[0] if match is None else match.square
+    features = compute_features(views, masks, names, params.select.grid, sam_iou)
+    labels = []
+    for (height, width), prob, made, match in zip(
+        batches.pairs.hw[rows].tolist(), views.prob, masks, matches, strict=True
+    ):
+        # The teacher's mask is thresholded after resizing, as in evaluation.
+        soft = [prob if name == "teacher" else mask for name, mask in zip(names, made, strict=True)]
+        full = [resize_prob(one.astype(np.float32), height, width) for one in soft]
+        label: dict[str, object] = {"candidates": [encode_rle(one > LABEL_THRESHOLD) for one in full]}
+        label["matched"] = match is not None
+        if method == "threshold":  # the first candidate is then the teacher's mask
+            label["confident"] = encode_rle(confident_pixels(full[0], params.select.pixel_threshold))
+        if method == "semires":
+            weight = semires_weight(resize_prob(prob, side, side))
+            if match is not None:
+                label["candidates"] = [match.rle]
+                weight = np.ones_like(weight)
+            label["weight"] = np.rint(weight * 255).astype(np.uint8).tobytes()
+        labels.append(label)
+    columns = {
+        "row": rows,
+        **{name: [label.get(name) for label in labels] for name in ("candidates", "confident", "weight", "matched")},
+        "cells": [cells.tobytes() for cells in features.cells],
+        "sentence": [sentence.tobytes() for sentence in features.sentence],
+        "confidence": features.confidence,
+        "prior_iou": features.prior_iou,
+    }
+    return pa.table(columns, schema=LABELED)
+
+
+def _from_tables(params: Params, pairs: Pairs, tables: Sequence[pa.Table]) -> tuple[PseudoLabelCandidates, Candidates]:
+    """Chunks of all pairs (LABELED) -> candidates and their features, in the order of the pairs."""
+    order = np.argsort(np.concatenate([table["row"].to_numpy() for table in tables]))
+    count, grid = len(params.select.candidate_names), params.select.grid
+
+    def column(name: str) -> list[Any]:
+        values = [value for table in tables for value in table[name].to_pylist()]
+        return [values[row] for row in order.tolist()]
+
+    def array(name: str, dtype: type, *shape: int) -> NDArray[Any]:
+        """Filled in place: the features of all pairs can take most of the memory."""
+        filled: NDArray[Any] = np.empty((len(order), *shape), dtype)
+        start = 0
+        place = np.argsort(order)
+        for table in tables:
+            rows = place[start : start + len(table)]
+            filled[rows] = np.frombuffer(b"".join(table[name].to_pylist()), dtype).reshape(len(rows), *shape)
+            start += len(table)
+        return filled
+
+    is_semires = params.select.method == "semires"
+    labels = PseudoLabelCandidates(
+        pairs,
+        column("candidates"),
+        column("confident") if params.select.method == "threshold" else [],
+        column("weight") if is_semires else [],
+        column("matched") if is_semires else [],
+    )
+    features = Candidates(
+        sent_id=pairs.sent_id,
+        cells=array("cells", np.float16, count, grid, grid, len(CELL_FEATURES)),
+        sentence=array("sentence", np.float32, count, len(SENTENCE_FEATURES)),
+        confidence=np.array(column("confidence"), dtype=np.float32),
+        prior_iou=np.array(column("prior_iou"), dtype=np.float32),
+    )
+    return labels, features
 
 
 def _views(
-    params: Params, teacher: BatchPredictor, batches: BatchMaker, sam: SamMasks | None, what: str
+    params: Params,
+    teacher: BatchPredictor,
+    batches: BatchMaker,
+    sam: SamMasks | None,
+    what: str,
+    first_batch: int = 0,
 ) -> Iterator[tuple[NDArray[np.int64], Views]]:
     """Yield the teacher's predictions. The next batch is computed while the caller processes the current one."""
-    views = teacher.views(batches, params.evaluate.batch_size, what)
+    views = teacher.views(batches, params.evaluate.batch_size, what, first_batch=first_batch)
     # PyTorch's choice of attention kernels is global, so that two networks must not run at once.
     return views if sam else prefetch(views)
 

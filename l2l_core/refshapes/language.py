@@ -67,7 +67,7 @@ class _Speaker:
         item = self.objects[index]
         said = {
             "size": self.pick(words.SIZE_WORDS[item.size]),
-            "color": self.pick(words.COLOUR_WORDS[item.color]),
+            "color": self.pick(words.COLOR_WORDS[item.color]),
             "texture": self.pick(words.TEXTURE_WORDS[item.texture]),
         }
         said.pop(skip, None)
@@ -148,7 +148,7 @@ class _Speaker:
         target = self.objects[self.index]
         tables: dict[str, Mapping[str, tuple[str, ...]]] = {
             "shape": words.SHAPE_WORDS,
-            "color": words.COLOUR_WORDS,
+            "color": words.COLOR_WORDS,
             "size": words.SIZE_WORDS,
             "texture": words.TEXTURE_WORDS,
         }

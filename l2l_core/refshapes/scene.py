@@ -25,14 +25,14 @@ COLORS: dict[str, tuple[int, int, int]] = {  # RGB; hue or lightness distinct en
 
 OBJECTS_RANGE = (3, 5)
 DISTINCT_SHAPES_RANGE = (2, 3)  # with 3-5 objects, most share their shape ...
-DISTINCT_COLOURS_RANGE = (2, 3)  # ... and their color
+DISTINCT_COLORS_RANGE = (2, 3)  # ... and their color
 PLAIN_SHARE = 0.6  # plain objects outnumber each texture, as in most images
 DIAMETER_RANGE = {"small": (0.2, 0.23), "big": (0.36, 0.42)}  # image sides; areas differ 2.4 times or more
 TILT_LIMIT_RAD = math.radians(12)  # more would turn a square into a diamond
 CLOSENESS = 0.8  # least center distance as a share of the summed radii: mild occlusion, no ring's hole is covered
 MIN_VISIBLE_SHARE = 0.7
 MIN_VISIBLE_PX = 40
-SAME_COLOUR_GAP = 0.03  # share of the image side; touching objects of one color would look like one
+SAME_COLOR_GAP = 0.03  # share of the image side; touching objects of one color would look like one
 BORDER = 0.02  # share of the image side kept free at the edge, so that no object is cut
 
 CLUTTER_RANGE = (8, 20)  # scribbles and specks in the background
@@ -129,7 +129,7 @@ def _draw_objects(rng: np.random.Generator) -> tuple[SceneObject, ...]:
     """Attributes of a scene's objects, from few shapes and colors; at least two objects have rivals."""
     while True:
         shapes = rng.permutation(SHAPES)[: rng.integers(*DISTINCT_SHAPES_RANGE, endpoint=True)]
-        colors = rng.permutation(list(COLORS))[: rng.integers(*DISTINCT_COLOURS_RANGE, endpoint=True)]
+        colors = rng.permutation(list(COLORS))[: rng.integers(*DISTINCT_COLORS_RANGE, endpoint=True)]
         objects = tuple(
             SceneObject(
                 shape=str(rng.choice(shapes)),
@@ -167,7 +167,7 @@ def _place(rng: np.random.Generator, objects: tuple[SceneObject, ...]) -> list[_
 def _least_distance(first: float, second: float, same_color: bool) -> float:
     """Least distance between the centers of objects of these diameters, in image sides."""
     if same_color:
-        return REACH * (first + second) / 2 + SAME_COLOUR_GAP
+        return REACH * (first + second) / 2 + SAME_COLOR_GAP
     return CLOSENESS * (first + second) / 2
 
 

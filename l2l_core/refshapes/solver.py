@@ -35,9 +35,7 @@ SHAPE_WORDS = {
     "cross": ("cross", "plus"),
     "ring": ("ring", "donut"),
 }
-COLOUR_WORDS = {name: (name,) for name in ("red", "yellow", "green", "blue", "white")} | {
-    "purple": ("purple", "violet")
-}
+COLOR_WORDS = {name: (name,) for name in ("red", "yellow", "green", "blue", "white")} | {"purple": ("purple", "violet")}
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "big": ("big", "large")}
 TEXTURE_WORDS = {
     "plain": ("plain", "solid"),
@@ -123,7 +121,7 @@ def _meanings(words: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     return {word: meaning for meaning, synonyms in words.items() for word in synonyms}
 
 
-_SHAPE, _COLOUR, _SIZE = _meanings(SHAPE_WORDS), _meanings(COLOUR_WORDS), _meanings(SIZE_WORDS)
+_SHAPE, _COLOR, _SIZE = _meanings(SHAPE_WORDS), _meanings(COLOR_WORDS), _meanings(SIZE_WORDS)
 _TEXTURE, _SIDE = _meanings(TEXTURE_WORDS), _meanings(SIDE_WORDS)
 _EXTREME, _GROWTH = _meanings(EXTREME_WORDS), _meanings(GROWTH_WORDS)
 _RANK = {word: rank for rank, words in RANK_WORDS.items() for word in words}
@@ -241,7 +239,7 @@ class _Reader:
         return adjective
 
     def adjective(self) -> Verdict | None:
-        if color := self.lookup(_COLOUR):
+        if color := self.lookup(_COLOR):
             return self.exactly(self.world.color == color)
         if texture := self.lookup(_TEXTURE):
             return self.exactly(self.world.texture == texture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         with temporary.open("wb") as file:  # given a path, PyTorch does not say why a write failed
             torch.save(state, file)
         # Several, since kills between the replacements may follow each other.
-        previous = digests.read_text(encoding="ascii").split()[: KEPT_DIGESTS - 1] if digests.exists() else []
+        previous = _digests_of(path)[: KEPT_DIGESTS - 1]
         building = digests.with_suffix(".tmp")
         building.write_text("\n".join([file_sha256(temporary), *previous]) + "\n", encoding="ascii")
     os.replace(building, digests)
@@ -50,10 +51,16 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 
 def is_intact(path: Path) -> bool:
     """Whether a checkpoint has one of the digests that `save_checkpoint` wrote beside it."""
-    digests = digests_path(path)
-    return digests.is_file() and file_sha256(path) in digests.read_text(encoding="ascii", errors="replace").split()
+    return file_sha256(path) in _digests_of(path)
 
 
 def digests_path(path: Path) -> Path:
     """The file with the SHA-256 digests of a checkpoint."""
     return path.with_name(f"{path.name}.sha256")
+
+
+def _digests_of(path: Path) -> list[str]:
+    """The readable digests beside a checkpoint, the latest first."""
+    digests = digests_path(path)
+    text = digests.read_text(encoding="ascii", errors="replace") if digests.is_file() else ""
+    return re.findall(r"\b[0-9a-f]{64}\b", text)

@@ -68,6 +68,15 @@ def test_passes_over_a_model_that_was_distilled_in_an_earlier_run(tmp_path, monk
     assert model_folder(distilled) == distilled
 
 
+def test_takes_a_distilled_model_that_was_fetched_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    distilled = Path("data/distilled/model")
+    distilled.mkdir(parents=True)
+    assert model_folder(None) == distilled
+    with pytest.raises(ArtifactError, match="no round has model"):
+        model_folder(None, with_priors=True)
+
+
 def test_names_a_torn_record_of_the_last_round(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data/rounds/3/model").mkdir(parents=True)

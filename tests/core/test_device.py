@@ -91,14 +91,21 @@ def test_refuses_a_device_that_torch_does_not_see(monkeypatch, name):
         choose_device(name, "params.yaml: priors.engine.device")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cpu:0", "", "xpu"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cpu:0", "", "xpu"])
 def test_refuses_an_unknown_device(name):
     with pytest.raises(ConfigError, match=rf"^device: got '{name}', expected auto, cpu, cuda, cuda:N, or mps$"):
         choose_device(name, "device")
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "is_there"), [("cuda:1", 2, True), ("cuda:2", 2, False), ("cuda:0", 0, False)]
+    ("name", "count", "is_there"),
+    [
+        ("cuda:1", 2, True),
+        ("cuda:2", 2, False),
+        ("cuda:128", 2, False),
+        ("cuda:99999999", 2, False),
+        ("cuda:0", 0, False),
+    ],
 )
 def test_a_numbered_gpu_must_exist(monkeypatch, name, count, is_there):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
@@ -106,7 +113,7 @@ def test_a_numbered_gpu_must_exist(monkeypatch, name, count, is_there):
     if is_there:
         assert choose_device(name) == torch.device(name)
     else:
-        seen = "2 CUDA devices" if count else "no CUDA device"
+        seen = r"2 CUDA device\(s\)" if count else "no CUDA device"
         with pytest.raises(ConfigError, match=f"got '{name}', but torch sees {seen}"):
             choose_device(name)
 

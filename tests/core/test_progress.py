@@ -1,6 +1,7 @@
 """Progress lines in a log; in a terminal, tqdm draws the bar."""
 
-import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -50,8 +51,17 @@ def test_messages_go_to_stdout_and_warnings_to_stderr(capsys):
     assert capsys.readouterr() == ("device: cpu\n", "note: torn\n")
 
 
-def test_a_program_can_silence_messages(capsys):
-    logging.getLogger("l2l_core").setLevel(logging.ERROR)
-    logger.warning("note: torn")
-    logger.setLevel(logging.INFO)
+def test_a_program_can_silence_messages_before_they_come():
+    """Public names load their modules when they are first used, after the program has set the level."""
+    code = (
+        "import logging, l2l_core as l2l; logging.getLogger('l2l_core').setLevel(logging.ERROR); l2l.Predictor; "
+        "from l2l_core.core.progress import logger; logger.warning('note: torn'); logger.error('broken')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "broken\n")
+
+
+def test_only_the_first_process_writes_messages(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    logger.info("done before")
     assert capsys.readouterr() == ("", "")

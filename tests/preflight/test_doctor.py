@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,11 +99,10 @@ def test_a_changed_artifact_is_named_and_restored(project: Path, name: str, torn
     before = contents(project)
     Path(name).unlink()  # a link into the cache
     Path(name).write_bytes(torn)
-    with pytest.raises(InputError, match=rf"^1 torn file\(s\); .*\n  {name}: torn, or changed since the run$"):
+    problem = f"{name}: not as in dvc.lock (torn, changed, or of a run that did not end)"
+    with pytest.raises(InputError, match=rf"^1 torn file\(s\); .*\n  {re.escape(problem)}$"):
         run_doctor(fix=False)
-    assert run_doctor(fix=True) == [
-        f"{name}: torn, or changed since the run; moved to {Path(name).name}.torn; dvc repro restores it"
-    ]
+    assert run_doctor(fix=True) == [f"{problem}; moved to {Path(name).name}.torn; dvc repro restores it"]
     Path(f"{name}.torn").unlink()
     dvc("repro")
     assert contents(project) == before
@@ -148,26 +149,41 @@ def test_torn_scratch_files_are_named(project: Path) -> None:
     assert digests_path(folder / "checkpoint.pt").exists()
 
 
+@pytest.fixture
+def running() -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose command line has the word dvc."""
+    with subprocess.Popen([sys.executable, "-c", "input()", "dvc"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
 @pytest.mark.parametrize("fix", [False, True])
-def test_waits_for_a_run_in_progress(project: Path, fix: bool) -> None:
+def test_waits_for_a_run_in_progress(project: Path, running: subprocess.Popen[bytes], fix: bool) -> None:
     """The outputs of a stage that still writes them are not as in dvc.lock."""
     half = Path("out/x")
     half.write_text("half")
-    writer = {str(project / "out"): {"pid": os.getpid(), "cmd": "dvc repro"}}
     lock = Path(".dvc/tmp/rwlock")
-    lock.write_text(json.dumps({"write": writer, "read": {}}))
-    with pytest.raises(InputError, match=rf"^in progress: dvc repro \(process {os.getpid()}\); its files are not comp"):
+    writer = {"pid": running.pid, "cmd": "dvc repro"}
+    lock.write_text(json.dumps({"write": {str(project / "out"): writer}, "read": {}}))
+    with pytest.raises(InputError, match=rf"^in progress: dvc repro \(process {running.pid}\); its files are not comp"):
         run_doctor(fix=fix)
-    writer[str(project / "out")]["pid"] = 2**22 + 1  # above the largest process number of Linux
-    lock.write_text(json.dumps({"write": writer, "read": {}}))
+    assert half.read_text() == "half"
+    running.kill()
+    running.wait()
     with (
         scratch_folder("warmup", "1"),
-        pytest.raises(InputError, match=r"^in progress: a stage that holds \.scratch/warm"),
+        pytest.raises(InputError, match=r"^in progress: a process that holds "),
     ):
         run_doctor(fix=fix)
     assert half.read_text() == "half"
     with pytest.raises(InputError, match=r"out/x: not as in dvc\.lock"):
         run_doctor(fix=False)
+
+
+def test_a_process_number_that_is_in_use_again_is_no_run(project: Path) -> None:
+    writer = {"pid": os.getpid(), "cmd": "dvc repro"}
+    Path(".dvc/tmp/rwlock").write_text(json.dumps({"write": {str(project / "out"): writer}, "read": {}}))
+    assert "all whole" in run_doctor(fix=False)[0]
 
 
 def test_says_that_the_folder_is_no_project(

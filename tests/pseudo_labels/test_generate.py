@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from synthetic_run import write_run
 from toy_pairs import toy_params
 
-from l2l_core.artifacts import records
+from l2l_core.artifacts import chunks, records
 from l2l_core.config import Params
 from l2l_core.core.masks import decode_rle, encode_rle, resize_mask
 from l2l_core.data.load import batches_of, labeled_targets, pairs_of, sentences_of
@@ -18,6 +18,7 @@ from l2l_core.pseudo_labels import generate
 from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates
 from l2l_core.pseudo_labels.generate import (
     PseudoLabelCandidates,
+    label_key,
     label_unlabeled,
     pseudo_label_table,
     score_labeled,
@@ -67,10 +68,12 @@ class Oracle:
         self.truth = true_masks()
         self.asked: list[int] = []
 
-    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
+    def views(
+        self, batches: BatchMaker, batch_size: int, what: str, *, first_batch: int = 0
+    ) -> Iterator[tuple[NDArray[np.int64], Views]]:
         sent_id = batches.pairs.sent_id
         backwards = np.arange(len(sent_id))[::-1]  # a predictor can use any order
-        for start in range(0, len(sent_id), batch_size):
+        for start in range(0, len(sent_id), batch_size)[first_batch:]:
             rows = backwards[start : start + batch_size]
             some = sent_id[rows]
             self.asked += some.tolist()
@@ -84,8 +87,10 @@ class Oracle:
 class Doubtful(Oracle):
     """Its prior equals the truth; its own mask is shifted by half an image."""
 
-    def views(self, batches: BatchMaker, batch_size: int, what: str) -> Iterator[tuple[NDArray[np.int64], Views]]:
-        for rows, views in super().views(batches, batch_size, what):
+    def views(
+        self, batches: BatchMaker, batch_size: int, what: str, *, first_batch: int = 0
+    ) -> Iterator[tuple[NDArray[np.int64], Views]]:
+        for rows, views in super().views(batches, batch_size, what, first_batch=first_batch):
             prob = np.roll(views.prob, views.prob.shape[2] // 2, axis=2)
             yield rows, replace(views, prob=prob, proposal=views.prob)
 
@@ -114,6 +119,62 @@ def test_labels_are_teacher_masks_at_the_original_image_size(run):
         mask = decode_rle(counts, HEIGHT, WIDTH)
         assert (mask & truth[sent_id]).sum() / (mask | truth[sent_id]).sum() > 0.75
     assert seen.cells.shape[:4] == (len(wanted), 1, GRID, GRID)
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+class Mortal(Doubtful):
+    """It is killed before one of its batches."""
+
+    def __init__(self, killed_at: int) -> None:
+        super().__init__()
+        self.killed_at = killed_at
+
+    def views(
+        self, batches: BatchMaker, batch_size: int, what: str, *, first_batch: int = 0
+    ) -> Iterator[tuple[NDArray[np.int64], Views]]:
+        views = super().views(batches, batch_size, what, first_batch=first_batch)
+        for number, one in enumerate(views, start=first_batch):
+            if number == self.killed_at:
+                raise Killed
+            yield one
+
+
+@pytest.mark.parametrize("method", ["reinforce", "threshold", "semires"])
+def test_killed_labeling_resumes_to_the_same_candidates(run, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(chunks, "PER_CHUNK", 1)
+    params = params_of(method, candidates=["teacher", "prior"] if method == "reinforce" else ["teacher"])
+    labels, features = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
+    folder = tmp_path / "scratch"
+    with pytest.raises(Killed):
+        label_unlabeled(params, Mortal(1), folder)  # type: ignore[arg-type]
+    resumed = Doubtful()
+    again, same_features = label_unlabeled(params, resumed, folder)  # type: ignore[arg-type]
+    assert set(resumed.asked) < set(labels.pairs.sent_id.tolist())  # the first batch was stored
+    for name in ("candidates", "confident", "weight", "matched"):
+        assert getattr(again, name) == getattr(labels, name)
+    for field in fields(Candidates):
+        np.testing.assert_array_equal(getattr(same_features, field.name), getattr(features, field.name))
+        assert getattr(same_features, field.name).dtype == getattr(features, field.name).dtype
+
+
+def test_stored_labels_belong_to_one_teacher_and_one_set_of_parameters(run):
+    """Another teacher, another table, other candidates or another batch size never resume."""
+    weights = records.round_folder(0) / "model/model.safetensors"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    weights.write_bytes(b"one")
+    params = params_of()
+    keys = [label_key(params, 1), label_key(params_of(candidates=["teacher", "prior"]), 1)]
+    other = params.evaluate.model_copy(update={"batch_size": 4})
+    keys.append(label_key(params.model_copy(update={"evaluate": other}), 1))
+    assert label_key(params, 1) == keys[0]
+    weights.write_bytes(b"two")
+    keys.append(label_key(params, 1))
+    records.PRIORS_PATH.write_bytes(records.PRIORS_PATH.read_bytes() + b" ")
+    keys.append(label_key(params, 1))
+    assert len(set(keys)) == len(keys)
 
 
 def test_confident_pixels_pass_the_threshold(run):

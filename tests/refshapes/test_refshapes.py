@@ -14,7 +14,7 @@ from l2l_core.config import RefShapesParams
 from l2l_core.refshapes import dataset
 from l2l_core.refshapes.dataset import make_scene, write_refshapes
 from l2l_core.refshapes.scene import COLORS, SceneObject
-from l2l_core.refshapes.solver import COLOUR_WORDS, measure, solve
+from l2l_core.refshapes.solver import COLOR_WORDS, measure, solve
 from stages import refshapes as stage
 
 PARAMS = RefShapesParams(seed=7, image_size_px=96, train_images=60, val_images=8, test_images=8, sentences_per_image=2)
@@ -401,7 +401,7 @@ def seen_color(scene, index):
 
 
 def test_a_color_only_solver_is_mostly_wrong(scenes):
-    names = {word: name for name, words in COLOUR_WORDS.items() for word in words}
+    names = {word: name for name, words in COLOR_WORDS.items() for word in words}
     right = []
     for scene, expressions in scenes:
         seen = np.array([seen_color(scene, k) for k in range(len(scene.objects))])

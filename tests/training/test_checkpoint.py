@@ -77,6 +77,15 @@ def test_a_checkpoint_without_a_digest_is_not_trusted(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint.pt") is None
 
 
+def test_spoiled_digests_are_replaced(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1})
+    digests_path(path).write_bytes(b"\xff\xfe torn")
+    assert load_checkpoint(path) is None
+    save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path) == {"step": 2}
+
+
 @pytest.mark.parametrize("kills", [1, 2, 5])
 @pytest.mark.parametrize("completed", [0, 1])
 def test_kills_while_saving_leave_a_usable_checkpoint(tmp_path, monkeypatch, completed, kills):
