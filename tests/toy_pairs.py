@@ -90,7 +90,9 @@ def toy_batches(pairs: Pairs) -> BatchMaker:
 
 
 def toy_network(pairs: Pairs, seed: int = 0) -> Segmenter:
-    return Segmenter.create(MODEL, [*pairs.sentence, *pairs.prior_text], seed)
+    network = Segmenter.create(MODEL, [*pairs.sentence, *pairs.prior_text], seed)
+    network.precision_setting = "fp32"  # on any machine
+    return network
 
 
 def stirred_network(pairs: Pairs) -> Segmenter:
@@ -99,7 +101,6 @@ def stirred_network(pairs: Pairs) -> Segmenter:
     torch.manual_seed(0)
     for parameter in network.decoder.parameters():
         nn.init.normal_(parameter, std=0.3)
-    network.precision_setting = "fp32"  # on any machine
     return network
 
 
