@@ -216,6 +216,7 @@ def test_stored_chunks_belong_to_one_model_and_one_set_of_priors(
     (folder / "model.safetensors").write_bytes(b"1")
     table.write_bytes(b"a")
     params = params_of(folder)
+    monkeypatch.setattr(sam_module, "resolve_precision", lambda setting, device: "fp32")
     keys = [render_key(params, [table]), render_key(params.model_copy(update={"size_px": 8}), [table])]
     assert render_key(params, [table]) == keys[0]
     (folder / "model.safetensors").write_bytes(b"22")
