@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
@@ -123,19 +123,7 @@ def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min
     }
     problems += overlap_problems(sentences, names, source)
     referred = sorted({row.ann_id for row in sentences}) if segmented else []
-    masks: dict[int, Mask] = {}
-    for ann_id in progress(referred, "masks", "mask"):
-        annotation = annotations[ann_id]
-        row = image_rows[annotation.image_id]
-        try:
-            parts = [annotations[part] for part in annotation.parts] or [annotation]
-            drawn = [segmentation_to_rle(part.segmentation, row.height, row.width) for part in parts]
-            counts = drawn[0] if len(drawn) == 1 else _union(drawn, row.height, row.width)
-            if not rle_area_px(counts, row.height, row.width):
-                raise ValueError("empty mask")
-            masks[ann_id] = Mask(row.height, row.width, counts)
-        except ValueError as error:
-            problems.append(f"{annotation.where}: {error}")
+    masks = _masks_of(referred, annotations, image_rows, problems)
     raise_all(problems)
 
     objects = [
@@ -147,6 +135,29 @@ def read_refcoco(folder: Path, images: str = "auto", split_by: str = "auto", min
     if without_target:
         warnings.append(f"{source}: {without_target} sentence(s) without a target (no_target) are left out")
     return build_index(files, sentences, objects, masks, warnings)
+
+
+def _masks_of(
+    ann_ids: Sequence[int],
+    annotations: Mapping[int, _Annotation],
+    image_rows: Mapping[int, _ImageRow],
+    problems: list[str],
+) -> dict[int, Mask]:
+    """Masks of annotations by id, several parts joined. Adds unusable ones to `problems`."""
+    masks = {}
+    for ann_id in progress(ann_ids, "masks", "mask"):
+        annotation = annotations[ann_id]
+        row = image_rows[annotation.image_id]
+        try:
+            parts = [annotations[part] for part in annotation.parts] or [annotation]
+            drawn = [segmentation_to_rle(part.segmentation, row.height, row.width) for part in parts]
+            counts = drawn[0] if len(drawn) == 1 else _union(drawn, row.height, row.width)
+            if not rle_area_px(counts, row.height, row.width):
+                raise ValueError("empty mask")
+            masks[ann_id] = Mask(row.height, row.width, counts)
+        except ValueError as error:
+            problems.append(f"{annotation.where}: {error}")
+    return masks
 
 
 def _union(drawn: list[bytes], height: int, width: int) -> bytes:

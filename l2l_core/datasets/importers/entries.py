@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,37 @@ def to_json_lines(
     problems: errors of unreadable entries. warnings: what was left out. Every image is decoded. Raises InputError that
     lists the problems and everything that ingest would refuse.
     """
-    found = list(problems)
-    if not entries and not found:
-        found.append(f"{source}: no pairs in it, expected at least one")
     paths = list(dict.fromkeys(entry.image for entry in entries))
-    first_use = {entry.image: entry.where for entry in reversed(entries)}
     photos = {entry.image: entry.photo for entry in entries if entry.photo is not None}
     stored = [path for path in paths if path not in photos]
     files = dict(zip(stored, inspect_images(stored, 1), strict=True))
     files |= {path: inspect_content(photo, path, 1) for path, photo in photos.items()}
-    found += [f"{path}: exists, but {first_use[path]} holds its photo; remove it" for path in photos if path.exists()]
+    image_ids = {path: image_id for image_id, path in enumerate(paths)}
+    sentences = _sentences_of(entries, image_ids)
+    found = list(problems)
+    if not entries and not found:
+        found.append(f"{source}: no pairs in it, expected at least one")
+    found += _problems_of(entries, files, photos)
+    found += sentence_problems(sentences)
+    found += overlap_problems(sentences, {image_id: project_path(path) for path, image_id in image_ids.items()}, source)
+    raise_all(found)
+    masks = {
+        index: Mask(*entry.size_hw, entry.rle)
+        for index, entry in enumerate(entries)
+        if entry.rle is not None and entry.size_hw is not None
+    }
+    by_id = {image_ids[path]: file for path, file in files.items() if isinstance(file, ImageFile)}
+    doubts = [*warnings, *data_warnings(by_id, sentences, masks, source)]
+    lines = "".join(json.dumps(_line_of(entry, out), ensure_ascii=False) + "\n" for entry in entries)
+    return Imported(lines, {path.name: photo for path, photo in photos.items()}, doubts)
+
+
+def _problems_of(
+    entries: Sequence[Entry], files: Mapping[Path, ImageFile | str], photos: Mapping[Path, bytes]
+) -> list[str]:
+    """What is wrong with single entries. files: each image, or why it cannot be used. photos: images out of entries."""
+    first_use = {entry.image: entry.where for entry in reversed(entries)}
+    found = [f"{path}: exists, but {first_use[path]} holds its photo; remove it" for path in photos if path.exists()]
     found += [f"{first_use[path]}: {file}" for path, file in files.items() if isinstance(file, str)]
     for entry in entries:
         file = files[entry.image]
@@ -105,11 +126,16 @@ def to_json_lines(
     without_id = [entry.where for entry in entries if entry.id is None]
     if 0 < len(without_id) < len(entries):
         found.append(f"{without_id[0]}: sent_id: missing, but others have one; give it everywhere or nowhere")
-    image_ids = {path: image_id for image_id, path in enumerate(paths)}
-    sentences = [
+    return found
+
+
+def _sentences_of(entries: Sequence[Entry], image_ids: Mapping[Path, int]) -> list[Sentence]:
+    """Entries as sentences; the id of a mask is its entry's position. If an entry has no id, all are numbered."""
+    are_numbered = any(entry.id is None for entry in entries)
+    return [
         Sentence(
             where=entry.where,
-            sent_id=index if without_id or entry.id is None else entry.id,
+            sent_id=index if are_numbered or entry.id is None else entry.id,
             ref_id=index,
             ann_id=NO_MASK if entry.rle is None else index,
             image_id=image_ids[entry.image],
@@ -121,31 +147,22 @@ def to_json_lines(
         )
         for index, entry in enumerate(entries)
     ]
-    found += sentence_problems(sentences)
-    found += overlap_problems(sentences, {image_id: project_path(path) for path, image_id in image_ids.items()}, source)
-    raise_all(found)
-    masks = {
-        index: Mask(*entry.size_hw, entry.rle)
-        for index, entry in enumerate(entries)
-        if entry.rle is not None and entry.size_hw is not None
+
+
+def _line_of(entry: Entry, out: Path) -> dict[str, object]:
+    """The line of pairs.jsonl in the folder `out` for an entry."""
+    line: dict[str, object] = {
+        "image": Path(os.path.relpath(entry.image, out)).as_posix(),
+        "sentence": entry.sentence,
     }
-    by_id = {image_ids[path]: file for path, file in files.items() if isinstance(file, ImageFile)}
-    doubts = [*warnings, *data_warnings(by_id, sentences, masks, source)]
-    lines = []
-    for entry in entries:
-        line: dict[str, object] = {
-            "image": Path(os.path.relpath(entry.image, out)).as_posix(),
-            "sentence": entry.sentence,
-        }
-        if entry.rle is not None and entry.size_hw is not None:
-            line["mask"] = {"size": list(entry.size_hw), "counts": entry.rle.decode("ascii")}
-        line["split"] = entry.split
-        if entry.style:
-            line["style"] = entry.style
-        if entry.id is not None:
-            line["id"] = entry.id
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return Imported("".join(lines), {path.name: photo for path, photo in photos.items()}, doubts)
+    if entry.rle is not None and entry.size_hw is not None:
+        line["mask"] = {"size": list(entry.size_hw), "counts": entry.rle.decode("ascii")}
+    line["split"] = entry.split
+    if entry.style:
+        line["style"] = entry.style
+    if entry.id is not None:
+        line["id"] = entry.id
+    return line
 
 
 def read_json(path: Path) -> Any:
