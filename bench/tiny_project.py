@@ -201,7 +201,10 @@ def finished_project() -> Iterator[Project]:
 
 
 def write_row(path: Path, row: dict[str, Any]) -> None:
-    """Store the row of a campaign, with the commit that it ran at."""
+    """Add the row of a campaign, with the commit that it ran at, in place of one of the same commit and seed."""
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    path.write_text(json.dumps(row | {"commit": commit}) + "\n", encoding="utf-8")
+    new = row | {"commit": commit}
+    stored = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = [old for old in stored if any(old.get(key) != new.get(key) for key in ("commit", "seed"))]
+    path.write_text("".join(json.dumps(one) + "\n" for one in [*rows, new]), encoding="utf-8")
     print(json.dumps(row))
