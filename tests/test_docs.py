@@ -15,6 +15,7 @@ import pytest
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from bench import (
+    campaigns,
     default_run,
     docs,
     imports,
@@ -147,6 +148,10 @@ def test_times_are_those_of_the_stored_run() -> None:
     rows = [json.loads(line) for line in default_run.RESULTS.read_text(encoding="utf-8").splitlines()]
     assert docs.get(default_run.README, default_run.MARK) == default_run.line(rows)
     assert docs.get(default_run.DOCUMENT, default_run.MARK) == default_run.table(rows)
+
+
+def test_campaigns_are_those_of_the_stored_rows() -> None:
+    assert docs.get(campaigns.DOCUMENT, campaigns.MARK) == campaigns.table(campaigns.stored())
 
 
 def test_results_are_those_of_the_stored_runs() -> None:
