@@ -56,7 +56,8 @@ def _details(name: str, rows: list[Row]) -> str:
     if name == "fuzz":
         return f"{len({row['entrance'] for row in rows})} entrances"
     if name == "disk_full":
-        return f"{sum(row['tracebacks'] for row in rows)} tracebacks; {sum(row['enough'] for row in rows)} had enough space"
+        tracebacks, enough = (sum(row[key] for row in rows) for key in ("tracebacks", "enough"))
+        return f"{tracebacks} tracebacks; {enough} had enough space"
     return f"{sum(row['refused'] for row in rows)} commands were refused in one line"
 
 
