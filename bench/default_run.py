@@ -219,7 +219,7 @@ def line(rows: Sequence[Row]) -> str:
     """What README.md says of it: time on each machine, and the scores of the youngest commit."""
     runs = [latest(rows, device) for device in machines(rows)]
     took = " or ".join(
-        f"{run['seconds'] / 60:.1f} minutes and {run['peak_rss_mb'] / 1024:.1f} GiB ({run['device']}; "
+        f"{run['seconds'] / 60:.1f} minutes and {run['peak_rss_mb'] / 1024:.1f} GiB of memory ({run['device']}; "
         f"commit {run['commit']})"
         for run in runs
     )
@@ -227,7 +227,7 @@ def line(rows: Sequence[Row]) -> str:
     nothing = latest(rows, first["device"], "nothing_to_do")
     scores = ", ".join(f"{name} {first[key]:.1f}" for key, name in SCORES.items() if key in first)
     text = (
-        f"The first run took {took}. A rerun without changes took {nothing['seconds']:.1f} s "
+        f"After the installation, the first run took {took}. A rerun without changes took {nothing['seconds']:.1f} s "
         f"(`python -m bench.default_run`). mIoU on val: {scores}."
     )
     whole = text.replace("python -m ", "python\0-m\0")  # a command stays on one line

@@ -101,7 +101,10 @@ def score_table(metrics: dict[str, float]) -> pd.DataFrame:
 @app.command()
 def scores() -> None:
     """Print the scores of the last evaluation."""
-    print(score_table(read_json(METRICS_PATH)).to_string(index=False, na_rep=""))
+    metrics = read_json(METRICS_PATH)
+    counts = ", ".join(f"{key.removeprefix('n_')} {count:,}" for key, count in metrics.items() if key.startswith("n_"))
+    print(f"{metrics.get('dataset', 'dataset')}, round {metrics.get('evaluated_round')}; sentences: {counts}")
+    print(score_table(metrics).to_string(index=False, na_rep="", float_format="%.2f"))
     print("percent; ground truth at original resolution, every sentence counted, probability > 0.5")
     print(f"report: {REPORT_PATH}")
 
@@ -161,6 +164,7 @@ def predict(
     from l2l_core.datasets.index import exif_rotation_note
     from l2l_core.inference import predict_files
     from l2l_core.inference.predictor import Predictor
+    from l2l_core.model.encoders import TINY
 
     if pairs and words:
         raise InputError('predict: got both --pairs and arguments, expected IMAGE... "SENTENCE" or --pairs FILE')
@@ -183,7 +187,10 @@ def predict(
     empty = (rle_area_px_all(predicted.rle, predicted.pairs.hw) == 0).sum()
     if trouble:
         raise InputError(f"--out: {out}: {trouble}")
-    print(f"{out}: {len(requested)} pairs by {folder}, {predicted.with_prior.sum()} with a prior, {empty} empty masks")
+    pairs_said = f"{len(requested)} pair{'s' * (len(requested) != 1)}"
+    print(f"{out}: {pairs_said} by {folder}, {predicted.with_prior.sum()} with a prior, {empty} empty masks")
+    if predictor.network.params.image_encoder == TINY:
+        print("note: this model's encoders are not pretrained; for photographs, train with model.preset=small")
 
 
 @app.command()

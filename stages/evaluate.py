@@ -52,7 +52,8 @@ def main() -> None:
         path = CURVES_FOLDER / f"{name}.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         curve.to_csv(path, index=False)
-    metrics = result.metrics | trained_precision(records.round_folder(round_number) / "model")
+    metrics = {"dataset": Path(params.dataset).name} | result.metrics
+    metrics |= trained_precision(records.round_folder(round_number) / "model")
     records.write_metrics(metrics, records.METRICS_PATH)
 
 

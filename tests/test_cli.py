@@ -55,11 +55,14 @@ def test_score_table_has_rows_for_every_split():
 def test_scores_prints_the_table_and_the_report_path(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps(METRICS))
+    run = {"dataset": "mine", "evaluated_round": 1, "n_test": 1200}
+    scores = {key.replace("val_", "test_"): value for key, value in METRICS.items() if key != "n_val"}
+    (tmp_path / "metrics" / "evaluate.json").write_text(json.dumps(run | METRICS | scores))
     assert call(monkeypatch, "scores") == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("mine, round 1; sentences: test 1,200, val 500\n")
     assert "report/index.html" in printed
-    assert next(line for line in printed.splitlines() if "supervised" in line).split() == ["val", "supervised", "22.2"]
+    assert ["val", "supervised", "22.20"] in [line.split() for line in printed.splitlines()]
 
 
 def test_scores_before_any_evaluation_names_the_command_to_run(tmp_path, monkeypatch, capsys):

@@ -86,7 +86,7 @@ print(l2l_core.__file__, mask.shape, mask.dtype)
 """
     assert run(sys.executable, "-c", code).split(maxsplit=1) == [str(site / "l2l_core/__init__.py"), "(30, 40) bool\n"]
     script = run(sys.executable, site / "bin" / "l2l", "predict", "photo.png", "the red circle", "--run", "model")
-    assert "1 pairs by model" in script
+    assert "1 pair by model" in script
     assert (elsewhere / "predictions" / "predictions.jsonl").is_file()
 
 

@@ -35,6 +35,9 @@ MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 DEEP_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 """Gray of 16 bits; its high byte is used, as with 16-bit color."""
 
+IMAGE_CACHE_BYTES = 2 << 30
+"""Size limit of a cache of decoded images: a small dataset fits completely, a large one does not fill the memory."""
+
 EXIF_ORIENTATION = 274
 UPRIGHT = 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,11 @@ class Loading:
     expected: str  # what it should be
     remedy: str = "take a smaller one"  # if the GPU's memory does not suffice
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> None:
+        from transformers.utils.logging import disable_progress_bar  # loaded by whoever loads a model
+
+        if not sys.stderr.isatty():  # a bar of one line per step would fill a log
+            disable_progress_bar()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, torch.OutOfMemoryError):

@@ -22,14 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from l2l_core.artifacts import records
-from l2l_core.core.images import read_image
+from l2l_core.core.images import IMAGE_CACHE_BYTES, read_image
 from l2l_core.core.masks import decode_rle, resize_mask
 from l2l_core.errors import ArtifactError
 
 PRIOR_COLUMNS = ("sent_id", "sample_index", "target", "attributes", "relation", "bbox")
 """Columns of a prior that the network reads, with its keys."""
-IMAGE_CACHE_BYTES = 2 << 30
-"""Size limit of the cache of decoded images: a small dataset fits completely, a large one does not fill the memory."""
 SIDE_BY_SIDE_VARIABLE = "L2L_TRAININGS_SIDE_BY_SIDE"
 """Number of concurrent training runs on this machine, including this one, that share IMAGE_CACHE_BYTES; default 1."""
 

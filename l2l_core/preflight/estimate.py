@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from l2l_core.config import Params
-from l2l_core.data.pairs import IMAGE_CACHE_BYTES
-from l2l_core.model.sam import POINTS_PER_SIDE
+from l2l_core.core.images import IMAGE_CACHE_BYTES
 from l2l_core.priors.fit import renderings_of_fit
 from l2l_core.priors.proposals import CHUNK_CELLS
 
@@ -191,6 +190,8 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             images = counts.unlabeled_images + (counts.labeled_images if learns else 0)
             by_sam: float | None = 0.0
             if select.uses_sam(params.proposals.model):
+                from l2l_core.model.sam import POINTS_PER_SIDE  # not at the top: it loads PyTorch
+
                 points = POINTS_PER_SIDE**2 * images  # of the automatic masks
                 prompts = points if select.method == "semires" else counts.unlabeled + num_scored
                 by_sam = _sam_seconds(costs, images, prompts)

@@ -128,13 +128,34 @@ def render_comparison(experiments: Sequence[Experiment]) -> tuple[str, list[str]
 
 
 def _differences(experiments: Sequence[Experiment], paired: Sequence[Table]) -> list[str]:
-    """One line per experiment except the first: the difference of its mIoU to the first one's, by split."""
+    """One line per experiment except the first: the difference of its mIoU to the first one's, by split.
+
+    Another line each for the distilled models, where all experiments have one.
+    """
     said: dict[str, list[str]] = {other.name: [] for other in experiments[1:]}
     for split, table in zip(_splits(experiments), paired, strict=True):
         for name, (_, (mean, low, high, *_)) in zip(said, table.rows, strict=True):
             said[name].append(f"{split} {mean:+.2f} ({low:+.2f} to {high:+.2f})")
     first = experiments[0].name
-    return [f"mIoU of {name} - {first}, 95 % interval: {', '.join(splits)}" for name, splits in said.items()]
+    lines = [f"mIoU of {name} - {first}, 95 % interval: {', '.join(splits)}" for name, splits in said.items()]
+    if _have_distilled(experiments):
+        before = _distilled_miou(experiments[0])
+        for other in experiments[1:]:
+            shown = ", ".join(f"{split} {miou - before[split]:+.2f}" for split, miou in _distilled_miou(other).items())
+            lines.append(f"mIoU of {other.name} - {first}, distilled models without priors: {shown}")
+    return lines
+
+
+def _have_distilled(experiments: Sequence[Experiment]) -> bool:
+    """Runs of earlier versions have no distilled model."""
+    return all(one.per_sentence["method"].eq(DISTILLED).any() for one in experiments)
+
+
+def _distilled_miou(experiment: Experiment) -> dict[str, float]:
+    """Split -> mIoU of the distilled model, in percent."""
+    rows = experiment.per_sentence[experiment.per_sentence["method"] == DISTILLED]
+    parts = ((split, rows[rows["split"] == split]) for split in _splits([experiment]))
+    return {split: segmentation_scores(one["intersection_px"], one["union_px"])["miou"] for split, one in parts}
 
 
 @contextmanager
@@ -234,8 +255,7 @@ def _splits(experiments: Sequence[Experiment]) -> list[str]:
 
 def _score_tables(experiments: Sequence[Experiment]) -> list[Table]:
     tables = []
-    # Runs of earlier versions have no distilled model.
-    all_distilled = all(one.per_sentence["method"].eq(DISTILLED).any() for one in experiments)
+    all_distilled = _have_distilled(experiments)
     for split in _splits(experiments):
         rows: dict[str, list[float]] = {}
         for one in experiments:

@@ -19,9 +19,10 @@ import torch
 from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.device import choose_device
+from l2l_core.core.images import IMAGE_CACHE_BYTES
 from l2l_core.core.memory import available_bytes
 from l2l_core.core.progress import is_first_process, logger
-from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE
+from l2l_core.data.pairs import SIDE_BY_SIDE_VARIABLE
 from l2l_core.errors import L2LError
 from l2l_core.model.encoders import TINY
 from l2l_core.model.packaged import PACKAGED

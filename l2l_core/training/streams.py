@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from l2l_core.config import TrainParams
+from l2l_core.core.images import IMAGE_CACHE_BYTES
 from l2l_core.core.seeding import generator, seed_of
-from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE, Batch, BatchMaker, Targets
+from l2l_core.data.pairs import SIDE_BY_SIDE_VARIABLE, Batch, BatchMaker, Targets
 from l2l_core.data.prior_swap import prior_rows
 from l2l_core.errors import ConfigError
 

@@ -49,7 +49,9 @@ def test_readme_line_describes_the_latest_commit_with_default_settings() -> None
     rows = [row("ccc", NEWER, 60), nothing("ccc", NEWER), row("ddd", NEWER, 6, "round=1"), row("aaa", OLD, 600)]
     assert default_run.latest(rows, "cpu, 2 cores")["commit"] == "ccc"
     line = " ".join(default_run.line(rows).split())
-    assert "took 1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc). A rerun without changes took 2.0 s" in line
+    assert (
+        "took 1.0 minutes and 1.0 GiB of memory (cpu, 2 cores; commit ccc). A rerun without changes took 2.0 s" in line
+    )
     assert line.endswith("mIoU on val: warm-up 50.0.")
 
 
@@ -58,7 +60,8 @@ def test_readme_line_and_tables_name_each_machine() -> None:
     rows = [slow, row("aaa", OLD, 900, device="slow"), row("ccc", NEWER, 60), nothing("ccc", NEWER)]
     rows += [row("ddd", NEWER, 6, "round=1", device="only with settings")]
     line = " ".join(default_run.line(rows).split())
-    assert "1.0 minutes and 1.0 GiB (cpu, 2 cores; commit ccc) or 10.0 minutes and 1.0 GiB (slow; commit bbb)." in line
+    first, second = "1.0 minutes and 1.0 GiB of memory (cpu, 2 cores; commit ccc)", "10.0 minutes and 1.0 GiB of memory"
+    assert f"{first} or {second} (slow; commit bbb)." in line
     assert line.endswith("mIoU on val: warm-up 50.0.")
     fast, other = default_run.table(rows).split("**slow**")
     assert fast.startswith("**cpu, 2 cores**")

@@ -156,7 +156,7 @@ def test_predict_writes_masks_overlays_and_json_lines(run, monkeypatch, capsys):
     expected = evaluated(with_prior=False)
     image, sentence = next(iter(expected))
     assert call(monkeypatch, "predict", image, sentence, "--run", "data/rounds/0") == 0
-    assert "predictions: 1 pairs by data/rounds/0/model, 0 with a prior, 0 empty masks" in capsys.readouterr().out
+    assert "predictions: 1 pair by data/rounds/0/model, 0 with a prior, 0 empty masks" in capsys.readouterr().out
     (line,) = lines_of(run / "predictions")
     mask = np.asarray(Image.open(run / "predictions" / line["mask"]))
     assert np.isin(mask, (0, 255)).all()

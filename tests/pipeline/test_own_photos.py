@@ -74,7 +74,7 @@ def test_from_instance_masks_to_labels_and_predictions(real_data, tmp_path):
 
     photo = next(path for path in sorted((real / "images").iterdir()) if path.suffix == ".jpg")
     said = project.run("l2l", "predict", str(photo), "the one on the left", "--out", "masks")
-    assert "1 pairs by data/distilled/model, 0 with a prior" in said
+    assert "1 pair by data/distilled/model, 0 with a prior" in said
     (line,) = map(json.loads, project.read("masks/predictions.jsonl").decode().splitlines())
     with Image.open(photo) as image:
         assert line["segmentation"]["size"] == [image.height, image.width]
@@ -82,7 +82,7 @@ def test_from_instance_masks_to_labels_and_predictions(real_data, tmp_path):
     pair["image"] = str((project.folder / "data/mine" / pair["image"]).resolve())
     (project.folder / "one.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
     said = project.run("l2l", "predict", "--pairs", "one.jsonl", "--with-priors", "--out", "with_priors")
-    assert "1 pairs by data/rounds/1/model" in said
+    assert "1 pair by data/rounds/1/model" in said
 
     project.run("l2l", "export", "coco")
     exported = json.loads(project.read("export/pseudo_labels_round_1.json"))

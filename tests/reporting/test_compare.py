@@ -62,7 +62,7 @@ def test_shows_scores_side_by_side_with_differences(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "compare", "one", "two") == 0
-    said, where = capsys.readouterr().out.splitlines()
+    said, said_of_distilled, where = capsys.readouterr().out.splitlines()
     assert where == "comparison: report/compare.html"
     page = Path("report/compare.html").read_text(encoding="utf-8")
     rows = rows_of(page)
@@ -83,6 +83,7 @@ def test_shows_scores_side_by_side_with_differences(
     assert ["refshapes.sead", "not there", "7"] in rows
     distilled = [row[1] for row in rows if row[0] == "mIoU, distilled, no prior"]
     assert distilled == [f"{metrics[f'{split}_distilled_miou']:.2f}" for split in ("val", "test")]
+    assert said_of_distilled == "mIoU of two - one, distilled models without priors: val +0.00, test +0.00"
     assert TRAP not in page
 
 

@@ -9,9 +9,10 @@ from accelerate.state import AcceleratorState
 from toy_pairs import TRAIN, toy_batches, toy_network
 from toy_streams import streams_of, with_
 
+from l2l_core.core.images import IMAGE_CACHE_BYTES
 from l2l_core.core.masks import encode_rle
 from l2l_core.core.seeding import seed_of
-from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE, Targets
+from l2l_core.data.pairs import SIDE_BY_SIDE_VARIABLE, Targets
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.batch_predictor import BatchPredictor
 from l2l_core.training import loop

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from toy_pairs import toy_batches
 from toy_streams import streams_of, with_
 
+from l2l_core.core.images import IMAGE_CACHE_BYTES
 from l2l_core.data.augment import strong_view
-from l2l_core.data.pairs import IMAGE_CACHE_BYTES, SIDE_BY_SIDE_VARIABLE, Batch, Pairs, Targets
+from l2l_core.data.pairs import SIDE_BY_SIDE_VARIABLE, Batch, Pairs, Targets
 from l2l_core.training.streams import (
     OnlineStream,
     Stream,
