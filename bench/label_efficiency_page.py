@@ -265,15 +265,16 @@ def edition_note(rows: pd.DataFrame) -> list[str]:
 
 
 def summary_table(rows: pd.DataFrame) -> str:
-    """Markdown: a row a method of COMPARED, a column a setting; val mIoU of the first round over all seeds."""
+    """Markdown: a row a method of COMPARED and round, a column a setting; val mIoU over all seeds."""
     columns = settings(rows)
-    val = rows[(rows["split"] == "val") & rows["round"].isin([0, 1])]
+    val = rows[rows["split"] == "val"]
     body: list[list[object]] = []
     for name in COMPARED:
-        groups = [rows_of(val[val["method"] == name], setting) for setting in columns]
-        number = 0 if name in ROUND_0_METHODS else 1
-        scores = [seed_range(group) if len(group) else "" for group in groups]
-        body.append([f"{COMPARED[name]} ({title_of(name)})", number, *scores])
+        own = val[val["method"] == name]
+        for number in sorted(own["round"].unique()) or [0 if name in ROUND_0_METHODS else 1]:
+            groups = [rows_of(own[own["round"] == number], setting) for setting in columns]
+            scores = [seed_range(group) if len(group) else "" for group in groups]
+            body.append([f"{COMPARED[name]} ({title_of(name)})", int(number), *scores])
     if "distilled_miou" in rows:
         distilled = rows[(rows["split"] == "val") & (rows["method"] == "reinforce") & rows["distilled_miou"].notna()]
         last = distilled.assign(miou=distilled["distilled_miou"])

@@ -364,7 +364,7 @@ def test_page_with_only_round_0_has_no_pseudo_labels() -> None:
     assert "pseudo_labels" not in page.page(rows)
 
 
-def test_summary_compares_settings_by_their_first_round() -> None:
+def test_summary_compares_settings_round_by_round() -> None:
     rows = [row(method, 1, seed, 50 + seed) for method in ("all", "reinforce") for seed in (0, 1)]
     rows += [row("reinforce", 2, 0, 90), row("warmup", 0, 0, 26, rate=0.01), row("reinforce", 1, 0, 51, rate=0.01)]
     rows += [row("reinforce", 1, 0, 99, split="test")]
@@ -377,6 +377,7 @@ def test_summary_compares_settings_by_their_first_round() -> None:
         "| labels with priors (warmup) | 0 |  | 26.0 (26.0 to 26.0) |",
         "| fixed rule (agreement overlap) | 1 |  |  |",
         "| **L2L** (reinforce) | 1 | 50.5 (50.0 to 51.0) | 51.0 (51.0 to 51.0) |",
+        "| **L2L** (reinforce) | 2 | 90.0 (90.0 to 90.0) |  |",
         "| fully supervised, with priors (fully supervised) | 0 | 70.0 (70.0 to 70.0) | 70.0 (70.0 to 70.0) |",
     ]
 
