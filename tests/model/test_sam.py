@@ -16,6 +16,13 @@ from l2l_core.model import sam as sam_module
 from l2l_core.model.sam import LOGIT_LIMIT, Masks, Prompts, Sam, stability, without_duplicates
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fp32_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sam_module, "resolve_precision", lambda setting, device: "fp32")
+
+
 SIZES = ((50, 80), (96, 40), (64, 64))  # wider, higher, and as the models' input
 BOXES = np.array([[5.0, 4.0, 30.0, 36.0], [10.5, 0.0, 40.0, 39.5], [0.0, 20.0, 20.0, 40.0]])
 POINTS = np.array([[12.0, 20.5], [25.0, 30.0], [3.0, 38.0]])
@@ -31,6 +38,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A loaded tiny model, with the library's own model and processor."""
     require(request.param)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sam_module, "resolve_precision", lambda setting, device: "fp32")
         if request.param == "edgetam":  # the default of its configuration is looked up on the hub whenever one is made
             from transformers import TimmWrapperConfig
             from transformers.models.edgetam import configuration_edgetam
