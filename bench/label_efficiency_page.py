@@ -265,13 +265,13 @@ def edition_note(rows: pd.DataFrame) -> list[str]:
 
 
 def summary_table(rows: pd.DataFrame) -> str:
-    """Markdown: a row a method of COMPARED and round, a column a setting; val mIoU over all seeds."""
+    """Markdown: a row a measured method of COMPARED and round, a column a setting; val mIoU over all seeds."""
     columns = settings(rows)
     val = rows[rows["split"] == "val"]
     body: list[list[object]] = []
     for name in COMPARED:
         own = val[val["method"] == name]
-        for number in sorted(own["round"].unique()) or [0 if name in ROUND_0_METHODS else 1]:
+        for number in sorted(own["round"].unique()):
             groups = [rows_of(own[own["round"] == number], setting) for setting in columns]
             scores = [seed_range(group) if len(group) else "" for group in groups]
             body.append([f"{COMPARED[name]} ({title_of(name)})", int(number), *scores])

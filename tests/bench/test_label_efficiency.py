@@ -372,10 +372,7 @@ def test_summary_compares_settings_round_by_round() -> None:
     lines = page.summary_table(pd.DataFrame(rows)).split("\n")
     assert lines[0] == f"| val mIoU | round | 5 %, {LLAVA} | 1 %, {LLAVA} |"
     assert lines[2:] == [
-        "| proposal, thresholded (prior) | 0 |  |  |",
-        "| supervised, no priors (supervised) | 0 |  |  |",
         "| labels with priors (warmup) | 0 |  | 26.0 (26.0 to 26.0) |",
-        "| fixed rule (agreement overlap) | 1 |  |  |",
         "| **L2L** (reinforce) | 1 | 50.5 (50.0 to 51.0) | 51.0 (51.0 to 51.0) |",
         "| **L2L** (reinforce) | 2 | 90.0 (90.0 to 90.0) |  |",
         "| fully supervised, with priors (fully supervised) | 0 | 70.0 (70.0 to 70.0) | 70.0 (70.0 to 70.0) |",
