@@ -57,10 +57,8 @@ SPEED_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY", 
 
 SCORES = {
     "val_miou_proposal": "proposals",
-    "val_miou_supervised": "labels only",
     "val_miou_warmup": "warm-up",
     "val_miou": "last round",
-    "val_miou_no_prior": "last round without priors",
     "val_miou_distilled": "distilled, without priors",
 }
 """Keys of a row that README.md shows, and what it calls them."""
