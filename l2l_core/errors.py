@@ -203,7 +203,11 @@ def _explain(error: BaseException) -> str | None:
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(_DISK_FULL.search(str(error)))
+    """Also if the error was raised while a full disk was handled: PyTorch then reports a wrong position in its file."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK_FULL.search(str(error)):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and _is_disk_full(before)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
