@@ -32,7 +32,6 @@ ROUND_0 = {
 }
 """Runs without a round, and the rows that the methods of their evaluation give. The warm-up is what all rounds start
 from. The others train for as many steps as the warm-up and a round together, the last on all labels."""
-ROUND_0_METHODS = {row for results in ROUND_0.values() for row in results.values()}
 
 MAIN = (0.05, "llava-1.5-7b")
 """Label rate and preset for which the claims are made."""

@@ -199,7 +199,7 @@ def serve(
     with_priors: WithPriors = False,
     host: Annotated[
         str, typer.Option(help="address to listen at; any other address exposes the page to other machines")
-    ] = ("127.0.0.1"),
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 7860,
     max_mb: Annotated[int, typer.Option(min=1, help="largest upload")] = 10,
 ) -> None:

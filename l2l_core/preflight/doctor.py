@@ -83,7 +83,7 @@ def torn_dvc_files(repo: Repo) -> list[Torn]:
     for path in [*root.glob("*.dvc"), *root.glob("*/*.dvc")]:
         remedy = f"restore it (git checkout {path.relative_to(root)}) or fetch the data again"
         readers.append((path, SingleStageFile(repo, str(path)).load, remedy))
-    lock = Path(repo.tmp_dir or root / ".dvc" / "tmp") / "rwlock"
+    lock = _rwlock(repo)
     readers.append((lock, lambda: RWLOCK_SCHEMA(json.loads(lock.read_bytes())), RERUN))
     return [
         Torn(_shown(path), "torn: DVC refuses every command", remedy)
@@ -94,7 +94,7 @@ def torn_dvc_files(repo: Repo) -> list[Torn]:
 
 def _refuse_during_a_run(repo: Repo) -> None:
     """Raise InputError if a DVC command works on a stage, or another process on a folder in .scratch."""
-    lock = Path(repo.tmp_dir or Path(repo.root_dir) / ".dvc" / "tmp") / "rwlock"
+    lock = _rwlock(repo)
     writers: dict[int, str] = {}
 
     def read() -> None:
@@ -107,6 +107,11 @@ def _refuse_during_a_run(repo: Repo) -> None:
     running += [f"a process that holds {_shown(path)}" for path in scratch if is_locked(path)]
     if running:
         raise InputError(f"in progress: {', '.join(running)}; its files are not complete: wait for its end, or end it")
+
+
+def _rwlock(repo: Repo) -> Path:
+    """DVC's list of the files that its running commands read and write."""
+    return Path(repo.tmp_dir or Path(repo.root_dir) / ".dvc" / "tmp") / "rwlock"
 
 
 def _is_dvc(pid: int) -> bool:

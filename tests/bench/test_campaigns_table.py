@@ -1,4 +1,4 @@
-"""The table of the campaigns sums the stored rows, and a new row replaces only one of its own commit and seed."""
+"""The campaigns' table adds up stored rows. A new row replaces the row of the same commit and seed."""
 
 from __future__ import annotations
 
