@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
@@ -66,22 +68,31 @@ def pseudo_stream(params: Params, pseudo_labels: Path, share: float, *, with_pri
 
     With `retrain.evolve_proposals`, each proposal is fused with its pseudo-label.
     """
+    rounds = records.read_table(pseudo_labels, records.PSEUDO_LABELS, ["round"])
     wanted = ["round", "sent_id", "rle_counts", "keep_rle", "weight", "accept_prob", "accepted"]
-    table = records.to_frame(records.read_table(pseudo_labels, records.PSEUDO_LABELS, wanted))
-    table = table[table["accepted"] & (table["round"] == table["round"].max())]
-    if table.empty:
+    is_chosen = (pc.field("round") == pc.max(rounds["round"])) & pc.field("accepted")
+    parts = [part.filter(is_chosen) for part in records.TableParts(pseudo_labels, records.PSEUDO_LABELS, wanted)]
+    if not sum(map(len, parts)):
         return None
+    weight = _pixel_weights(pa.concat_tables(part.select(["weight"]) for part in parts), params.proposals.size_px)
+    table = records.to_frame(pa.concat_tables(part.drop_columns("weight") for part in parts))
     pairs = pairs_of(params, "unlabeled", with_priors=with_priors).with_sent_ids(table["sent_id"].to_numpy(np.int64))
     evolved = params.retrain.evolve_proposals and with_priors
     if evolved:
         pairs = _with_fused_proposals(pairs, table["rle_counts"].tolist(), table["accept_prob"].tolist())
-    weight = None
-    if table["weight"].notna().any():
-        side = params.proposals.size_px
-        maps = table["weight"].fillna(b"\xff" * side**2)
-        weight = np.frombuffer(b"".join(maps), np.uint8).reshape(len(table), side, side)
     targets = Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist(), weight)
     return Stream(batches_of(params, pairs), targets, share, evolved=evolved)
+
+
+def _pixel_weights(table: pa.Table, side: int) -> NDArray[np.uint8] | None:
+    """Column `weight` of pseudo-labels -> [N, side, side], 255 without a weight; None if no label has one."""
+    if table["weight"].null_count == len(table):
+        return None
+    weight = np.full((len(table), side**2), 255, np.uint8)
+    for row, one in enumerate(table["weight"]):  # one by one: a list of all maps would double the memory
+        if one.is_valid:
+            weight[row] = np.frombuffer(one.as_buffer(), np.uint8)
+    return weight.reshape(-1, side, side)
 
 
 def _with_fused_proposals(pairs: Pairs, labels: Sequence[bytes], label_prob: Sequence[float]) -> Pairs:

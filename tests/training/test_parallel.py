@@ -135,7 +135,7 @@ def test_names_encoders_without_gradient_checkpointing(tmp_path):
 
 
 def test_two_processes_train_like_one(whole):
-    """Uses torchrun, as on two GPUs, with two micro-batches per process; gloo replaces NCCL."""
+    """Uses torchrun, as on two GPUs, with two micro-batches and a data worker per process; gloo replaces NCCL."""
     folder, expected = whole
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -164,5 +164,5 @@ def test_only_the_first_process_owns_the_scratch_folder(tmp_path, monkeypatch):
 
 if __name__ == "__main__":  # one of the processes of test_two_processes_train_like_one
     out = Path(sys.argv[1])
-    result = trained(out, micro_batch_size=2)
+    result = trained(out, micro_batch_size=2, workers=1)
     torch.save(result, out / f"rank-{os.environ['RANK']}.pt")

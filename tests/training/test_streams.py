@@ -70,6 +70,7 @@ class Recorder:
         rows: np.ndarray,
         targets: Targets | None = None,
         no_prior: np.ndarray | None = None,
+        image: torch.Tensor | None = None,
         prior_rows: np.ndarray | None = None,
     ) -> Batch:
         self.rows.append(rows)
