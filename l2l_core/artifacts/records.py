@@ -292,8 +292,20 @@ class TableParts:
         ):
             found = [name for name in wanted.names if name in file.schema_arrow.names]
             _checked(file.schema_arrow.empty_table().select(found), self.path, wanted)
+            rows = 0
             for part in file.iter_batches(PART_ROWS, columns=found):
+                rows += len(part)
                 yield pa.Table.from_batches([part]).select(found).replace_schema_metadata(None)
+            if rows != file.metadata.num_rows:  # PyArrow itself ends early, without an error
+                raise ValueError(f"{rows} rows, expected {file.metadata.num_rows}")
+
+
+def parts_of(table: pa.Table | TableParts) -> Iterator[pa.Table]:
+    """A table in parts of at most PART_ROWS rows, in its order."""
+    if isinstance(table, TableParts):
+        yield from table
+    else:
+        yield from (table.slice(first, PART_ROWS) for first in range(0, len(table), PART_ROWS))
 
 
 def _wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
