@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from bench import docs
 
@@ -104,13 +105,12 @@ def work(network: str, workers: int) -> None:
             started.append(before)
             yield found
 
-    loop.batches_of_steps = timed
-    streams.IMAGE_CACHE_BYTES = 0
     engine = params.train.engine.model_copy(update={"workers": workers, "device": "cpu"})
     settings = params.train.model_copy(update={"engine": engine, "precision": "fp32"})
     segmenter = Segmenter.create(model, pairs.sentence, 0)
     stream = streams.Stream(BatchMaker(pairs, SIZE_PX, params.proposals.flat_prob), targets, 1.0)
-    loop.train(segmenter, [stream], steps, settings, seed=0, run_name="bench")
+    with mock.patch.object(loop, "batches_of_steps", timed), mock.patch.object(streams, "IMAGE_CACHE_BYTES", 0):
+        loop.train(segmenter, [stream], steps, settings, seed=0, run_name="bench")
     print()
     print(json.dumps({"seconds": time.perf_counter() - started[1], "waited": sum(waits[1:])}))
 

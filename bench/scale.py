@@ -137,7 +137,8 @@ SHOWN = {
 
 def counts() -> dict[str, int]:
     """Images and sentences of the project in the current folder, all and by role."""
-    return json.loads(Path("counts.json").read_text())  # type: ignore[no-any-return]
+    held: dict[str, int] = json.loads(Path("counts.json").read_text())
+    return held
 
 
 # ---- the projects
@@ -306,9 +307,7 @@ def environment() -> dict[str, str]:
 def child(*arguments: str, folder: Path = ROOT) -> str:
     """What this script prints in a process of its own."""
     command = [sys.executable, "-m", "bench.scale", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, check=True
-    ).stdout
+    return subprocess.run(command, cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, check=True).stdout
 
 
 def work(name: str) -> None:

@@ -235,8 +235,9 @@ def load_pairs(
 
     Without priors (both paths None) every pair has the flat proposal and score 0.
     """
-    refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
-    images = records.to_frame(records.read_table(index.images, records.IMAGES))
+    refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "image_id", "sentence"]))
+    sizes = ["image_id", "file_name", "height", "width"]
+    images = records.to_frame(records.read_table(index.images, records.IMAGES, sizes))
     if sent_ids is not None:
         refs = refs.set_index("sent_id").reindex(sent_ids)
         if refs["image_id"].isna().any():
