@@ -1,6 +1,6 @@
 """How long a training step waits for its batch, without and with data workers, at full size's 480 px.
 
-    python -m bench.data_workers [--networks tiny swin-b] [--turns 3] [--threads 2]
+    python -m bench.data_workers [--networks tiny swin-b] [--turns 2] [--threads 2]
 
 Photos of 640 x 480 pixels are decoded for every sample, as if the cache of images had no room: those of the folder
 L2L_REAL_DATA, else noise. Swin-B and BERT-base have random weights. Each turn trains once in a fresh process for every
@@ -141,7 +141,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(STEPS), default=list(STEPS))
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -83,7 +83,7 @@ def pseudo_stream(params: Params, pseudo_labels: Path, share: float, *, with_pri
     pairs = pairs_of(params, "unlabeled", with_priors=with_priors).with_sent_ids(table["sent_id"].to_numpy(np.int64))
     evolved = params.retrain.evolve_proposals and with_priors
     if evolved:
-        pairs = _with_fused_proposals(pairs, table["rle_counts"].tolist(), table["accept_prob"].tolist())
+        _fuse_proposals(pairs, table["rle_counts"].tolist(), table["accept_prob"].tolist())
     targets = Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist(), weight.maps)
     return Stream(batches_of(params, pairs), targets, share, evolved=evolved)
 
@@ -104,11 +104,10 @@ class _PixelWeights:
         self._row += len(column)
 
 
-def _with_fused_proposals(pairs: Pairs, labels: Sequence[bytes], label_prob: Sequence[float]) -> Pairs:
-    fused = np.empty_like(pairs.proposal)
+def _fuse_proposals(pairs: Pairs, labels: Sequence[bytes], label_prob: Sequence[float]) -> None:
+    """Fuse each pair's proposal with its pseudo-label, in place."""
     for row, (height, width) in enumerate(pairs.hw.tolist()):
-        fused[row] = fuse(pairs.proposal[row], decode_rle(labels[row], height, width), label_prob[row])
-    return replace(pairs, proposal=fused)
+        pairs.proposal[row] = fuse(pairs.proposal[row], decode_rle(labels[row], height, width), label_prob[row])
 
 
 def online_stream(params: Params, share: float, *, hides_priors: bool = False) -> OnlineStream:
