@@ -378,8 +378,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         shown.append([SHOWN[name], *costs, *peaks, f"{added_kb(of_piece):.2g}" if len(of_piece) > 1 else ""])
     head = ["what", *(f"ms, {sentences[times]:,}" for times in sizes)]
     head += [*(f"MB, {sentences[times]:,}" for times in sizes), "KB each"]
-    first = rows[-1]
-    return f"{docs.markdown(head, shown)}\n\nOne thread; {first['device']}, commit {first['commit']}."
+    commits = ", ".join(sorted({row["commit"] for row in found.values()}))
+    return f"{docs.markdown(head, shown)}\n\nOne thread; {rows[-1]['device']}, commits {commits}."
 
 
 def added_kb(rows: list[dict[str, Any]]) -> float:

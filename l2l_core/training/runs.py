@@ -80,7 +80,7 @@ def pseudo_stream(params: Params, pseudo_labels: Path, share: float, *, with_pri
         weight.add(chosen["weight"])
         parts.append(chosen.drop_columns("weight"))
     table = records.to_frame(pa.concat_tables(parts))
-    pairs = pairs_of(params, "unlabeled", with_priors=with_priors).with_sent_ids(table["sent_id"].to_numpy(np.int64))
+    pairs = pairs_of(params, "unlabeled", with_priors=with_priors, only=table["sent_id"].to_numpy(np.int64))
     evolved = params.retrain.evolve_proposals and with_priors
     if evolved:
         _fuse_proposals(pairs, table["rle_counts"].tolist(), table["accept_prob"].tolist())

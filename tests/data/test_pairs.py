@@ -149,6 +149,16 @@ def test_proposals_do_not_depend_on_their_order_in_the_table_nor_on_its_parts(ru
     np.testing.assert_array_equal(load().proposal, whole.proposal)
 
 
+def test_loads_some_pairs_of_a_role_in_the_given_order(run):
+    params, unlabeled = toy_params(), sentences_of("unlabeled")
+    chosen = unlabeled[[3, 0, 2]]
+    some, whole = pairs_of(params, "unlabeled", only=chosen), pairs_of(params, "unlabeled")
+    for name in ("sent_id", "sentence", "prior_text", "box", "proposal", "proposal_score"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(whole.take(rows_of(3, 0, 2)), name), err_msg=name)
+    with pytest.raises(ArtifactError, match="a table names a sent_id that is not unlabeled; run dvc repro"):
+        pairs_of(params, "unlabeled", only=sentences_of("labeled"))
+
+
 def test_lists_the_pairs_of_an_image_in_order(tmp_path):
     pairs = replace(toy_pairs(tmp_path, 6)[0], image_row=np.array([3, 0, 3, 5, 0, 3]))
     found = [pairs.of_image(image).tolist() for image in range(6)]
