@@ -129,7 +129,7 @@ SHOWN = {
     "load": "start of a training or `select`: pairs with soft maps",
     "streams": "start of `retrain`: labels and pseudo-labels with weights",
     "epochs": "order of the samples, per step",
-    "evaluate": "`evaluate`, nine models and two rounds of pseudo-labels",
+    "evaluate": "`evaluate`, nine methods and two rounds of pseudo-labels",
     "report": "`report`",
 }
 """Names in the table."""
