@@ -353,6 +353,8 @@ class TrainEngineParams(Section):
     """Recompute the encoders' activations instead of storing them: slower, but needs less memory."""
     side_by_side: bool
     """Run independent trainings as parallel processes if threads or GPUs, and memory, suffice."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)]
+    """Processes that compute the next batches while a training computes. auto: see `training.workers.worker_count`."""
     checkpoint_every: PositiveInt
     """Steps between checkpoints. A killed stage resumes from the latest one."""
 

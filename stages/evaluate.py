@@ -41,7 +41,7 @@ def main() -> None:
         records.read_table(records.INDEX.refs, records.REFS, ["sent_id", "ann_id", "style", "split"]),
         records.read_table(records.INDEX.masks, records.MASKS),
         records.read_table(records.SPLIT_PATH, records.SPLIT),
-        records.read_table(records.PROPOSALS_PATH, records.PROPOSALS),
+        records.TableParts(records.PROPOSALS_PATH, records.PROPOSALS),
         params.evaluate.splits,
         round_number,
         dataset_version(Path(params.dataset)),

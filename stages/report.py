@@ -11,7 +11,7 @@ from l2l_core.config import load_params
 from l2l_core.core.images import read_image
 from l2l_core.errors import run_stage
 from l2l_core.evaluation.evaluate import CURVES_FOLDER
-from l2l_core.evaluation.history import read_history
+from l2l_core.evaluation.history import last_predictions, last_pseudo_labels, read_history
 from l2l_core.reporting.gallery import Run
 from l2l_core.reporting.report import render_report
 
@@ -25,16 +25,17 @@ def main() -> None:
     metrics = records.read_json(records.METRICS_PATH)
     history = read_history(records.DISTILLED_FOLDER / "history")
     index, read, frame = records.INDEX, records.read_table, records.to_frame
+    priors = ["sent_id", "target", "bbox", "point", "mask"]
     run = Run(
         images=frame(read(index.images, records.IMAGES)),
         refs=frame(read(index.refs, records.REFS)),
         masks=frame(read(index.masks, records.MASKS)),
         split=frame(read(records.SPLIT_PATH, records.SPLIT)),
-        priors=frame(read(records.PRIORS_PATH, records.PRIORS)),
-        proposals=frame(read(records.PROPOSALS_PATH, records.PROPOSALS)),
+        priors=frame(read(records.PRIORS_PATH, records.PRIORS, priors)),
+        proposals=records.TableParts(records.PROPOSALS_PATH, records.PROPOSALS),
         rendering=records.read_rendering(),
-        predictions=frame(history.predictions),
-        pseudo_labels=frame(history.pseudo_labels),
+        predictions=frame(last_predictions(history, round_number)),
+        pseudo_labels=frame(last_pseudo_labels(history, round_number)),
         per_sentence=frame(read(records.PER_SENTENCE_PATH, records.PER_SENTENCE)),
         metrics=metrics,
         prior_scores=records.read_json(records.PRIORS_METRICS_PATH),

@@ -16,6 +16,7 @@ from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from bench import (
     campaigns,
+    data_workers,
     default_run,
     docs,
     imports,
@@ -27,6 +28,7 @@ from bench import (
     refshapes,
     rewards,
     sam,
+    scale,
     vlm,
     waiting,
 )
@@ -96,7 +98,19 @@ def test_the_readme_names_overrides_and_commands() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["refshapes", "responses", "proposals", "engines", "rewards", "waiting", "imports", "photo_priors", "sam"],
+    [
+        "refshapes",
+        "responses",
+        "proposals",
+        "engines",
+        "rewards",
+        "waiting",
+        "imports",
+        "photo_priors",
+        "sam",
+        "scale",
+        "data_workers",
+    ],
 )
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
     """What stands in the document is what its bench makes of bench/results."""
@@ -110,6 +124,8 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
         "imports": imports,
         "photo_priors": photo_priors,
         "sam": sam,
+        "scale": scale,
+        "data_workers": data_workers,
     }[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
@@ -118,7 +134,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
         case "rewards":
             document, text = rewards.DOCUMENT, rewards.table(pd.read_json(rewards.RESULTS, lines=True))
-        case "engines" | "waiting" | "imports" | "photo_priors" | "sam":
+        case "engines" | "waiting" | "imports" | "photo_priors" | "sam" | "scale" | "data_workers":
             rows = [json.loads(line) for line in bench.RESULTS.read_text(encoding="utf-8").splitlines()]
             document, text = bench.DOCUMENT, bench.table(rows)
         case _:

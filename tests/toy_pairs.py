@@ -39,7 +39,12 @@ TRAIN = TrainParams(
     flip=True,
     log_every=1,
     engine=TrainEngineParams(
-        device="cpu", micro_batch_size=None, gradient_checkpointing=False, side_by_side=False, checkpoint_every=2
+        device="cpu",
+        micro_batch_size=None,
+        gradient_checkpointing=False,
+        side_by_side=False,
+        workers=0,
+        checkpoint_every=2,
     ),
 )
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ PRIOR_KINDS = ("mask", "box", "point", "none")  # what a prior is rendered from;
 
 SHOWN_SENT_IDS = 5
 """Maximum number of sentences listed in an error; the rest is only counted."""
+
+PART_ROWS = 2048
+"""Most rows of a part of a table that is read in parts: 30 MB of the largest soft maps in use."""
+BUFFER_BYTES = 1 << 20
 
 _BOX = pa.list_(pa.float32(), 4)
 _POINT = pa.list_(pa.float32(), 2)
@@ -261,10 +266,57 @@ def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | Non
 
     Raises ArtifactError if the file is missing, torn, not Parquet, or lacks a column of the schema.
     """
-    path = Path(path)
-    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-    try:
+    path, wanted = Path(path), _wanted(schema, columns)
+    with _reading(path):
         table = pq.read_table(path, columns=list(wanted.names), partitioning=None, page_checksum_verification=True)
+    return _checked(table, path, wanted)
+
+
+@dataclass(frozen=True)
+class TableParts:
+    """A table in a file, or some of its columns, as parts of consecutive rows; each iteration reads the file anew.
+
+    Memory holds one part of at most PART_ROWS rows, however large the table is. Raises ArtifactError as `read_table`.
+    """
+
+    path: Path
+    schema: pa.Schema
+    columns: Sequence[str] | None = None
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        wanted = _wanted(self.schema, self.columns)
+        # A buffer: without one, the file's whole columns are read before the first part.
+        with (
+            _reading(self.path),
+            pq.ParquetFile(self.path, buffer_size=BUFFER_BYTES, page_checksum_verification=True) as file,
+        ):
+            found = [name for name in wanted.names if name in file.schema_arrow.names]
+            _checked(file.schema_arrow.empty_table().select(found), self.path, wanted)
+            rows = 0
+            for part in file.iter_batches(PART_ROWS, columns=found):
+                rows += len(part)
+                yield pa.Table.from_batches([part]).select(found).replace_schema_metadata(None)
+            if rows != file.metadata.num_rows:  # PyArrow itself ends early, without an error
+                raise ValueError(f"{rows} rows, expected {file.metadata.num_rows}")
+
+
+def parts_of(table: pa.Table | TableParts) -> Iterator[pa.Table]:
+    """A table in parts of at most PART_ROWS rows, in its order."""
+    if isinstance(table, TableParts):
+        yield from table
+    else:
+        yield from (table.slice(first, PART_ROWS) for first in range(0, len(table), PART_ROWS))
+
+
+def _wanted(schema: pa.Schema, columns: Sequence[str] | None) -> pa.Schema:
+    return schema if columns is None else pa.schema([schema.field(name) for name in columns])
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a Parquet file into an ArtifactError."""
+    try:
+        yield
     except FileNotFoundError:
         raise ArtifactError(f"{path}: not found, run the stage that writes it: dvc repro") from None
     except MemoryError:
@@ -272,6 +324,10 @@ def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | Non
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"{path}: not a Parquet file of this project: {reason}; {DOCTOR}") from None
+
+
+def _checked(table: pa.Table, path: Path, wanted: pa.Schema) -> pa.Table:
+    """The table without metadata. Raises ArtifactError unless it has the wanted columns."""
     if not table.schema.remove_metadata().equals(wanted):
         raise ArtifactError(f"{path}: columns {table.schema.names}, expected {wanted.names} with their types")
     return table.replace_schema_metadata(None)

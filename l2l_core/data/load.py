@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_pairs, load_targets
+from l2l_core.errors import ArtifactError
 
 
 def sentences_of(role: str) -> NDArray[np.int64]:
@@ -16,11 +17,17 @@ def sentences_of(role: str) -> NDArray[np.int64]:
     return np.asarray(split.loc[split["role"] == role, "sent_id"].to_numpy(np.int64))
 
 
-def pairs_of(params: Params, role: str, *, with_priors: bool = True) -> Pairs:
-    """All pairs of a role; without priors every pair has the flat proposal."""
+def pairs_of(params: Params, role: str, *, with_priors: bool = True, only: NDArray[np.int64] | None = None) -> Pairs:
+    """All pairs of a role; without priors every pair has the flat proposal.
+
+    only: sent_ids of the role to load, in this order. Raises ArtifactError if one does not have the role.
+    """
+    sent_ids = sentences_of(role)
+    if only is not None and not np.isin(only, sent_ids).all():
+        raise ArtifactError(f"a table names a sent_id that is not {role}; run dvc repro")
     return load_pairs(
         records.INDEX,
-        sentences_of(role),
+        sent_ids if only is None else only,
         records.PRIORS_PATH if with_priors else None,
         records.PROPOSALS_PATH if with_priors else None,
         params.proposals.size_px,

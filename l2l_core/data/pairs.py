@@ -7,7 +7,7 @@ pseudo-labeled pairs. Training on the ground truth of an unlabeled sentence is t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,17 @@ class Pairs:
         if len(rows) != len(sent_ids) or (self.sent_id[rows] != sent_ids).any():
             raise ArtifactError("a table names a sent_id that the index lacks; run dvc repro")
         return self.take(rows)
+
+    def of_image(self, image_row: int) -> NDArray[np.int64]:
+        """Rows of the pairs of one image, ascending."""
+        by_image, first = self._by_image
+        return by_image[first[image_row] : first[image_row + 1]]
+
+    @cached_property
+    def _by_image(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows sorted by image, and where each image's rows start: a look at all pairs for each sample takes long."""
+        by_image = np.argsort(self.image_row, kind="stable")
+        return by_image, np.searchsorted(self.image_row[by_image], np.arange(len(self.image_path) + 1))
 
     @property
     def hw(self) -> NDArray[np.int64]:
@@ -153,7 +164,9 @@ class BatchMaker:
 
     def pixels(self, image_rows: NDArray[np.int64]) -> Tensor:
         """Images by row [B] -> [B, 3, S, S] uint8 RGB. Raises InputError if an image cannot be read."""
-        return torch.from_numpy(np.stack([self.images[row] for row in image_rows])).permute(0, 3, 1, 2)
+        unique, position = np.unique(image_rows, return_inverse=True)  # an image of several sentences is read once
+        images = [self.images[row] for row in unique.tolist()]
+        return torch.from_numpy(np.stack([images[row] for row in position])).permute(0, 3, 1, 2)
 
     def __call__(
         self,
@@ -222,8 +235,9 @@ def load_pairs(
 
     Without priors (both paths None) every pair has the flat proposal and score 0.
     """
-    refs = records.to_frame(records.read_table(index.refs, records.REFS, records.SENTENCE_COLUMNS))
-    images = records.to_frame(records.read_table(index.images, records.IMAGES))
+    refs = records.to_frame(records.read_table(index.refs, records.REFS, ["sent_id", "image_id", "sentence"]))
+    sizes = ["image_id", "file_name", "height", "width"]
+    images = records.to_frame(records.read_table(index.images, records.IMAGES, sizes))
     if sent_ids is not None:
         refs = refs.set_index("sent_id").reindex(sent_ids)
         if refs["image_id"].isna().any():
@@ -248,12 +262,18 @@ def load_pairs(
             proposal_score=np.zeros(count, np.float32),
             predicted_iou=np.zeros(count, np.float32),
         )
-    proposals = records.read_table(proposals_path, records.PROPOSALS)
-    if not np.isin(columns["sent_id"], proposals["sent_id"].to_numpy()).all():
+    proposals = records.TableParts(proposals_path, records.PROPOSALS)
+    rendered = records.read_table(proposals_path, records.PROPOSALS, ["sent_id"])
+    rows = _rows_in(rendered, columns["sent_id"])
+    if (rows < 0).any():
         raise ArtifactError(f"{proposals_path}: lacks sentences of the index; run dvc repro")
     priors = records.read_table(priors_path, records.PRIORS, PRIOR_COLUMNS)
     hw = columns["image_hw"][columns["image_row"]]
-    return Pairs(**columns, **_prior_columns(columns["sent_id"], hw, priors, proposals, proposal_size_px, flat_prob))
+    return Pairs(
+        **columns,
+        **_response_columns(columns["sent_id"], hw, priors),
+        **_proposal_columns(rows, proposals, proposal_size_px, flat_prob),
+    )
 
 
 def with_priors(pairs: Pairs, priors: pa.Table, proposals: pa.Table, flat_prob: float) -> Pairs:
@@ -261,8 +281,12 @@ def with_priors(pairs: Pairs, priors: pa.Table, proposals: pa.Table, flat_prob: 
 
     priors: records.PRIORS; only a sentence's first response counts. proposals: records.PROPOSALS.
     """
-    size_px, shown = pairs.proposal.shape[1], priors.select(PRIOR_COLUMNS)
-    return replace(pairs, **_prior_columns(pairs.sent_id, pairs.hw, shown, proposals, size_px, flat_prob))
+    size_px, rows = pairs.proposal.shape[1], _rows_in(proposals, pairs.sent_id)
+    return replace(
+        pairs,
+        **_response_columns(pairs.sent_id, pairs.hw, priors.select(PRIOR_COLUMNS)),
+        **_proposal_columns(rows, [proposals], size_px, flat_prob),
+    )
 
 
 def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> Targets:
@@ -276,26 +300,15 @@ def load_targets(masks_path: Path, index: records.IndexPaths, pairs: Pairs) -> T
     return Targets(label=label.tolist())
 
 
-def _prior_columns(
-    sent_id: NDArray[np.int64],
-    image_hw: NDArray[np.int64],
-    priors: pa.Table,
-    proposals: pa.Table,
-    proposal_size_px: int,  # used if the table is empty
-    flat_prob: float,
-) -> dict[str, Any]:
-    """The columns of Pairs from priors and proposals, for sentences [N] with image sizes [N, 2]."""
+def _response_columns(sent_id: NDArray[np.int64], image_hw: NDArray[np.int64], priors: pa.Table) -> dict[str, Any]:
+    """The columns of Pairs from priors, for sentences [N] with image sizes [N, 2]."""
     responses = records.to_frame(priors)
     responses = responses[responses["sample_index"] == 0].set_index("sent_id").reindex(sent_id)
-    maps = records.to_frame(proposals).set_index("sent_id")
-    side = math.isqrt(len(maps["soft"].iloc[0])) if len(maps) else proposal_size_px
-    maps = maps.reindex(sent_id)
-    count, has_box, has_map = len(sent_id), responses["bbox"].notna().to_numpy(), maps["soft"].notna()
-    box = np.zeros((count, 4), np.float32)
+    has_box = responses["bbox"].notna().to_numpy()
+    box = np.zeros((len(sent_id), 4), np.float32)
     if has_box.any():
         size_wh = image_hw[has_box][:, ::-1]
         box[has_box] = np.stack(responses["bbox"][has_box].tolist()) / np.concatenate([size_wh, size_wh], axis=1)
-    soft = maps["soft"].where(has_map, bytes([_flat_level(flat_prob)]) * side**2)
     return {
         "prior_text": [
             _prior_text(*row)
@@ -303,10 +316,41 @@ def _prior_columns(
         ],
         "box": box,
         "has_box": has_box,
-        "proposal": np.frombuffer(b"".join(soft), np.uint8).reshape(count, side, side),
-        "proposal_score": maps["score"].fillna(0).to_numpy(np.float32),
-        "predicted_iou": maps["predicted_iou"].fillna(0).to_numpy(np.float32),
     }
+
+
+def _proposal_columns(
+    rows: NDArray[np.int64],
+    proposals: Iterable[pa.Table],
+    proposal_size_px: int,  # used if the table is empty
+    flat_prob: float,
+) -> dict[str, Any]:
+    """The columns of Pairs from the rows [N] of records.PROPOSALS, given as consecutive parts; row -1: no proposal."""
+    by_row, first = np.argsort(rows, kind="stable"), 0
+    soft = np.empty((len(rows), proposal_size_px**2), np.uint8)
+    score, predicted_iou = np.zeros(len(rows), np.float32), np.zeros(len(rows), np.float32)
+    for part in proposals:
+        if first == 0 and len(part):
+            side = math.isqrt(len(part["soft"][0].as_py()))
+            if soft.shape[1] != side**2:
+                soft = np.empty((len(rows), side**2), np.uint8)
+        start, end = np.searchsorted(rows, [first, first + len(part)], sorter=by_row)
+        pairs = by_row[start:end]
+        if len(pairs):
+            chosen = part.take(rows[pairs] - first)
+            soft[pairs] = np.frombuffer(b"".join(chosen["soft"].to_pylist()), np.uint8).reshape(len(pairs), -1)
+            score[pairs] = chosen["score"].fill_null(0).to_numpy()
+            predicted_iou[pairs] = chosen["predicted_iou"].fill_null(0).to_numpy()
+        first += len(part)
+    soft[rows < 0] = _flat_level(flat_prob)
+    side = math.isqrt(soft.shape[1])
+    return {"proposal": soft.reshape(-1, side, side), "proposal_score": score, "predicted_iou": predicted_iou}
+
+
+def _rows_in(proposals: pa.Table, sent_id: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The row of each sentence in a table with one row per sent_id; -1 if it has none."""
+    known = records.to_frame(proposals.select(["sent_id"])).set_index("sent_id").index
+    return np.asarray(known.get_indexer(sent_id), dtype=np.int64)
 
 
 def _flat_level(flat_prob: float) -> int:

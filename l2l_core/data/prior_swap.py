@@ -24,7 +24,7 @@ def prior_rows(pairs: Pairs, rows: NDArray[np.int64], fraction: float, draws: np
     chosen = rows.copy()
     for index in is_swapped.nonzero()[0]:
         own = rows[index]
-        of_image = (pairs.image_row == pairs.image_row[own]).nonzero()[0]
+        of_image = pairs.of_image(int(pairs.image_row[own]))
         mine, marked = pairs.proposal[own] > 127, pairs.proposal[of_image] > 127
         iou = iou_from_px((marked & mine).sum((1, 2)), (marked | mine).sum((1, 2)))
         others = of_image[iou < MAX_OVERLAP]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
@@ -41,14 +42,15 @@ def evaluate(
     refs: pa.Table,
     masks: pa.Table,
     split: pa.Table,
-    proposals: pa.Table,
+    proposals: pa.Table | records.TableParts,
     splits: Sequence[str],
     last_round: int,
     dataset_version: str | None = None,
 ) -> Evaluation:
     """Score everything in the history of round `last_round`.
 
-    refs needs sent_id, ann_id, style and split; proposals need not cover sentences that are not evaluated.
+    refs needs sent_id, ann_id, style and split; proposals need not cover sentences that are not evaluated. Memory holds
+    one part of the proposals and one method's masks at a time.
     Raises ConfigError if `splits` has no sentence to evaluate, ArtifactError if a mask, a proposal or a prediction of a
     sentence is missing, duplicated or of the wrong size.
     """
@@ -96,23 +98,27 @@ def evaluated_sentences(refs: pa.Table, masks: pa.Table, split: pa.Table, splits
     return truth.drop(columns="ann_id").astype({"height": np.int64, "width": np.int64, "area_px": np.int64})
 
 
-def score_predictions(truth: pd.DataFrame, predictions: pa.Table, proposals: pa.Table, last_round: int) -> pa.Table:
+def score_predictions(
+    truth: pd.DataFrame, predictions: pa.Table, proposals: pa.Table | records.TableParts, last_round: int
+) -> pa.Table:
     """Intersection, union and areas of every method on every sentence of `truth` (from `evaluated_sentences`).
 
     Methods, in order: prior (the proposal cut at 0.5), supervised, for each round round_<k> and round_<k>_no_prior,
     and distilled (without priors). Returns records.PER_SENTENCE.
     """
     sizes = truth[["height", "width"]].to_numpy(np.int64)
-    found = dict(list(records.to_frame(predictions).groupby(["model", "with_prior"], sort=False)))
-    masks = {PRIOR: _prior_masks(records.to_frame(proposals), truth)}
-    for method, key in _methods(last_round).items():
-        if key not in found:
-            raise ArtifactError(f"predictions: none of model {key[0]} {'with' if key[1] else 'without'} priors")
-        rows = _by_sentence(found[key], truth.index, f"predictions: {method}:")
+    scored = [_method_rows(PRIOR, truth, _prior_masks(proposals, truth), sizes)]
+    for method, (model, with_prior) in _methods(last_round).items():
+        is_method = pc.equal(predictions["model"], model)
+        is_method = pc.and_(is_method, pc.equal(predictions["with_prior"], with_prior))
+        found = records.to_frame(predictions.filter(is_method))
+        if found.empty:
+            raise ArtifactError(f"predictions: none of model {model} {'with' if with_prior else 'without'} priors")
+        rows = _by_sentence(found, truth.index, f"predictions: {method}:")
         wrong_size = (rows[["height", "width"]].to_numpy(np.int64) != sizes).any(axis=1)
         records.refuse_sentences(truth.index[wrong_size], f"predictions: {method}: not of the image's size, at")
-        masks[method] = rows["rle_counts"].tolist()
-    return pa.concat_tables(_method_rows(method, truth, rles, sizes) for method, rles in masks.items())
+        scored.append(_method_rows(method, truth, rows["rle_counts"].tolist(), sizes))
+    return pa.concat_tables(scored)
 
 
 def summarize(per_sentence: pd.DataFrame, last_round: int) -> dict[str, float | int | str]:
@@ -170,14 +176,23 @@ def _methods(last_round: int) -> dict[str, tuple[str, bool]]:
     return methods | {DISTILLED: (DISTILLED, False)}
 
 
-def _prior_masks(proposals: pd.DataFrame, truth: pd.DataFrame) -> list[bytes]:
+def _prior_masks(proposals: pa.Table | records.TableParts, truth: pd.DataFrame) -> list[bytes]:
     """The proposals of the sentences, resized to the image and cut at 0.5."""
-    rows = _by_sentence(proposals[proposals["sent_id"].isin(truth.index)], truth.index, "proposals:")
-    columns = (rows["soft"], rows["height"], rows["width"], truth["height"], truth["width"])
-    return [
-        cut_proposal(np.frombuffer(soft, np.uint8).reshape(map_height, map_width), height, width)
-        for soft, map_height, map_width, height, width in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+    sizes = truth[["height", "width"]].to_numpy(np.int64).tolist()
+    masks: dict[int, bytes] = {}  # by row of `truth`
+    repeated: list[int] = []
+    for part in records.parts_of(proposals):
+        rows = truth.index.get_indexer(part["sent_id"].to_numpy())
+        chosen = records.to_frame(part.filter(pa.array(rows >= 0)))
+        for row, given in zip(rows[rows >= 0].tolist(), chosen.itertuples(), strict=True):
+            if row in masks:
+                repeated.append(row)
+            soft = np.frombuffer(given.soft, np.uint8).reshape(int(given.height), int(given.width))
+            masks[row] = cut_proposal(soft, *sizes[row])
+    records.refuse_sentences(truth.index[repeated], "proposals: more than one row of")
+    missing = [row for row in range(len(truth)) if row not in masks]
+    records.refuse_sentences(truth.index[missing], "proposals: none of")
+    return [masks[row] for row in range(len(truth))]
 
 
 def _by_sentence(rows: pd.DataFrame, sent_ids: pd.Index[int], what: str) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from l2l_core.artifacts import records
 from l2l_core.core.masks import cut_proposal, decode_rle, intersection_union_px, rle_area_px_all, wrong_kept_px
 from l2l_core.core.metrics import POSITIVE_IOU, auroc, iou_from_px, precision_by_coverage, reliability
 from l2l_core.data.evolve import fuse
+from l2l_core.evaluation.history import PSEUDO_LABEL_COLUMNS
 
 LABEL_PX = ["wrong_px", "label_px", "false_px"]
 KEPT_PX = ["kept_px", "kept_wrong_px", "kept_label_px", "kept_false_px"]
@@ -26,7 +27,9 @@ CURVE_POINTS = 20
 RELIABILITY_BINS = 10
 
 
-def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table, proposals: pa.Table) -> pd.DataFrame:
+def score_pseudo_labels(
+    pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table, proposals: pa.Table | records.TableParts
+) -> pd.DataFrame:
     """Score pseudo-labels against the truth, which is hidden from the model; in the order of `pseudo_labels`.
 
     Columns round, sent_id, accepted, accept_prob, iou (NaN if the truth is unknown, like the next ones), size_px,
@@ -35,7 +38,7 @@ def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table
     fused_iou of the proposal and of its fusion with the label (`evolve.fuse`, weighted by accept_prob), both cut at 0.5
     (NaN without a proposal).
     """
-    labels = records.to_frame(pseudo_labels)
+    labels = records.to_frame(pseudo_labels.select(PSEUDO_LABEL_COLUMNS))
     known = records.to_frame(refs.select(["sent_id", "ann_id"])).merge(records.to_frame(masks), on="ann_id")
     true = known.set_index("sent_id").reindex(labels["sent_id"])
     scored = labels[["round", "sent_id", "accepted", "accept_prob"]].assign(
@@ -57,7 +60,7 @@ def score_pseudo_labels(pseudo_labels: pa.Table, refs: pa.Table, masks: pa.Table
     taught = rows[accepted]
     keep, true_rle = labels["keep_rle"].iloc[taught].tolist(), true["rle_counts"].iloc[taught].tolist()
     scored.loc[taught, KEPT_PX] = _kept_px(labels["rle_counts"].iloc[taught].tolist(), true_rle, keep, sizes[taught])
-    scored.loc[rows, PROPOSAL_IOU] = _proposal_iou(labels.iloc[rows], truth, records.to_frame(proposals))
+    scored.loc[rows, PROPOSAL_IOU] = _proposal_iou(labels.iloc[rows], truth, proposals)
     return scored
 
 
@@ -127,22 +130,31 @@ def label_curves(labels: pd.DataFrame, last_round: int) -> dict[str, pd.DataFram
     return curves
 
 
-def _proposal_iou(labels: pd.DataFrame, truth: Sequence[bytes], proposals: pd.DataFrame) -> NDArray[np.float64]:
+def _proposal_iou(
+    labels: pd.DataFrame, truth: Sequence[bytes], proposals: pa.Table | records.TableParts
+) -> NDArray[np.float64]:
     """PROPOSAL_IOU of N pseudo-labels against their true masks, [N, 2]."""
-    maps = proposals.set_index("sent_id").reindex(labels["sent_id"])
-    rows = np.flatnonzero(maps["soft"].notna())
-    sizes = labels[["height", "width"]].to_numpy(np.int64)
-    cut: list[bytes] = []
-    cut_priors: dict[int, bytes] = {}  # the same in every round
-    for label, given in zip(labels.iloc[rows].itertuples(), maps.iloc[rows].itertuples(), strict=True):
-        proposal = np.frombuffer(given.soft, np.uint8).reshape(int(given.height), int(given.width))
-        if label.sent_id not in cut_priors:
-            cut_priors[label.sent_id] = cut_proposal(proposal, label.height, label.width)
-        fused = fuse(proposal, decode_rle(label.rle_counts, label.height, label.width), label.accept_prob)
-        cut += [cut_priors[label.sent_id], cut_proposal(fused, label.height, label.width)]
-    pixels = intersection_union_px(cut, np.repeat(np.array(truth, object)[rows], 2).tolist(), sizes[rows].repeat(2, 0))
+    sizes, sent_id = labels[["height", "width"]].to_numpy(np.int64), labels["sent_id"].to_numpy(np.int64)
+    rles, accept_prob = labels["rle_counts"].tolist(), labels["accept_prob"].tolist()
+    by_sentence = np.argsort(sent_id, kind="stable")
     iou = np.full((len(labels), 2), np.nan)
-    iou[rows] = iou_from_px(pixels[:, 0], pixels[:, 1]).reshape(-1, 2)
+    for part in records.parts_of(proposals):
+        part_ids = part["sent_id"].to_numpy()
+        first, end = (np.searchsorted(sent_id, part_ids, side, sorter=by_sentence) for side in ("left", "right"))
+        cut: list[bytes] = []
+        rows: list[int] = []
+        chosen = np.flatnonzero(first < end)
+        for given, place in zip(records.to_frame(part.take(chosen)).itertuples(), chosen, strict=True):
+            proposal = np.frombuffer(given.soft, np.uint8).reshape(int(given.height), int(given.width))
+            of_sentence = by_sentence[first[place] : end[place]].tolist()
+            height, width = sizes[of_sentence[0]].tolist()
+            cut_prior = cut_proposal(proposal, height, width)  # the same in every round
+            for row in of_sentence:
+                fused = fuse(proposal, decode_rle(rles[row], height, width), accept_prob[row])
+                cut += [cut_prior, cut_proposal(fused, height, width)]
+                rows.append(row)
+        pixels = intersection_union_px(cut, [truth[row] for row in rows for _ in range(2)], sizes[rows].repeat(2, 0))
+        iou[rows] = iou_from_px(pixels[:, 0], pixels[:, 1]).reshape(-1, 2)
     return iou
 
 

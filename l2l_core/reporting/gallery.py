@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
 
+from l2l_core.artifacts import records
 from l2l_core.config import ProposalsParams
 from l2l_core.core.masks import BoolMask, decode_rle, intersection_union_px
 from l2l_core.core.metrics import iou_from_px
@@ -31,17 +34,20 @@ Titled = tuple[str, overlays.Picture]
 
 @dataclass(frozen=True)
 class Run:
-    """The tables that a report shows, as data frames; `records` defines their columns."""
+    """The tables that a report shows, as data frames; `records` defines their columns.
+
+    Columns that the report does not read may be missing. Soft maps are read part by part: only a few are shown.
+    """
 
     images: pd.DataFrame
     refs: pd.DataFrame
     masks: pd.DataFrame
     split: pd.DataFrame
     priors: pd.DataFrame
-    proposals: pd.DataFrame
+    proposals: records.TableParts
     rendering: ProposalsParams
-    predictions: pd.DataFrame
-    pseudo_labels: pd.DataFrame
+    predictions: pd.DataFrame  # with priors, of the last round and the one before
+    pseudo_labels: pd.DataFrame  # likewise
     per_sentence: pd.DataFrame
     metrics: Mapping[str, float | int | str]
     prior_scores: Mapping[str, Any]  # metrics/priors.json
@@ -99,38 +105,62 @@ def make_galleries(run: Run, count: int, read_image: Callable[[str], overlays.Pi
 
     read_image: file_name of the images table -> [H, W, 3] uint8 RGB.
     """
-    cases = _Cases(run, read_image)
+    plans = list(_plan(run, count))
+    sent_ids = np.unique(np.concatenate([plan.rows["sent_id"].to_numpy(np.int64) for plan in plans]))
+    cases = _Cases(run, soft_maps(run.proposals, sent_ids), read_image)
+    return [Gallery(plan.anchor, plan.title, plan.about, list(plan.draw(cases, plan.rows))) for plan in plans]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A gallery whose cases are chosen, but not drawn."""
+
+    anchor: str
+    title: str
+    about: str
+    draw: Callable[[_Cases, pd.DataFrame], Iterator[Case]]
+    rows: pd.DataFrame
+
+
+def _plan(run: Run, count: int) -> Iterator[_Plan]:
     image_ids = run.refs[["sent_id", "image_id"]]
     round_number, final = run.last_round, f"round_{run.last_round}"
     spread_over = "evenly picked from the lowest to the highest"
-    galleries = []
     if round_number:
         labels = run.pseudo_labels[run.pseudo_labels["round"] == round_number].merge(image_ids, on="sent_id")
         for anchor, teach, accepted in (("accepted", "They teach", True), ("rejected", "They teach nothing", False)):
             about = f"{teach}. Labels of round {round_number}, {spread_over} probability of acceptance."
             chosen = spread(labels[labels["accepted"] == accepted], "accept_prob", count)
-            title = f"{anchor.capitalize()} pseudo-labels"
-            galleries.append(Gallery(anchor, title, about, list(cases.of_labels(chosen))))
+            yield _Plan(anchor, f"{anchor.capitalize()} pseudo-labels", about, _Cases.of_labels, chosen)
     most = f"Out of the {100 * CHANGED_SHARE:g} % that differ most"
     share = f"{most} from round {round_number - 1}, {spread_over} agreement."
     if round_number > 1:
         both = _two_rounds(labels, run.pseudo_labels[run.pseudo_labels["round"] == round_number - 1])
-        drawn = list(cases.of_changed_labels(_most_changed(both, count)))
-        galleries.append(Gallery("changed-labels", "Changed pseudo-labels", share, drawn))
+        chosen = _most_changed(both, count)
+        yield _Plan("changed-labels", "Changed pseudo-labels", share, _Cases.of_changed_labels, chosen)
     scored = run.per_sentence[run.per_sentence["method"] == final].merge(image_ids, on="sent_id")
     scored = scored.assign(outcome=outcomes(scored))
     if round_number:
         with_prior = run.predictions[run.predictions["with_prior"]]
         now, before = (with_prior[with_prior["model"] == f"round_{k}"] for k in (round_number, round_number - 1))
         both = _two_rounds(now.merge(scored[["sent_id", "image_id"]], on="sent_id"), before)
-        drawn = list(cases.of_changed_predictions(_most_changed(both, count)))
-        galleries.append(Gallery("changed", "Changed predictions", share, drawn))
+        chosen = _most_changed(both, count)
+        yield _Plan("changed", "Changed predictions", share, _Cases.of_changed_predictions, chosen)
     for outcome, rule in OUTCOMES.items():
         rows = scored[scored["outcome"] == outcome]
         about = f"{rule} {len(rows):,} of {len(scored):,} evaluated sentences; {spread_over} IoU."
         anchor, title = outcome.replace(" ", "-"), f"Predictions: {outcome}"
-        galleries.append(Gallery(anchor, title, about, list(cases.of_predictions(spread(rows, "iou", count)))))
-    return galleries
+        yield _Plan(anchor, title, about, _Cases.of_predictions, spread(rows, "iou", count))
+
+
+def soft_maps(proposals: pa.Table | records.TableParts, sent_ids: NDArray[np.int64]) -> dict[int, NDArray[np.uint8]]:
+    """The soft maps of some sentences, by sent_id, 0..255."""
+    maps = {}
+    for part in records.parts_of(proposals):
+        chosen = part.filter(pa.array(np.isin(part["sent_id"].to_numpy(), sent_ids)))
+        for row in records.to_frame(chosen).itertuples():
+            maps[row.sent_id] = np.frombuffer(row.soft, np.uint8).reshape(row.height, row.width)
+    return maps
 
 
 def spread(candidates: pd.DataFrame, by: str, count: int) -> pd.DataFrame:
@@ -162,7 +192,9 @@ def _most_changed(both: pd.DataFrame, count: int) -> pd.DataFrame:
 class _Cases:
     """Draws the cases: the image, the priors, and the masks of a sentence."""
 
-    def __init__(self, run: Run, read_image: Callable[[str], overlays.Picture]) -> None:
+    def __init__(
+        self, run: Run, soft: Mapping[int, NDArray[np.uint8]], read_image: Callable[[str], overlays.Picture]
+    ) -> None:
         columns = ["sent_id", "image_id", "ann_id", "sentence", "style", "split"]
         self._sizes = sizes(area_share(run), evaluated_size_limits(run))
         self._where = run.refs[columns].merge(run.images, on="image_id").set_index("sent_id")
@@ -170,7 +202,7 @@ class _Cases:
         self._last_round = run.last_round
         self._truth = run.masks.set_index("ann_id")["rle_counts"]
         self._priors = run.priors
-        self._proposals = run.proposals.set_index("sent_id")
+        self._soft = soft
         predictions = run.predictions[run.predictions["model"] == f"round_{run.last_round}"]
         self._predictions = predictions[predictions["with_prior"]].set_index("sent_id")["rle_counts"]
 
@@ -239,12 +271,10 @@ class _Cases:
         points = [np.asarray(point, np.float64) / size for point in placed["point"] if point is not None]
         prior = overlays.with_outlines(overlays.with_boxes(image, boxes, points), masks)
         named = next((f": “{target}”" for target in responses["target"] if target), "")
-        proposal = self._proposals.loc[sent_id]
-        soft = np.frombuffer(proposal["soft"], np.uint8).reshape(proposal["height"], proposal["width"])
         panels = [
             ("image", image),
             (f"prior{named}" if masks or boxes or points else "prior: no response", prior),
-            ("proposal", overlays.with_soft_map(image, soft)),
+            ("proposal", overlays.with_soft_map(image, self._soft[sent_id])),
         ]
         truth = self._truth.get(where["ann_id"])
         known = None if truth is None else decode_rle(truth, height, width)

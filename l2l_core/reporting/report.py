@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 
+from l2l_core.artifacts import records
 from l2l_core.config import Params, ProposalsParams
 from l2l_core.core.metrics import POSITIVE_IOU
 from l2l_core.evaluation.error_analysis import CHANGED_IOU, OUTCOMES, SIZES, changes, outcomes, sizes
@@ -130,7 +131,8 @@ def _facts(run: Run, params: Params) -> list[tuple[str, str]]:
         "none": "none",
         "replay": f"recorded, {Path(params.priors.replay_file or '').name}",
     }.get(params.priors.backend, f"{params.priors.model} by {params.priors.backend}")
-    usable = (run.proposals["score"] > 0).mean()
+    score = records.read_table(run.proposals.path, records.PROPOSALS, ["score"])["score"].to_numpy()
+    usable = (score > 0).mean()
     facts = {
         "dataset": Path(params.dataset).name + (f", version {version}" if version is not None else ""),
         "labels": f"{budget}: {labeled[0]:,} images, {labeled[1]:,} sentences",

@@ -21,14 +21,14 @@ from l2l_core.core.device import autocast, choose_device, resolve_precision, to_
 from l2l_core.core.progress import logger, progress
 from l2l_core.core.seeding import seed_of
 from l2l_core.core.threads import share_of_launched
-from l2l_core.data.augment import strong_view
 from l2l_core.data.pairs import Batch
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.losses import has_valid_pixels, segmentation_loss
 from l2l_core.model.segmenter import Segmenter, attention_kernels
 from l2l_core.training.checkpoint import load_checkpoint, save_checkpoint
 from l2l_core.training.ema import MovingAverage
-from l2l_core.training.streams import OnlineStream, Stream, draw, share_image_cache
+from l2l_core.training.streams import OnlineStream, Stream, share_image_cache
+from l2l_core.training.workers import StepBatches, batches_of_steps, worker_count
 
 if TYPE_CHECKING:  # takes seconds to import, and inference does not need it
     from accelerate import Accelerator
@@ -92,8 +92,10 @@ def train(
             logger.info(f"{run_name}: resuming at step {first} of {steps}")
         for row in curve:
             log(row)
-    for step in progress(range(first, steps), run_name, "step", total=steps, initial=first):
-        losses = learner.step(step, steps)
+    left = range(first, steps)
+    shown = progress(left, run_name, "step", total=steps, initial=first)
+    for step, batches in zip(shown, learner.batches(left), strict=True):
+        losses = learner.step(step, steps, batches)
         done = step + 1
         if done % params.log_every == 0 or done == steps:
             curve.append({"step": done, **learner.log_values(losses)})
@@ -121,14 +123,16 @@ class _Learner:
     ) -> None:
         """state: an earlier `state()`, from which the training goes on."""
         self.params, self.seed = params, seed
-        self.streams = share_image_cache(streams)
         device = choose_device(params.engine.device)
         self.precision = resolve_precision(params.precision, device)
         network.precision, network.precision_setting = self.precision, params.precision
         self.accelerator = _accelerator(device)
         processes = self.accelerator.num_processes
         parts = batch_parts(params.batch_size, params.engine.micro_batch_size, processes)
-        self.own_parts = parts[self.accelerator.process_index :: processes]
+        own_parts = parts[self.accelerator.process_index :: processes]
+        self.workers = worker_count(params.engine.workers, streams, params.batch_size // processes, device)
+        shared = share_image_cache(streams, self.workers)
+        self.made = StepBatches(shared, params, seed, own_parts, self._teacher_prob)
         if params.engine.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if processes > 1 and device.type == "cuda":
@@ -154,10 +158,13 @@ class _Learner:
         """Weights and moments, for a checkpoint."""
         return {name: part.state_dict() for name, part in self._parts_of_state.items()}
 
-    def step(self, step: int, steps: int) -> list[Tensor]:
+    def batches(self, steps: range) -> Iterator[list[Batch]]:
+        """The batches of this process for each step."""
+        return batches_of_steps(self.made, steps, self.workers)
+
+    def step(self, step: int, steps: int, batches: Sequence[Batch]) -> list[Tensor]:
         """Update student and teacher once; return total, BCE and Dice loss [3] of each batch of this process."""
         torch.manual_seed(seed_of("dropout", self.seed, step, self.accelerator.process_index))
-        batches = [self._batch(step, positions) for positions in self.own_parts]
         count = sum_of(self.accelerator, [has_valid_pixels(_keep(batch)).sum() for batch in batches])
         for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
             group["lr"] = peak * schedule(step, steps, self.params.warmup_fraction, self.params.lr_decay)
@@ -174,19 +181,6 @@ class _Learner:
         values = sum_of(self.accelerator, losses).tolist()
         row = {name: round(value, 6) for name, value in zip(("loss", "bce", "dice"), values, strict=True)}
         return row | {"lr": round(self.optimizer.param_groups[0]["lr"], 9)}
-
-    def _batch(self, step: int, positions: NDArray[np.int64]) -> Batch:
-        """The strong views of the step's samples at the given positions."""
-        drawn = draw(
-            self.streams,
-            self.params,
-            seed=self.seed,
-            step=step,
-            teacher_prob=self._teacher_prob,
-            positions=positions,
-        )
-        seeds = [seed_of("view", self.seed, step, position) for position in positions.tolist()]
-        return strong_view(drawn, seeds, flip=self.params.flip)
 
     def _teacher_prob(self, batch: Batch) -> Tensor:
         tokens = to_device(self.network.tokenize(batch), self.device)

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
@@ -66,28 +68,46 @@ def pseudo_stream(params: Params, pseudo_labels: Path, share: float, *, with_pri
 
     With `retrain.evolve_proposals`, each proposal is fused with its pseudo-label.
     """
-    wanted = ["round", "sent_id", "rle_counts", "keep_rle", "weight", "accept_prob", "accepted"]
-    table = records.to_frame(records.read_table(pseudo_labels, records.PSEUDO_LABELS, wanted))
-    table = table[table["accepted"] & (table["round"] == table["round"].max())]
-    if table.empty:
+    flags = records.read_table(pseudo_labels, records.PSEUDO_LABELS, ["round", "accepted"])
+    is_chosen = (pc.field("round") == pc.max(flags["round"])) & pc.field("accepted")
+    count = len(flags.filter(is_chosen))
+    if not count:
         return None
-    pairs = pairs_of(params, "unlabeled", with_priors=with_priors).with_sent_ids(table["sent_id"].to_numpy(np.int64))
+    wanted = ["round", "sent_id", "rle_counts", "keep_rle", "weight", "accept_prob", "accepted"]
+    weight, parts = _PixelWeights(count, params.proposals.size_px), []
+    for part in records.TableParts(pseudo_labels, records.PSEUDO_LABELS, wanted):
+        chosen = part.filter(is_chosen)
+        weight.add(chosen["weight"])
+        parts.append(chosen.drop_columns("weight"))
+    table = records.to_frame(pa.concat_tables(parts))
+    pairs = pairs_of(params, "unlabeled", with_priors=with_priors, only=table["sent_id"].to_numpy(np.int64))
     evolved = params.retrain.evolve_proposals and with_priors
     if evolved:
-        pairs = _with_fused_proposals(pairs, table["rle_counts"].tolist(), table["accept_prob"].tolist())
-    weight = None
-    if table["weight"].notna().any():
-        side = params.proposals.size_px
-        maps = table["weight"].fillna(b"\xff" * side**2)
-        weight = np.frombuffer(b"".join(maps), np.uint8).reshape(len(table), side, side)
-    targets = Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist(), weight)
+        _fuse_proposals(pairs, table["rle_counts"].tolist(), table["accept_prob"].tolist())
+    targets = Targets(table["rle_counts"].tolist(), table["keep_rle"].tolist(), weight.maps)
     return Stream(batches_of(params, pairs), targets, share, evolved=evolved)
 
 
-def _with_fused_proposals(pairs: Pairs, labels: Sequence[bytes], label_prob: Sequence[float]) -> Pairs:
-    masks = (decode_rle(label, height, width) for label, (height, width) in zip(labels, pairs.hw.tolist(), strict=True))
-    fused = [fuse(*one) for one in zip(pairs.proposal, masks, label_prob, strict=True)]
-    return replace(pairs, proposal=np.stack(fused))
+class _PixelWeights:
+    """Column `weight` of pseudo-labels as one array, filled part by part: the maps are most of the table."""
+
+    def __init__(self, count: int, side: int) -> None:
+        self.maps: NDArray[np.uint8] | None = None  # [count, side, side], 255 without a weight; None: no label has one
+        self._shape, self._row = (count, side, side), 0
+
+    def add(self, column: pa.ChunkedArray) -> None:
+        for row, one in enumerate(column, start=self._row):
+            if one.is_valid:
+                if self.maps is None:
+                    self.maps = np.full(self._shape, 255, np.uint8)
+                self.maps[row] = np.frombuffer(one.as_buffer(), np.uint8).reshape(self._shape[1:])
+        self._row += len(column)
+
+
+def _fuse_proposals(pairs: Pairs, labels: Sequence[bytes], label_prob: Sequence[float]) -> None:
+    """Fuse each pair's proposal with its pseudo-label, in place."""
+    for row, (height, width) in enumerate(pairs.hw.tolist()):
+        pairs.proposal[row] = fuse(pairs.proposal[row], decode_rle(labels[row], height, width), label_prob[row])
 
 
 def online_stream(params: Params, share: float, *, hides_priors: bool = False) -> OnlineStream:

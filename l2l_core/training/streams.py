@@ -44,14 +44,18 @@ class OnlineStream:
     hides_priors: bool = False  # from the student; the teacher sees them
 
 
-def share_image_cache(streams: Sequence[Stream | OnlineStream]) -> list[Stream | OnlineStream]:
+def share_image_cache(streams: Sequence[Stream | OnlineStream], workers: int = 0) -> list[Stream | OnlineStream]:
     """Give each stream an equal share of IMAGE_CACHE_BYTES, which all streams of all processes on a machine share.
 
-    Launched processes and parallel training runs both count.
+    Launched processes, parallel training runs and the data workers of each count.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(SIDE_BY_SIDE_VARIABLE, "1"))
-    room = IMAGE_CACHE_BYTES // (len(streams) * processes)
+    room = IMAGE_CACHE_BYTES // (len(streams) * trainings_here() * max(1, workers))
     return [replace(stream, batches=replace(stream.batches, cache_bytes=room)) for stream in streams]
+
+
+def trainings_here() -> int:
+    """Number of training processes on this machine, including this one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * int(os.environ.get(SIDE_BY_SIDE_VARIABLE, "1"))
 
 
 def stream_sizes(streams: Sequence[Stream | OnlineStream], batch_size: int) -> list[int]:
@@ -102,10 +106,9 @@ def draw(
         if isinstance(stream, OnlineStream):
             no_prior = no_prior | stream.hides_priors
             # The teacher sees every prior and the original image. The student's input is augmented afterwards.
-            prob = teacher_prob(stream.batches(rows))
-            parts.append(
-                label_online(stream.batches(rows, None, no_prior, prior_rows=swapped_rows), prob, stream.threshold)
-            )
+            seen = stream.batches(rows)
+            taught = stream.batches(rows, None, no_prior, image=seen.image, prior_rows=swapped_rows)
+            parts.append(label_online(taught, teacher_prob(seen), stream.threshold))
         else:
             parts.append(stream.batches(rows, stream.targets, no_prior, prior_rows=swapped_rows))
     return parts[0] if len(parts) == 1 else _concatenate(parts)

@@ -95,21 +95,44 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["masks.parquet"]
 
 
-def test_names_an_unreadable_table(tmp_path):
+def in_parts(path, schema):
+    """Read a table as parts, and join them."""
+    return pa.concat_tables([schema.empty_table(), *records.TableParts(path, schema)])
+
+
+@pytest.mark.parametrize("read", [records.read_table, in_parts])
+def test_names_an_unreadable_table(tmp_path, read):
     with pytest.raises(ArtifactError, match=r"none\.parquet: not found.*dvc repro"):
-        records.read_table(tmp_path / "none.parquet", records.MASKS)
+        read(tmp_path / "none.parquet", records.MASKS)
 
     (tmp_path / "text").write_text("no parquet")
     with pytest.raises(ArtifactError, match="text: not a Parquet file"):
-        records.read_table(tmp_path / "text", records.MASKS)
+        read(tmp_path / "text", records.MASKS)
 
     pq.write_table(pa.table({"ann_id": [1]}), tmp_path / "fewer")
-    with pytest.raises(ArtifactError, match=r"fewer: not a Parquet file of this project: .*height[^\n]*$"):
-        records.read_table(tmp_path / "fewer", records.MASKS)
+    with pytest.raises(ArtifactError, match=r"fewer: .*height[^\n]*$"):
+        read(tmp_path / "fewer", records.MASKS)
 
     pq.write_table(pa.table({"sent_id": pa.array([1], pa.int32()), "role": ["eval"]}), tmp_path / "narrow")
     with pytest.raises(ArtifactError, match="with their types"):
-        records.read_table(tmp_path / "narrow", records.SPLIT)
+        read(tmp_path / "narrow", records.SPLIT)
+
+
+def test_parts_are_the_rows_of_the_table_in_order(tmp_path, monkeypatch):
+    """Across row groups, in the requested columns, and again when iterated again."""
+    monkeypatch.setattr(records, "PART_ROWS", 7)
+    rows = [{"sent_id": 3 * number, "role": ("labeled", "eval")[number % 2]} for number in range(40)]
+    table, path = records.make_table(rows, records.SPLIT), tmp_path / "split.parquet"
+    pq.write_table(table, path, row_group_size=11)
+    for columns in (None, ["sent_id"], ["role", "sent_id"]):
+        whole = records.read_table(path, records.SPLIT, columns)
+        for parts in (records.TableParts(path, records.SPLIT, columns), whole):
+            for _ in range(2):
+                found = list(records.parts_of(parts))
+                assert max(map(len, found)) <= 7
+                assert pa.concat_tables(found).equals(whole)
+    records.write_table(records.SPLIT.empty_table(), path, records.SPLIT)
+    assert list(records.TableParts(path, records.SPLIT)) == []
 
 
 def test_training_columns_of_refs_contain_no_ground_truth():
@@ -127,7 +150,8 @@ def test_names_an_unreadable_rendering_file(tmp_path, monkeypatch, content):
         records.read_rendering()
 
 
-def test_no_flipped_bit_is_read_as_another_value(tmp_path):
+@pytest.mark.parametrize("read", [records.read_table, in_parts])
+def test_no_flipped_bit_is_read_as_another_value(tmp_path, read):
     """Every bit of a file, one at a time: the table is refused, or read as it was written."""
     rows = [{"sent_id": number, "role": ("labeled", "eval")[number % 2]} for number in range(40)]
     table, path = records.make_table(rows, records.SPLIT), tmp_path / "split.parquet"
@@ -138,7 +162,7 @@ def test_no_flipped_bit_is_read_as_another_value(tmp_path):
         torn[place // 8] ^= 1 << (place % 8)
         path.write_bytes(torn)
         try:
-            assert records.read_table(path, records.SPLIT).equals(table), place
+            assert read(path, records.SPLIT).equals(table), place
         except ArtifactError:
             refused += 1
     assert refused > len(whole) / 2

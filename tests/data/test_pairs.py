@@ -9,6 +9,7 @@ from synthetic_run import write_run
 from toy_pairs import FLAT_PROB, rows_of, toy_batches, toy_pairs, toy_params
 
 from l2l_core.artifacts import records
+from l2l_core.core.images import read_image
 from l2l_core.core.masks import encode_rle
 from l2l_core.data.load import corpus, labeled_targets, pairs_of, sentences_of
 from l2l_core.data.pairs import (
@@ -130,6 +131,49 @@ def test_with_priors_fills_known_pairs_and_leaves_the_others_flat(run):
             np.testing.assert_array_equal(getattr(some, name), getattr(same, name), err_msg=name)
     empty = with_priors(bare, *(table.slice(0, 0) for table in tables), FLAT_PROB)
     np.testing.assert_array_equal(empty.proposal, bare.proposal)
+
+
+def test_proposals_do_not_depend_on_their_order_in_the_table_nor_on_its_parts(run, monkeypatch):
+    table = pq.read_table(records.PROPOSALS_PATH)
+    expected = {row["sent_id"]: row for row in table.to_pylist()}
+    whole = load()
+    records.write_table(
+        table.take(np.random.default_rng(0).permutation(len(table))), records.PROPOSALS_PATH, table.schema
+    )
+    monkeypatch.setattr(records, "PART_ROWS", 4)
+    chosen = whole.sent_id[[7, 2, 11, 0, 16]]
+    pairs = load(chosen)
+    for row, sent_id in enumerate(chosen.tolist()):
+        assert pairs.proposal[row].tobytes() == expected[sent_id]["soft"]
+        assert pairs.proposal_score[row] == expected[sent_id]["score"]
+    np.testing.assert_array_equal(load().proposal, whole.proposal)
+
+
+def test_loads_some_pairs_of_a_role_in_the_given_order(run):
+    params, unlabeled = toy_params(), sentences_of("unlabeled")
+    chosen = unlabeled[[3, 0, 2]]
+    some, whole = pairs_of(params, "unlabeled", only=chosen), pairs_of(params, "unlabeled")
+    for name in ("sent_id", "sentence", "prior_text", "box", "proposal", "proposal_score"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(whole.take(rows_of(3, 0, 2)), name), err_msg=name)
+    with pytest.raises(ArtifactError, match="a table names a sent_id that is not unlabeled; run dvc repro"):
+        pairs_of(params, "unlabeled", only=sentences_of("labeled"))
+
+
+def test_lists_the_pairs_of_an_image_in_order(tmp_path):
+    pairs = replace(toy_pairs(tmp_path, 6)[0], image_row=np.array([3, 0, 3, 5, 0, 3]))
+    found = [pairs.of_image(image).tolist() for image in range(6)]
+    assert found == [[1, 4], [], [], [0, 2, 5], [], [3]]
+    assert pairs.take(rows_of(5, 1)).of_image(3).tolist() == [0]
+
+
+def test_reads_an_image_of_several_sentences_once_per_batch(tmp_path, monkeypatch):
+    """Even if the cache has no room."""
+    read, pairs = [], replace(toy_pairs(tmp_path)[0], image_row=np.array([2, 0, 2, 2]))
+    monkeypatch.setattr("l2l_core.data.pairs.read_image", lambda path: read.append(path) or read_image(path))
+    batch = replace(toy_batches(pairs), cache_bytes=0)(rows_of(0, 1, 2, 3))
+    assert sorted(read) == [pairs.image_path[0], pairs.image_path[2]]
+    expected = [resize_image(read_image(pairs.image_path[row]), 32) for row in (2, 0, 2, 2)]
+    np.testing.assert_array_equal(batch.image.permute(0, 2, 3, 1).numpy(), expected)
 
 
 def test_loads_an_empty_selection_of_sentences(run):

@@ -35,7 +35,7 @@ def test_pseudo_label_quality_matches_hand_computed_values() -> None:
     assert result.curves["reliability/round_1"]["share"].tolist() == [0.0, 0.0, 100.0]
 
 
-def test_proposals_of_unlabeled_sentences_match_hand_computed_values() -> None:
+def test_proposals_of_unlabeled_sentences_match_hand_computed_values(tmp_path, monkeypatch) -> None:
     """The grid of the proposals is the image's, so that a cell is a pixel. Truth: columns 0-3."""
     unlabeled = [ref(sent_id, 20 + sent_id, "train", "unlabeled") for sent_id in (5, 6, 7)]
     truth = TRUTH | dict.fromkeys((25, 26, 27), columns(0, 4))
@@ -52,6 +52,13 @@ def test_proposals_of_unlabeled_sentences_match_hand_computed_values() -> None:
     result = evaluate(found, *index(ROWS + unlabeled, truth), table, ["val"], 2)
     assert result.metrics["pseudo_round_1_miou_prior"] == 41.67  # (2/6 + 2/4) / 2
     assert result.metrics["pseudo_round_1_miou_fused"] == 75.0  # (1 + 2/4) / 2
+    path = tmp_path / "proposals.parquet"
+    records.write_table(table, path, records.PROPOSALS)
+    monkeypatch.setattr(records, "PART_ROWS", 2)  # sentences of a part, of several, and of none
+    in_parts = records.TableParts(path, records.PROPOSALS)
+    again = evaluate(found, *index(ROWS + unlabeled, truth), in_parts, ["val"], 2)
+    assert again.metrics == result.metrics
+    assert again.per_sentence.equals(result.per_sentence)
     assert result.curves["labels/rounds"].to_dict("list") == {
         "round": [1, 2],
         "prior_miou": [41.67, 33.33],

@@ -15,7 +15,7 @@ from l2l_core.core.seeding import seed_of
 from l2l_core.data.pairs import SIDE_BY_SIDE_VARIABLE, Targets
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.model.batch_predictor import BatchPredictor
-from l2l_core.training import loop
+from l2l_core.training import workers
 from l2l_core.training.loop import choose_device, schedule, train
 from l2l_core.training.streams import OnlineStream, Stream, epoch_rows
 
@@ -48,7 +48,7 @@ def test_online_labels_come_from_the_current_ema_teacher(toy, tmp_path, monkeypa
     train(taught, streams_of(toy), 10, with_(precision="bf16", prior_dropout=0.0, lr=4e-3), seed=0, run_name="start")
     teachers[0].load_state_dict(taught.state_dict())
     start = copy.deepcopy(teachers[0])
-    monkeypatch.setattr(loop, "strong_view", lambda batch, seeds, flip: seen.append(batch) or batch)
+    monkeypatch.setattr(workers, "strong_view", lambda batch, seeds, flip: seen.append(batch) or batch)
     train(start, [OnlineStream(batches, threshold, 1.0)], 2, params, seed=5, run_name="test", checkpoint=checkpoint)
     teachers[1].load_state_dict(torch.load(checkpoint, weights_only=True)["teacher"])
     probs = []

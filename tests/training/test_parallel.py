@@ -1,6 +1,7 @@
 """Micro-batches and multiple processes give the same training as whole batches."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -134,13 +135,34 @@ def test_names_encoders_without_gradient_checkpointing(tmp_path):
         Segmenter.create(MODEL, pairs.sentence, 0).enable_gradient_checkpointing()
 
 
-def test_two_processes_train_like_one(whole):
-    """Uses torchrun, as on two GPUs, with two micro-batches per process; gloo replaces NCCL."""
+def launches(nodes: int) -> list[list[str]]:
+    """Commands that start two processes: by torchrun of one machine, or by one torchrun for each of two machines."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--nnodes={nodes}"]
+    options = ["--standalone"] if nodes == 1 else meeting
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, f"--nproc-per-node={2 // nodes}", __file__]
+    return nodes * [torchrun]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_processes_train_like_one(whole, nodes):
+    """Uses torchrun, as on two GPUs of one machine or of two machines, with two micro-batches and a data worker per
+    process; gloo replaces NCCL."""
     folder, expected = whole
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run([*launch, folder], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    started = [
+        subprocess.Popen([*launch, folder], env=environment, stderr=subprocess.PIPE, text=True)
+        for launch in launches(nodes)
+    ]
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in started:
+            process.kill()
     first, second = (torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_alike(first, expected)
     assert second[0] == first[0]
@@ -148,6 +170,8 @@ def test_two_processes_train_like_one(whole):
         torch.testing.assert_close(value, second[1][name], rtol=0, atol=0)  # the processes do not drift apart
     assert first[2]
     assert not second[2]  # only one process writes checkpoints
+    for rank in (0, 1):
+        (folder / f"rank-{rank}.pt").unlink()
 
 
 def test_only_the_first_process_owns_the_scratch_folder(tmp_path, monkeypatch):
@@ -164,5 +188,5 @@ def test_only_the_first_process_owns_the_scratch_folder(tmp_path, monkeypatch):
 
 if __name__ == "__main__":  # one of the processes of test_two_processes_train_like_one
     out = Path(sys.argv[1])
-    result = trained(out, micro_batch_size=2)
+    result = trained(out, micro_batch_size=2, workers=1)
     torch.save(result, out / f"rank-{os.environ['RANK']}.pt")

@@ -9,8 +9,10 @@ from toy_pairs import toy_batches
 from toy_streams import streams_of, with_
 
 from l2l_core.core.images import IMAGE_CACHE_BYTES
+from l2l_core.core.seeding import generator
 from l2l_core.data.augment import strong_view
 from l2l_core.data.pairs import SIDE_BY_SIDE_VARIABLE, Batch, Pairs, Targets
+from l2l_core.training import streams
 from l2l_core.training.streams import (
     OnlineStream,
     Stream,
@@ -30,6 +32,15 @@ def test_every_epoch_is_a_permutation_of_the_rows(count, batch, seed, first):
     for epoch in range(3):
         assert sorted(walk[epoch * count : (epoch + 1) * count]) == list(range(count))
     np.testing.assert_array_equal(epoch_rows(count, batch, seed, first), epoch_rows(count, batch, seed, first))
+
+
+def test_shuffles_once_per_epoch(monkeypatch):
+    """A step of an epoch of ten million rows may not cost as much as shuffling them."""
+    shuffled = []
+    monkeypatch.setattr(streams, "generator", lambda *names: shuffled.append(names) or generator(*names))
+    for step in range(40):
+        epoch_rows(100, 10, 4711, step)
+    assert shuffled == [("epoch", 4711, epoch) for epoch in range(4)]
 
 
 def test_epochs_and_seeds_shuffle_differently():
@@ -70,6 +81,7 @@ class Recorder:
         rows: np.ndarray,
         targets: Targets | None = None,
         no_prior: np.ndarray | None = None,
+        image: torch.Tensor | None = None,
         prior_rows: np.ndarray | None = None,
     ) -> Batch:
         self.rows.append(rows)
