@@ -6,6 +6,7 @@ Ray places the actors, restarts those that died or whose node was lost, and repe
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,11 @@ from l2l_core.core.files import CODE_ROOT
 from l2l_core.errors import ConfigError, InputError, L2LError
 from l2l_core.workers.executor import KEPT, Compute, Job, Start, Task, compute_parts
 
-RETRIES = 3
-"""How often a chunk is repeated after the death of its worker; one that kills each worker must not stop the cluster."""
+RESTARTS = 5
+"""How often Ray replaces a worker that died or whose node was lost. A chunk that always kills its worker thus ends the
+run. Attempts to reach a worker are not limited: many fail before Ray notices that a node is gone."""
+CONNECT_S = 10.0
+"""Ray itself tries for minutes to reach an address where nothing answers."""
 
 
 def on_ray(job: Job, tasks: Iterator[Task], count: Callable[[int], object]) -> Iterator[tuple[int, pa.Table]]:
@@ -34,8 +38,8 @@ def on_ray(job: Job, tasks: Iterator[Task], count: Callable[[int], object]) -> I
         worker = ray.remote(_Worker).options(
             num_cpus=job.threads,
             num_gpus=job.cluster.gpus_per_worker,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
+            max_restarts=RESTARTS,
+            max_task_retries=-1,
             runtime_env={"env_vars": variables},
         )
         pool = ActorPool([worker.remote(job.start, str(Path.cwd())) for _ in range(job.cluster.workers)])
@@ -53,11 +57,7 @@ def on_ray(job: Job, tasks: Iterator[Task], count: Callable[[int], object]) -> I
             except ray.exceptions.RayTaskError as error:
                 failure = failure or error.cause
             except ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[0]
-                failure = failure or L2LError(
-                    f"{job.what}: Ray lost the workers of a chunk {RETRIES + 1} times, most often because memory ran "
-                    f"out ({reason}); {KEPT}"
-                )
+                failure = failure or _explained(job, error)
             else:
                 count(len(table))
                 yield number, table
@@ -86,9 +86,29 @@ class _Worker:
         return task.number, pa.concat_tables(compute_parts(self._compute, task))
 
 
+def _explained(job: Job, error: Exception) -> L2LError:
+    """A worker that never began, or one that died again and again."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "error raised in its creation task" in lines[0]:
+        return InputError(
+            f"{job.what}: a worker cannot start on its Ray node: {lines[-1]}; each node needs the project and its "
+            "packages at the same paths (docs/scale.md)"
+        )
+    return L2LError(
+        f"{job.what}: a worker died {RESTARTS + 1} times on Ray, most often because memory ran out: {lines[0]}; {KEPT}"
+    )
+
+
 def _python_path() -> str:
     """This code, before what the user has set."""
     return os.pathsep.join(filter(None, [str(CODE_ROOT), os.environ.get("PYTHONPATH")]))
+
+
+def _reach(address: str | None) -> None:
+    """Raise OSError if an address HOST:PORT cannot be reached."""
+    host, _, port = (address or "").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.removeprefix("ray://"), int(port)), CONNECT_S).close()
 
 
 @contextmanager
@@ -105,8 +125,9 @@ def _cluster(cluster: ClusterParams, threads: int) -> Iterator[Any]:
         ) from None
     own = {"num_cpus": cluster.workers * threads, "include_dashboard": False} if cluster.address is None else {}
     try:
+        _reach(cluster.address)
         ray.init(address=cluster.address or "local", log_to_driver=False, logging_level="WARNING", **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"params.yaml: cluster.address: got {cluster.address!r}, expected a Ray cluster with this version of Ray "
