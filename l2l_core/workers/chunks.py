@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
@@ -55,7 +56,8 @@ def map_chunks(work: Work, cluster: ClusterParams, folder: Path | None = None) -
     tasks = (Task(number, _name(work, number), work.load(number)) for number in waiting)
     job = Job(work.what, work.start, cluster, threads)
     with (
-        limited_threads(threads),
+        # Without a number of its own, this process and those that it starts keep what they have.
+        limited_threads(threads) if cluster.cpus_per_worker else nullcontext(),
         progress_counter(work.what, "sentence", total, total - left) as count,
     ):
         for number, table in _executor(cluster, len(waiting))(job, tasks, count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -79,6 +80,7 @@ _compute: Compute | None = None
 def _begin(start: Start, ranks: Queue[int], gpus: int) -> None:
     global _start
     _start = start
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the stage's own process prints its one line and ends
     begin_worker(ranks, gpus)
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def on_ray(job: Job, tasks: Iterator[Task], count: Callable[[int], object]) -> I
             raise failure
 
 
+def require_ray() -> None:
+    """Raise ConfigError if Ray is not installed."""
+    if find_spec("ray") is None:
+        raise ConfigError("params.yaml: cluster.executor: got 'ray', which is not installed: pip install '.[ray]'")
+
+
 class _Worker:
     """An actor. The data and the code must be at the same path on each node."""
 
@@ -117,12 +124,9 @@ def _cluster(cluster: ClusterParams, threads: int) -> Iterator[Any]:
     # The driver's choice of device counts (Work), so that Ray need not hide the GPUs of workers without one.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            f"params.yaml: cluster.executor: got 'ray', which needs Ray: pip install '.[ray]' ({error})"
-        ) from None
+    require_ray()
+    import ray
+
     own = {"num_cpus": cluster.workers * threads, "include_dashboard": False} if cluster.address is None else {}
     try:
         _reach(cluster.address)

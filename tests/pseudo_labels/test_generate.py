@@ -163,7 +163,7 @@ def test_killed_labeling_resumes_to_the_same_candidates(run, tmp_path, monkeypat
 
 
 def test_stored_labels_belong_to_one_teacher_and_one_set_of_parameters(run):
-    """Another teacher, another table, other candidates or another batch size never resume."""
+    """Another teacher, another table, other candidates, another batch size or number of threads never resume."""
     weights = records.round_folder(0) / "model/model.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     weights.write_bytes(b"one")
@@ -172,6 +172,11 @@ def test_stored_labels_belong_to_one_teacher_and_one_set_of_parameters(run):
     other = params.evaluate.model_copy(update={"batch_size": 4})
     keys.append(label_key(params.model_copy(update={"evaluate": other}), 1))
     assert label_key(params, 1) == keys[0]
+    one, two, threads = ({"workers": 2}, {"executor": "ray"}, {"cpus_per_worker": 7})
+    for changes in (one, two, threads):
+        cluster = params.cluster.model_copy(update=changes)
+        key = label_key(params.model_copy(update={"cluster": cluster}), 1)
+        assert (key == keys[0]) == (changes is not threads)
     weights.write_bytes(b"two")
     keys.append(label_key(params, 1))
     records.PRIORS_PATH.write_bytes(records.PRIORS_PATH.read_bytes() + b" ")

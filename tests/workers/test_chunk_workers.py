@@ -13,10 +13,13 @@ import psutil
 import pytest
 import torch
 import toy_work
+from toy_pairs import toy_params
 from toy_work import CHUNKS, IDS, PATHS, SQUARES, attempts, cluster_of, squares, work_of
 
+from l2l_core.config import ClusterParams
 from l2l_core.core.threads import limited_threads, thread_count
 from l2l_core.errors import ConfigError, InputError, L2LError
+from l2l_core.preflight.backends import describe_cluster
 from l2l_core.workers.chunks import check_gpus, map_chunks
 
 PATIENCE_S = 90
@@ -191,3 +194,19 @@ def test_workers_on_cuda_need_a_gpu_each() -> None:
             check_gpus(cluster, "cuda")
     check_gpus(cluster_of(1), "cuda")
     check_gpus(cluster_of(2, gpus_per_worker=1), "cuda")
+
+
+def test_check_names_a_missing_ray_and_too_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def described(cluster: ClusterParams) -> str:
+        return describe_cluster(toy_params().model_copy(update={"cluster": cluster}))
+
+    monkeypatch.setattr("l2l_core.preflight.backends.usable_cores", lambda: 4)
+    assert described(cluster_of(4)) == "4 (local), 1 threads each"
+    assert described(cluster_of(4, cpus_per_worker=2)).endswith(
+        "more than the 4 cores: set cluster.cpus_per_worker (docs/scale.md)"
+    )
+    monkeypatch.setattr("l2l_core.workers.on_ray.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"cluster\.executor: got 'ray', which is not installed: pip install '\.\[ray\]'"
+    ):
+        described(cluster_of(4, executor="ray"))
