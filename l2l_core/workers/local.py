@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.queues import Queue
 
 import pyarrow as pa
@@ -41,6 +42,7 @@ def in_processes(job: Job, tasks: Iterator[Task], count: Callable[[int], object]
     pool = ProcessPoolExecutor(
         workers, context, _begin, (job.start, make_ranks(context, workers), job.cluster.gpus_per_worker)
     )
+    others = set(active_children())
     failure: Exception | None = None
     finished = False
     try:
@@ -52,10 +54,7 @@ def in_processes(job: Job, tasks: Iterator[Task], count: Callable[[int], object]
                 try:
                     number, table = future.result()
                 except BrokenProcessPool:
-                    raise L2LError(
-                        f"{job.what}: a worker process was killed, most often because memory ran out (set "
-                        f"cluster.workers to a smaller number); {KEPT}"
-                    ) from None
+                    raise
                 except Exception as error:
                     failure = failure or error
                     running = {left for left in running if not left.cancel()}
@@ -65,9 +64,19 @@ def in_processes(job: Job, tasks: Iterator[Task], count: Callable[[int], object]
             if failure is None:
                 running |= {pool.submit(_run, task) for task in islice(tasks, len(done))}
         finished = True
+    except BrokenProcessPool:
+        raise L2LError(
+            f"{job.what}: a worker process was killed, most often because memory ran out (set cluster.workers to a "
+            f"smaller number); {KEPT}"
+        ) from None
     finally:
-        # After an error elsewhere, such as a full disk, nothing waits for chunks that would be lost.
-        pool.shutdown(wait=finished, cancel_futures=True)
+        if not finished:  # a killed worker, Ctrl-C, or a full disk: chunks that run now would be lost
+            for child in set(active_children()) - others:
+                child.kill()
+        pool.shutdown(cancel_futures=True)
+        # Stages end without Python's own cleanup, which would complain about the pool's semaphores.
+        del pool
+        gc.collect()
     if failure is not None:
         raise failure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -134,18 +135,24 @@ def drive(traces: Path, executor: str, workers: int, address: str = "") -> subpr
     command = [sys.executable, toy_work.__file__, str(traces), executor, str(workers), address]
     environment = os.environ | {"PYTHONPATH": PATHS}
     return subprocess.Popen(
-        command, cwd=traces, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=traces,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
 
 
-def kill_after(process: subprocess.Popen[str], traces: Path, chunks: int) -> None:
-    """SIGKILL once so many chunks have begun."""
+def wait_for(process: subprocess.Popen[str], traces: Path, chunks: int) -> None:
+    """Return once so many chunks have begun."""
     deadline = time.monotonic() + PATIENCE_S
     while len(attempts(traces)) < chunks:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.kill()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -153,8 +160,8 @@ def test_a_killed_driver_takes_its_workers_with_it_and_resumes(traces: Path, wor
     kills = (3, 8)
     for chunks in kills:
         process = drive(traces, "local", workers)
-        children = []
-        kill_after(process, traces, chunks)
+        wait_for(process, traces, chunks)
+        process.kill()
         children = [int(path.name.split("-")[1]) for path in traces.glob("started-*")]
         process.communicate(timeout=PATIENCE_S)  # the workers hold the other end: this returns when they have ended
         assert not any(_runs(pid) for pid in children)
@@ -165,6 +172,25 @@ def test_a_killed_driver_takes_its_workers_with_it_and_resumes(traces: Path, wor
     assert (traces / "finished").exists()
     assert list((traces / ".scratch").iterdir()) == []
     assert CHUNKS < len(attempts(traces)) <= CHUNKS + len(kills) * 2 * workers
+
+
+@pytest.mark.parametrize(("name", "said"), [("fail-5", "broken value"), ("die-3", "was killed")])
+def test_a_failed_stage_prints_one_line(traces: Path, name: str, said: str) -> None:
+    (traces / name).write_text("bug")
+    process = drive(traces, "local", 2)
+    (line,) = process.communicate(timeout=PATIENCE_S)[0].splitlines()
+    assert process.returncode == 2
+    assert line.startswith("error: toy: ")
+    assert said in line
+
+
+def test_ctrl_c_ends_a_stage_with_one_line(traces: Path) -> None:
+    process = drive(traces, "local", 2)
+    wait_for(process, traces, 2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    (line,) = process.communicate(timeout=PATIENCE_S)[0].splitlines()
+    assert process.returncode == 130
+    assert line.startswith("error: interrupted")
 
 
 def _runs(pid: int) -> bool:

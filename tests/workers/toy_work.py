@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from l2l_core.config import ClusterParams
 from l2l_core.core.files import scratch_folder
-from l2l_core.errors import ConfigError, InputError
+from l2l_core.errors import ConfigError, InputError, run_stage
 from l2l_core.workers.chunks import Work, map_chunks
 
 SCHEMA = pa.schema([("sent_id", pa.int64()), ("square", pa.int64())])
@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)
