@@ -482,6 +482,26 @@ class EvaluateParams(Section):
     batch_size: PositiveInt
 
 
+class ClusterParams(Section):
+    """Where chunks of `proposals`, `select` and `predict` are computed (docs/scale.md). Not tracked by DVC.
+
+    Their bytes depend on `cpus_per_worker`, as on OMP_NUM_THREADS, but on nothing else here.
+    """
+
+    executor: Literal["local", "ray"]
+    workers: PositiveInt
+    """Processes (`local`; 1 computes in the stage's own process) or actors (`ray`), each with its own network."""
+    address: str | None
+    """Of a running Ray cluster. null: `ray` starts one on this machine and stops it at the end."""
+    cpus_per_worker: PositiveInt | None
+    """Threads of each worker. null: those of the stage (OMP_NUM_THREADS, or all cores)."""
+    gpus_per_worker: Annotated[int, Field(ge=0)]
+
+
+ONE_PROCESS = ClusterParams(executor="local", workers=1, address=None, cpus_per_worker=None, gpus_per_worker=0)
+"""Computes in the caller's own process."""
+
+
 class ReportParams(Section):
     """The HTML report."""
 
@@ -509,6 +529,7 @@ class Params(Section):
     distill: DistillParams
     evaluate: EvaluateParams
     report: ReportParams
+    cluster: ClusterParams
 
     @property
     def uses_builtin_dataset(self) -> bool:

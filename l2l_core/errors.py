@@ -142,7 +142,7 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except (KeyboardInterrupt, Exception) as error:
-        message = _explain(error)
+        message = explain(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -171,7 +171,7 @@ def explain_early_errors() -> None:
     """Print one line if the program fails while it imports its libraries, before its `exit_code`."""
 
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        message = _explain(error)
+        message = explain(error)
         if message is None:
             sys.__excepthook__(kind, error, trace)
         else:
@@ -180,7 +180,7 @@ def explain_early_errors() -> None:
     sys.excepthook = say
 
 
-def _explain(error: BaseException) -> str | None:
+def explain(error: BaseException) -> str | None:
     """The whole message of an error that the user can fix; None for any other."""
     if isinstance(error, L2LError):
         return str(error)

@@ -35,9 +35,9 @@ def main() -> None:
     elif params.proposals.needs_fit:
         print(f"proposals: too few labeled boxes to fit; {found}")
     device = params.priors.engine.device
-    key = render_key(fit.params, [records.PRIORS_PATH, records.INDEX.refs, records.INDEX.images], device)
-    with scratch_folder("proposals", key) as folder:
-        proposals = make_proposals(priors, records.to_frame(refs), images, fit.params, folder, device)
+    tables = [records.PRIORS_PATH, records.INDEX.refs, records.INDEX.images]
+    with scratch_folder("proposals", render_key(fit.params, tables, device, params.cluster)) as folder:
+        proposals = make_proposals(priors, records.to_frame(refs), images, fit.params, folder, device, params.cluster)
         records.write_table(proposals, records.PROPOSALS_PATH, records.PROPOSALS)
     scores = score_proposals(proposals, labels)
     records.write_metrics(scores, records.PROPOSALS_METRICS_PATH)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 
 from l2l_core.artifacts import records
 from l2l_core.artifacts.curves import write_rows
 from l2l_core.config import load_params
-from l2l_core.core.device import print_device
+from l2l_core.core.device import choose_device, print_device, resolve_precision
 from l2l_core.core.files import scratch_folder
 from l2l_core.core.seeding import derive_seed
 from l2l_core.errors import run_stage
@@ -32,10 +33,11 @@ def main() -> None:
     round_number = parser.parse_args().round
     params = load_params()
     folder, previous = records.round_folder(round_number), records.round_folder(round_number - 1)
-    teacher = BatchPredictor.from_run(previous / "model", params.train)
-    print_device(teacher.device, teacher.precision)
+    device = choose_device(params.train.engine.device)
+    print_device(device, resolve_precision(params.train.precision, device))
+    load_teacher = partial(BatchPredictor.from_run, previous / "model")
     with scratch_folder(f"select-{round_number}", label_key(params, round_number)) as scratch:
-        labels, candidates = label_unlabeled(params, teacher, scratch)
+        labels, candidates = label_unlabeled(params, load_teacher, scratch)
         policy, truth, curve = None, None, []
         match params.select.method:
             case "reinforce":

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from l2l_core.config import TrainParams
 from l2l_core.core.progress import is_first_process, logger
 from l2l_core.errors import ConfigError
 
@@ -69,6 +70,18 @@ def precision_where(native: bool, setting: str, kind: str, key: str, file: str =
     if setting == "bf16" and not native:
         _warn_of_emulation(file, key, kind)
     return "bf16" if setting == "bf16" or (native and setting == "auto") else "fp32"
+
+
+def resolved_train(train: TrainParams) -> TrainParams:
+    """The parameters with the device and precision that `auto` stands for here, so that all workers take the same."""
+    device = choose_device(train.engine.device)
+    engine = train.engine.model_copy(update={"device": device.type})
+    return train.model_copy(update={"engine": engine, "precision": resolve_precision(train.precision, device)})
+
+
+def device_state(device: torch.device, precision: Precision, threads: int) -> str:
+    """What the last bits of a network's outputs depend on: `cpu fp32 2`. On a GPU the threads do not count."""
+    return f"{device.type} {precision} {threads}" if device.type == "cpu" else f"{device.type} {precision}"
 
 
 def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -54,14 +55,47 @@ def progress(items: Iterable[T], what: str, unit: str, total: int | None = None,
 
 
 def _logged(items: Iterable[T], what: str, unit: str, total: int | None, initial: int) -> Iterator[T]:
-    started = spoken = time.monotonic()
-    for done, item in enumerate(items, start=initial):
-        now = time.monotonic()
-        if now - spoken >= LOG_INTERVAL_S:
-            spoken = now
-            line = tqdm.format_meter(done, total or 0, now - started, ncols=0, prefix=what, unit=unit, initial=initial)
-            print(line, file=sys.stderr, flush=True)
+    lines = _Lines(what, unit, total, initial)
+    for item in items:
+        lines.show()
         yield item
+        lines.done += 1
+
+
+@contextmanager
+def progress_counter(what: str, unit: str, total: int, initial: int = 0) -> Iterator[Callable[[int], object]]:
+    """The bar or lines of `progress` for items that finish in any order: yields a function that adds finished ones."""
+    if not is_first_process():
+        yield lambda count: None
+    elif sys.stderr.isatty():
+        with tqdm(desc=what, unit=unit, total=total, initial=initial, mininterval=1) as bar:
+            yield bar.update
+    else:
+        yield _Lines(what, unit, total, initial).add
+
+
+class _Lines:
+    """A line of progress, at most one every LOG_INTERVAL_S."""
+
+    def __init__(self, what: str, unit: str, total: int | None, initial: int) -> None:
+        self._what, self._unit, self._total, self._initial = what, unit, total or 0, initial
+        self.done, self._started = initial, time.monotonic()
+        self._spoken = self._started
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self.show()
+
+    def show(self) -> None:
+        now = time.monotonic()
+        if now - self._spoken < LOG_INTERVAL_S:
+            return
+        self._spoken = now
+        seconds, initial = now - self._started, self._initial
+        line = tqdm.format_meter(
+            self.done, self._total, seconds, ncols=0, prefix=self._what, unit=self._unit, initial=initial
+        )
+        print(line, file=sys.stderr, flush=True)
 
 
 def is_first_process() -> bool:

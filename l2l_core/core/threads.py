@@ -7,8 +7,10 @@ OPENCV_FOR_THREADS_NUM. OpenMP reads its variables once, when its library is loa
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -44,6 +46,25 @@ def thread_count() -> int:
     """Number of threads for this process: OMP_NUM_THREADS, or `usable_cores` if it is not a positive number."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has one number per nesting level
     return int(first) if first.isdecimal() and int(first) else usable_cores()
+
+
+@contextmanager
+def limited_threads(count: int) -> Iterator[None]:
+    """Within the block, this process computes with `count` threads, and processes that it starts inherit the number."""
+    torch = sys.modules.get("torch")  # if it is loaded later, it reads the variable
+    before, torch_before = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads() if torch else 0
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if torch:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+        if torch:
+            torch.set_num_threads(torch_before)
 
 
 def prefetch(items: Iterable[Item]) -> Iterator[Item]:

@@ -67,6 +67,12 @@ class Pairs:
             predicted_iou=self.predicted_iou[rows],
         )
 
+    def only(self, rows: NDArray[np.int64]) -> Pairs:
+        """As `take`, with no other images in the lists: small enough to send to another process."""
+        images, image_row = np.unique(self.image_row[rows], return_inverse=True)
+        paths = [self.image_path[image] for image in images.tolist()]
+        return replace(self.take(rows), image_row=image_row, image_path=paths, image_hw=self.image_hw[images])
+
     def with_sent_ids(self, sent_ids: NDArray[np.int64]) -> Pairs:
         """The pairs of the given sentences, in that order. Raises ArtifactError if one is unknown."""
         order = np.argsort(self.sent_id)

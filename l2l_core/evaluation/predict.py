@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,12 +11,16 @@ import pyarrow as pa
 from l2l_core.artifacts import records
 from l2l_core.artifacts.curves import read_curve, read_rows, write_rows
 from l2l_core.config import Params
-from l2l_core.core.device import print_device
+from l2l_core.core.device import choose_device, device_state, print_device, resolve_precision, resolved_train
 from l2l_core.core.files import atomic_dir, fingerprint, scratch_folder
 from l2l_core.data.load import batches_of, pairs_of
+from l2l_core.data.pairs import Pairs
 from l2l_core.evaluation.history import POLICY_COLUMNS, TRAINING_COLUMNS
-from l2l_core.model.batch_predictor import BatchPredictor
+from l2l_core.model.batch_predictor import BatchPredictor, chunks_of
+from l2l_core.workers.chunks import Work, check_gpus, map_chunks, worker_threads
 
+MASKS = pa.schema([("sent_id", pa.int64()), ("masks", pa.list_(pa.binary()))])
+"""A chunk of `predict`: for each pair a mask as run lengths per entry of `with_prior`."""
 Rows = list[dict[str, str]]
 """Rows of a CSV file, as text."""
 
@@ -78,15 +83,30 @@ def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) 
     A killed call resumes: finished chunks stay in .scratch.
     """
     pairs = pairs_of(params, "eval", with_priors=any(with_prior))
-    predictor = BatchPredictor.from_run(model, params.train)
-    print_device(predictor.device, predictor.precision)
+    params = params.model_copy(update={"train": resolved_train(params.train)})
+    device = choose_device(params.train.engine.device)
+    precision = resolve_precision(params.train.precision, device)
+    print_device(device, precision)
+    check_gpus(params.cluster, device.type)
     tables = [records.SPLIT_PATH, records.INDEX.refs, records.INDEX.images]
     tables += [records.PRIORS_PATH, records.PROPOSALS_PATH] if any(with_prior) else []
-    settings = f"{params.model.image_size_px} {params.evaluate.batch_size} {predictor.precision} {with_prior}"
+    state = device_state(device, precision, worker_threads(params.cluster))
+    settings = f"{params.model.image_size_px} {params.evaluate.batch_size} {state} {with_prior}"
     settings += f" {params.proposals.size_px} {params.proposals.flat_prob}"
+    chunks = chunks_of(pairs, params.evaluate.batch_size)
+    work = Work(
+        what=name,
+        ids=[pairs.sent_id[rows] for rows in chunks],
+        schema=MASKS,
+        load=lambda number: pairs.only(chunks[number]),
+        start=partial(_start_predicting, params, model, with_prior),
+    )
+    masks = [[b""] * len(pairs) for _ in with_prior]
     with scratch_folder("masks", fingerprint(name, settings, [model, *tables])) as folder:
-        batches, size = batches_of(params, pairs), params.evaluate.batch_size
-        masks = predictor.masks(batches, size, with_prior, name, folder=folder)
+        for number, table in map_chunks(work, params.cluster, folder):
+            for row, found in zip(chunks[number].tolist(), table["masks"].to_pylist(), strict=True):
+                for some, mask in zip(masks, found, strict=True):
+                    some[row] = mask
     count = len(pairs)
     columns = {
         "sent_id": pairs.sent_id,
@@ -100,6 +120,19 @@ def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) 
         )
         for shown, found in zip(with_prior, masks, strict=True)
     ]
+
+
+def _start_predicting(params: Params, model: Path, with_prior: Sequence[bool]) -> Callable[[Pairs], Iterator[pa.Table]]:
+    """The prediction of a chunk of pairs (MASKS), batch by batch, with the network loaded once."""
+    predictor = BatchPredictor.from_run(model, params.train)
+
+    def predicted(pairs: Pairs) -> Iterator[pa.Table]:
+        batches, size = batches_of(params, pairs), params.evaluate.batch_size
+        for rows, masks in predictor.batched_masks(batches, size, with_prior, None):
+            columns = {"sent_id": pairs.sent_id[rows], "masks": [list(some) for some in zip(*masks, strict=True)]}
+            yield pa.table(columns, schema=MASKS)
+
+    return predicted
 
 
 def training_rows(curves: Path, model: str) -> Rows:

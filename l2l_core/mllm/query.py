@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import assert_never
@@ -28,6 +27,7 @@ from l2l_core.core.files import files_state, folder_state
 from l2l_core.core.memory import available_bytes
 from l2l_core.core.progress import LOG_INTERVAL_S, logger
 from l2l_core.core.threads import thread_count
+from l2l_core.core.worker_process import begin_worker, make_ranks
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.backend import PriorBackend, Question, RawResponse, clean_text
 from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
@@ -241,13 +241,9 @@ def _query_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsPar
         return
     # spawn: CUDA does not survive a fork.
     context = get_context("spawn")
-    ranks = context.Queue()
-    for rank in range(workers):
-        ranks.put(rank)
     threads = max(1, thread_count() // workers)
-    with ProcessPoolExecutor(
-        workers, context, _start_worker, (make, ranks, params.engine.tensor_parallel, threads)
-    ) as pool:
+    start = (make, make_ranks(context, workers), params.engine.tensor_parallel, threads)
+    with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
         # Which worker gets which chunk is not fixed; with chunks of similar length, it is every `workers`-th.
         waiting = [pool.submit(_query_in_worker, *pair) for pair in _with_following(chunks, workers)]
         try:
@@ -336,21 +332,7 @@ def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int, th
     global _make
     _make = make
     os.environ["OMP_NUM_THREADS"] = str(threads)  # PyTorch is loaded later and reads it then
-    rank = ranks.get()
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed != "":  # an empty value hides all GPUs
-        first, last = rank * tensor_parallel, (rank + 1) * tensor_parallel
-        own = listed.split(",")[first:last] if listed else [str(gpu) for gpu in range(first, last)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End with the parent, so that a killed run leaves no worker that holds a GPU."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    begin_worker(ranks, tensor_parallel)
 
 
 def _query_in_worker(chunk: _Chunk, following: Sequence[Question]) -> _Done:

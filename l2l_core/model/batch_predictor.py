@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from l2l_core.artifacts.chunks import resume_chunks
 from l2l_core.config import TrainParams
 from l2l_core.core.device import Precision, autocast, choose_device, resolve_precision, to_device
 from l2l_core.core.masks import encode_rle
@@ -25,10 +23,11 @@ from l2l_core.data.pairs import Batch, BatchMaker, Pairs
 from l2l_core.data.views import Views
 from l2l_core.model.segmenter import Pyramid, Segmenter
 
-MASKS = pa.schema([("row", pa.int64()), ("masks", pa.list_(pa.binary()))])
-"""A chunk of `BatchPredictor.masks`: for each pair its row, and a mask as run lengths per way of predicting."""
 IMAGES_AT_ONCE = 16
 """Most images encoded at once, further limited by `batch_size`; enough to keep a GPU busy."""
+CHUNK_PAIRS = 1024
+"""Pairs that are computed and stored together. A kill loses at most these; the images of a chunk fill IMAGES_AT_ONCE
+several times, so that padding its last images costs little."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +73,37 @@ class BatchPredictor:
         batches: BatchMaker,
         batch_size: int,
         with_prior: Sequence[bool],
-        what: str,
+        what: str | None,
         *,
         fill: bool = True,
-        folder: Path | None = None,
     ) -> list[list[bytes]]:
         """Masks (probability > 0.5) of all pairs at their image's own size as run lengths, in the order of the pairs.
 
-        Returns one list per entry of `with_prior`, which says whether the network sees the priors. fill: pad incomplete
-        batches, so that the bytes of a mask depend only on its own pair and batch_size. Without it, nothing is padded
-        and logits can differ by rounding. folder: where finished chunks are stored and, after a kill, found again.
+        Returns one list per entry of `with_prior`, which says whether the network sees the priors. what: name of the
+        progress bar; None shows none. fill: pad incomplete batches, so that the bytes of a mask depend only on its own
+        pair and batch_size. Without it, nothing is padded and logits can differ by rounding.
         """
-        pairs = batches.pairs
-        found = [[b""] * len(pairs) for _ in with_prior]
+        found = [[b""] * len(batches.pairs) for _ in with_prior]
+        for rows, masks in self.batched_masks(batches, batch_size, with_prior, what, fill=fill):
+            for some, new in zip(found, masks, strict=True):
+                for row, mask in zip(rows.tolist(), new, strict=True):
+                    some[row] = mask
+        return found
 
-        def computed(first_batch: int) -> Iterator[tuple[NDArray[np.int64], list[Tensor]]]:
-            for block in self._blocks(batches, batch_size, what, fill=fill, first_batch=first_batch):
+    def batched_masks(
+        self,
+        batches: BatchMaker,
+        batch_size: int,
+        with_prior: Sequence[bool],
+        what: str | None,
+        *,
+        fill: bool = True,
+    ) -> Iterator[tuple[NDArray[np.int64], list[list[bytes]]]]:
+        """As `masks`, batch by batch: yields rows [B] of pairs, in the order of `rows_by_image`, with their masks."""
+        pairs = batches.pairs
+
+        def computed() -> Iterator[tuple[NDArray[np.int64], list[Tensor]]]:
+            for block in self._blocks(batches, batch_size, what, fill=fill):
                 logits = []
                 for shown in with_prior:
                     hidden = np.full(len(block.rows), not shown)
@@ -97,32 +111,24 @@ class BatchPredictor:
                     logits.append(self.logits(batch, block.images.pyramid))
                 yield block.rows[: block.count], logits
 
-        def tables_from(first_batch: int) -> Iterator[pa.Table]:
-            for rows, logits in prefetch(computed(first_batch)):
-                sizes = pairs.hw[rows].tolist()
-                masks = [
-                    [encode_rle(at_size(one[position], *size) > 0) for one in logits]
-                    for position, size in enumerate(sizes)
-                ]
-                yield pa.table({"row": rows, "masks": masks}, schema=MASKS)
-
-        for table in resume_chunks(folder, MASKS, "predicting again", tables_from):
-            for row, masks in zip(table["row"].to_pylist(), table["masks"].to_pylist(), strict=True):
-                for some, mask in zip(found, masks, strict=True):
-                    some[row] = mask
-        return found
+        for rows, logits in prefetch(computed()):
+            sizes = pairs.hw[rows].tolist()
+            yield (
+                rows,
+                [[encode_rle(at_size(one[place], *size) > 0) for place, size in enumerate(sizes)] for one in logits],
+            )
 
     def views(
-        self, batches: BatchMaker, batch_size: int, what: str, *, first_batch: int = 0
+        self, batches: BatchMaker, batch_size: int, what: str | None
     ) -> Iterator[tuple[NDArray[np.int64], Views]]:
-        """This teacher's predictions for all pairs: yields rows [B] of pairs with their views, each row once.
+        """This teacher's predictions for all pairs: yields rows [B] of pairs, by image, with their views.
 
-        The network runs with the prior, mirrored, and without the prior. Rows of one image are consecutive. The bytes
-        of a view depend only on its own pair and batch_size. first_batch: leave out the batches before it.
+        The network runs with the prior, mirrored, and without the prior. The rows are in the order of `rows_by_image`.
+        The bytes of a view depend only on its own pair and batch_size. what: name of the progress bar; None shows none.
         """
         pairs = batches.pairs
         words = np.array([len(sentence.split()) for sentence in pairs.sentence], dtype=np.int64)
-        for block in self._blocks(batches, batch_size, what, fill=True, mirrored=True, first_batch=first_batch):
+        for block in self._blocks(batches, batch_size, what, fill=True, mirrored=True):
             images, count, rows = block.images, block.count, block.rows[: block.count]
             batch = batches(block.rows, None, None, images.pixels)
             bare = batches(block.rows, None, np.ones(len(block.rows), dtype=bool), images.pixels)
@@ -151,11 +157,10 @@ class BatchPredictor:
         self,
         batches: BatchMaker,
         batch_size: int,
-        what: str,
+        what: str | None,
         *,
         fill: bool,
         mirrored: bool = False,
-        first_batch: int = 0,
     ) -> Iterator[_Block]:
         """All pairs by image, `batch_size` at a time; each image is encoded once, and once mirrored if `mirrored`.
 
@@ -164,10 +169,10 @@ class BatchPredictor:
         less memory for images.
         """
         at_once = min(IMAGES_AT_ONCE, batch_size)
-        order = np.argsort(batches.pairs.image_row, kind="stable")
+        order = rows_by_image(batches.pairs)
         image_rows, rank = np.unique(batches.pairs.image_row[order], return_inverse=True)
         held: dict[int, _Images] = {}
-        for positions in batched_rows(len(order), batch_size, what, first_batch):
+        for positions in batched_rows(len(order), batch_size, what):
             full = _filled(positions, batch_size) if fill else positions
             groups, slots = np.divmod(rank[full], at_once)
             encoded, held = held, {}
@@ -240,10 +245,22 @@ def bare_pairs(
     )
 
 
-def batched_rows(count: int, batch_size: int, what: str, first_batch: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Rows 0..count in order, `batch_size` at a time from batch `first_batch` on, with a progress bar."""
+def rows_by_image(pairs: Pairs) -> NDArray[np.int64]:
+    """[N] rows, ordered by image; those of one image keep their order."""
+    return np.argsort(pairs.image_row, kind="stable")
+
+
+def chunks_of(pairs: Pairs, batch_size: int) -> list[NDArray[np.int64]]:
+    """`rows_by_image` in chunks of about CHUNK_PAIRS rows, which are whole batches except for the last."""
+    size = batch_size * max(1, CHUNK_PAIRS // batch_size)
+    order = rows_by_image(pairs)
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def batched_rows(count: int, batch_size: int, what: str | None) -> Iterator[NDArray[np.int64]]:
+    """Rows 0..count in order, `batch_size` at a time, with a progress bar if it has a name."""
     starts = range(0, count, batch_size)
-    for start in progress(starts[first_batch:], what, "batch", len(starts), min(first_batch, len(starts))):
+    for start in starts if what is None else progress(starts, what, "batch"):
         yield np.arange(start, min(start + batch_size, count))
 
 

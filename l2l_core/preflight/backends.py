@@ -12,6 +12,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import ModelParams, Params, PriorsParams
 from l2l_core.core.device import choose_device, resolve_precision
 from l2l_core.core.device import describe_device as describe
+from l2l_core.core.threads import usable_cores
 from l2l_core.datasets.index import shorten
 from l2l_core.errors import ConfigError, InputError, redacted
 from l2l_core.mllm.coords import resolve_coord_space
@@ -24,6 +25,8 @@ from l2l_core.model.packaged import PACKAGED, packaged_file
 from l2l_core.model.sam import WEIGHTS, check_sam
 from l2l_core.preflight.inputs import Data
 from l2l_core.priors.table import interpret, kinds_of_sentences
+from l2l_core.workers.chunks import check_gpus, worker_threads
+from l2l_core.workers.on_ray import require_ray
 
 SERVER_TIMEOUT_S = 5.0
 """A running server lists its models at once."""
@@ -38,6 +41,19 @@ def describe_device(params: Params) -> str:
     device = choose_device(params.train.engine.device)
     precision = resolve_precision(params.train.precision, device)
     return f"{describe(device, precision)} (train.precision: {params.train.precision})"
+
+
+def describe_cluster(params: Params) -> str:
+    """Where chunks are computed, in one line. Raises ConfigError if Ray or the workers' GPUs are missing."""
+    cluster, threads = params.cluster, worker_threads(params.cluster)
+    if cluster.executor == "ray":
+        require_ray()
+    check_gpus(cluster, choose_device(params.train.engine.device).type)
+    line = f"{cluster.workers} ({cluster.executor}), {threads} threads each"
+    wanted, cores = cluster.workers * threads, usable_cores()
+    if cluster.executor == "local" and cluster.workers > 1 and wanted > cores:
+        return f"{line}, more than the {cores} cores: set cluster.cpus_per_worker (docs/scale.md)"
+    return line
 
 
 def describe_encoders(model: ModelParams) -> str:

@@ -13,7 +13,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.scm import SCMError
 
-from l2l_core.config import Params
+from l2l_core.config import ONE_PROCESS, Params
 from l2l_core.core.device import choose_device
 from l2l_core.core.memory import available_bytes
 from l2l_core.errors import InputError, L2LError, raise_all
@@ -55,6 +55,9 @@ def run_checks(params: Params, *, timing: bool, print_line: PrintLine) -> None:
             print_line(f"proposals   {backends.describe_proposals(params)}")
         with _collected(problems):
             print_line(f"device      {backends.describe_device(params)}")
+        if params.cluster != ONE_PROCESS:
+            with _collected(problems):
+                print_line(f"workers     {backends.describe_cluster(params)}")
         network = costs = needs = None
         with _collected(problems):
             print_line(f"encoders    {backends.describe_encoders(params.model)}")

@@ -172,7 +172,7 @@ def _torn_outputs(repo: Repo, files: Iterable[_File]) -> Iterator[Torn]:
 def _torn_scratch(root: Path) -> Iterator[Torn]:
     """Files of interrupted stages that are not as they were written. The stage itself does them again."""
     # Not at the top: `l2l run` needs no torch.
-    from l2l_core.model.batch_predictor import MASKS
+    from l2l_core.evaluation.predict import MASKS
     from l2l_core.pseudo_labels.generate import LABELED
     from l2l_core.training.checkpoint import digests_path, is_intact
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -13,17 +14,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
-from l2l_core.artifacts.chunks import read_chunk
-from l2l_core.config import ProposalsParams
+from l2l_core.config import ONE_PROCESS, ClusterParams, ProposalsParams
 from l2l_core.core.arrays import DoubleArray
 from l2l_core.core.files import fingerprint, folder_state
 from l2l_core.core.images import read_image
 from l2l_core.core.masks import decode_rle
-from l2l_core.core.progress import progress
 from l2l_core.core.threads import thread_count
 from l2l_core.errors import InputError
 from l2l_core.priors.renderers import Image, Map, grabcut_input, render_box, render_grabcut, render_mask, render_point
 from l2l_core.priors.samples import PriorSamples, prior_score, to_samples
+from l2l_core.workers.chunks import Work, check_gpus, map_chunks, worker_threads
 
 _GRABCUT_CHUNK = 64  # sentences that are rendered and stored together
 _SAM_CHUNK = 16  # images whose sentences are rendered and stored together
@@ -31,18 +31,24 @@ CHUNK_CELLS = 2**23  # map cells rendered at once: some 64 MiB per temporary arr
 _BINARY_CHUNK_BYTES = 2**30
 
 ReadImage = Callable[[int], Image]
+ChunkData = tuple[PriorSamples, dict[int, str]]
+"""Sentences that are rendered together, and the files of their images by row."""
 
 
-def render_key(params: ProposalsParams, tables: Sequence[Path], device: str = "auto") -> str:
+def render_key(
+    params: ProposalsParams, tables: Sequence[Path], device: str = "auto", cluster: ClusterParams = ONE_PROCESS
+) -> str:
     """Hex digest of everything that proposals depend on: a run reuses stored chunks only if it would write the same.
 
     tables: the files of priors, sentences and images. device: where SAM computes, which decides about its precision.
     """
     state: list[str] = []
     if params.renderer == "sam":
-        from l2l_core.model.sam import precision_on  # it loads PyTorch, which the other renderers do not need
+        from l2l_core.core.device import choose_device, device_state  # PyTorch, which the other renderers do not need
+        from l2l_core.model.sam import precision_on
 
-        state = [folder_state(str(params.model)), precision_on(device)]
+        threads = worker_threads(cluster)
+        state = [folder_state(str(params.model)), device_state(choose_device(device), precision_on(device), threads)]
     return fingerprint("proposals", f"{params.rendering.model_dump_json()}\n{state}", tables)
 
 
@@ -53,6 +59,7 @@ def make_proposals(
     params: ProposalsParams,
     folder: Path | None = None,
     device: str = "auto",
+    cluster: ClusterParams = ONE_PROCESS,
 ) -> pa.Table:
     """Tables records.PRIORS -> records.PROPOSALS, one row per sentence, sorted by sent_id.
 
@@ -62,32 +69,44 @@ def make_proposals(
     folder: where finished chunks are stored and, after a kill, found again. device: where SAM computes.
     Raises InputError if an image cannot be read, ConfigError if SAM's model cannot be loaded.
     """
-    samples = to_samples(priors, refs, images)
-    files, needed_by = images["file_name"].tolist(), "SAM" if params.renderer == "sam" else "GrabCut"
+    samples, files = to_samples(priors, refs, images), images["file_name"].tolist()
+    if params.renderer == "sam":
+        from l2l_core.core.device import choose_device  # it loads PyTorch, which the other renderers do not need
 
-    def read(image_row: int) -> Image:
-        return read_photo(files[image_row], needed_by)
+        device = choose_device(device, "params.yaml: priors.engine.device").type
+        check_gpus(cluster, device)
+    chunks = _chunks(samples, params)
 
+    def load(number: int) -> ChunkData:
+        some = samples.take(chunks[number])
+        return some, {row: files[row] for row in set(some.image_row.tolist())}
+
+    work = Work(
+        what=f"proposals ({params.renderer})",
+        ids=[samples.sent_id[rows] for rows in chunks],
+        schema=records.PROPOSALS,
+        load=load,
+        start=partial(_start_rendering, params, device),
+    )
     count = len(samples.sent_id)
     soft = np.empty((count, params.size_px, params.size_px), dtype=np.uint8)
     predicted = np.empty(count, dtype=np.float32)
-    for chunk, rows in enumerate(progress(_chunks(samples, params), f"proposals ({params.renderer})", "batch")):
-        path = None if folder is None else folder / f"{chunk}.parquet"
-        table = None if path is None else _stored(path, samples.sent_id[rows])
-        if table is None:
-            table = render_table(samples.take(rows), params, read, device)
-            if path is not None:
-                records.write_table(table, path, records.PROPOSALS)
+    for number, table in map_chunks(work, cluster, folder):
+        rows = chunks[number]
         soft[rows] = np.frombuffer(b"".join(table["soft"].to_pylist()), np.uint8).reshape(len(rows), *soft.shape[1:])
         predicted[rows] = table["predicted_iou"].fill_null(np.nan).to_numpy()
     return _to_table(samples.sent_id, soft, prior_score(samples), predicted)
 
 
-def _stored(path: Path, sent_id: NDArray[np.int64]) -> pa.Table | None:
-    """The chunk with the proposals of these sentences, if an interrupted run has stored it."""
-    return read_chunk(
-        path, records.PROPOSALS, "rendering again", lambda table: table["sent_id"].to_pylist() == sent_id.tolist()
-    )
+def _start_rendering(params: ProposalsParams, device: str) -> Callable[[ChunkData], Iterable[pa.Table]]:
+    """The rendering of a chunk (records.PROPOSALS)."""
+    needed_by = "SAM" if params.renderer == "sam" else "GrabCut"
+
+    def render(data: ChunkData) -> Iterable[pa.Table]:
+        samples, files = data
+        yield render_table(samples, params, lambda row: read_photo(files[row], needed_by), device)
+
+    return render
 
 
 def _chunks(samples: PriorSamples, params: ProposalsParams) -> list[NDArray[np.int64]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from l2l_core.artifacts import records
-from l2l_core.artifacts.chunks import resume_chunks
-from l2l_core.config import Params
+from l2l_core.config import Params, TrainParams
 from l2l_core.core.arrays import BoolArray, FloatArray
-from l2l_core.core.device import choose_device, resolve_precision
+from l2l_core.core.device import choose_device, device_state, resolve_precision, resolved_train
 from l2l_core.core.files import fingerprint, folder_state
 from l2l_core.core.masks import encode_rle, resize_prob
 from l2l_core.core.threads import prefetch
@@ -24,7 +24,7 @@ from l2l_core.data.load import batches_of, labeled_targets, pairs_of
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
 from l2l_core.data.views import Views
 from l2l_core.errors import InputError
-from l2l_core.model.batch_predictor import BatchPredictor, batched_rows
+from l2l_core.model.batch_predictor import BatchPredictor, batched_rows, chunks_of
 from l2l_core.pseudo_labels.candidates import build_candidates
 from l2l_core.pseudo_labels.features import (
     CELL_FEATURES,
@@ -41,6 +41,7 @@ from l2l_core.pseudo_labels.features import (
 from l2l_core.pseudo_labels.rules import semires_weight
 from l2l_core.pseudo_labels.sam_masks import Match, SamMasks, sam_masks_of
 from l2l_core.pseudo_labels.select import Selection
+from l2l_core.workers.chunks import Work, check_gpus, map_chunks, worker_threads
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class PseudoLabelCandidates:
 
 LABELED = pa.schema(
     [
-        ("row", pa.int64()),
+        ("sent_id", pa.int64()),
         ("candidates", pa.list_(pa.binary())),
         ("confident", pa.binary()),
         ("weight", pa.binary()),
@@ -70,40 +71,63 @@ LABELED = pa.schema(
 """A chunk of `label_unlabeled`: PseudoLabelCandidates and Candidates of some pairs, the features as raw arrays."""
 
 
+LoadTeacher = Callable[[TrainParams], BatchPredictor]
+
+
 def label_unlabeled(
-    params: Params, teacher: BatchPredictor, folder: Path | None = None
+    params: Params, load_teacher: LoadTeacher, folder: Path | None = None
 ) -> tuple[PseudoLabelCandidates, Candidates]:
     """Build the candidate masks of every unlabeled sentence and compute their features.
 
-    folder: where finished chunks are stored and, after a kill, found again. Raises InputError if no sentence is
-    unlabeled.
+    load_teacher: runs in each worker with its `params.train`; picklable if there are several. folder: where finished
+    chunks are stored and, after a kill, found again. Raises InputError if no sentence is unlabeled.
     """
-    batches = batches_of(params, pairs_of(params, "unlabeled"))
-    if not len(batches.pairs):
+    pairs = pairs_of(params, "unlabeled")
+    if not len(pairs):
         raise InputError(
             "select: no sentence is unlabeled, so there is nothing to select; set round to 0 or label less "
             "(split.labeled_fraction, split.list_file)"
         )
-    sam = sam_masks_of(params, batches.pairs)
-
-    def tables_from(first_batch: int) -> Iterator[pa.Table]:
-        for rows, views in _views(params, teacher, batches, sam, "label", first_batch):
-            yield _label_batch(params, batches, sam, rows, views)
-
-    tables = list(resume_chunks(folder, LABELED, "labeling again", tables_from))
-    return _from_tables(params, batches.pairs, tables)
+    params = params.model_copy(update={"train": resolved_train(params.train)})
+    check_gpus(params.cluster, params.train.engine.device)
+    chunks = chunks_of(pairs, params.evaluate.batch_size)
+    work = Work(
+        what="label",
+        ids=[pairs.sent_id[rows] for rows in chunks],
+        schema=LABELED,
+        load=lambda number: pairs.only(chunks[number]),
+        start=partial(_start_labeling, params, load_teacher),
+    )
+    labeled = _Labeled(params, pairs)
+    for number, table in map_chunks(work, params.cluster, folder):
+        labeled.add(chunks[number], table)
+    return labeled.labels(), labeled.features()
 
 
 def label_key(params: Params, round_number: int) -> str:
     """Hex digest of everything that `label_unlabeled` depends on."""
     settings = f"{params.select!r} {params.model.image_size_px} {params.evaluate.batch_size}"
     settings += f" {params.proposals.size_px} {params.proposals.flat_prob}"
-    settings += f" {resolve_precision(params.train.precision, choose_device(params.train.engine.device))}"
+    device = choose_device(params.train.engine.device)
+    precision = resolve_precision(params.train.precision, device)
+    settings += f" {device_state(device, precision, worker_threads(params.cluster))}"
     if params.select.uses_sam(params.proposals.model):
         settings += f" {folder_state(str(params.proposals.model))}"
     teacher = records.round_folder(round_number - 1) / "model"
     tables = (records.SPLIT_PATH, records.INDEX.refs, records.INDEX.images, records.PRIORS_PATH, records.PROPOSALS_PATH)
     return fingerprint(f"select-{round_number}", settings, [teacher, *tables])
+
+
+def _start_labeling(params: Params, load_teacher: LoadTeacher) -> Callable[[Pairs], Iterator[pa.Table]]:
+    """The labeling of a chunk of pairs (LABELED), batch by batch, with the teacher loaded once."""
+    teacher = load_teacher(params.train)
+
+    def label(pairs: Pairs) -> Iterator[pa.Table]:
+        batches, sam = batches_of(params, pairs), sam_masks_of(params, pairs)
+        for rows, views in _views(params, teacher, batches, sam, None):
+            yield _label_batch(params, batches, sam, rows, views)
+
+    return label
 
 
 def _label_batch(
@@ -137,7 +161,7 @@ def _label_batch(
             label["weight"] = np.rint(weight * 255).astype(np.uint8).tobytes()
         labels.append(label)
     columns = {
-        "row": rows,
+        "sent_id": views.sent_id,
         **{name: [label.get(name) for label in labels] for name in ("candidates", "confident", "weight", "matched")},
         "cells": [cells.tobytes() for cells in features.cells],
         "sentence": [sentence.tobytes() for sentence in features.sentence],
@@ -147,42 +171,46 @@ def _label_batch(
     return pa.table(columns, schema=LABELED)
 
 
-def _from_tables(params: Params, pairs: Pairs, tables: Sequence[pa.Table]) -> tuple[PseudoLabelCandidates, Candidates]:
-    """Chunks of all pairs (LABELED) -> candidates and their features, in the order of the pairs."""
-    order = np.argsort(np.concatenate([table["row"].to_numpy() for table in tables]))
-    count, grid = len(params.select.candidate_names), params.select.grid
+class _Labeled:
+    """Candidates and features of all pairs, filled chunk by chunk."""
 
-    def column(name: str) -> list[Any]:
-        values = [value for table in tables for value in table[name].to_pylist()]
-        return [values[row] for row in order.tolist()]
+    def __init__(self, params: Params, pairs: Pairs) -> None:
+        count, grid, names = len(pairs), params.select.grid, len(params.select.candidate_names)
+        self._pairs, self._method = pairs, params.select.method
+        self._lists: dict[str, list[Any]] = {
+            name: [None] * count for name in ("candidates", "confident", "weight", "matched")
+        }
+        self._arrays: dict[str, NDArray[Any]] = {
+            "cells": np.empty((count, names, grid, grid, len(CELL_FEATURES)), np.float16),
+            "sentence": np.empty((count, names, len(SENTENCE_FEATURES)), np.float32),
+            "confidence": np.empty(count, np.float32),
+            "prior_iou": np.empty(count, np.float32),
+        }
 
-    def array(name: str, dtype: type, *shape: int) -> NDArray[Any]:
-        """Filled in place: the features of all pairs can take most of the memory."""
-        filled: NDArray[Any] = np.empty((len(order), *shape), dtype)
-        start = 0
-        place = np.argsort(order)
-        for table in tables:
-            rows = place[start : start + len(table)]
-            filled[rows] = np.frombuffer(b"".join(table[name].to_pylist()), dtype).reshape(len(rows), *shape)
-            start += len(table)
-        return filled
+    def add(self, rows: NDArray[np.int64], table: pa.Table) -> None:
+        """Rows of the pairs and their LABELED, in the same order."""
+        for name, values in self._lists.items():
+            for row, value in zip(rows.tolist(), table[name].to_pylist(), strict=True):
+                values[row] = value
+        for name in ("cells", "sentence"):
+            array = self._arrays[name]
+            flat = np.frombuffer(b"".join(table[name].to_pylist()), array.dtype)
+            array[rows] = flat.reshape(len(rows), *array.shape[1:])
+        for name in ("confidence", "prior_iou"):
+            self._arrays[name][rows] = table[name].to_numpy()
 
-    is_semires = params.select.method == "semires"
-    labels = PseudoLabelCandidates(
-        pairs,
-        column("candidates"),
-        column("confident") if params.select.method == "threshold" else [],
-        column("weight") if is_semires else [],
-        column("matched") if is_semires else [],
-    )
-    features = Candidates(
-        sent_id=pairs.sent_id,
-        cells=array("cells", np.float16, count, grid, grid, len(CELL_FEATURES)),
-        sentence=array("sentence", np.float32, count, len(SENTENCE_FEATURES)),
-        confidence=np.array(column("confidence"), dtype=np.float32),
-        prior_iou=np.array(column("prior_iou"), dtype=np.float32),
-    )
-    return labels, features
+    def labels(self) -> PseudoLabelCandidates:
+        is_semires = self._method == "semires"
+        return PseudoLabelCandidates(
+            self._pairs,
+            self._lists["candidates"],
+            self._lists["confident"] if self._method == "threshold" else [],
+            self._lists["weight"] if is_semires else [],
+            self._lists["matched"] if is_semires else [],
+        )
+
+    def features(self) -> Candidates:
+        return Candidates(sent_id=self._pairs.sent_id, **self._arrays)
 
 
 def _views(
@@ -190,11 +218,10 @@ def _views(
     teacher: BatchPredictor,
     batches: BatchMaker,
     sam: SamMasks | None,
-    what: str,
-    first_batch: int = 0,
+    what: str | None,
 ) -> Iterator[tuple[NDArray[np.int64], Views]]:
     """Yield the teacher's predictions. The next batch is computed while the caller processes the current one."""
-    views = teacher.views(batches, params.evaluate.batch_size, what, first_batch=first_batch)
+    views = teacher.views(batches, params.evaluate.batch_size, what)
     # PyTorch's choice of attention kernels is global, so that two networks must not run at once.
     return views if sam else prefetch(views)
 

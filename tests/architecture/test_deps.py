@@ -133,7 +133,9 @@ def test_scoring_and_learning_stages_never_depend_on_hidden_ground_truth(name):
 
 WITHOUT_EFFECT: dict[str, set[str]] = {
     "query": {"priors.engine"},
-    "proposals": {"priors.engine"},
+    "proposals": {"priors.engine", "cluster"},
+    "predict": {"train.engine", "cluster"},
+    "predict-distilled": {"train.engine", "cluster"},
     # How training runs, and keys that only other rounds read.
     "crossfit-0": {
         *("retrain.labeled_share", "retrain.prior_swap", "retrain.evolve_proposals", "retrain.num_passes"),
@@ -141,7 +143,7 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
         *("proposals.rendering", "train.engine"),
     },
     "crossfit": {"select.trains_policy", "proposals.rendering", "train.engine"},
-    "select": {"train.engine"},
+    "select": {"train.engine", "cluster"},
     # Part of the checkpoint names, but of no stage output.
     "warmup": {"select.folds", "proposals.rendering", "train.engine"},
     # Also those of the next round's fold teachers, which the stage crossfit writes.
@@ -196,7 +198,9 @@ def reads_of(function: ast.FunctionDef) -> set[str]:
     return {f"{node.value.attr}.{node.attr}" for node in attributes if is_section(node.value, names)} | {
         node.attr
         for node in attributes
-        if is_params(node.value, names) and node not in inner and node.attr != "model_dump"  # a method, not a section
+        if is_params(node.value, names)
+        and node not in inner
+        and node.attr not in ("model_dump", "model_copy")  # methods, not sections
     }
 
 

@@ -16,6 +16,7 @@ LEVELS = {
     "data": 4,
     "mllm": 4,
     "datasets": 4,
+    "workers": 4,
     "refshapes": 5,
     "model": 5,
     "priors": 6,
@@ -33,7 +34,7 @@ LEVELS = {
 """Layers of l2l_core, bottom up: packages and top-level modules. A package imports only from itself and from lower
 layers. Packages of one layer are independent, so that each can be replaced alone."""
 
-HEAVY = ("vllm", "gradio")
+HEAVY = ("vllm", "gradio", "ray")
 """Optional, heavy dependencies: one file each, so that everything else works without them."""
 
 POLICY = {

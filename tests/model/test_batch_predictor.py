@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_pairs import SIZE_PX, TRAIN, rows_of, stirred_network, toy_batches, toy_network, toy_pairs, toy_params
 
-from l2l_core.artifacts import chunks
 from l2l_core.core.masks import decode_rle
 from l2l_core.data.augment import mirror_sentence
 from l2l_core.data.pairs import Batch, Pairs
 from l2l_core.errors import ArtifactError
-from l2l_core.model.batch_predictor import BatchPredictor, at_size, batched_rows
+from l2l_core.model.batch_predictor import BatchPredictor, at_size, batched_rows, chunks_of
 from l2l_core.model.segmenter import Output, Pyramid, Segmenter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,46 +226,30 @@ def test_views_encode_each_image_and_its_flip_once(pairs, monkeypatch):
     assert sum(len(batch.sentence) for batch in stub.asked) == 3 * 40
 
 
-class Killed(Exception):
-    """Stands for a kill."""
+@pytest.mark.parametrize("batch_size", [3, 4, 64])
+def test_chunks_are_whole_batches_by_image_and_give_the_masks_of_all_pairs(pairs, monkeypatch, batch_size):
+    """Each chunk alone, with its own images only, gives the masks and the views that all pairs together give."""
+    monkeypatch.setattr("l2l_core.model.batch_predictor.CHUNK_PAIRS", 10)
+    shared, asked = shared_images(pairs), BatchPredictor.of(stirred_network(pairs), FP32)
+    chunks = chunks_of(shared, batch_size)
+    assert sorted(np.concatenate(chunks).tolist()) == list(range(40))
+    assert (np.diff(shared.image_row[np.concatenate(chunks)]) >= 0).all()
+    assert {len(rows) for rows in chunks[:-1]} <= {{3: 9, 4: 8, 64: 64}[batch_size]}
+    (whole,) = asked.masks(toy_batches(shared), batch_size, [True], None)
+    prob = dict(views_by_sentence(asked, shared, batch_size))
+    for rows in chunks:
+        some = shared.only(rows)
+        assert len(some.image_path) == len(set(shared.image_row[rows]))
+        (masks,) = asked.masks(toy_batches(some), batch_size, [True], None)
+        assert masks == [whole[row] for row in rows]
+        for sent_id, view in views_by_sentence(asked, some, batch_size):
+            np.testing.assert_array_equal(view, prob[sent_id])
+    assert len(set(whole)) > 5
 
 
-@pytest.mark.parametrize("with_prior", [[True], [True, False]])
-def test_killed_predictions_resume_to_the_same_masks(pairs, tmp_path, monkeypatch, with_prior):
-    """40 pairs are ten batches. The kill comes in the seventh, so one chunk of four batches is stored."""
-    monkeypatch.setattr(chunks, "PER_CHUNK", 4)
-    batches, network = toy_batches(shared_images(pairs)), stirred_network(pairs)
-    asked = BatchPredictor.of(network, FP32)
-    whole = asked.masks(batches, 4, with_prior, "test")
-    assert len(set(whole[0])) > 5
-    calls, decode = 0, network.decode
-
-    def counted(*given):
-        nonlocal calls
-        calls += 1
-        if calls == killed_at:
-            raise Killed
-        return decode(*given)
-
-    monkeypatch.setattr(network, "decode", counted)
-    killed_at = 6 * len(with_prior) + 1
-    with pytest.raises(Killed):
-        asked.masks(batches, 4, with_prior, "test", folder=tmp_path)
-    calls, killed_at = 0, 0
-    assert asked.masks(batches, 4, with_prior, "test", folder=tmp_path) == whole
-    assert calls == 6 * len(with_prior)
-
-
-@pytest.mark.parametrize("first_batch", [1, 9, 10, 12])
-def test_views_from_a_later_batch_on_are_those_of_all(pairs, first_batch):
-    batches, asked = toy_batches(shared_images(pairs)), BatchPredictor.of(stirred_network(pairs), FP32)
-    views = list(asked.views(batches, 4, "test"))
-    later = list(asked.views(batches, 4, "test", first_batch=first_batch))
-    assert len(later) == max(0, 10 - first_batch)
-    for (rows, view), (expected_rows, expected) in zip(later, views[first_batch:], strict=True):
-        assert rows.tolist() == expected_rows.tolist()
-        np.testing.assert_array_equal(view.prob, expected.prob)
-        np.testing.assert_array_equal(view.prob_flipped, expected.prob_flipped)
+def views_by_sentence(asked: BatchPredictor, pairs: Pairs, batch_size: int):
+    for _, views in asked.views(toy_batches(pairs), batch_size, None):
+        yield from zip(views.sent_id.tolist(), views.prob, strict=True)
 
 
 @pytest.mark.parametrize("passes", [1, 2])

@@ -128,6 +128,7 @@ def test_parser_change_reparses_cached_responses_without_new_queries(project):
 def test_model_change_queries_again_but_chunk_size_change_does_not(project):
     assert project.stages_run("dvc", "exp", "run", "-S", "priors.model=another") == ["query", "report"]
     assert project.stages_run("dvc", "exp", "run", "-S", "priors.engine.chunk_size=7") == []
+    assert project.stages_run("dvc", "exp", "run", "-S", "cluster.workers=2") == []
 
 
 def test_experiment_in_a_temporary_copy_keeps_the_workspace_unchanged(project):

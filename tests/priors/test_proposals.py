@@ -132,7 +132,7 @@ def test_a_torn_chunk_is_moved_aside_and_rendered_again(
     torn = tmp_path / "1.parquet"
     torn.write_bytes(spoil(torn.read_bytes()))
     assert make_proposals(table, refs, images, PARAMS, tmp_path).equals(whole)
-    assert f"note: {torn}: torn, moved to 1.parquet.torn; rendering again" in capsys.readouterr().err
+    assert f"note: {torn}: torn, moved to 1.parquet.torn; computing it again" in capsys.readouterr().err
 
 
 def test_refuses_priors_that_do_not_match_the_index() -> None:

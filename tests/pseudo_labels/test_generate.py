@@ -7,13 +7,15 @@ from numpy.typing import NDArray
 from synthetic_run import write_run
 from toy_pairs import toy_params
 
-from l2l_core.artifacts import chunks, records
+from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.masks import decode_rle, encode_rle, resize_mask
 from l2l_core.data.load import batches_of, labeled_targets, pairs_of, sentences_of
 from l2l_core.data.pairs import BatchMaker
 from l2l_core.data.views import Views
 from l2l_core.errors import ArtifactError, InputError
+from l2l_core.model import batch_predictor
+from l2l_core.model.batch_predictor import rows_by_image
 from l2l_core.pseudo_labels import generate
 from l2l_core.pseudo_labels.features import SENTENCE_FEATURES, Candidates
 from l2l_core.pseudo_labels.generate import (
@@ -69,12 +71,12 @@ class Oracle:
         self.asked: list[int] = []
 
     def views(
-        self, batches: BatchMaker, batch_size: int, what: str, *, first_batch: int = 0
+        self, batches: BatchMaker, batch_size: int, what: str | None
     ) -> Iterator[tuple[NDArray[np.int64], Views]]:
         sent_id = batches.pairs.sent_id
-        backwards = np.arange(len(sent_id))[::-1]  # a predictor can use any order
-        for start in range(0, len(sent_id), batch_size)[first_batch:]:
-            rows = backwards[start : start + batch_size]
+        order = rows_by_image(batches.pairs)
+        for start in range(0, len(sent_id), batch_size):
+            rows = order[start : start + batch_size]
             some = sent_id[rows]
             self.asked += some.tolist()
             truth = [resize_mask(self.truth[number], batches.size_px, batches.size_px) for number in some.tolist()]
@@ -88,9 +90,9 @@ class Doubtful(Oracle):
     """Its prior equals the truth; its own mask is shifted by half an image."""
 
     def views(
-        self, batches: BatchMaker, batch_size: int, what: str, *, first_batch: int = 0
+        self, batches: BatchMaker, batch_size: int, what: str | None
     ) -> Iterator[tuple[NDArray[np.int64], Views]]:
-        for rows, views in super().views(batches, batch_size, what, first_batch=first_batch):
+        for rows, views in super().views(batches, batch_size, what):
             prob = np.roll(views.prob, views.prob.shape[2] // 2, axis=2)
             yield rows, replace(views, prob=prob, proposal=views.prob)
 
@@ -107,7 +109,7 @@ def teachers_own(labels: PseudoLabelCandidates) -> list[bytes]:
 
 
 def labels_and_candidates(params: Params) -> tuple[PseudoLabelCandidates, Candidates]:
-    return label_unlabeled(params, Oracle())  # type: ignore[arg-type]
+    return label_unlabeled(params, lambda train: Oracle())  # type: ignore[arg-type]
 
 
 def test_labels_are_teacher_masks_at_the_original_image_size(run):
@@ -121,37 +123,37 @@ def test_labels_are_teacher_masks_at_the_original_image_size(run):
     assert seen.cells.shape[:4] == (len(wanted), 1, GRID, GRID)
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a kill."""
 
 
 class Mortal(Doubtful):
-    """It is killed before one of its batches."""
+    """It is killed before one of its chunks."""
 
     def __init__(self, killed_at: int) -> None:
         super().__init__()
-        self.killed_at = killed_at
+        self.left = killed_at
 
     def views(
-        self, batches: BatchMaker, batch_size: int, what: str, *, first_batch: int = 0
+        self, batches: BatchMaker, batch_size: int, what: str | None
     ) -> Iterator[tuple[NDArray[np.int64], Views]]:
-        views = super().views(batches, batch_size, what, first_batch=first_batch)
-        for number, one in enumerate(views, start=first_batch):
-            if number == self.killed_at:
-                raise Killed
-            yield one
+        if not self.left:
+            raise Killed
+        self.left -= 1
+        yield from super().views(batches, batch_size, what)
 
 
 @pytest.mark.parametrize("method", ["reinforce", "threshold", "semires"])
 def test_killed_labeling_resumes_to_the_same_candidates(run, tmp_path, monkeypatch, method):
-    monkeypatch.setattr(chunks, "PER_CHUNK", 1)
+    monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 1)
     params = params_of(method, candidates=["teacher", "prior"] if method == "reinforce" else ["teacher"])
-    labels, features = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
+    labels, features = label_unlabeled(params, lambda train: Doubtful())  # type: ignore[arg-type]
     folder = tmp_path / "scratch"
+    mortal = Mortal(1)
     with pytest.raises(Killed):
-        label_unlabeled(params, Mortal(1), folder)  # type: ignore[arg-type]
+        label_unlabeled(params, lambda train: mortal, folder)  # type: ignore[arg-type]
     resumed = Doubtful()
-    again, same_features = label_unlabeled(params, resumed, folder)  # type: ignore[arg-type]
+    again, same_features = label_unlabeled(params, lambda train: resumed, folder)  # type: ignore[arg-type]
     assert set(resumed.asked) < set(labels.pairs.sent_id.tolist())  # the first batch was stored
     for name in ("candidates", "confident", "weight", "matched"):
         assert getattr(again, name) == getattr(labels, name)
@@ -161,7 +163,7 @@ def test_killed_labeling_resumes_to_the_same_candidates(run, tmp_path, monkeypat
 
 
 def test_stored_labels_belong_to_one_teacher_and_one_set_of_parameters(run):
-    """Another teacher, another table, other candidates or another batch size never resume."""
+    """Another teacher, another table, other candidates, another batch size or number of threads never resume."""
     weights = records.round_folder(0) / "model/model.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)
     weights.write_bytes(b"one")
@@ -170,6 +172,11 @@ def test_stored_labels_belong_to_one_teacher_and_one_set_of_parameters(run):
     other = params.evaluate.model_copy(update={"batch_size": 4})
     keys.append(label_key(params.model_copy(update={"evaluate": other}), 1))
     assert label_key(params, 1) == keys[0]
+    one, two, threads = ({"workers": 2}, {"executor": "ray"}, {"cpus_per_worker": 7})
+    for changes in (one, two, threads):
+        cluster = params.cluster.model_copy(update=changes)
+        key = label_key(params.model_copy(update={"cluster": cluster}), 1)
+        assert (key == keys[0]) == (changes is not threads)
     weights.write_bytes(b"two")
     keys.append(label_key(params, 1))
     records.PRIORS_PATH.write_bytes(records.PRIORS_PATH.read_bytes() + b" ")
@@ -212,7 +219,7 @@ def test_pseudo_label_table_holds_the_chosen_candidate(run):
     """Two different candidates are chosen in turn. Mask, name, and IoU with the proposal are those of the chosen
     one."""
     params = params_of(candidates=["teacher", "prior"])
-    labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
+    labels, seen = label_unlabeled(params, lambda train: Doubtful())  # type: ignore[arg-type]
     assert all(first != second for first, second in labels.candidates)
     count = len(labels.pairs)
     made = replace(selection(count, list(range(count))), choice=np.arange(count) % 2)
@@ -231,7 +238,7 @@ def test_oracle_selects_the_best_candidate_of_each_sentence(run):
     """The prior is correct and the teacher wrong, in either order."""
     for names in (["teacher", "prior"], ["prior", "teacher"]):
         params = params_of("oracle", candidates=names)
-        labels, seen = label_unlabeled(params, Doubtful())  # type: ignore[arg-type]
+        labels, seen = label_unlabeled(params, lambda train: Doubtful())  # type: ignore[arg-type]
         made = select_labels(params.select, seen, None, score_unlabeled(params, labels, records.INDEX.masks))
         assert {names[k] for k in made.choice} == {"prior"}
         assert made.accept_prob.min() > 0.4

@@ -1,0 +1,1 @@
+"""Chunks of a stage's work, computed in this process, in several, or on a Ray cluster."""
