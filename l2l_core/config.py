@@ -128,7 +128,7 @@ PrecisionSetting = Literal["auto", "bf16", "fp32"]
 DeviceSetting = Literal["auto", "cpu", "cuda", "mps"]
 """auto: CUDA if a GPU is available, else the CPU."""
 SAM_EXPECTED = "a hub id or folder of a model of the SAM family, such as facebook/sam2.1-hiera-tiny,"
-Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union", "sam"]
+Candidate = Literal["teacher", "ensemble", "sharpened", "prior", "overlap", "union", "neighbor", "sam"]
 """Ways to build a candidate mask: see pseudo_labels/candidates.py."""
 
 

@@ -251,10 +251,13 @@ def rows_by_image(pairs: Pairs) -> NDArray[np.int64]:
 
 
 def chunks_of(pairs: Pairs, batch_size: int) -> list[NDArray[np.int64]]:
-    """`rows_by_image` in chunks of about CHUNK_PAIRS rows, which are whole batches except for the last."""
+    """`rows_by_image` in chunks of about CHUNK_PAIRS rows. All sentences of an image are in one chunk."""
     size = batch_size * max(1, CHUNK_PAIRS // batch_size)
     order = rows_by_image(pairs)
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    of_image = pairs.image_row[order]
+    # Each chunk ends with the image that its last row belongs to.
+    ends = np.searchsorted(of_image, of_image[size - 1 :: size], side="right")
+    return [part for part in np.split(order, np.unique(ends)) if len(part)]
 
 
 def batched_rows(count: int, batch_size: int, what: str | None) -> Iterator[NDArray[np.int64]]:

@@ -190,7 +190,8 @@ def _batches(params: Params, pairs: Pairs) -> BatchMaker:
 
 def _label(params: Params, views: Views) -> tuple[BoolMask, Candidates]:
     names = params.select.candidate_names
-    masks = build_candidates(views, names, views.proposal > LABEL_THRESHOLD)  # SAM itself is measured apart
+    stand_in = views.proposal > LABEL_THRESHOLD  # SAM itself is measured apart, and a neighbor costs nothing
+    masks = build_candidates(views, names, stand_in, stand_in)
     return masks, compute_features(views, masks, names, params.select.grid)
 
 

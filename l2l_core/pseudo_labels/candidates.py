@@ -24,7 +24,9 @@ REACH = 1 / 16
 """How far a sharpened mask may extend beyond the original, as a fraction of the image side."""
 
 
-def build_candidates(views: Views, names: Sequence[str], sam: BoolArray | None = None) -> BoolArray:
+def build_candidates(
+    views: Views, names: Sequence[str], sam: BoolArray | None = None, neighbor: BoolArray | None = None
+) -> BoolArray:
     """Build the K candidates `names` (of features.CANDIDATES) for each of B sentences: bool [B, K, M, M].
 
     teacher: probability above 0.5, the threshold of evaluation.
@@ -32,13 +34,17 @@ def build_candidates(views: Views, names: Sequence[str], sam: BoolArray | None =
     sharpened: mean of the two views with the prior above 0.5, fitted to the image's colors (`sharpen`).
     prior: the proposal above 0.5. It can be right even if the teacher ignores it.
     overlap, union: intersection and union of sharpened and prior.
-    sam: SAM's masks [B, M, M] for the teacher's masks as prompts (sam_masks.py). ValueError if they are missing.
+    neighbor: priors [B, M, M] of other sentences of the images (neighbors.py).
+    sam: SAM's masks [B, M, M] for the teacher's masks as prompts (sam_masks.py).
+
+    Raises ValueError if `names` has one of the last two without its masks.
     """
     made: dict[str, BoolArray] = {}
-    if "sam" in names:
-        if sam is None:
-            raise ValueError("the candidate sam needs SAM's masks")
-        made["sam"] = sam
+    for name, masks in (("neighbor", neighbor), ("sam", sam)):
+        if name in names:
+            if masks is None:
+                raise ValueError(f"the candidate {name} needs its masks")
+            made[name] = masks
     if "teacher" in names:
         made["teacher"] = views.prob > LABEL_THRESHOLD
     if "ensemble" in names:

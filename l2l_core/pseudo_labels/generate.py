@@ -38,6 +38,7 @@ from l2l_core.pseudo_labels.features import (
     expand_cells,
     score_candidates,
 )
+from l2l_core.pseudo_labels.neighbors import Neighbors
 from l2l_core.pseudo_labels.rules import semires_weight
 from l2l_core.pseudo_labels.sam_masks import Match, SamMasks, sam_masks_of
 from l2l_core.pseudo_labels.select import Selection
@@ -123,19 +124,24 @@ def _start_labeling(params: Params, load_teacher: LoadTeacher) -> Callable[[Pair
     teacher = load_teacher(params.train)
 
     def label(pairs: Pairs) -> Iterator[pa.Table]:
-        batches, sam = batches_of(params, pairs), sam_masks_of(params, pairs)
+        batches, sam, neighbors = batches_of(params, pairs), sam_masks_of(params, pairs), Neighbors(pairs)
         for rows, views in _views(params, teacher, batches, sam, None):
-            yield _label_batch(params, batches, sam, rows, views)
+            yield _label_batch(params, batches, sam, neighbors, rows, views)
 
     return label
 
 
 def _label_batch(
-    params: Params, batches: BatchMaker, sam: SamMasks | None, rows: NDArray[np.int64], views: Views
+    params: Params,
+    batches: BatchMaker,
+    sam: SamMasks | None,
+    neighbors: Neighbors,
+    rows: NDArray[np.int64],
+    views: Views,
 ) -> pa.Table:
     """Candidates of a batch and their features (LABELED)."""
     names, method, side = params.select.candidate_names, params.select.method, params.proposals.size_px
-    masks, sam_iou = _build(rows, views, names, sam)
+    masks, sam_iou = _build(rows, views, names, sam, neighbors)
     matches: list[Match | None] = [None] * len(rows)
     if method == "semires" and sam is not None:
         matches = sam.match(rows, masks[:, 0])
@@ -227,13 +233,13 @@ def _views(
 
 
 def _build(
-    rows: NDArray[np.int64], views: Views, names: Sequence[str], sam: SamMasks | None
+    rows: NDArray[np.int64], views: Views, names: Sequence[str], sam: SamMasks | None, neighbors: Neighbors
 ) -> tuple[BoolArray, FloatArray | None]:
     """The candidates of a batch, [B, K, M, M], and SAM's own estimates of its masks' IoU, [B], if it builds one."""
-    if sam is None or "sam" not in names:
-        return build_candidates(views, names), None
-    refined = sam.refine(rows, views.prob)
-    return build_candidates(views, names, refined.mask), refined.predicted_iou
+    refined = None if sam is None or "sam" not in names else sam.refine(rows, views.prob)
+    neighbor = neighbors.masks(rows, views.prob) if "neighbor" in names else None
+    made = build_candidates(views, names, None if refined is None else refined.mask, neighbor)
+    return made, None if refined is None else refined.predicted_iou
 
 
 def score_out_of_fold(params: Params, folds: Path) -> tuple[Candidates, CandidateTruth]:
@@ -261,12 +267,12 @@ def score_labeled(
 ) -> tuple[Candidates, CandidateTruth]:
     """Features and scores of a teacher's candidates for pairs with ground truth, in the order of the pairs."""
     names = params.select.candidate_names
-    sam = sam_masks_of(params, batches.pairs)
+    sam, neighbors = sam_masks_of(params, batches.pairs), Neighbors(batches.pairs)
     candidates, scores, visited = [], [], []
     for rows, views in _views(params, teacher, batches, sam, what):
         visited.append(rows)
         truth = batches.square_masks(targets.take(rows).label, rows)
-        masks, sam_iou = _build(rows, views, names, sam)
+        masks, sam_iou = _build(rows, views, names, sam, neighbors)
         candidates.append(compute_features(views, masks, names, params.select.grid, sam_iou))
         scores.append(score_candidates(views.sent_id, masks, truth, params.select.grid))
     return concatenate(candidates, visited), concatenate(scores, visited)

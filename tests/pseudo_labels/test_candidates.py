@@ -75,8 +75,8 @@ def test_candidates_match_hand_computed_masks(scene):
     image, red, _ = scene
     rough_red, rough_blue = disc(42, 31, 12), disc(61, 69, 11)
     views = views_of(image, 0.9 * rough_red, 0.2 * rough_red, 0.9 * (rough_red | rough_blue), 0.8 * rough_blue)
-    by_sam = disc(20, 20, 5)
-    made = dict(zip(CANDIDATES, build_candidates(views, CANDIDATES, by_sam[None])[0], strict=True))
+    by_sam, neighbor = disc(20, 20, 5), disc(60, 20, 5)
+    made = dict(zip(CANDIDATES, build_candidates(views, CANDIDATES, by_sam[None], neighbor[None])[0], strict=True))
     np.testing.assert_array_equal(made["teacher"], rough_red)
     np.testing.assert_array_equal(made["ensemble"], rough_red)  # (0.9 + 0.2 + 0.9) / 3 on red, 0.3 on blue
     assert iou(made["sharpened"], red) > 0.95
@@ -84,23 +84,27 @@ def test_candidates_match_hand_computed_masks(scene):
     assert not made["overlap"].any()
     np.testing.assert_array_equal(made["union"], made["sharpened"] | made["prior"])
     np.testing.assert_array_equal(made["sam"], by_sam)
+    np.testing.assert_array_equal(made["neighbor"], neighbor)
 
 
-@pytest.mark.parametrize("names", [("teacher",), ("union", "prior"), ("overlap",), ("prior", "sam")])
+@pytest.mark.parametrize(
+    "names", [("teacher",), ("union", "prior"), ("overlap",), ("prior", "sam"), ("neighbor", "teacher")]
+)
 def test_candidates_follow_the_requested_order(names):
     views, _ = simulated_views(6, seed=0)
-    by_sam = np.random.default_rng(0).random((6, 32, 32)) > 0.5
-    everything = build_candidates(views, CANDIDATES, by_sam)
+    by_sam, neighbor = np.random.default_rng(0).random((2, 6, 32, 32)) > 0.5
+    everything = build_candidates(views, CANDIDATES, by_sam, neighbor)
     expected = everything[:, [CANDIDATES.index(name) for name in names]]
-    np.testing.assert_array_equal(build_candidates(views, names, by_sam), expected)
+    np.testing.assert_array_equal(build_candidates(views, names, by_sam, neighbor), expected)
     assert everything.shape == (6, len(CANDIDATES), 32, 32)
     assert everything.dtype == bool
 
 
-def test_the_candidate_sam_needs_its_masks():
+@pytest.mark.parametrize("name", ["sam", "neighbor"])
+def test_candidates_from_outside_need_their_masks(name):
     views, _ = simulated_views(2, seed=0)
-    with pytest.raises(ValueError, match="needs SAM's masks"):
-        build_candidates(views, ("teacher", "sam"))
+    with pytest.raises(ValueError, match=f"the candidate {name} needs its masks"):
+        build_candidates(views, ("teacher", name))
 
 
 def test_candidates_do_not_depend_on_the_thread_count():
