@@ -179,6 +179,7 @@ def test_kinds_whose_names_are_no_plain_nouns_are_not_described(name):
 
 def test_names_become_words():
     assert kind_of("Traffic_Light (red)") == "traffic light"
+    assert kind_of("dog\0\u200b") == "dog"  # NumPy would drop the first, and no reader sees the second
     assert [plural(noun) for noun in ("person", "knife", "bus", "wine glass", "couch", "berry", "toy", "sheep")] == [
         "people", "knives", "buses", "wine glasses", "couches", "berries", "toys", "sheep"
     ]  # fmt: skip

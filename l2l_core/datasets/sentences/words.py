@@ -101,8 +101,12 @@ _IRREGULAR |= {"knife": "knives", "sheep": "sheep", "scissors": "scissors", "ski
 
 
 def kind_of(name: str) -> str:
-    """A category's name as words: `traffic_light` and `Traffic Light` are one kind; notes in brackets are dropped."""
-    return " ".join(re.sub(r"\(.*?\)", " ", name.casefold()).replace("_", " ").replace("-", " ").split())
+    """A category's name as words: `traffic_light` and `Traffic Light` are one kind.
+
+    Notes in brackets and characters without a glyph are dropped.
+    """
+    shown = "".join(letter if letter.isprintable() else " " for letter in name.casefold())
+    return " ".join(re.sub(r"\(.*?\)", " ", shown).replace("_", " ").replace("-", " ").split())
 
 
 def is_plural(noun: str) -> bool:
