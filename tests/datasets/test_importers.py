@@ -709,7 +709,7 @@ WRONG_FILES = {
     "not an object": (labelme(["x"]), ["a.json: shape 1: got 'x', expected an object"]),
     "not finite": (
         labelme([{**CIRCLE, "points": [[float("nan"), 1], [2, 2]]}]),
-        ["a.json: shape 1: mask: empty"],
+        ["a.json: shape 1: got a shape with center x, y and radius nan"],
     ),
     "no image": (labelme([TRIANGLE], "z"), ["a.json: shape 1: image photos/z.png: not found"]),
     "no size": (labelme([TRIANGLE], imageHeight=None), ["a.json: imageHeight: got None, expected a whole number"]),
@@ -906,6 +906,23 @@ def test_a_stated_size_takes_no_memory_in_label_studio(folder, monkeypatch, caps
     is_refused(monkeypatch, capsys, "label-studio", export, "--images", "photos", words=words)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("label", [["cup"], {"cup": 1}, 7, ""])
+def test_refuses_a_label_that_is_no_text(folder, monkeypatch, capsys, label):
+    write("photos/a.json", labelme([{**TRIANGLE, "label": label}]))
+    is_refused(monkeypatch, capsys, *LABELME, words=["photos/a.json: shape 1: label: got", "expected a text"])
+
+
+@pytest.mark.parametrize("edge", [[20, 1e200], [20, 400]])
+def test_refuses_a_circle_far_larger_than_its_image(folder, monkeypatch, capsys, edge):
+    write("photos/a.json", labelme([{**CIRCLE, "points": [[20, 20], edge]}]))
+    words = ["a.json: shape 1: got a shape with center x, y and radius 20, 20, ", "near an image of 60x40 pixels"]
+    is_refused(monkeypatch, capsys, *LABELME, words=words)
+    ellipse = {"x": 50, "y": 50, "radiusX": 1e200, "radiusY": 50}
+    region = {"type": "ellipse", "original_height": 40, "original_width": 60, "value": ellipse}
+    export = write("export.json", [task("a.png", "cup", [region])])
+    is_refused(monkeypatch, capsys, "label-studio", export, "--images", "photos", words=["task 5", "60x40 pixels"])
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", "a\0b.png", "photos", ""])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -244,10 +243,17 @@ def drawn(
     """The pixels [height, width] whose centers lie in a shape that extends at most `reach` pixels from its center.
 
     is_inside: of offsets x [1, w] and y [h, 1] from the center. The work grows with the shape, not with the image.
+    Raises ValueError for a shape that reaches as far out of the image as no polygon may.
     """
     mask: BoolMask = np.zeros((height, width), dtype=bool)
-    if not all(map(math.isfinite, (*center_xy, reach))):
-        return mask
+    side = max(height, width)
+    ends = [position + sign * reach for position in center_xy for sign in (-1, 1)]
+    if not all(-side <= end <= 2 * side for end in ends):
+        shown = ", ".join(f"{value:.6g}" for value in (*center_xy, reach))
+        raise ValueError(
+            f"got a shape with center x, y and radius {shown}, expected it in or near an image of "
+            f"{width}x{height} pixels"
+        )
     left, right = (int(np.clip(center_xy[0] + side, 0, width)) for side in (-reach - 1, reach + 1))
     top, bottom = (int(np.clip(center_xy[1] + side, 0, height)) for side in (-reach - 1, reach + 1))
     rows, columns = np.ogrid[top:bottom, left:right]

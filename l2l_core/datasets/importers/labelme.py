@@ -117,8 +117,8 @@ def _entries(document: Any, file: Path, out: Path, report: _Report) -> list[Entr
 
 def _reasonseg_sentences(document: dict[str, Any], shapes: list[Any]) -> list[str] | None:
     """ReasonSeg's sentences for all shapes together; None for a file of another tool."""
-    labels = {shape.get("label") if isinstance(shape, dict) else None for shape in shapes}
-    described = any(isinstance(shape, dict) and shape.get("description") for shape in shapes)
+    labels = {label if isinstance(label := _get(shape, "label"), str) else None for shape in shapes}
+    described = any(_get(shape, "description") for shape in shapes)
     if "text" not in document and (described or "target" not in labels or not labels <= REASONSEG_LABELS):
         return None
     said = document.get("text")
@@ -129,6 +129,11 @@ def _reasonseg_sentences(document: dict[str, Any], shapes: list[Any]) -> list[st
             "in a file of your own, write what is meant as description"
         )
     return said
+
+
+def _get(shape: Any, key: str) -> Any:
+    """shape[key]; None if there is none."""
+    return shape.get(key) if isinstance(shape, dict) else None
 
 
 def _image(document: dict[str, Any], file: Path, out: Path) -> tuple[Path, bytes | None]:
