@@ -665,6 +665,7 @@ def _overridden(path: Path, overrides: Sequence[str]) -> Params:
     """Let DVC apply the changes to a copy, so that overrides work exactly as with `dvc exp run`."""
     from dvc.exceptions import InvalidArgumentError  # takes a second to import
     from dvc.utils.hydra import apply_overrides
+    from omegaconf.errors import OmegaConfBaseException  # of interpolations, such as ${seed}
 
     params = load_params(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -672,9 +673,9 @@ def _overridden(path: Path, overrides: Sequence[str]) -> Params:
         try:
             apply_overrides(copy, list(overrides))
             return load_params(copy)
-        except InvalidArgumentError as error:
+        except (InvalidArgumentError, OmegaConfBaseException) as error:
             _refuse_unknown_keys(path, overrides, params)
-            reason = str(error.__cause__).splitlines()[0]
+            reason = str(error.__cause__ or error).splitlines()[0]
             raise ConfigError(f"-S {' -S '.join(overrides)}: {reason}; expected key=value of {path}") from None
         except ConfigError as error:
             raise ConfigError(str(error).replace(copy, str(path))) from None

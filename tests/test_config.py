@@ -65,6 +65,12 @@ def test_overrides_of_the_command_line_change_the_preset():
     assert params.train.precision == "auto"  # of no preset: another meaning
 
 
+@pytest.mark.parametrize("value", ["${seed}", "${nothing}", "${env:HOME}", "${"])
+def test_explains_an_override_that_refers_to_no_value(value):
+    with pytest.raises(ConfigError, match=r"^-S seed=\$\{.*; expected key=value of .*params\.yaml$"):
+        load_params(PARAMS, overrides=[f"seed={value}"])
+
+
 def test_params_files_without_a_preset_stay_valid():
     raw = changed("model", SHIPPED["model"] | PRESETS["tiny"]["model"])
     del raw["model"]["preset"]
