@@ -48,8 +48,8 @@ BESIDE: dict[str, Sequence[str]] = {
 QUEUE = "queue"
 PAIRS = ("repro x repro", *(f"repro x {name}" for name in BESIDE), "predict x predict", QUEUE)
 OWN_FOLDERS = (f"{OUT}/", "export/")
-BUSY = "busy"
-"""Word in DVC's message when another run holds a file."""
+BUSY = ("busy", "Unable to acquire lock")
+"""DVC's messages when another run holds a file, or the project for longer than DVC waits."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def try_once(whole: Project, pair: str, rng: random.Random) -> Trial:
         problems, refused = [], 0
         for command, process in zip(commands, running, strict=True):
             output, _ = process.communicate(timeout=PATIENCE_S)
-            is_refused = process.returncode == 2 or (process.returncode == 255 and BUSY in output)
+            is_refused = process.returncode == 2 or (
+                process.returncode == 255 and any(words in output for words in BUSY)
+            )
             refused += is_refused
             if "Traceback" in output or not (process.returncode == 0 or is_refused):
                 problems.append(f"{' '.join(command)}: {process.returncode}: {output[-300:]}")
