@@ -1,6 +1,7 @@
 """Damaged and hostile inputs for every entrance: none may end in a traceback, a crash, a hang or half an output.
 
     python -m bench.fuzz [--inputs 20000] [--seed 0]             (about 20 inputs a second and core)
+    python -m bench.fuzz --entrances labelme coco                (some of them)
     python -m bench.fuzz --only labelme --number 123             (one input again, with its output)
 
 Each input is a valid one that random changes have spoiled: of bytes, or of values in JSON and YAML. It is read in a
@@ -13,7 +14,8 @@ process of its own with limited memory, in an empty folder. Failures are
     partial      an output although the command failed, or a temporary file left behind
     executed     code in an input has run
 
-Writes bench/results/fuzz.jsonl: a row an entrance with `count`, `failures` and the failures by kind.
+Writes bench/results/fuzz.jsonl: a row an entrance with `count`, `failures` and the failures by kind, as soon as the
+entrance is done. --inputs is the number for all entrances together.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -548,34 +550,44 @@ def input_of(name: str, seed: int, number: int) -> Rng:
     return random.Random(f"{seed} {name} {number}")
 
 
-def campaign(inputs: int, seed: int, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Read so many inputs, the same number for each entrance; a row an entrance."""
+def campaign(
+    inputs: int, seed: int, names: Sequence[str] = tuple(ENTRANCES), say: Callable[[str], None] = print
+) -> Iterator[dict[str, Any]]:
+    """Read inputs / len(ENTRANCES) inputs for each of the named entrances; yields a row an entrance."""
     for module in LOADED_BEFORE:
         import_module(module)
-    each, rows = -(-inputs // len(ENTRANCES)), []
-    for name, entrance in ENTRANCES.items():
+    each = -(-inputs // len(ENTRANCES))
+    for name in names:
         found: Counter[str] = Counter()
         for number in range(each):
             with tempfile.TemporaryDirectory() as folder:
                 (work := Path(folder) / "work").mkdir()
-                outcome = run_one(entrance, input_of(name, seed, number), work)
+                outcome = run_one(ENTRANCES[name], input_of(name, seed, number), work)
             if outcome.kind:
                 found[outcome.kind] += 1
                 last = (outcome.output.strip().splitlines() or [""])[-1][:160]
                 say(f"{outcome.kind}: --only {name} --seed {seed} --number {number}: {last}")
-        rows.append(
+        say(f"{name}: {each} inputs, {found.total()} failures")
+        yield (
             {"bench": "fuzz", "entrance": name, "count": each, "failures": found.total()}
             | {kind: found[kind] for kind in KINDS}
             | {"seed": seed}
         )
-        say(f"{name}: {each} inputs, {found.total()} failures")
-    return rows
+
+
+def store(row: dict[str, Any]) -> None:
+    """Put a row into the results, in place of the one of its entrance."""
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
+    rows = {old["entrance"]: old for old in map(json.loads, text.splitlines())} | {row["entrance"]: row}
+    ordered = [rows[name] for name in ENTRANCES if name in rows]
+    RESULTS.write_text("".join(json.dumps(one) + "\n" for one in ordered), encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--entrances", nargs="+", choices=ENTRANCES, default=list(ENTRANCES))
     parser.add_argument("--only", choices=ENTRANCES)
     parser.add_argument("--number", type=int)
     given = parser.parse_args()
@@ -585,9 +597,11 @@ def main() -> None:
         outcome = run_one(ENTRANCES[given.only], input_of(given.only, given.seed, given.number or 0), folder)
         print(f"{folder}\n{outcome.output}\n{outcome.kind or 'no failure'}")
         return
-    rows = campaign(given.inputs, given.seed, partial(print, flush=True))
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    RESULTS.write_text("".join(json.dumps(row | {"commit": commit}) + "\n" for row in rows), encoding="utf-8")
+    rows = []
+    for row in campaign(given.inputs, given.seed, given.entrances, partial(print, flush=True)):
+        rows.append(row)
+        store(row | {"commit": commit})
     print(f"{sum(row['count'] for row in rows)} inputs, {sum(row['failures'] for row in rows)} failures")
 
 

@@ -20,9 +20,17 @@ from l2l_core.errors import InputError
 
 def test_inputs_of_every_entrance_are_read_or_refused() -> None:
     said: list[str] = []
-    rows = fuzz.campaign(inputs=4 * len(fuzz.ENTRANCES), seed=1, say=said.append)
+    rows = list(fuzz.campaign(inputs=4 * len(fuzz.ENTRANCES), seed=1, say=said.append))
     assert {row["entrance"]: row["count"] for row in rows} == dict.fromkeys(fuzz.ENTRANCES, 4)
     assert sum(row["failures"] for row in rows) == 0, said
+
+
+def test_a_row_replaces_the_one_of_its_entrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "RESULTS", tmp_path / "fuzz.jsonl")
+    for name, count in (("labelme", 1), ("coco", 2), ("labelme", 3)):
+        fuzz.store({"entrance": name, "count": count})
+    rows = [json.loads(line) for line in fuzz.RESULTS.read_text().splitlines()]
+    assert rows == [{"entrance": "coco", "count": 2}, {"entrance": "labelme", "count": 3}]
 
 
 def refuse() -> None:
