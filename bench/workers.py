@@ -1,7 +1,7 @@
 """Several workers: their speed beside one process, and what a killed stage with two of them leaves behind.
 
     python -m bench.workers [--turns 3] [--sentences 10000]
-    python -m bench.workers --kills 20 [--seed 0]
+    python -m bench.workers --kills 20 [--stages proposals select predict] [--seed 0]
 
 Both use the default dataset's tables from the first stages (bench/scale.py).
 
@@ -63,7 +63,7 @@ SAMPLE_S = 0.5
 """Between two looks at the processes' CPU seconds."""
 PATIENCE_S = 1200
 SETTINGS = ["proposals.renderer=grabcut", "proposals.ring=0.1", "proposals.core=0.0", "cluster.cpus_per_worker=1"]
-SETTINGS += ["train.engine.device=cpu", "train.precision=fp32", "evaluate.batch_size=8"]
+SETTINGS += ["train.engine.device=cpu", "train.precision=fp32", "evaluate.batch_size=8", "model.image_size_px=64"]
 TABLE, LOG = Path("table.parquet"), Path("log.txt")
 """What a child writes in the project's folder."""
 
@@ -247,7 +247,7 @@ def make_project() -> None:
     for path in (source / "data").iterdir():
         (PROJECT / "data" / path.name).symlink_to(path)
     sentences = records.read_table(source / records.INDEX.refs, records.REFS, ["sentence"])["sentence"].to_pylist()
-    model = load_params(PROJECT / "params.yaml").model
+    model = load_params(PROJECT / "params.yaml", SETTINGS).model
     network = Segmenter.create(model, sentences, seed=0)
     torch.manual_seed(0)
     for parameter in network.decoder.parameters():
@@ -354,6 +354,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--sentences", type=int, default=10_000)
     parser.add_argument("--kills", type=int, help="measure kills, so many for each stage, and not the overhead")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="that are killed")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -364,11 +365,12 @@ def main() -> None:
 
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     common = {"commit": commit} | capabilities()
+    made: Iterator[dict[str, Any]]
     if arguments.kills:
         scale.child("--build", "1")
         make_project()
         say = partial(print, flush=True)
-        made = (campaign(PROJECT, stage, arguments.kills, arguments.seed, say=say) for stage in STAGES)
+        made = (campaign(PROJECT, stage, arguments.kills, arguments.seed, say=say) for stage in arguments.stages)
     else:
         made = overhead(arguments.turns, arguments.sentences)
     for row in made:
