@@ -328,6 +328,7 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def overhead_parts(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of seconds, and what was measured."""
     last, found = rows[-1], medians(rows)
     shown: list[list[object]] = [
         [way, *(f"{value:.1f}" for value in took.values()), f"{took['seconds'] / found['local 2']['seconds']:.2f}"]
@@ -342,11 +343,15 @@ def overhead_parts(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def kills_parts(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of kills by stage, and what was measured."""
     head = ["stage", "sentences", "chunks", "kills", "failures", "chunks computed twice"]
     columns = ["sentences", "chunks", "count", "failures", "rewritten"]
     shown = docs.markdown(head, [[f"`{stage}`", *map(row.get, columns)] for stage, row in rows.items()])
     commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
-    return [shown, f"`python -m bench.workers --kills 20`: `local` with two workers, commit {commits}."]
+    return [
+        shown,
+        f"`python -m bench.workers --kills N`: `local` with two workers, N kills a stage; commits {commits}.",
+    ]
 
 
 def main() -> None:
