@@ -31,6 +31,7 @@ from bench import (
     scale,
     vlm,
     waiting,
+    workers,
 )
 from l2l_core.config import load_params
 from tools import reference
@@ -110,6 +111,7 @@ def test_the_readme_names_overrides_and_commands() -> None:
         "sam",
         "scale",
         "data_workers",
+        "workers",
     ],
 )
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
@@ -126,6 +128,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
         "sam": sam,
         "scale": scale,
         "data_workers": data_workers,
+        "workers": workers,
     }[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
@@ -134,7 +137,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
         case "rewards":
             document, text = rewards.DOCUMENT, rewards.table(pd.read_json(rewards.RESULTS, lines=True))
-        case "engines" | "waiting" | "imports" | "photo_priors" | "sam" | "scale" | "data_workers":
+        case "engines" | "waiting" | "imports" | "photo_priors" | "sam" | "scale" | "data_workers" | "workers":
             rows = [json.loads(line) for line in bench.RESULTS.read_text(encoding="utf-8").splitlines()]
             document, text = bench.DOCUMENT, bench.table(rows)
         case _:
