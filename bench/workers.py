@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,9 @@ def predict(params: Params, _: int | None) -> pa.Table:
     from l2l_core.artifacts import records
     from l2l_core.evaluation.predict import predict as predict_masks
 
-    return pa.concat_tables(predict_masks(params, records.round_folder(0) / "model", "round_0", [True, False]))
+    with ExitStack() as until_written:
+        model = records.round_folder(0) / "model"
+        return pa.concat_tables(predict_masks(params, model, "round_0", [True, False], until_written))
 
 
 STAGES = {"proposals": proposals, "select": select, "predict": predict}

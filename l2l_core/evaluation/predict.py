@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -31,29 +32,31 @@ def extend_history(params: Params, round_number: int) -> None:
     predictions.parquet (records.PREDICTIONS), pseudo_labels.parquet (records.PSEUDO_LABELS), training.csv, policy.csv.
     Reads no ground truth. Round 0 also holds the supervised-only model.
     """
-    folder = records.round_folder(round_number)
-    if round_number == 0:
-        predictions = predict(params, records.SUPERVISED_FOLDER / "model", "supervised", [False])
-        training = training_rows(records.SUPERVISED_FOLDER / "curves", "supervised")
-        labels = [records.PSEUDO_LABELS.empty_table()]
-        policy: Rows = []
-    else:
-        predictions, labels, training, policy = _history_of(round_number - 1)
-        labels.append(records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS))
-        policy += [{"round": str(round_number), **row} for row in read_rows(folder / "policy.csv")]
-    name = f"round_{round_number}"
-    predictions += predict(params, folder / "model", name, [True, False])
-    training += training_rows(folder / "curves", name)
-    _write_history(folder, predictions, labels, training, policy)
+    folder, name = records.round_folder(round_number), f"round_{round_number}"
+    with ExitStack() as until_written:
+        if round_number == 0:
+            supervised = records.SUPERVISED_FOLDER
+            predictions = predict(params, supervised / "model", "supervised", [False], until_written)
+            training = training_rows(supervised / "curves", "supervised")
+            labels = [records.PSEUDO_LABELS.empty_table()]
+            policy: Rows = []
+        else:
+            predictions, labels, training, policy = _history_of(round_number - 1)
+            labels.append(records.read_table(folder / "pseudo_labels.parquet", records.PSEUDO_LABELS))
+            policy += [{"round": str(round_number), **row} for row in read_rows(folder / "policy.csv")]
+        predictions += predict(params, folder / "model", name, [True, False], until_written)
+        training += training_rows(folder / "curves", name)
+        _write_history(folder, predictions, labels, training, policy)
 
 
 def add_distilled(params: Params, round_number: int) -> None:
     """Write history/ of the distilled model: a round's history plus this model's predictions without priors."""
     folder, name = records.DISTILLED_FOLDER, "distilled"
     predictions, labels, training, policy = _history_of(round_number)
-    predictions += predict(params, folder / "model", name, [False])
-    training += training_rows(folder / "curves", name)
-    _write_history(folder, predictions, labels, training, policy)
+    with ExitStack() as until_written:
+        predictions += predict(params, folder / "model", name, [False], until_written)
+        training += training_rows(folder / "curves", name)
+        _write_history(folder, predictions, labels, training, policy)
 
 
 def _history_of(round_number: int) -> tuple[list[pa.Table], list[pa.Table], Rows, Rows]:
@@ -77,10 +80,13 @@ def _write_history(
         write_rows(out / "policy.csv", POLICY_COLUMNS, policy)
 
 
-def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) -> list[pa.Table]:
+def predict(
+    params: Params, model: Path, name: str, with_prior: Sequence[bool], until_written: ExitStack
+) -> list[pa.Table]:
     """Masks of all evaluated sentences by one model (records.PREDICTIONS), for each entry of `with_prior`.
 
-    A killed call resumes: finished chunks stay in .scratch.
+    A killed call resumes: finished chunks stay in .scratch until `until_written` closes without an error. The caller
+    closes it after it has stored the result.
     """
     pairs = pairs_of(params, "eval", with_priors=any(with_prior))
     params = params.model_copy(update={"train": resolved_train(params.train)})
@@ -102,11 +108,11 @@ def predict(params: Params, model: Path, name: str, with_prior: Sequence[bool]) 
         start=partial(_start_predicting, params, model, with_prior),
     )
     masks = [[b""] * len(pairs) for _ in with_prior]
-    with scratch_folder("masks", fingerprint(name, settings, [model, *tables])) as folder:
-        for number, table in map_chunks(work, params.cluster, folder):
-            for row, found in zip(chunks[number].tolist(), table["masks"].to_pylist(), strict=True):
-                for some, mask in zip(masks, found, strict=True):
-                    some[row] = mask
+    folder = until_written.enter_context(scratch_folder("masks", fingerprint(name, settings, [model, *tables])))
+    for number, table in map_chunks(work, params.cluster, folder):
+        for row, found in zip(chunks[number].tolist(), table["masks"].to_pylist(), strict=True):
+            for some, mask in zip(masks, found, strict=True):
+                some[row] = mask
     count = len(pairs)
     columns = {
         "sent_id": pairs.sent_id,

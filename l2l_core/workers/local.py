@@ -50,7 +50,8 @@ def in_processes(job: Job, tasks: Iterator[Task], count: Callable[[int], object]
         running: set[Future[Result]] = {pool.submit(_run, task) for task in islice(tasks, 2 * workers)}
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+            # What is finished comes before what a killed worker broke, so that it is stored.
+            for future in sorted(done, key=lambda one: isinstance(one.exception(), BrokenProcessPool)):
                 try:
                     number, table = future.result()
                 except BrokenProcessPool:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -64,6 +66,23 @@ def test_history_grows_with_each_round(run):
     }
     labels = records.read_table(records.round_folder(1) / "history/pseudo_labels.parquet", records.PSEUDO_LABELS)
     assert labels.equals(records.read_table(records.round_folder(1) / "pseudo_labels.parquet", records.PSEUDO_LABELS))
+
+
+def test_a_killed_round_computes_no_finished_prediction_again(run, monkeypatch):
+    """The history of round 0 has two models: what the first one predicted is kept until both are stored."""
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("l2l_core.evaluation.predict._write_history", fail)
+        with pytest.raises(OSError, match="No space"):
+            extend_history(PARAMS, 0)
+    with monkeypatch.context() as computed:
+        computed.setattr("l2l_core.evaluation.predict._start_predicting", fail)
+        extend_history(PARAMS, 0)
+    assert len(predictions_of(0)) == 3 * len(sentences_of("eval"))
+    assert not list(Path(".scratch").glob("*/*"))
 
 
 def test_distilled_history_is_that_of_the_round_and_its_own_predictions_without_priors(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_labeling(run: Path) -> None:
 
 
 def predicted(cluster: ClusterParams) -> list[pa.Table]:
-    return predict(params_of(cluster, ["teacher"]), TEACHER, "round_0", [True, False])
+    with ExitStack() as until_written:
+        return predict(params_of(cluster, ["teacher"]), TEACHER, "round_0", [True, False], until_written)
 
 
 def test_prediction(run: Path) -> None:
