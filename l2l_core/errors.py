@@ -136,8 +136,8 @@ def writing(path: Path) -> Iterator[None]:
 def exit_code(main: Callable[[], None]) -> int:
     """Run a command line and return 0 on success.
 
-    An L2LError, a full disk and a lack of memory become one line `error: ...` on stderr and exit code 2, Ctrl-C one
-    line and 130. Other exceptions are faults of the program and pass.
+    An L2LError, a name that is too long for a file, a full disk and a lack of memory become one line `error: ...` on
+    stderr and exit code 2, Ctrl-C one line and 130. Other exceptions are faults of the program and pass.
     """
     try:
         main()
@@ -186,6 +186,8 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted; {SAFE}: rerun to resume"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return redacted(f"{short_repr(error.filename)}: got a name that is too long for a file, expected a shorter one")
     if _is_disk_full(error):
         place = Path(getattr(error, "filename", None) or ".")
         folder = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())

@@ -132,6 +132,15 @@ def test_messages_hold_no_keys_and_passwords(monkeypatch, text, expected):
     assert str(InputError(text)) == expected
 
 
+def test_a_name_that_is_too_long_for_a_file_is_one_line(capsys):
+    name = "x" * 5000
+    assert exit_code(lambda: print(Path(name).is_dir())) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 'xxx")
+    assert said.endswith("expected a shorter one\n")
+    assert len(said) < 300
+
+
 # --- a full disk, too little memory, Ctrl-C
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,7 +162,7 @@ def _distilled_miou(experiment: Experiment) -> dict[str, float]:
 @contextmanager
 def _files_of(name: str) -> Iterator[Path]:
     """A folder with the files of NEEDED that the experiment has."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # Path.is_dir raises for impossible names
         yield Path(name)
         return
     # Imported here: DVC takes a second to import, and a comparison of folders does not need it.
