@@ -84,7 +84,7 @@ def test_parameters_of_every_method_are_valid(method: str, tmp_path: Path) -> No
     no_round = method in ("warmup", "labels_only", "fully_supervised")
     assert params.round == (0 if no_round else 2)
     as_long_as_one_round = no_round and method != "warmup"
-    assert params.warmup.steps == (750 if as_long_as_one_round else 150)
+    assert params.warmup.steps == (1300 if as_long_as_one_round else 300)
     assert params.distill.steps == (1 if no_round else 300)
 
 
@@ -98,8 +98,8 @@ def test_benchmark_overrides_the_training_settings_of_params_yaml() -> None:
     }
     found = run.params(shorter)
     assert found == run.params(DEFAULTS)
-    assert (found["warmup"]["steps"], found["retrain"]["steps"]) == (150, 600)
-    assert (found["select"]["fold_steps"], found["select"]["fold_update_steps"]) == (100, 50)
+    assert (found["warmup"]["steps"], found["retrain"]["steps"]) == (300, 1000)
+    assert (found["select"]["fold_steps"], found["select"]["fold_update_steps"]) == (200, 100)
 
 
 def test_benchmark_fixes_all_settings_except_how_training_runs() -> None:
