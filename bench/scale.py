@@ -305,7 +305,7 @@ def environment() -> dict[str, str]:
 
 
 def child(*arguments: str, folder: Path = ROOT) -> str:
-    """What this script prints in a process of its own."""
+    """The output of this script, run in a separate process."""
     command = [sys.executable, "-m", "bench.scale", *arguments]
     return subprocess.run(command, cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, check=True).stdout
 

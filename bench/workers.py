@@ -180,7 +180,7 @@ def in_chunks(stage: str, params: Params, first: int | None, chunk: int) -> pa.T
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen[bytes]:
-    """A child at `work` in a process group of its own, with a project as its current folder."""
+    """A child at `work` in a separate process group, with a project as its current folder."""
     command = [sys.executable, "-m", "bench.workers", "--work", *map(str, arguments)]
     with (folder / LOG).open("wb") as log:
         return subprocess.Popen(

@@ -56,7 +56,7 @@ def map_chunks(work: Work, cluster: ClusterParams, folder: Path | None = None) -
     tasks = (Task(number, _name(work, number), work.load(number)) for number in waiting)
     job = Job(work.what, work.start, cluster, threads)
     with (
-        # Without a number of its own, this process and those that it starts keep what they have.
+        # Without `cpus_per_worker`, this process and its workers keep their number of threads.
         limited_threads(threads) if cluster.cpus_per_worker else nullcontext(),
         progress_counter(work.what, "sentence", total, total - left) as count,
     ):
