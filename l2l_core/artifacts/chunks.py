@@ -13,9 +13,7 @@ from l2l_core.core.progress import logger
 from l2l_core.errors import ArtifactError
 
 
-def read_chunk(
-    path: Path, schema: pa.Schema, again: str, is_expected: Callable[[pa.Table], bool] = lambda table: True
-) -> pa.Table | None:
+def read_chunk(path: Path, schema: pa.Schema, again: str, is_expected: Callable[[pa.Table], bool]) -> pa.Table | None:
     """Read a table of an interrupted run, or return None if it does not exist.
 
     A torn table, or one whose rows are not the expected ones, is moved aside with a note, and None is returned.
