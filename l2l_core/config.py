@@ -189,7 +189,8 @@ class PriorEngineParams(Section):
     chunk_size: PositiveInt
     """Requests stored at once. A kill loses at most this many, times data_parallel."""
     data_parallel: Literal["auto"] | PositiveInt
-    """Processes, each with its own model copy and tensor_parallel GPUs. auto: see `mllm.query.worker_count`."""
+    """Processes of this machine, or actors on Ray, each with its own model and tensor_parallel GPUs. auto: on this
+    machine, see `mllm.query.worker_count`."""
     tensor_parallel: PositiveInt
     """GPUs per model of the `vllm` backend."""
     memory_share: Annotated[float, Field(gt=0.0, le=1.0)]
@@ -483,14 +484,15 @@ class EvaluateParams(Section):
 
 
 class ClusterParams(Section):
-    """Where chunks of `proposals`, `select` and `predict` are computed (docs/scale.md). Not tracked by DVC.
+    """Where chunks of `query`, `proposals`, `select` and `predict` are computed (docs/scale.md). Not tracked by DVC.
 
     Their bytes depend on `cpus_per_worker`, as on OMP_NUM_THREADS, but on nothing else here.
     """
 
     executor: Literal["local", "ray"]
     workers: PositiveInt
-    """Processes (`local`; 1 computes in the stage's own process) or actors (`ray`), each with its own network."""
+    """Processes (`local`; 1 computes in the stage's own process) or actors (`ray`), each with its own network. Those of
+    `query` are `priors.engine.data_parallel`."""
     address: str | None
     """Of a running Ray cluster. null: `ray` starts one on this machine and stops it at the end."""
     cpus_per_worker: PositiveInt | None

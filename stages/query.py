@@ -20,7 +20,7 @@ def main() -> None:
     questions = make_questions(records.INDEX, params.priors.samples)
     make = partial(make_backend, params.priors, records.INDEX)
     with scratch_folder("query", query_key(params.priors, records.INDEX)) as folder:
-        responses = query_all(make, questions, folder, params.priors)
+        responses = query_all(make, questions, folder, params.priors, params.cluster)
         records.write_table(responses, records.RESPONSES_PATH, records.RESPONSES)
 
 

@@ -77,8 +77,7 @@ class OpenAIEngine:
             reason = getattr(error.args[0], "reason", None) if error.args else None
             if isinstance(reason, NewConnectionError):
                 raise InputError(
-                    f"{self._url}: no server listens there; start one or set priors.engine.server_url. "
-                    "Stored responses are kept: rerun to resume"
+                    f"{self._url}: no server listens there; start one or set priors.engine.server_url"
                 ) from None
             return Completion("", failure=type(reason or error).__name__)
         except (http.RequestException, HTTPError) as error:

@@ -84,8 +84,7 @@ class VllmEngine:
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":  # its module differs between versions
                 raise InputError(
-                    "vLLM's engine has died (see its messages above; often too little memory: priors.engine). "
-                    "Stored responses are kept: rerun to resume"
+                    "vLLM's engine has died (see its messages above; often too little memory: priors.engine)"
                 ) from None
             raise
         return [

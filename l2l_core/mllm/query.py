@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.queues import Queue
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from l2l_core.artifacts import records
 from l2l_core.artifacts.chunks import read_chunk
-from l2l_core.config import LIVE_BACKENDS, PriorsParams
+from l2l_core.config import LIVE_BACKENDS, ONE_PROCESS, ClusterParams, PriorsParams
 from l2l_core.core.files import files_state, folder_state
 from l2l_core.core.memory import available_bytes
 from l2l_core.core.progress import LOG_INTERVAL_S, logger
-from l2l_core.core.threads import thread_count
-from l2l_core.core.worker_process import begin_worker, make_ranks
+from l2l_core.core.threads import limited_threads, thread_count
 from l2l_core.errors import ConfigError, InputError
 from l2l_core.mllm.backend import PriorBackend, Question, RawResponse, clean_text
 from l2l_core.mllm.coords import COORD_SPACES, resolve_coord_space
@@ -37,6 +34,8 @@ from l2l_core.mllm.image_backend import ImageBackend
 from l2l_core.mllm.prompt import prompt_sha256
 from l2l_core.mllm.replay import ReplayBackend, load_recorded, mask_files
 from l2l_core.mllm.simulated import SimulatedBackend, make_truth, preset_coord_space
+from l2l_core.workers.chunks import executor_of
+from l2l_core.workers.executor import Compute, Job, Task, Workers
 
 MIN_CHUNK_TO_STOP = 8
 """If all requests of a chunk of at least this size fail, the engine is assumed to be broken, and the stage stops."""
@@ -45,6 +44,11 @@ SMALL_BYTES = 1 << 28
 """Size of a model folder: below it, a copy in each process needs little memory."""
 WORKER_BYTES = 1 << 30
 """Memory of a process with a small model, rounded up: Python, PyTorch, and the images of this and the next chunk."""
+
+COMPUTING_BACKENDS = ("transformers", "vllm", "detector")
+"""They run the model in their own process, and use `tensor_parallel` GPUs if there are any."""
+VALID = pa.field("is_valid", pa.bool_())
+"""A column of a queried chunk that is not stored: whether the response follows the prompt."""
 
 MakeBackend = Callable[[], PriorBackend]
 
@@ -143,11 +147,17 @@ def query_key(params: PriorsParams, index: records.IndexPaths) -> str:
     return digest.hexdigest()[:16]
 
 
-def query_all(make: MakeBackend, questions: Sequence[Question], folder: Path, params: PriorsParams) -> pa.Table:
+def query_all(
+    make: MakeBackend,
+    questions: Sequence[Question],
+    folder: Path,
+    params: PriorsParams,
+    cluster: ClusterParams = ONE_PROCESS,
+) -> pa.Table:
     """Query every question -> table records.RESPONSES, one row per (sent_id, sample_index), sorted by them.
 
     Each chunk is stored in `folder` as soon as it is complete; stored chunks are not queried again.
-    make: builds the backend, in this process or in each of `engine.data_parallel` others (then it must be picklable).
+    make: builds the backend, in this process or in each of several `query_workers` (then it must be picklable).
     Raises L2LError if the backend cannot be built, returns no response at all or is killed; stored chunks stay.
     """
     size = params.engine.chunk_size
@@ -158,10 +168,11 @@ def query_all(make: MakeBackend, questions: Sequence[Question], folder: Path, pa
     in_log = not sys.stderr.isatty()
     with tqdm(total=len(questions), initial=stored, desc="query", unit="request", disable=in_log, mininterval=1) as bar:
         rates, received, last_logged = _Rates(), stored, time.monotonic()
-        for done in _query_chunks(make, waiting, params):
-            rates.add(done)
-            received += done.responses
-            bar.update(done.responses)
+        for chunk, responses in _query_chunks(make, waiting, params, cluster):
+            records.write_table(responses.drop_columns(VALID.name), chunk.path, records.RESPONSES)
+            rates.add(responses)
+            received += len(responses)
+            bar.update(len(responses))
             bar.set_postfix_str(str(rates), refresh=False)
             if in_log and time.monotonic() - last_logged >= LOG_INTERVAL_S:
                 last_logged = time.monotonic()
@@ -190,6 +201,11 @@ class _Chunk:
         """Named after the questions: other chunk sizes or sentences give another file."""
         return self.folder / f"{hashlib.sha256(repr(list(self.questions)).encode()).hexdigest()[:24]}.parquet"
 
+    @property
+    def shown(self) -> str:
+        """In messages."""
+        return f"{len(self.questions)} sentences from sent_id {self.questions[0].sent_id} on"
+
     def is_stored(self) -> bool:
         """Whether all its responses are stored. A torn file, or one with other rows, is moved aside with a note."""
         expected = sorted((question.sent_id, question.sample_index) for question in self.questions)
@@ -201,15 +217,6 @@ class _Chunk:
         return read_chunk(self.path, records.RESPONSES, "querying again", is_expected) is not None
 
 
-@dataclass(frozen=True)
-class _Done:
-    """Statistics of one finished chunk."""
-
-    responses: int
-    valid: int
-    tokens: int
-
-
 class _Rates:
     """Speed and yield since the start of this run."""
 
@@ -217,10 +224,11 @@ class _Rates:
         self._started = time.monotonic()
         self._responses = self._valid = self._tokens = 0
 
-    def add(self, done: _Done) -> None:
-        self._responses += done.responses
-        self._valid += done.valid
-        self._tokens += done.tokens
+    def add(self, responses: pa.Table) -> None:
+        """Of a finished chunk, with the column VALID."""
+        self._responses += len(responses)
+        self._valid += pc.sum(responses[VALID.name]).as_py()
+        self._tokens += sum(pc.sum(responses[name]).as_py() for name in ("prompt_tokens", "completion_tokens"))
 
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-3)
@@ -229,38 +237,53 @@ class _Rates:
         return f"{self._responses / seconds:.1f} requests/s, {tokens}{valid:.1f} % valid"
 
 
-def _query_chunks(make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParams) -> Iterable[_Done]:
-    """Query and store the chunks; the order is free, since chunks are independent."""
+def _query_chunks(
+    make: MakeBackend, chunks: Sequence[_Chunk], params: PriorsParams, cluster: ClusterParams
+) -> Iterator[tuple[_Chunk, pa.Table]]:
+    """Query the chunks -> their responses, with the column VALID, in any order."""
     if not chunks:
         return
-    _refuse_too_few_gpus(params)
-    workers = min(worker_count(params), len(chunks))
-    if workers == 1:
-        backend = make()
-        yield from (_query_chunk(backend, chunk, following) for chunk, following in _with_following(chunks, 1))
-        return
-    # spawn: CUDA does not survive a fork.
-    context = get_context("spawn")
-    threads = max(1, thread_count() // workers)
-    start = (make, make_ranks(context, workers), params.engine.tensor_parallel, threads)
-    with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:
-        # Which worker gets which chunk is not fixed; with chunks of similar length, it is every `workers`-th.
-        waiting = [pool.submit(_query_in_worker, *pair) for pair in _with_following(chunks, workers)]
-        try:
-            yield from (future.result() for future in as_completed(waiting))
-        except BrokenProcessPool:
-            raise InputError(
-                "a query process was killed, most often because memory ran out (set priors.engine.data_parallel or "
-                "batch_size to a smaller number); stored responses are kept: rerun to resume"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    workers = query_workers(params, cluster, len(chunks))
+    # Which worker gets which chunk is not fixed; with chunks of similar length, it is every `count`-th.
+    following = [*(chunk.questions for chunk in chunks[workers.count :]), *[()] * workers.count]
+    tasks = (
+        Task(number, f"query: {chunk.shown}", (chunk.questions, after))
+        for number, (chunk, after) in enumerate(zip(chunks, following, strict=True))
+    )
+    job = Job("query", partial(_start_querying, make), workers)
+    with limited_threads(workers.threads) if workers.count > 1 else nullcontext():
+        for number, responses in executor_of(workers)(job, tasks, lambda rows: None):
+            yield chunks[number], responses
 
 
-def _with_following(chunks: Sequence[_Chunk], step: int) -> list[tuple[_Chunk, Sequence[Question]]]:
-    """Each chunk with the questions of the next chunk in the same process."""
-    following = [*(chunk.questions for chunk in chunks[step:]), *[()] * step]
-    return list(zip(chunks, following, strict=False))
+def query_workers(params: PriorsParams, cluster: ClusterParams, chunks: int) -> Workers:
+    """Processes of this machine or actors on Ray, at most one per chunk.
+
+    Raises ConfigError if this machine has too few GPUs for its processes.
+    """
+    engine, is_local = params.engine, not queries_on_ray(params, cluster)
+    if is_local:
+        _refuse_too_few_gpus(params)
+    count = min(worker_count(params), chunks)
+    share = max(1, thread_count() // count)
+    computes = params.backend in COMPUTING_BACKENDS and engine.device != "cpu"
+    return Workers(
+        executor="local" if is_local else "ray",
+        count=count,
+        threads=share if is_local else cluster.cpus_per_worker or share,
+        gpus=engine.tensor_parallel if computes else 0,
+        address=cluster.address,
+        fewer="priors.engine.data_parallel or batch_size",
+        fewer_gpus="priors.engine.tensor_parallel, set priors.engine.device to cpu",
+    )
+
+
+def queries_on_ray(params: PriorsParams, cluster: ClusterParams) -> bool:
+    """Whether `query` needs Ray: for a given number of engines, but not for the requests to a server.
+
+    The server's key stays on this machine.
+    """
+    return cluster.executor == "ray" and params.engine.data_parallel != "auto" and params.backend != "openai"
 
 
 def worker_count(params: PriorsParams) -> int:
@@ -289,12 +312,7 @@ def _refuse_too_few_gpus(params: PriorsParams) -> None:
     """Processes without a GPU would silently compute on the CPU."""
     engine = params.engine
     processes = engine.data_parallel
-    if (
-        params.backend not in ("transformers", "vllm", "detector")
-        or engine.device == "cpu"
-        or processes == "auto"
-        or processes == 1
-    ):
+    if params.backend not in COMPUTING_BACKENDS or engine.device == "cpu" or processes == "auto" or processes == 1:
         return
     import torch  # not at the top: recorded and simulated responses need no torch
 
@@ -306,40 +324,30 @@ def _refuse_too_few_gpus(params: PriorsParams) -> None:
         )
 
 
-def _query_chunk(backend: PriorBackend, chunk: _Chunk, following: Sequence[Question]) -> _Done:
-    if isinstance(backend, ImageBackend):
-        responses = backend.query(chunk.questions, following)
-    else:
-        responses = backend.query(chunk.questions)
+def _start_querying(make: MakeBackend) -> Compute:
+    """The querying of a chunk: its questions and the following ones -> its responses, with the column VALID."""
+    backend = make()
+
+    def query(data: tuple[Sequence[Question], Sequence[Question]]) -> Iterator[pa.Table]:
+        questions, following = data
+        if isinstance(backend, ImageBackend):
+            responses = backend.query(questions, following)
+        else:
+            responses = backend.query(questions)
+        _refuse_only_errors(backend.name, responses)
+        valid = pa.array([response.is_valid for response in responses], VALID.type)
+        yield _to_table(backend.name, questions, responses).append_column(VALID, valid)
+
+    return query
+
+
+def _refuse_only_errors(backend: str, responses: Sequence[RawResponse]) -> None:
     failed = [response.reason for response in responses if response.failure == "error"]
     if len(failed) == len(responses) >= MIN_CHUNK_TO_STOP:
         reason, _ = Counter(failed).most_common(1)[0]
         raise InputError(
-            f"priors.backend {backend.name}: {len(responses)} consecutive requests failed, most with {reason!r} "
-            f"(the first is sent_id {chunk.questions[0].sent_id}); stored responses are kept: rerun to resume"
+            f"priors.backend {backend}: {len(responses)} consecutive requests failed, most with {reason!r}"
         )
-    records.write_table(_to_table(backend.name, chunk.questions, responses), chunk.path, records.RESPONSES)
-    tokens = sum(response.prompt_tokens + response.completion_tokens for response in responses)
-    return _Done(len(responses), sum(response.is_valid for response in responses), tokens)
-
-
-_make: MakeBackend
-_backend: PriorBackend | None = None
-"""Backend of a worker process, used for its whole lifetime."""
-
-
-def _start_worker(make: MakeBackend, ranks: Queue[int], tensor_parallel: int, threads: int) -> None:
-    global _make
-    _make = make
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # PyTorch is loaded later and reads it then
-    begin_worker(ranks, tensor_parallel)
-
-
-def _query_in_worker(chunk: _Chunk, following: Sequence[Question]) -> _Done:
-    global _backend
-    if _backend is None:  # not in _start_worker: exceptions raised there do not reach the user
-        _backend = _make()
-    return _query_chunk(_backend, chunk, following)
 
 
 def _to_table(backend: str, questions: Sequence[Question], responses: Sequence[RawResponse]) -> pa.Table:

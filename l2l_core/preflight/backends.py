@@ -18,7 +18,7 @@ from l2l_core.errors import ConfigError, InputError, redacted
 from l2l_core.mllm.coords import resolve_coord_space
 from l2l_core.mllm.engine_openai import KEY_VARIABLE, api_key
 from l2l_core.mllm.interpreter import has_package
-from l2l_core.mllm.query import make_backend, make_questions, query_table
+from l2l_core.mllm.query import make_backend, make_questions, queries_on_ray, query_table
 from l2l_core.mllm.replay import ReplayBackend, load_recorded
 from l2l_core.model.encoders import ENCODER_FOLDERS, TINY
 from l2l_core.model.packaged import PACKAGED, packaged_file
@@ -48,6 +48,12 @@ def describe_cluster(params: Params) -> str:
     cluster, threads = params.cluster, worker_threads(params.cluster)
     if cluster.executor == "ray":
         require_ray()
+        if queries_on_ray(params.priors, cluster) and not has_package(params.priors.engine.python, "ray"):
+            raise ConfigError(
+                f"params.yaml: priors.engine.python: {params.priors.engine.python!r} has no Ray, which query needs "
+                "because cluster.executor is ray: install the cluster's version there, or set "
+                "priors.engine.data_parallel to auto"
+            )
     check_gpus(cluster, choose_device(params.train.engine.device).type)
     line = f"{cluster.workers} ({cluster.executor}), {threads} threads each"
     wanted, cores = cluster.workers * threads, usable_cores()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -18,7 +18,7 @@ from l2l_core.config import ClusterParams
 from l2l_core.core.progress import progress_counter
 from l2l_core.core.threads import limited_threads, thread_count
 from l2l_core.errors import ConfigError
-from l2l_core.workers.executor import Executor, Job, Start, Task
+from l2l_core.workers.executor import Executor, Job, Start, Task, Workers
 from l2l_core.workers.local import in_processes, in_this_process
 
 IDS_SHOWN = 5
@@ -42,7 +42,6 @@ def map_chunks(work: Work, cluster: ClusterParams, folder: Path | None = None) -
     rows depend on; finished chunks are stored there, and a later call reads them. None stores nothing. A torn chunk is
     moved aside and computed again.
     """
-    threads = worker_threads(cluster)
     waiting = []
     for number in range(len(work.ids)):
         table = None if folder is None else _stored(work, folder, number)
@@ -54,13 +53,16 @@ def map_chunks(work: Work, cluster: ClusterParams, folder: Path | None = None) -
         return
     total, left = (sum(len(work.ids[number]) for number in some) for some in (range(len(work.ids)), waiting))
     tasks = (Task(number, _name(work, number), work.load(number)) for number in waiting)
-    job = Job(work.what, work.start, cluster, threads)
+    workers = workers_of(cluster)
+    if workers.executor == "local":
+        workers = replace(workers, count=min(workers.count, len(waiting)))
+    job = Job(work.what, work.start, workers)
     with (
         # Without `cpus_per_worker`, this process and its workers keep their number of threads.
-        limited_threads(threads) if cluster.cpus_per_worker else nullcontext(),
+        limited_threads(workers.threads) if cluster.cpus_per_worker else nullcontext(),
         progress_counter(work.what, "sentence", total, total - left) as count,
     ):
-        for number, table in _executor(cluster, len(waiting))(job, tasks, count):
+        for number, table in executor_of(workers)(job, tasks, count):
             assert _has_rows(work, number, table), f"{work.what}: chunk {number} has other rows"
             if folder is not None:
                 write_table(table, folder / f"{number}.parquet", work.schema)
@@ -70,6 +72,24 @@ def map_chunks(work: Work, cluster: ClusterParams, folder: Path | None = None) -
 def worker_threads(cluster: ClusterParams) -> int:
     """Threads of each worker. With another number, sums of floats can differ in their last bits."""
     return cluster.cpus_per_worker or thread_count()
+
+
+def workers_of(cluster: ClusterParams) -> Workers:
+    """The workers that the parameters name."""
+    return Workers(cluster.executor, cluster.workers, worker_threads(cluster), cluster.gpus_per_worker, cluster.address)
+
+
+def executor_of(workers: Workers) -> Executor:
+    """The executor that `workers` names. A single local worker is this process."""
+    match workers.executor:
+        case "local":
+            return in_this_process if workers.count == 1 else in_processes
+        case "ray":
+            from l2l_core.workers.on_ray import on_ray  # Ray is optional
+
+            return on_ray
+        case _:
+            assert_never(workers.executor)
 
 
 def check_gpus(cluster: ClusterParams, device: str) -> None:
@@ -95,15 +115,3 @@ def _name(work: Work, number: int) -> str:
     ids = work.ids[number].tolist()
     more = f", ... ({len(ids)} sentences)" if len(ids) > IDS_SHOWN else ""
     return f"{work.what}: sent_id {', '.join(map(str, ids[:IDS_SHOWN]))}{more}"
-
-
-def _executor(cluster: ClusterParams, chunks: int) -> Executor:
-    match cluster.executor:
-        case "local":
-            return in_this_process if min(cluster.workers, chunks) == 1 else in_processes
-        case "ray":
-            from l2l_core.workers.on_ray import on_ray  # Ray is optional
-
-            return on_ray
-        case _:
-            assert_never(cluster.executor)

@@ -6,11 +6,10 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 
-from l2l_core.config import ClusterParams
 from l2l_core.errors import ConfigError, L2LError, explain
 
 KEPT = "finished chunks are kept: rerun to resume"
@@ -31,13 +30,25 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Workers:
+    """The processes that compute, and what each of them has."""
+
+    executor: Literal["local", "ray"]
+    count: int
+    threads: int
+    gpus: int
+    address: str | None = None  # of a running Ray cluster
+    fewer: str = "cluster.workers"  # what a message advises to lower if memory runs out
+    fewer_gpus: str = "cluster.gpus_per_worker"  # if no node has so many
+
+
+@dataclass(frozen=True)
 class Job:
     """How all chunks of a stage are computed."""
 
     what: str  # names the work in messages
     start: Start
-    cluster: ClusterParams
-    threads: int  # of each worker
+    workers: Workers
 
 
 class Executor(Protocol):

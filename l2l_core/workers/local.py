@@ -33,15 +33,13 @@ def in_this_process(job: Job, tasks: Iterator[Task], count: Callable[[int], obje
 
 
 def in_processes(job: Job, tasks: Iterator[Task], count: Callable[[int], object]) -> Iterator[Result]:
-    """An `Executor` with `cluster.workers` processes, which inherit this process's number of threads.
+    """An `Executor` with a process for each worker, which inherit this process's number of threads.
 
     Raises L2LError if one is killed.
     """
-    workers = job.cluster.workers
+    workers = job.workers.count
     context = get_context("spawn")  # CUDA does not survive a fork
-    pool = ProcessPoolExecutor(
-        workers, context, _begin, (job.start, make_ranks(context, workers), job.cluster.gpus_per_worker)
-    )
+    pool = ProcessPoolExecutor(workers, context, _begin, (job.start, make_ranks(context, workers), job.workers.gpus))
     others = set(active_children())
     failure: Exception | None = None
     finished = False
@@ -67,8 +65,8 @@ def in_processes(job: Job, tasks: Iterator[Task], count: Callable[[int], object]
         finished = True
     except BrokenProcessPool:
         raise L2LError(
-            f"{job.what}: a worker process was killed, most often because memory ran out (set cluster.workers to a "
-            f"smaller number); {KEPT}"
+            f"{job.what}: a worker process was killed, most often because memory ran out (lower {job.workers.fewer}); "
+            f"{KEPT}"
         ) from None
     finally:
         if not finished:  # a killed worker, Ctrl-C, or a full disk: chunks that run now would be lost

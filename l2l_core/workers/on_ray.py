@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,10 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from l2l_core.config import ClusterParams
 from l2l_core.core.files import CODE_ROOT
 from l2l_core.errors import ConfigError, InputError, L2LError
-from l2l_core.workers.executor import KEPT, Compute, Job, Start, Task, compute_parts
+from l2l_core.workers.executor import KEPT, Compute, Job, Start, Task, Workers, compute_parts
 
 RESTARTS = 5
 """How often Ray replaces a worker that died or whose node was lost. A chunk that always kills its worker thus ends the
@@ -28,22 +28,24 @@ CONNECT_S = 10.0
 
 
 def on_ray(job: Job, tasks: Iterator[Task], count: Callable[[int], object]) -> Iterator[tuple[int, pa.Table]]:
-    """An `Executor` with `cluster.workers` actors, on the cluster at `cluster.address` or on one of this machine.
+    """An `Executor` with an actor for each worker, on the cluster at their address or on one of this machine.
 
     Raises ConfigError if Ray is missing or the cluster cannot be used, L2LError if workers die again and again.
     """
-    with _cluster(job.cluster, job.threads) as ray:
+    workers = job.workers
+    with _cluster(workers) as ray:
         from ray.util import ActorPool
 
-        variables = {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": _python_path()}
+        variables = {"OMP_NUM_THREADS": str(workers.threads), "PYTHONPATH": _python_path()}
         worker = ray.remote(_Worker).options(
-            num_cpus=job.threads,
-            num_gpus=job.cluster.gpus_per_worker,
+            num_cpus=workers.threads,
+            num_gpus=workers.gpus,
             max_restarts=RESTARTS,
             max_task_retries=-1,
-            runtime_env={"env_vars": variables},
+            # The same Python on each node: `query` may run in another environment than the cluster.
+            runtime_env={"env_vars": variables, "py_executable": sys.executable},
         )
-        pool = ActorPool([worker.remote(job.start, str(Path.cwd())) for _ in range(job.cluster.workers)])
+        pool = ActorPool([worker.remote(job.start, str(Path.cwd())) for _ in range(workers.count)])
         failure: Exception | None = None
         while True:
             while failure is None and pool.has_free() and (task := next(tasks, None)) is not None:
@@ -119,7 +121,7 @@ def _reach(address: str | None) -> None:
 
 
 @contextmanager
-def _cluster(cluster: ClusterParams, threads: int) -> Iterator[Any]:
+def _cluster(workers: Workers) -> Iterator[Any]:
     """The module `ray`, connected to a cluster with room for at least one worker."""
     # The driver's choice of device counts (Work), so that Ray need not hide the GPUs of workers without one.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -127,23 +129,27 @@ def _cluster(cluster: ClusterParams, threads: int) -> Iterator[Any]:
     require_ray()
     import ray
 
-    own = {"num_cpus": cluster.workers * threads, "include_dashboard": False} if cluster.address is None else {}
+    address = workers.address
+    own = {"num_cpus": workers.count * workers.threads, "include_dashboard": False} if address is None else {}
     try:
-        _reach(cluster.address)
-        ray.init(address=cluster.address or "local", log_to_driver=False, logging_level="WARNING", **own)
+        _reach(address)
+        ray.init(address=address or "local", log_to_driver=False, logging_level="WARNING", **own)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"params.yaml: cluster.address: got {cluster.address!r}, expected a Ray cluster with this version of Ray "
+            f"params.yaml: cluster.address: got {address!r}, expected a Ray cluster with this version of Ray "
             f"and Python: {reason}"
         ) from None
     try:
-        for resource, wanted in (("CPU", threads), ("GPU", cluster.gpus_per_worker)):
+        for resource, wanted, fewer in (
+            ("CPU", workers.threads, "cluster.cpus_per_worker"),
+            ("GPU", workers.gpus, workers.fewer_gpus),
+        ):
             found = ray.cluster_resources().get(resource, 0)
             if wanted > found:
                 raise ConfigError(
-                    f"params.yaml: cluster.{resource.lower()}s_per_worker: a worker needs {wanted}, but the "
-                    f"Ray cluster has {found:g}; lower it or add nodes"
+                    f"params.yaml: a worker needs {wanted} {resource}s, but the Ray cluster has {found:g}: lower "
+                    f"{fewer} or add nodes"
                 )
         yield ray
     finally:

@@ -132,7 +132,7 @@ def test_scoring_and_learning_stages_never_depend_on_hidden_ground_truth(name):
 
 
 WITHOUT_EFFECT: dict[str, set[str]] = {
-    "query": {"priors.engine"},
+    "query": {"priors.engine", "cluster"},
     "proposals": {"priors.engine", "cluster"},
     "predict": {"train.engine", "cluster"},
     "predict-distilled": {"train.engine", "cluster"},

@@ -149,7 +149,7 @@ def test_an_unreachable_server_stops_the_run() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(InputError, match=r"no server listens there; .*priors\.engine\.server_url.*rerun to resume"):
+    with pytest.raises(InputError, match=r"no server listens there; .*priors\.engine\.server_url$"):
         engine(f"http://127.0.0.1:{port}/v1").generate([request("cup")])
 
 

@@ -67,7 +67,7 @@ def test_passes_the_configured_settings_to_vllm() -> None:
 
 @pytest.mark.usefixtures("_installed")
 def test_a_dead_engine_stops_the_run() -> None:
-    with pytest.raises(InputError, match=r"engine has died .*rerun to resume"):
+    with pytest.raises(InputError, match=r"engine has died .*priors\.engine\)$"):
         engine().generate([Request(Image.new("RGB", (28, 28)), "cup", None, 0.5, 9, 64)])
 
 

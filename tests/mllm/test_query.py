@@ -6,11 +6,11 @@ import hashlib
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 
 import pandas as pd
 import pytest
@@ -19,18 +19,18 @@ import yaml
 from prior_tables import ROOT, Index, collect_priors, image_row, prior_params, random_scenes, ref_row
 
 from l2l_core.artifacts import records
-from l2l_core.config import PriorsParams
-from l2l_core.errors import ConfigError, InputError
+from l2l_core.config import ONE_PROCESS, ClusterParams, PriorsParams
+from l2l_core.errors import ConfigError, InputError, L2LError
 from l2l_core.mllm.backend import Question, RawResponse
 from l2l_core.mllm.query import (
     MIN_CHUNK_TO_STOP,
     SMALL_BYTES,
-    _start_worker,
     make_backend,
     make_questions,
     query_all,
     query_key,
     query_table,
+    query_workers,
     worker_count,
 )
 from l2l_core.priors.table import interpret
@@ -320,41 +320,48 @@ def test_a_worker_error_is_reported_in_one_line(tmp_path: Path) -> None:
         query_all(partial(make_backend, params, index), make_questions(index, 1), tmp_path, params)
 
 
-@pytest.mark.parametrize(
-    ("listed", "expected"), [("", [""] * 2), ("4,6", ["4", "6"]), (None, ["0", "1"])], ids=["hidden", "listed", "all"]
-)
-def test_each_worker_sees_only_its_own_visible_gpu(
-    monkeypatch: pytest.MonkeyPatch, listed: str | None, expected: list[str]
-) -> None:
-    seen = []
-    for rank in range(2):
-        ranks: SimpleQueue[int] = SimpleQueue()
-        ranks.put(rank)
-        with monkeypatch.context() as patch:
-            patch.setenv("OMP_NUM_THREADS", "1")
-            patch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
-            if listed is None:
-                patch.delenv("CUDA_VISIBLE_DEVICES")
-            _start_worker(Echo, ranks, 1, 1)  # type: ignore[arg-type]
-            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-            os.environ.pop("CUDA_VISIBLE_DEVICES")
-    assert seen == expected
-
-
+@dataclass
 class Killed(Echo):
-    """Kills its own process, as the out-of-memory killer does."""
+    """Kills its own process at a sentence, once so many files are in the folder, as the out-of-memory killer might."""
+
+    at: str = ""
+    folder: Path = Path()
+    files: int = 0
 
     def query(self, questions: Sequence[Question]) -> list[RawResponse]:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if any(question.sentence == self.at for question in questions):
+            while len(list(self.folder.glob("*.parquet"))) < self.files:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().query(questions)
 
 
-def test_a_killed_worker_is_reported_in_one_line_and_keeps_stored_chunks(tmp_path: Path) -> None:
+def test_a_killed_worker_loses_only_its_own_chunk(tmp_path: Path) -> None:
+    """The worker of the first chunk dies when the other has finished all others."""
     params = prior_params(engine={"chunk_size": 2, "data_parallel": 2})
-    query_all(Echo, questions(4), tmp_path, params)
-    with pytest.raises(InputError, match=r"^a query process was killed, .* rerun to resume$"):
-        query_all(Killed, questions(8), tmp_path, params)
-    assert len(list(tmp_path.iterdir())) == 2
+    make = partial(Killed, at="thing 0", folder=tmp_path, files=4)
+    with pytest.raises(
+        L2LError,
+        match=r"^query: a worker process was killed, .*\(lower priors\.engine\.data_parallel or .* rerun to resume$",
+    ):
+        query_all(make, questions(10), tmp_path, params)
+    assert len(list(tmp_path.iterdir())) == 4
+    rest = Echo()
+    one = prior_params(engine={"chunk_size": 2})
+    assert query_all(lambda: rest, questions(10), tmp_path, one) == query_table(Echo(), questions(10))
+    assert rest.queried == [[0, 1]]
+
+
+def test_a_faulty_backend_is_named_with_the_sentences_of_its_chunk(tmp_path: Path) -> None:
+    class Faulty(Echo):
+        def query(self, questions: Sequence[Question]) -> list[RawResponse]:
+            raise ValueError("broken\nvalue")
+
+    params = prior_params(engine={"chunk_size": 3})
+    with pytest.raises(
+        L2LError, match=r"^query: 3 sentences from sent_id 0 on: ValueError: broken value \(at test_query"
+    ):
+        query_all(Faulty, questions(5), tmp_path, params)
 
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm", "detector"])
@@ -366,6 +373,47 @@ def test_refuses_more_processes_than_the_gpus_allow(
     params = prior_params(backend=backend, model="Qwen2.5-VL-7B", engine=engine)
     with pytest.raises(ConfigError, match=r"data_parallel 2 x tensor_parallel 2 needs 4 GPUs, torch sees 3"):
         query_all(Echo, questions(4), tmp_path, params)
+    on_ray = ClusterParams.model_validate(ONE_PROCESS.model_dump() | {"executor": "ray"})
+    assert query_workers(params, on_ray, chunks=9).gpus == 2  # this machine's GPUs do not count
+
+
+@pytest.mark.parametrize(
+    ("backend", "engine", "expected"),
+    [
+        ("vllm", {"data_parallel": 32, "tensor_parallel": 2}, ("ray", 32, 4, 2)),
+        ("transformers", {"data_parallel": 1}, ("ray", 1, 4, 1)),
+        ("detector", {"data_parallel": 40, "device": "cpu"}, ("ray", 32, 4, 0)),  # no more than chunks
+        ("simulated", {"data_parallel": 2}, ("ray", 2, 4, 0)),
+        ("vllm", {"data_parallel": "auto"}, ("local", 1, 6, 1)),  # no number: this machine's choice
+        ("openai", {"data_parallel": 3}, ("local", 3, 2, 0)),  # the key of the server stays here
+    ],
+)
+def test_a_given_number_of_engines_runs_on_ray(
+    monkeypatch: pytest.MonkeyPatch, backend: str, engine: dict[str, object], expected: tuple[str, int, int, int]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    changes = {"executor": "ray", "address": "auto", "cpus_per_worker": 4, "workers": 7, "gpus_per_worker": 3}
+    cluster = ClusterParams.model_validate(ONE_PROCESS.model_dump() | changes)
+    workers = query_workers(prior_params(backend=backend, model="Qwen2.5-VL-7B", engine=engine), cluster, chunks=32)
+    assert (workers.executor, workers.count, workers.threads, workers.gpus) == expected
+    assert workers.address == "auto"
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.filterwarnings("ignore")
+def test_two_actors_of_an_own_ray_cluster_give_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    index = random_scenes(images=20).save(tmp_path)
+    files = []
+    for count, executor in ((1, "local"), (2, "ray")):
+        params = prior_params(engine={"chunk_size": 9, "data_parallel": count})
+        cluster = ClusterParams.model_validate(ONE_PROCESS.model_dump() | {"executor": executor})
+        (folder := tmp_path / executor).mkdir()
+        table = query_all(partial(make_backend, params, index), make_questions(index, 1), folder, params, cluster)
+        records.write_table(table, folder / "responses", records.RESPONSES)
+        files.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert len(files[0]) > 4
+    assert files[0] == files[1]
 
 
 # Invalidation of stored responses

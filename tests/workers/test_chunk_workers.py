@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from queue import SimpleQueue
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from toy_work import CHUNKS, IDS, PATHS, SQUARES, attempts, cluster_of, squares,
 
 from l2l_core.config import ClusterParams
 from l2l_core.core.threads import limited_threads, thread_count
+from l2l_core.core.worker_process import begin_worker
 from l2l_core.errors import ConfigError, InputError, L2LError
 from l2l_core.preflight.backends import describe_cluster
 from l2l_core.workers.chunks import check_gpus, map_chunks
@@ -220,6 +222,26 @@ def test_workers_on_cuda_need_a_gpu_each() -> None:
             check_gpus(cluster, "cuda")
     check_gpus(cluster_of(1), "cuda")
     check_gpus(cluster_of(2, gpus_per_worker=1), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [("", [""] * 2), ("4,6", ["4", "6"]), (None, ["0", "1"])], ids=["hidden", "listed", "all"]
+)
+def test_each_worker_sees_only_its_own_visible_gpu(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, expected: list[str]
+) -> None:
+    seen = []
+    for rank in range(2):
+        ranks: SimpleQueue[int] = SimpleQueue()
+        ranks.put(rank)
+        with monkeypatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", listed or "")
+            if listed is None:
+                patch.delenv("CUDA_VISIBLE_DEVICES")
+            begin_worker(ranks, 1)  # type: ignore[arg-type]
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+    assert seen == expected
 
 
 def test_check_names_a_missing_ray_and_too_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,9 @@ def test_explains_a_node_without_the_code(cluster: Any, traces: Path, monkeypatc
 
 
 def test_explains_a_cluster_without_room_and_a_cluster_that_is_not_there(cluster: Any, traces: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cluster\.gpus_per_worker: a worker needs 1, but the Ray cluster has 0"):
+    with pytest.raises(
+        ConfigError, match=r"needs 1 GPUs, but the Ray cluster has 0: lower cluster\.gpus_per_worker or"
+    ):
         squares(work_of(traces), on(cluster, gpus_per_worker=1))
     nowhere = cluster_of(1, executor="ray", address="127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"cluster\.address: got '127\.0\.0\.1:1', expected a Ray cluster"):
