@@ -16,11 +16,12 @@ from dvc.scm import SCMError
 from l2l_core.config import ONE_PROCESS, Params
 from l2l_core.core.device import choose_device
 from l2l_core.core.memory import available_bytes
+from l2l_core.core.threads import thread_count, usable_cores
 from l2l_core.errors import InputError, L2LError, raise_all
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.preflight import backends, inputs
 from l2l_core.preflight.doctor import refuse_torn_dvc_files
-from l2l_core.preflight.estimate import Costs, Sizes, Stage, checkpoint_bytes, plan
+from l2l_core.preflight.estimate import Costs, Machine, Sizes, Stage, checkpoint_bytes, plan
 from l2l_core.preflight.measure import TRAINING_STEPS, measure, take_sample
 from l2l_core.preflight.memory import free_gpu_bytes
 from l2l_core.training.side_by_side import plan_parallel
@@ -68,7 +69,7 @@ def run_checks(params: Params, *, timing: bool, print_line: PrintLine) -> None:
                 network = Segmenter.create(model, data.index.refs["sentence"].to_pylist(), params.seed)
         if data is not None and split is not None and not problems:
             with _collected(problems):
-                sizes = _sizes(data, network)
+                sizes, device = _sizes(data, network), choose_device(params.train.engine.device)
                 if timing and network is None:
                     print_line("times       not measured: an encoder is not on this machine")
                 elif timing and network is not None:
@@ -83,12 +84,11 @@ def run_checks(params: Params, *, timing: bool, print_line: PrintLine) -> None:
                     draws_refshapes=params.uses_builtin_dataset,
                     needs=needs,
                     at_once=plan_parallel(params, params.select.folds, data.index.images.num_rows).at_once,
+                    machine=Machine(usable_cores(), thread_count(), has_gpu=device.type == "cuda"),
                 )
                 _say_plan(stages, costs, print_line)
                 if needs is not None:
-                    _say_memory(
-                        stages, available, free_gpu_bytes(choose_device(params.train.engine.device)), print_line
-                    )
+                    _say_memory(stages, available, free_gpu_bytes(device), print_line)
                 print_line(_disk(stages, sizes))
     raise_all(problems, InputError)
 

@@ -24,6 +24,8 @@ RENDERED_BYTES = 24
 """Memory per cell of the maps that are rendered at once: three numbers of 8 bytes."""
 TEXT_BYTES = 1_000
 """Memory of a sentence with its response and ids: a dozen Python objects."""
+DATA_BATCHES = 3
+"""Batches in memory for each data worker: `training.workers.AHEAD`, and one on its way."""
 CHECKPOINT_MODELS = 4
 """A checkpoint holds student and teacher, and two moments of each weight."""
 
@@ -92,6 +94,15 @@ class MemoryCosts:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where the costs were measured, and where the stages start."""
+
+    cores: int  # usable ones
+    threads: int  # of one process
+    has_gpu: bool  # the networks run on GPUs
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of a run, with its estimates; each is at least 0."""
 
@@ -124,17 +135,18 @@ def plan(
     draws_refshapes: bool,
     needs: MemoryCosts | None = None,
     at_once: int = 1,
+    machine: Machine | None = None,
 ) -> list[Stage]:
     """Estimate every stage of a run, in the order of `stage_names`.
 
     costs: in seconds; None: all `seconds` are None. sizes: in bytes on disk. needs: in bytes of memory; None: all
     `ram_bytes` and `gpu_bytes` are None. draws_refshapes: as in `stage_names`. at_once: number of fold teachers that
-    train in parallel, at least 1.
+    train in parallel, at least 1. machine: None: all stages compute in one process.
     """
     stages = []
     for name in stage_names(params, draws_refshapes=draws_refshapes):
-        seconds = None if costs is None else _seconds(name, params, counts, costs)
-        ram, gpu = (None, None) if needs is None else _memory(name, params, counts, sizes, needs, at_once)
+        seconds = None if costs is None else _seconds(name, params, counts, costs, machine)
+        ram, gpu = (None, None) if needs is None else _memory(name, params, counts, sizes, needs, at_once, machine)
         stages.append(Stage(name, seconds, _bytes(name, params, counts, sizes), ram, gpu))
     return stages
 
@@ -147,12 +159,20 @@ def checkpoint_bytes(sizes: Sizes) -> int | None:
     return None if sizes.model is None else 2 * CHECKPOINT_MODELS * sizes.model
 
 
-def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float | None:
+def _seconds(name: str, params: Params, counts: Counts, costs: Costs, machine: Machine | None) -> float | None:
     kind, round_number = _parse(name)
     select, learns = params.select, params.select.trains_policy
     start, step_s = costs.network_start_s, costs.step_s
     passes = params.retrain.num_passes if round_number or (kind == "predict-distilled" and params.round) else 1
     decode_s, folds = costs.decode_s, select.folds
+
+    def training(steps: int, step_s: float = costs.step_s, *, rounds: bool) -> float:
+        helpers = _data_workers(params, machine, rounds=rounds)
+        each = decode_s * _decoded(params, counts, steps, rounds=rounds, processes=max(1, helpers))
+        if machine is None or not helpers:
+            return steps * step_s + each
+        return max(steps * step_s, each * max(1, helpers / machine.cores))  # they decode while it computes
+
     match kind:
         case "check" | "split" | "priors":
             return costs.start_s
@@ -164,55 +184,96 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs) -> float |
             images = counts.labeled_images + counts.unlabeled_images + counts.evaluated_images
             if params.proposals.renderer == "sam":
                 rendering_s = _sam_seconds(costs, images, counts.sentences * params.priors.samples)
-                return None if rendering_s is None else start + rendering_s
+                faster = _speedup(params, params.cluster.workers, machine)
+                return None if rendering_s is None else start + rendering_s / faster
+            faster = _speedup(params, params.cluster.workers, machine, uses_gpu=False)
             if params.proposals.renderer == "box":
-                return costs.start_s + counts.sentences * costs.proposal_s
-            rendered = counts.sentences + renderings_of_fit(params.proposals, counts.labeled)
-            return costs.start_s + rendered * costs.proposal_s + images * decode_s
+                return costs.start_s + counts.sentences * costs.proposal_s / faster
+            fit_s = renderings_of_fit(params.proposals, counts.labeled) * costs.proposal_s
+            return costs.start_s + fit_s + (counts.sentences * costs.proposal_s + images * decode_s) / faster
         case "warmup":  # with priors and without
-            steps = params.warmup.steps
-            return start + 2 * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=False))
+            return start + 2 * training(params.warmup.steps, rounds=False)
         case "crossfit-0" if not learns:  # a fixed rule does not use the teachers
             return costs.start_s
         case "crossfit-0":
-            steps = select.fold_steps
-            return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=False))
+            return start + folds * training(select.fold_steps, rounds=False)
         case "crossfit":
             if not learns or select.fold_update == "freeze":
                 return costs.start_s
             steps = select.fold_update_steps if select.fold_update == "continue" else select.fold_steps
-            return start + folds * (steps * step_s + decode_s * _decoded(params, counts, steps, rounds=True))
+            return start + folds * training(steps, rounds=True)
         case "select":
             passes = params.retrain.num_passes if round_number > 1 else 1  # of the teacher, from the previous round
             each = VIEWS * passes * costs.predict_s + costs.label_s + len(select.candidate_names) * costs.mask_s
-            num_scored = counts.labeled if learns else 0
-            policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
-            images = counts.unlabeled_images + (counts.labeled_images if learns else 0)
-            by_sam: float | None = 0.0
-            if select.uses_sam(params.proposals.model):
-                from l2l_core.model.sam import POINTS_PER_SIDE  # not at the top: it loads PyTorch
 
-                points = POINTS_PER_SIDE**2 * images  # of the automatic masks
-                prompts = points if select.method == "semires" else counts.unlabeled + num_scored
-                by_sam = _sam_seconds(costs, images, prompts)
-            if by_sam is None:
+            def labeling(sentences: int, images: int) -> float | None:
+                by_sam: float | None = 0.0
+                if select.uses_sam(params.proposals.model):
+                    from l2l_core.model.sam import POINTS_PER_SIDE  # not at the top: it loads PyTorch
+
+                    points = POINTS_PER_SIDE**2 * images  # of the automatic masks
+                    by_sam = _sam_seconds(costs, images, points if select.method == "semires" else sentences)
+                return None if by_sam is None else sentences * each + images * decode_s + by_sam
+
+            label_s = labeling(counts.unlabeled, counts.unlabeled_images)
+            score_s = labeling(counts.labeled, counts.labeled_images) if learns else 0.0
+            if label_s is None or score_s is None:
                 return None
-            return start + (counts.unlabeled + num_scored) * each + images * decode_s + policy_s + by_sam
+            policy_s = select.policy_steps * costs.policy_step_s if learns else 0.0
+            return start + label_s / _speedup(params, _busy(params, counts.unlabeled), machine) + score_s + policy_s
         case "retrain" | "distill":
             rounds = params.round > 0
             if rounds and select.method == "mean_teacher":  # the teacher labels its share of every batch
                 step_s += (1 - params.retrain.labeled_share) * params.train.batch_size * costs.predict_s
             steps = params.retrain.steps if kind == "retrain" else params.distill.steps
-            return start + steps * step_s + decode_s * _decoded(params, counts, steps, rounds=rounds)
+            return start + training(steps, step_s, rounds=rounds)
         case "predict" | "predict-distilled":
             # With and without prior; round 0 also the supervised model; the distilled model only without prior.
             ways = 1 if kind == "predict-distilled" else 2 if round_number else 3
             filled = -(-counts.evaluated // params.evaluate.batch_size) * params.evaluate.batch_size
             models = 2 if name == "predict" else 1
             read = models * counts.evaluated_images * decode_s
-            return start + ways * (filled * passes * costs.predict_s + counts.evaluated * costs.mask_s) + read
+            predict_s = ways * (filled * passes * costs.predict_s + counts.evaluated * costs.mask_s)
+            return start + (predict_s + read) / _speedup(params, _busy(params, counts.evaluated), machine)
         case _:
             return None  # drawing, evaluating, reporting: not measured
+
+
+def _busy(params: Params, sentences: int) -> int:
+    """Those of `cluster.workers` that get a chunk of so many sentences to label or predict."""
+    if params.cluster.workers == 1:
+        return 1
+    from l2l_core.model.batch_predictor import CHUNK_PAIRS  # not at the top: it loads PyTorch
+
+    return max(1, min(params.cluster.workers, -(-sentences // CHUNK_PAIRS)))
+
+
+def _speedup(params: Params, workers: int, machine: Machine | None, *, uses_gpu: bool = True) -> float:
+    """How many times as fast as the measured process so many workers are.
+
+    On GPUs each has its own. On CPUs all their threads count, but local workers share the cores.
+    """
+    if machine is None:
+        return 1.0
+    if machine.has_gpu and uses_gpu:
+        return workers
+    threads = workers * (params.cluster.cpus_per_worker or machine.threads)
+    if params.cluster.executor == "local":
+        threads = min(threads, max(machine.cores, machine.threads))
+    return threads / machine.threads
+
+
+def _data_workers(params: Params, machine: Machine | None, at_once: int = 1, *, rounds: bool) -> int:
+    """Data workers of each of `at_once` trainings, if there is room for their batches (`training.workers`)."""
+    if machine is None or (rounds and params.select.method == "mean_teacher"):
+        return 0
+    if params.train.engine.workers != "auto":
+        return params.train.engine.workers
+    if not machine.has_gpu:
+        return 0
+    from l2l_core.training.workers import MOST_WORKERS  # not at the top: it loads PyTorch
+
+    return max(0, min(MOST_WORKERS, machine.cores // at_once - 1))
 
 
 def _sam_seconds(costs: Costs, images: int, prompts: int) -> float | None:
@@ -222,11 +283,14 @@ def _sam_seconds(costs: Costs, images: int, prompts: int) -> float | None:
     return images * costs.sam_image_s + prompts * costs.sam_prompt_s
 
 
-def _decoded(params: Params, counts: Counts, steps: int, *, rounds: bool) -> float:
-    """Number of image decodes in training: each cached image once, and every other image again at each draw."""
-    decodes, draws = 0.0, steps * params.train.batch_size
+def _decoded(params: Params, counts: Counts, steps: int, *, rounds: bool, processes: int = 1) -> float:
+    """Number of image decodes in training: each cached image once, and every other image again at each draw.
+
+    processes: equal ones, each with its share of the draws and of the cache; the number is that of one.
+    """
+    decodes, draws = 0.0, steps * params.train.batch_size / processes
     for images, share, room in _streams(params, counts, rounds=rounds):
-        kept = min(1.0, room / max(1, images))
+        kept = min(1.0, room // processes / max(1, images))
         decodes += (1 - kept) * share * draws + kept * min(images, share * draws)
     return decodes
 
@@ -241,7 +305,13 @@ def _streams(params: Params, counts: Counts, *, rounds: bool) -> list[tuple[int,
 
 
 def _memory(
-    name: str, params: Params, counts: Counts, sizes: Sizes, needs: MemoryCosts, at_once: int
+    name: str,
+    params: Params,
+    counts: Counts,
+    sizes: Sizes,
+    needs: MemoryCosts,
+    at_once: int,
+    machine: Machine | None,
 ) -> tuple[float | None, float | None]:
     """RAM of all processes of a stage, and memory of one GPU."""
     kind, round_number = _parse(name)
@@ -251,11 +321,23 @@ def _memory(
     learns = select.trains_policy
 
     def training(beside: int, *, rounds: bool) -> float:
-        kept = sum(min(images, room // beside) for images, _, room in _streams(params, counts, rounds=rounds))
-        return beside * (network + needs.train + kept * image_bytes)
+        helpers = _data_workers(params, machine, beside, rounds=rounds)
+        kept = sum(
+            min(max(1, helpers) * images, room // beside) for images, _, room in _streams(params, counts, rounds=rounds)
+        )
+        batches = helpers * DATA_BATCHES * params.train.batch_size * _sample_bytes(params)
+        return beside * (network + needs.train + kept * image_bytes + batches)
 
-    def predict_bytes(images: int) -> float:
-        return network + needs.predict + min(images * image_bytes, IMAGE_CACHE_BYTES)
+    def predict_bytes(sentences: int, images: int, sam: int = 0) -> float:
+        """Of the stage's process, and of its workers, which hold the images of a chunk, and no tables."""
+        from l2l_core.model.batch_predictor import CHUNK_PAIRS  # not at the top: it loads PyTorch
+
+        def computing(images: int) -> float:
+            return (sizes.model or 0) + needs.predict + sam + min(images * image_bytes, IMAGE_CACHE_BYTES)
+
+        worker = needs.network_start + computing(min(images, CHUNK_PAIRS))
+        beside = 0 if machine is None else _beside(params, _busy(params, sentences))
+        return needs.network_start + tables + computing(images) + beside * worker
 
     match kind:
         case "query" if params.priors.backend not in ("simulated", "replay", "none"):
@@ -264,10 +346,11 @@ def _memory(
             return needs.start + needs.read, None
         case "proposals":
             cells = counts.sentences * params.priors.samples * params.proposals.size_px**2
-            rendered = tables + RENDERED_BYTES * min(cells, CHUNK_CELLS)
-            if params.proposals.renderer == "sam":
-                return needs.network_start + rendered + needs.sam, needs.sam_gpu
-            return needs.start + rendered, None
+            by_sam = params.proposals.renderer == "sam"
+            each = RENDERED_BYTES * min(cells, CHUNK_CELLS) + (needs.sam if by_sam else 0)
+            each += needs.network_start if by_sam else needs.start
+            beside = 0 if machine is None else _beside(params, params.cluster.workers)
+            return tables + (1 + beside) * each, needs.sam_gpu if by_sam else None
         case "crossfit-0" | "crossfit" if not learns or (round_number and select.fold_update == "freeze"):
             return needs.start, None
         case "warmup":  # with priors and without
@@ -282,14 +365,25 @@ def _memory(
             return training(1, rounds=params.round > 0), needs.train_gpu
         case "select":  # the batches' states, and all of them in one array
             states = 2 * needs.state * (counts.unlabeled + (counts.labeled if learns else 0))
-            if not select.uses_sam(params.proposals.model):
-                return predict_bytes(counts.unlabeled_images) + states, needs.predict_gpu
-            on_gpu = None if needs.predict_gpu is None else needs.predict_gpu + (needs.sam_gpu or 0)
-            return predict_bytes(counts.unlabeled_images) + states + needs.sam, on_gpu
+            sam, sam_gpu = (needs.sam, needs.sam_gpu or 0) if select.uses_sam(params.proposals.model) else (0, 0)
+            on_gpu = None if needs.predict_gpu is None else needs.predict_gpu + sam_gpu
+            return predict_bytes(counts.unlabeled, counts.unlabeled_images, sam) + states, on_gpu
         case "predict" | "predict-distilled":
-            return predict_bytes(counts.evaluated_images), needs.predict_gpu
+            return predict_bytes(counts.evaluated, counts.evaluated_images), needs.predict_gpu
         case _:
             return None, None  # drawing, evaluating, reporting: not measured
+
+
+def _beside(params: Params, workers: int) -> int:
+    """Worker processes on this machine, beside the stage's. Those of a running Ray cluster may be elsewhere."""
+    cluster = params.cluster
+    is_alone = cluster.executor == "local" and workers == 1
+    return 0 if is_alone or cluster.address is not None else workers
+
+
+def _sample_bytes(params: Params) -> int:
+    """Of a sample in a batch: three bytes of color and two numbers of 4 bytes per pixel, and the map."""
+    return 11 * params.model.image_size_px**2 + 4 * params.proposals.size_px**2
 
 
 def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | None:

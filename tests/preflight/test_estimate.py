@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 from dvc.repo import Repo
-from toy_pairs import toy_params
+from toy_pairs import TRAIN, toy_params
 
+from l2l_core.model import batch_predictor
 from l2l_core.preflight import estimate
-from l2l_core.preflight.estimate import Costs, Counts, MemoryCosts, Sizes, checkpoint_bytes, plan, stage_names
+from l2l_core.preflight.estimate import Costs, Counts, Machine, MemoryCosts, Sizes, checkpoint_bytes, plan, stage_names
+from l2l_core.training import workers
 
 ROOT = Path(__file__).parents[2]
 COUNTS = Counts(
@@ -46,7 +48,7 @@ def test_lists_the_stages_that_dvc_would_run(tmp_path, monkeypatch, number, data
         assert all(names.index(short[other]) < names.index(short[name]) for other in others)
 
 
-def seconds(number: int = 2, **sections: dict[str, object]) -> dict[str, float | None]:
+def seconds(number: int = 2, machine: Machine | None = None, **sections: dict[str, object]) -> dict[str, float | None]:
     settings = {
         "warmup": {"steps": 400},
         "retrain": {"steps": 800, "num_passes": 2, "labeled_share": 0.25},
@@ -56,7 +58,9 @@ def seconds(number: int = 2, **sections: dict[str, object]) -> dict[str, float |
     }
     params = toy_params(**{name: settings.get(name, {}) | sections.get(name, {}) for name in {*settings, *sections}})
     params = params.model_copy(update={"round": number})
-    return {stage.name: stage.seconds for stage in plan(params, COUNTS, COSTS, SIZES, draws_refshapes=True)}
+    return {
+        stage.name: stage.seconds for stage in plan(params, COUNTS, COSTS, SIZES, draws_refshapes=True, machine=machine)
+    }
 
 
 SELECT = {"method": "reinforce", "candidates": ["teacher", "prior"], "folds": 2, "fold_steps": 300}
@@ -163,9 +167,11 @@ NEEDS = MemoryCosts(
 )  # fmt: skip
 
 
-def memory(at_once: int = 1, needs: MemoryCosts = NEEDS, **sections: dict[str, object]) -> dict[str, tuple]:
+def memory(
+    at_once: int = 1, needs: MemoryCosts = NEEDS, machine: Machine | None = None, **sections: dict[str, object]
+) -> dict[str, tuple]:
     params = toy_params(**({"proposals": {"size_px": 10}, "select": SELECT} | sections)).model_copy(update={"round": 2})
-    stages = plan(params, COUNTS, None, SIZES, draws_refshapes=True, needs=needs, at_once=at_once)
+    stages = plan(params, COUNTS, None, SIZES, draws_refshapes=True, needs=needs, at_once=at_once, machine=machine)
     return {stage.name: (stage.ram_bytes, stage.gpu_bytes) for stage in stages}
 
 
@@ -266,3 +272,93 @@ def test_sizes_are_unknown_without_the_network():
     sizes = Sizes(index=1, mask=1.0, model=None)
     found = {stage.name: stage.size_bytes for stage in plan(toy_params(), COUNTS, None, sizes, draws_refshapes=False)}
     assert found["warmup"] is found["crossfit-0"] is found["retrain@1"] is checkpoint_bytes(sizes) is None
+
+
+CPU, GPU = Machine(cores=4, threads=2, has_gpu=False), Machine(cores=4, threads=2, has_gpu=True)
+
+
+def data_workers(count: int | str) -> dict[str, object]:
+    return {"engine": TRAIN.engine.model_copy(update={"workers": count})}
+
+
+def test_a_single_process_takes_the_measured_time():
+    assert seconds(select=SELECT, machine=CPU) == seconds(select=SELECT)
+    assert memory(machine=CPU) == memory()
+
+
+@pytest.mark.parametrize(
+    ("machine", "cluster", "faster", "predict_faster"),
+    [
+        (CPU, {"workers": 2}, 2, 1),  # 2 x 2 threads on 4 cores
+        (CPU, {"workers": 3}, 2, 1),  # no more than the cores
+        (CPU, {"workers": 4, "cpus_per_worker": 1}, 2, 0.5),  # the only worker with a chunk has half as many threads
+        (CPU, {"workers": 3, "executor": "ray", "address": "auto"}, 3, 1),  # cores of other machines
+        (CPU, {"workers": 9, "executor": "ray", "address": "auto"}, 8, 1),  # no more than chunks
+        (GPU, {"workers": 4, "cpus_per_worker": 1, "gpus_per_worker": 1}, 4, 1),  # a GPU each
+    ],
+)
+def test_workers_divide_the_time_of_labeling_and_prediction(monkeypatch, machine, cluster, faster, predict_faster):
+    """800 sentences to label are 8 chunks, 100 to evaluate are one. The labeled sentences are scored in one process."""
+    monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 100)
+    found = seconds(select=SELECT, cluster=cluster, machine=machine, train=data_workers(0))
+    each = 3 * 0.002 + 0.02 + 2 * 0.001
+    labeling, scoring = 800 * each + 400 * 0.5, 50 * each + 20 * 0.5
+    assert found["select@1"] == pytest.approx(5 + labeling / faster + scoring + 400 * 0.03)
+    assert found["predict"] == pytest.approx(5 + (3 * (128 * 0.002 + 100 * 0.001) + 2 * 40 * 0.5) / predict_faster)
+    assert found["warmup"] == seconds()["warmup"]
+
+
+def test_workers_divide_the_time_of_proposals_but_not_of_the_fit():
+    """GrabCut uses no GPU: two workers with two threads each, on four cores."""
+    fitted = {"renderer": "grabcut", "ring": "fit", "core": "fit"}
+    found = seconds(proposals=fitted, cluster={"workers": 4}, machine=GPU)["proposals"]
+    assert found == pytest.approx(1 + 50 * 10 * 0.01 + (1000 * 0.01 + 460 * 0.5) / 2)
+
+
+def test_data_workers_decode_while_a_training_computes(monkeypatch):
+    """Without room in the cache, 400 x 32 draws take 6,400 s to decode, and the steps 40 s. A GPU with four cores has
+    three data workers."""
+    monkeypatch.setattr(estimate, "IMAGE_CACHE_BYTES", 0)
+    none, auto, eight = ({"train": data_workers(count)} for count in (0, "auto", 8))
+    assert seconds(**none, machine=GPU)["warmup"] == pytest.approx(5 + 2 * (40 + 6400))
+    assert seconds(**auto, machine=GPU)["warmup"] == pytest.approx(5 + 2 * 6400 / 3)
+    assert seconds(**auto, machine=CPU)["warmup"] == pytest.approx(5 + 2 * (40 + 6400))
+    assert seconds(**eight, machine=GPU)["warmup"] == pytest.approx(5 + 2 * 6400 / 4)  # no more than the cores
+    online = seconds(**auto, machine=GPU, select=SELECT | {"method": "mean_teacher"})
+    assert online["retrain@1"] == pytest.approx(5 + 800 * (0.1 + 24 * 0.002) + 800 * 32 * 0.5)
+
+
+def test_each_data_worker_decodes_what_it_caches():
+    """Each of three data workers decodes all 20 images once, at the same time; the steps take longer."""
+    auto = {"train": data_workers("auto")}
+    assert seconds(**auto, machine=GPU)["warmup"] == pytest.approx(5 + 2 * 40)
+    assert seconds(**auto, machine=GPU, warmup={"steps": 20})["warmup"] == pytest.approx(5 + 2 * 20 * 0.5)
+
+
+def test_memory_of_workers(monkeypatch):
+    """A worker has the network, and the images of a chunk of 30 sentences. Each stage's own process stays."""
+    monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 30)
+    alone, image = memory(), 3 * 32 * 32
+    found = memory(cluster={"workers": 3}, machine=CPU)
+    each = 500 + 1_000_000 + 4_000 + 30 * image
+    assert found["select@1"] == (alone["select@1"][0] + 3 * each, 40_000)
+    assert found["predict"] == (alone["predict"][0] + 3 * each, 40_000)
+    assert found["proposals"] == (alone["proposals"][0] + 3 * (100 + 24 * 1000 * 10**2), None)
+    assert found["warmup"] == alone["warmup"]
+    most = memory(cluster={"workers": 9}, machine=CPU)
+    assert most["predict"] == (alone["predict"][0] + 4 * each, 40_000)  # 100 sentences are four chunks
+    own = memory(cluster={"workers": 3, "executor": "ray"}, machine=CPU)
+    assert own["predict"] == found["predict"]
+    elsewhere = memory(cluster={"workers": 3, "executor": "ray", "address": "auto"}, machine=CPU)
+    assert elsewhere == alone
+
+
+def test_memory_of_data_workers(monkeypatch):
+    """Three batches of 7 samples and up to 20 images for each of two workers; the cache of 30 images is shared."""
+    monkeypatch.setattr(estimate, "IMAGE_CACHE_BYTES", 30 * 3 * 32 * 32)
+    train = {"batch_size": 7} | data_workers(2)
+    alone, found = memory(machine=CPU, train={"batch_size": 7}), memory(machine=CPU, train=train)
+    batches = 2 * 3 * 7 * (11 * 32**2 + 4 * 10**2)
+    assert found["warmup"][0] == alone["warmup"][0] + batches + 10 * 3 * 32 * 32
+    assert found["select@1"] == alone["select@1"]
+    assert estimate.DATA_BATCHES == workers.AHEAD + 1

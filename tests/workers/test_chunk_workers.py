@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -258,3 +259,17 @@ def test_check_names_a_missing_ray_and_too_many_threads(monkeypatch: pytest.Monk
         ConfigError, match=r"cluster\.executor: got 'ray', which is not installed: pip install '\.\[ray\]'"
     ):
         described(cluster_of(4, executor="ray"))
+
+
+@pytest.mark.parametrize(("data_parallel", "is_refused"), [(2, True), ("auto", False)])
+def test_check_looks_for_ray_where_query_runs(
+    monkeypatch: pytest.MonkeyPatch, data_parallel: int | str, is_refused: bool
+) -> None:
+    params = toy_params()
+    engine = params.priors.engine.model_copy(update={"python": "other/python", "data_parallel": data_parallel})
+    changes = {"priors": params.priors.model_copy(update={"engine": engine}), "cluster": cluster_of(2, executor="ray")}
+    monkeypatch.setattr("l2l_core.preflight.backends.require_ray", lambda: None)
+    monkeypatch.setattr("l2l_core.preflight.backends.has_package", lambda python, package: False)
+    refused = pytest.raises(ConfigError, match=r"engine\.python: 'other/python' has no Ray")
+    with refused if is_refused else nullcontext():
+        describe_cluster(params.model_copy(update=changes))
