@@ -100,6 +100,9 @@ SELECTION: dict[str, dict[str, Any]] = {
     # Random weights at the start of a round; every sample with its own prior.
     "reinforce_from_scratch": {"retrain": {"start": "scratch"}},
     "reinforce_no_swap": {"retrain": {"prior_swap": 0.0}},
+    # Fold teachers that train longer after a round; and, at the same cost, that label the images they never saw.
+    "reinforce_long_folds": {"select": {"fold_update_steps": 500}},
+    "reinforce_cross_label": {"select": {"fold_update_steps": 500, "cross_label": True}},
     # Bounds that read the truth: of the teacher's masks those above an IoU of 0.5; the best of all candidates.
     "oracle": {"select": {"method": "oracle", "candidates": ["teacher"]}},
     "oracle_constructed": {"select": {"method": "oracle"}},

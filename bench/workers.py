@@ -94,15 +94,14 @@ def select(params: Params, _: int | None) -> pa.Table:
 
     import pyarrow as pa
 
-    from l2l_core.artifacts import records
     from l2l_core.core.files import scratch_folder
     from l2l_core.model.batch_predictor import BatchPredictor
     from l2l_core.pseudo_labels.features import Candidates
-    from l2l_core.pseudo_labels.generate import label_key, label_unlabeled
+    from l2l_core.pseudo_labels.generate import label_key, label_unlabeled, teachers_of
 
-    load_teacher = partial(BatchPredictor.from_run, records.round_folder(0) / "model")
+    load_teachers = [partial(BatchPredictor.from_run, model) for model in teachers_of(params, 1)]
     with scratch_folder("select-1", label_key(params, 1)) as folder:
-        labels, features = label_unlabeled(params, load_teacher, folder)
+        labels, features = label_unlabeled(params, load_teachers, folder)
     columns = {
         name: [row.tobytes() for row in getattr(features, name)] for name in (f.name for f in fields(Candidates))
     }

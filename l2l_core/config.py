@@ -405,6 +405,8 @@ class SelectParams(Section):
     """After a round, fold teachers continue on its pseudo-labels, are retrained with them, or stay frozen."""
     fold_update_steps: PositiveInt
     """Steps of `continue`. `retrain` uses fold_steps."""
+    cross_label: bool
+    """Label each unlabeled sentence with the fold teacher that never saw its image, instead of the round's model."""
     grid: Annotated[int, Field(ge=2, le=64)]
     """Cells per side of the grid. The pixels of a cell are kept or dropped together."""
     pixel_threshold: Annotated[float, Field(ge=0.5, lt=1.0)]
@@ -437,6 +439,15 @@ class SelectParams(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_stage_creates_the_labels(self) -> SelectParams:
+        if self.cross_label and self.method == "mean_teacher":
+            raise ValueError(
+                "cross_label: got true, expected false because method is mean_teacher: its labels come from the "
+                "network that is being trained"
+            )
+        return self
+
     @property
     def candidate_names(self) -> list[str]:
         """The candidates that the method uses. A fixed rule uses only the first."""
@@ -448,8 +459,13 @@ class SelectParams(Section):
 
     @property
     def trains_policy(self) -> bool:
-        """Whether the method trains a policy, and therefore needs the fold teachers."""
+        """Whether the method trains a policy, on the predictions of the fold teachers."""
         return self.method == "reinforce"
+
+    @property
+    def uses_fold_teachers(self) -> bool:
+        """Whether the selection needs the fold teachers: to train the policy, or to label."""
+        return self.trains_policy or self.cross_label
 
 
 class RetrainParams(Section):

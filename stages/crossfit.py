@@ -16,7 +16,8 @@ from l2l_core.training.side_by_side import end_with_parent, train_all
 def main() -> None:
     """Round 0: train the fold teachers. Round k: also train them on the round's pseudo-labels (fold_update).
 
-    Only the method `reinforce` uses them. Under a fixed rule, round 0 trains none, and later rounds copy what exists.
+    Only the method `reinforce` uses them, and with `select.cross_label` every method. Under another rule, round 0
+    trains none, and later rounds copy what exists.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--round", type=int, required=True)

@@ -21,6 +21,7 @@ from l2l_core.pseudo_labels.generate import (
     pseudo_label_table,
     score_out_of_fold,
     score_unlabeled,
+    teachers_of,
 )
 from l2l_core.pseudo_labels.reinforce import CURVE_COLUMNS, train_policy
 from l2l_core.pseudo_labels.select import select_labels
@@ -35,9 +36,9 @@ def main() -> None:
     folder, previous = records.round_folder(round_number), records.round_folder(round_number - 1)
     device = choose_device(params.train.engine.device)
     print_device(device, resolve_precision(params.train.precision, device))
-    load_teacher = partial(BatchPredictor.from_run, previous / "model")
+    load_teachers = [partial(BatchPredictor.from_run, model) for model in teachers_of(params, round_number)]
     with scratch_folder(f"select-{round_number}", label_key(params, round_number)) as scratch:
-        labels, candidates = label_unlabeled(params, load_teacher, scratch)
+        labels, candidates = label_unlabeled(params, load_teachers, scratch)
         policy, truth, curve = None, None, []
         match params.select.method:
             case "reinforce":

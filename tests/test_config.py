@@ -267,6 +267,18 @@ def test_fixed_rules_use_only_the_first_candidate():
     assert names("all") == names("semires") == ["teacher"]
 
 
+def test_mean_teacher_cannot_cross_label():
+    raw = changed("select.cross_label", True)
+    assert parse_params(raw).select.uses_fold_teachers
+    raw["select"]["method"] = "agreement"
+    assert parse_params(raw).select.uses_fold_teachers
+    raw["select"]["method"] = "mean_teacher"
+    with pytest.raises(
+        ConfigError, match=r"^params\.yaml: select\.cross_label: got true, .* method is mean_teacher: its"
+    ):
+        parse_params(raw)
+
+
 def test_only_reinforce_can_evolve_proposals():
     raw = changed("retrain.evolve_proposals", True)
     assert parse_params(raw).retrain.evolve_proposals

@@ -250,10 +250,14 @@ def rows_by_image(pairs: Pairs) -> NDArray[np.int64]:
     return np.argsort(pairs.image_row, kind="stable")
 
 
-def chunks_of(pairs: Pairs, batch_size: int) -> list[NDArray[np.int64]]:
-    """`rows_by_image` in chunks of about CHUNK_PAIRS rows. All sentences of an image are in one chunk."""
+def chunks_of(pairs: Pairs, batch_size: int, chosen: NDArray[np.bool_] | None = None) -> list[NDArray[np.int64]]:
+    """`rows_by_image` in chunks of about CHUNK_PAIRS rows. All sentences of an image are in one chunk.
+
+    chosen: [N] the rows to return, of whole images; None: all.
+    """
     size = batch_size * max(1, CHUNK_PAIRS // batch_size)
     order = rows_by_image(pairs)
+    order = order if chosen is None else order[chosen[order]]
     of_image = pairs.image_row[order]
     # Each chunk ends with the image that its last row belongs to.
     ends = np.searchsorted(of_image, of_image[size - 1 :: size], side="right")

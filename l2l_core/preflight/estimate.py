@@ -193,12 +193,12 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs, machine: M
             return costs.start_s + fit_s + (counts.sentences * costs.proposal_s + images * decode_s) / faster
         case "warmup":  # with priors and without
             return start + 2 * training(params.warmup.steps, rounds=False)
-        case "crossfit-0" if not learns:  # a fixed rule does not use the teachers
+        case "crossfit-0" if not select.uses_fold_teachers:
             return costs.start_s
         case "crossfit-0":
             return start + folds * training(select.fold_steps, rounds=False)
         case "crossfit":
-            if not learns or select.fold_update == "freeze":
+            if not select.uses_fold_teachers or select.fold_update == "freeze":
                 return costs.start_s
             steps = select.fold_update_steps if select.fold_update == "continue" else select.fold_steps
             return start + folds * training(steps, rounds=True)
@@ -318,7 +318,7 @@ def _memory(
     select, image_bytes = params.select, 3 * params.model.image_size_px**2
     tables = counts.sentences * (MAP_COPIES * params.proposals.size_px**2 + TEXT_BYTES)
     network = needs.network_start + tables + (sizes.model or 0)
-    learns = select.trains_policy
+    learns, has_folds = select.trains_policy, select.uses_fold_teachers
 
     def training(beside: int, *, rounds: bool) -> float:
         helpers = _data_workers(params, machine, beside, rounds=rounds)
@@ -351,7 +351,7 @@ def _memory(
             each += needs.network_start if by_sam else needs.start
             beside = 0 if machine is None else _beside(params, params.cluster.workers)
             return tables + (1 + beside) * each, needs.sam_gpu if by_sam else None
-        case "crossfit-0" | "crossfit" if not learns or (round_number and select.fold_update == "freeze"):
+        case "crossfit-0" | "crossfit" if not has_folds or (round_number and select.fold_update == "freeze"):
             return needs.start, None
         case "warmup":  # with priors and without
             return training(min(2, at_once), rounds=False), needs.train_gpu
@@ -360,7 +360,7 @@ def _memory(
         case "crossfit":
             return training(at_once, rounds=True), needs.train_gpu
         case "retrain":
-            return training(at_once if learns else 1, rounds=True), needs.train_gpu
+            return training(at_once if has_folds else 1, rounds=True), needs.train_gpu
         case "distill":
             return training(1, rounds=params.round > 0), needs.train_gpu
         case "select":  # the batches' states, and all of them in one array
@@ -402,7 +402,7 @@ def _bytes(name: str, params: Params, counts: Counts, sizes: Sizes) -> float | N
             return None if sizes.model is None else 2 * sizes.model
         case "retrain" | "distill":
             return sizes.model
-        case "crossfit-0" | "crossfit" if not params.select.trains_policy:
+        case "crossfit-0" | "crossfit" if not params.select.uses_fold_teachers:
             return 0
         case "crossfit-0" | "crossfit":
             return None if sizes.model is None else params.select.folds * sizes.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from l2l_core.core.device import choose_device, device_state, resolve_precision,
 from l2l_core.core.files import fingerprint, folder_state
 from l2l_core.core.masks import encode_rle, resize_prob
 from l2l_core.core.threads import prefetch
-from l2l_core.data.folds import fold_of_images
+from l2l_core.data.folds import fold_by_image, fold_of_images
 from l2l_core.data.load import batches_of, labeled_targets, pairs_of
 from l2l_core.data.pairs import BatchMaker, Pairs, Targets, load_targets
 from l2l_core.data.views import Views
@@ -76,12 +76,13 @@ LoadTeacher = Callable[[TrainParams], BatchPredictor]
 
 
 def label_unlabeled(
-    params: Params, load_teacher: LoadTeacher, folder: Path | None = None
+    params: Params, load_teachers: Sequence[LoadTeacher], folder: Path | None = None
 ) -> tuple[PseudoLabelCandidates, Candidates]:
     """Build the candidate masks of every unlabeled sentence and compute their features.
 
-    load_teacher: runs in each worker with its `params.train`; picklable if there are several. folder: where finished
-    chunks are stored and, after a kill, found again. Raises InputError if no sentence is unlabeled.
+    load_teachers: of `teachers_of`; they run in each worker with its `params.train`, and are picklable if there are
+    several workers. folder: where finished chunks are stored and, after a kill, found again. Raises InputError if no
+    sentence is unlabeled.
     """
     pairs = pairs_of(params, "unlabeled")
     if not len(pairs):
@@ -91,41 +92,64 @@ def label_unlabeled(
         )
     params = params.model_copy(update={"train": resolved_train(params.train)})
     check_gpus(params.cluster, params.train.engine.device)
-    chunks = chunks_of(pairs, params.evaluate.batch_size)
+    teacher = np.zeros(len(pairs), np.int64)
+    if params.select.cross_label:
+        teacher = fold_by_image(params, pairs_of(params, "labeled", with_priors=False))[pairs.image_row]
+    chunks = [
+        (number, rows)
+        for number in range(len(load_teachers))
+        for rows in chunks_of(pairs, params.evaluate.batch_size, teacher == number)
+    ]
     work = Work(
         what="label",
-        ids=[pairs.sent_id[rows] for rows in chunks],
+        ids=[pairs.sent_id[rows] for _, rows in chunks],
         schema=LABELED,
-        load=lambda number: pairs.only(chunks[number]),
-        start=partial(_start_labeling, params, load_teacher),
+        load=lambda number: (chunks[number][0], pairs.only(chunks[number][1])),
+        start=partial(_start_labeling, params, load_teachers),
     )
     labeled = _Labeled(params, pairs)
     for number, table in map_chunks(work, params.cluster, folder):
-        labeled.add(chunks[number], table)
+        labeled.add(chunks[number][1], table)
     return labeled.labels(), labeled.features()
+
+
+def teachers_of(params: Params, round_number: int) -> list[Path]:
+    """Folders of the networks that label in a round: the last model, or with `select.cross_label` the fold teachers."""
+    previous = records.round_folder(round_number - 1)
+    if not params.select.cross_label:
+        return [previous / "model"]
+    return [previous / "folds" / str(fold) for fold in range(params.select.folds)]
 
 
 def label_key(params: Params, round_number: int) -> str:
     """Hex digest of everything that `label_unlabeled` depends on."""
-    settings = f"{params.select!r} {params.model.image_size_px} {params.evaluate.batch_size}"
+    settings = f"{params.seed} {params.select!r} {params.model.image_size_px} {params.evaluate.batch_size}"
     settings += f" {params.proposals.size_px} {params.proposals.flat_prob}"
     device = choose_device(params.train.engine.device)
     precision = resolve_precision(params.train.precision, device)
     settings += f" {device_state(device, precision, worker_threads(params.cluster))}"
     if params.select.uses_sam(params.proposals.model):
         settings += f" {folder_state(str(params.proposals.model))}"
-    teacher = records.round_folder(round_number - 1) / "model"
+    teachers = teachers_of(params, round_number)
     tables = (records.SPLIT_PATH, records.INDEX.refs, records.INDEX.images, records.PRIORS_PATH, records.PROPOSALS_PATH)
-    return fingerprint(f"select-{round_number}", settings, [teacher, *tables])
+    return fingerprint(f"select-{round_number}", settings, [*teachers, *tables])
 
 
-def _start_labeling(params: Params, load_teacher: LoadTeacher) -> Callable[[Pairs], Iterator[pa.Table]]:
-    """The labeling of a chunk of pairs (LABELED), batch by batch, with the teacher loaded once."""
-    teacher = load_teacher(params.train)
+def _start_labeling(
+    params: Params, load_teachers: Sequence[LoadTeacher]
+) -> Callable[[tuple[int, Pairs]], Iterator[pa.Table]]:
+    """The labeling of a chunk, a teacher's number and its pairs, batch by batch (LABELED)."""
 
-    def label(pairs: Pairs) -> Iterator[pa.Table]:
+    @lru_cache(maxsize=1)  # a worker's chunks come teacher by teacher
+    def load(number: int) -> BatchPredictor:
+        return load_teachers[number](params.train)
+
+    load(0)  # here, since an error of a chunk names the chunk's sentences
+
+    def label(chunk: tuple[int, Pairs]) -> Iterator[pa.Table]:
+        number, pairs = chunk
         batches, sam, neighbors = batches_of(params, pairs), sam_masks_of(params, pairs), Neighbors(pairs)
-        for rows, views in _views(params, teacher, batches, sam, None):
+        for rows, views in _views(params, load(number), batches, sam, None):
             yield _label_batch(params, batches, sam, neighbors, rows, views)
 
     return label

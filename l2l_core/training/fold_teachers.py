@@ -1,4 +1,4 @@
-"""Fold teachers: each leaves out one fold of the labeled images, on which its candidates are scored."""
+"""Fold teachers: each leaves out one fold of the images, whose candidates it provides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.files import fingerprint
-from l2l_core.data.folds import fold_of_images
+from l2l_core.data.folds import fold_by_image
 from l2l_core.model.segmenter import Segmenter
 from l2l_core.training.runs import (
     LABEL_INPUTS,
@@ -33,10 +33,15 @@ def pseudo_labels_of(round_number: int) -> Path:
 
 
 def skips_training(params: Params, round_number: int) -> bool:
-    """Whether a round trains no fold teachers: a fixed rule does not use them, and frozen ones stay after round 0."""
+    """Whether a round trains no fold teachers: a fixed rule does not use them, and frozen ones stay after round 0.
+
+    With `select.cross_label`, every rule uses them.
+    """
     if round_number == 0:
-        return not params.select.trains_policy
-    return method_of(pseudo_labels_of(round_number)) != "reinforce" or params.select.fold_update == "freeze"
+        return not params.select.uses_fold_teachers
+    # The method of the table, not of the parameters: the stage depends on it anyway.
+    is_used = params.select.cross_label or method_of(pseudo_labels_of(round_number)) == "reinforce"
+    return not is_used or params.select.fold_update == "freeze"
 
 
 def folds_key(params: Params, round_number: int) -> str:
@@ -63,12 +68,15 @@ def trainings_of(params: Params, round_number: int, into: Path) -> dict[str, Tra
 
 
 def train_teacher(params: Params, round_number: int, left_out: int, into: Path) -> None:
-    """Train the teacher of a round that leaves out the images of one fold, and save it to `into`."""
+    """Train the teacher of a round that leaves out the images of one fold, and save it to `into`.
+
+    It learns neither labels nor pseudo-labels of these images.
+    """
     labeled = labeled_stream(params, 1.0 if round_number == 0 else params.retrain.labeled_share)
     pairs = labeled.batches.pairs
-    fold = fold_of_images(pairs.image_row, params.select.folds, params.seed)
+    fold = fold_by_image(params, pairs)
     run_name, steps = f"crossfit-{round_number}-{left_out}", params.select.fold_steps
-    streams: list[Stream | OnlineStream] = [part_of(labeled, (fold != left_out).nonzero()[0])]
+    streams: list[Stream | OnlineStream] = [part_of(labeled, (fold[pairs.image_row] != left_out).nonzero()[0])]
     if _continues(params, round_number):
         network = Segmenter.load(records.round_folder(round_number - 1) / "folds" / str(left_out))
         steps = params.select.fold_update_steps
@@ -78,7 +86,7 @@ def train_teacher(params: Params, round_number: int, left_out: int, into: Path) 
         network.num_passes = params.retrain.num_passes  # the teachers represent the round's model
         pseudo = pseudo_stream(params, pseudo_labels_of(round_number), 1 - params.retrain.labeled_share)
         # Without pseudo-labels on held-out images: their teacher saw these images' labels.
-        others = None if pseudo is None else without_images(pseudo, pairs.image_row[fold == left_out])
+        others = None if pseudo is None else without_images(pseudo, (fold == left_out).nonzero()[0])
         streams += [] if others is None else [others]
         streams = with_prior_swap(params, streams)
     run_training(params, run_name, network, streams, steps, _inputs(params, round_number), into, None)

@@ -141,10 +141,11 @@ def without_images(stream: Stream, image_row: NDArray[np.int64]) -> Stream | Non
 
 def training_settings(params: Params) -> str:
     """The parameters that determine a training's result, for fingerprints. Excludes `train.engine`."""
-    # `auto` precision depends on the machine. The data of a fold teacher depends on the number of folds.
+    # `auto` precision depends on the machine. The data of a fold teacher depends on the folds.
     precision = resolve_precision(params.train.precision, choose_device(params.train.engine.device))
     train = f"{_tracked(params.train)} {precision}"
-    return f"{params.seed} {params.model!r} {train} {params.proposals.rendering!r} {params.select.folds}"
+    folds = f"{params.select.folds} {params.select.cross_label}"
+    return f"{params.seed} {params.model!r} {train} {params.proposals.rendering!r} {folds}"
 
 
 def _tracked(train: TrainParams) -> dict[str, object]:

@@ -142,16 +142,19 @@ WITHOUT_EFFECT: dict[str, set[str]] = {
         *("select.fold_update", "select.fold_update_steps"),
         *("proposals.rendering", "train.engine"),
     },
-    "crossfit": {"select.trains_policy", "proposals.rendering", "train.engine"},
+    "crossfit": {"select.uses_fold_teachers", "proposals.rendering", "train.engine"},
     "select": {"train.engine", "cluster"},
     # Part of the checkpoint names, but of no stage output.
-    "warmup": {"select.folds", "proposals.rendering", "train.engine"},
+    "warmup": {"select.folds", "select.cross_label", "proposals.rendering", "train.engine"},
     # Also those of the next round's fold teachers, which the stage crossfit writes.
     "retrain": {
-        *("select.folds", "proposals.rendering", "train.engine"),
-        *("select.trains_policy", "select.fold_steps", "select.fold_update", "select.fold_update_steps"),
+        *("select.folds", "select.cross_label", "proposals.rendering", "train.engine"),
+        *("select.uses_fold_teachers", "select.fold_steps", "select.fold_update", "select.fold_update_steps"),
     },
-    "distill": {"select.folds", "proposals.rendering", "train.engine", "retrain.evolve_proposals"},  # without proposals
+    "distill": {
+        *("select.folds", "select.cross_label", "proposals.rendering", "train.engine"),
+        "retrain.evolve_proposals",  # the network sees no proposals
+    },
 }
 """Parameters that a stage's functions read without an effect on its outputs."""
 
@@ -165,7 +168,7 @@ DERIVED = {
     },
     "train": {"train", "model.preset"},
     "select.candidate_names": {"select.method", "select.candidates"},
-    "select.trains_policy": {"select.method"},
+    "select.uses_fold_teachers": {"select.method", "select.cross_label"},
     "select.uses_sam": {"select.method", "select.candidates"},
 }
 """Properties and keys of a section, and the parameters they derive from."""

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from l2l_core.pseudo_labels.generate import (
 )
 from l2l_core.pseudo_labels.sam_masks import Match, Refined
 from l2l_core.pseudo_labels.select import Selection, select_labels
+from l2l_core.training import fold_teachers
 
 HEIGHT, WIDTH, GRID = 48, 64, 4
 
@@ -109,7 +111,7 @@ def teachers_own(labels: PseudoLabelCandidates) -> list[bytes]:
 
 
 def labels_and_candidates(params: Params) -> tuple[PseudoLabelCandidates, Candidates]:
-    return label_unlabeled(params, lambda train: Oracle())  # type: ignore[arg-type]
+    return label_unlabeled(params, [lambda train: Oracle()])  # type: ignore[arg-type]
 
 
 def test_labels_are_teacher_masks_at_the_original_image_size(run):
@@ -121,6 +123,51 @@ def test_labels_are_teacher_masks_at_the_original_image_size(run):
         mask = decode_rle(counts, HEIGHT, WIDTH)
         assert (mask & truth[sent_id]).sum() / (mask | truth[sent_id]).sum() > 0.75
     assert seen.cells.shape[:4] == (len(wanted), 1, GRID, GRID)
+
+
+@pytest.mark.parametrize("fold_update", ["continue", "retrain"])
+@pytest.mark.parametrize("method", ["reinforce", "agreement"])
+def test_cross_labeling_asks_only_teachers_that_never_learn_from_the_image(run, monkeypatch, method, fold_update):
+    """The two fold teachers of round 1 train on nearly all images, and each labels the images that it lacks. Every
+    sentence has an accepted pseudo-label."""
+    params = params_of(method, cross_label=True, fold_update=fold_update, candidates=["teacher", "neighbor"])
+    teachers = [Oracle(), Oracle()]
+    labels, seen = label_unlabeled(params, [lambda train, one=one: one for one in teachers])
+    asked = [set(teacher.asked) for teacher in teachers]
+    assert set.union(*asked) == set(sentences_of("unlabeled").tolist())
+    assert asked[0] & asked[1] == set()
+    assert all(asked)
+    assert labels.pairs.sent_id.tolist() == seen.sent_id.tolist() == sentences_of("unlabeled").tolist()
+    whole, features = label_unlabeled(replace_select(params, cross_label=False), [lambda train: Oracle()])
+    assert labels.candidates == whole.candidates  # all teachers are alike: the sentences keep their rows
+    np.testing.assert_array_equal(seen.cells, features.cells)
+
+    path = records.round_folder(1) / "pseudo_labels.parquet"
+    table = pseudo_label_table(params, 1, labels, seen, selection(len(labels.pairs), list(range(len(labels.pairs)))))
+    records.write_table(table, path, records.PSEUDO_LABELS)
+    taught: list[set[int]] = []
+
+    def note(params, run_name, network, streams, *rest):
+        taught.append({int(number) for stream in streams for number in stream.batches.pairs.sent_id})
+
+    monkeypatch.setattr(fold_teachers, "run_training", note)
+    monkeypatch.setattr(fold_teachers.Segmenter, "load", lambda folder: SimpleNamespace())
+    for fold in (0, 1):
+        fold_teachers.train_teacher(params, 1, fold, run / "teacher")
+    image = {
+        row["sent_id"]: row["image_id"] for row in records.read_table(records.INDEX.refs, records.REFS).to_pylist()
+    }
+    for learned, labeled in zip(taught, asked, strict=True):
+        assert not {image[number] for number in learned} & {image[number] for number in labeled}
+    training = {*sentences_of("labeled").tolist(), *sentences_of("unlabeled").tolist()}
+    assert set.union(*taught) == training
+    held_out, _ = scored_by_fold(params, monkeypatch)
+    for learned, labeled in zip(taught, held_out, strict=True):
+        assert not {image[number] for number in learned} & {image[number] for number in labeled}
+
+
+def replace_select(params: Params, **changes: object) -> Params:
+    return params.model_copy(update={"select": params.select.model_copy(update=changes)})
 
 
 class Killed(BaseException):
@@ -147,13 +194,13 @@ class Mortal(Doubtful):
 def test_killed_labeling_resumes_to_the_same_candidates(run, tmp_path, monkeypatch, method):
     monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 1)
     params = params_of(method, candidates=["teacher", "prior"] if method == "reinforce" else ["teacher"])
-    labels, features = label_unlabeled(params, lambda train: Doubtful())  # type: ignore[arg-type]
+    labels, features = label_unlabeled(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
     folder = tmp_path / "scratch"
     mortal = Mortal(1)
     with pytest.raises(Killed):
-        label_unlabeled(params, lambda train: mortal, folder)  # type: ignore[arg-type]
+        label_unlabeled(params, [lambda train: mortal], folder)  # type: ignore[arg-type]
     resumed = Doubtful()
-    again, same_features = label_unlabeled(params, lambda train: resumed, folder)  # type: ignore[arg-type]
+    again, same_features = label_unlabeled(params, [lambda train: resumed], folder)  # type: ignore[arg-type]
     assert set(resumed.asked) < set(labels.pairs.sent_id.tolist())  # the first batch was stored
     for name in ("candidates", "confident", "weight", "matched"):
         assert getattr(again, name) == getattr(labels, name)
@@ -180,6 +227,20 @@ def test_stored_labels_belong_to_one_teacher_and_one_set_of_parameters(run):
     weights.write_bytes(b"two")
     keys.append(label_key(params, 1))
     records.PRIORS_PATH.write_bytes(records.PRIORS_PATH.read_bytes() + b" ")
+    keys.append(label_key(params, 1))
+    assert len(set(keys)) == len(keys)
+
+
+def test_labels_of_fold_teachers_belong_to_their_weights(run):
+    """The last model is no input of cross-labeling, and the seed draws its folds."""
+    folder, params = records.round_folder(0), params_of(cross_label=True)
+    for name in ("model", "folds/0", "folds/1"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "model.safetensors").write_bytes(b"one")
+    keys = [label_key(one, 1) for one in (params, params_of(), params.model_copy(update={"seed": 1}))]
+    (folder / "model/model.safetensors").write_bytes(b"two")
+    assert label_key(params, 1) == keys[0]
+    (folder / "folds/1/model.safetensors").write_bytes(b"two")
     keys.append(label_key(params, 1))
     assert len(set(keys)) == len(keys)
 
@@ -219,7 +280,7 @@ def test_pseudo_label_table_holds_the_chosen_candidate(run):
     """Two different candidates are chosen in turn. Mask, name, and IoU with the proposal are those of the chosen
     one."""
     params = params_of(candidates=["teacher", "prior"])
-    labels, seen = label_unlabeled(params, lambda train: Doubtful())  # type: ignore[arg-type]
+    labels, seen = label_unlabeled(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
     assert all(first != second for first, second in labels.candidates)
     count = len(labels.pairs)
     made = replace(selection(count, list(range(count))), choice=np.arange(count) % 2)
@@ -238,7 +299,7 @@ def test_oracle_selects_the_best_candidate_of_each_sentence(run):
     """The prior is correct and the teacher wrong, in either order."""
     for names in (["teacher", "prior"], ["prior", "teacher"]):
         params = params_of("oracle", candidates=names)
-        labels, seen = label_unlabeled(params, lambda train: Doubtful())  # type: ignore[arg-type]
+        labels, seen = label_unlabeled(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
         made = select_labels(params.select, seen, None, score_unlabeled(params, labels, records.INDEX.masks))
         assert {names[k] for k in made.choice} == {"prior"}
         assert made.accept_prob.min() > 0.4
@@ -358,7 +419,8 @@ def test_refuses_a_run_without_unlabeled_sentences(run):
 # --- scoring
 
 
-def test_fold_teachers_score_labeled_sentences_of_held_out_images(run, monkeypatch):
+def scored_by_fold(params, monkeypatch):
+    """Labeled sentences that each fold teacher scores, and the scores."""
     teachers: dict[str, Oracle] = {}
 
     class Runs:
@@ -367,10 +429,13 @@ def test_fold_teachers_score_labeled_sentences_of_held_out_images(run, monkeypat
             return teachers.setdefault(str(folder), Oracle())
 
     monkeypatch.setattr(generate, "BatchPredictor", Runs)
-    params = params_of(folds=2)
-    seen, truth = score_out_of_fold(params, run / "folds")
-    assert sorted(teachers) == [str(run / "folds/0"), str(run / "folds/1")]
-    assert sorted(sorted(teacher.asked) for teacher in teachers.values()) == [[0, 1], [2, 3]]  # one image each
+    scores = score_out_of_fold(params, records.round_folder(0) / "folds")
+    return [teachers[str(records.round_folder(0) / f"folds/{fold}")].asked for fold in range(len(teachers))], scores
+
+
+def test_fold_teachers_score_labeled_sentences_of_held_out_images(run, monkeypatch):
+    asked, (seen, truth) = scored_by_fold(params_of(folds=2), monkeypatch)
+    assert sorted(sorted(some) for some in asked) == [[0, 1], [2, 3]]  # one image each
     np.testing.assert_array_equal(seen.sent_id, truth.sent_id)
     assert sorted(truth.sent_id.tolist()) == [0, 1, 2, 3]
     np.testing.assert_allclose(truth.iou, 1.0)  # the teacher predicts the truth

@@ -15,7 +15,7 @@ from toy_pairs import rows_of, toy_batches, toy_network, toy_pairs, toy_params
 from l2l_core.artifacts import records
 from l2l_core.artifacts.curves import read_curve
 from l2l_core.core.masks import decode_rle, encode_rle
-from l2l_core.data.folds import fold_of_images
+from l2l_core.data.folds import fold_by_image, fold_of_images
 from l2l_core.data.load import pairs_of
 from l2l_core.errors import InputError
 from l2l_core.model.segmenter import Segmenter
@@ -71,6 +71,21 @@ def test_folds_divide_images_evenly(image_row, folds, seed):
 def test_folds_depend_on_the_seed():
     images = np.arange(40)
     assert not np.array_equal(fold_of_images(images, 2, 0), fold_of_images(images, 2, 1))
+
+
+@pytest.mark.parametrize("cross_label", [False, True])
+def test_images_without_labels_have_a_fold_only_with_cross_label(run, cross_label):
+    """Labeled images keep their folds, so that each fold has labels."""
+    params = toy_params(select={"folds": 3, "cross_label": cross_label})
+    pairs = pairs_of(PARAMS, "eval", with_priors=False)
+    labeled = replace(pairs, image_row=np.arange(40) // 2, image_path=[""] * 200)
+    fold = fold_by_image(params, labeled)
+    np.testing.assert_array_equal(fold[labeled.image_row], fold_of_images(labeled.image_row, 3, params.seed))
+    sizes = np.unique(fold[20:], return_counts=True)
+    assert sizes[0].tolist() == ([0, 1, 2] if cross_label else [-1])
+    assert (abs(sizes[1] - 180 / len(sizes[1])) < 15).all()
+    other = fold_by_image(params.model_copy(update={"seed": 1}), labeled)
+    assert np.array_equal(fold[20:], other[20:]) != cross_label
 
 
 # --- streams
@@ -280,12 +295,31 @@ def test_mean_teacher_starts_from_the_previous_model_and_labels_online(run, tmp_
     assert labeled.share + pseudo.share == 1
 
 
-def test_crossfit_copies_unused_fold_teachers_unchanged(run, monkeypatch):
+def write_pseudo_labels(method):
     history = records.round_folder(1) / "history/pseudo_labels.parquet"
     rows = records.read_table(history, records.PSEUDO_LABELS).to_pylist()
     path = records.round_folder(1) / "pseudo_labels.parquet"
-    labels = [row | {"method": "mean_teacher"} for row in rows]
+    labels = [row | {"method": method} for row in rows]
     records.write_table(records.make_table(labels, records.PSEUDO_LABELS), path, records.PSEUDO_LABELS)
+
+
+@pytest.mark.parametrize(
+    ("method", "cross_label", "fold_update", "skipped"),
+    [
+        ("reinforce", False, "continue", [False, False]),
+        ("reinforce", True, "freeze", [False, True]),
+        ("agreement", False, "continue", [True, True]),
+        ("agreement", True, "retrain", [False, False]),
+    ],
+)
+def test_fold_teachers_train_only_if_the_selection_uses_them(run, method, cross_label, fold_update, skipped):
+    write_pseudo_labels(method)
+    params = toy_params(select={"method": method, "cross_label": cross_label, "fold_update": fold_update})
+    assert [fold_teachers.skips_training(params, number) for number in (0, 1)] == skipped
+
+
+def test_crossfit_copies_unused_fold_teachers_unchanged(run, monkeypatch):
+    write_pseudo_labels("mean_teacher")
     before = records.round_folder(0) / "folds/1"
     before.mkdir(parents=True)
     (before / "model.safetensors").write_bytes(b"weights")
@@ -547,6 +581,7 @@ def begin(folder, toy, params):
         {"model": {"guidance_tokens": 3}},
         {"proposals": {"flat_prob": 0.2}},
         {"select": {"folds": 3}},
+        {"select": {"cross_label": True}},
     ],
 )
 def test_does_not_resume_a_checkpoint_of_other_parameters(toy, tmp_path, section):
