@@ -92,6 +92,7 @@ def select(params: Params, _: int | None) -> pa.Table:
     """The candidate masks and features of all unlabeled sentences in round 1."""
     from dataclasses import fields
 
+    import numpy as np
     import pyarrow as pa
 
     from l2l_core.core.files import scratch_folder
@@ -101,7 +102,8 @@ def select(params: Params, _: int | None) -> pa.Table:
 
     load_teachers = [partial(BatchPredictor.from_run, model) for model in teachers_of(params, 1)]
     with scratch_folder("select-1", label_key(params, 1)) as folder:
-        labels, features = label_unlabeled(params, load_teachers, folder)
+        labeled = label_unlabeled(params, load_teachers, folder)
+        labels, features = labeled.take(np.arange(len(labeled.pairs)))
     columns = {
         name: [row.tobytes() for row in getattr(features, name)] for name in (f.name for f in fields(Candidates))
     }

@@ -363,8 +363,12 @@ def _memory(
             return training(at_once if has_folds else 1, rounds=True), needs.train_gpu
         case "distill":
             return training(1, rounds=params.round > 0), needs.train_gpu
-        case "select":  # the batches' states, and all of them in one array
-            states = 2 * needs.state * (counts.unlabeled + (counts.labeled if learns else 0))
+        case "select":  # the states of the chunks, and all of them in one array
+            from l2l_core.pseudo_labels.reinforce import UNLABELED_SENTENCES  # not at the top: it loads PyTorch
+
+            # A chunk has fewer sentences than the sample that the policy trains on.
+            held = min(counts.unlabeled, UNLABELED_SENTENCES) + (counts.labeled if learns else 0)
+            states = 2 * needs.state * held
             sam, sam_gpu = (needs.sam, needs.sam_gpu or 0) if select.uses_sam(params.proposals.model) else (0, 0)
             on_gpu = None if needs.predict_gpu is None else needs.predict_gpu + sam_gpu
             return predict_bytes(counts.unlabeled, counts.unlabeled_images, sam) + states, on_gpu

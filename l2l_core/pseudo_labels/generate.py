@@ -18,6 +18,7 @@ from l2l_core.core.arrays import BoolArray, FloatArray
 from l2l_core.core.device import choose_device, device_state, resolve_precision, resolved_train
 from l2l_core.core.files import fingerprint, folder_state
 from l2l_core.core.masks import encode_rle, resize_prob
+from l2l_core.core.progress import progress
 from l2l_core.core.threads import prefetch
 from l2l_core.data.folds import fold_by_image, fold_of_images
 from l2l_core.data.load import batches_of, labeled_targets, pairs_of
@@ -39,10 +40,11 @@ from l2l_core.pseudo_labels.features import (
     score_candidates,
 )
 from l2l_core.pseudo_labels.neighbors import Neighbors
+from l2l_core.pseudo_labels.policy import Policy
 from l2l_core.pseudo_labels.rules import semires_weight
 from l2l_core.pseudo_labels.sam_masks import Match, SamMasks, sam_masks_of
-from l2l_core.pseudo_labels.select import Selection
-from l2l_core.workers.chunks import Work, check_gpus, map_chunks, worker_threads
+from l2l_core.pseudo_labels.select import Selection, rank, select_labels
+from l2l_core.workers.chunks import Work, check_gpus, chunk_path, map_chunks, worker_threads
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,39 @@ LABELED = pa.schema(
 LoadTeacher = Callable[[TrainParams], BatchPredictor]
 
 
-def label_unlabeled(
-    params: Params, load_teachers: Sequence[LoadTeacher], folder: Path | None = None
-) -> tuple[PseudoLabelCandidates, Candidates]:
+@dataclass(frozen=True)
+class LabeledPairs:
+    """Candidates and features of N unlabeled pairs, in chunks. Memory holds the pairs and two numbers of each."""
+
+    params: Params
+    pairs: Pairs
+    chunks: list[NDArray[np.int64]]  # rows of the pairs in each
+    tables: list[pa.Table | Path]  # LABELED of each
+    confidence: FloatArray  # [N] as in Candidates
+    prior_iou: FloatArray  # [N]
+
+    def take(self, rows: NDArray[np.int64]) -> tuple[PseudoLabelCandidates, Candidates]:
+        """Candidates and features of some pairs, in the order of `rows`, without repetitions.
+
+        Memory holds these and one chunk.
+        """
+        taken = _Taken(self.params, self.pairs.take(rows))
+        place = np.full(len(self.pairs), -1)
+        place[rows] = np.arange(len(rows))
+        for chunk, table in zip(self.chunks, self.tables, strict=True):
+            places = place[chunk]
+            if (places >= 0).any():
+                found = table if isinstance(table, pa.Table) else records.read_table(table, LABELED)
+                taken.add(places[places >= 0], found.filter(pa.array(places >= 0)))
+        return taken.labels(), taken.features()
+
+
+def label_unlabeled(params: Params, load_teachers: Sequence[LoadTeacher], folder: Path | None = None) -> LabeledPairs:
     """Build the candidate masks of every unlabeled sentence and compute their features.
 
     load_teachers: of `teachers_of`; they run in each worker with its `params.train`, and are picklable if there are
-    several workers. folder: where finished chunks are stored and, after a kill, found again. Raises InputError if no
-    sentence is unlabeled.
+    several workers. folder: where chunks are stored and, after a kill, found again; it must exist as long as the result
+    is used. None: chunks stay in memory. Raises InputError if no sentence is unlabeled.
     """
     pairs = pairs_of(params, "unlabeled")
     if not len(pairs):
@@ -107,10 +134,13 @@ def label_unlabeled(
         load=lambda number: (chunks[number][0], pairs.only(chunks[number][1])),
         start=partial(_start_labeling, params, load_teachers),
     )
-    labeled = _Labeled(params, pairs)
+    confidence, prior_iou = np.empty(len(pairs), np.float32), np.empty(len(pairs), np.float32)
+    tables: list[pa.Table | Path] = [Path()] * len(chunks)
     for number, table in map_chunks(work, params.cluster, folder):
-        labeled.add(chunks[number][1], table)
-    return labeled.labels(), labeled.features()
+        rows = chunks[number][1]
+        confidence[rows], prior_iou[rows] = table["confidence"].to_numpy(), table["prior_iou"].to_numpy()
+        tables[number] = table if folder is None else chunk_path(folder, number)
+    return LabeledPairs(params, pairs, [rows for _, rows in chunks], tables, confidence, prior_iou)
 
 
 def teachers_of(params: Params, round_number: int) -> list[Path]:
@@ -201,8 +231,8 @@ def _label_batch(
     return pa.table(columns, schema=LABELED)
 
 
-class _Labeled:
-    """Candidates and features of all pairs, filled chunk by chunk."""
+class _Taken:
+    """Candidates and features of some pairs, filled chunk by chunk."""
 
     def __init__(self, params: Params, pairs: Pairs) -> None:
         count, grid, names = len(pairs), params.select.grid, len(params.select.candidate_names)
@@ -310,13 +340,37 @@ def score_unlabeled(params: Params, labels: PseudoLabelCandidates, masks_path: P
     batches = batches_of(params, labels.pairs)
     truth = load_targets(masks_path, records.INDEX, labels.pairs)
     count, scores = len(params.select.candidate_names), []
-    for rows in batched_rows(len(labels.pairs), params.evaluate.batch_size, "oracle"):
+    for rows in batched_rows(len(labels.pairs), params.evaluate.batch_size, None):
         mine = np.stack(
             [batches.square_masks([labels.candidates[row][k] for row in rows], rows) for k in range(count)], axis=1
         )
         true = batches.square_masks([truth.label[row] for row in rows], rows)
         scores.append(score_candidates(labels.pairs.sent_id[rows], mine, true, params.select.grid))
     return concatenate(scores)
+
+
+def select_chunks(params: Params, round_number: int, labeled: LabeledPairs, policy: Policy | None) -> pa.Table:
+    """The round's pseudo-labels (records.PSEUDO_LABELS), one row per unlabeled sentence, selected chunk by chunk.
+
+    policy: of `reinforce`. Only the oracle reads the truth. Fixed rules compare all sentences.
+    """
+    ranking = rank(params.select, labeled.pairs.sent_id, labeled.confidence, labeled.prior_iou)
+    tables = []
+    for rows in progress(labeled.chunks, "select", "chunk"):
+        labels, candidates = labeled.take(rows)
+        truth = score_unlabeled(params, labels, records.INDEX.masks) if params.select.method == "oracle" else None
+        chosen = None if ranking is None else ranking.take(rows)
+        selection = select_labels(params.select, candidates, policy, truth, chosen)
+        tables.append(pseudo_label_table(params, round_number, labels, candidates, selection))
+    return _in_order(tables, np.argsort(np.concatenate(labeled.chunks)))
+
+
+def _in_order(tables: list[pa.Table], order: NDArray[np.int64]) -> pa.Table:
+    """Rows of records.PSEUDO_LABELS in another order. All pixel weights may exceed the 2 GiB of a binary array."""
+    fields = [one.with_type(pa.large_binary()) if one.type == pa.binary() else one for one in records.PSEUDO_LABELS]
+    whole = pa.concat_tables(tables).cast(pa.schema(fields)).combine_chunks()
+    rows = (order[first : first + records.PART_ROWS] for first in range(0, len(order), records.PART_ROWS))
+    return pa.concat_tables(whole.take(part).cast(records.PSEUDO_LABELS) for part in rows).combine_chunks()
 
 
 def pseudo_label_table(

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l2l_core.core.arrays import BoolArray, FloatArray
-from l2l_core.pseudo_labels.features import Candidates
 
 MATCH_IOU = 0.5
 """A mask of SAM with a higher IoU replaces the teacher's mask (SemiRES)."""
@@ -22,9 +21,9 @@ def mean_rank(score: NDArray[np.floating[Any]]) -> FloatArray:
     return ((last - (sizes - 1) / 2)[group] / max(len(score), 1)).astype(np.float32)
 
 
-def rank_sum(candidates: Candidates) -> FloatArray:
+def rank_sum(confidence: FloatArray, prior_iou: FloatArray) -> FloatArray:
     """Mean rank by confidence and by agreement with the prior, [N] in (0, 1]."""
-    return np.float32(0.5) * (mean_rank(candidates.confidence) + mean_rank(candidates.prior_iou))
+    return np.float32(0.5) * (mean_rank(confidence) + mean_rank(prior_iou))
 
 
 def best_fraction(score: FloatArray, sent_id: NDArray[np.int64], fraction: float) -> BoolArray:

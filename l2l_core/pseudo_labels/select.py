@@ -29,8 +29,40 @@ class Selection:
     reward: FloatArray  # [N] utility of the kept cells: by the truth if given, else by agreement
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """The comparison of all sentences by a fixed rule, for N of them."""
+
+    score: FloatArray  # [N] rank in (0, 1]
+    accepted: BoolArray  # [N]
+
+    def take(self, rows: NDArray[np.int64]) -> Ranking:
+        """Select sentences by row index."""
+        return Ranking(self.score[rows], self.accepted[rows])
+
+
+def rank(
+    params: SelectParams, sent_id: NDArray[np.int64], confidence: FloatArray, prior_iou: FloatArray
+) -> Ranking | None:
+    """Compare all sentences by `params.method`; None if it does not compare them. confidence, prior_iou: [N]."""
+    match params.method:
+        case "topk":
+            score = mean_rank(confidence)
+        case "agreement":
+            score = mean_rank(prior_iou)
+        case "ranksum":
+            score = rank_sum(confidence, prior_iou)
+        case _:
+            return None
+    return Ranking(score, best_fraction(score, sent_id, params.keep_fraction))
+
+
 def select_labels(
-    params: SelectParams, candidates: Candidates, policy: Policy | None, truth: CandidateTruth | None = None
+    params: SelectParams,
+    candidates: Candidates,
+    policy: Policy | None,
+    truth: CandidateTruth | None = None,
+    ranking: Ranking | None = None,
 ) -> Selection:
     """Apply `params.method`. Every rule except `reinforce` keeps all cells of the pseudo-labels that it accepts.
 
@@ -38,7 +70,8 @@ def select_labels(
     calibrated probability of a correct pseudo-label (reinforce), the rank of the rule's score (topk, agreement,
     ranksum), the IoU (oracle), 1 (all, threshold, semires, mean_teacher) or 0 (none). `threshold` accepts everything
     and drops pixels instead of cells, by `confident_pixels`. `semires` weights pixels. `mean_teacher` relabels during
-    training. Raises ValueError if the rule lacks its policy or truth, or if the truth is of other sentences.
+    training. ranking: of these sentences among all; None: these are all. Raises ValueError if the rule lacks its policy
+    or truth, or if the truth is of other sentences.
     """
     count, grid = len(candidates.sent_id), candidates.cells.shape[2]
     everyone, choice = np.arange(count), np.zeros(count, dtype=np.int64)
@@ -52,12 +85,10 @@ def select_labels(
         case "none":
             score = np.zeros(count, dtype=np.float32)
             accepted = score > 0.5
-        case "topk" | "agreement" | "ranksum" as rule:
-            if rule == "ranksum":
-                score = rank_sum(candidates)
-            else:
-                score = mean_rank(candidates.confidence if rule == "topk" else candidates.prior_iou)
-            accepted = best_fraction(score, candidates.sent_id, params.keep_fraction)
+        case "topk" | "agreement" | "ranksum":
+            found = ranking or rank(params, candidates.sent_id, candidates.confidence, candidates.prior_iou)
+            assert found is not None
+            score, accepted = found.score, found.accepted
         case "oracle":
             if truth is None:
                 raise ValueError("oracle needs the truth")

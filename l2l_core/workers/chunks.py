@@ -65,8 +65,13 @@ def map_chunks(work: Work, cluster: ClusterParams, folder: Path | None = None) -
         for number, table in executor_of(workers)(job, tasks, count):
             assert _has_rows(work, number, table), f"{work.what}: chunk {number} has other rows"
             if folder is not None:
-                write_table(table, folder / f"{number}.parquet", work.schema)
+                write_table(table, chunk_path(folder, number), work.schema)
             yield number, table
+
+
+def chunk_path(folder: Path, number: int) -> Path:
+    """Where `map_chunks` stores a chunk."""
+    return folder / f"{number}.parquet"
 
 
 def worker_threads(cluster: ClusterParams) -> int:
@@ -102,7 +107,7 @@ def check_gpus(cluster: ClusterParams, device: str) -> None:
 
 
 def _stored(work: Work, folder: Path, number: int) -> pa.Table | None:
-    path = folder / f"{number}.parquet"
+    path = chunk_path(folder, number)
     return read_chunk(path, work.schema, "computing it again", lambda table: _has_rows(work, number, table))
 
 

@@ -13,6 +13,7 @@ from toy_pairs import TRAIN, toy_params
 from l2l_core.model import batch_predictor
 from l2l_core.preflight import estimate
 from l2l_core.preflight.estimate import Costs, Counts, Machine, MemoryCosts, Sizes, checkpoint_bytes, plan, stage_names
+from l2l_core.pseudo_labels import reinforce
 from l2l_core.training import workers
 
 ROOT = Path(__file__).parents[2]
@@ -217,6 +218,14 @@ def test_memory_of_fixed_rules_excludes_fold_teachers_and_labeled_sentences():
     assert found["retrain@1"][0] == 500 + 1000 * 1400 + 1_000_000 + 10_000 + 420 * 3 * 32 * 32
     ruled = 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 800
     assert found["select@1"] == (ruled, 40_000)
+
+
+def test_memory_of_selection_holds_the_states_of_a_sample(monkeypatch):
+    """Of 800 unlabeled sentences, the policy trains on at most 300."""
+    monkeypatch.setattr(reinforce, "UNLABELED_SENTENCES", 300)
+    fixed = memory(select=SELECT | {"method": "topk"})["select@1"][0]
+    assert fixed == 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 300
+    assert memory()["select@1"][0] == fixed + 2 * 6 * 50
 
 
 def test_memory_of_a_multimodal_model_is_unknown():

@@ -27,7 +27,9 @@ from l2l_core.pseudo_labels.generate import (
     score_labeled,
     score_out_of_fold,
     score_unlabeled,
+    select_chunks,
 )
+from l2l_core.pseudo_labels.reinforce import train_policy
 from l2l_core.pseudo_labels.sam_masks import Match, Refined
 from l2l_core.pseudo_labels.select import Selection, select_labels
 from l2l_core.training import fold_teachers
@@ -110,8 +112,13 @@ def teachers_own(labels: PseudoLabelCandidates) -> list[bytes]:
     return [made[0] for made in labels.candidates]
 
 
+def label_all(*arguments) -> tuple[PseudoLabelCandidates, Candidates]:
+    labeled = label_unlabeled(*arguments)
+    return labeled.take(np.arange(len(labeled.pairs)))
+
+
 def labels_and_candidates(params: Params) -> tuple[PseudoLabelCandidates, Candidates]:
-    return label_unlabeled(params, [lambda train: Oracle()])  # type: ignore[arg-type]
+    return label_all(params, [lambda train: Oracle()])  # type: ignore[arg-type]
 
 
 def test_labels_are_teacher_masks_at_the_original_image_size(run):
@@ -132,13 +139,13 @@ def test_cross_labeling_asks_only_teachers_that_never_learn_from_the_image(run, 
     sentence has an accepted pseudo-label."""
     params = params_of(method, cross_label=True, fold_update=fold_update, candidates=["teacher", "neighbor"])
     teachers = [Oracle(), Oracle()]
-    labels, seen = label_unlabeled(params, [lambda train, one=one: one for one in teachers])
+    labels, seen = label_all(params, [lambda train, one=one: one for one in teachers])
     asked = [set(teacher.asked) for teacher in teachers]
     assert set.union(*asked) == set(sentences_of("unlabeled").tolist())
     assert asked[0] & asked[1] == set()
     assert all(asked)
     assert labels.pairs.sent_id.tolist() == seen.sent_id.tolist() == sentences_of("unlabeled").tolist()
-    whole, features = label_unlabeled(replace_select(params, cross_label=False), [lambda train: Oracle()])
+    whole, features = label_all(replace_select(params, cross_label=False), [lambda train: Oracle()])
     assert labels.candidates == whole.candidates  # all teachers are alike: the sentences keep their rows
     np.testing.assert_array_equal(seen.cells, features.cells)
 
@@ -194,13 +201,13 @@ class Mortal(Doubtful):
 def test_killed_labeling_resumes_to_the_same_candidates(run, tmp_path, monkeypatch, method):
     monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 1)
     params = params_of(method, candidates=["teacher", "prior"] if method == "reinforce" else ["teacher"])
-    labels, features = label_unlabeled(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
+    labels, features = label_all(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
     folder = tmp_path / "scratch"
     mortal = Mortal(1)
     with pytest.raises(Killed):
-        label_unlabeled(params, [lambda train: mortal], folder)  # type: ignore[arg-type]
+        label_all(params, [lambda train: mortal], folder)  # type: ignore[arg-type]
     resumed = Doubtful()
-    again, same_features = label_unlabeled(params, [lambda train: resumed], folder)  # type: ignore[arg-type]
+    again, same_features = label_all(params, [lambda train: resumed], folder)  # type: ignore[arg-type]
     assert set(resumed.asked) < set(labels.pairs.sent_id.tolist())  # the first batch was stored
     for name in ("candidates", "confident", "weight", "matched"):
         assert getattr(again, name) == getattr(labels, name)
@@ -280,7 +287,7 @@ def test_pseudo_label_table_holds_the_chosen_candidate(run):
     """Two different candidates are chosen in turn. Mask, name, and IoU with the proposal are those of the chosen
     one."""
     params = params_of(candidates=["teacher", "prior"])
-    labels, seen = label_unlabeled(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
+    labels, seen = label_all(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
     assert all(first != second for first, second in labels.candidates)
     count = len(labels.pairs)
     made = replace(selection(count, list(range(count))), choice=np.arange(count) % 2)
@@ -299,10 +306,52 @@ def test_oracle_selects_the_best_candidate_of_each_sentence(run):
     """The prior is correct and the teacher wrong, in either order."""
     for names in (["teacher", "prior"], ["prior", "teacher"]):
         params = params_of("oracle", candidates=names)
-        labels, seen = label_unlabeled(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
+        labels, seen = label_all(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
         made = select_labels(params.select, seen, None, score_unlabeled(params, labels, records.INDEX.masks))
         assert {names[k] for k in made.choice} == {"prior"}
         assert made.accept_prob.min() > 0.4
+
+
+@pytest.mark.parametrize("method", ["reinforce", "oracle", "topk", "ranksum", "threshold", "semires", "none"])
+def test_selection_chunk_by_chunk_equals_the_selection_at_once(run, tmp_path, monkeypatch, method):
+    """The sentences are not in the order of their images, of which each fills a chunk. Fixed rules rank all of them."""
+    images = records.read_table(records.INDEX.images, records.IMAGES)
+    records.write_table(images.take(np.arange(len(images))[::-1]), records.INDEX.images, records.IMAGES)
+    names = ["prior", "teacher"] if method in ("reinforce", "oracle") else ["teacher"]
+    params = params_of(method, candidates=names, policy_steps=5, keep_fraction=0.4)
+    labels, seen = label_all(params, [lambda train: Doubtful()])
+    truth = score_unlabeled(params, labels, records.INDEX.masks)
+    policy = train_policy(seen, truth, seen, params.select, seed=0).policy if method == "reinforce" else None
+    made = select_labels(params.select, seen, policy, truth if method == "oracle" else None)
+    whole = pseudo_label_table(params, 1, labels, seen, made)
+
+    monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 1)
+    labeled = label_unlabeled(params, [lambda train: Doubtful()], tmp_path / "scratch")
+    assert len(labeled.chunks) == 2
+    assert labeled.chunks[0].min() > labeled.chunks[1].max()
+    found = select_chunks(params, 1, labeled, policy)
+    assert found["sent_id"].to_pylist() == sentences_of("unlabeled").tolist()
+    numbers = ["accept_prob", "reward"]  # sums of other batches may differ in the last bit
+    for name in numbers:
+        np.testing.assert_allclose(found[name].to_numpy(), whole[name].to_numpy(), rtol=1e-6)
+    assert found.drop_columns(numbers).equals(whole.drop_columns(numbers))
+
+
+def test_taking_some_labels_reads_only_their_chunks(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 1)
+    params = params_of(candidates=["teacher", "prior"])
+    labeled = label_unlabeled(params, [lambda train: Doubtful()], tmp_path / "scratch")
+    labels, seen = labeled.take(np.arange(len(labeled.pairs)))
+    labeled.tables[0].unlink()
+    rows = labeled.chunks[1][::-1]
+    assert 1 < len(rows) < len(labeled.pairs)
+    some, features = labeled.take(rows)
+    assert some.pairs.sent_id.tolist() == labels.pairs.sent_id[rows].tolist()
+    assert some.candidates == [labels.candidates[row] for row in rows]
+    for name in ("sent_id", "cells", "sentence", "confidence", "prior_iou"):
+        np.testing.assert_array_equal(getattr(features, name), getattr(seen, name)[rows])
+    np.testing.assert_array_equal(labeled.confidence, seen.confidence)
+    np.testing.assert_array_equal(labeled.prior_iou, seen.prior_iou)
 
 
 def test_semires_stores_a_weight_for_each_pixel(run):

@@ -65,7 +65,8 @@ def test_labeling(run: Path) -> None:
 
 def labeled(params: Params, folders: list[Path]) -> dict[str, Any]:
     """Candidates and features of all unlabeled sentences by the networks in the folders."""
-    labels, features = label_unlabeled(params, [partial(BatchPredictor.from_run, folder) for folder in folders])
+    labeled = label_unlabeled(params, [partial(BatchPredictor.from_run, folder) for folder in folders])
+    labels, features = labeled.take(np.arange(len(labeled.pairs)))
     return {"candidates": labels.candidates} | {
         field.name: getattr(features, field.name) for field in fields(Candidates)
     }
