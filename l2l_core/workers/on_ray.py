@@ -126,6 +126,8 @@ def _cluster(workers: Workers) -> Iterator[Any]:
     # The driver's choice of device counts (Work), so that Ray need not hide the GPUs of workers without one.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Of a cluster started here. By default, workers get a low priority and starve beside other programs.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     require_ray()
     import ray
 
