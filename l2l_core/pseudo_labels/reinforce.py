@@ -272,7 +272,7 @@ def _train_actor(
                 confusion = confusion_against_votes(unlabeled.cells[rows])
                 groups.append((weight, _sample(actor, unlabeled, rows, confusion, params, noise, generator)))
         terms = [
-            share * _loss(group, *(group.logits if is_first else actor(group.cells, group.sentence)), params)
+            share * _loss(group, group.logits if is_first else actor(group.cells, group.sentence), params)
             for share, group in groups
         ]
         loss = torch.stack(terms).sum()
@@ -344,11 +344,12 @@ def _sample(
     return _Group(cells, sentence, critic_logit, (choice_logits, keep_logits), choice, keep, reward, curve)
 
 
-def _loss(group: _Group, choice_logits: Tensor, keep_logits: Tensor, params: SelectParams) -> Tensor:
-    """Loss of the group's actions under an actor with these logits. The first step takes the group's own."""
+def _loss(group: _Group, logits: tuple[Tensor, Tensor], params: SelectParams) -> Tensor:
+    """Loss of the group's actions under an actor with these logits for choices and cells."""
+    choice_logits, keep_logits = logits
     advantage, entropy = _advantage(group.reward, params), _entropy(choice_logits, keep_logits)
     if params.update == "grpo":
-        first_choice, first_keep = (logits.detach() for logits in group.logits)
+        first_choice, first_keep = (before.detach() for before in group.logits)
         old_log_prob = decision_log_prob(first_choice, first_keep, group.choice, group.keep)
         log_prob = decision_log_prob(choice_logits, keep_logits, group.choice, group.keep)
         loss = clipped_loss(log_prob, old_log_prob, advantage)
