@@ -413,9 +413,12 @@ class SelectParams(Section):
     """`threshold`: keep pixels whose confidence max(p, 1 - p) reaches this."""
     keep_fraction: Annotated[float, Field(gt=0.0, le=1.0)]
     """`topk`, `agreement`, `ranksum`: fraction of the sentences to keep."""
+    update: Literal["reinforce", "grpo"]
+    """Of the policy: REINFORCE with a leave-one-out baseline, or GRPO's clipped ratios and normalized advantages."""
     policy_steps: PositiveInt
+    """Gradient steps of each actor, for either update."""
     group_size: Annotated[int, Field(ge=2)]
-    """Actions drawn per sentence. The baseline of each is the mean reward of the others."""
+    """Actions drawn per sentence. Their rewards are compared with each other."""
     policy_lr: Annotated[float, Field(gt=0.0)]
     entropy_bonus: Annotated[float, Field(ge=0.0)]
     wrong_cost: Annotated[float, Field(ge=0.0)]

@@ -1,8 +1,15 @@
-"""Policy training: actors start from the critic's estimates and improve on them by REINFORCE.
+"""Policy training: actors start from the critic's estimates and improve on them by REINFORCE or by GRPO.
 
-The baseline of an action is the mean reward of the other actions in its group. A KL term keeps an actor's distribution
-close to the critic's, so that unlikely candidates are still sampled. The actors form an ensemble: their logits are
-averaged. There is no ratio clipping, and advantages are not divided by their standard deviation.
+REINFORCE (Williams, 1992): the baseline of an action is the mean reward of the other actions in its group. There is no
+ratio clipping, and advantages are not divided by their standard deviation. GRPO (Shao et al., 2024) does both: it
+divides by the group's standard deviation, and takes several steps on the same actions, with the clipped ratios of PPO
+(Schulman et al., 2017).
+
+Both take `policy_steps` steps of the same optimizer, on batches of the same size, with the same KL and entropy terms.
+What differs is the number of draws: GRPO_EPOCHS of GRPO's steps share their sentences, noise and actions.
+
+A KL term keeps an actor's distribution close to the critic's, so that unlikely candidates are still sampled. The actors
+form an ensemble: their logits are averaged.
 """
 
 from __future__ import annotations
@@ -45,6 +52,13 @@ CRITIC_SHARPNESS = 8.0
 
 CRITIC_WEIGHT = 0.1
 """Weight of the KL divergence between the choices of an actor and the critic."""
+
+GRPO_EPOCHS = 4
+"""Steps of GRPO on the same actions. In the first of them, all ratios are 1, and nothing is clipped."""
+GRPO_CLIP = 0.2
+"""Ratios of probabilities beyond 1 +- GRPO_CLIP give no gradient away from 1: the value of PPO."""
+SMALLEST_REWARD_STD = 1e-4
+"""Added to the standard deviation of a group's rewards. If all are equal, the advantages are 0."""
 
 WEIGHT_DECAY = 0.01
 """The usual value of AdamW."""
@@ -145,6 +159,35 @@ def group_advantage(reward: Tensor) -> Tensor:
     return (reward - reward.mean(0)) * (size / (size - 1))
 
 
+def normalized_advantage(reward: Tensor) -> Tensor:
+    """GRPO's advantage: reward minus the group's mean, over the group's standard deviation. [S, B] -> [S, B]."""
+    return (reward - reward.mean(0)) / (reward.std(0, correction=0) + SMALLEST_REWARD_STD)
+
+
+def clipped_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> Tensor:
+    """PPO's clipped surrogate loss, with one ratio for each decision of an action, as GRPO has one for each token.
+
+    log_prob: [S, B, D] of `decision_log_prob`, requires gradients. old_log_prob: that of the actor that drew the
+    actions. advantage: [S, B]. At ratio 1, the gradient is that of `policy_gradient_loss`. The decisions of an action
+    are summed. Their mean, as in GRPO, would weigh an action's choice less the more decisions follow it.
+    """
+    ratio, advantage = (log_prob - old_log_prob).exp(), advantage[..., None]
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - GRPO_CLIP, 1 + GRPO_CLIP) * advantage)
+    return -gain.sum(-1).mean()
+
+
+def decision_log_prob(choice_logits: Tensor, keep_logits: Tensor, choice: Tensor, keep: Tensor) -> Tensor:
+    """Log probability of each decision of the actions: the choice, then the cells. [S, B, 1 + G * G].
+
+    Arguments as in `policy_gradient_loss`. If none is chosen, no cell is decided: 0.
+    """
+    sentence, kinds = torch.arange(len(choice_logits)), choice_logits.shape[1]
+    of_choice = _with_none(choice_logits).log_softmax(1)[sentence, choice]
+    logits = keep_logits[sentence, choice.clamp(max=kinds - 1)]
+    of_cells = (keep * logits - functional.softplus(logits)) * (choice < kinds)[..., None, None]
+    return torch.cat([of_choice[..., None], of_cells.flatten(2)], dim=-1)
+
+
 def _choose_noise(
     scaling: Mapping[str, Tensor],
     labeled: Candidates,
@@ -214,21 +257,30 @@ def _train_actor(
 ) -> list[dict[str, float]]:
     """Train the actor in place and return the curve."""
     weight = params.unlabeled_weight * _reliability(labeled, truth, params)
+    epochs = GRPO_EPOCHS if params.update == "grpo" else 1
+    groups: list[tuple[float, _Group]] = []
     optimizer = torch.optim.AdamW(actor.parameters(), lr=params.policy_lr, weight_decay=WEIGHT_DECAY)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps))
     steps = []
-    for _ in progress(range(num_steps), "policy", "step"):
-        rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
-        loss, step = _reinforce_loss(actor, labeled, rows, truth.cells[rows], params, noise, generator)
-        if len(unlabeled.sent_id) and weight > 0:
-            rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
-            confusion = confusion_against_votes(unlabeled.cells[rows])
-            loss = loss + weight * _reinforce_loss(actor, unlabeled, rows, confusion, params, noise, generator)[0]
+    for step in progress(range(num_steps), "policy", "step"):
+        is_first = step % epochs == 0
+        if is_first:
+            rows = torch.randperm(len(labeled.sent_id), generator=generator)[:SENTENCES_PER_STEP].numpy()
+            groups = [(1.0, _sample(actor, labeled, rows, truth.cells[rows], params, noise, generator))]
+            if len(unlabeled.sent_id) and weight > 0:
+                rows = torch.randint(len(unlabeled.sent_id), (SENTENCES_PER_STEP,), generator=generator).numpy()
+                confusion = confusion_against_votes(unlabeled.cells[rows])
+                groups.append((weight, _sample(actor, unlabeled, rows, confusion, params, noise, generator)))
+        terms = [
+            share * _loss(group, group.logits if is_first else actor(group.cells, group.sentence), params)
+            for share, group in groups
+        ]
+        loss = torch.stack(terms).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         cosine.step()
-        steps.append(step)
+        steps.append(groups[0][1].curve)
     return [
         {
             "step": min(start + CURVE_EVERY, len(steps)),
@@ -241,7 +293,21 @@ def _train_actor(
     ]
 
 
-def _reinforce_loss(
+@dataclass(frozen=True)
+class _Group:
+    """Actions drawn for B sentences, S for each, and the inputs and outputs of the actor that drew them."""
+
+    cells: Tensor  # [B, K, G, G, C] standardized
+    sentence: Tensor  # [B, K, D] standardized, with noise
+    critic_logit: Tensor  # [B, K]
+    logits: tuple[Tensor, Tensor]  # of the actor, with gradients for the first step
+    choice: Tensor  # [S, B]
+    keep: Tensor  # [S, B, G, G]
+    reward: Tensor  # [S, B]
+    curve: dict[str, float]
+
+
+def _sample(
     actor: Actor,
     candidates: Candidates,
     rows: NDArray[np.int64],
@@ -249,15 +315,16 @@ def _reinforce_loss(
     params: SelectParams,
     feature_noise: float,
     generator: torch.Generator,
-) -> tuple[Tensor, dict[str, float]]:
-    """Sample a group of actions per row and score them by `confusion` [B, K, G, G, 4]. Return loss and curve values."""
+) -> _Group:
+    """Sample a group of actions per row and score them by `confusion` [B, K, G, G, 4]."""
     cells, sentence = actor.standardize(
         torch.from_numpy(candidates.cells[rows]), torch.from_numpy(candidates.sentence[rows])
     )
     varies = actor.sentence_std > SMALLEST_STD
     varies[ESTIMATE] = False
     noise = feature_noise * varies * torch.randn(sentence.shape, generator=generator)
-    choice_logits, keep_logits = actor(cells, sentence + noise)
+    sentence = sentence + noise
+    choice_logits, keep_logits = actor(cells, sentence)
     prob = _with_none(choice_logits.detach()).softmax(1)
     choice = torch.multinomial(prob, params.group_size, replacement=True, generator=generator).T
     candidate = choice.clamp(max=choice_logits.shape[1] - 1)
@@ -266,18 +333,33 @@ def _reinforce_loss(
     whole = torch.from_numpy(confusion)
     kept = torch.einsum("sbij,bkijc->sbkc", keep, whole)
     reward = _of_choice(utility_of_sums(kept, whole.sum((2, 3)), params.wrong_cost), choice)
-    advantage = group_advantage(reward)
-    entropy = _entropy(choice_logits, keep_logits)
-    loss = policy_gradient_loss(choice_logits, keep_logits, choice, keep, advantage)
     critic_logit = _critic_logit(torch.from_numpy(candidates.sentence[rows][..., ESTIMATE]), params)
-    loss = loss + CRITIC_WEIGHT * _divergence(choice_logits, critic_logit) - params.entropy_bonus * entropy
-    return loss, {
+    curve = {
         "reward": float(reward.mean()),
         "accept_rate": float(1 - prob[:, -1].mean()),
         "keep_rate": float(torch.sigmoid(keep_logits.detach()).mean()),
-        "entropy": float(entropy.detach()),
-        "advantage_std": float(advantage.std()),
+        "entropy": float(_entropy(choice_logits.detach(), keep_logits.detach())),
+        "advantage_std": float(_advantage(reward, params).std()),
     }
+    return _Group(cells, sentence, critic_logit, (choice_logits, keep_logits), choice, keep, reward, curve)
+
+
+def _loss(group: _Group, logits: tuple[Tensor, Tensor], params: SelectParams) -> Tensor:
+    """Loss of the group's actions under an actor with these logits for choices and cells."""
+    choice_logits, keep_logits = logits
+    advantage, entropy = _advantage(group.reward, params), _entropy(choice_logits, keep_logits)
+    if params.update == "grpo":
+        first_choice, first_keep = (before.detach() for before in group.logits)
+        old_log_prob = decision_log_prob(first_choice, first_keep, group.choice, group.keep)
+        log_prob = decision_log_prob(choice_logits, keep_logits, group.choice, group.keep)
+        loss = clipped_loss(log_prob, old_log_prob, advantage)
+    else:
+        loss = policy_gradient_loss(choice_logits, keep_logits, group.choice, group.keep, advantage)
+    return loss + CRITIC_WEIGHT * _divergence(choice_logits, group.critic_logit) - params.entropy_bonus * entropy
+
+
+def _advantage(reward: Tensor, params: SelectParams) -> Tensor:
+    return normalized_advantage(reward) if params.update == "grpo" else group_advantage(reward)
 
 
 def _of_choice(values: Tensor, choice: Tensor) -> Tensor:

@@ -55,3 +55,20 @@ def test_a_round_trains_the_next_rounds_teachers_with_its_model(first_run, tmp_p
     assert found[0] == found[1]
     assert len(set(found[0])) == 3
     assert not any((project.folder / ".scratch").iterdir())
+
+
+def test_cross_labeling_reads_the_fold_teachers_of_each_round(first_run, tmp_path):
+    """Also under a fixed rule: other fold teachers after round 1 change the labels of round 2, and nothing before."""
+    project = first_run.project.copy(tmp_path / "project")
+    project.change_params({"round": 2, "select": {"method": "agreement", "cross_label": True}})
+    ran = project.stages_run("dvc", "repro")
+    assert {"crossfit-0", "select@1", "retrain@1", "crossfit@1", "select@2"} <= set(ran)
+    assert len({*teachers(project, 0), *teachers(project, 1)}) == 4
+    labels = [project.read(f"data/rounds/{number}/pseudo_labels.parquet") for number in (1, 2)]
+    project.change_params({"select": {"fold_update_steps": 3}})
+    ran = project.stages_run("dvc", "repro")
+    assert {"crossfit@1", "select@2", "retrain@2"} <= set(ran)
+    assert not {"warmup", "crossfit-0", "select@1", "retrain@1"} & set(ran)
+    after = [project.read(f"data/rounds/{number}/pseudo_labels.parquet") for number in (1, 2)]
+    assert after[0] == labels[0]
+    assert after[1] != labels[1]

@@ -239,6 +239,16 @@ def test_fixed_rules_neither_query_fold_teachers_nor_train_a_policy():
     assert found["crossfit@1"] == 1
 
 
+def test_cross_labeling_adds_fold_teachers_to_fixed_rules():
+    """Everything else costs the same."""
+    rule, crossed = SELECT | {"method": "topk"}, SELECT | {"method": "topk", "cross_label": True}
+    added = {"crossfit-0": 5 + 2 * (30 + 20 * 0.5), "crossfit@1": 5 + 2 * (15 + 420 * 0.5)}
+    assert seconds(select=crossed) == pytest.approx(seconds(select=rule) | added)
+    beside = memory(select=SELECT, at_once=2)
+    added_bytes = {name: beside[name] for name in beside if name.startswith(("crossfit", "retrain"))}
+    assert memory(select=crossed, at_once=2) == memory(select=rule, at_once=2) | added_bytes
+
+
 def test_time_of_fold_teachers_follows_fold_update():
     assert seconds(select=SELECT | {"fold_update": "freeze"})["crossfit@1"] == 1
     assert seconds(select=SELECT | {"fold_update": "retrain"})["crossfit@1"] == pytest.approx(5 + 2 * (30 + 210))

@@ -16,7 +16,10 @@ from l2l_core.pseudo_labels.policy import Actor
 from l2l_core.pseudo_labels.reinforce import (
     CURVE_COLUMNS,
     _reliability,
+    clipped_loss,
+    decision_log_prob,
     group_advantage,
+    normalized_advantage,
     policy_gradient_loss,
     train_policy,
 )
@@ -111,6 +114,93 @@ def test_advantage_compares_with_the_rest_of_the_group():
     torch.testing.assert_close(advantage, torch.tensor([[-3.0], [-1.5], [4.5]]))
 
 
+def test_grpo_divides_advantages_by_the_groups_deviation():
+    """Rewards 1, 2, and 6 have mean 3 and variance 14 / 3. Equal rewards have no advantage."""
+    advantage = normalized_advantage(torch.tensor([[1.0, 0.3], [2.0, 0.3], [6.0, 0.3]]))
+    expected = torch.tensor([[-2.0, 0.0], [-1.0, 0.0], [3.0, 0.0]]) / (14 / 3) ** 0.5
+    torch.testing.assert_close(advantage, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_log_probabilities_of_decisions_multiply_to_those_of_actions():
+    """One sentence has two candidates of two cells. The probabilities of its 9 actions sum to 1, and that of each is
+    the product of its own factors. An action that chooses none decides no cell."""
+    choice_logits, keep_logits = torch.tensor([[0.3, -0.7]]), torch.tensor([[[[1.1, -0.2]], [[0.4, 0.9]]]])
+    weights = [np.exp(0.3), np.exp(-0.7), 1.0]
+    total = 0.0
+    for kind, *kept in [(2, 0, 0), *itertools.product((0, 1), repeat=3)]:
+        found = decision_log_prob(choice_logits, keep_logits, torch.tensor([[kind]]), torch.tensor([[[kept]]]).float())
+        assert found.shape == (1, 1, 3)
+        factors = [weights[kind] / sum(weights), 1.0, 1.0]
+        if kind < 2:
+            prob = 1 / (1 + np.exp(-keep_logits[0, kind, 0].numpy()))
+            factors[1:] = np.where(kept, prob, 1 - prob)
+        np.testing.assert_allclose(found[0, 0].exp(), factors, rtol=1e-5)
+        total += np.prod(factors)
+    assert total == pytest.approx(1.0)
+
+
+def test_grpo_clips_ratios_that_would_move_on():
+    """Of ratios 1.5 and 0.5, clipped at 1.2 and 0.8, a good action gains 1.2 and 0.5, and a bad one loses 1.5 and 0.8.
+    Only 0.5 of the good and 1.5 of the bad one have a gradient, which equals the ratio."""
+    log_prob = torch.tensor([[[1.5, 0.5]], [[1.5, 0.5]]], dtype=torch.float64).log().requires_grad_()
+    loss = clipped_loss(log_prob, torch.zeros_like(log_prob), torch.tensor([[2.0], [-2.0]], dtype=torch.float64))
+    assert loss.item() == pytest.approx(-2 * (1.2 + 0.5 - 1.5 - 0.8) / 2)
+    loss.backward()
+    np.testing.assert_allclose(log_prob.grad, [[[0, -0.5]], [[1.5, 0]]])
+
+
+def test_grpo_starts_with_the_policy_gradient():
+    """With all ratios 1, the gradient is that of REINFORCE with the same advantages. Later ones match differences."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    logits, old = (draw(3, 2), draw(3, 2, 2, 2)), [draw(3, 2).detach(), draw(3, 2, 2, 2).detach()]
+    choice = torch.randint(3, (5, 3), generator=generator)
+    keep, advantage = (draw(5, 3, 2, 2) > 0).double(), draw(5, 3).detach()
+
+    def loss(choice_logits, keep_logits, before):
+        actions = choice, keep
+        return clipped_loss(
+            decision_log_prob(choice_logits, keep_logits, *actions), decision_log_prob(*before, *actions), advantage
+        )
+
+    expected = torch.autograd.grad(policy_gradient_loss(*logits, choice, keep, advantage), logits)
+    first = torch.autograd.grad(loss(*logits, [one.detach() for one in logits]), logits)
+    for found, wanted in zip(first, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+        assert wanted.abs().max() > 0.01
+    assert torch.autograd.gradcheck(lambda *given: loss(*given, old), logits)
+    later = torch.autograd.grad(loss(*logits, old), logits)
+    assert not torch.allclose(later[1], expected[1])
+
+
+def test_grpo_takes_as_many_steps_as_reinforce_on_fewer_draws(labeled, unlabeled, monkeypatch):
+    drawn, steps, sample, step = [], [], reinforce._sample, torch.optim.AdamW.step
+
+    def noted_sample(*given):
+        drawn.append(len(steps))
+        return sample(*given)
+
+    def noted_step(*given):
+        steps.append(1)
+        return step(*given)
+
+    monkeypatch.setattr(reinforce, "_sample", noted_sample)
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted_step)
+    monkeypatch.setattr(reinforce, "NOISES", (0.5,))
+    monkeypatch.setattr(reinforce, "NOISE_STEP_DIVISOR", 1000)
+    monkeypatch.setattr(reinforce, "ACTORS", 1)
+    for update, every in (("grpo", 4), ("reinforce", 1)):
+        drawn.clear()
+        steps.clear()
+        params = PARAMS.model_copy(update={"policy_steps": 14, "group_size": 16, "update": update})
+        trained = train_policy(*labeled, unlabeled, params, seed=0)
+        assert (len(steps), sorted(set(drawn))) == (14, list(range(0, 14, every)))
+        assert [row["step"] for row in trained.curve] == [10, 14]
+
+
 def test_cells_of_rejected_candidates_get_no_gradient():
     """The first sentence takes no candidate, the other its second one."""
     keep_logits = torch.zeros(2, 2, 2, 2, requires_grad=True)
@@ -122,7 +212,8 @@ def test_cells_of_rejected_candidates_get_no_gradient():
     assert (keep_logits.grad[1, 1] != 0).all()
 
 
-def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out):
+@pytest.mark.parametrize("update", ["reinforce", "grpo"])
+def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out, update):
     """The column `words` states whether the label is correct. The policy must discover this through the reward alone
     and use it on unseen sentences."""
 
@@ -133,7 +224,8 @@ def test_learns_a_feature_that_reveals_the_truth(labeled, unlabeled, held_out):
 
     seen, truth = labeled
     test_seen, test_truth = held_out
-    policy = train_policy(revealed(seen, truth.iou > 0.5), truth, revealed(unlabeled, 0.5), PARAMS, seed=0).policy
+    params = PARAMS.model_copy(update={"update": update})
+    policy = train_policy(revealed(seen, truth.iou > 0.5), truth, revealed(unlabeled, 0.5), params, seed=0).policy
     selection = select_labels(PARAMS, revealed(test_seen, test_truth.iou > 0.5), policy, test_truth)
     assert roc_auc_score(test_truth.iou[:, 0] > 0.5, selection.accept_prob) > 0.97
     assert np.mean(selection.accepted == (test_truth.iou[:, 0] > 0.5)) > 0.9
