@@ -18,7 +18,7 @@ Sources of the reward on labeled sentences:
     retrain     round 2: new ones, trained with labels and pseudo-labels for select.fold_steps
 
 `change` names what else differs from bench/benchmark.yaml: the cost of a wrong pixel, the weight of the agreement on
-unlabeled sentences, the bonus for entropy.
+unlabeled sentences, the bonus for entropy, the policy's update.
 
 Writes bench/results/rewards.jsonl, one JSON object a variant and seed: auroc, accepted (share), precision (of accepted
 labels, IoU > 0.5), iou_accepted, iou_chosen (of all) and utility (mean over all sentences, 0 for rejected ones, at a
@@ -64,13 +64,14 @@ from l2l_core.training.runs import labeled_stream, part_of
 WORK = ROOT / "bench" / "work" / "rewards"
 RESULTS = ROOT / "bench" / "results" / "rewards.jsonl"
 DOCUMENT = ROOT / "docs" / "results.md"
-CHANGES: dict[str, list[dict[str, float]]] = {
+CHANGES: dict[str, list[dict[str, float | str]]] = {
     "folds": [
         {"wrong_cost": 0.5},
         {"wrong_cost": 2.0},
         {"unlabeled_weight": 0.0},
         {"unlabeled_weight": 1.0},
         {"entropy_bonus": 0.0},
+        {"update": "grpo"},
     ],
     "continue": [{"wrong_cost": 2.0}, {"unlabeled_weight": 0.0}],
 }
@@ -160,7 +161,7 @@ def measure(seed: int) -> list[Row]:
         for number, source, steps, reward, faced in variants(params, repro):
             for change in ({}, *CHANGES.get(source, ())):
                 varied = params.model_copy(update={"select": params.select.model_copy(update=change)})
-                named = ", ".join(f"{key} {value:g}" for key, value in change.items())
+                named = ", ".join(f"{key} {value}" for key, value in change.items()).removesuffix(".0")
                 row = {"round": number, "source": source, "change": named, "seed": seed, "steps": steps}
                 row |= quality(varied, reward, faced, derive_seed(seed, f"select-{number}"))
                 found.append(row | {"labeled": len(reward[0].sent_id), "commit": commit})
