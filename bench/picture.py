@@ -42,7 +42,9 @@ Panels = list[tuple[str, overlays.Picture]]
 
 
 def middle(rows: pd.DataFrame, by: str) -> pd.Series:
-    """The row in the middle of the order by a column."""
+    """The row in the middle of the order by a column. Raises SystemExit if there is none."""
+    if rows.empty:
+        raise SystemExit(f"no picture: no sentence to show by its {by}; run the bench again with more sentences")
     return rows.sort_values([by, "sent_id"]).iloc[len(rows) // 2]
 
 
@@ -118,9 +120,13 @@ def draw(rows: list[tuple[int, str, Panels]], path: Path) -> None:
 
 
 def credits(rows: list[dict[str, Any]]) -> str:
-    """One sentence with the source and the license of each photo; rows of COCO's `images`."""
+    """The picture in Markdown, with the source and the license of each photo; rows of COCO's `images`."""
     named = [f"[{row['id']}]({row['flickr_url']}) ({LICENSES[row['license']]})" for row in rows]
-    return f"Photos of COCO, with colors drawn over them: {', '.join(named)}."
+    return (
+        "![Four sentences about photographs, from image and prior to the label or prediction](images/photos.png)\n\n"
+        f"*Photos of COCO, by users of Flickr, with colors drawn over them: {', '.join(named)}. "
+        "A script picks the examples (`python -m bench.picture --photos`).*"
+    )
 
 
 def main() -> None:
@@ -133,7 +139,10 @@ def main() -> None:
         return
     instances = json.loads((photos.photos_folder() / "instances.json").read_text(encoding="utf-8"))
     allowed = {row["id"]: row for row in instances["images"] if row.get("license") in LICENSES}
-    with contextlib.chdir(photos.WORK / "worker_0"):
+    run = photos.WORK / "worker_0"
+    if yaml.safe_load((run / "params.yaml").read_text(encoding="utf-8"))["select"]["method"] != "reinforce":
+        raise SystemExit("no picture: the last run of bench.photos is not of reinforce; run it again with that method")
+    with contextlib.chdir(run):
         rows = list(chosen(set(allowed)))
     draw(rows, IMAGES / "photos.png")
     shown = dict.fromkeys(image_id for image_id, _, _ in rows)

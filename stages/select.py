@@ -49,6 +49,7 @@ def main() -> None:
             trained = train_policy(labeled, scores, sample, params.select, seed, image)
             policy, curve = trained.policy, trained.curve
             print(f"round {round_number}: policy trained in {time.monotonic() - started:.1f} s")
+            del labeled, scores, sample  # their features are most of the memory
         table = select_chunks(params, round_number, unlabeled, policy)
         records.write_table(table, folder / "pseudo_labels.parquet", records.PSEUDO_LABELS)
         write_rows(folder / "policy.csv", CURVE_COLUMNS, curve)

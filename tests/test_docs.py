@@ -34,6 +34,7 @@ from bench import (
     workers,
 )
 from l2l_core.config import load_params
+from l2l_core.workers.chunks import check_gpus
 from tools import reference
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,15 @@ def test_overrides_are_parameters_that_parse(page: Path, tmp_path: Path) -> None
             file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
             apply_overrides(str(file), overrides["params.yaml"])
             load_params(file)
+
+
+def test_commands_for_gpus_give_each_worker_of_the_cluster_one(tmp_path: Path) -> None:
+    rows = re.findall(r"^\|[^|]*GPU[^|]*\|.*?(-S [^`]*)`", (ROOT / "docs/scale.md").read_text(encoding="utf-8"), re.M)
+    assert len(rows) >= 4
+    for given in rows:
+        file = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+        apply_overrides(str(file), shlex.split(given)[1::2])
+        check_gpus(load_params(file).cluster, "cuda")
 
 
 def test_the_readme_names_overrides_and_commands() -> None:

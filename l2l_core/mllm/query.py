@@ -34,7 +34,7 @@ from l2l_core.mllm.image_backend import ImageBackend
 from l2l_core.mllm.prompt import prompt_sha256
 from l2l_core.mllm.replay import ReplayBackend, load_recorded, mask_files
 from l2l_core.mllm.simulated import SimulatedBackend, make_truth, preset_coord_space
-from l2l_core.workers.chunks import executor_of
+from l2l_core.workers.chunks import executor_of, name_units
 from l2l_core.workers.executor import Compute, Job, Task, Workers
 
 MIN_CHUNK_TO_STOP = 8
@@ -204,7 +204,8 @@ class _Chunk:
     @property
     def shown(self) -> str:
         """In messages."""
-        return f"{len(self.questions)} sentences from sent_id {self.questions[0].sent_id} on"
+        sent_ids = list(dict.fromkeys(question.sent_id for question in self.questions))
+        return name_units("query", sent_ids, f"{len(self.questions)} requests")
 
     def is_stored(self) -> bool:
         """Whether all its responses are stored. A torn file, or one with other rows, is moved aside with a note."""
@@ -247,7 +248,7 @@ def _query_chunks(
     # Which worker gets which chunk is not fixed; with chunks of similar length, it is every `count`-th.
     following = [*(chunk.questions for chunk in chunks[workers.count :]), *[()] * workers.count]
     tasks = (
-        Task(number, f"query: {chunk.shown}", (chunk.questions, after))
+        Task(number, chunk.shown, (chunk.questions, after))
         for number, (chunk, after) in enumerate(zip(chunks, following, strict=True))
     )
     job = Job("query", partial(_start_querying, make), workers)
@@ -266,13 +267,15 @@ def query_workers(params: PriorsParams, cluster: ClusterParams, chunks: int) -> 
         _refuse_too_few_gpus(params)
     count = min(worker_count(params), chunks)
     share = max(1, thread_count() // count)
-    computes = params.backend in COMPUTING_BACKENDS and engine.device != "cpu"
+    # Local processes share out the GPUs that are there. An actor waits until a node has as many as it asks for.
+    needs_gpus = params.backend in COMPUTING_BACKENDS and (is_local or engine.device != "cpu")
     return Workers(
         executor="local" if is_local else "ray",
         count=count,
         threads=share if is_local else cluster.cpus_per_worker or share,
-        gpus=engine.tensor_parallel if computes else 0,
+        gpus=engine.tensor_parallel if needs_gpus else 0,
         address=cluster.address,
+        python=None if engine.python is None else sys.executable,
         fewer="priors.engine.data_parallel or batch_size",
         fewer_gpus="priors.engine.tensor_parallel, set priors.engine.device to cpu",
     )

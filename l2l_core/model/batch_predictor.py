@@ -250,12 +250,17 @@ def rows_by_image(pairs: Pairs) -> NDArray[np.int64]:
     return np.argsort(pairs.image_row, kind="stable")
 
 
+def chunk_rows(batch_size: int) -> int:
+    """Rows of a chunk, before it is extended to whole images: about CHUNK_PAIRS, in whole batches."""
+    return batch_size * max(1, CHUNK_PAIRS // batch_size)
+
+
 def chunks_of(pairs: Pairs, batch_size: int, chosen: NDArray[np.bool_] | None = None) -> list[NDArray[np.int64]]:
     """`rows_by_image` in chunks of about CHUNK_PAIRS rows. All sentences of an image are in one chunk.
 
     chosen: [N] the rows to return, of whole images; None: all.
     """
-    size = batch_size * max(1, CHUNK_PAIRS // batch_size)
+    size = chunk_rows(batch_size)
     order = rows_by_image(pairs)
     order = order if chosen is None else order[chosen[order]]
     of_image = pairs.image_row[order]

@@ -84,7 +84,13 @@ def run_checks(params: Params, *, timing: bool, print_line: PrintLine) -> None:
                     draws_refshapes=params.uses_builtin_dataset,
                     needs=needs,
                     at_once=plan_parallel(params, params.select.folds, data.index.images.num_rows).at_once,
-                    machine=Machine(usable_cores(), thread_count(), has_gpu=device.type == "cuda"),
+                    machine=Machine(
+                        usable_cores(),
+                        thread_count(),
+                        has_gpu=device.type == "cuda",
+                        sam_has_gpu=params.proposals.renderer == "sam"
+                        and choose_device(params.priors.engine.device).type == "cuda",
+                    ),
                 )
                 _say_plan(stages, costs, print_line)
                 if needs is not None:

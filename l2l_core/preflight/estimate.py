@@ -100,6 +100,7 @@ class Machine:
     cores: int  # usable ones
     threads: int  # of one process
     has_gpu: bool  # the networks run on GPUs
+    sam_has_gpu: bool = False  # so does the SAM that renders proposals
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ def _seconds(name: str, params: Params, counts: Counts, costs: Costs, machine: M
             images = counts.labeled_images + counts.unlabeled_images + counts.evaluated_images
             if params.proposals.renderer == "sam":
                 rendering_s = _sam_seconds(costs, images, counts.sentences * params.priors.samples)
-                faster = _speedup(params, params.cluster.workers, machine)
+                faster = _speedup(params, params.cluster.workers, machine, machine is not None and machine.sam_has_gpu)
                 return None if rendering_s is None else start + rendering_s / faster
-            faster = _speedup(params, params.cluster.workers, machine, uses_gpu=False)
+            faster = _speedup(params, params.cluster.workers, machine, False)
             if params.proposals.renderer == "box":
                 return costs.start_s + counts.sentences * costs.proposal_s / faster
             fit_s = renderings_of_fit(params.proposals, counts.labeled) * costs.proposal_s
@@ -243,22 +244,23 @@ def _busy(params: Params, sentences: int) -> int:
     """Those of `cluster.workers` that get a chunk of so many sentences to label or predict."""
     if params.cluster.workers == 1:
         return 1
-    from l2l_core.model.batch_predictor import CHUNK_PAIRS  # not at the top: it loads PyTorch
+    from l2l_core.model.batch_predictor import chunk_rows  # not at the top: it loads PyTorch
 
-    return max(1, min(params.cluster.workers, -(-sentences // CHUNK_PAIRS)))
+    return max(1, min(params.cluster.workers, -(-sentences // chunk_rows(params.evaluate.batch_size))))
 
 
-def _speedup(params: Params, workers: int, machine: Machine | None, *, uses_gpu: bool = True) -> float:
+def _speedup(params: Params, workers: int, machine: Machine | None, has_gpu: bool | None = None) -> float:
     """How many times as fast as the measured process so many workers are.
 
-    On GPUs each has its own. On CPUs all their threads count, but local workers share the cores.
+    has_gpu: whether each computes on a GPU of its own; None: as the networks do. On CPUs all their threads count, but
+    workers of this machine share its cores.
     """
     if machine is None:
         return 1.0
-    if machine.has_gpu and uses_gpu:
+    if machine.has_gpu if has_gpu is None else has_gpu:
         return workers
     threads = workers * (params.cluster.cpus_per_worker or machine.threads)
-    if params.cluster.executor == "local":
+    if params.cluster.executor == "local" or params.cluster.address is None:
         threads = min(threads, max(machine.cores, machine.threads))
     return threads / machine.threads
 
@@ -330,12 +332,12 @@ def _memory(
 
     def predict_bytes(sentences: int, images: int, sam: int = 0) -> float:
         """Of the stage's process, and of its workers, which hold the images of a chunk, and no tables."""
-        from l2l_core.model.batch_predictor import CHUNK_PAIRS  # not at the top: it loads PyTorch
+        from l2l_core.model.batch_predictor import chunk_rows  # not at the top: it loads PyTorch
 
         def computing(images: int) -> float:
             return (sizes.model or 0) + needs.predict + sam + min(images * image_bytes, IMAGE_CACHE_BYTES)
 
-        worker = needs.network_start + computing(min(images, CHUNK_PAIRS))
+        worker = needs.network_start + computing(min(images, chunk_rows(params.evaluate.batch_size)))
         beside = 0 if machine is None else _beside(params, _busy(params, sentences))
         return needs.network_start + tables + computing(images) + beside * worker
 
@@ -363,12 +365,13 @@ def _memory(
             return training(at_once if has_folds else 1, rounds=True), needs.train_gpu
         case "distill":
             return training(1, rounds=params.round > 0), needs.train_gpu
-        case "select":  # the states of the chunks, and all of them in one array
+        case "select":  # the states of the chunks, all of them in one array, and two copies of the labels
             from l2l_core.pseudo_labels.reinforce import UNLABELED_SENTENCES  # not at the top: it loads PyTorch
 
-            # A chunk has fewer sentences than the sample that the policy trains on.
+            # A chunk usually has fewer sentences than the sample that the policy trains on.
             held = min(counts.unlabeled, UNLABELED_SENTENCES) + (counts.labeled if learns else 0)
-            states = 2 * needs.state * held
+            weights = params.proposals.size_px**2 if select.method == "semires" else 0
+            states = 2 * needs.state * held + 2 * counts.unlabeled * (2 * sizes.mask + ROW_BYTES + weights)
             sam, sam_gpu = (needs.sam, needs.sam_gpu or 0) if select.uses_sam(params.proposals.model) else (0, 0)
             on_gpu = None if needs.predict_gpu is None else needs.predict_gpu + sam_gpu
             return predict_bytes(counts.unlabeled, counts.unlabeled_images, sam) + states, on_gpu

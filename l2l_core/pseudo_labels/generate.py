@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,16 @@ def _start_labeling(
 ) -> Callable[[tuple[int, Pairs]], Iterator[pa.Table]]:
     """The labeling of a chunk, a teacher's number and its pairs, batch by batch (LABELED)."""
 
-    @lru_cache(maxsize=1)  # a worker's chunks come teacher by teacher
-    def load(number: int) -> BatchPredictor:
-        return load_teachers[number](params.train)
+    loaded: dict[int, BatchPredictor] = {}  # one at a time: a worker's chunks come teacher by teacher
 
-    load(0)  # here, since an error of a chunk names the chunk's sentences
+    def load(number: int) -> BatchPredictor:
+        if number not in loaded:
+            loaded.clear()
+            loaded[number] = load_teachers[number](params.train)
+        return loaded[number]
+
+    if len(load_teachers) == 1:
+        load(0)  # here, since an error of a chunk names the chunk's sentences
 
     def label(chunk: tuple[int, Pairs]) -> Iterator[pa.Table]:
         number, pairs = chunk
@@ -332,13 +337,9 @@ def score_labeled(
     return concatenate(candidates, visited), concatenate(scores, visited)
 
 
-def score_unlabeled(params: Params, labels: PseudoLabelCandidates, masks_path: Path) -> CandidateTruth:
-    """Score the candidates of unlabeled sentences against the ground truth. Only the oracle uses this.
-
-    Raises ArtifactError if the dataset has no ground truth for an unlabeled sentence.
-    """
+def score_unlabeled(params: Params, labels: PseudoLabelCandidates, truth: Targets) -> CandidateTruth:
+    """Score the candidates of unlabeled sentences against the ground truth. Only the oracle uses this."""
     batches = batches_of(params, labels.pairs)
-    truth = load_targets(masks_path, records.INDEX, labels.pairs)
     count, scores = len(params.select.candidate_names), []
     for rows in batched_rows(len(labels.pairs), params.evaluate.batch_size, None):
         mine = np.stack(
@@ -352,13 +353,16 @@ def score_unlabeled(params: Params, labels: PseudoLabelCandidates, masks_path: P
 def select_chunks(params: Params, round_number: int, labeled: LabeledPairs, policy: Policy | None) -> pa.Table:
     """The round's pseudo-labels (records.PSEUDO_LABELS), one row per unlabeled sentence, selected chunk by chunk.
 
-    policy: of `reinforce`. Only the oracle reads the truth. Fixed rules compare all sentences.
+    policy: of `reinforce`. Only the oracle reads the truth. Fixed rules compare all sentences. Raises ArtifactError if
+    the oracle lacks the true mask of a sentence.
     """
+    is_oracle = params.select.method == "oracle"
+    true_masks = load_targets(records.INDEX.masks, records.INDEX, labeled.pairs) if is_oracle else None
     ranking = rank(params.select, labeled.pairs.sent_id, labeled.confidence, labeled.prior_iou)
     tables = []
     for rows in progress(labeled.chunks, "select", "chunk"):
         labels, candidates = labeled.take(rows)
-        truth = score_unlabeled(params, labels, records.INDEX.masks) if params.select.method == "oracle" else None
+        truth = None if true_masks is None else score_unlabeled(params, labels, true_masks.take(rows))
         chosen = None if ranking is None else ranking.take(rows)
         selection = select_labels(params.select, candidates, policy, truth, chosen)
         tables.append(pseudo_label_table(params, round_number, labels, candidates, selection))
@@ -366,11 +370,17 @@ def select_chunks(params: Params, round_number: int, labeled: LabeledPairs, poli
 
 
 def _in_order(tables: list[pa.Table], order: NDArray[np.int64]) -> pa.Table:
-    """Rows of records.PSEUDO_LABELS in another order. All pixel weights may exceed the 2 GiB of a binary array."""
+    """Rows of records.PSEUDO_LABELS in another order. Empties `tables`, so that memory holds two copies at most.
+
+    All pixel weights may exceed the 2 GiB of a binary array.
+    """
     fields = [one.with_type(pa.large_binary()) if one.type == pa.binary() else one for one in records.PSEUDO_LABELS]
     whole = pa.concat_tables(tables).cast(pa.schema(fields)).combine_chunks()
-    rows = (order[first : first + records.PART_ROWS] for first in range(0, len(order), records.PART_ROWS))
-    return pa.concat_tables(whole.take(part).cast(records.PSEUDO_LABELS) for part in rows).combine_chunks()
+    tables.clear()
+    rows = [order[first : first + records.PART_ROWS] for first in range(0, len(order), records.PART_ROWS)]
+    parts = [whole.take(part).cast(records.PSEUDO_LABELS) for part in rows]
+    del whole
+    return pa.concat_tables(parts).combine_chunks()
 
 
 def pseudo_label_table(

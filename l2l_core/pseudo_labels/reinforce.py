@@ -57,6 +57,7 @@ GRPO_EPOCHS = 4
 """Steps of GRPO on the same actions. In the first of them, all ratios are 1, and nothing is clipped."""
 GRPO_CLIP = 0.2
 """Ratios of probabilities beyond 1 +- GRPO_CLIP give no gradient away from 1: the value of PPO."""
+LARGEST_LOG_RATIO = 20.0
 SMALLEST_REWARD_STD = 1e-4
 """Added to the standard deviation of a group's rewards. If all are equal, the advantages are 0."""
 
@@ -171,7 +172,9 @@ def clipped_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor) -> T
     actions. advantage: [S, B]. At ratio 1, the gradient is that of `policy_gradient_loss`. The decisions of an action
     are summed. Their mean, as in GRPO, would weigh an action's choice less the more decisions follow it.
     """
-    ratio, advantage = (log_prob - old_log_prob).exp(), advantage[..., None]
+    # Far beyond the clipping, and small enough for exp: an infinite ratio times 0 would give no number.
+    log_ratio = (log_prob - old_log_prob).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    ratio, advantage = log_ratio.exp(), advantage[..., None]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - GRPO_CLIP, 1 + GRPO_CLIP) * advantage)
     return -gain.sum(-1).mean()
 

@@ -52,7 +52,10 @@ def map_chunks(work: Work, cluster: ClusterParams, folder: Path | None = None) -
     if not waiting:
         return
     total, left = (sum(len(work.ids[number]) for number in some) for some in (range(len(work.ids)), waiting))
-    tasks = (Task(number, _name(work, number), work.load(number)) for number in waiting)
+    tasks = (
+        Task(number, name_units(work.what, work.ids[number].tolist(), f"{len(work.ids[number])} sentences"), data)
+        for number, data in ((number, work.load(number)) for number in waiting)
+    )
     workers = workers_of(cluster)
     if workers.executor == "local":
         workers = replace(workers, count=min(workers.count, len(waiting)))
@@ -115,8 +118,7 @@ def _has_rows(work: Work, number: int, table: pa.Table) -> bool:
     return np.array_equal(table["sent_id"].to_numpy(), work.ids[number])
 
 
-def _name(work: Work, number: int) -> str:
-    """`proposals (grabcut): sent_id 3, 4, 9`, with at most IDS_SHOWN ids."""
-    ids = work.ids[number].tolist()
-    more = f", ... ({len(ids)} sentences)" if len(ids) > IDS_SHOWN else ""
-    return f"{work.what}: sent_id {', '.join(map(str, ids[:IDS_SHOWN]))}{more}"
+def name_units(what: str, sent_ids: Sequence[int], size: str) -> str:
+    """A chunk in messages: `query: sent_id 3, 4, 9`. Of more than IDS_SHOWN, the first ones and the chunk's size."""
+    more = f", ... ({size})" if len(sent_ids) > IDS_SHOWN else ""
+    return f"{what}: sent_id {', '.join(map(str, sent_ids[:IDS_SHOWN]))}{more}"

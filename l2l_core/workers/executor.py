@@ -38,6 +38,7 @@ class Workers:
     threads: int
     gpus: int
     address: str | None = None  # of a running Ray cluster
+    python: str | None = None  # interpreter of actors, at this path on each node; None: that of the node's Ray
     fewer: str = "cluster.workers"  # what a message advises to lower if memory runs out
     fewer_gpus: str = "cluster.gpus_per_worker"  # if no node has so many
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -36,14 +35,17 @@ def on_ray(job: Job, tasks: Iterator[Task], count: Callable[[int], object]) -> I
     with _cluster(workers) as ray:
         from ray.util import ActorPool
 
-        variables = {"OMP_NUM_THREADS": str(workers.threads), "PYTHONPATH": _python_path()}
+        environment: dict[str, Any] = {
+            "env_vars": {"OMP_NUM_THREADS": str(workers.threads), "PYTHONPATH": _python_path()}
+        }
+        if workers.python is not None:
+            environment["py_executable"] = workers.python
         worker = ray.remote(_Worker).options(
             num_cpus=workers.threads,
             num_gpus=workers.gpus,
             max_restarts=RESTARTS,
             max_task_retries=-1,
-            # The same Python on each node: `query` may run in another environment than the cluster.
-            runtime_env={"env_vars": variables, "py_executable": sys.executable},
+            runtime_env=environment,
         )
         pool = ActorPool([worker.remote(job.start, str(Path.cwd())) for _ in range(workers.count)])
         failure: Exception | None = None

@@ -358,9 +358,7 @@ def test_a_faulty_backend_is_named_with_the_sentences_of_its_chunk(tmp_path: Pat
             raise ValueError("broken\nvalue")
 
     params = prior_params(engine={"chunk_size": 3})
-    with pytest.raises(
-        L2LError, match=r"^query: 3 sentences from sent_id 0 on: ValueError: broken value \(at test_query"
-    ):
+    with pytest.raises(L2LError, match=r"^query: sent_id 0, 1, 2: ValueError: broken value \(at test_query"):
         query_all(Faulty, questions(5), tmp_path, params)
 
 

@@ -176,6 +176,10 @@ def memory(
     return {stage.name: (stage.ram_bytes, stage.gpu_bytes) for stage in stages}
 
 
+LABELS = 2 * 800 * 350
+"""Two copies of the pseudo-labels, as large as in the size of `select`."""
+
+
 def test_memory_estimates_match_hand_computed_values():
     found = memory(at_once=2)
     tables = 1000 * (4 * 10**2 + 1000)
@@ -187,7 +191,7 @@ def test_memory_estimates_match_hand_computed_values():
     assert found["crossfit@1"] == (2 * (network + 10_000 + 420 * image), 90_000)
     assert found["retrain@1"] == found["retrain@2"] == found["crossfit@1"]
     assert found["distill"] == (network + 10_000 + 420 * image, 90_000)
-    assert found["select@1"] == found["select@2"] == (network + 4_000 + 400 * image + 2 * 6 * 850, 40_000)
+    assert found["select@1"] == found["select@2"] == (network + 4_000 + 400 * image + 2 * 6 * 850 + LABELS, 40_000)
     assert (
         found["predict"] == found["predict@2"] == found["predict-distilled"] == (network + 4_000 + 40 * image, 40_000)
     )
@@ -216,7 +220,7 @@ def test_memory_of_fixed_rules_excludes_fold_teachers_and_labeled_sentences():
     found = memory(select=SELECT | {"method": "topk"}, at_once=2)
     assert found["crossfit-0"] == found["crossfit@1"] == (100, None)
     assert found["retrain@1"][0] == 500 + 1000 * 1400 + 1_000_000 + 10_000 + 420 * 3 * 32 * 32
-    ruled = 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 800
+    ruled = 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 800 + LABELS
     assert found["select@1"] == (ruled, 40_000)
 
 
@@ -224,8 +228,10 @@ def test_memory_of_selection_holds_the_states_of_a_sample(monkeypatch):
     """Of 800 unlabeled sentences, the policy trains on at most 300."""
     monkeypatch.setattr(reinforce, "UNLABELED_SENTENCES", 300)
     fixed = memory(select=SELECT | {"method": "topk"})["select@1"][0]
-    assert fixed == 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 300
+    assert fixed == 500 + 1000 * 1400 + 1_000_000 + 4_000 + 400 * 3 * 32 * 32 + 2 * 6 * 300 + LABELS
     assert memory()["select@1"][0] == fixed + 2 * 6 * 50
+    weighted = memory(select=SELECT | {"method": "semires"})["select@1"][0]
+    assert weighted == fixed + 2 * 800 * 10**2  # two copies of the pixel weights
 
 
 def test_memory_of_a_multimodal_model_is_unknown():
@@ -313,17 +319,19 @@ def test_a_single_process_takes_the_measured_time():
         (CPU, {"workers": 4, "cpus_per_worker": 1}, 2, 0.5),  # the only worker with a chunk has half as many threads
         (CPU, {"workers": 3, "executor": "ray", "address": "auto"}, 3, 1),  # cores of other machines
         (CPU, {"workers": 9, "executor": "ray", "address": "auto"}, 8, 1),  # no more than chunks
+        (CPU, {"workers": 8, "executor": "ray"}, 2, 1),  # a cluster of this machine has its cores
         (GPU, {"workers": 4, "cpus_per_worker": 1, "gpus_per_worker": 1}, 4, 1),  # a GPU each
     ],
 )
 def test_workers_divide_the_time_of_labeling_and_prediction(monkeypatch, machine, cluster, faster, predict_faster):
-    """800 sentences to label are 8 chunks, 100 to evaluate are one. The labeled sentences are scored in one process."""
+    """800 sentences to label are 8 chunks of two batches, 100 to evaluate one. One process scores the labeled."""
     monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 100)
-    found = seconds(select=SELECT, cluster=cluster, machine=machine, train=data_workers(0))
+    batches = {"evaluate": {"batch_size": 50}}
+    found = seconds(select=SELECT, cluster=cluster, machine=machine, train=data_workers(0), **batches)
     each = 3 * 0.002 + 0.02 + 2 * 0.001
     labeling, scoring = 800 * each + 400 * 0.5, 50 * each + 20 * 0.5
     assert found["select@1"] == pytest.approx(5 + labeling / faster + scoring + 400 * 0.03)
-    assert found["predict"] == pytest.approx(5 + (3 * (128 * 0.002 + 100 * 0.001) + 2 * 40 * 0.5) / predict_faster)
+    assert found["predict"] == pytest.approx(5 + (3 * (100 * 0.002 + 100 * 0.001) + 2 * 40 * 0.5) / predict_faster)
     assert found["warmup"] == seconds()["warmup"]
 
 
@@ -357,18 +365,19 @@ def test_each_data_worker_decodes_what_it_caches():
 def test_memory_of_workers(monkeypatch):
     """A worker has the network, and the images of a chunk of 30 sentences. Each stage's own process stays."""
     monkeypatch.setattr(batch_predictor, "CHUNK_PAIRS", 30)
-    alone, image = memory(), 3 * 32 * 32
-    found = memory(cluster={"workers": 3}, machine=CPU)
+    batches = {"evaluate": {"batch_size": 10}}
+    alone, image = memory(**batches), 3 * 32 * 32
+    found = memory(**batches, cluster={"workers": 3}, machine=CPU)
     each = 500 + 1_000_000 + 4_000 + 30 * image
     assert found["select@1"] == (alone["select@1"][0] + 3 * each, 40_000)
     assert found["predict"] == (alone["predict"][0] + 3 * each, 40_000)
     assert found["proposals"] == (alone["proposals"][0] + 3 * (100 + 24 * 1000 * 10**2), None)
     assert found["warmup"] == alone["warmup"]
-    most = memory(cluster={"workers": 9}, machine=CPU)
+    most = memory(**batches, cluster={"workers": 9}, machine=CPU)
     assert most["predict"] == (alone["predict"][0] + 4 * each, 40_000)  # 100 sentences are four chunks
-    own = memory(cluster={"workers": 3, "executor": "ray"}, machine=CPU)
+    own = memory(**batches, cluster={"workers": 3, "executor": "ray"}, machine=CPU)
     assert own["predict"] == found["predict"]
-    elsewhere = memory(cluster={"workers": 3, "executor": "ray", "address": "auto"}, machine=CPU)
+    elsewhere = memory(**batches, cluster={"workers": 3, "executor": "ray", "address": "auto"}, machine=CPU)
     assert elsewhere == alone
 
 

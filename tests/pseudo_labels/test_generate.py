@@ -12,7 +12,7 @@ from l2l_core.artifacts import records
 from l2l_core.config import Params
 from l2l_core.core.masks import decode_rle, encode_rle, resize_mask
 from l2l_core.data.load import batches_of, labeled_targets, pairs_of, sentences_of
-from l2l_core.data.pairs import BatchMaker
+from l2l_core.data.pairs import BatchMaker, Targets, load_targets
 from l2l_core.data.views import Views
 from l2l_core.errors import ArtifactError, InputError
 from l2l_core.model import batch_predictor
@@ -110,6 +110,10 @@ def selection(count: int, accepted: list[int], cells: np.ndarray | None = None) 
 def teachers_own(labels: PseudoLabelCandidates) -> list[bytes]:
     """Return the first candidate of every sentence."""
     return [made[0] for made in labels.candidates]
+
+
+def unlabeled_truth(labels: PseudoLabelCandidates) -> Targets:
+    return load_targets(records.INDEX.masks, records.INDEX, labels.pairs)
 
 
 def label_all(*arguments) -> tuple[PseudoLabelCandidates, Candidates]:
@@ -307,7 +311,7 @@ def test_oracle_selects_the_best_candidate_of_each_sentence(run):
     for names in (["teacher", "prior"], ["prior", "teacher"]):
         params = params_of("oracle", candidates=names)
         labels, seen = label_all(params, [lambda train: Doubtful()])  # type: ignore[arg-type]
-        made = select_labels(params.select, seen, None, score_unlabeled(params, labels, records.INDEX.masks))
+        made = select_labels(params.select, seen, None, score_unlabeled(params, labels, unlabeled_truth(labels)))
         assert {names[k] for k in made.choice} == {"prior"}
         assert made.accept_prob.min() > 0.4
 
@@ -320,7 +324,7 @@ def test_selection_chunk_by_chunk_equals_the_selection_at_once(run, tmp_path, mo
     names = ["prior", "teacher"] if method in ("reinforce", "oracle") else ["teacher"]
     params = params_of(method, candidates=names, policy_steps=5, keep_fraction=0.4)
     labels, seen = label_all(params, [lambda train: Doubtful()])
-    truth = score_unlabeled(params, labels, records.INDEX.masks)
+    truth = score_unlabeled(params, labels, unlabeled_truth(labels))
     policy = train_policy(seen, truth, seen, params.select, seed=0).policy if method == "reinforce" else None
     made = select_labels(params.select, seen, policy, truth if method == "oracle" else None)
     whole = pseudo_label_table(params, 1, labels, seen, made)
@@ -498,7 +502,7 @@ def test_oracle_scores_labels_against_the_truth(run):
     right = [encode_rle(truth[number]) for number in labels.pairs.sent_id.tolist()]
     mixed = [counts if row % 2 else empty for row, counts in enumerate(right)]
     truth = score_unlabeled(
-        params, PseudoLabelCandidates(labels.pairs, [[counts] for counts in mixed], [], []), records.INDEX.masks
+        params, PseudoLabelCandidates(labels.pairs, [[counts] for counts in mixed], [], []), unlabeled_truth(labels)
     )
     np.testing.assert_array_equal(truth.sent_id, labels.pairs.sent_id)
     np.testing.assert_array_equal(truth.iou[:, 0], np.arange(len(mixed)) % 2)
@@ -506,6 +510,8 @@ def test_oracle_scores_labels_against_the_truth(run):
 
 def test_oracle_requires_the_true_masks(run):
     params = params_of("oracle")
-    labels, _ = labels_and_candidates(params)
+    labeled = label_unlabeled(params, [lambda train: Doubtful()])
+    known = records.read_table(records.LABELED_MASKS_PATH, records.MASKS)
+    records.write_table(known, records.INDEX.masks, records.MASKS)
     with pytest.raises(ArtifactError, match="lacks the mask"):
-        score_unlabeled(params, labels, records.LABELED_MASKS_PATH)
+        select_chunks(params, 1, labeled, None)

@@ -149,6 +149,46 @@ def test_grpo_clips_ratios_that_would_move_on():
     np.testing.assert_allclose(log_prob.grad, [[[0, -0.5]], [[1.5, 0]]])
 
 
+def test_grpo_compares_the_moved_actor_with_the_one_that_drew(labeled, monkeypatch):
+    """Against log probabilities of torch.distributions, for an actor far enough away that many ratios are clipped."""
+    monkeypatch.setattr(reinforce, "CRITIC_WEIGHT", 0.0)
+    params = PARAMS.model_copy(update={"update": "grpo", "entropy_bonus": 0.0, "group_size": 8})
+    seen, truth = labeled
+    features, rows = np.zeros((*seen.sentence.shape[:2], 1), np.float32), np.arange(20)
+    seen = replace(seen, sentence=np.concatenate([seen.sentence, features], axis=2)[..., : len(SENTENCE_FEATURES)])
+    actor = Actor(torch.Generator().manual_seed(0))
+    group = reinforce._sample(actor, seen, rows, truth.cells[rows], params, 0.0, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        actor.accept_bias += 0.5
+        actor.keep_bias -= 1.0
+    moved = actor(group.cells, group.sentence)
+
+    def log_prob(logits):
+        choices, cells = logits
+        choices = torch.cat([choices, torch.zeros(len(rows), 1)], 1)
+        taken = torch.distributions.Categorical(logits=choices).log_prob(group.choice)
+        all_cells = torch.distributions.Bernoulli(logits=torch.cat([cells, cells[:, :1]], 1))
+        kept = all_cells.log_prob(group.keep[:, :, None].expand(-1, -1, all_cells.batch_shape[1], -1, -1))
+        own = kept.gather(2, group.choice[..., None, None, None].expand(-1, -1, 1, GRID, GRID))[:, :, 0]
+        own = own * (group.choice < choices.shape[1] - 1)[..., None, None]
+        return torch.cat([taken[..., None], own.flatten(2)], 2)
+
+    ratio = (log_prob(moved) - log_prob(group.logits)).exp()
+    assert (ratio > 1.2).any()
+    assert (ratio < 0.8).any()
+    spread = group.reward.std(0, correction=0) + 1e-4
+    advantage = ((group.reward - group.reward.mean(0)) / spread)[..., None]
+    expected = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum(2).mean()
+    torch.testing.assert_close(reinforce._loss(group, moved, params), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_grpo_stays_finite_for_probabilities_of_nearly_zero():
+    log_prob = torch.tensor([[[500.0, -500.0]]], requires_grad=True)
+    for advantage in (1.0, 0.0, -1.0):
+        clipped_loss(log_prob, torch.zeros(1, 1, 2), torch.full((1, 1), advantage)).backward()
+    assert log_prob.grad.isfinite().all()
+
+
 def test_grpo_starts_with_the_policy_gradient():
     """With all ratios 1, the gradient is that of REINFORCE with the same advantages. Later ones match differences."""
     generator = torch.Generator().manual_seed(0)
