@@ -38,8 +38,10 @@ NEEDED = (
 
 TINY: dict[str, Any] = {
     "round": 1,
+    "dataset": "data/refshapes",
     "refshapes": {"image_size_px": 64, "train_images": 40, "val_images": 8, "test_images": 8},
-    "split": {"labeled_fraction": 0.2},
+    "ingest": {"images": "auto", "split_by": "auto"},
+    "split": {"labeled_fraction": 0.2, "list_file": None},
     "priors": {"backend": "simulated"},
     "model": {"image_size_px": 64, "dim": 16},
     "train": {"batch_size": 4, "log_every": 2, "engine": {"checkpoint_every": 2, "device": "cpu"}},

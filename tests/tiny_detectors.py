@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import is_scipy_available
 
 needs_torchvision = pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed: pip install '.[detector]'"
+    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed: pip install -e '.[detector]'"
 )
 STD = 0.15
 """Of the random weights: large enough for image and sentence to change boxes and scores."""

@@ -51,7 +51,7 @@ def write_onnx(network: Segmenter, path: Path) -> None:
     network has no proposal settings.
     """
     if not all(find_spec(name) for name in NEEDED):
-        raise ConfigError(f"export onnx: needs {' and '.join(NEEDED)}: pip install '.[export]'")
+        raise ConfigError(f"export onnx: needs {' and '.join(NEEDED)}: pip install -e '.[export]'")
     proposals = network.known_proposals()
     network = copy.deepcopy(network).cpu()
     for encoder in (network.image_encoder, network.text_encoder):

@@ -208,7 +208,7 @@ class Guard:
 def require_gradio() -> None:
     """Raise ConfigError if gradio is not installed."""
     if not find_spec("gradio"):
-        raise ConfigError("serve: needs gradio: pip install '.[serve]'")
+        raise ConfigError("serve: needs gradio: pip install -e '.[serve]'")
 
 
 def open_page(open_session: Callable[[], DemoSession], host: str, port: int) -> None:

@@ -116,7 +116,7 @@ def load_processor(name: str) -> tuple[_Family, Any]:
     family = find_family(name)
     if family.has_masks and not is_torchvision_available():
         raise ConfigError(
-            f"params.yaml: priors.model: got {name!r}, a SAM 3, which needs torchvision: pip install '.[detector]'"
+            f"params.yaml: priors.model: got {name!r}, a SAM 3, which needs torchvision: pip install -e '.[detector]'"
         )
     is_scipy_available.cache_clear()  # `core.optional.hidden` may have hidden it, but OWLv2's image processor needs it
     with _loading(name):

@@ -168,7 +168,7 @@ class _Grammars:
         except ImportError as error:
             raise ConfigError(
                 "params.yaml: priors.structured_output: got true, which needs xgrammar for the transformers backend: "
-                f"pip install '.[mllm]', or set it to false ({error})"
+                f"pip install -e '.[mllm]', or set it to false ({error})"
             ) from None
         vocabulary = model.config.get_text_config().vocab_size  # padding can make it larger than the tokenizer's
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocabulary)

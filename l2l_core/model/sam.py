@@ -284,7 +284,7 @@ def _processor_of(name: str, kind: Any) -> Any:
 def _loading(name: str) -> Loading:
     expected = (
         "a hub id (needs a network or a local copy) or a folder of a model of the SAM family that transformers loads; "
-        "SAM 2, EdgeTAM and SAM 3 also need the packages of pip install '.[sam]'"
+        "SAM 2, EdgeTAM and SAM 3 also need the packages of pip install -e '.[sam]'"
     )
     return Loading("proposals.model", name, expected)
 

@@ -31,7 +31,7 @@ from l2l_core.workers.on_ray import require_ray
 SERVER_TIMEOUT_S = 5.0
 """A running server lists its models at once."""
 REMEDIES = {
-    "transformers": "pip install '.[mllm]'",
+    "transformers": "pip install -e '.[mllm]'",
     "vllm": "set priors.engine.python to the Python of an environment that has it (docs/priors.md)",
 }
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from dvc.dvcfile import Lockfile, SingleStageFile
@@ -50,17 +51,21 @@ def run_doctor(*, fix: bool) -> list[str]:
     try:
         with Repo() as repo:
             torn = torn_dvc_files(repo)
-            checked = 0
+            checked, unknown = 0, []
             if not torn:
                 _refuse_during_a_run(repo)
             if not torn:  # else DVC cannot say what the artifacts are
+                unknown = sorted({_unlisted(out) for out in repo.index.outs} - {""})
                 outs = list(_outputs(repo))
                 checked = len(outs)
                 torn = [*_torn_outputs(repo, outs), *_torn_scratch(Path(repo.root_dir))]
     except (DvcException, SCMError) as error:
         raise InputError(f"{Path.cwd()}: DVC cannot run here: {str(error).splitlines()[0]}") from None
     if not torn:
-        return [f"DVC's files, {checked} artifacts with their copies in the cache, and .scratch: all whole"]
+        found = [f"DVC's files, {checked} artifacts with their copies in the cache, and .scratch: all whole"]
+        if unknown:
+            found.append(f"not in dvc.lock, so not checked: {', '.join(unknown)}; dvc repro restores or computes them")
+        return found
     if not fix:
         lines = "\n".join(f"  {one.path}: {one.problem}" for one in torn)
         raise InputError(f"{len(torn)} torn file(s); l2l doctor --fix moves them aside:\n{lines}")
@@ -158,6 +163,12 @@ def _outputs(repo: Repo) -> Iterator[_File]:
         yield from files
 
 
+def _unlisted(out: Any) -> str:
+    """The path of a DVC output that is there, although dvc.lock does not list it; else nothing."""
+    path = Path(out.fs_path)
+    return "" if out.hash_info or not out.stage.cmd or not path.exists() else str(_shown(path))
+
+
 def _torn_outputs(repo: Repo, files: Iterable[_File]) -> Iterator[Torn]:
     """Files of outputs, and their copies in the cache, with another content than dvc.lock says."""
     for file in progress(list(files), "artifacts", "file"):
@@ -165,7 +176,7 @@ def _torn_outputs(repo: Repo, files: Iterable[_File]) -> Iterator[Torn]:
         if copy.is_file() and _md5(copy) != file.md5:
             yield Torn(_shown(copy), f"torn copy of {_shown(file.path)} in the cache", "dvc repro computes it again")
         if file.path.is_file() and _md5(file.path) != file.md5:
-            problem = "not as in dvc.lock (torn, changed, or of a run that did not end)"
+            problem = "not as in dvc.lock (torn, changed, or of a run that did not end, which dvc repro goes on with)"
             yield Torn(_shown(file.path), problem, "dvc repro restores it")
 
 

@@ -73,7 +73,7 @@ def on_ray(job: Job, tasks: Iterator[Task], count: Callable[[int], object]) -> I
 def require_ray() -> None:
     """Raise ConfigError if Ray is not installed."""
     if find_spec("ray") is None:
-        raise ConfigError("params.yaml: cluster.executor: got 'ray', which is not installed: pip install '.[ray]'")
+        raise ConfigError("params.yaml: cluster.executor: got 'ray', which is not installed: pip install -e '.[ray]'")
 
 
 class _Worker:
@@ -142,7 +142,7 @@ def _cluster(workers: Workers) -> Iterator[Any]:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
             f"params.yaml: cluster.address: got {address!r}, expected a Ray cluster with this version of Ray "
-            f"and Python: {reason}"
+            f"and Python, and RAY_AUTH_MODE=token if it asks for a token (docs/scale.md): {reason}"
         ) from None
     try:
         for resource, wanted, fewer in (

@@ -31,7 +31,7 @@ def test_onnx_logits_match_torch(tmp_path: Path, encoder: str) -> None:
     if encoder == LITE0 and not find_spec(PACKAGED[LITE0][1]):
         pytest.skip("efficientnet-lite0 is not installed: make small")
     for name in (*onnx.NEEDED, "onnxruntime"):
-        pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[export]'")
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[export]'")
     import onnxruntime
 
     pairs, _ = toy_pairs(tmp_path / "images", 3)
@@ -97,5 +97,5 @@ def test_names_missing_packages(
 ) -> None:
     monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     assert call(monkeypatch, "export", "onnx", "--run", "model") == 2
-    assert "needs onnx and onnxscript: pip install '.[export]'" in capsys.readouterr().err
+    assert "needs onnx and onnxscript: pip install -e '.[export]'" in capsys.readouterr().err
     assert not (project / "export").exists()

@@ -215,7 +215,7 @@ def test_serve_without_gradio_names_the_package_to_install(
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert call(monkeypatch, "serve") == 2
-    assert capsys.readouterr().err == "error: serve: needs gradio: pip install '.[serve]'\n"
+    assert capsys.readouterr().err == "error: serve: needs gradio: pip install -e '.[serve]'\n"
 
 
 def test_refuses_a_port_in_use_in_one_line(
@@ -307,7 +307,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[serve]'")
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[serve]'")
     temporary = tmp_path_factory.mktemp("temporary")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-m", "l2l_core", "serve", "--with-priors", "--port", "0", "--max-mb", "1"]

@@ -271,7 +271,7 @@ def test_a_model_that_is_no_detector_is_refused_before_its_weights_are_loaded(tm
 def test_sam3_without_torchvision_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "sam3_video"}')
     monkeypatch.setattr(engine_detector, "is_torchvision_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"needs torchvision: pip install '\.\[detector\]'"):
+    with pytest.raises(ConfigError, match=r"needs torchvision: pip install -e '\.\[detector\]'"):
         make(tmp_path)
 
 

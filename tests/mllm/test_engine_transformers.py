@@ -22,7 +22,7 @@ from l2l_core.mllm.engine_transformers import TransformersEngine, _SeededDraws, 
 from l2l_core.mllm.prompt import keeps_to, response_schema
 
 needs_xgrammar = pytest.mark.skipif(
-    importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed: pip install '.[mllm]'"
+    importlib.util.find_spec("xgrammar") is None, reason="xgrammar is not installed: pip install -e '.[mllm]'"
 )
 
 

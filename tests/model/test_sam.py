@@ -340,7 +340,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Sam2Config().save_pretrained(tmp_path)
     (tmp_path / "processor_config.json").write_text('{"processor_class": "Sam2Processor"}')
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Sam2ImageProcessor"}')
-    with pytest.raises(ConfigError, match=r"pip install '\.\[sam\]'.*[Tt]orchvision"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[sam\]'.*[Tt]orchvision"):
         Sam(str(tmp_path), CPU)
 
 

@@ -139,7 +139,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, name):
     key, package, _ = PACKAGED[name]
     make = make_image_encoder if name == LITE0 else lambda name: make_text_encoder(name, 0, 0)
     with pytest.raises(
-        ConfigError, match=rf"model\.{key}: got '{name}', .* {package}: make small, or pip install '\.\["
+        ConfigError, match=rf"model\.{key}: got '{name}', .* {package}: make small, or pip install -e '\.\["
     ):
         make(name)
 

