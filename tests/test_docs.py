@@ -29,6 +29,7 @@ from bench import (
     rewards,
     sam,
     scale,
+    selected,
     vlm,
     waiting,
     workers,
@@ -122,6 +123,7 @@ def test_the_readme_names_overrides_and_commands() -> None:
         "scale",
         "data_workers",
         "workers",
+        "selected",
     ],
 )
 def test_tables_are_those_of_the_stored_results(name: str) -> None:
@@ -139,6 +141,7 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
         "scale": scale,
         "data_workers": data_workers,
         "workers": workers,
+        "selected": selected,
     }[name]
     if not bench.RESULTS.exists():
         pytest.skip(f"{bench.RESULTS.relative_to(ROOT)} does not exist: run python -m {bench.__name__}")
@@ -147,13 +150,13 @@ def test_tables_are_those_of_the_stored_results(name: str) -> None:
             document, text = refshapes.DOCUMENT, refshapes.table(pd.read_json(refshapes.RESULTS, lines=True))
         case "rewards":
             document, text = rewards.DOCUMENT, rewards.table(pd.read_json(rewards.RESULTS, lines=True))
-        case "engines" | "waiting" | "imports" | "photo_priors" | "sam" | "scale" | "data_workers" | "workers":
-            rows = [json.loads(line) for line in bench.RESULTS.read_text(encoding="utf-8").splitlines()]
-            document, text = bench.DOCUMENT, bench.table(rows)
-        case _:
+        case "responses" | "proposals":
             rows = [json.loads(line) for line in priors.RESULTS.read_text(encoding="utf-8").splitlines()]
             make = priors.responses_table if name == "responses" else priors.proposals_table
             document, text = priors.DOCUMENT, make(rows)
+        case _:
+            rows = [json.loads(line) for line in bench.RESULTS.read_text(encoding="utf-8").splitlines()]
+            document, text = bench.DOCUMENT, bench.table(rows)
     assert docs.get(document, name) == text
 
 
