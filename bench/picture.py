@@ -119,7 +119,7 @@ def draw(rows: list[tuple[int, str, Panels]], path: Path) -> None:
     print(path.relative_to(ROOT))
 
 
-def credits(rows: list[dict[str, Any]]) -> str:
+def photos_with_credits(rows: list[dict[str, Any]]) -> str:
     """The picture in Markdown, with the source and the license of each photo; rows of COCO's `images`."""
     named = [f"[{row['id']}]({row['flickr_url']}) ({LICENSES[row['license']]})" for row in rows]
     return (
@@ -146,7 +146,7 @@ def main() -> None:
         rows = list(chosen(set(allowed)))
     draw(rows, IMAGES / "photos.png")
     shown = dict.fromkeys(image_id for image_id, _, _ in rows)
-    docs.put(photos.DOCUMENT, CREDITS, credits([allowed[image_id] for image_id in shown]))
+    docs.put(photos.DOCUMENT, CREDITS, photos_with_credits([allowed[image_id] for image_id in shown]))
 
 
 if __name__ == "__main__":

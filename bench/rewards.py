@@ -161,7 +161,9 @@ def measure(seed: int) -> list[Row]:
         for number, source, steps, reward, faced in variants(params, repro):
             for change in ({}, *CHANGES.get(source, ())):
                 varied = params.model_copy(update={"select": params.select.model_copy(update=change)})
-                named = ", ".join(f"{key} {value}" for key, value in change.items()).removesuffix(".0")
+                named = ", ".join(
+                    f"{key} {value if isinstance(value, str) else format(value, 'g')}" for key, value in change.items()
+                )
                 row = {"round": number, "source": source, "change": named, "seed": seed, "steps": steps}
                 row |= quality(varied, reward, faced, derive_seed(seed, f"select-{number}"))
                 found.append(row | {"labeled": len(reward[0].sent_id), "commit": commit})

@@ -22,16 +22,15 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import yaml
 
 from bench import docs
+from bench.label_efficiency import ROOT, Row, stored
 from bench.params import merged
 from l2l_core.artifacts import records
-from l2l_core.config import Params, load_params
+from l2l_core.config import Params, parse_params
 from l2l_core.core.metrics import POSITIVE_IOU, auroc
 from l2l_core.core.seeding import derive_seed
 from l2l_core.data.load import batches_of, pairs_of
@@ -42,7 +41,6 @@ from l2l_core.pseudo_labels.generate import images_of, score_labeled, score_out_
 from l2l_core.pseudo_labels.policy import Policy
 from l2l_core.pseudo_labels.reinforce import train_policy
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "selected.jsonl"
 DOCUMENT, MARK = ROOT / "docs" / "results.md", "selected"
 SHOWN = {
@@ -56,16 +54,11 @@ SHOWN = {
 """Columns of the table, and their heads."""
 KEY = ("dataset", "prior", "renderer", "labeled_fraction", "seed", "split")
 
-Row = dict[str, Any]
-
 
 def params_of(folder: Path) -> Params:
     """The parameters of a run; those that are newer than it have today's defaults."""
     today, own = (yaml.safe_load((at / "params.yaml").read_text(encoding="utf-8")) for at in (ROOT, folder))
-    with TemporaryDirectory() as made:
-        path = Path(made) / "params.yaml"
-        path.write_text(yaml.safe_dump(merged(today, own)), encoding="utf-8")
-        return load_params(path)
+    return parse_params(merged(today, own), str(folder / "params.yaml"))
 
 
 def scores(policy: Policy, candidates: Candidates, truth: CandidateTruth, names: list[str]) -> Row:
@@ -128,8 +121,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path)
     parser.add_argument("--table", action="store_true", help="only make the table of the stored results")
     arguments = parser.parse_args()
-    known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    rows = {tuple(row[name] for name in KEY): row for row in known}
+    rows = {tuple(row[name] for name in KEY): row for row in stored(RESULTS)}
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     for folder in [] if arguments.table else arguments.folders:
         with contextlib.chdir(folder):

@@ -176,7 +176,7 @@ def _torn_outputs(repo: Repo, files: Iterable[_File]) -> Iterator[Torn]:
         if copy.is_file() and _md5(copy) != file.md5:
             yield Torn(_shown(copy), f"torn copy of {_shown(file.path)} in the cache", "dvc repro computes it again")
         if file.path.is_file() and _md5(file.path) != file.md5:
-            problem = "not as in dvc.lock (torn, changed, or of a run that did not end, which dvc repro goes on with)"
+            problem = "not as in dvc.lock: torn, changed, or from an unfinished run (then run dvc repro)"
             yield Torn(_shown(file.path), problem, "dvc repro restores it")
 
 

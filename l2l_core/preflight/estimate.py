@@ -252,8 +252,8 @@ def _busy(params: Params, sentences: int) -> int:
 def _speedup(params: Params, workers: int, machine: Machine | None, has_gpu: bool | None = None) -> float:
     """How many times as fast as the measured process so many workers are.
 
-    has_gpu: whether each computes on a GPU of its own; None: as the networks do. On CPUs all their threads count, but
-    workers of this machine share its cores.
+    has_gpu: True if each worker has its own GPU. None: as in `Machine.has_gpu`. Without GPUs, the factor is the number
+    of all workers' threads over the threads of the measured process. Workers of this machine share its cores.
     """
     if machine is None:
         return 1.0

@@ -109,7 +109,7 @@ def test_a_changed_artifact_is_named_and_restored(project: Path, name: str, torn
     before = contents(project)
     Path(name).unlink()  # a link into the cache
     Path(name).write_bytes(torn)
-    problem = f"{name}: not as in dvc.lock (torn, changed, or of a run that did not end, which dvc repro goes on with)"
+    problem = f"{name}: not as in dvc.lock: torn, changed, or from an unfinished run (then run dvc repro)"
     with pytest.raises(InputError, match=rf"^1 torn file\(s\); .*\n  {re.escape(problem)}$"):
         run_doctor(fix=False)
     assert run_doctor(fix=True) == [f"{problem}; moved to {Path(name).name}.torn; dvc repro restores it"]

@@ -122,8 +122,8 @@ def test_grpo_divides_advantages_by_the_groups_deviation():
 
 
 def test_log_probabilities_of_decisions_multiply_to_those_of_actions():
-    """One sentence has two candidates of two cells. The probabilities of its 9 actions sum to 1, and that of each is
-    the product of its own factors. An action that chooses none decides no cell."""
+    """A sentence with two candidates of two cells has 9 actions: four ways to keep the cells of each candidate, and
+    none. The probability of an action is that of its choice times those of its cells. All nine sum to 1."""
     choice_logits, keep_logits = torch.tensor([[0.3, -0.7]]), torch.tensor([[[[1.1, -0.2]], [[0.4, 0.9]]]])
     weights = [np.exp(0.3), np.exp(-0.7), 1.0]
     total = 0.0
